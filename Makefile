@@ -1,0 +1,62 @@
+# The interpreter .venv was made with, else python3; `make setup PYTHON=/path/to/python3.12` chooses another.
+ifndef PYTHON
+PYTHON := $(shell p=$$(sed -n 's/^executable = //p' .venv/pyvenv.cfg 2>/dev/null); \
+                  if [ -x "$$p" ]; then echo "$$p"; else echo python3; fi)
+endif
+# .venv belongs to one interpreter and one folder, and what is in it to one set of pins. The stamp is written last: a
+# set-up that was interrupted has none and starts afresh; changed pins are installed over what is there.
+VENV := $(shell "$(PYTHON)" -c 'import os, sys, zlib; print(f"{sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]}-{zlib.crc32((sys.base_prefix + os.getcwd()).encode()):08x}")' 2>/dev/null)
+PINS := $(shell cat pyproject.toml constraints.txt CMakeLists.txt | cksum | cut -d' ' -f1)
+STAMP := .venv/stamp-$(VENV)-$(PINS)
+PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+# Small tensors gain nothing from many threads and lose much; benchmarks take all there are.
+THREADS := $(shell n=$$(nproc 2>/dev/null || echo 2); if [ "$$n" -gt 8 ]; then n=8; fi; echo "$$n")
+test demo: export OMP_NUM_THREADS ?= $(THREADS)
+# libgomp's threads would spin for minutes when another process wants the cores.
+export GOMP_SPINCOUNT ?= 1000
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: $(STAMP) ## make .venv with the pinned versions, or bring it up to date
+
+demo: $(STAMP) ## train a tiny model on bundled questions over several images; writes runs/demo
+	.venv/bin/perl-rl train demo --overwrite $(ARGS)
+
+test: $(STAMP) ## run the tests; ARGS="-k packing" selects some
+	.venv/bin/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## ruff and pyright
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m pyright
+
+format: $(STAMP) ## put the code in ruff's form
+	.venv/bin/python -m ruff check --fix .
+	.venv/bin/python -m ruff format .
+
+bench: $(STAMP) ## run the benchmarks; ARGS="-k linear" selects some
+	.venv/bin/python -m pytest benchmarks $(ARGS)
+
+clean: ## remove .venv, builds and caches; runs/ stays
+	rm -rf .venv build dist .benchmarks .hypothesis .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/stamp-%:
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "error: $(PYTHON) not found; try: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $$("$(PYTHON)" --version 2>&1) is too old, 3.11 or newer is needed; try: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "error: $(PYTHON) lacks venv and ensurepip; install your system's python3-venv, or: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@ls .venv/stamp-$(VENV)-* >/dev/null 2>&1 || { echo "Making .venv with $(PYTHON)"; "$(PYTHON)" -m venv --clear .venv; }
+	@rm -f .venv/stamp-*
+	@echo "Installing the pinned packages (several minutes the first time)"
+	@# torch first and alone: the build of the native ops compiles against its headers.
+	@$(PIP) torch
+	@$(PIP) --editable '.[dev]'
+	@touch $@

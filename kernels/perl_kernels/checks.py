@@ -1,0 +1,196 @@
+"""Argument checks of the public functions: each names the argument, what it got and what it wants.
+
+Shapes and types are always checked. Values are checked where looking costs no synchronisation: for
+CPU tensors, or everywhere with PERL_CHECKS=1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .advantage import GroupedRewards
+from .dispatch import values_visible
+from .objective import PolicyLoss
+
+
+def check_tensor(name: str, got: object, ndim: int, shape: str) -> Tensor:
+    if not isinstance(got, Tensor):
+        raise TypeError(f"{name} is a {type(got).__name__}, must be a tensor {shape}")
+    if got.ndim != ndim:
+        raise ValueError(f"{name} has shape {list(got.shape)}, must be {shape}")
+    return got
+
+
+def check_floating(name: str, got: object, ndim: int, shape: str) -> Tensor:
+    tensor = check_tensor(name, got, ndim, shape)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} has dtype {tensor.dtype}, must be floating point")
+    return tensor
+
+
+def check_length(name: str, got: object, n_tokens: int, shape: str = "[N]") -> Tensor:
+    tensor = check_tensor(name, got, 1, shape)
+    if tensor.shape[0] != n_tokens:
+        raise ValueError(
+            f"{name} has shape {list(tensor.shape)}, must be {shape} with N = {n_tokens}"
+        )
+    return tensor
+
+
+def check_same_device(expected: Tensor, **others: object) -> None:
+    for name, other in others.items():
+        if isinstance(other, Tensor) and other.device != expected.device:
+            raise ValueError(f"{name} is on {other.device}, must be on {expected.device}")
+
+
+def check_targets(targets: object, n_tokens: int, vocab: int) -> None:
+    tensor = check_length("targets", targets, n_tokens)
+    if tensor.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"targets has dtype {tensor.dtype}, must be int64 or int32")
+    if values_visible(tensor) and tensor.numel():
+        low, high = int(tensor.min()), int(tensor.max())
+        if low < 0 or high >= vocab:
+            raise ValueError(
+                f"targets holds {low if low < 0 else high}, must be in [0, V) with V = {vocab}; "
+                "give tokens that do not count a weight of 0 and any valid target"
+            )
+
+
+def check_temperature(temperature: object, n_tokens: int) -> None:
+    if isinstance(temperature, Tensor):
+        if temperature.ndim == 0:
+            raise ValueError("temperature has shape [], must be a float or a tensor [N]")
+        check_length("temperature", temperature, n_tokens)
+        if values_visible(temperature) and not (temperature > 0).all():
+            raise ValueError("temperature must be above 0 in every row")
+    elif isinstance(temperature, bool) or not isinstance(temperature, int | float):
+        raise TypeError(
+            f"temperature is a {type(temperature).__name__}, must be a float or a tensor [N]"
+        )
+    elif not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature is {temperature}, must be above 0 and finite")
+
+
+def check_logits(logits: object, targets: object, temperature: object) -> None:
+    tensor = check_floating("logits", logits, 2, "[N, V]")
+    check_targets(targets, *tensor.shape)
+    check_temperature(temperature, tensor.shape[0])
+    check_same_device(tensor, targets=targets, temperature=temperature)
+
+
+def check_linear(
+    hidden: object,
+    weight: object,
+    targets: object,
+    bias: object,
+    temperature: object,
+    softcap: float | None,
+    chunk_size: int | None,
+) -> None:
+    rows = check_floating("hidden", hidden, 2, "[N, H]")
+    matrix = check_floating("weight", weight, 2, "[V, H]")
+    if matrix.shape[1] != rows.shape[1]:
+        raise ValueError(
+            f"weight has shape {list(matrix.shape)}, must be [V, H] with the H of hidden, "
+            f"{rows.shape[1]}"
+        )
+    vocab = matrix.shape[0]
+    check_targets(targets, rows.shape[0], vocab)
+    if bias is not None and len(check_floating("bias", bias, 1, "[V]")) != vocab:
+        raise ValueError(f"bias has another length than weight: must be [V] with V = {vocab}")
+    if rows.dtype != matrix.dtype and not torch.is_autocast_enabled(rows.device.type):
+        raise TypeError(
+            f"weight has dtype {matrix.dtype}, must be that of hidden, {rows.dtype}, outside of "
+            "autocast"
+        )
+    check_temperature(temperature, rows.shape[0])
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap is {softcap}, must be above 0 and finite, or None")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}, must be at least 1")
+    check_same_device(rows, weight=weight, targets=targets, bias=bias, temperature=temperature)
+
+
+def check_cu_seqlens(cu_seqlens: object, n_tokens: int) -> Tensor:
+    bounds = check_tensor("cu_seqlens", cu_seqlens, 1, "[B + 1]")
+    if bounds.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens has dtype {bounds.dtype}, must be int32")
+    if bounds.numel() == 0:
+        raise ValueError("cu_seqlens has shape [0], must be [B + 1]")
+    if n_tokens and bounds.numel() == 1:
+        raise ValueError(f"cu_seqlens has shape [1], so B = 0, but there are N = {n_tokens} tokens")
+    if values_visible(bounds):
+        values = bounds.tolist()
+        if values[0] != 0 or values[-1] != n_tokens:
+            raise ValueError(
+                f"cu_seqlens runs from {values[0]} to {values[-1]}, must run from 0 to N = "
+                f"{n_tokens}"
+            )
+        if (bounds[1:] < bounds[:-1]).any():
+            raise ValueError("cu_seqlens decreases, must be monotone")
+    return bounds
+
+
+def check_advantages(advantages: object, count: int, n_tokens: int) -> None:
+    if isinstance(advantages, GroupedRewards):
+        if len(advantages.rewards) != count:
+            raise ValueError(
+                f"advantages.rewards has length {len(advantages.rewards)}, must be [B] with "
+                f"B = {count}"
+            )
+        return
+    tensor = check_tensor("advantages", advantages, 1, "[B] or [N]")
+    if tensor.shape[0] not in (count, n_tokens):
+        raise ValueError(
+            f"advantages has shape {list(tensor.shape)}, must be [B] or [N] with B = {count}, "
+            f"N = {n_tokens}"
+        )
+
+
+def check_objective(
+    loss: object, ref_logprobs: object, rollout_logprobs: object, entropy_given: bool
+) -> PolicyLoss:
+    if not isinstance(loss, PolicyLoss):
+        raise TypeError(f"loss is a {type(loss).__name__}, must be a PolicyLoss")
+    if loss.has_kl and ref_logprobs is None:
+        raise ValueError(f"ref_logprobs is None, but the loss has kl={loss.kl!r}")
+    if loss.correction is not None and rollout_logprobs is None:
+        raise ValueError(
+            f"rollout_logprobs is None, but the loss has correction={loss.correction!r}"
+        )
+    if loss.entropy_coef != 0 and not entropy_given:
+        raise ValueError(f"entropy is None, but the loss has entropy_coef={loss.entropy_coef}")
+    norm = loss.aggregation == "seq-mean-token-sum-norm"
+    if norm and loss.max_completion_length is None:
+        raise ValueError(
+            "PolicyLoss.max_completion_length is None, but aggregation='seq-mean-token-sum-norm' "
+            "divides by it"
+        )
+    return loss
+
+
+def check_normalizer(normalizer: object) -> None:
+    if normalizer is None:
+        return
+    if isinstance(normalizer, Tensor):
+        if normalizer.ndim != 0:
+            raise ValueError(
+                f"normalizer has shape {list(normalizer.shape)}, must be a float or 0-dim tensor"
+            )
+        if not values_visible(normalizer):
+            return
+    elif not isinstance(normalizer, int | float):
+        raise TypeError(
+            f"normalizer is a {type(normalizer).__name__}, must be a float or 0-dim tensor"
+        )
+    if normalizer < 0:
+        raise ValueError(f"normalizer is {float(normalizer)}, must be at least 0")
+
+
+def check_weights(weights: object, n_tokens: int) -> None:
+    tensor = check_length("weights", weights, n_tokens)
+    if values_visible(tensor) and tensor.dtype != torch.bool and (tensor < 0).any():
+        raise ValueError("weights holds a negative value, must be at least 0")

@@ -1,0 +1,35 @@
+"""What the functions of this package return."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class TokenLogprobs(NamedTuple):
+    """`logprobs [N]`: log-probability of each target. `entropy [N]`: entropy of each row's
+    distribution, in nats. Both fp32 (fp64 for fp64 inputs) and differentiable."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+class LossOutput(NamedTuple):
+    """What a loss function returns.
+
+    Attributes:
+        loss: [], differentiable.
+        logprobs: [N], without gradient.
+        entropy: [N], without gradient; NaN from `policy_loss` if it was given no entropy.
+        metrics: 0-dim tensors without gradient, means over the tokens whose weight is not 0:
+            `kl`, `entropy`, `clip_fraction_low`, `clip_fraction_high`, `clip_fraction`,
+            `dual_clip_fraction`, `ratio_mean`, `ratio_max`, `rollout_kl` (mean of rollout - old),
+            `correction_mean`, and the counts `tokens` and `invalid_rows`. One whose input was not
+            given is 0 (1 for a ratio or a weight).
+    """
+
+    loss: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    metrics: dict[str, Tensor]

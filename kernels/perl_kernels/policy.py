@@ -1,0 +1,89 @@
+"""`policy_loss`: the loss of log-probs that are already there."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .advantage import GroupedRewards
+from .aggregation import aggregate, loss_metrics
+from .coefficient import token_terms
+from .dispatch import Backend, select_backend
+from .inputs import LossInputs, compute_dtype, loss_inputs
+from .objective import PolicyLoss
+from .outputs import LossOutput
+
+
+def policy_loss(
+    logprobs: Tensor,
+    advantages: Tensor | GroupedRewards,
+    cu_seqlens: Tensor,
+    loss: PolicyLoss,
+    *,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    entropy: Tensor | None = None,
+    weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    backend: Backend = "auto",
+) -> LossOutput:
+    """The loss `loss` of N scored tokens in B completions.
+
+    Args:
+        logprobs: [N] log-prob of each token under the policy.
+        advantages: [B], [N] (taken as [B] where B = N), or `GroupedRewards` of the B completions.
+        cu_seqlens: [B + 1] int32, monotone from 0 to N; completions may be empty.
+        loss: what is optimised; the formulas are in `PolicyLoss`.
+        old_logprobs: [N] under the policy that the ratio refers to; left out, the policy itself, so
+            that every ratio is 1.
+        ref_logprobs: [N] under the reference model; needed by a KL term. Without a KL term, the k3
+            estimate is reported in the metrics.
+        rollout_logprobs: [N] as the rollout engine gave them; needed by `loss.correction`.
+        entropy: [N]; needed by an entropy bonus.
+        weights: [N] factor of each token's term, at least 0. Tokens of weight 0 take no part in
+            anything, whatever their other values: sequence ratios are over the other tokens.
+        normalizer: denominator in place of the call's own count (the sum of the weights, or the
+            number of sequences): the whole step's, if the step is split over several calls.
+        backend: see `perl_kernels.dispatch`.
+
+    Returns:
+        `LossOutput`, computed in fp32 (fp64 for fp64 log-probs). The loss is differentiable with
+        respect to `logprobs` and `entropy`; it is 0 without tokens, and NaN where an input is NaN
+        or infinite.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or value.
+    """
+    select_backend(backend)
+    checks.check_floating("logprobs", logprobs, 1, "[N]")
+    if entropy is not None:
+        checks.check_length("entropy", entropy, logprobs.shape[0])
+        checks.check_same_device(logprobs, entropy=entropy)
+    inputs = loss_inputs(
+        logprobs,
+        advantages,
+        cu_seqlens,
+        loss,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        weights=weights,
+        normalizer=normalizer,
+        has_entropy=entropy is not None,
+    )
+    dtype = compute_dtype(logprobs)
+    entropy = None if entropy is None else entropy.to(dtype)
+    return evaluate(loss, inputs, logprobs.to(dtype), entropy)
+
+
+def evaluate(
+    loss: PolicyLoss, inputs: LossInputs, logprobs: Tensor, entropy: Tensor | None
+) -> LossOutput:
+    """The loss and its metrics, once everything has been checked and brought to one form."""
+    rows = inputs.rows(logprobs, entropy)
+    terms = token_terms(loss, rows, inputs.segments)
+    value = aggregate(inputs.scale, inputs.mask, terms.value)
+    seen = torch.full_like(logprobs, torch.nan) if entropy is None else entropy
+    return LossOutput(value, logprobs.detach(), seen.detach(), loss_metrics(rows, terms))

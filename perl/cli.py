@@ -1,0 +1,308 @@
+"""The command line: `perl-rl train | resume | evaluate | generate | report | config | doctor`."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import io
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from perl.config import Config, EvalConfig
+from perl.types import UserError
+
+
+@dataclass(frozen=True)
+class _Common:
+    debug: bool = False
+    """Show the whole trace of an error, and debug messages."""
+
+
+@dataclass(frozen=True)
+class Train(_Common):
+    """Train by a recipe: cold start, evaluation, RL, evaluation, report. Every key of the recipe can be
+    overridden, as in `perl-rl train demo --train.steps 5 --run.dir runs/short`."""
+
+    recipe: Positional[str] = "demo"
+    """A bundled recipe's name (see `perl-rl config --list`) or a .toml file."""
+    config: Annotated[Config, arg(name="")] = field(default_factory=Config)
+    overwrite: bool = False
+    """Replace the run folder if it is there."""
+    resume: bool = False
+    """Go on in the run folder if it is there."""
+
+
+@dataclass(frozen=True)
+class Resume(_Common):
+    """Go on with a run that was stopped or killed, from its newest whole checkpoint."""
+
+    run: Positional[Path] = Path()
+    """The run folder."""
+
+
+@dataclass(frozen=True)
+class Evaluate(_Common):
+    """Accuracy and consistency of a model on held-out examples, over all or many orders of their images."""
+
+    model: Positional[str] = ""
+    """A run folder (its last model and its settings), a model folder, or a hub name."""
+    data: str = ""
+    """JSONL or Parquet file, hub dataset or bundled:digits; empty: the run's."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    max_new_tokens: int | None = None
+    """Longest completion; empty: the run's."""
+    output: Path | None = None
+    """JSON file for the numbers, by task and by example."""
+
+
+@dataclass(frozen=True)
+class Generate(_Common):
+    """Ask a model about images, or about a held-out example of its run."""
+
+    model: Positional[str] = ""
+    """A run folder (its last model), a model folder, or a hub name."""
+    prompt: str = ""
+    """The question; `<image>` marks where each image goes, else they stand before it."""
+    images: tuple[Path, ...] = ()
+    """Image files, in the order of their slots."""
+    example: int | None = None
+    """Number of a held-out example of the run's data, instead of prompt and images."""
+    n: int = 1
+    """Completions."""
+    temperature: float = 0.0
+    """0: the most likely completion."""
+    max_new_tokens: int = 512
+    """Longest completion."""
+    seed: int = 0
+    """Of the sampling."""
+
+
+@dataclass(frozen=True)
+class Report(_Common):
+    """Write report.html and the pictures of a run again, also of one that is not finished."""
+
+    run: Positional[Path] = Path()
+    """The run folder."""
+
+
+@dataclass(frozen=True)
+class ShowConfig(_Common):
+    """Print a recipe with every key, overrides included, as TOML."""
+
+    recipe: Positional[str] = "demo"
+    """A bundled recipe's name or a .toml file."""
+    config: Annotated[Config, arg(name="")] = field(default_factory=Config)
+    list: bool = False
+    """Only the names of the bundled recipes."""
+
+
+@dataclass(frozen=True)
+class Doctor(_Common):
+    """What is installed, which backend and attention would be used, and what to install for more."""
+
+
+COMMANDS: dict[str, tuple[type[_Common], str]] = {
+    "train": (Train, "train a model by a recipe"),
+    "resume": (Resume, "go on with a run that was stopped or killed"),
+    "evaluate": (Evaluate, "accuracy and consistency over image orders"),
+    "generate": (Generate, "ask a model about images"),
+    "report": (Report, "write a run's report.html and pictures again"),
+    "config": (ShowConfig, "print a recipe with every key"),
+    "doctor": (Doctor, "what is installed and what would be used"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 2 a user's mistake (one line says which), 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
+        code = _run(arguments)
+    except UserError as error:
+        code = _fail(str(error), debug)
+    except KeyboardInterrupt:
+        code = _stopped("stopped at once; the last checkpoint stands", debug)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        code = _fail(
+            f"{error.strerror}: {error.filename or 'the run folder'}; {_disk_advice(error)}", debug
+        )
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"perl-rl {version('perl-rl')}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        raise UserError(
+            f"unknown command {name}: "
+            + (f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}")
+        )
+    command = parse(name, rest)
+    _prepare(command.debug)
+    from perl import commands
+    from perl.interrupt import Interrupted
+
+    actions: dict[type[_Common], Callable[[Any], None]] = {
+        Train: commands.train_command,
+        Resume: commands.resume_command,
+        Evaluate: commands.evaluate_command,
+        Generate: commands.generate_command,
+        Report: commands.report_command,
+        ShowConfig: commands.config_command,
+        Doctor: commands.doctor_command,
+    }
+    try:
+        actions[type(command)](command)
+    except Interrupted as stop:
+        return _stopped(str(stop), command.debug)
+    return 0
+
+
+def parse(name: str, arguments: list[str]) -> Any:
+    """The command's arguments as its dataclass; a recipe's values are the defaults of the overrides.
+
+    Raises:
+        UserError: a recipe that cannot be read, a missing argument, or an option that does not exist.
+    """
+    import tyro
+
+    kind, _ = COMMANDS[name]
+    target = {
+        Train: "recipe",
+        ShowConfig: "recipe",
+        Resume: "run",
+        Report: "run",
+        Evaluate: "model",
+        Generate: "model",
+    }
+    first = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    wanted = target.get(kind)
+    if wanted and first is None and not {"-h", "--help", "--list"} & set(arguments):
+        raise UserError(
+            f"perl-rl {name} needs a {wanted} first, as in: perl-rl {name} {wanted.upper()} [options]"
+        )
+    default = _with_recipe(kind(), first)
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            parsed, unknown = tyro.cli(
+                kind,
+                prog=f"perl-rl {name}",
+                args=arguments,
+                default=default,
+                return_unknown_args=True,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(
+            f"perl-rl {name}: {_first_sentence(said.getvalue())}; see perl-rl {name} --help"
+        ) from None
+    if unknown:
+        raise UserError(f"perl-rl {name}: " + _unknown_option(unknown[0], default))
+    return parsed
+
+
+def _first_sentence(box: str) -> str:
+    """What a framed error message of tyro's says, without frame and help text."""
+    lines = []
+    for line in box.splitlines():
+        if not line.startswith("│"):
+            continue
+        text = line.strip("│ ")
+        if text.startswith("─"):
+            break
+        lines.append(text)
+    return " ".join(lines).rstrip(".")
+
+
+def _with_recipe(default: Any, recipe: str | None) -> Any:
+    """The command's defaults, from the recipe where it takes one."""
+    if not isinstance(default, Train | ShowConfig) or recipe is None:
+        return default
+    from perl.recipe import load_recipe
+
+    return replace(default, config=load_recipe(recipe))
+
+
+def _unknown_option(option: str, default: Any) -> str:
+    """`--train.lrr` is unknown; did you mean `--train.lr`?"""
+    known = _options(default, "")
+    near = difflib.get_close_matches(option.split("=")[0].replace("_", "-"), known, n=1)
+    return f"unknown option {option}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+
+
+def _options(value: Any, prefix: str) -> list[str]:
+    out = []
+    for f in fields(value):
+        inner = getattr(value, f.name)
+        name = "" if isinstance(inner, Config) else f"{prefix}{f.name}".replace("_", "-")
+        out += _options(inner, f"{name}." if name else "") if is_dataclass(inner) else [f"--{name}"]
+    return out
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        (
+            "perl-rl: reinforcement learning of vision-language models over several images, in permuted orders",
+            "",
+            "usage: perl-rl COMMAND [options]    (perl-rl COMMAND --help tells more)",
+            "",
+            *lines,
+            "",
+            "first steps: perl-rl train demo; perl-rl generate runs/demo/seed-0 --example 0",
+        )
+    )
+
+
+def _prepare(debug: bool) -> None:
+    """Before torch is loaded: how its threads wait, and whose messages are shown (ours; of others only errors)."""
+    # libgomp's default is to spin for minutes: with another busy process a step of the demo took 60 times as long.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    for ours in ("perl", "perl_kernels"):
+        logging.getLogger(ours).setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+def _fail(message: str, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _stopped(message: str, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"{message}; go on with perl-rl resume RUN", file=sys.stderr)
+    return 130
+
+
+def _disk_advice(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space and go on with perl-rl resume RUN; the last checkpoint stands"
+    return "choose a folder you may write to"

@@ -1,0 +1,51 @@
+"""The cold start: supervised fine-tuning on worked answers, so that RL finds something to reinforce."""
+
+from __future__ import annotations
+
+from perl.loss import SUPERVISED
+from perl.session import Session
+from perl.setup import save_model, worked_answer_rng
+from perl.tasks import with_noise
+from perl.types import Example, Segment, UserError, Variant
+from perl.update import Schedule
+
+
+def cold_start(session: Session) -> None:
+    """Train on worked answers in the original image order, and export the result as `models/cold_start`."""
+    config, bench = session.config.cold_start, session.bench
+    if not session.reach("cold_start") or config.steps == 0:
+        return
+    session.display.stage("cold start", config.steps, session.progress.step)
+    updater = session.make_updater(
+        Schedule(config.lr, config.schedule, config.warmup_steps, config.steps)
+    )
+    stream = session.stream("cold_start")
+    for step in range(session.progress.step, config.steps):
+        with bench.watch("preprocess"):
+            examples = bench.draw(stream, config.batch_size)
+            batches = session.pack([s for e in examples for s in _worked_segment(session, e)])
+        total = session.total(sum(b.num_scored for b in batches))
+        with bench.watch("cold_start"):
+            metrics = updater.step(
+                step,
+                batches,
+                lambda _, batch, total=total: bench.head(batch, SUPERVISED, normalizer=total),
+            )
+        row = {"tokens": int(total), **{k: metrics[k] for k in ("loss", "grad_norm", "lr")}}
+        session.after_step("cold_start", step, row, stream, {"loss": row["loss"]})
+    save_model(bench, "cold_start")
+    session.leave("before")
+
+
+def _worked_segment(session: Session, example: Example) -> list[Segment]:
+    """The example's prompt with its worked answer; nothing if the prompt is over the budget and is dropped."""
+    config, bench = session.config.cold_start, session.bench
+    if example.worked is None:
+        raise UserError(
+            f"example {example.id} has no worked answer for the cold start; "
+            "add a column `worked` or set cold_start.steps = 0"
+        )
+    text = with_noise(example, config.noise, worked_answer_rng(session.config, example))
+    variant = Variant(example, tuple(range(len(example.images))), example.images, example.answer)
+    prompts = bench.encoder.encode([variant])
+    return [Segment(p, bench.processor.encode_completion(text)) for p in prompts or ()]

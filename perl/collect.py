@@ -1,0 +1,165 @@
+"""From examples to groups with signal: permute, generate, reward, filter, refill."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from perl.config import Config
+from perl.filtering import GroupFilter
+from perl.loss import advantages_of
+from perl.metrics import Stopwatch
+from perl.permutation import orders, permute
+from perl.processor import Processor
+from perl.reward import Scorer
+from perl.rollout import InProcessEngine, SamplingParams
+from perl.types import EncodedPrompt, Example, Group, Rollout, UserError, Variant
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Collected:
+    """The groups of one step, and what became of all that were rolled out."""
+
+    groups: list[Group] = field(default_factory=list)
+    seen: list[Group] = field(default_factory=list)
+    """Every group that was rolled out, the dropped ones included."""
+    tries: int = 0
+    surplus: int = 0
+    """Groups with signal over the batch size, which were not used."""
+
+
+class PromptEncoder:
+    """Tokens of variants within the prompt budget."""
+
+    def __init__(self, processor: Processor, max_tokens: int, overlong: str) -> None:
+        self.processor, self.max_tokens, self.overlong = processor, max_tokens, overlong
+        self.dropped = 0
+
+    def encode(self, variants: Sequence[Variant]) -> list[EncodedPrompt] | None:
+        """Prompts of one example's variants; None if they are over the budget and are to be dropped.
+
+        Raises:
+            UserError: over the budget and `overlong` is "error".
+        """
+        prompts = [self.processor.encode(v) for v in variants]
+        longest = max(len(p.input_ids) for p in prompts)
+        if longest <= self.max_tokens:
+            return prompts
+        if self.overlong == "error":
+            raise UserError(
+                f"example {variants[0].example.id}: its prompt has {longest} tokens, over data.max_prompt_tokens = "
+                f'{self.max_tokens}; raise it, lower model.max_pixels, or set data.overlong = "drop"'
+            )
+        self.dropped += 1
+        return None
+
+
+class Collector:
+    """Rolls examples out in several image orders until a batch of groups with signal is full."""
+
+    def __init__(
+        self,
+        config: Config,
+        engine: InProcessEngine,
+        encoder: PromptEncoder,
+        scorer: Scorer,
+        watch: Stopwatch,
+    ) -> None:
+        self.config, self.engine, self.encoder, self.scorer, self.watch = (
+            config,
+            engine,
+            encoder,
+            scorer,
+            watch,
+        )
+        self.filter = GroupFilter(config.filter.zero_variance)
+
+    def collect(
+        self, draw: Callable[[int], list[Example]], count: int, epoch: int, seed: int
+    ) -> Collected:
+        """Groups for one step.
+
+        Args:
+            draw: gives the next examples of the data.
+            count: groups wanted.
+            epoch: of the data; new image orders are drawn in each.
+            seed: of the sampling; the same one gives the same groups.
+        """
+        out = Collected()
+        self.filter.reset()
+        while len(out.groups) < count and out.tries < self.config.filter.max_tries:
+            examples = draw(count)
+            groups = self.roll_out(examples, epoch, seed * self.config.filter.max_tries + out.tries)
+            out.tries += 1
+            out.seen += groups
+            out.groups += self.filter(groups)
+        out.surplus = max(0, len(out.groups) - count)
+        del out.groups[count:]
+        with self.watch("reward"):
+            advantages = advantages_of([g.rewards for g in out.groups])
+        out.groups = [replace(g, advantages=a) for g, a in zip(out.groups, advantages, strict=True)]
+        return out
+
+    def roll_out(self, examples: Sequence[Example], epoch: int, seed: int) -> list[Group]:
+        """One group per example: every order, `per_order` completions each, scored."""
+        config = self.config
+        with self.watch("permute"):
+            per_example = [
+                [
+                    permute(e, o)
+                    for o in orders(e, config.permutation.orders, config.run.seed, epoch)
+                ]
+                for e in examples
+            ]
+        with self.watch("preprocess"):
+            encoded = [(v, p) for v in per_example if (p := self.encoder.encode(v)) is not None]
+        params = SamplingParams(
+            config.rollout.per_order, config.rollout.temperature, config.rollout.max_new_tokens
+        )
+        flat = [prompt for _, prompts in encoded for prompt in prompts]
+        with self.watch("rollout"):
+            completions = self.engine.generate(flat, params, seed)
+        rollouts: list[list[Rollout]] = []
+        start = 0
+        for variants, prompts in encoded:
+            mine = completions[start : start + len(prompts)]
+            start += len(prompts)
+            rollouts.append(
+                [
+                    Rollout(
+                        v,
+                        p,
+                        c.token_ids,
+                        c.logprobs,
+                        self.encoder.processor.decode(c.token_ids),
+                        c.finished,
+                    )
+                    for v, p, cs in zip(variants, prompts, mine, strict=True)
+                    for c in cs
+                ]
+            )
+        return self._score(rollouts)
+
+    def _score(self, rollouts: Sequence[Sequence[Rollout]]) -> list[Group]:
+        with self.watch("reward"):
+            totals, parts = self.scorer.score_rollouts([r for group in rollouts for r in group])
+        groups, start = [], 0
+        for group in rollouts:
+            span = slice(start, start + len(group))
+            start += len(group)
+            groups.append(
+                Group(
+                    example=group[0].variant.example,
+                    variants=tuple({r.variant.order: r.variant for r in group}.values()),
+                    rollouts=tuple(group),
+                    rewards=totals[span],
+                    reward_parts={name: values[span] for name, values in parts.items()},
+                    advantages=np.zeros(len(group), np.float32),
+                )
+            )
+        return groups

@@ -1,0 +1,233 @@
+"""What the commands of `perl-rl` do."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perl.config import Config
+from perl.progress import Display
+from perl.recipe import read_config, recipe_names, save_config
+from perl.run import RunFolder
+from perl.types import IMAGE_SLOT, Example, Message, UserError
+
+if TYPE_CHECKING:
+    from perl.cli import Doctor, Evaluate, Generate, Report, Resume, ShowConfig, Train
+
+
+def train_command(command: Train) -> None:
+    """`perl-rl train`"""
+    config = command.config
+    folder = RunFolder(Path(config.run.dir))
+    if command.resume and folder.config.exists():
+        _go(read_config(folder.config), folder, resume=True)
+        return
+    _check(config)
+    folder.create(command.overwrite)
+    save_config(config, folder.config)
+    _go(config, folder, resume=False)
+
+
+def resume_command(command: Resume) -> None:
+    """`perl-rl resume`"""
+    folder = RunFolder(command.run)
+    if not folder.config.exists():
+        raise UserError(
+            f"{command.run} is no run folder: it has no config.toml; start one with perl-rl train"
+        )
+    config = read_config(folder.config)
+    _go(replace(config, run=replace(config.run, dir=str(command.run))), folder, resume=True)
+
+
+def _check(config: Config) -> None:
+    """Find mistakes before anything is written."""
+    from perl.data import load_examples, validate
+    from perl.loss import make_policy_loss
+    from perl.reward import Scorer
+
+    Scorer(config.reward.functions, config.reward.weights)
+    make_policy_loss(config.loss, config.rollout.max_new_tokens)
+    validate(load_examples(config.data.train, config.data, "train", config.run.seed))
+    if config.eval.examples:
+        validate(
+            load_examples(
+                config.data.eval, config.data, "test", config.run.seed, config.eval.examples
+            )
+        )
+
+
+def _go(config: Config, folder: RunFolder, resume: bool) -> None:
+    from perl.report import write_report
+    from perl.summary import print_table
+    from perl.train import train
+
+    with Display() as display:
+        summary = train(config, folder, display, resume)
+    print_table(summary, str(folder.root))
+    print(f"report: {write_report(folder.root)}")
+
+
+def evaluate_command(command: Evaluate) -> None:
+    """`perl-rl evaluate`"""
+    from perl.evaluate import aggregate, evaluate
+    from perl.setup import EVAL_SEED
+
+    config, path = _model_and_config(command.model)
+    data = replace(config.data, eval=command.data or config.data.eval)
+    if command.max_new_tokens:
+        config = replace(
+            config, rollout=replace(config.rollout, max_new_tokens=command.max_new_tokens)
+        )
+    config = replace(config, data=data, eval=command.eval, model=replace(config.model, path=path))
+    from perl.data import load_examples
+
+    examples = load_examples(data.eval, data, "test", EVAL_SEED, max(1, command.eval.examples))
+    engine, encoder = _engine(config)
+    with Display() as display:
+        display.stage("evaluate", len(examples))
+        results, _ = evaluate(
+            engine,
+            encoder,
+            [examples[i] for i in range(len(examples))],
+            command.eval,
+            config.rollout.max_new_tokens,
+            EVAL_SEED,
+            display.advance,
+        )
+    numbers = aggregate(results)
+    _print_evaluation(numbers, path)
+    if command.output:
+        by_example = [
+            {"id": r.example.id, "task": r.example.task, "orders": r.orders}
+            | {k: getattr(r, k) for k in ("accuracy", "greedy", "consistency")}
+            for r in results
+        ]
+        command.output.write_text(
+            json.dumps({**numbers, "by_example": by_example}, indent=2) + "\n", encoding="utf-8"
+        )
+
+
+def _print_evaluation(numbers: dict[str, Any], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    columns = (
+        "examples",
+        "orders",
+        "accuracy",
+        "greedy",
+        "consistency",
+        "greedy_consistency",
+        "format",
+    )
+    for name in ("task", *columns):
+        table.add_column(name.replace("_", " "), justify="left" if name == "task" else "right")
+    for task, row in {**numbers["by_task"], "all": numbers}.items():
+        table.add_row(task, *(_cell(name, row[name]) for name in columns))
+    Console().print(table)
+
+
+def _cell(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:g}" if name in ("examples", "orders") else f"{100 * value:.1f} %"
+
+
+def generate_command(command: Generate) -> None:
+    """`perl-rl generate`"""
+    from perl.rollout import SamplingParams
+
+    config, path = _model_and_config(command.model)
+    config = replace(config, model=replace(config.model, path=path))
+    example = _held_out(config, command.example) if command.example is not None else _asked(command)
+    engine, encoder = _engine(config)
+    prompt = encoder.processor.encode_messages(example.messages, example.images, "--prompt")
+    temperature = command.temperature or (1.0 if command.n > 1 else 0.0)
+    params = SamplingParams(command.n, temperature, command.max_new_tokens)
+    if command.example is not None:
+        print(f"question: {example.messages[-1].content}\nright answer: {example.answer}")
+    for completion in engine.generate([prompt], params, command.seed)[0]:
+        text = encoder.processor.decode(completion.token_ids)
+        print(text if completion.finished else f"{text} [cut at {command.max_new_tokens} tokens]")
+
+
+def _asked(command: Generate) -> Example:
+    """The prompt and image files of the command line."""
+    from perl.pictures import open_image
+
+    if not command.prompt:
+        raise UserError("perl-rl generate needs --prompt, with --images, or --example")
+    images = tuple(open_image(path, str(path)) for path in command.images)
+    text = command.prompt
+    if IMAGE_SLOT not in text:
+        text = " ".join([*[IMAGE_SLOT] * len(images), text])
+    return Example("--prompt", images, (Message("user", text),), answer="")
+
+
+def _held_out(config: Config, number: int) -> Example:
+    from perl.data import load_examples
+    from perl.setup import EVAL_SEED
+
+    examples = load_examples(config.data.eval, config.data, "test", EVAL_SEED, number + 1)
+    if number >= len(examples):
+        raise UserError(f"--example {number}: the data has only {len(examples)} examples")
+    return examples[number]
+
+
+def report_command(command: Report) -> None:
+    """`perl-rl report`"""
+    from perl.report import write_report
+
+    print(write_report(command.run))
+
+
+def config_command(command: ShowConfig) -> None:
+    """`perl-rl config`"""
+    if command.list:
+        print("\n".join(recipe_names()))
+        return
+    save_config(command.config, Path("/dev/stdout"))
+
+
+def doctor_command(command: Doctor) -> None:
+    """`perl-rl doctor`"""
+    from perl.doctor import examine
+
+    if not examine():
+        sys.exit(1)
+
+
+def _engine(config: Config) -> tuple[Any, Any]:
+    import torch
+
+    from perl.collect import PromptEncoder
+    from perl.model import load_policy, load_processor
+    from perl.rollout import InProcessEngine
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    policy = load_policy(config.model.path, replace(config.model, lora_rank=0), device).to(device)
+    processor = load_processor(config.model.path, config.model)
+    encoder = PromptEncoder(processor, config.data.max_prompt_tokens, config.data.overlong)
+    return InProcessEngine(policy, processor, config.rollout.batch_size), encoder
+
+
+def _model_and_config(model: str) -> tuple[Config, str]:
+    """A run folder stands for its settings and its newest model; anything else for a model with the defaults."""
+    folder = Path(model)
+    if not (folder / "config.toml").exists():
+        if (folder / "config.json").exists() or not folder.exists():
+            return Config(), model
+        raise UserError(
+            f"{model} is neither a run folder (no config.toml) nor a model folder (no config.json)"
+        )
+    config = read_config(folder / "config.toml")
+    if config.run.seeds:
+        folder = folder / f"seed-{config.run.seeds[0]}"
+    for name in ("final", "cold_start"):
+        if (folder / "models" / name / "config.json").exists():
+            return config, str(folder / "models" / name)
+    raise UserError(f"{model} has no finished model yet; go on with perl-rl resume {model}")

@@ -1,0 +1,212 @@
+"""The configuration of a run: nested dataclasses with the defaults and the help of every key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run lives and what it leaves behind."""
+
+    dir: str = ""
+    """Run folder; empty: runs/<recipe name>."""
+    seed: int = 0
+    """Seed of everything random: weights, data order, image orders, sampling."""
+    seeds: tuple[int, ...] = ()
+    """Several seeds: one whole run each, in seed-N folders, and a summary of mean and range."""
+    log_every: int = 1
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every: int = 50
+    """Optimiser steps between two checkpoints; 0: only at the end of a stage."""
+    keep_checkpoints: int = 2
+    """How many checkpoints stay; the older one serves if the newest is damaged."""
+    save_rollouts_every: int = 10
+    """Steps between two samples of rollouts kept for the report; 0: none."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Trackers of accelerate that also get the metrics: tensorboard, wandb, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model, and which of its weights are trained."""
+
+    path: str = "tiny-qwen2.5-vl"
+    """A model folder, a hub name, or tiny-qwen2.5-vl / tiny-qwen3-vl, made from config in the run folder."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the forward and backward; auto: bfloat16 autocast where the hardware has it."""
+    attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
+    """Packed attention; auto: flash-attn when it is installed and a GPU is there, else SDPA."""
+    freeze_vision: bool = False
+    """Keep the vision tower's weights as they are."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters on the language model's linear layers; 0: train all weights."""
+    lora_alpha: float = 32.0
+    """Scale of the LoRA update: alpha / rank."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward: less memory, about a third more time."""
+    min_pixels: int = 28 * 28
+    """Images below this many pixels are enlarged."""
+    max_pixels: int = 512 * 512
+    """Images above this many pixels are shrunk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where examples come from."""
+
+    train: str = "bundled:digits"
+    """JSONL or Parquet file, hub dataset, or bundled:digits (questions made over scikit-learn's scanned digits)."""
+    eval: str = "bundled:digits"
+    """Held-out examples, in the same forms; the bundled tasks keep train and test images apart."""
+    columns: Literal["auto", "perl", "trl", "verl", "easyr1"] = "auto"
+    """Whose column names the files use."""
+    image_root: str = ""
+    """Folder that relative image paths start from and may not leave; empty: the data file's folder."""
+    tasks: tuple[str, ...] = ("which",)
+    """Bundled tasks: which, odd, count, first, same, single."""
+    min_images: int = 2
+    """Fewest images in a bundled question."""
+    max_images: int = 4
+    """Most images in a bundled question."""
+    max_prompt_tokens: int = 8192
+    """A prompt with more tokens, image tokens included, is an error or is dropped."""
+    overlong: Literal["error", "drop"] = "error"
+    """What to do with a prompt over max_prompt_tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColdStartConfig:
+    """Supervised fine-tuning on worked answers before RL; it gives RL something to reinforce."""
+
+    steps: int = 0
+    """Optimiser steps; 0: no cold start."""
+    batch_size: int = 64
+    """Examples per step."""
+    lr: float = 2e-3
+    """Peak learning rate."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Learning rate after the warm-up."""
+    noise: float = 0.0
+    """Share of worked answers whose final answer is replaced by a random one (imperfect annotators)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PermutationConfig:
+    """The image orders every example is rolled out in."""
+
+    orders: int = 2
+    """Orders per example with the original one (the paper's n_s + 1); fewer where fewer exist."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """Sampling of completions."""
+
+    per_order: int = 6
+    """Completions per order."""
+    temperature: float = 1.0
+    """Sampling temperature; log-probs are taken at the same one."""
+    max_new_tokens: int = 512
+    """Longest completion."""
+    batch_size: int = 256
+    """Sequences generated together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """What a completion is worth: a weighted sum of functions."""
+
+    functions: tuple[str, ...] = ("accuracy", "format")
+    """Names, or package.module:function / file.py:function with TRL's convention
+    f(prompts, completions, **columns) -> list of floats (None or NaN: unscorable)."""
+    weights: tuple[float, ...] = (0.9, 0.1)
+    """One weight per function."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """Which groups are worth an optimiser step."""
+
+    zero_variance: bool = True
+    """Drop groups whose rollouts all got the same reward, and refill the batch."""
+    max_tries: int = 4
+    """Rollout batches per step at most, the first included; then the step runs with what there is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The policy loss; see perl_kernels.PolicyLoss."""
+
+    preset: str = "perl"
+    """perl, grpo, dapo, dr_grpo, gspo, cispo, ..."""
+    clip_low: float | None = None
+    """Lower clip range; empty: the preset's."""
+    clip_high: float | None = None
+    """Upper clip range; empty: the preset's."""
+    kl_coef: float | None = None
+    """Weight of the KL to the reference model; empty: the preset's; 0: no reference model is kept."""
+    entropy_coef: float | None = None
+    """Weight of the entropy bonus; empty: the preset's."""
+    aggregation: str | None = None
+    """token-mean, seq-mean-token-mean, seq-mean-token-sum, seq-mean-token-sum-norm; empty: the preset's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The RL loop."""
+
+    steps: int = 100
+    """Rollout batches to train on."""
+    examples_per_step: int = 16
+    """Groups per rollout batch."""
+    updates_per_batch: int = 1
+    """Optimiser steps per rollout batch; with more than one, old log-probs are computed and clipping acts."""
+    tokens_per_micro_batch: int = 16384
+    """Most tokens of one packed row; one forward and backward each."""
+    lr: float = 1e-6
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Optimiser steps of linear warm-up."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment decays."""
+    max_grad_norm: float = 1.0
+    """Gradient norm is clipped to this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Measurement on held-out examples, before and after RL."""
+
+    examples: int = 100
+    """Held-out examples; 0: no evaluation."""
+    max_orders: int = 24
+    """Orders per example: all of them when there are no more than this, else this many sampled ones."""
+    samples: int = 1
+    """Completions sampled per order at temperature 1, beside one greedy one."""
+    every: int = 0
+    """RL steps between two evaluations along the way; 0: only before and after."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run depends on; saved as config.toml in the run folder."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
+    permutation: PermutationConfig = field(default_factory=PermutationConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)

@@ -1,0 +1,125 @@
+"""How good and how consistent a policy is on held-out examples, over all or many orders of their images."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from perl.collect import PromptEncoder
+from perl.config import EvalConfig
+from perl.metrics import agreement, chosen_picture, mean
+from perl.permutation import all_orders, permute
+from perl.reward_answers import accuracy, format_reward
+from perl.rollout import InProcessEngine, SamplingParams
+from perl.types import Example, Rollout
+
+_CHUNK = 32
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleResult:
+    """One example over its orders. All numbers are 0 to 1; consistencies are NaN with a single order."""
+
+    example: Example
+    accuracy: float
+    """Of completions sampled at temperature 1, mean over orders and samples."""
+    greedy: float
+    """Of the greedy completion, mean over orders."""
+    consistency: float
+    """How often sampled completions of two different orders choose the same picture."""
+    greedy_consistency: float
+    format: float
+    orders: int
+
+
+def evaluate(
+    engine: InProcessEngine,
+    encoder: PromptEncoder,
+    examples: Sequence[Example],
+    config: EvalConfig,
+    max_new_tokens: int,
+    seed: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> tuple[list[ExampleResult], list[Rollout]]:
+    """Measure a policy.
+
+    Args:
+        examples: held-out examples; those over the prompt budget are left out if the encoder drops them.
+        seed: of the sampled orders and completions; the same for two policies that are compared.
+        advance: told how many examples are done, for a progress bar.
+
+    Returns:
+        Results by example, and one sampled rollout for each order of the first chunk's examples, to look at.
+    """
+    results: list[ExampleResult] = []
+    shown: list[Rollout] = []
+    for start in range(0, len(examples), _CHUNK):
+        chunk = examples[start : start + _CHUNK]
+        encoded = []
+        for example in chunk:
+            variants = [
+                permute(example, order) for order in all_orders(example, config.max_orders, seed)
+            ]
+            if (prompts := encoder.encode(variants)) is not None:
+                encoded += list(zip(variants, prompts, strict=True))
+        flat = [prompt for _, prompt in encoded]
+        sampled = engine.generate(
+            flat, SamplingParams(max(1, config.samples), 1.0, max_new_tokens), seed + start
+        )
+        greedy = engine.generate(flat, SamplingParams(1, 0.0, max_new_tokens), seed + start)
+        decode = encoder.processor.decode
+        rollouts = [
+            [
+                Rollout(v, p, c.token_ids, c.logprobs, decode(c.token_ids), c.finished)
+                for c in (*s, *g)
+            ]
+            for (v, p), s, g in zip(encoded, sampled, greedy, strict=True)
+        ]
+        for _, mine in groupby(rollouts, key=lambda r: r[0].variant.example.id):
+            results.append(_summarise(list(mine)))
+        shown += [] if start else [r[0] for r in rollouts]
+        advance(len(chunk))
+    return results, shown
+
+
+def aggregate(results: Sequence[ExampleResult]) -> dict[str, Any]:
+    """Means over examples, in all and by task."""
+    tasks: defaultdict[str, list[ExampleResult]] = defaultdict(list)
+    for result in results:
+        tasks[result.example.task].append(result)
+    by_task = {name: _means(of_task) for name, of_task in tasks.items() if name}
+    return {**_means(results), "by_task": by_task}
+
+
+def _summarise(by_order: Sequence[Sequence[Rollout]]) -> ExampleResult:
+    """Each order's rollouts are its samples and, last, its greedy completion."""
+    right = [_accuracies(rollouts) for rollouts in by_order]
+    picks = [[chosen_picture(r) for r in rollouts] for rollouts in by_order]
+    texts = [r.text for rollouts in by_order for r in rollouts[:-1]]
+    return ExampleResult(
+        example=by_order[0][0].variant.example,
+        accuracy=mean([a for accuracies in right for a in accuracies[:-1]]),
+        greedy=mean([accuracies[-1] for accuracies in right]),
+        consistency=agreement([p[:-1] for p in picks]),
+        greedy_consistency=agreement([p[-1:] for p in picks]),
+        format=mean(format_reward([""] * len(texts), texts)),
+        orders=len(by_order),
+    )
+
+
+def _accuracies(rollouts: Sequence[Rollout]) -> list[float]:
+    return accuracy(
+        [""] * len(rollouts), [r.text for r in rollouts], [r.variant.answer for r in rollouts]
+    )
+
+
+def _means(results: Sequence[ExampleResult]) -> dict[str, Any]:
+    names = ("accuracy", "greedy", "consistency", "greedy_consistency", "format", "orders")
+    means = {name: mean([getattr(r, name) for r in results]) for name in names}
+    return {k: None if math.isnan(v) else round(v, 6) for k, v in means.items()} | {
+        "examples": len(results)
+    }

@@ -1,0 +1,51 @@
+"""Evaluation as a stage of a run: measure, record, keep some rollouts to look at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from perl.evaluate import aggregate, evaluate
+from perl.reward_answers import accuracy
+from perl.session import Session
+from perl.setup import EVAL_SEED
+
+
+def measure(session: Session, at: str, step: int) -> dict[str, Any] | None:
+    """Evaluate the policy on the held-out examples and write it down; None if there are none.
+
+    Args:
+        at: "before" or "after" RL, or "step" along the way.
+        step: RL steps done.
+    """
+    config, bench = session.config, session.bench
+    if config.eval.examples == 0:
+        return None
+    examples = bench.held_out()
+    mine = examples[bench.accelerator.process_index :: bench.accelerator.num_processes]
+    if at == "step":
+        session.display.close()
+    session.display.stage(f"evaluate {at}", len(mine))
+    with bench.watch("evaluate"), bench.accelerator.autocast():
+        results, rollouts = evaluate(
+            bench.engine,
+            bench.encoder,
+            mine,
+            config.eval,
+            config.rollout.max_new_tokens,
+            EVAL_SEED + bench.accelerator.process_index,
+            session.display.advance,
+        )
+    if bench.accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        results = gather_object(results)
+    numbers = aggregate(results)
+    session.display.close()
+    if bench.is_main:
+        session.record({"stage": "evaluate", "step": step, "at": at, **numbers})
+        scores = accuracy(
+            [""] * len(rollouts), [r.text for r in rollouts], [r.variant.answer for r in rollouts]
+        )
+        kept = [(r, s) for r, s in zip(rollouts, scores, strict=True) if s is not None][:24]
+        session.gallery.keep_rollouts("evaluate", step, [r for r, _ in kept], [s for _, s in kept])
+    return numbers

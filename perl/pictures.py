@@ -1,0 +1,182 @@
+"""Collections of labelled pictures to make questions over, and the careful opening of images."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from perl.types import UserError
+
+Split = Literal["train", "test"]
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+MAX_SIDE = 32_768
+MAX_PIXELS = 100_000_000
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGIT_SIZE = 28
+TEST_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class PictureCollection:
+    """Pictures by class, split once and for all into train and test.
+
+    `labels` are the classes' words in their order (digits by value, folders by name).
+    `keys[split][c]` are the keys of the pictures of class c, and `open(key)` gives the picture as
+    RGB.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    keys: dict[str, tuple[tuple[str, ...], ...]]
+    open: Callable[[str], Image.Image]
+
+
+@functools.cache
+def load_collection(source: str) -> PictureCollection:
+    """The collection `digits` (scikit-learn's 1,797 scanned digits) or `folder:PATH` (one
+    sub-folder per class).
+
+    Raises UserError for an unknown source or a folder that does not hold at least two classes of
+    two pictures.
+    """
+    if source == "digits":
+        return _digits()
+    if source.startswith("folder:") and source != "folder:":
+        return _folder(Path(source.removeprefix("folder:")))
+    raise UserError(f"unknown picture collection '{source}'; use digits or folder:PATH")
+
+
+def check_size(size: tuple[int, int], where: str) -> None:
+    """Raise UserError for an image too large to decode; `where` names it in the message."""
+    width, height = size
+    if width < 1 or height < 1:
+        raise UserError(
+            f"{where}: the image has no pixels ({width} x {height}); replace or remove it"
+        )
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise UserError(
+            f"{where}: the image is too large, {width} x {height} pixels; "
+            f"at most {MAX_SIDE:,} a side and {MAX_PIXELS:,} in all are read, so shrink it"
+        )
+
+
+def open_image(
+    source: Path | bytes | Image.Image, where: str, *, decode: bool = True
+) -> Image.Image:
+    """The image as RGB with its EXIF orientation applied; with `decode=False` only its header is
+    read and checked.
+
+    `where` names the place in the data for the UserError raised if the file is missing, broken or
+    too large.
+    """
+    try:
+        # Pillow warns of and refuses large images at limits of its own; the check of the header
+        # decides here.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            if isinstance(source, Image.Image):
+                check_size(source.size, where)
+                return to_rgb(source) if decode else source
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                check_size(image.size, where)
+                return to_rgb(image) if decode else image
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{where}: there is no image file {source}; correct the path or data.image_root"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{where}: the image is too large ({error}); shrink it") from error
+    except UnidentifiedImageError as error:
+        raise UserError(
+            f"{where}: {_describe(source)} is no image that Pillow can read; replace it"
+        ) from error
+    except Exception as error:  # Pillow's decoders raise many types for broken files.
+        raise UserError(f"{where}: {_describe(source)} is broken ({error}); replace it") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image upright and in RGB; transparent parts become white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB":
+        return image.copy()
+    if image.mode.startswith("I;16"):  # convert() would clip 16 bits to white
+        image = image.point(lambda value: value * (1 / 256)).convert("L")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _digits() -> PictureCollection:
+    # Imported here, since scikit-learn takes seconds and only this collection needs it.
+    from sklearn.datasets import load_digits
+
+    data: Any = load_digits()
+    by_class: list[list[str]] = [[] for _ in DIGITS]
+    for index, target in enumerate(data.target):
+        by_class[int(target)].append(f"{index:04d}")
+
+    @functools.cache
+    def render(key: str) -> Image.Image:
+        ink = data.images[int(key)] / 16  # 8 x 8, from 0 (paper) to 1 (ink)
+        paper = Image.fromarray((255 - 255 * ink).round().astype("uint8"))
+        return paper.resize((DIGIT_SIZE, DIGIT_SIZE), Image.Resampling.BILINEAR).convert("RGB")
+
+    return PictureCollection("digits", DIGITS, _split_keys(by_class), render)
+
+
+def _folder(root: Path) -> PictureCollection:
+    if not root.is_dir():
+        raise UserError(f"picture folder {root} does not exist; correct the path after folder:")
+    classes: dict[str, list[str]] = {}
+    for folder in sorted(
+        path for path in root.iterdir() if path.is_dir() and path.name[0] not in "._"
+    ):
+        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+        label = "_".join(folder.name.lower().split())
+        if label in classes:
+            raise UserError(
+                f"picture folder {root}: two sub-folders are both the class '{label}'; rename one"
+            )
+        if len(files) < 2:
+            raise UserError(
+                f"picture folder {folder} holds {len(files)} images; each class needs two or more, "
+                "one to train on and one to test on"
+            )
+        classes[label] = [f"{folder.name}/{path.name}" for path in files]
+    if len(classes) < 2:
+        raise UserError(
+            f"picture folder {root} has {len(classes)} sub-folders with images; "
+            "give each of two or more classes its own"
+        )
+    keys = _split_keys([classes[label] for label in sorted(classes)])
+    return PictureCollection(
+        root.name,
+        tuple(sorted(classes)),
+        keys,
+        lambda key: open_image(root / key, f"picture folder {root}"),
+    )
+
+
+def _split_keys(by_class: list[list[str]]) -> dict[str, tuple[tuple[str, ...], ...]]:
+    """A fifth of each class for the test, at least one, chosen by the hash of the key."""
+    train, test = [], []
+    for keys in by_class:
+        ranked = sorted(keys, key=lambda key: hashlib.blake2b(key.encode()).digest())
+        count = max(1, round(TEST_SHARE * len(ranked)))
+        test.append(tuple(sorted(ranked[:count])))
+        train.append(tuple(sorted(ranked[count:])))
+    return {"train": tuple(train), "test": tuple(test)}
+
+
+def _describe(source: object) -> str:
+    return f"image file {source}" if isinstance(source, Path) else "the embedded image"

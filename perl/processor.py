@@ -1,0 +1,152 @@
+"""From chats and pictures to token ids and patches, for any Qwen-VL checkpoint, without torchvision."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from perl.mrope import mrope_positions
+from perl.types import IMAGE_SLOT, EncodedImage, EncodedPrompt, Message, UserError, Variant
+
+
+class Processor:
+    """A tokenizer with its chat template and an image processor, and a cache of processed images.
+
+    Args:
+        tokenizer: a transformers tokenizer with a chat template and the tokens `<|vision_start|>`,
+            `<|image_pad|>` and `<|vision_end|>`.
+        image_processor: Qwen2-VL's image processor (the PIL one does).
+        min_pixels, max_pixels: images outside this range are resized, keeping their aspect.
+        cache_size: processed images kept, by content.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        image_processor: Any,
+        min_pixels: int,
+        max_pixels: int,
+        cache_size: int = 4096,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.merge_size = int(image_processor.merge_size)
+        self.image_token_id = int(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+        self.pad_token_id = int(tokenizer.pad_token_id)
+        self.eos_token_id = int(tokenizer.eos_token_id)
+        self._size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+        self._cache: OrderedDict[str, EncodedImage] = OrderedDict()
+        self._cache_size = cache_size
+
+    def encode_image(self, image: Image.Image) -> EncodedImage:
+        """Patches of one picture; the same content is processed once."""
+        digest = hashlib.sha1(f"{image.mode}{image.size}".encode(), usedforsecurity=False)
+        digest.update(image.tobytes())
+        key = digest.hexdigest()
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        out = self.image_processor(
+            images=[image.convert("RGB")], size=self._size, return_tensors="pt"
+        )
+        t, h, w = (int(x) for x in out["image_grid_thw"][0])
+        encoded = EncodedImage(key, out["pixel_values"], (t, h, w), t * h * w // self.merge_size**2)
+        self._cache[key] = encoded
+        if len(self._cache) > self._cache_size:
+            self._cache.popitem(last=False)
+        return encoded
+
+    def encode(self, variant: Variant) -> EncodedPrompt:
+        """The chat of a variant, ready for the assistant's turn, with every slot expanded to its image."""
+        return self.encode_messages(variant.messages, variant.images, variant.example.id)
+
+    def encode_messages(
+        self, messages: Sequence[Message], images: Sequence[Image.Image], where: str = "the prompt"
+    ) -> EncodedPrompt:
+        """Tokens and positions of a chat and its pictures.
+
+        Raises:
+            UserError: the number of `<image>` slots is not the number of images.
+        """
+        slots = sum(m.content.count(IMAGE_SLOT) for m in messages)
+        if slots != len(images):
+            raise UserError(
+                f"{where}: {slots} {IMAGE_SLOT} slots but {len(images)} images; give every image one slot"
+            )
+        encoded = tuple(self.encode_image(image) for image in images)
+        text = self.tokenizer.apply_chat_template(
+            [{"role": m.role, "content": _parts(m.content)} for m in messages],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        flat = self._expand(ids, encoded, where)
+        positions, next_position = mrope_positions(
+            flat, [e.grid for e in encoded], self.image_token_id, self.merge_size
+        )
+        return EncodedPrompt(flat, positions, next_position, encoded, self.image_token_id)
+
+    def _expand(self, ids: Sequence[int], images: Sequence[EncodedImage], where: str) -> np.ndarray:
+        waiting = iter(images)
+        flat: list[int] = []
+        for token in ids:
+            if token == self.image_token_id:
+                image = next(waiting, None)
+                if image is None:
+                    raise UserError(
+                        f"{where}: the text itself holds <|image_pad|>; write {IMAGE_SLOT} for an image"
+                    )
+                flat.extend([token] * image.tokens)
+            else:
+                flat.append(token)
+        if next(waiting, None) is not None:
+            raise UserError(
+                f"{where}: the chat template shows fewer images than there are; is it a vision template?"
+            )
+        return np.asarray(flat, dtype=np.int64)
+
+    def encode_completion(self, text: str) -> np.ndarray:
+        """int64 [L]: a worked answer as tokens, with the end token."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return np.asarray([*ids, self.eos_token_id], dtype=np.int64)
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Text of completion tokens, special tokens removed."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def unsampled_token_ids(self) -> torch.Tensor:
+        """int64 [K]: vision placeholders, which a completion must never hold."""
+        vocabulary = self.tokenizer.get_vocab()
+        names = (
+            "<|vision_start|>",
+            "<|vision_end|>",
+            "<|vision_pad|>",
+            "<|image_pad|>",
+            "<|video_pad|>",
+        )
+        return torch.tensor(
+            sorted(vocabulary[n] for n in names if n in vocabulary), dtype=torch.int64
+        )
+
+    def save(self, folder: str) -> None:
+        """Write tokenizer and image processor the way transformers reads them."""
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+
+def _parts(content: str) -> list[dict[str, str]]:
+    """`"A <image> B"` as the parts that chat templates take."""
+    texts = content.split(IMAGE_SLOT)
+    parts: list[dict[str, str]] = []
+    for index, text in enumerate(texts):
+        if text:
+            parts.append({"type": "text", "text": text})
+        if index < len(texts) - 1:
+            parts.append({"type": "image"})
+    return parts

@@ -1,0 +1,194 @@
+"""The reinforcement stage: GRPO over groups whose rollouts saw their images in different orders."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from perl.collect import Collected
+from perl.loss import HeadLoss, make_policy_loss, needs_reference, step_normalizer
+from perl.measure import measure
+from perl.metrics import group_agreement, mean
+from perl.model import load_policy
+from perl.session import Session
+from perl.types import Group, PackedBatch, Segment
+from perl.update import Schedule, Updater
+
+
+def reinforce(session: Session) -> None:
+    """Roll out, reward, filter, pack, step; `train.steps` times."""
+    config, bench = session.config, session.bench
+    loss = make_policy_loss(config.loss, config.rollout.max_new_tokens)
+    if not session.reach("rl") or config.train.steps == 0:
+        return
+    session.display.stage("RL", config.train.steps, session.progress.step)
+    step_of = PolicyStep(session, loss)
+    stream = session.stream("rl")
+    per_process = math.ceil(config.train.examples_per_step / bench.accelerator.num_processes)
+    for step in range(session.progress.step, config.train.steps):
+        collected = bench.collector.collect(
+            lambda n: bench.draw(stream, n * bench.accelerator.num_processes),
+            per_process,
+            stream.epoch,
+            seed=_sampling_seed(session, step),
+        )
+        metrics = step_of(step, collected.groups)
+        row = {**_group_metrics(collected, session), **metrics}
+        if (
+            config.run.save_rollouts_every
+            and step % config.run.save_rollouts_every == 0
+            and bench.is_main
+        ):
+            session.gallery.keep_groups("rl", step + 1, collected.seen[:2])
+        shown = {"reward": row["reward/mean"], "tokens/s": row["throughput/tokens_per_second"]}
+        session.after_step("rl", step, row, stream, shown)
+        if (
+            config.eval.every
+            and (step + 1) % config.eval.every == 0
+            and step + 1 < config.train.steps
+        ):
+            measure(session, "step", step + 1)
+            session.display.stage("RL", config.train.steps, step + 1)
+    session.leave("after")
+
+
+class PolicyStep:
+    """Optimiser steps on the groups of one rollout batch."""
+
+    def __init__(self, session: Session, loss: Any) -> None:
+        self.session, self.loss, self.head = session, loss, session.bench.head
+        config = session.config.train
+        self.updates = config.updates_per_batch
+        steps = config.steps * self.updates
+        self.updater: Updater = session.make_updater(
+            Schedule(config.lr, config.schedule, config.warmup_steps, steps)
+        )
+        self.reference = _Reference(session) if needs_reference(loss) else None
+
+    def __call__(self, step: int, groups: Sequence[Group]) -> dict[str, float]:
+        """Metrics of the step, means over its optimiser steps; empty without groups in any process."""
+        session, watch = self.session, self.session.bench.watch
+        with watch("pack"):
+            parts = [
+                session.pack([s for g in groups[k :: self.updates] for s in _segments(g)])
+                for k in range(self.updates)
+            ]
+        with watch("logprobs"), session.bench.accelerator.autocast():
+            # With one update per batch the old policy is the current one, and the loss knows its ratio is 1.
+            old = [
+                [self.head.logprobs(b).logprobs for b in p] if self.updates > 1 else None
+                for p in parts
+            ]
+            ref = [[self.reference(b) for b in p] if self.reference else None for p in parts]
+        rows = []
+        with watch("update"):
+            for k, part in enumerate(parts):
+                normalizer = self._normalizer(part)
+                if normalizer:
+                    rows.append(
+                        self._update(step * self.updates + k, part, normalizer, old[k], ref[k])
+                    )
+        return {name: mean([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+
+    def _update(
+        self,
+        number: int,
+        batches: Sequence[PackedBatch],
+        normalizer: float,
+        old: Sequence[torch.Tensor] | None,
+        ref: Sequence[torch.Tensor] | None,
+    ) -> dict[str, float]:
+        return self.updater.step(
+            number,
+            batches,
+            lambda i, batch: self.head(
+                batch, self.loss, normalizer, old and old[i], ref and ref[i]
+            ),
+        )
+
+    def _normalizer(self, batches: Sequence[PackedBatch]) -> float:
+        """The denominator over all micro-batches and processes; 0 if nobody has anything to learn from."""
+        tokens = self.session.total(sum(b.num_scored for b in batches))
+        sequences = self.session.total(sum(len(b.advantages) for b in batches))
+        return step_normalizer(self.loss, tokens, sequences) if tokens else 0.0
+
+
+class _Reference:
+    """Log-probs of the policy that RL started from, on the same permuted prompts."""
+
+    def __init__(self, session: Session) -> None:
+        config, bench = session.config, session.bench
+        self.adapters_off = nullcontext
+        if config.cold_start.steps == 0 and config.model.lora_rank:
+            self.head, self.adapters_off = bench.head, bench.policy.without_adapters
+            return
+        path = (
+            str(session.folder.models / "cold_start")
+            if config.cold_start.steps
+            else bench.model_path
+        )
+        plain = load_policy(path, replace(config.model, lora_rank=0), bench.accelerator.device)
+        plain = plain.to(bench.accelerator.device).requires_grad_(False).eval()
+        self.head = HeadLoss(
+            plain, bench.processor.unsampled_token_ids(), config.rollout.temperature
+        )
+
+    def __call__(self, batch: PackedBatch) -> torch.Tensor:
+        with self.adapters_off():
+            return self.head.logprobs(batch).logprobs
+
+
+def _segments(group: Group) -> list[Segment]:
+    """What can be learnt from a group: rollouts that could be scored, each behind the prompt it was sampled from."""
+    return [
+        Segment(r.prompt, r.token_ids, float(a))
+        for r, a, reward in zip(group.rollouts, group.advantages, group.rewards, strict=True)
+        if not np.isnan(reward)
+    ]
+
+
+def _group_metrics(collected: Collected, session: Session) -> dict[str, float]:
+    """What the rollouts of a step were like, the dropped groups included."""
+    seen, watch = collected.seen, session.bench.watch.lap_seconds
+    rollouts = [r for g in seen for r in g.rollouts]
+    prompt = sum(len(r.prompt.input_ids) for r in rollouts)
+    completion = sum(len(r.token_ids) for r in rollouts)
+    counts = session.bench.collector.filter.counts
+    parts = {
+        name: mean(np.concatenate([g.reward_parts[name] for g in seen]))
+        for name in seen[0].reward_parts
+    }
+    seconds = sum(watch.values())
+    return {
+        "reward/mean": mean(np.concatenate([g.rewards for g in seen])),
+        **{f"reward/{name}": value for name, value in parts.items()},
+        "consistency": mean([group_agreement(g) for g in seen]),
+        "length/mean": completion / len(rollouts),
+        "length/truncated": mean([not r.finished for r in rollouts]),
+        "groups/seen": len(seen),
+        "groups/kept": counts["kept"],
+        "groups/zero_variance": counts["zero_variance"],
+        "groups/unscorable": counts["unscorable"],
+        "groups/surplus": collected.surplus,
+        "groups/tries": collected.tries,
+        "prompts/dropped": session.bench.encoder.dropped,
+        "tokens/prompt": prompt,
+        "tokens/completion": completion,
+        "throughput/tokens_per_second": round((prompt + completion) / seconds, 1)
+        if seconds
+        else math.nan,
+    }
+
+
+def _sampling_seed(session: Session, step: int) -> int:
+    """Different in every step, process and run seed."""
+    accelerator = session.bench.accelerator
+    return (
+        session.config.run.seed * 1_000_003 + step
+    ) * accelerator.num_processes + accelerator.process_index

@@ -1,0 +1,196 @@
+"""Sampling from the policy's own weights, in this process, with a key-value cache.
+
+Each distinct image is encoded once and each prompt is read once however many completions continue it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from perl.model import ImageFeatures, Policy
+from perl.processor import Processor
+from perl.types import EncodedImage, EncodedPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to continue a prompt. `temperature` 0 takes the most likely token."""
+
+    n: int = 1
+    temperature: float = 1.0
+    max_new_tokens: int = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """`token_ids` int64 [L] with the end token when `finished`; `logprobs` float32 [L] of the sampling distribution."""
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    finished: bool
+
+
+class InProcessEngine:
+    """Generates with the weights that are being trained; nothing has to be synchronised.
+
+    Args:
+        policy: the model.
+        processor: for the end token, the padding token and the tokens a completion must not hold.
+        batch_size: most sequences generated together.
+    """
+
+    def __init__(self, policy: Policy, processor: Processor, batch_size: int) -> None:
+        self.policy = policy
+        self.eos, self.pad = processor.eos_token_id, processor.pad_token_id
+        self.banned = processor.unsampled_token_ids()
+        self.batch_size = batch_size
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[EncodedPrompt], params: SamplingParams, seed: int
+    ) -> list[list[Completion]]:
+        """`params.n` completions for every prompt; the same seed gives the same completions."""
+        training = self.policy.training
+        self.policy.eval()
+        generator = torch.Generator(self.policy.device).manual_seed(seed)
+        per_batch = max(1, self.batch_size // params.n)
+        out: list[list[Completion]] = [[] for _ in prompts]
+        try:
+            for chunk in _by_length(prompts, per_batch):
+                completions = self._generate([prompts[i] for i in chunk], params, generator)
+                for row, completion in enumerate(completions):
+                    out[chunk[row // params.n]].append(completion)
+        finally:
+            self.policy.train(training)
+        return out
+
+    def _generate(
+        self, prompts: Sequence[EncodedPrompt], params: SamplingParams, generator: torch.Generator
+    ) -> list[Completion]:
+        state, logits = self._read(prompts, params.n)
+        rows = len(prompts) * params.n
+        tokens: list[list[int]] = [[] for _ in range(rows)]
+        logprobs: list[list[float]] = [[] for _ in range(rows)]
+        alive = torch.arange(rows, device=self.policy.device)
+        for step in range(params.max_new_tokens):
+            token, logprob = self._sample(logits, params.temperature, generator)
+            for row, t, p in zip(alive.tolist(), token.tolist(), logprob.tolist(), strict=True):
+                tokens[row].append(t)
+                logprobs[row].append(p)
+            going = (token != self.eos).nonzero().squeeze(1)
+            if len(going) == 0 or step + 1 == params.max_new_tokens:
+                break
+            if len(going) < len(alive):
+                alive, token = alive[going], token[going]
+                state.keep(going)
+            logits = state.advance(token)
+        return [
+            Completion(np.asarray(t, np.int64), np.asarray(p, np.float32), t[-1] == self.eos)
+            for t, p in zip(tokens, logprobs, strict=True)
+        ]
+
+    def _sample(
+        self, logits: torch.Tensor, temperature: float, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = logits.float().index_fill(1, self.banned.to(logits.device), -torch.inf)
+        if temperature == 0:
+            logprobs = logits.log_softmax(-1)
+            token = logprobs.argmax(-1)
+        else:
+            logprobs = (logits / temperature).log_softmax(-1)
+            token = torch.multinomial(logprobs.exp(), 1, generator=generator).squeeze(1)
+        return token, logprobs.gather(1, token[:, None]).squeeze(1)
+
+    def _read(self, prompts: Sequence[EncodedPrompt], n: int) -> tuple[_Decoding, torch.Tensor]:
+        """Encode the images, read every prompt once, and repeat what was read n times."""
+        from transformers import DynamicCache
+
+        policy, device = self.policy, self.policy.device
+        longest = max(len(p.input_ids) for p in prompts)
+        ids = torch.full((len(prompts), longest), self.pad)
+        positions = torch.zeros(3, len(prompts), longest, dtype=torch.int64)
+        mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
+        visual = torch.zeros(len(prompts), longest, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            start = longest - len(prompt.input_ids)
+            ids[row, start:] = torch.from_numpy(prompt.input_ids)
+            positions[:, row, start:] = torch.from_numpy(prompt.position_ids)
+            mask[row, start:] = True
+            visual[row, start:] = torch.from_numpy(prompt.input_ids == prompt.image_token_id)
+        embeds, extra = policy.embed(ids.to(device), visual.to(device), self._features(prompts))
+        cache = DynamicCache(config=policy.core.language_model.config)
+        output = policy.core.language_model(
+            inputs_embeds=embeds,
+            position_ids=positions.to(device),
+            attention_mask=mask.to(device),
+            past_key_values=cache,
+            use_cache=True,
+            **extra,
+        )
+        logits = policy.base.lm_head(output.last_hidden_state[:, -1])
+        if n > 1:
+            cache.batch_repeat_interleave(n)
+        following = torch.tensor([p.next_position for p in prompts])
+        state = _Decoding(
+            policy,
+            cache,
+            following.repeat_interleave(n).to(device),
+            mask.repeat_interleave(n, dim=0).to(device),
+        )
+        return state, logits.repeat_interleave(n, dim=0)
+
+    def _features(self, prompts: Sequence[EncodedPrompt]) -> ImageFeatures | None:
+        """Features in the order the prompts show them, each distinct image encoded once."""
+        distinct: dict[str, EncodedImage] = {}
+        starts: dict[str, int] = {}
+        total = 0
+        for prompt in prompts:
+            for image in prompt.images:
+                if image.key not in distinct:
+                    distinct[image.key], starts[image.key] = image, total
+                    total += image.tokens
+        features = self.policy.encode_images(list(distinct.values()))
+        if features is None:
+            return None
+        index = [
+            torch.arange(image.tokens) + starts[image.key] for p in prompts for image in p.images
+        ]
+        return features.take(torch.cat(index).to(self.policy.device))
+
+
+class _Decoding:
+    """The cache of the sequences that still go on."""
+
+    def __init__(
+        self, policy: Policy, cache: Any, position: torch.Tensor, mask: torch.Tensor
+    ) -> None:
+        self.policy, self.cache, self.position, self.mask = policy, cache, position, mask
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self.cache.batch_select_indices(rows)
+        self.position, self.mask = self.position[rows], self.mask[rows]
+
+    def advance(self, token: torch.Tensor) -> torch.Tensor:
+        """Logits [B, V] after one more token [B]."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(token), 1)], dim=1)
+        output = self.policy.core.language_model(
+            input_ids=token[:, None],
+            position_ids=self.position[None, :, None].expand(3, -1, 1),
+            attention_mask=self.mask,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.position = self.position + 1
+        return self.policy.base.lm_head(output.last_hidden_state[:, -1])
+
+
+def _by_length(prompts: Sequence[EncodedPrompt], size: int) -> Iterator[list[int]]:
+    """Indices in batches of like length, so that little is padded."""
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].input_ids), i))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]

@@ -1,0 +1,89 @@
+"""A run's folder: what lies where, append-only records that resume cuts back, and writes that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from perl.types import UserError
+
+_OURS = ("config.toml", "metrics.jsonl", "checkpoints", "seed-0", "summary.json")
+
+
+class RunFolder:
+    """Paths of one run, and its two records, `metrics.jsonl` and `rollouts.jsonl`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config = root / "config.toml"
+        self.metrics = root / "metrics.jsonl"
+        self.rollouts = root / "rollouts.jsonl"
+        self.images = root / "images"
+        self.checkpoints = root / "checkpoints"
+        self.models = root / "models"
+        self.summary = root / "summary.json"
+
+    def create(self, overwrite: bool) -> None:
+        """Make the folder.
+
+        Raises:
+            UserError: it is there already and not empty; `overwrite` removes it, if it is a run folder.
+        """
+        if self.root.is_file():
+            raise UserError(f"run.dir = {self.root} is a file; choose another --run.dir")
+        if self.root.exists() and any(self.root.iterdir()):
+            if not overwrite:
+                raise UserError(
+                    f"run.dir = {self.root} is already there: go on with `perl-rl resume {self.root}`, "
+                    "replace it with --overwrite, or choose another --run.dir"
+                )
+            if not any((self.root / name).exists() for name in _OURS):
+                raise UserError(
+                    f"run.dir = {self.root} is no run folder, so --overwrite leaves it alone"
+                )
+            shutil.rmtree(self.root)
+        self.root.mkdir(parents=True, exist_ok=True)
+
+    def append(self, record: Path, row: dict[str, Any]) -> None:
+        """Add one line of JSON to a record."""
+        with record.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def make_parts(self) -> None:
+        """The sub-folders of a run of one seed."""
+        for folder in (self.images, self.checkpoints, self.models):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def positions(self) -> dict[str, int]:
+        """Length of both records now; a checkpoint keeps it."""
+        return {
+            r.name: r.stat().st_size if r.exists() else 0 for r in (self.metrics, self.rollouts)
+        }
+
+    def cut_back(self, positions: dict[str, int]) -> None:
+        """Drop what was recorded after a checkpoint: resuming writes it again."""
+        for record in (self.metrics, self.rollouts):
+            if record.exists():
+                os.truncate(record, min(positions.get(record.name, 0), record.stat().st_size))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

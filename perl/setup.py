@@ -1,0 +1,176 @@
+"""Everything a run works with, built once from its config."""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perl.collect import Collector, PromptEncoder
+from perl.config import Config
+from perl.data import BUNDLED, ExampleStream, load_examples
+from perl.loss import HeadLoss
+from perl.metrics import Stopwatch
+from perl.model import Policy, load_policy, load_processor
+from perl.processor import Processor
+from perl.reward import Scorer
+from perl.rollout import InProcessEngine
+from perl.run import RunFolder
+from perl.tasks import vocabulary
+from perl.tiny import TINY_MODELS, make_tiny_model
+from perl.types import Example, UserError
+
+logger = logging.getLogger(__name__)
+
+EVAL_SEED = 20250617
+"""Held-out examples are the same in every run, so that runs can be compared."""
+
+
+@dataclass
+class Workbench:
+    """The components of one run."""
+
+    config: Config
+    folder: RunFolder
+    accelerator: Any
+    policy: Policy
+    processor: Processor
+    encoder: PromptEncoder
+    engine: InProcessEngine
+    collector: Collector
+    head: HeadLoss
+    watch: Stopwatch
+    model_path: str
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def stream(self, stage: str) -> ExampleStream:
+        """The training examples, in an order of the stage's own."""
+        dataset = load_examples(
+            self.config.data.train, self.config.data, "train", _seed_of(stage, self.config)
+        )
+        return ExampleStream(dataset, _seed_of(stage, self.config))
+
+    def draw(self, stream: ExampleStream, count: int) -> list[Example]:
+        """This process's share of the next `count` examples of all processes."""
+        return stream.next(count)[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def held_out(self) -> list[Example]:
+        """The examples that are measured on."""
+        config = self.config
+        dataset = load_examples(
+            config.data.eval, config.data, "test", EVAL_SEED, config.eval.examples
+        )
+        return [dataset[i] for i in range(len(dataset))]
+
+
+def build(config: Config, folder: RunFolder) -> Workbench:
+    """Load or make the model and put the components together.
+
+    Raises:
+        UserError: for whatever in the config, the model or the rewards cannot be used.
+    """
+    accelerator = make_accelerator(config, folder)
+    scorer = Scorer(config.reward.functions, config.reward.weights)
+    path = model_folder(config, folder, accelerator)
+    torch.manual_seed(config.run.seed)
+    policy = load_policy(path, config.model, accelerator.device).to(accelerator.device)
+    processor = load_processor(path, config.model)
+    encoder = PromptEncoder(processor, config.data.max_prompt_tokens, config.data.overlong)
+    engine = InProcessEngine(policy, processor, config.rollout.batch_size)
+    watch = Stopwatch()
+    collector = Collector(config, engine, encoder, scorer, watch)
+    head = HeadLoss(policy, processor.unsampled_token_ids(), config.rollout.temperature)
+    return Workbench(
+        config,
+        folder,
+        accelerator,
+        policy,
+        processor,
+        encoder,
+        engine,
+        collector,
+        head,
+        watch,
+        path,
+    )
+
+
+def make_accelerator(config: Config, folder: RunFolder) -> Any:
+    """accelerate's view of devices, precision and trackers.
+
+    Raises:
+        UserError: a tracker that is not installed.
+    """
+    from accelerate import Accelerator
+    from accelerate.tracking import filter_trackers
+
+    cuda = torch.cuda.is_available()
+    bf16 = config.model.dtype == "bfloat16" or (
+        config.model.dtype == "auto" and cuda and torch.cuda.is_bf16_supported()
+    )
+    wanted = [t for t in config.run.trackers if t]
+    try:
+        usable = filter_trackers(wanted, str(folder.root)) if wanted else []
+    except ValueError as error:
+        raise UserError(f"run.trackers = {list(wanted)}: {error}") from error
+    if len(usable) < len(wanted):
+        raise UserError(
+            f"run.trackers = {list(wanted)}: not all are installed; pip install them or leave them out"
+        )
+    return Accelerator(
+        mixed_precision="bf16" if bf16 else "no",
+        log_with=usable or None,
+        project_dir=str(folder.root),
+    )
+
+
+def model_folder(config: Config, folder: RunFolder, accelerator: Any) -> str:
+    """Where the model starts from; a tiny one is made in the run folder first."""
+    if config.model.path not in TINY_MODELS:
+        return config.model.path
+    target = folder.models / "initial"
+    if not (target / "config.json").exists() and accelerator.is_main_process:
+        source = config.data.train
+        if not source.startswith(BUNDLED):
+            raise UserError(
+                f"model.path = {config.model.path} knows only the words of the bundled tasks; "
+                f"with data.train = {source}, give a model folder or hub name"
+            )
+        make_tiny_model(
+            config.model.path, vocabulary(source.removeprefix(BUNDLED)), target, config.run.seed
+        )
+    accelerator.wait_for_everyone()
+    return str(target)
+
+
+def worked_answer_rng(config: Config, example: Example) -> random.Random:
+    """Decides about the noise in one example's worked answer, whatever else is drawn."""
+    return random.Random(f"{config.run.seed}/{example.id}")
+
+
+def save_model(bench: Workbench, name: str) -> Path:
+    """Export model and processor as an ordinary model folder under `models/`."""
+    import shutil
+
+    target = bench.folder.models / name
+    if bench.is_main:
+        temporary = target.with_name(f".{name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        bench.policy.save_pretrained(temporary)
+        bench.processor.save(temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+    bench.accelerator.wait_for_everyone()
+    return target
+
+
+def _seed_of(stage: str, config: Config) -> int:
+    """Different stages see different questions."""
+    return config.run.seed * 2 + (stage == "rl")

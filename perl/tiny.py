@@ -1,0 +1,196 @@
+"""Tiny Qwen-VL models from config: the true architecture, small enough to train on two CPU cores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TINY_MODELS = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{%- if message.content is string %} {{ message.content }}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == 'image' %} <|vision_start|><|image_pad|><|vision_end|>
+{%- else %} {{ part.text }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif %} <|im_end|>
+{%- endfor -%}
+{%- if add_generation_prompt %}<|im_start|>assistant {% endif -%}
+"""
+
+_HIDDEN, _LAYERS, _HEADS = 128, 4, 4
+_VISION_HIDDEN, _VISION_DEPTH, _VISION_HEADS = 128, 3, 4
+
+
+def make_tiny_model(name: str, words: Sequence[str], folder: Path, seed: int) -> None:
+    """Make a randomly initialised model and save it as an ordinary transformers model folder.
+
+    Args:
+        name: one of `TINY_MODELS`.
+        words: the vocabulary of its word-level tokenizer.
+        folder: where config, weights, tokenizer and processor go; `AutoModelForImageTextToText` and
+            `AutoProcessor` load it.
+        seed: of the weights.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    tokenizer = make_tokenizer(words)
+    config = tiny_config(name, tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
+    model.save_pretrained(folder)
+    save_processor(tokenizer, make_image_processor(config.vision_config), folder)
+
+
+def make_tokenizer(words: Sequence[str]) -> Any:
+    """A word-level tokenizer with Qwen's special tokens and a chat template with images."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = dict.fromkeys([*SPECIAL_TOKENS, "<unk>", "user", "assistant", "system", *words])
+    model = models.WordLevel(
+        {word: index for index, word in enumerate(vocabulary)}, unk_token="<unk>"
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        extra_special_tokens={"image_token": "<|image_pad|>"},
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tiny_config(name: str, tokenizer: Any) -> Any:
+    """The transformers config of a tiny model over the given tokenizer's vocabulary."""
+    from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
+
+    def ids(*tokens: str) -> list[int]:
+        return [tokenizer.convert_tokens_to_ids(t) for t in tokens]
+
+    start, end, image, video = ids(
+        "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
+    )
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": _HIDDEN,
+        "intermediate_size": 4 * _HIDDEN,
+        "num_hidden_layers": _LAYERS,
+        "num_attention_heads": _HEADS,
+        "num_key_value_heads": _HEADS,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [4, 6, 6],
+        },
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": True,
+    }
+    vision = {"depth": _VISION_DEPTH, "hidden_size": _VISION_HIDDEN, "num_heads": _VISION_HEADS}
+    tokens = {
+        "vision_start_token_id": start,
+        "vision_end_token_id": end,
+        "image_token_id": image,
+        "video_token_id": video,
+        "tie_word_embeddings": True,
+    }
+    if name == "tiny-qwen2.5-vl":
+        vision |= {
+            "intermediate_size": 2 * _VISION_HIDDEN,
+            "out_hidden_size": _HIDDEN,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [_VISION_DEPTH - 1],
+        }
+        return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
+    if name == "tiny-qwen3-vl":
+        text["head_dim"] = _HIDDEN // _HEADS
+        text["rope_parameters"] = {**text["rope_parameters"], "mrope_interleaved": True}
+        vision |= {
+            "intermediate_size": 2 * _VISION_HIDDEN,
+            "out_hidden_size": _HIDDEN,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 256,
+            "deepstack_visual_indexes": [0, 1],
+        }
+        return Qwen3VLConfig(text_config=text, vision_config=vision, **tokens)
+    raise ValueError(f"no tiny model is called {name}; there are {', '.join(TINY_MODELS)}")
+
+
+def make_image_processor(vision_config: Any) -> Any:
+    """Qwen2-VL's image processor (PIL), for the vision tower's patch and merge sizes."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    half = (
+        {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} if vision_config.patch_size == 16 else {}
+    )
+    unit = vision_config.patch_size * vision_config.spatial_merge_size
+    return Qwen2VLImageProcessorPil(
+        patch_size=vision_config.patch_size,
+        merge_size=vision_config.spatial_merge_size,
+        temporal_patch_size=vision_config.temporal_patch_size,
+        size={"shortest_edge": unit * unit, "longest_edge": 16 * unit * unit},
+        **half,
+    )
+
+
+def save_processor(tokenizer: Any, image_processor: Any, folder: Path) -> None:
+    """Save both so that `AutoProcessor` loads them, with torchvision or without.
+
+    Qwen's own processor classes insist on a video processor, and that on torchvision. Without it the folder names
+    PaddleOCR-VL's processor: the same image layout, image tokens and chat template, and no video.
+    """
+    import importlib.util
+
+    from transformers import PaddleOCRVLProcessor
+
+    if importlib.util.find_spec("torchvision") is None:
+        processor = PaddleOCRVLProcessor(
+            image_processor, tokenizer, chat_template=tokenizer.chat_template
+        )
+    else:
+        from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
+
+        sizes = {
+            k: getattr(image_processor, k)
+            for k in ("patch_size", "merge_size", "temporal_patch_size")
+        }
+        processor = Qwen2_5_VLProcessor(
+            image_processor,
+            tokenizer,
+            Qwen2VLVideoProcessor(**sizes),
+            chat_template=tokenizer.chat_template,
+        )
+    processor.save_pretrained(folder)

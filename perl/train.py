@@ -1,0 +1,81 @@
+"""The training run: cold start, measure, reinforce, measure.
+
+    Example -> Variant -> Rollout -> Group -> PackedBatch -> linear_grpo_loss -> step
+
+Everything is decided in the stages and their components; after every step a run can be interrupted and resumed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from perl.cold_start import cold_start
+from perl.config import Config
+from perl.interrupt import StopSignal
+from perl.measure import measure
+from perl.progress import Display
+from perl.recipe import save_config
+from perl.reinforce import reinforce
+from perl.run import RunFolder, write_json
+from perl.session import Session
+from perl.setup import save_model
+from perl.summary import summarise, summarise_seeds
+from perl.types import UserError
+
+
+def train(
+    config: Config, folder: RunFolder, display: Display, resume: bool = False
+) -> dict[str, Any]:
+    """Run a recipe, for one seed or for each of `run.seeds`, and return what `summary.json` holds.
+
+    Raises:
+        UserError: a mistake in config, data, model or reward; what was done is kept in a checkpoint.
+        Interrupted: stopped by a signal, after a checkpoint.
+    """
+    if not config.run.seeds:
+        return train_one(config, folder, display, resume)
+    summaries = []
+    for seed in config.run.seeds:
+        one = replace(config, run=replace(config.run, seed=seed, seeds=()))
+        mine = RunFolder(folder.root / f"seed-{seed}")
+        display.say(f"seed {seed}")
+        going_on = mine.config.exists()
+        if not going_on:
+            mine.create(overwrite=False)
+            save_config(one, mine.config)
+        summaries.append(train_one(one, mine, display, resume and going_on))
+    summary = summarise_seeds(summaries)
+    write_json(folder.summary, summary)
+    return summary
+
+
+def train_one(config: Config, folder: RunFolder, display: Display, resume: bool) -> dict[str, Any]:
+    """All stages of one run."""
+    folder.make_parts()
+    with StopSignal() as stop:
+        session = Session(config, folder, display, stop)
+        if resume:
+            session.restore()
+        session.bench.accelerator.init_trackers("tensorboard")
+        try:
+            cold_start(session)
+            _measured(session, "before", "rl", 0)
+            reinforce(session)
+            _measured(session, "after", "done", config.train.steps)
+        except UserError as error:
+            session.rescue(error)
+            raise
+        save_model(session.bench, "final")
+        summary = summarise(session)
+        if session.bench.is_main:
+            write_json(folder.summary, summary)
+        session.bench.accelerator.end_training()
+    return summary
+
+
+def _measured(session: Session, at: str, following: str, step: int) -> None:
+    """An evaluation that is done once, whatever interrupts the run later."""
+    if session.reach(at):
+        session.progress.results[at] = measure(session, at, step)
+        session.leave(following)

@@ -1,0 +1,198 @@
+"""One frozen dataclass per stage of the data's way through PeRL; nothing here computes anything.
+
+Example --permute--> Variant --generate--> Rollout --reward--> Group --filter--> Group --pack--> PackedBatch
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from PIL import Image
+
+IMAGE_SLOT = "<image>"
+"""Marks the place of an image in a question or a chat message; the k-th slot shows the k-th image."""
+
+
+class UserError(Exception):
+    """A mistake of the user's: one line that says what is wrong, where, and what to do. Exit code 2."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One chat turn. `content` may hold `<image>` slots.
+
+    Example: `Message("user", "A <image> B <image> Which image shows three?")`
+    """
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One question over images, as it stands in the data.
+
+    Example: images `(cat, dog)`, question `"A <image> B <image> Which image shows a dog?"`, answer `"B"`,
+    kind `"all"` (both images may move), `should_change=True` (the answer follows its image).
+    """
+
+    id: str
+    images: tuple[Image.Image, ...]
+    question: str | tuple[Message, ...]
+    """A text with one `<image>` slot per image, or a chat whose messages hold them."""
+    answer: str
+    kind: str = "all"
+    """Which images may change places: `"all"`, `"first_fixed"`, `"last:K"`, `"none"`, or blocks of
+    1-based slots whose images may be exchanged among themselves, as in `"blocks:2,4/1,3"`."""
+    should_change: bool = True
+    """True: the answer names an image and is re-indexed when images move. False: it stays."""
+    worked: str | None = None
+    """A worked answer (the whole completion) for the cold start, in the original order."""
+    task: str = ""
+    """A name to report accuracies by."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Every other column of the data; handed to reward functions as keyword arguments."""
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        if isinstance(self.question, str):
+            return (Message("user", self.question),)
+        return self.question
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """An Example with its images in one order, and the answer that is right in that order.
+
+    `order[j]` is the original index of the image shown in slot j, so `images[j] = example.images[order[j]]`.
+    Example: order `(1, 0)` of the example above shows dog, cat; the answer becomes `"A"`.
+    """
+
+    example: Example
+    order: tuple[int, ...]
+    images: tuple[Image.Image, ...]
+    answer: str
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        return self.example.messages
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """An image as the vision tower takes it.
+
+    `pixel_values` [patches, channels * temporal_patch * patch^2] float32, `grid` (t, h, w) in patches;
+    it becomes `tokens` visual tokens. `key` is a hash of the content: equal images have equal keys.
+    """
+
+    key: str
+    pixel_values: torch.Tensor
+    grid: tuple[int, int, int]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """A Variant's chat as tokens.
+
+    `input_ids` int64 [P], with each slot expanded to its image's number of image tokens;
+    `position_ids` int64 [3, P] the temporal, height and width axes of M-RoPE;
+    `next_position` the position of the first completion token on all three axes.
+    """
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    next_position: int
+    images: tuple[EncodedImage, ...]
+    image_token_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled completion of one Variant.
+
+    `token_ids` int64 [L] includes the end token when the model wrote one (`finished`), `logprobs` float32 [L]
+    are those of the sampling distribution, `text` has the special tokens removed.
+    """
+
+    variant: Variant
+    prompt: EncodedPrompt
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    text: str
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """All rollouts of one Example over all its orders: the set one advantage baseline is taken over.
+
+    `rewards` float64 [R] the weighted sum per rollout, NaN where a rollout cannot be scored;
+    `reward_parts` name -> float64 [R]; `advantages` float32 [R].
+    Example: 4 orders x 4 rollouts = 16 rewards, one mean and one standard deviation.
+    """
+
+    example: Example
+    variants: tuple[Variant, ...]
+    rollouts: tuple[Rollout, ...]
+    rewards: np.ndarray
+    reward_parts: dict[str, np.ndarray]
+    advantages: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """What the packer takes: a prompt with one completion and the weight of its gradient.
+
+    `advantage` is the completion's scalar advantage (1 for supervised fine-tuning).
+    """
+
+    prompt: EncodedPrompt
+    completion_ids: np.ndarray
+    advantage: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """One micro-batch: S segments end to end in one row of T tokens, N of them scored, M images.
+
+    Example: two segments with prompts of 5 and 4 tokens and completions of 3 and 2 give T = 14,
+    `cu_seqlens = [0, 8, 14]`, `scored = [4, 5, 6, 11, 12]`, `completion_cu_seqlens = [0, 3, 5]`.
+    """
+
+    input_ids: torch.Tensor
+    """int64 [T]"""
+    position_ids: torch.Tensor
+    """int64 [4, T]: row 0 counts 0.. in each segment, rows 1-3 are M-RoPE's three axes."""
+    cu_seqlens: torch.Tensor
+    """int32 [S+1]: where segments start; attention never crosses these."""
+    max_seqlen: int
+    scored: torch.Tensor
+    """int64 [N]: rows of the hidden states whose *next* token is a completion token."""
+    targets: torch.Tensor
+    """int64 [N]: those next tokens."""
+    completion_cu_seqlens: torch.Tensor
+    """int32 [S+1]: where completions start among the N scored tokens."""
+    advantages: torch.Tensor
+    """float32 [S]"""
+    images: tuple[EncodedImage, ...]
+    """The M distinct images, each once."""
+    visual_positions: torch.Tensor
+    """int64 [K]: rows of the T that hold a visual token."""
+    visual_source: torch.Tensor
+    """int64 [K]: which row of the concatenated features of `images` each of them shows."""
+    segment_index: tuple[int, ...]
+    """Where each segment stood in the list that was packed."""
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.input_ids.shape[0])
+
+    @property
+    def num_scored(self) -> int:
+        return int(self.scored.shape[0])

@@ -1,0 +1,205 @@
+"""What the public functions refuse, which backend they choose, and what importing them costs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import perl_kernels
+from perl_kernels import (
+    GroupedRewards,
+    PolicyLoss,
+    dispatch,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_token_logprobs,
+    policy_loss,
+    token_logprobs,
+)
+
+N, V, H = 6, 7, 4
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    base = {
+        "hidden": torch.randn(N, H),
+        "weight": torch.randn(V, H),
+        "targets": torch.arange(N),
+        "advantages": torch.ones(2),
+        "cu_seqlens": torch.tensor([0, 2, N], dtype=torch.int32),
+        "loss": PolicyLoss(),
+    }
+    return {**base, **changes}
+
+
+def bounds(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        (
+            {"hidden": torch.randn(N, 2, H)},
+            ValueError,
+            r"hidden has shape \[6, 2, 4\], must be \[N, H\]",
+        ),
+        ({"hidden": [1.0]}, TypeError, r"hidden is a list, must be a tensor \[N, H\]"),
+        ({"hidden": torch.ones(N, H).long()}, TypeError, "hidden has dtype torch.int64"),
+        ({"weight": torch.randn(V, 3)}, ValueError, r"weight has shape \[7, 3\], must be .* 4"),
+        ({"weight": torch.randn(V, H).bfloat16()}, TypeError, "weight has dtype torch.bfloat16"),
+        ({"bias": torch.randn(3)}, ValueError, "bias has another length"),
+        ({"targets": torch.arange(5)}, ValueError, r"targets has shape \[5\], must be .* N = 6"),
+        ({"targets": torch.rand(N)}, TypeError, "targets has dtype torch.float32"),
+        ({"targets": torch.full((N,), V)}, ValueError, r"targets holds 7, must be in \[0, V\)"),
+        ({"targets": torch.full((N,), -100)}, ValueError, "targets holds -100"),
+        ({"temperature": 0.0}, ValueError, "temperature is 0.0, must be above 0"),
+        ({"temperature": "1"}, TypeError, "temperature is a str"),
+        ({"temperature": torch.ones(3)}, ValueError, r"temperature has shape \[3\]"),
+        ({"temperature": torch.tensor(1.0)}, ValueError, r"temperature has shape \[\]"),
+        ({"temperature": torch.zeros(N)}, ValueError, "temperature must be above 0 in every row"),
+        ({"softcap": -1.0}, ValueError, "softcap is -1.0, must be above 0"),
+        ({"chunk_size": 0}, ValueError, "chunk_size is 0, must be at least 1"),
+        ({"advantages": torch.ones(3)}, ValueError, r"advantages has shape \[3\], .* B = 2, N = 6"),
+        ({"advantages": 1.0}, TypeError, "advantages is a float, must be a tensor"),
+        (
+            {"advantages": GroupedRewards(rewards=torch.ones(3), group_sizes=[3])},
+            ValueError,
+            "advantages.rewards has length 3, must be .B. with B = 2",
+        ),
+        ({"cu_seqlens": bounds(0, 2, 5)}, ValueError, "cu_seqlens runs from 0 to 5, .* N = 6"),
+        ({"cu_seqlens": bounds(1, 2, 6)}, ValueError, "cu_seqlens runs from 1 to 6"),
+        ({"cu_seqlens": bounds(0, 5, 2, 6)}, ValueError, "cu_seqlens decreases, must be monotone"),
+        ({"cu_seqlens": bounds()}, ValueError, r"cu_seqlens has shape \[0\]"),
+        ({"cu_seqlens": bounds(0)}, ValueError, "so B = 0, but there are N = 6"),
+        ({"cu_seqlens": torch.tensor([0.0, 6.0])}, TypeError, "cu_seqlens has dtype torch.float32"),
+        ({"loss": "grpo"}, TypeError, "loss is a str, must be a PolicyLoss"),
+        ({"loss": PolicyLoss.preset("perl")}, ValueError, "ref_logprobs is None.* kl='k3'"),
+        (
+            {"loss": PolicyLoss(correction="token_mask")},
+            ValueError,
+            "rollout_logprobs is None.* correction='token_mask'",
+        ),
+        ({"loss": PolicyLoss.preset("dr_grpo")}, ValueError, "max_completion_length is None"),
+        (
+            {"old_logprobs": torch.ones(3)},
+            ValueError,
+            r"old_logprobs has shape \[3\], must be \[N\]",
+        ),
+        ({"ref_logprobs": torch.ones(N, 1)}, ValueError, r"ref_logprobs has shape \[6, 1\]"),
+        ({"rollout_logprobs": 0.0}, TypeError, "rollout_logprobs is a float"),
+        ({"weights": torch.ones(5)}, ValueError, r"weights has shape \[5\]"),
+        ({"weights": -torch.ones(N)}, ValueError, "weights holds a negative value"),
+        ({"normalizer": torch.ones(2)}, ValueError, r"normalizer has shape \[2\]"),
+        ({"normalizer": "6"}, TypeError, "normalizer is a str"),
+        ({"normalizer": -1.0}, ValueError, "normalizer is -1.0, must be at least 0"),
+        (
+            {"weights": torch.ones(N, device="meta")},
+            ValueError,
+            "weights is on meta, must be on cpu",
+        ),
+        ({"backend": "cuda"}, ValueError, "backend is 'cuda', must be one of auto, triton"),
+        ({"backend": "triton"}, ValueError, "'triton' is not available: this build .* no triton"),
+        ({"backend": "native"}, ValueError, "'native' is not available"),
+    ],
+)
+def test_refused(changes: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        linear_grpo_loss(**arguments(**changes))
+
+
+def test_the_other_functions_check_too() -> None:
+    logits, targets = torch.randn(N, V), torch.arange(N)
+    cu_seqlens, advantages = bounds(0, 2, N), torch.ones(2)
+    with pytest.raises(ValueError, match=r"logits has shape \[6\], must be \[N, V\]"):
+        token_logprobs(logits[:, 0], targets)
+    with pytest.raises(ValueError, match="targets holds 8"):
+        grpo_loss(logits, targets + 3, advantages, cu_seqlens, PolicyLoss())
+    with pytest.raises(ValueError, match="targets holds -1"):
+        linear_token_logprobs(torch.randn(N, H), torch.randn(V, H), targets - 1)
+    with pytest.raises(ValueError, match=r"logprobs has shape \[6, 7\], must be \[N\]"):
+        policy_loss(logits, advantages, cu_seqlens, PolicyLoss())
+    with pytest.raises(TypeError, match="logprobs has dtype"):
+        policy_loss(targets, advantages, cu_seqlens, PolicyLoss())
+    with pytest.raises(ValueError, match="entropy is None, but the loss has entropy_coef"):
+        policy_loss(logits[:, 0], advantages, cu_seqlens, PolicyLoss(entropy_coef=0.1))
+    with pytest.raises(ValueError, match=r"entropy has shape \[7\]"):
+        policy_loss(logits[:, 0], advantages, cu_seqlens, PolicyLoss(), entropy=logits[0])
+    for function in (token_logprobs, grpo_loss, linear_token_logprobs, policy_loss):
+        given = arguments(logits=logits, logprobs=logits[:, 0], backend="triton")
+        names = function.__code__.co_varnames[: function.__code__.co_argcount]
+        with pytest.raises(ValueError, match="'triton' is not available"):
+            function(**{name: given[name] for name in names}, backend="triton")
+
+
+def test_broken_values_that_may_not_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a check would synchronise, the result is NaN and counted, never out of bounds."""
+    for module in ("checks", "advantage"):
+        monkeypatch.setattr(f"perl_kernels.{module}.values_visible", lambda tensor: False)
+    out_of_range = torch.tensor([0, -100, 2, V, 4, 5])
+    output = linear_grpo_loss(**arguments(targets=out_of_range))
+    assert output.loss.isnan() and output.metrics["invalid_rows"] == 2
+    masked = linear_grpo_loss(
+        **arguments(targets=out_of_range, weights=torch.tensor([1, 0, 1, 0, 1, 1]))
+    )
+    assert masked.loss.isfinite() and masked.metrics["invalid_rows"] == 0
+    for broken in (bounds(0, 2, 5), bounds(0, 2, 9), bounds(1, 2, 6), bounds(0, 8, 6)):
+        assert linear_grpo_loss(**arguments(cu_seqlens=broken)).loss.isnan()
+    sizes = perl_kernels.group_advantages(torch.ones(4), [2, 3])
+    assert sizes.advantages.isnan().all()
+
+
+def test_backend_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERL_BACKEND", "native")
+    with pytest.raises(ValueError, match="'native' is not available"):
+        linear_grpo_loss(**arguments())
+    linear_grpo_loss(**arguments(backend="torch"))
+    monkeypatch.setenv("PERL_BACKEND", "fastest")
+    with pytest.raises(ValueError, match="PERL_BACKEND is 'fastest'"):
+        linear_grpo_loss(**arguments())
+
+
+def test_auto_says_once_what_it_chose(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("PERL_BACKEND", raising=False)
+    dispatch._announce.cache_clear()
+    with caplog.at_level(logging.INFO, logger="perl_kernels"):
+        linear_grpo_loss(**arguments())
+        linear_grpo_loss(**arguments())
+    assert len(caplog.records) == 1
+    assert "chose torch" in caplog.text and "no triton backend" in caplog.text
+    assert dispatch.available_backends()["torch"][0]
+
+
+def test_public_names_and_cost_of_the_import() -> None:
+    assert set(perl_kernels.__all__) == {
+        "GroupAdvantages",
+        "GroupedRewards",
+        "LossOutput",
+        "PolicyLoss",
+        "TokenLogprobs",
+        "__version__",
+        "group_advantages",
+        "grpo_loss",
+        "linear_grpo_loss",
+        "linear_token_logprobs",
+        "policy_loss",
+        "token_logprobs",
+    }
+    root = str(Path(perl_kernels.__file__).parents[1])
+    script = (
+        "import sys, time, torch; t = time.perf_counter(); before = set(sys.modules)\n"
+        "import perl_kernels; new = set(sys.modules) - before\n"
+        "assert time.perf_counter() - t < 0.5\n"
+        "assert not {n for n in new if n.startswith('triton')}, new\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": root}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)

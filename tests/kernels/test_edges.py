@@ -1,0 +1,128 @@
+"""Padding, broken inputs, nothing to score, and extreme values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from perl_kernels import PolicyLoss, linear_grpo_loss, policy_loss, token_logprobs
+from tests.kernels.naive import Problem
+
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def test_masked_rows_are_not_looked_at() -> None:
+    problem = Problem.make()
+    arguments = problem.loss_arguments()
+    masked = problem.weights == 0
+    for name in ("perl", "gspo", "gmpo", "vespo"):
+        loss = PolicyLoss.preset(name, kl="k3", kl_coef=0.1, entropy_coef=0.1)
+        results = []
+        for filler in (0.5, float("nan"), float("inf")):
+            dirty = {
+                key: value.masked_fill(masked, filler) if key.endswith("_logprobs") else value
+                for key, value in arguments.items()
+            }
+            hidden = problem.hidden.masked_fill(masked[:, None], filler).requires_grad_()
+            weight = problem.weight.clone().requires_grad_()
+            output = linear_grpo_loss(hidden, weight, problem.targets, loss=loss, **dirty)
+            gradients = torch.autograd.grad(output.loss, (hidden, weight))
+            assert (gradients[0][masked] == 0).all()
+            results.append((output.loss, *gradients))
+            assert output.metrics["invalid_rows"] == 0
+        torch.testing.assert_close(results[0], results[1], **EXACT)
+        torch.testing.assert_close(results[0], results[2], **EXACT)
+
+
+def bad_copy(tensor: Tensor, value: float) -> Tensor:
+    copy = tensor.clone()
+    copy.view(-1)[1] = value
+    return copy
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "argument",
+    ["hidden", "weight", "old_logprobs", "ref_logprobs", "rollout_logprobs", "advantages"],
+)
+def test_broken_input_is_a_nan_loss(argument: str, value: float) -> None:
+    problem = Problem.make()
+    loss = PolicyLoss.preset("perl", correction="token_mask")
+    given = {
+        "hidden": problem.hidden,
+        "weight": problem.weight,
+        **problem.loss_arguments(),
+        "weights": None,
+    }
+    given[argument] = bad_copy(given[argument], value)
+    output = linear_grpo_loss(targets=problem.targets, loss=loss, **given)
+    assert output.loss.isnan()
+    assert output.metrics["invalid_rows"] > 0
+    given["hidden"] = given["hidden"].clone().requires_grad_()
+    assert linear_grpo_loss(targets=problem.targets, loss=loss, **given).loss.isnan()
+
+
+def test_nothing_to_score() -> None:
+    weight = torch.randn(7, 4, requires_grad=True)
+    hidden = torch.empty(0, 4, requires_grad=True)
+    targets, empty = torch.empty(0, dtype=torch.int64), torch.empty(0)
+    for bounds in ([0], [0, 0, 0]):
+        advantages = torch.ones(len(bounds) - 1)
+        for name in ("perl", "grpo", "gspo", "luspo", "gmpo", "vespo"):
+            for old in (None, empty):
+                output = linear_grpo_loss(
+                    hidden,
+                    weight,
+                    targets,
+                    advantages,
+                    torch.tensor(bounds, dtype=torch.int32),
+                    PolicyLoss.preset(name),
+                    old_logprobs=old,
+                    ref_logprobs=empty,
+                )
+                assert output.loss == 0 and output.metrics["tokens"] == 0
+                gradients = torch.autograd.grad(output.loss, (hidden, weight))
+                assert all((gradient == 0).all() for gradient in gradients)
+                assert all(value.isfinite() for value in output.metrics.values())
+    assert token_logprobs(torch.empty(0, 7), targets).logprobs.shape == (0,)
+
+
+@pytest.mark.parametrize("name", ["perl", "grpo", "luspo", "gspo"])
+def test_all_tokens_masked(name: str) -> None:
+    problem = Problem.make()
+    hidden, weight = (
+        problem.hidden.clone().requires_grad_(),
+        problem.weight.clone().requires_grad_(),
+    )
+    arguments = {**problem.loss_arguments(), "weights": torch.zeros(16)}
+    loss = PolicyLoss.preset(name)
+    output = linear_grpo_loss(hidden, weight, problem.targets, loss=loss, **arguments)
+    gradients = torch.autograd.grad(output.loss, (hidden, weight))
+    assert output.loss == 0 and all((gradient == 0).all() for gradient in gradients)
+
+
+def test_extreme_log_ratios_stay_finite() -> None:
+    problem = Problem.make()
+    logprobs = problem.ref_logprobs.clone().requires_grad_()
+    arguments = {**problem.loss_arguments(), "old_logprobs": problem.old_logprobs - 500}
+    for name in ("perl", "gspo", "sapo", "vespo", "gmpo", "dppo_kl", "cispo"):
+        output = policy_loss(logprobs, loss=PolicyLoss.preset(name), **arguments)
+        (gradient,) = torch.autograd.grad(output.loss, logprobs)
+        assert output.loss.isfinite() and gradient.isfinite().all()
+
+
+def test_logits_far_below_zero_and_long_rows() -> None:
+    """A log-sum-exp that started at 0 would lose rows whose logits are all very negative."""
+    logits = torch.full((2, 5), -1e4)
+    targets = torch.tensor([0, 4])
+    seen = token_logprobs(logits, targets)
+    torch.testing.assert_close(seen.logprobs, torch.full((2,), 0.2).log())
+    bounds = torch.tensor([0, 100_000, 100_001], dtype=torch.int32)
+    logprobs = torch.full((100_001,), -1.0)
+    output = policy_loss(
+        logprobs, torch.ones(2), bounds, PolicyLoss.preset("gspo"), old_logprobs=logprobs
+    )
+    torch.testing.assert_close(output.loss, torch.tensor(-1.0))

@@ -1,0 +1,313 @@
+"""token_logprobs, linear_token_logprobs and the chunked gradients of linear_grpo_loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from perl_kernels import (
+    PolicyLoss,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_token_logprobs,
+    policy_loss,
+    reference,
+    token_logprobs,
+)
+from perl_kernels.linear_autograd import HeadCall
+from tests.kernels.naive import Problem, naive_logprobs
+
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bias": {"bias": True},
+    "temperature": {"temperature": 0.7},
+    "row-temperature": {"temperature": torch.linspace(0.5, 2.0, 16, dtype=torch.float64)},
+    "softcap": {"softcap": 1.5, "temperature": 1.3, "bias": True},
+}
+
+
+def options_of(name: str, problem: Problem) -> dict[str, Any]:
+    options = dict(OPTIONS[name])
+    if options.pop("bias", False):
+        options["bias"] = problem.bias.clone().requires_grad_()
+    return options
+
+
+def leaves_of(problem: Problem, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    hidden = problem.hidden.to(dtype).requires_grad_()
+    return hidden, problem.weight.to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_linear_token_logprobs(name: str) -> None:
+    problem = Problem.make()
+    options = options_of(name, problem)
+    hidden, weight = leaves_of(problem)
+    leaves = [hidden, weight, *([options["bias"]] if "bias" in options else [])]
+    truth = naive_logprobs(hidden, weight, problem.targets, **options)
+    ours = linear_token_logprobs(hidden, weight, problem.targets, chunk_size=3, **options)
+    plain = reference.linear_token_logprobs(hidden, weight, problem.targets, **options)
+    upstream = [torch.randn(16, dtype=torch.float64) for _ in range(2)]
+    gradients = torch.autograd.grad(truth, leaves, upstream)
+    for output in (ours, plain):
+        torch.testing.assert_close(tuple(output), truth, **EXACT)
+        got = torch.autograd.grad(tuple(output), leaves, upstream)
+        torch.testing.assert_close(got, gradients, **EXACT)
+
+
+def test_token_logprobs() -> None:
+    logits = torch.randn(9, 11, dtype=torch.float64, requires_grad=True)
+    targets, tau = torch.randint(0, 11, (9,)), torch.rand(9, dtype=torch.float64) + 0.5
+    for temperature in (0.6, tau):
+        ours = token_logprobs(logits, targets, temperature=temperature)
+        plain = reference.token_logprobs(logits, targets, temperature=temperature)
+        torch.testing.assert_close(tuple(ours), tuple(plain), **EXACT)
+        upstream = [torch.randn(9, dtype=torch.float64) for _ in range(2)]
+        torch.testing.assert_close(
+            torch.autograd.grad(tuple(ours), logits, upstream),
+            torch.autograd.grad(tuple(plain), logits, upstream),
+            **EXACT,
+        )
+
+
+def test_gradcheck() -> None:
+    problem = Problem.make((3, 2), vocab=5)
+    hidden, weight = leaves_of(problem)
+    targets, bias = problem.targets, problem.bias.clone().requires_grad_()
+    loss = PolicyLoss.preset("gspo", clip_low=0.5, clip_high=0.5, entropy_coef=0.1)
+
+    def logprobs(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return linear_token_logprobs(
+            hidden, weight, targets, bias=bias, softcap=2.0, temperature=0.8, chunk_size=2
+        )
+
+    def two_pass(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        arguments = problem.loss_arguments()
+        return linear_grpo_loss(
+            hidden, weight, targets, loss=loss, bias=bias, chunk_size=2, **arguments
+        ).loss
+
+    def one_pass(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        arguments = problem.loss_arguments()
+        sapo = PolicyLoss.preset("sapo", kl="k2", kl_coef=0.1, entropy_coef=0.1)
+        return linear_grpo_loss(
+            hidden, weight, targets, loss=sapo, bias=bias, chunk_size=2, **arguments
+        ).loss
+
+    for function in (logprobs, two_pass, one_pass):
+        assert torch.autograd.gradcheck(function, (hidden, weight, bias))
+    logits = (hidden @ weight.T).detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: tuple(token_logprobs(x, targets)), logits)
+    assert torch.autograd.gradcheck(
+        lambda x: grpo_loss(x, targets, loss=loss, **problem.loss_arguments()).loss, logits
+    )
+    assert torch.autograd.gradcheck(
+        lambda x: policy_loss(x, loss=PolicyLoss(), **problem.loss_arguments()).loss,
+        problem.ref_logprobs.clone().requires_grad_(),
+    )
+
+
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("chunk_size", [1, 3, 16, 1000, None])
+def test_chunking_changes_nothing(chunk_size: int | None, old: bool) -> None:
+    problem = Problem.make()
+    hidden, weight = leaves_of(problem)
+    for name in ("perl", "gspo"):
+        loss = PolicyLoss.preset(name)
+        arguments = problem.loss_arguments(old=old)
+        results = []
+        for size in (5, chunk_size):
+            loss_output = linear_grpo_loss(
+                hidden, weight, problem.targets, loss=loss, chunk_size=size, **arguments
+            )
+            results.append(torch.autograd.grad(loss_output.loss, (hidden, weight)))
+        torch.testing.assert_close(*results, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "passes"),
+    [
+        ("perl", True, 1),
+        ("cispo", True, 1),
+        ("gspo", True, 2),
+        ("gmpo", True, 2),
+        ("vespo", True, 2),
+        ("gspo", False, 1),
+        ("gspo_token", False, 1),
+        ("luspo", False, 1),
+        ("gmpo", False, 1),
+        ("vespo", False, 1),
+    ],
+)
+def test_passes_over_the_logits(
+    name: str, old: bool, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem, calls = Problem.make(), []
+    original = HeadCall.scores
+
+    def counted(self: HeadCall, part: slice) -> Tensor:
+        calls.append(part)
+        return original(self, part)
+
+    monkeypatch.setattr(HeadCall, "scores", counted)
+    hidden, weight = leaves_of(problem)
+    arguments = problem.loss_arguments(old=old)
+    loss = PolicyLoss.preset(name)
+    linear_grpo_loss(
+        hidden, weight, problem.targets, loss=loss, chunk_size=4, **arguments
+    ).loss.backward()
+    assert len(calls) == 4 * passes
+
+
+class LargestTensor(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("name", ["perl", "gspo"])
+def test_logits_of_all_tokens_never_exist(name: str) -> None:
+    lengths, vocab = (60, 4, 36), 50
+    problem = Problem.make(lengths, vocab)
+    hidden, weight = leaves_of(problem)
+    with LargestTensor() as largest:
+        linear_grpo_loss(
+            hidden,
+            weight,
+            problem.targets,
+            loss=PolicyLoss.preset(name),
+            chunk_size=8,
+            **problem.loss_arguments(),
+        ).loss.backward()
+    # The parameters themselves are larger than a block of logits here.
+    assert largest.numel <= max(hidden.numel(), weight.numel(), 8 * vocab) < 100 * vocab
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_frozen_weight_costs_nothing(old: bool) -> None:
+    problem = Problem.make()
+    hidden, weight = leaves_of(problem)
+    arguments = {"loss": PolicyLoss.preset("gspo"), **problem.loss_arguments(old=old)}
+    full = linear_grpo_loss(hidden, weight, problem.targets, **arguments).loss
+    wanted, _ = torch.autograd.grad(full, (hidden, weight))
+    weight.requires_grad_(False)
+
+    class NoWeightGradient(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            assert "addmm" not in str(func)
+            return func(*args, **(kwargs or {}))
+
+    with NoWeightGradient():
+        loss = linear_grpo_loss(hidden, weight, problem.targets, **arguments).loss
+        loss.backward()
+    torch.testing.assert_close(hidden.grad, wanted, **EXACT)
+    assert weight.grad is None
+    # The other way round: hidden states that need no gradient.
+    weight.requires_grad_()
+    loss = linear_grpo_loss(hidden.detach(), weight, problem.targets, **arguments).loss
+    loss.backward()
+    assert weight.grad is not None
+
+
+def test_no_grad_and_scaled_backward() -> None:
+    problem = Problem.make()
+    hidden, weight = leaves_of(problem)
+    arguments = {"loss": PolicyLoss.preset("perl"), **problem.loss_arguments()}
+    with torch.no_grad():
+        silent = linear_grpo_loss(hidden, weight, problem.targets, **arguments)
+    assert not silent.loss.requires_grad
+    output = linear_grpo_loss(hidden, weight, problem.targets, **arguments)
+    assert not output.logprobs.requires_grad and not output.entropy.requires_grad
+    torch.testing.assert_close(silent.loss, output.loss.detach(), **EXACT)
+    (once,) = torch.autograd.grad(output.loss, hidden, retain_graph=True)
+    (scaled,) = torch.autograd.grad(output.loss * -3, hidden)
+    torch.testing.assert_close(scaled, -3 * once, **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["perl", "gspo"])
+def test_error_is_that_of_pytorch_in_the_same_dtype(name: str, dtype: torch.dtype) -> None:
+    problem = Problem.make((40, 1, 60), vocab=300)
+    arguments = {"loss": PolicyLoss.preset(name), **problem.loss_arguments()}
+
+    def run(function: Any, dtype: torch.dtype, **extra: Any) -> list[Tensor]:
+        hidden, weight = leaves_of(problem, dtype)
+        output = function(hidden, weight, problem.targets, **arguments, **extra)
+        gradients = torch.autograd.grad(output.loss, (hidden, weight))
+        return [x.detach().double() for x in (output.logprobs, output.entropy, *gradients)]
+
+    # Rounding the inputs is not an error of the computation: the truth starts from them rounded.
+    problem = Problem(
+        **{
+            **vars(problem),
+            "hidden": problem.hidden.to(dtype).double(),
+            "weight": problem.weight.to(dtype).double(),
+        }
+    )
+    truth = run(reference.linear_grpo_loss, torch.float64)
+    theirs = run(reference.linear_grpo_loss, dtype)
+    ours = run(linear_grpo_loss, dtype, chunk_size=7)
+    for got, other, wanted, factor in zip(ours, theirs, truth, (2, 2, 3, 3), strict=True):
+        allowed = factor * (other - wanted).abs().max() + 1e-6
+        assert (got - wanted).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("name", ["perl", "gspo"])
+def test_autocast(name: str) -> None:
+    problem = Problem.make((40, 1, 60), vocab=100)
+    arguments = {"loss": PolicyLoss.preset(name), **problem.loss_arguments()}
+    hidden, weight = leaves_of(problem, torch.float32)
+    half = [x.detach().bfloat16().requires_grad_() for x in (hidden, weight)]
+    wanted = linear_grpo_loss(half[0], half[1], problem.targets, **arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = linear_grpo_loss(hidden, weight, problem.targets, **arguments)
+    output.loss.backward()
+    wanted.loss.backward()
+    assert output.loss.dtype == torch.float32 and weight.grad.dtype == torch.float32  # type: ignore[union-attr]
+    torch.testing.assert_close(output.loss, wanted.loss)
+    # The gradient of a weight kept in fp32 is not rounded to bf16 on its way.
+    torch.testing.assert_close(weight.grad.bfloat16(), half[1].grad)  # type: ignore[union-attr]
+    # Autocast off: operands of two dtypes are a mistake.
+    with pytest.raises(TypeError, match="weight has dtype"):
+        linear_grpo_loss(half[0], weight, problem.targets, **arguments)
+
+
+def test_weight_gradient_is_accumulated_in_fp32() -> None:
+    """Many small contributions after a large one, all of which bf16 sums would lose."""
+    count = 513
+    hidden = torch.ones(count, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.full((count,), 2.0**-9)
+    upstream[0] = 1.0
+    targets = torch.zeros(count, dtype=torch.int64)
+    logprobs = linear_token_logprobs(hidden, weight, targets, chunk_size=1).logprobs
+    logprobs.backward(upstream)
+    assert weight.grad is not None
+    assert weight.grad[0] == 0.5 * (1 + 512 * 2.0**-9)
+
+
+@pytest.mark.parametrize("name", ["perl", "gspo"])
+def test_compiles_without_a_graph_break(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Allocation functions replaced by Python ones, as in every other test, cannot be traced.
+    monkeypatch.undo()
+    problem = Problem.make((3, 2))
+    hidden, weight = leaves_of(problem)
+    loss, arguments = PolicyLoss.preset(name), problem.loss_arguments()
+
+    def function(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_grpo_loss(hidden, weight, problem.targets, loss=loss, **arguments).loss
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    wanted = torch.autograd.grad(function(hidden, weight), (hidden, weight))
+    got = torch.autograd.grad(compiled(hidden, weight), (hidden, weight))
+    torch.testing.assert_close(got, wanted, **EXACT)

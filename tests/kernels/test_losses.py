@@ -1,0 +1,225 @@
+"""Every objective against the formulas written out token by token, values and gradients, fp64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from perl_kernels import (
+    GroupedRewards,
+    PolicyLoss,
+    group_advantages,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_token_logprobs,
+    policy_loss,
+)
+from perl_kernels.objective import KL, Aggregation, Correction
+from tests.kernels.naive import Problem, naive_logprobs, naive_loss
+
+PRESETS = [
+    *("perl", "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "gspo_token", "luspo"),
+    *("cispo", "sapo", "vespo", "gmpo", "dppo_tv", "dppo_kl", "reinforce"),
+]
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def preset(name: str, **overrides: Any) -> PolicyLoss:
+    if name == "dr_grpo":
+        overrides.setdefault("max_completion_length", 9)
+    if name.startswith(("gspo", "luspo")):
+        # Wide enough for both sides of the clip to occur in a random batch.
+        overrides = {"clip_low": 0.1, "clip_high": 0.15, **overrides}
+    return PolicyLoss.preset(name, **overrides)
+
+
+def check(loss: PolicyLoss, problem: Problem, *, old: bool = True, **options: Any) -> None:
+    """The three entry points against the formulas, values and gradients."""
+    arguments = {**problem.loss_arguments(old=old), **options}
+    leaves = [x.clone().requires_grad_() for x in (problem.hidden, problem.weight, problem.bias)]
+    hidden, weight, bias = leaves
+    logprobs, entropy = naive_logprobs(hidden, weight, problem.targets, bias)
+    truth = naive_loss(loss, logprobs, entropy, **arguments)
+    gradients = torch.autograd.grad(truth, leaves)
+
+    fused = linear_grpo_loss(
+        hidden, weight, problem.targets, loss=loss, bias=bias, chunk_size=4, **arguments
+    )
+    logits = hidden @ weight.T + bias
+    from_logits = grpo_loss(logits, problem.targets, loss=loss, **arguments)
+    seen = linear_token_logprobs(hidden, weight, problem.targets, bias=bias)
+    split = policy_loss(seen.logprobs, loss=loss, entropy=seen.entropy, **arguments)
+    for output in (fused, from_logits, split):
+        torch.testing.assert_close(output.loss, truth, **EXACT)
+        ours = torch.autograd.grad(output.loss, leaves)
+        for got, wanted in zip(ours, gradients, strict=True):
+            torch.testing.assert_close(got, wanted, **EXACT)
+        torch.testing.assert_close(output.logprobs, logprobs.detach(), **EXACT)
+        torch.testing.assert_close(output.entropy, entropy.detach(), **EXACT)
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["off-policy", "on-policy"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset(name: str, old: bool) -> None:
+    check(preset(name), Problem.make(), old=old)
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["off-policy", "on-policy"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_with_kl_entropy_and_token_advantages(name: str, old: bool) -> None:
+    loss = preset(name, kl="k3", kl_coef=0.1, entropy_coef=0.02)
+    check(loss, Problem.make(seed=1).token_level(), old=old)
+
+
+@pytest.mark.parametrize("aggregation", get_args(Aggregation))
+@pytest.mark.parametrize("name", ["grpo", "gspo", "gmpo"])
+@pytest.mark.parametrize("normalizer", [None, 11.0])
+def test_aggregation(aggregation: str, name: str, normalizer: float | None) -> None:
+    loss = preset(name, aggregation=aggregation, max_completion_length=9)
+    check(loss, Problem.make(seed=2), normalizer=normalizer)
+    check(loss, Problem.make(seed=2), normalizer=normalizer, old=False, weights=None)
+
+
+@pytest.mark.parametrize("bias_correction", [False, True])
+@pytest.mark.parametrize("kl", get_args(KL))
+def test_kl(kl: str, bias_correction: bool) -> None:
+    for name in ("grpo", "gspo", "gspo_token"):
+        loss = preset(name, kl=kl, kl_coef=0.3, kl_bias_correction=bias_correction)
+        check(loss, Problem.make(seed=3))
+        check(loss, Problem.make(seed=3), old=False)
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence", "sequence_token"])
+@pytest.mark.parametrize("surrogate", ["clip", "cispo", "sapo"])
+def test_ratio(surrogate: str, ratio: str) -> None:
+    loss = PolicyLoss(surrogate=surrogate, ratio=ratio, clip_low=0.1, clip_high=0.1)  # type: ignore[arg-type]
+    for old in (True, False):
+        check(loss, Problem.make(seed=4).token_level(), old=old)
+
+
+@pytest.mark.parametrize("correction", get_args(Correction))
+@pytest.mark.parametrize("name", ["perl", "gspo", "cispo", "sapo", "vespo", "gmpo", "dppo_tv"])
+def test_correction(name: str, correction: str) -> None:
+    loss = preset(name, correction=correction, correction_low=0.8, correction_high=1.3)
+    loss = replace(loss, kl="k3", kl_coef=0.1)
+    for old in (True, False):
+        check(loss, Problem.make(seed=5), old=old)
+
+
+@pytest.mark.parametrize("name", ["dppo_tv", "dppo_kl"])
+def test_cap_of_the_ratio(name: str) -> None:
+    check(preset(name, clip_low=0.9, clip_high=0.9, dppo_ratio_cap=1.05), Problem.make(seed=6))
+
+
+@pytest.mark.parametrize("bound", [{"dual_clip": 1.3}, {"delta": 1.5}])
+def test_bounds_of_the_ratio_of_negative_advantages(bound: dict[str, float]) -> None:
+    problem = Problem.make(seed=6)
+    problem = replace(problem, advantages=-problem.advantages.abs() - 0.1)
+    check(PolicyLoss(**bound), problem)  # type: ignore[arg-type]
+
+
+def test_grouped_rewards_are_normalised_inside() -> None:
+    problem = Problem.make()
+    rewards = torch.tensor([1.0, 0.0, 0.5, float("nan"), 1.0])
+    grouped = GroupedRewards(rewards=rewards, group_sizes=[2, 3])
+    inside = policy_loss(problem.old_logprobs, grouped, problem.cu_seqlens, PolicyLoss())
+    advantages = group_advantages(rewards, [2, 3]).advantages
+    outside = policy_loss(problem.old_logprobs, advantages, problem.cu_seqlens, PolicyLoss())
+    assert inside.loss == outside.loss
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_packed_equals_one_completion_at_a_time(name: str) -> None:
+    problem = Problem.make(seed=8)
+    loss = preset(name, aggregation="seq-mean-token-sum")
+    arguments = problem.loss_arguments()
+    whole = policy_loss(problem.ref_logprobs + 0.1, loss=loss, **arguments)
+    parts = []
+    bounds = problem.cu_seqlens.tolist()
+    for b, (start, stop) in enumerate(pairwise(bounds)):
+        one = {
+            key: value[start:stop]
+            for key, value in arguments.items()
+            if key not in ("advantages", "cu_seqlens")
+        }
+        one["advantages"] = problem.advantages[b : b + 1]
+        one["cu_seqlens"] = torch.tensor([0, stop - start], dtype=torch.int32)
+        parts.append(policy_loss(problem.ref_logprobs[start:stop] + 0.1, loss=loss, **one).loss)
+    torch.testing.assert_close(whole.loss, torch.stack(parts).mean(), **EXACT)
+
+
+@pytest.mark.parametrize("aggregation", get_args(Aggregation))
+def test_micro_batches_with_a_normalizer_are_one_batch(aggregation: str) -> None:
+    problem = Problem.make(seed=9)
+    loss = PolicyLoss(aggregation=aggregation, max_completion_length=9)  # type: ignore[arg-type]
+    hidden = problem.hidden.clone().requires_grad_()
+    arguments = problem.loss_arguments()
+    whole = linear_grpo_loss(hidden, problem.weight, problem.targets, loss=loss, **arguments)
+    (wanted,) = torch.autograd.grad(whole.loss, hidden)
+
+    bounds = problem.cu_seqlens
+    sequences = 4 if aggregation == "seq-mean-token-mean" else 5
+    normalizer = problem.weights.sum() if aggregation == "token-mean" else torch.tensor(sequences)
+    total = torch.zeros((), dtype=torch.float64)
+    for first, last in ((0, 2), (2, 5)):
+        tokens = slice(int(bounds[first]), int(bounds[last]))
+        micro = {
+            key: value[tokens]
+            for key, value in arguments.items()
+            if key not in ("advantages", "cu_seqlens")
+        }
+        output = linear_grpo_loss(
+            hidden[tokens],
+            problem.weight,
+            problem.targets[tokens],
+            problem.advantages[first:last],
+            bounds[first : last + 1] - bounds[first],
+            loss,
+            normalizer=normalizer,
+            **micro,
+        )
+        output.loss.backward()
+        total += output.loss.detach()
+    torch.testing.assert_close(total, whole.loss.detach(), **EXACT)
+    torch.testing.assert_close(hidden.grad, wanted, **EXACT)
+
+
+def test_metrics() -> None:
+    logprobs = torch.log(torch.tensor([0.5, 0.5, 0.5, 0.9]))
+    old = torch.log(torch.tensor([0.25, 0.5, 0.9, 0.1]))
+    ref = logprobs - 1.0
+    weights = torch.tensor([1.0, 2.0, 1.0, 0.0])
+    advantages = torch.tensor([1.0, 1.0, -1.0, 1.0])
+    bounds = torch.tensor([0, 2, 4], dtype=torch.int32)
+    loss = PolicyLoss(kl="k1", kl_coef=0.1)
+    metrics = policy_loss(
+        logprobs,
+        advantages,
+        bounds,
+        loss,
+        old_logprobs=old,
+        ref_logprobs=ref,
+        rollout_logprobs=old + 0.5,
+        weights=weights,
+        entropy=torch.tensor([1.0, 2.0, 3.0, 100.0]),
+    ).metrics
+    assert all(value.ndim == 0 and not value.requires_grad for value in metrics.values())
+    got = {name: round(float(value), 4) for name, value in metrics.items()}
+    assert got == {
+        "kl": 1.0,
+        "entropy": 2.0,
+        "clip_fraction": 0.6667,
+        "clip_fraction_low": 0.3333,
+        "clip_fraction_high": 0.3333,
+        "dual_clip_fraction": 0.0,
+        "ratio_mean": round((2 + 1 + 5 / 9) / 3, 4),
+        "ratio_max": 2.0,
+        "rollout_kl": 0.5,
+        "correction_mean": 1.0,
+        "tokens": 3,
+        "invalid_rows": 0,
+    }
