@@ -111,7 +111,7 @@ def _summarise(by_order: Sequence[Sequence[Rollout]]) -> ExampleResult:
     )
 
 
-def _accuracies(rollouts: Sequence[Rollout]) -> list[float]:
+def _accuracies(rollouts: Sequence[Rollout]) -> list[float | None]:
     return accuracy(
         [""] * len(rollouts), [r.text for r in rollouts], [r.variant.answer for r in rollouts]
     )

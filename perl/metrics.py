@@ -7,11 +7,9 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import combinations
-
-import numpy as np
 
 from perl.permutation import original_answer
 from perl.reward_answers import extract_answer, normalise
@@ -82,7 +80,7 @@ def group_agreement(group: Group) -> float:
     return agreement(list(by_order.values()))
 
 
-def mean(values: Sequence[float] | np.ndarray) -> float:
-    """Mean of what is not NaN; NaN if nothing is left."""
-    kept = [float(v) for v in values if not math.isnan(v)]
+def mean(values: Iterable[float | None]) -> float:
+    """Mean of what is neither None nor NaN; NaN if nothing is left."""
+    kept = [float(v) for v in values if v is not None and not math.isnan(v)]
     return sum(kept) / len(kept) if kept else math.nan

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -134,7 +135,7 @@ class Processor:
             sorted(vocabulary[n] for n in names if n in vocabulary), dtype=torch.int64
         )
 
-    def save(self, folder: str) -> None:
+    def save(self, folder: Path) -> None:
         """Write tokenizer and image processor the way transformers reads them."""
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)

@@ -108,7 +108,7 @@ class PolicyStep:
             number,
             batches,
             lambda i, batch: self.head(
-                batch, self.loss, normalizer, old and old[i], ref and ref[i]
+                batch, self.loss, normalizer, old[i] if old else None, ref[i] if ref else None
             ),
         )
 

@@ -115,7 +115,7 @@ def make_accelerator(config: Config, folder: RunFolder) -> Any:
     bf16 = config.model.dtype == "bfloat16" or (
         config.model.dtype == "auto" and cuda and torch.cuda.is_bf16_supported()
     )
-    wanted = [t for t in config.run.trackers if t]
+    wanted: list[Any] = [t for t in config.run.trackers if t]
     try:
         usable = filter_trackers(wanted, str(folder.root)) if wanted else []
     except ValueError as error:

@@ -153,9 +153,9 @@ def make_image_processor(vision_config: Any) -> Any:
     """Qwen2-VL's image processor (PIL), for the vision tower's patch and merge sizes."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    half = (
-        {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} if vision_config.patch_size == 16 else {}
-    )
+    half: dict[str, Any] = {}
+    if vision_config.patch_size == 16:  # Qwen3-VL
+        half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     unit = vision_config.patch_size * vision_config.spatial_merge_size
     return Qwen2VLImageProcessorPil(
         patch_size=vision_config.patch_size,
