@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from perl.run import writing
 from perl.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -59,10 +60,8 @@ class CheckpointManager:
         from safetensors.torch import save_file
 
         number = max((int(p.name) for p in self._complete()), default=0) + 1
-        target, temporary = self.folder / f"{number:06d}", self.folder / ".incomplete"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
+        target = self.folder / f"{number:06d}"
+        with writing(target) as temporary:
             save_file(_weights(model), temporary / "model.safetensors")
             if optimizer is not None:
                 save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
@@ -71,9 +70,6 @@ class CheckpointManager:
             manifest = {"files": files, "progress": asdict(progress)}
             (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
             _sync(temporary)
-            os.replace(temporary, target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
         for old in self._complete()[: -self.keep]:
             shutil.rmtree(old)
         return target
@@ -88,7 +84,7 @@ class CheckpointManager:
         for path in found:
             try:
                 return path, _verified(path)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 logger.warning("checkpoint %s is damaged (%s); trying the one before", path, error)
         if found:
             raise UserError(
@@ -100,12 +96,16 @@ class CheckpointManager:
         """Put a checkpoint's weights and random state back."""
         from safetensors.torch import load_file
 
-        missing, unexpected = model.load_state_dict(
-            load_file(path / "model.safetensors"), strict=False
-        )
-        tied = set(model.state_dict()) - set(_weights(model))
-        if unexpected or set(missing) - tied:
-            raise UserError(f"checkpoint {path} is of another model; start again with --overwrite")
+        weights = load_file(path / "model.safetensors")
+        own = model.state_dict()
+        if weights.keys() != _weights(model).keys() or any(
+            own[name].shape != tensor.shape for name, tensor in weights.items()
+        ):
+            raise UserError(
+                f"checkpoint {path} is of another model than config.toml says; "
+                "put the settings under [model] back, or start again with --overwrite"
+            )
+        model.load_state_dict(weights, strict=False)
         torch.set_rng_state(load_file(path / "rng.safetensors")["torch"])
 
     def restore_optimizer(
@@ -134,7 +134,19 @@ def _verified(path: Path) -> Progress:
         actual = (path / name).stat().st_size
         if actual != size:
             raise ValueError(f"{name} has {actual} bytes instead of {size}")
+        _read_header(path / name)
     return Progress(**manifest["progress"])
+
+
+def _read_header(path: Path) -> None:
+    """Raise ValueError if the table of contents at the head of a safetensors file is broken."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path.name}: {error}") from error
 
 
 def _weights(model: nn.Module) -> dict[str, torch.Tensor]:

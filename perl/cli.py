@@ -130,13 +130,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         code = _fail(str(error), debug)
     except KeyboardInterrupt:
-        code = _stopped("stopped at once; the last checkpoint stands", debug)
+        code = _stopped("stopped at once; go on from the last checkpoint with perl-rl resume RUN")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        code = _fail(
-            f"{error.strerror}: {error.filename or 'the run folder'}; {_disk_advice(error)}", debug
-        )
+        code = _fail(_about_files(error), debug)
     sys.exit(code)
 
 
@@ -173,7 +172,7 @@ def _run(arguments: list[str]) -> int:
     try:
         actions[type(command)](command)
     except Interrupted as stop:
-        return _stopped(str(stop), command.debug)
+        return _stopped(str(stop))
     return 0
 
 
@@ -219,6 +218,10 @@ def parse(name: str, arguments: list[str]) -> Any:
         ) from None
     if unknown:
         raise UserError(f"perl-rl {name}: " + _unknown_option(unknown[0], default))
+    if isinstance(parsed, Train | ShowConfig):
+        from perl.recipe import check_config
+
+        check_config(parsed.config)
     return parsed
 
 
@@ -246,6 +249,8 @@ def _with_recipe(default: Any, recipe: str | None) -> Any:
 
 def _unknown_option(option: str, default: Any) -> str:
     """`--train.lrr` is unknown; did you mean `--train.lr`?"""
+    if not option.startswith("-"):
+        return f"unexpected argument {option}; see --help"
     known = _options(default, "")
     near = difflib.get_close_matches(option.split("=")[0].replace("_", "-"), known, n=1)
     return f"unknown option {option}" + (f"; did you mean {near[0]}?" if near else "; see --help")
@@ -295,14 +300,16 @@ def _fail(message: str, debug: bool) -> int:
     return 2
 
 
-def _stopped(message: str, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    print(f"{message}; go on with perl-rl resume RUN", file=sys.stderr)
+def _stopped(message: str) -> int:
+    print(message, file=sys.stderr)
     return 130
 
 
-def _disk_advice(error: OSError) -> str:
+def _about_files(error: OSError) -> str:
+    """What a disk, a folder or a file would not do, and what helps."""
+    what = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "free some space and go on with perl-rl resume RUN; the last checkpoint stands"
-    return "choose a folder you may write to"
+        return (
+            f"{what}; free some space and go on with perl-rl resume RUN, the last checkpoint stands"
+        )
+    return f"{what}; choose a folder or file that can be read and written (--debug shows where)"

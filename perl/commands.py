@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from perl.config import Config
 from perl.progress import Display
-from perl.recipe import read_config, recipe_names, save_config
-from perl.run import RunFolder
+from perl.recipe import (
+    check_config,
+    differences,
+    read_config,
+    recipe_names,
+    save_config,
+    to_toml,
+)
+from perl.run import RunFolder, is_main_process
 from perl.types import IMAGE_SLOT, Example, Message, UserError
 
 if TYPE_CHECKING:
@@ -21,13 +29,20 @@ if TYPE_CHECKING:
 def train_command(command: Train) -> None:
     """`perl-rl train`"""
     config = command.config
+    if command.overwrite and command.resume:
+        raise UserError("--overwrite and --resume exclude each other; leave one out")
+    if not config.run.dir:
+        raise UserError("run.dir is empty; name a folder with --run.dir")
     folder = RunFolder(Path(config.run.dir))
     if command.resume and folder.config.exists():
-        _go(read_config(folder.config), folder, resume=True)
+        _go(_stored(folder, config), folder, resume=True)
         return
+    if command.overwrite:
+        _check_kept(command, folder)
     _check(config)
-    folder.create(command.overwrite)
-    save_config(config, folder.config)
+    if is_main_process():
+        folder.create(command.overwrite)
+        save_config(config, folder.config)
     _go(config, folder, resume=False)
 
 
@@ -38,34 +53,65 @@ def resume_command(command: Resume) -> None:
         raise UserError(
             f"{command.run} is no run folder: it has no config.toml; start one with perl-rl train"
         )
+    _go(_stored(folder), folder, resume=True)
+
+
+def _stored(folder: RunFolder, asked: Config | None = None) -> Config:
+    """The settings of a run that is there; says so where others were asked for."""
     config = read_config(folder.config)
-    _go(replace(config, run=replace(config.run, dir=str(command.run))), folder, resume=True)
+    config = replace(config, run=replace(config.run, dir=str(folder.root)))
+    ignored = differences(config, asked) if asked else []
+    if ignored and is_main_process():
+        print(f"going on with {folder.config}; not used: {', '.join(ignored)}", file=sys.stderr)
+    return config
+
+
+def _check_kept(command: Train, folder: RunFolder) -> None:
+    """Refuse to overwrite a folder that the new run reads from."""
+    config, root = command.config, folder.root.resolve()
+    sources = {
+        "the recipe": command.recipe,
+        "model.path": config.model.path,
+        "data.train": config.data.train,
+        "data.eval": config.data.eval,
+        "data.image_root": config.data.image_root,
+    }
+    for name, value in sources.items():
+        path = Path(value).expanduser()
+        if value and path.exists() and path.resolve().is_relative_to(root):
+            raise UserError(
+                f"--overwrite would delete {name} = {value}; choose another --run.dir or move it out"
+            )
 
 
 def _check(config: Config) -> None:
-    """Find mistakes before anything is written."""
+    """Find mistakes before anything is written or removed."""
     from perl.data import load_examples, validate
     from perl.loss import make_policy_loss
-    from perl.reward import Scorer
+    from perl.setup import EVAL_SEED, check_setup
 
-    Scorer(config.reward.functions, config.reward.weights)
     make_policy_loss(config.loss, config.rollout.max_new_tokens)
     validate(load_examples(config.data.train, config.data, "train", config.run.seed))
     if config.eval.examples:
         validate(
-            load_examples(
-                config.data.eval, config.data, "test", config.run.seed, config.eval.examples
-            )
+            load_examples(config.data.eval, config.data, "test", EVAL_SEED, config.eval.examples)
         )
+    check_setup(config)
 
 
 def _go(config: Config, folder: RunFolder, resume: bool) -> None:
+    from perl.interrupt import Interrupted
     from perl.report import write_report
     from perl.summary import print_table
     from perl.train import train
 
-    with Display() as display:
-        summary = train(config, folder, display, resume)
+    try:
+        with Display(enabled=is_main_process()) as display:
+            summary = train(config, folder, display, resume)
+    except Interrupted as stop:
+        raise Interrupted(f"{stop}; go on with perl-rl resume {folder.root}") from None
+    if not is_main_process():
+        return
     print_table(summary, str(folder.root))
     print(f"report: {write_report(folder.root)}")
 
@@ -77,14 +123,21 @@ def evaluate_command(command: Evaluate) -> None:
 
     config, path = _model_and_config(command.model)
     data = replace(config.data, eval=command.data or config.data.eval)
-    if command.max_new_tokens:
+    if command.eval.examples == 0:
+        raise UserError("eval.examples = 0: must be 1 or more to evaluate")
+    if command.output and not command.output.absolute().parent.is_dir():
+        raise UserError(
+            f"--output {command.output}: there is no folder to write it to; make it first"
+        )
+    if command.max_new_tokens is not None:
         config = replace(
             config, rollout=replace(config.rollout, max_new_tokens=command.max_new_tokens)
         )
     config = replace(config, data=data, eval=command.eval, model=replace(config.model, path=path))
+    check_config(config)
     from perl.data import load_examples
 
-    examples = load_examples(data.eval, data, "test", EVAL_SEED, max(1, command.eval.examples))
+    examples = load_examples(data.eval, data, "test", EVAL_SEED, command.eval.examples)
     engine, encoder = _engine(config)
     with Display() as display:
         display.stage("evaluate", len(examples))
@@ -141,6 +194,7 @@ def generate_command(command: Generate) -> None:
     """`perl-rl generate`"""
     from perl.rollout import SamplingParams
 
+    _check_numbers(command)
     config, path = _model_and_config(command.model)
     config = replace(config, model=replace(config.model, path=path))
     example = _held_out(config, command.example) if command.example is not None else _asked(command)
@@ -153,6 +207,19 @@ def generate_command(command: Generate) -> None:
     for completion in engine.generate([prompt], params, command.seed)[0]:
         text = encoder.processor.decode(completion.token_ids)
         print(text if completion.finished else f"{text} [cut at {command.max_new_tokens} tokens]")
+
+
+def _check_numbers(command: Generate) -> None:
+    if command.n < 1 or command.max_new_tokens < 1:
+        raise UserError("--n and --max-new-tokens must be 1 or more")
+    if not 0 <= command.temperature < math.inf:
+        raise UserError(f"--temperature {command.temperature}: must be 0 or more")
+    if not 0 <= command.seed < 2**31:
+        raise UserError(f"--seed {command.seed}: must be from 0 to {2**31 - 1}")
+    if command.example is not None and command.example < 0:
+        raise UserError(f"--example {command.example}: must be 0 or more")
+    if command.example is not None and (command.prompt or command.images):
+        raise UserError("give --example or --prompt with --images, not both")
 
 
 def _asked(command: Generate) -> Example:
@@ -182,6 +249,10 @@ def report_command(command: Report) -> None:
     """`perl-rl report`"""
     from perl.report import write_report
 
+    if not any((command.run / name).exists() for name in ("config.toml", "metrics.jsonl")):
+        raise UserError(
+            f"{command.run} is no run folder: it has neither config.toml nor metrics.jsonl"
+        )
     print(write_report(command.run))
 
 
@@ -190,7 +261,7 @@ def config_command(command: ShowConfig) -> None:
     if command.list:
         print("\n".join(recipe_names()))
         return
-    save_config(command.config, Path("/dev/stdout"))
+    print(to_toml(command.config), end="")
 
 
 def doctor_command(command: Doctor) -> None:
@@ -205,14 +276,20 @@ def _engine(config: Config) -> tuple[Any, Any]:
     import torch
 
     from perl.collect import PromptEncoder
-    from perl.model import load_policy, load_processor
+    from perl.model import load_policy, load_processor, uses_bfloat16
     from perl.rollout import InProcessEngine
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     policy = load_policy(config.model.path, replace(config.model, lora_rank=0), device).to(device)
     processor = load_processor(config.model.path, config.model)
     encoder = PromptEncoder(processor, config.data.max_prompt_tokens, config.data.overlong)
-    return InProcessEngine(policy, processor, config.rollout.batch_size), encoder
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(
+            device.type, torch.bfloat16, enabled=uses_bfloat16(config.model.dtype)
+        )
+
+    return InProcessEngine(policy, processor, config.rollout.batch_size, autocast), encoder
 
 
 def _model_and_config(model: str) -> tuple[Config, str]:

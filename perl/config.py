@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,3 +212,96 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+_Range = tuple[str, Callable[[float], bool]]
+_NOT_NEGATIVE: _Range = ("0 or more", lambda v: 0 <= v < math.inf)
+_ONE_OR_MORE: _Range = ("1 or more", lambda v: 1 <= v < math.inf)
+_POSITIVE: _Range = ("above 0", lambda v: 0 < v < math.inf)
+_SHARE: _Range = ("from 0 to 1", lambda v: 0 <= v <= 1)
+
+RANGES: dict[str, _Range] = {
+    "run.seed": ("from 0 to 2147483647", lambda v: 0 <= v < 2**31),
+    "run.seeds": ("from 0 to 2147483647", lambda v: 0 <= v < 2**31),
+    "run.log_every": _ONE_OR_MORE,
+    "run.checkpoint_every": _NOT_NEGATIVE,
+    "run.keep_checkpoints": _ONE_OR_MORE,
+    "run.save_rollouts_every": _NOT_NEGATIVE,
+    "model.lora_rank": _NOT_NEGATIVE,
+    "model.lora_alpha": _POSITIVE,
+    "model.min_pixels": _ONE_OR_MORE,
+    "model.max_pixels": _ONE_OR_MORE,
+    "data.min_images": _ONE_OR_MORE,
+    "data.max_images": _ONE_OR_MORE,
+    "data.max_prompt_tokens": _ONE_OR_MORE,
+    "cold_start.steps": _NOT_NEGATIVE,
+    "cold_start.batch_size": _ONE_OR_MORE,
+    "cold_start.lr": _NOT_NEGATIVE,
+    "cold_start.warmup_steps": _NOT_NEGATIVE,
+    "cold_start.noise": _SHARE,
+    "permutation.orders": _ONE_OR_MORE,
+    "rollout.per_order": _ONE_OR_MORE,
+    "rollout.temperature": _POSITIVE,
+    "rollout.max_new_tokens": _ONE_OR_MORE,
+    "rollout.batch_size": _ONE_OR_MORE,
+    "filter.max_tries": _ONE_OR_MORE,
+    "train.steps": _NOT_NEGATIVE,
+    "train.examples_per_step": _ONE_OR_MORE,
+    "train.updates_per_batch": _ONE_OR_MORE,
+    "train.tokens_per_micro_batch": _ONE_OR_MORE,
+    "train.lr": _NOT_NEGATIVE,
+    "train.warmup_steps": _NOT_NEGATIVE,
+    "train.weight_decay": _NOT_NEGATIVE,
+    "train.betas": ("at least 0 and below 1", lambda v: 0 <= v < 1),
+    "train.max_grad_norm": ("above 0", lambda v: v > 0),
+    "eval.examples": _NOT_NEGATIVE,
+    "eval.max_orders": _ONE_OR_MORE,
+    "eval.samples": _ONE_OR_MORE,
+    "eval.every": _NOT_NEGATIVE,
+}
+"""What each number must be; the loss checks its own."""
+
+
+def violation(config: Config) -> str | None:
+    """What is wrong with the first value that makes no sense, naming its key; None if all do."""
+    values = dict(_flat(config, ""))
+    for key, (wanted, fits) in RANGES.items():
+        several = values[key] if isinstance(values[key], tuple) else (values[key],)
+        if not all(fits(v) for v in several):
+            return f"{key} = {_shown(values[key])}: must be {wanted}"
+    for low, high in (
+        ("data.min_images", "data.max_images"),
+        ("model.min_pixels", "model.max_pixels"),
+    ):
+        if values[low] > values[high]:
+            return f"{low} = {values[low]} is more than {high} = {values[high]}; exchange them"
+    seeds, functions, weights = (
+        values[k] for k in ("run.seeds", "reward.functions", "reward.weights")
+    )
+    if len(set(seeds)) < len(seeds):
+        return f"run.seeds = {_shown(seeds)} names one seed twice; leave one out"
+    if len(functions) != len(weights):
+        return (
+            f"reward.weights = {_shown(weights)} for {len(functions)} reward.functions "
+            f"({', '.join(functions)}); give one weight for each"
+        )
+    if values["permutation.orders"] * values["rollout.per_order"] < 2:
+        return (
+            "rollout.per_order = 1 with permutation.orders = 1 is a single completion per example, "
+            "which has nothing to be compared with; raise one of them"
+        )
+    return None
+
+
+def _flat(section: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for f in fields(section):
+        value = getattr(section, f.name)
+        if is_dataclass(value):
+            yield from _flat(value, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", value
+
+
+def _shown(value: Any) -> str:
+    """As TOML writes it."""
+    return str(list(value)) if isinstance(value, tuple) else str(value)

@@ -25,7 +25,7 @@ def measure(session: Session, at: str, step: int) -> dict[str, Any] | None:
     if at == "step":
         session.display.close()
     session.display.stage(f"evaluate {at}", len(mine))
-    with bench.watch("evaluate"), bench.accelerator.autocast():
+    with bench.watch("evaluate"):
         results, rollouts = evaluate(
             bench.engine,
             bench.encoder,

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from perl.attention import choose, use_packed_attention
 from perl.config import ModelConfig
+from perl.hub import offline_if_unreachable
 from perl.processor import Processor
 from perl.types import EncodedImage, PackedBatch, UserError
 
@@ -149,11 +151,60 @@ def load_policy(folder: str, config: ModelConfig, device: torch.device) -> Polic
     Raises:
         UserError: the folder is no model, or of a family that is not supported.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
+    check_model(folder)
     try:
-        model_type = AutoConfig.from_pretrained(folder).model_type
-    except (OSError, ValueError) as error:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers raises many types for broken files.
+        raise UserError(
+            f"model.path = {folder}: its weights cannot be loaded ({_first_line(error)})"
+        ) from error
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"model.path = {folder}: its weights lack {len(missing)} tensors, {missing[0]} for one; "
+            "copy every file of the original checkpoint into it"
+        )
+    try:
+        name, reason = choose(config.attention, device)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    _announce(name, reason)
+    use_packed_attention(model, name)
+    if config.freeze_vision:
+        cast(Any, model).model.visual.requires_grad_(False)
+    if config.gradient_checkpointing:
+        # transformers 5.23 renamed it.
+        enable = getattr(
+            model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
+    if config.lora_rank:
+        model = _add_lora(model, config)
+    return Policy(model)
+
+
+def check_model(folder: str) -> None:
+    """Look at a model without loading it; nothing it brings is run or unpickled.
+
+    Args:
+        folder: a model folder or hub name.
+
+    Raises:
+        UserError: it is not there, has no weights in safetensors, or is of a family that is not supported.
+    """
+    from transformers import PretrainedConfig
+
+    _check_files(folder)
+    try:
+        model_type = PretrainedConfig.get_config_dict(folder)[0].get("model_type")
+    except Exception as error:  # transformers raises many types for broken files.
         raise UserError(
             f"model.path = {folder}: no model can be read there ({_first_line(error)})"
         ) from error
@@ -161,27 +212,33 @@ def load_policy(folder: str, config: ModelConfig, device: torch.device) -> Polic
         raise UserError(
             f"model.path = {folder}: the family {model_type} is not supported; choose one of {', '.join(SUPPORTED)}"
         )
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
+
+
+def _check_files(folder: str) -> None:
+    path = Path(folder)
+    if not path.exists():
+        if folder.startswith((".", "/", "~")) or folder.count("/") > 1:
+            raise UserError(f"model.path = {folder}: there is no such folder; correct the path")
+        offline_if_unreachable()
+        return
+    if not (path / "config.json").is_file():
         raise UserError(
-            f"model.path = {folder}: its weights cannot be loaded ({_first_line(error)})"
-        ) from error
-    try:
-        name, reason = choose(config.attention, device)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    logger.info("attention: %s (%s)", name, reason)
-    use_packed_attention(model, name)
-    if config.freeze_vision:
-        cast(Any, model).model.visual.requires_grad_(False)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.lora_rank:
-        model = _add_lora(model, config)
-    return Policy(model)
+            f"model.path = {folder} is no model folder: it has no config.json; correct the path"
+        )
+    if (path / "adapter_config.json").exists():
+        raise UserError(
+            f"model.path = {folder} holds a LoRA adapter; merge it into its model and give that folder"
+        )
+    if any(path.glob("*.safetensors")):
+        return
+    if pickled := sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth")):
+        raise UserError(
+            f"model.path = {folder}: its weights are pickled ({pickled[0]}), and pickle is never loaded; "
+            "convert them to safetensors"
+        )
+    raise UserError(
+        f"model.path = {folder} has no weights: copy the checkpoint's .safetensors files into it"
+    )
 
 
 def load_processor(folder: str, config: ModelConfig) -> Processor:
@@ -193,9 +250,9 @@ def load_processor(folder: str, config: ModelConfig) -> Processor:
     from transformers import AutoImageProcessor, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        image_processor = AutoImageProcessor.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises many types for missing and broken files.
         raise UserError(
             f"model.path = {folder}: no processor can be read there ({_first_line(error)}); "
             "copy the tokenizer and preprocessor files of the original checkpoint into it"
@@ -209,12 +266,33 @@ def load_processor(folder: str, config: ModelConfig) -> Processor:
         raise UserError(
             f"model.path = {folder}: its tokenizer has no chat template; add chat_template.jinja"
         )
+    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
+        raise UserError(
+            f"model.path = {folder}: its tokenizer has no end or padding token; a Qwen-VL tokenizer is needed"
+        )
+    if not hasattr(image_processor, "merge_size"):
+        raise UserError(
+            f"model.path = {folder}: {type(image_processor).__name__} does not cut images into patches; "
+            "a Qwen-VL preprocessor_config.json is needed"
+        )
     return Processor(tokenizer, image_processor, config.min_pixels, config.max_pixels)
 
 
 def reference_of(policy: Policy) -> Policy:
     """A frozen copy, for the KL to the policy that RL starts from."""
     return copy.deepcopy(policy).requires_grad_(False).eval()
+
+
+def uses_bfloat16(dtype: str) -> bool:
+    """Whether `model.dtype` means bfloat16 autocast on this machine."""
+    if dtype == "auto":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return dtype == "bfloat16"
+
+
+@cache
+def _announce(attention: str, reason: str) -> None:
+    logger.info("attention: %s (%s)", attention, reason)
 
 
 def _add_lora(model: nn.Module, config: ModelConfig) -> nn.Module:

@@ -9,7 +9,8 @@ import tomllib
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from perl.config import Config
+from perl.config import Config, violation
+from perl.run import replacing
 from perl.types import UserError
 
 _BUNDLED = Path(__file__).parent / "recipes"
@@ -24,7 +25,7 @@ def load_recipe(name: str) -> Config:
     """A Config from a bundled recipe's name or a TOML file.
 
     Raises:
-        UserError: no such recipe or file, broken TOML, an unknown key, or a value of the wrong type.
+        UserError: no such recipe or file, broken TOML, an unknown key, a value of the wrong type or out of range.
     """
     path = Path(name)
     if path.suffix != ".toml":
@@ -59,15 +60,34 @@ def read_config(path: Path) -> Config:
     return _validated(values, path)
 
 
+def check_config(config: Config, where: str = "") -> None:
+    """Raise UserError, naming the key, for a value that makes no sense; `where` is the file it stands in."""
+    if wrong := violation(config):
+        raise UserError(f"{where}: {wrong}" if where else wrong)
+
+
 def save_config(config: Config, path: Path) -> None:
     """Write every key, so that the file alone repeats the run."""
+    with replacing(path) as temporary:
+        temporary.write_text(to_toml(config), encoding="utf-8")
+
+
+def to_toml(config: Config) -> str:
+    """Every key that has a value."""
     import tomli_w
 
     values = {
         section: {k: v for k, v in keys.items() if v is not None}
         for section, keys in dataclasses.asdict(config).items()
     }
-    path.write_text(tomli_w.dumps(values), encoding="utf-8")
+    return tomli_w.dumps(values)
+
+
+def differences(one: Config, other: Config) -> list[str]:
+    """Keys whose values are not the same, the run folder left out."""
+    mine, others = dataclasses.asdict(one), dataclasses.asdict(other)
+    keys = [(section, key) for section, values in mine.items() for key in values]
+    return [f"{s}.{k}" for s, k in keys if mine[s][k] != others[s][k] and (s, k) != ("run", "dir")]
 
 
 def _check_keys(values: dict[str, Any], kind: type, where: str, prefix: str) -> None:
@@ -90,8 +110,10 @@ def _validated(values: dict[str, Any], path: Path) -> Config:
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        return TypeAdapter(Config).validate_json(json.dumps(values, default=str), strict=True)
+        config = TypeAdapter(Config).validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path}: {key} = {first['input']!r}: {first['msg']}") from error
+    check_config(config, str(path))
+    return config

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 from perl.types import UserError
 
-_OURS = ("config.toml", "metrics.jsonl", "checkpoints", "seed-0", "summary.json")
+_SECTIONS = frozenset({"run", "model", "data", "rollout", "reward", "train"})
 
 
 class RunFolder:
@@ -34,7 +36,7 @@ class RunFolder:
         Raises:
             UserError: it is there already and not empty; `overwrite` removes it, if it is a run folder.
         """
-        if self.root.is_file():
+        if self.root.exists() and not self.root.is_dir():
             raise UserError(f"run.dir = {self.root} is a file; choose another --run.dir")
         if self.root.exists() and any(self.root.iterdir()):
             if not overwrite:
@@ -42,12 +44,20 @@ class RunFolder:
                     f"run.dir = {self.root} is already there: go on with `perl-rl resume {self.root}`, "
                     "replace it with --overwrite, or choose another --run.dir"
                 )
-            if not any((self.root / name).exists() for name in _OURS):
+            if not self.is_run():
                 raise UserError(
-                    f"run.dir = {self.root} is no run folder, so --overwrite leaves it alone"
+                    f"run.dir = {self.root} is no run folder, so --overwrite leaves it alone; "
+                    "choose another --run.dir"
                 )
-            shutil.rmtree(self.root)
+            shutil.rmtree(self.root.resolve())
         self.root.mkdir(parents=True, exist_ok=True)
+
+    def is_run(self) -> bool:
+        """Whether a run lives here: its config.toml has the sections of a recipe with every key."""
+        try:
+            return tomllib.loads(self.config.read_text(encoding="utf-8")).keys() >= _SECTIONS
+        except (OSError, ValueError):
+            return False
 
     def append(self, record: Path, row: dict[str, Any]) -> None:
         """Add one line of JSON to a record."""
@@ -72,6 +82,11 @@ class RunFolder:
                 os.truncate(record, min(positions.get(record.name, 0), record.stat().st_size))
 
 
+def is_main_process() -> bool:
+    """Whether this is the first of the processes that `accelerate launch` or torchrun started, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half."""
     with replacing(path) as temporary:
@@ -87,3 +102,28 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place when the block ends well.
+
+    Raises:
+        OSError: also where safetensors, whose own error only tells the number in its text, cannot write.
+    """
+    from safetensors import SafetensorError
+
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -46,12 +46,13 @@ class Session:
     def restore(self) -> None:
         """Go on from the newest whole checkpoint; without any, from the start."""
         found = self.checkpoints.load()
+        self.bench.accelerator.wait_for_everyone()
+        if self.bench.is_main:
+            self.folder.cut_back(found[1].records if found else {})
         if found is None:
-            self.folder.cut_back({})
             return
         self._checkpoint, self.progress = found
         self.checkpoints.restore_model(self._checkpoint, self.bench.policy)
-        self.folder.cut_back(self.progress.records)
         self.bench.watch.total_seconds.update(self.progress.seconds)
         self._started = time.perf_counter() - self.progress.elapsed
         self._saved_step = (self.progress.stage, self.progress.step)

@@ -15,11 +15,11 @@ from perl.config import Config
 from perl.data import BUNDLED, ExampleStream, load_examples
 from perl.loss import HeadLoss
 from perl.metrics import Stopwatch
-from perl.model import Policy, load_policy, load_processor
+from perl.model import Policy, check_model, load_policy, load_processor, uses_bfloat16
 from perl.processor import Processor
 from perl.reward import Scorer
 from perl.rollout import InProcessEngine
-from perl.run import RunFolder
+from perl.run import RunFolder, writing
 from perl.tasks import vocabulary
 from perl.tiny import TINY_MODELS, make_tiny_model
 from perl.types import Example, UserError
@@ -83,7 +83,7 @@ def build(config: Config, folder: RunFolder) -> Workbench:
     policy = load_policy(path, config.model, accelerator.device).to(accelerator.device)
     processor = load_processor(path, config.model)
     encoder = PromptEncoder(processor, config.data.max_prompt_tokens, config.data.overlong)
-    engine = InProcessEngine(policy, processor, config.rollout.batch_size)
+    engine = InProcessEngine(policy, processor, config.rollout.batch_size, accelerator.autocast)
     watch = Stopwatch()
     collector = Collector(config, engine, encoder, scorer, watch)
     head = HeadLoss(policy, processor.unsampled_token_ids(), config.rollout.temperature)
@@ -109,26 +109,60 @@ def make_accelerator(config: Config, folder: RunFolder) -> Any:
         UserError: a tracker that is not installed.
     """
     from accelerate import Accelerator
-    from accelerate.tracking import filter_trackers
 
-    cuda = torch.cuda.is_available()
-    bf16 = config.model.dtype == "bfloat16" or (
-        config.model.dtype == "auto" and cuda and torch.cuda.is_bf16_supported()
-    )
-    wanted: list[Any] = [t for t in config.run.trackers if t]
-    try:
-        usable = filter_trackers(wanted, str(folder.root)) if wanted else []
-    except ValueError as error:
-        raise UserError(f"run.trackers = {list(wanted)}: {error}") from error
-    if len(usable) < len(wanted):
-        raise UserError(
-            f"run.trackers = {list(wanted)}: not all are installed; pip install them or leave them out"
-        )
+    usable = usable_trackers(config)
     return Accelerator(
-        mixed_precision="bf16" if bf16 else "no",
+        mixed_precision="bf16" if uses_bfloat16(config.model.dtype) else "no",
         log_with=usable or None,
         project_dir=str(folder.root),
     )
+
+
+def usable_trackers(config: Config) -> list[Any]:
+    """The trackers that are asked for, as accelerate takes them.
+
+    Raises:
+        UserError: one that is unknown or not installed.
+    """
+    from accelerate.tracking import filter_trackers
+
+    wanted: list[Any] = [t for t in config.run.trackers if t]
+    for tracker in wanted:
+        try:
+            found = filter_trackers([tracker], config.run.dir)
+        except ValueError as error:
+            raise UserError(f"run.trackers: {tracker} is unknown ({error})") from error
+        if not found:
+            raise UserError(
+                f"run.trackers: {tracker} is not installed; pip install {tracker} or leave it out"
+            )
+    return filter_trackers(wanted, config.run.dir) if wanted else []
+
+
+def check_setup(config: Config) -> None:
+    """Find what `build` would refuse, as far as that can be told without loading the weights.
+
+    Raises:
+        UserError: for a model, processor, attention, reward or tracker that cannot be used.
+    """
+    usable_trackers(config)
+    Scorer(config.reward.functions, config.reward.weights)
+    if config.model.path in TINY_MODELS:
+        _bundled_pictures(config)
+    else:
+        check_model(config.model.path)
+        load_processor(config.model.path, config.model)
+
+
+def _bundled_pictures(config: Config) -> str:
+    """Name of the picture collection that a tiny model knows the words of."""
+    source = config.data.train
+    if not source.startswith(BUNDLED):
+        raise UserError(
+            f"model.path = {config.model.path} knows only the words of the bundled tasks; "
+            f"with data.train = {source}, give a model folder or hub name"
+        )
+    return source.removeprefix(BUNDLED)
 
 
 def model_folder(config: Config, folder: RunFolder, accelerator: Any) -> str:
@@ -137,15 +171,9 @@ def model_folder(config: Config, folder: RunFolder, accelerator: Any) -> str:
         return config.model.path
     target = folder.models / "initial"
     if not (target / "config.json").exists() and accelerator.is_main_process:
-        source = config.data.train
-        if not source.startswith(BUNDLED):
-            raise UserError(
-                f"model.path = {config.model.path} knows only the words of the bundled tasks; "
-                f"with data.train = {source}, give a model folder or hub name"
-            )
-        make_tiny_model(
-            config.model.path, vocabulary(source.removeprefix(BUNDLED)), target, config.run.seed
-        )
+        words = vocabulary(_bundled_pictures(config))
+        with writing(target) as temporary:
+            make_tiny_model(config.model.path, words, temporary, config.run.seed)
     accelerator.wait_for_everyone()
     return str(target)
 
@@ -157,16 +185,11 @@ def worked_answer_rng(config: Config, example: Example) -> random.Random:
 
 def save_model(bench: Workbench, name: str) -> Path:
     """Export model and processor as an ordinary model folder under `models/`."""
-    import shutil
-
     target = bench.folder.models / name
     if bench.is_main:
-        temporary = target.with_name(f".{name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        bench.policy.save_pretrained(temporary)
-        bench.processor.save(temporary)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
+        with writing(target) as temporary:
+            bench.policy.save_pretrained(temporary)
+            bench.processor.save(temporary)
     bench.accelerator.wait_for_everyone()
     return target
 

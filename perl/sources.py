@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from perl.hub import offline_if_unreachable
 from perl.types import UserError
 
 log = logging.getLogger(__name__)
@@ -168,6 +169,7 @@ def _open_hub(source: str, split: str) -> Source:
     looks_local = source.startswith((".", "/", "~")) or source.lower().endswith(FILE_TYPES)
     if match is None or looks_local or source.count("/") > 1:
         raise UserError(f"there is no data file or folder {source}; correct the path")
+    offline_if_unreachable()
     import datasets
     from datasets import config as settings
 

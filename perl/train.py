@@ -17,7 +17,7 @@ from perl.measure import measure
 from perl.progress import Display
 from perl.recipe import save_config
 from perl.reinforce import reinforce
-from perl.run import RunFolder, write_json
+from perl.run import RunFolder, is_main_process, write_json
 from perl.session import Session
 from perl.setup import save_model
 from perl.summary import summarise, summarise_seeds
@@ -40,13 +40,13 @@ def train(
         one = replace(config, run=replace(config.run, seed=seed, seeds=()))
         mine = RunFolder(folder.root / f"seed-{seed}")
         display.say(f"seed {seed}")
-        going_on = mine.config.exists()
-        if not going_on:
+        if is_main_process() and not mine.config.exists():
             mine.create(overwrite=False)
             save_config(one, mine.config)
-        summaries.append(train_one(one, mine, display, resume and going_on))
+        summaries.append(train_one(one, mine, display, resume))
     summary = summarise_seeds(summaries)
-    write_json(folder.summary, summary)
+    if is_main_process():
+        write_json(folder.summary, summary)
     return summary
 
 

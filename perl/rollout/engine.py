@@ -5,7 +5,8 @@ Each distinct image is encoded once and each prompt is read once however many co
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,13 +43,21 @@ class InProcessEngine:
         policy: the model.
         processor: for the end token, the padding token and the tokens a completion must not hold.
         batch_size: most sequences generated together.
+        autocast: a context for the forward passes, as training uses it.
     """
 
-    def __init__(self, policy: Policy, processor: Processor, batch_size: int) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        processor: Processor,
+        batch_size: int,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         self.policy = policy
         self.eos, self.pad = processor.eos_token_id, processor.pad_token_id
         self.banned = processor.unsampled_token_ids()
         self.batch_size = batch_size
+        self.autocast = autocast
 
     @torch.no_grad()
     def generate(
@@ -62,7 +71,8 @@ class InProcessEngine:
         out: list[list[Completion]] = [[] for _ in prompts]
         try:
             for chunk in _by_length(prompts, per_batch):
-                completions = self._generate([prompts[i] for i in chunk], params, generator)
+                with self.autocast():
+                    completions = self._generate([prompts[i] for i in chunk], params, generator)
                 for row, completion in enumerate(completions):
                     out[chunk[row // params.n]].append(completion)
         finally:
