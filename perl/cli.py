@@ -7,6 +7,7 @@ import errno
 import io
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -140,9 +141,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments:
+        raise UserError(f"no command; give one of {', '.join(COMMANDS)}, see perl-rl --help")
+    if arguments[0] in ("-h", "--help"):
         print(_overview())
-        return 0 if arguments else 2
+        return 0
     if arguments[0] == "--version":
         from importlib.metadata import version
 
@@ -226,16 +229,10 @@ def parse(name: str, arguments: list[str]) -> Any:
 
 
 def _first_sentence(box: str) -> str:
-    """What a framed error message of tyro's says, without frame and help text."""
-    lines = []
-    for line in box.splitlines():
-        if not line.startswith("│"):
-            continue
-        text = line.strip("│ ")
-        if text.startswith("─"):
-            break
-        lines.append(text)
-    return " ".join(lines).rstrip(".")
+    """What an error message of tyro's says: it stands between a title and help text, divided by rules."""
+    plain = re.sub(r"\x1b\[[\d;]*m", "", box)
+    _, said, *_ = [*re.split(r"^.*[─-]{3}.*$", plain, flags=re.MULTILINE), ""]
+    return " ".join(said.replace("│", " ").split()).rstrip(".")
 
 
 def _with_recipe(default: Any, recipe: str | None) -> Any:
@@ -287,6 +284,7 @@ def _prepare(debug: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     for ours in ("perl", "perl_kernels"):

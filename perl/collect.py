@@ -31,6 +31,10 @@ class Collected:
     tries: int = 0
     surplus: int = 0
     """Groups with signal over the batch size, which were not used."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Groups by what the filter found them to be."""
+    dropped: int = 0
+    """Examples left out because a prompt of theirs is over the budget."""
 
 
 class PromptEncoder:
@@ -92,14 +96,26 @@ class Collector:
         """
         out = Collected()
         self.filter.reset()
+        dropped_before = self.encoder.dropped
         while len(out.groups) < count and out.tries < self.config.filter.max_tries:
             examples = draw(count)
             groups = self.roll_out(examples, epoch, seed * self.config.filter.max_tries + out.tries)
             out.tries += 1
             out.seen += groups
             out.groups += self.filter(groups)
+        if not out.seen:
+            raise UserError(
+                f"all {count * out.tries} examples drawn have prompts over data.max_prompt_tokens = "
+                f"{self.encoder.max_tokens}; raise it or lower model.max_pixels"
+            )
         out.surplus = max(0, len(out.groups) - count)
         del out.groups[count:]
+        out.counts = self.filter.counts
+        out.dropped = self.encoder.dropped - dropped_before
+        if not out.groups:
+            logger.warning(
+                "no group of %d has signal in this step; nothing is learnt from it", len(out.seen)
+            )
         with self.watch("reward"):
             advantages = advantages_of([g.rewards for g in out.groups])
         out.groups = [replace(g, advantages=a) for g, a in zip(out.groups, advantages, strict=True)]

@@ -245,6 +245,10 @@ RANGES: dict[str, _Range] = {
     "rollout.max_new_tokens": _ONE_OR_MORE,
     "rollout.batch_size": _ONE_OR_MORE,
     "filter.max_tries": _ONE_OR_MORE,
+    "loss.clip_low": _NOT_NEGATIVE,
+    "loss.clip_high": _NOT_NEGATIVE,
+    "loss.kl_coef": _NOT_NEGATIVE,
+    "loss.entropy_coef": ("a finite number", math.isfinite),
     "train.steps": _NOT_NEGATIVE,
     "train.examples_per_step": _ONE_OR_MORE,
     "train.updates_per_batch": _ONE_OR_MORE,
@@ -259,7 +263,7 @@ RANGES: dict[str, _Range] = {
     "eval.samples": _ONE_OR_MORE,
     "eval.every": _NOT_NEGATIVE,
 }
-"""What each number must be; the loss checks its own."""
+"""What each number must be, if it has a value."""
 
 
 def violation(config: Config) -> str | None:
@@ -267,7 +271,7 @@ def violation(config: Config) -> str | None:
     values = dict(_flat(config, ""))
     for key, (wanted, fits) in RANGES.items():
         several = values[key] if isinstance(values[key], tuple) else (values[key],)
-        if not all(fits(v) for v in several):
+        if not all(v is None or fits(v) for v in several):
             return f"{key} = {_shown(values[key])}: must be {wanted}"
     for low, high in (
         ("data.min_images", "data.max_images"),

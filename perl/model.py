@@ -155,7 +155,7 @@ def load_policy(folder: str, config: ModelConfig, device: torch.device) -> Polic
 
     check_model(folder)
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
+        model, info = cast(Any, AutoModelForImageTextToText).from_pretrained(
             folder,
             dtype=torch.float32,
             use_safetensors=True,

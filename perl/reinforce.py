@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,29 +34,20 @@ def reinforce(session: Session) -> None:
     stream = session.stream("rl")
     per_process = math.ceil(config.train.examples_per_step / bench.accelerator.num_processes)
     for step in range(session.progress.step, config.train.steps):
+        started = time.perf_counter()
         collected = bench.collector.collect(
             lambda n: bench.draw(stream, n * bench.accelerator.num_processes),
             per_process,
             stream.epoch,
             seed=_sampling_seed(session, step),
         )
-        metrics = step_of(step, collected.groups)
-        row = {**_group_metrics(collected, session), **metrics}
-        if (
-            config.run.save_rollouts_every
-            and step % config.run.save_rollouts_every == 0
-            and bench.is_main
-        ):
-            session.gallery.keep_groups("rl", step + 1, collected.seen[:2])
-        shown = {"reward": row["reward/mean"], "tokens/s": row["throughput/tokens_per_second"]}
-        session.after_step("rl", step, row, stream, shown)
-        if (
-            config.eval.every
-            and (step + 1) % config.eval.every == 0
-            and step + 1 < config.train.steps
-        ):
-            measure(session, "step", step + 1)
-            session.display.stage("RL", config.train.steps, step + 1)
+        row = {**_group_metrics(collected), **step_of(step, collected.groups)}
+        seconds = time.perf_counter() - started
+        tokens_per_second = (row["tokens/prompt"] + row["tokens/completion"]) / seconds
+        row |= {"time/step": seconds, "throughput/tokens_per_second": tokens_per_second}
+        _show_rollouts(session, step, collected)
+        shown = {"reward": row["reward/mean"], "tokens/s": tokens_per_second}
+        session.after_step("rl", step, row, stream, shown, partial(_measure_if_due, session, step))
     session.leave("after")
 
 
@@ -153,18 +146,29 @@ def _segments(group: Group) -> list[Segment]:
     ]
 
 
-def _group_metrics(collected: Collected, session: Session) -> dict[str, float]:
-    """What the rollouts of a step were like, the dropped groups included."""
-    seen, watch = collected.seen, session.bench.watch.lap_seconds
+def _show_rollouts(session: Session, step: int, collected: Collected) -> None:
+    every = session.config.run.save_rollouts_every
+    if every and step % every == 0 and session.bench.is_main:
+        session.gallery.keep_groups("rl", step + 1, collected.seen[:2])
+
+
+def _measure_if_due(session: Session, step: int) -> None:
+    config = session.config
+    if config.eval.every and (step + 1) % config.eval.every == 0 and step + 1 < config.train.steps:
+        measure(session, "step", step + 1)
+        session.display.stage("RL", config.train.steps, step + 1)
+
+
+def _group_metrics(collected: Collected) -> dict[str, float]:
+    """What this process's rollouts of a step were like, the dropped groups included."""
+    seen, counts = collected.seen, collected.counts
     rollouts = [r for g in seen for r in g.rollouts]
     prompt = sum(len(r.prompt.input_ids) for r in rollouts)
     completion = sum(len(r.token_ids) for r in rollouts)
-    counts = session.bench.collector.filter.counts
     parts = {
         name: mean(np.concatenate([g.reward_parts[name] for g in seen]))
         for name in seen[0].reward_parts
     }
-    seconds = sum(watch.values())
     return {
         "reward/mean": mean(np.concatenate([g.rewards for g in seen])),
         **{f"reward/{name}": value for name, value in parts.items()},
@@ -177,12 +181,9 @@ def _group_metrics(collected: Collected, session: Session) -> dict[str, float]:
         "groups/unscorable": counts["unscorable"],
         "groups/surplus": collected.surplus,
         "groups/tries": collected.tries,
-        "prompts/dropped": session.bench.encoder.dropped,
+        "prompts/dropped": collected.dropped,
         "tokens/prompt": prompt,
         "tokens/completion": completion,
-        "throughput/tokens_per_second": round((prompt + completion) / seconds, 1)
-        if seconds
-        else math.nan,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -62,7 +63,7 @@ class RunFolder:
     def append(self, record: Path, row: dict[str, Any]) -> None:
         """Add one line of JSON to a record."""
         with record.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(_plain(row), allow_nan=False) + "\n")
 
     def make_parts(self) -> None:
         """The sub-folders of a run of one seed."""
@@ -80,6 +81,15 @@ class RunFolder:
         for record in (self.metrics, self.rollouts):
             if record.exists():
                 os.truncate(record, min(positions.get(record.name, 0), record.stat().st_size))
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: None stands for them."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
 
 
 def is_main_process() -> bool:

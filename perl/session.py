@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -123,13 +123,18 @@ class Session:
         row: dict[str, Any],
         stream: ExampleStream,
         shown: dict[str, float],
+        before_saving: Callable[[], None] = lambda: None,
     ) -> None:
-        """Record a step that is complete; save if it is time; stop if that was asked for."""
+        """Record a step that is complete; save if it is time; stop if that was asked for.
+
+        `before_saving` belongs to the step: a run that goes on from its checkpoint does not do it again.
+        """
         self.progress.step = step + 1
         self.progress.streams[stage] = stream.state_dict()
         if self.bench.is_main and (step + 1) % self.config.run.log_every == 0:
             self.record({"stage": stage, "step": step + 1, **row, **self.bench.watch.lap()})
         self.display.advance(numbers=shown)
+        before_saving()
         every = self.config.run.checkpoint_every
         if self.stop.requested or (every and (step + 1) % every == 0):
             self.save()

@@ -12,7 +12,7 @@ import torch
 
 from perl.loss import LossOutput
 from perl.model import Policy
-from perl.types import PackedBatch
+from perl.types import PackedBatch, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,9 @@ class Updater:
             batches: this process's micro-batches; may be empty, other processes' gradients still arrive.
             loss_of: loss of the i-th batch, its share of the whole step's.
 
+        Raises:
+            UserError: the gradient is NaN or infinite; the weights are as before the step.
+
         Returns:
             `loss` (the whole step's), `grad_norm` before clipping, `lr`, and the loss's metrics as means over tokens.
         """
@@ -101,13 +104,19 @@ class Updater:
                 else:
                     totals[name] += value.float() * batch.num_scored
         self._sum_over_processes()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
+        if not math.isfinite(norm):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise UserError(
+                f"the gradient of optimiser step {number + 1} is not finite ({norm}); "
+                "lower the learning rate or lengthen the warm-up, and start from the last checkpoint"
+            )
         lr = self.schedule(number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {**self._reduced(totals), "grad_norm": float(norm), "lr": lr}
+        return {**self._reduced(totals), "grad_norm": norm, "lr": lr}
 
     def _sum_over_processes(self) -> None:
         if self.accelerator.num_processes == 1:

@@ -189,7 +189,12 @@ def test_killed_and_resumed_is_as_if_nothing_happened(
     """Killed inside the cold start and again inside RL: every number of an uninterrupted run, and its weights."""
     from safetensors.torch import load_file
 
-    longer = {"cold_start__steps": "9", "train__steps": "9", "run__checkpoint_every": "4"}
+    longer = {
+        "cold_start__steps": "9",
+        "train__steps": "9",
+        "run__checkpoint_every": "4",
+        "eval__every": "4",
+    }
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(arguments(whole, **longer))
     process = spawn(arguments(broken, **longer))
