@@ -1,4 +1,4 @@
-"""Atomic checkpoints: weights, optimiser, random state and progress, in safetensors and JSON, never pickle."""
+"""Atomic checkpoints: trained weights, optimiser, random state and progress, in safetensors and JSON, never pickle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from perl.run import writing
+from perl.run import check_safetensors, writing
 from perl.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -134,30 +134,13 @@ def _verified(path: Path) -> Progress:
         actual = (path / name).stat().st_size
         if actual != size:
             raise ValueError(f"{name} has {actual} bytes instead of {size}")
-        _read_header(path / name)
+        check_safetensors(path / name)
     return Progress(**manifest["progress"])
 
 
-def _read_header(path: Path) -> None:
-    """Raise ValueError if the table of contents at the head of a safetensors file is broken."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{path.name}: {error}") from error
-
-
 def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor of the state once; tied ones share memory and are kept under their first name."""
-    seen: set[int] = set()
-    out = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen or tensor.numel() == 0:
-            seen.add(tensor.data_ptr())
-            out[name] = tensor.contiguous()
-    return out
+    """What training changes; frozen weights are where the model came from. Tied ones are named once."""
+    return {name: p.detach().contiguous() for name, p in _trained(model).items()}
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -137,6 +138,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = 0
     except OSError as error:
         code = _fail(_about_files(error), debug)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not to be imported here
+            raise
+        code = _fail(
+            "out of GPU memory: lower train.tokens_per_micro_batch or rollout.batch_size, or set "
+            "model.gradient_checkpointing, and go on with perl-rl resume RUN; the last checkpoint stands",
+            debug,
+        )
     sys.exit(code)
 
 
@@ -286,6 +295,11 @@ def _prepare(debug: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if not debug:
+        # Of what our dependencies will change in each other one day.
+        warnings.filterwarnings(
+            "ignore", category=FutureWarning, module=r"transformers|peft|accelerate"
+        )
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     for ours in ("perl", "perl_kernels"):
         logging.getLogger(ours).setLevel(logging.DEBUG if debug else logging.INFO)

@@ -25,6 +25,11 @@ def cold_start(session: Session) -> None:
             examples = bench.draw(stream, config.batch_size)
             batches = session.pack([s for e in examples for s in _worked_segment(session, e)])
         total = session.total(sum(b.num_scored for b in batches))
+        if total == 0:
+            raise UserError(
+                f"all {config.batch_size} examples of a cold-start step have prompts over data.max_prompt_tokens = "
+                f"{session.config.data.max_prompt_tokens}; raise it or lower model.max_pixels"
+            )
         with bench.watch("cold_start"):
             metrics = updater.step(
                 step,

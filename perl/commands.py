@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from dataclasses import replace
@@ -19,7 +18,7 @@ from perl.recipe import (
     save_config,
     to_toml,
 )
-from perl.run import RunFolder, is_main_process
+from perl.run import RunFolder, is_main_process, write_json
 from perl.types import IMAGE_SLOT, Example, Message, UserError
 
 if TYPE_CHECKING:
@@ -144,7 +143,8 @@ def evaluate_command(command: Evaluate) -> None:
         results, _ = evaluate(
             engine,
             encoder,
-            [examples[i] for i in range(len(examples))],
+            examples,
+            range(len(examples)),
             command.eval,
             config.rollout.max_new_tokens,
             EVAL_SEED,
@@ -154,13 +154,12 @@ def evaluate_command(command: Evaluate) -> None:
     _print_evaluation(numbers, path)
     if command.output:
         by_example = [
-            {"id": r.example.id, "task": r.example.task, "orders": r.orders}
+            {"id": r.id, "task": r.task, "orders": r.orders}
             | {k: getattr(r, k) for k in ("accuracy", "greedy", "consistency")}
             for r in results
         ]
-        command.output.write_text(
-            json.dumps({**numbers, "by_example": by_example}, indent=2) + "\n", encoding="utf-8"
-        )
+
+        write_json(command.output, {**numbers, "by_example": by_example})
 
 
 def _print_evaluation(numbers: dict[str, Any], title: str) -> None:
@@ -174,7 +173,6 @@ def _print_evaluation(numbers: dict[str, Any], title: str) -> None:
         "accuracy",
         "greedy",
         "consistency",
-        "greedy_consistency",
         "format",
     )
     for name in ("task", *columns):

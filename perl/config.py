@@ -35,7 +35,7 @@ class ModelConfig:
     """Which model, and which of its weights are trained."""
 
     path: str = "tiny-qwen2.5-vl"
-    """A model folder, a hub name, or tiny-qwen2.5-vl / tiny-qwen3-vl, made from config in the run folder."""
+    """A model folder, a hub name, or tiny-qwen2.5-vl / tiny-qwen3-vl / tiny-qwen2-vl, made from config in the run folder."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward and backward; auto: bfloat16 autocast where the hardware has it."""
     attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
@@ -271,8 +271,9 @@ def violation(config: Config) -> str | None:
     values = dict(_flat(config, ""))
     for key, (wanted, fits) in RANGES.items():
         several = values[key] if isinstance(values[key], tuple) else (values[key],)
-        if not all(v is None or fits(v) for v in several):
-            return f"{key} = {_shown(values[key])}: must be {wanted}"
+        if wrong := [v for v in several if v is not None and not fits(v)]:
+            must = wanted if all(map(math.isfinite, wrong)) else "a finite number"
+            return f"{key} = {_shown(values[key])}: must be {must}"
     for low, high in (
         ("data.min_images", "data.max_images"),
         ("model.min_pixels", "model.max_pixels"),

@@ -11,11 +11,12 @@ from typing import Any
 
 from perl.collect import PromptEncoder
 from perl.config import EvalConfig
+from perl.data import Dataset
 from perl.metrics import agreement, chosen_picture, mean
 from perl.permutation import all_orders, permute
 from perl.reward_answers import accuracy, format_reward
 from perl.rollout import InProcessEngine, SamplingParams
-from perl.types import Example, Rollout
+from perl.types import Example, Rollout, UserError
 
 _CHUNK = 32
 
@@ -24,7 +25,8 @@ _CHUNK = 32
 class ExampleResult:
     """One example over its orders. All numbers are 0 to 1; consistencies are NaN with a single order."""
 
-    example: Example
+    id: str
+    task: str
     accuracy: float
     """Of completions sampled at temperature 1, mean over orders and samples."""
     greedy: float
@@ -39,7 +41,8 @@ class ExampleResult:
 def evaluate(
     engine: InProcessEngine,
     encoder: PromptEncoder,
-    examples: Sequence[Example],
+    dataset: Dataset | Sequence[Example],
+    indices: Sequence[int],
     config: EvalConfig,
     max_new_tokens: int,
     seed: int,
@@ -48,7 +51,8 @@ def evaluate(
     """Measure a policy.
 
     Args:
-        examples: held-out examples; those over the prompt budget are left out if the encoder drops them.
+        dataset: held-out examples; those over the prompt budget are left out if the encoder drops them.
+        indices: which of them to measure on; they are loaded a few at a time.
         seed: of the sampled orders and completions; the same for two policies that are compared.
         advance: told how many examples are done, for a progress bar.
 
@@ -57,8 +61,8 @@ def evaluate(
     """
     results: list[ExampleResult] = []
     shown: list[Rollout] = []
-    for start in range(0, len(examples), _CHUNK):
-        chunk = examples[start : start + _CHUNK]
+    for start in range(0, len(indices), _CHUNK):
+        chunk = [dataset[i] for i in indices[start : start + _CHUNK]]
         encoded = []
         for example in chunk:
             variants = [
@@ -87,21 +91,31 @@ def evaluate(
 
 
 def aggregate(results: Sequence[ExampleResult]) -> dict[str, Any]:
-    """Means over examples, in all and by task."""
+    """Means over examples, in all and by task.
+
+    Raises:
+        UserError: nothing was measured.
+    """
+    if not results:
+        raise UserError(
+            "every held-out example has a prompt over data.max_prompt_tokens; raise it or lower model.max_pixels"
+        )
     tasks: defaultdict[str, list[ExampleResult]] = defaultdict(list)
     for result in results:
-        tasks[result.example.task].append(result)
+        tasks[result.task].append(result)
     by_task = {name: _means(of_task) for name, of_task in tasks.items() if name}
     return {**_means(results), "by_task": by_task}
 
 
 def _summarise(by_order: Sequence[Sequence[Rollout]]) -> ExampleResult:
     """Each order's rollouts are its samples and, last, its greedy completion."""
+    example = by_order[0][0].variant.example
     right = [_accuracies(rollouts) for rollouts in by_order]
     picks = [[chosen_picture(r) for r in rollouts] for rollouts in by_order]
     texts = [r.text for rollouts in by_order for r in rollouts[:-1]]
     return ExampleResult(
-        example=by_order[0][0].variant.example,
+        id=example.id,
+        task=example.task,
         accuracy=mean([a for accuracies in right for a in accuracies[:-1]]),
         greedy=mean([accuracies[-1] for accuracies in right]),
         consistency=agreement([p[:-1] for p in picks]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from perl.evaluate import aggregate, evaluate
+from perl.interrupt import Interrupted
 from perl.reward_answers import accuracy
 from perl.session import Session
 from perl.setup import EVAL_SEED
@@ -20,20 +21,27 @@ def measure(session: Session, at: str, step: int) -> dict[str, Any] | None:
     config, bench = session.config, session.bench
     if config.eval.examples == 0:
         return None
-    examples = bench.held_out()
-    mine = examples[bench.accelerator.process_index :: bench.accelerator.num_processes]
+    dataset = bench.held_out()
+    mine = range(len(dataset))[bench.accelerator.process_index :: bench.accelerator.num_processes]
     if at == "step":
         session.display.close()
     session.display.stage(f"evaluate {at}", len(mine))
+
+    def advance(examples: int) -> None:
+        session.display.advance(examples)
+        if session.stop.requested and at != "step":  # Along the way the step is saved first.
+            raise Interrupted(f"stopped in the evaluation {at} RL")
+
     with bench.watch("evaluate"):
         results, rollouts = evaluate(
             bench.engine,
             bench.encoder,
+            dataset,
             mine,
             config.eval,
             config.rollout.max_new_tokens,
             EVAL_SEED + bench.accelerator.process_index,
-            session.display.advance,
+            advance,
         )
     if bench.accelerator.num_processes > 1:
         from accelerate.utils import gather_object

@@ -18,6 +18,7 @@ from perl.attention import choose, use_packed_attention
 from perl.config import ModelConfig
 from perl.hub import offline_if_unreachable
 from perl.processor import Processor
+from perl.run import check_safetensors
 from perl.types import EncodedImage, PackedBatch, UserError
 
 logger = logging.getLogger(__name__)
@@ -229,7 +230,14 @@ def _check_files(folder: str) -> None:
         raise UserError(
             f"model.path = {folder} holds a LoRA adapter; merge it into its model and give that folder"
         )
-    if any(path.glob("*.safetensors")):
+    if weights := sorted(path.glob("*.safetensors")):
+        for file in weights:
+            try:
+                check_safetensors(file)
+            except ValueError as error:
+                raise UserError(
+                    f"model.path = {folder}: damaged weights ({error}); copy them again"
+                ) from error
         return
     if pickled := sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth")):
         raise UserError(

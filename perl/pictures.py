@@ -29,13 +29,14 @@ TEST_SHARE = 0.2
 class PictureCollection:
     """Pictures by class, split once and for all into train and test.
 
-    `labels` are the classes' words in their order (digits by value, folders by name).
+    `labels` are the classes' words in their order, `ordered_by` says by what: "value" or "name".
     `keys[split][c]` are the keys of the pictures of class c, and `open(key)` gives the picture as
     RGB.
     """
 
     name: str
     labels: tuple[str, ...]
+    ordered_by: str
     keys: dict[str, tuple[tuple[str, ...], ...]]
     open: Callable[[str], Image.Image]
 
@@ -91,7 +92,7 @@ def open_image(
                 return to_rgb(image) if decode else image
     except FileNotFoundError as error:
         raise UserError(
-            f"{where}: there is no image file {source}; correct the path or data.image_root"
+            f"{where}: there is no image file {source}; correct the path (relative ones start at data.image_root)"
         ) from error
     except Image.DecompressionBombError as error:
         raise UserError(f"{where}: the image is too large ({error}); shrink it") from error
@@ -131,7 +132,7 @@ def _digits() -> PictureCollection:
         paper = Image.fromarray((255 - 255 * ink).round().astype("uint8"))
         return paper.resize((DIGIT_SIZE, DIGIT_SIZE), Image.Resampling.BILINEAR).convert("RGB")
 
-    return PictureCollection("digits", DIGITS, _split_keys(by_class), render)
+    return PictureCollection("digits", DIGITS, "value", _split_keys(by_class), render)
 
 
 def _folder(root: Path) -> PictureCollection:
@@ -162,6 +163,7 @@ def _folder(root: Path) -> PictureCollection:
     return PictureCollection(
         root.name,
         tuple(sorted(classes)),
+        "name",
         keys,
         lambda key: open_image(root / key, f"picture folder {root}"),
     )

@@ -35,7 +35,7 @@ def load_recipe(name: str) -> Config:
             hint = (
                 f"did you mean {near[0]}?"
                 if near
-                else f"there are {', '.join(recipe_names())}, or give a .toml file"
+                else f"choose {', '.join(recipe_names())}, or give a .toml file"
             )
             raise UserError(f"unknown recipe {name}: {hint}")
         path = bundled

@@ -210,7 +210,7 @@ def _call(
 ) -> np.ndarray:
     try:
         values = function(prompts=list(prompts), completions=list(completions), **columns)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # A script's exit() must not end the run unsaved.
         where = _first_failure(function, prompts, completions, columns)
         raise UserError(
             f"reward function '{name}' raised {type(error).__name__}: {_one_line(error)} on {where}; "
@@ -259,7 +259,7 @@ def _first_failure(
                 completions=[completions[i]],
                 **{key: [column[i]] for key, column in columns.items()},
             )
-        except Exception:
+        except (Exception, SystemExit):
             return _example(i, columns)
     return f"the batch of {len(completions)} completions, though on none of them alone"
 

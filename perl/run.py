@@ -51,7 +51,7 @@ class RunFolder:
                     "choose another --run.dir"
                 )
             shutil.rmtree(self.root.resolve())
-        self.root.mkdir(parents=True, exist_ok=True)
+        self.root.resolve().mkdir(parents=True, exist_ok=True)
 
     def is_run(self) -> bool:
         """Whether a run lives here: its config.toml has the sections of a recipe with every key."""
@@ -87,6 +87,8 @@ def _plain(value: Any) -> Any:
     """JSON has no NaN and no infinity: None stands for them."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value
@@ -100,7 +102,7 @@ def is_main_process() -> bool:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(_plain(value), indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -137,3 +139,14 @@ def writing(folder: Path) -> Iterator[Path]:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise ValueError if a safetensors file is cut or its table of contents is broken; reads only that."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path.name}: {error}") from error

@@ -57,7 +57,7 @@ class Session:
         self._started = time.perf_counter() - self.progress.elapsed
         self._saved_step = (self.progress.stage, self.progress.step)
         self.display.say(
-            f"going on after {self.progress.stage} step {self.progress.step} ({self._checkpoint})"
+            f"going on with {self.progress.stage}, {self.progress.step} steps done ({self._checkpoint})"
         )
 
     @property

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from perl.attention import choose
 from perl.collect import Collector, PromptEncoder
 from perl.config import Config
-from perl.data import BUNDLED, ExampleStream, load_examples
+from perl.data import BUNDLED, Dataset, ExampleStream, load_examples
 from perl.loss import HeadLoss
 from perl.metrics import Stopwatch
 from perl.model import Policy, check_model, load_policy, load_processor, uses_bfloat16
@@ -61,13 +62,10 @@ class Workbench:
         """This process's share of the next `count` examples of all processes."""
         return stream.next(count)[self.accelerator.process_index :: self.accelerator.num_processes]
 
-    def held_out(self) -> list[Example]:
+    def held_out(self) -> Dataset:
         """The examples that are measured on."""
         config = self.config
-        dataset = load_examples(
-            config.data.eval, config.data, "test", EVAL_SEED, config.eval.examples
-        )
-        return [dataset[i] for i in range(len(dataset))]
+        return load_examples(config.data.eval, config.data, "test", EVAL_SEED, config.eval.examples)
 
 
 def build(config: Config, folder: RunFolder) -> Workbench:
@@ -147,6 +145,10 @@ def check_setup(config: Config) -> None:
     """
     usable_trackers(config)
     Scorer(config.reward.functions, config.reward.weights)
+    try:
+        choose(config.model.attention, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if config.model.path in TINY_MODELS:
         _bundled_pictures(config)
     else:

@@ -25,7 +25,7 @@ THINK, END_THINK, BOXED, END_BOXED = "<think>", "</think>", "\\boxed{", "}"
 
 _WORDS = (
     *("which", "image", "shows", "differs", "how", "many", "images", "show", "comes", "first", "?"),
-    *("do", "and", "the", "same", "what", "does", "yes", "no", "most"),
+    *("do", "and", "the", "same", "what", "does", "yes", "no", "most", "by", "value", "name"),
 )
 
 
@@ -88,11 +88,12 @@ class BundledTasks:
         count = rng.randint(fewest, self.max_images)
         labels = self.collection.labels
         draft = TASKS[task](rng, count, labels)
+        ask = f"{draft.ask} {self.collection.ordered_by}" if task == "first" else draft.ask
         slots = _slots(len(draft.classes))
         return Example(
             id=f"{self.collection.name}-{self.split}-{task}-{i:06d}",
             images=_pictures(self.collection, self.split, draft.classes, rng),
-            question=f"{slots} {draft.ask} ?",
+            question=f"{slots} {ask} ?",
             answer=draft.answer,
             kind=draft.kind,
             should_change=draft.should_change,
@@ -204,7 +205,7 @@ def _first(rng: random.Random, count: int, labels: Sequence[str]) -> Draft:
         steps.append(f"{LETTERS[slot]} {labels[c]} {LETTERS[best]} {labels[classes[best]]}")
     return Draft(
         tuple(classes),
-        "which image comes first",
+        "which image comes first by",
         " ".join(steps),
         LETTERS[right],
         tuple(LETTERS[:count]),

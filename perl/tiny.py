@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TINY_MODELS = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")
+TINY_MODELS = ("tiny-qwen2.5-vl", "tiny-qwen3-vl", "tiny-qwen2-vl")
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -88,7 +88,7 @@ def make_tokenizer(words: Sequence[str]) -> Any:
 
 def tiny_config(name: str, tokenizer: Any) -> Any:
     """The transformers config of a tiny model over the given tokenizer's vocabulary."""
-    from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
+    from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 
     def ids(*tokens: str) -> list[int]:
         return [tokenizer.convert_tokens_to_ids(t) for t in tokens]
@@ -133,6 +133,18 @@ def tiny_config(name: str, tokenizer: Any) -> Any:
             "fullatt_block_indexes": [_VISION_DEPTH - 1],
         }
         return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
+    if name == "tiny-qwen2-vl":
+        vision = {
+            "depth": _VISION_DEPTH,
+            "embed_dim": _VISION_HIDDEN,
+            "num_heads": _VISION_HEADS,
+            "mlp_ratio": 2,
+            "hidden_size": _HIDDEN,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        }
+        return Qwen2VLConfig(text_config=text, vision_config=vision, **tokens)
     if name == "tiny-qwen3-vl":
         text["head_dim"] = _HIDDEN // _HEADS
         text["rope_parameters"] = {**text["rope_parameters"], "mrope_interleaved": True}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -99,7 +99,7 @@ def group_advantages(
     return GroupAdvantages(advantages.to(dtype), mean, std, statistics.active)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class GroupedRewards:
     """Rewards in place of `advantages`: the loss normalises them itself.
 
@@ -108,6 +108,7 @@ class GroupedRewards:
 
     rewards: Tensor
     group_sizes: Tensor | Sequence[int]
+    _: KW_ONLY
     scale: Scale = "group"
     baseline: Baseline = "mean"
     unbiased: bool = True

@@ -127,7 +127,7 @@ def test_several_rewards_normalised_first() -> None:
 def test_grouped_rewards_are_its_arguments() -> None:
     rewards = torch.rand(6)
     options: dict[str, Any] = {"scale": "none", "baseline": "leave_one_out"}
-    grouped = GroupedRewards(rewards=rewards, group_sizes=[2, 4], **options)
+    grouped = GroupedRewards(rewards, [2, 4], **options)
     wanted = group_advantages(rewards, [2, 4], **options)
     torch.testing.assert_close(tuple(grouped.advantages()), tuple(wanted))
 

@@ -255,3 +255,11 @@ def test_functions_that_do_not_load(tmp_path: Path, spec: str, match: str) -> No
 def test_bad_settings(functions: Any, weights: Any, match: str) -> None:
     with pytest.raises(UserError, match=match):
         Scorer(functions, weights)
+
+
+def test_a_reward_that_exits_is_an_error_like_any_other() -> None:
+    def leaves(prompts, completions, **columns):
+        raise SystemExit(0)
+
+    with pytest.raises(UserError, match="raised SystemExit"):
+        Scorer([leaves], [1.0]).score(["p"], ["c"], {"answer": ["A"], "id": ["e"]})

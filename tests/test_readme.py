@@ -1,0 +1,53 @@
+"""The README's Python runs, its recipe loads, and its data lines are read."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_example_runs_as_printed() -> None:
+    (code,) = blocks("python")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert "torch.Size([11])" in first
+    assert second == "tensor(True) tensor(True)"
+
+
+def test_the_recipe_loads(tmp_path: Path) -> None:
+    from perl.recipe import load_recipe
+
+    (text,) = blocks("toml")
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    config = load_recipe(str(path))
+    assert config.permutation.orders == 2
+    assert config.run.dir == "runs/mine"
+
+
+def test_the_data_is_read(tmp_path: Path) -> None:
+    from perl.config import DataConfig
+    from perl.data import load_examples
+
+    (text,) = blocks("json")
+    for name in re.findall(r"[\w/]+\.png", text):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    path = tmp_path / "train.jsonl"
+    path.write_text(text)
+    data = load_examples(str(path), DataConfig(), "train", seed=0)
+    assert [len(data[i].images) for i in range(len(data))] == [2, 3, 3]
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (Path(__file__).parent.parent / target).exists(), target
