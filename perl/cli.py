@@ -300,9 +300,18 @@ def _prepare(debug: bool) -> None:
         warnings.filterwarnings(
             "ignore", category=FutureWarning, module=r"transformers|peft|accelerate"
         )
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.WARNING, format="%(name)s: %(message)s", handlers=[_ToStderr()]
+    )
     for ours in ("perl", "perl_kernels"):
         logging.getLogger(ours).setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+class _ToStderr(logging.Handler):
+    """Writes to whatever sys.stderr is at the time, which a live progress bar replaces by itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
 
 
 def _fail(message: str, debug: bool) -> int:

@@ -82,6 +82,7 @@ class Collector:
             watch,
         )
         self.filter = GroupFilter(config.filter.zero_variance)
+        self._said_nothing_learnt = False
 
     def collect(
         self, draw: Callable[[int], list[Example]], count: int, epoch: int, seed: int
@@ -112,9 +113,11 @@ class Collector:
         del out.groups[count:]
         out.counts = self.filter.counts
         out.dropped = self.encoder.dropped - dropped_before
-        if not out.groups:
+        if not out.groups and not self._said_nothing_learnt:
+            self._said_nothing_learnt = True
             logger.warning(
-                "no group of %d has signal in this step; nothing is learnt from it", len(out.seen)
+                "no group of %d has signal: a step learns nothing (said once; metrics.jsonl has groups/kept)",
+                len(out.seen),
             )
         with self.watch("reward"):
             advantages = advantages_of([g.rewards for g in out.groups])
