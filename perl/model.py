@@ -255,11 +255,11 @@ def load_processor(folder: str, config: ModelConfig) -> Processor:
     Raises:
         UserError: the folder has no tokenizer, no image processor or no chat template.
     """
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        image_processor = _load_image_processor(folder)
     except Exception as error:  # transformers raises many types for missing and broken files.
         raise UserError(
             f"model.path = {folder}: no processor can be read there ({_first_line(error)}); "
@@ -286,9 +286,18 @@ def load_processor(folder: str, config: ModelConfig) -> Processor:
     return Processor(tokenizer, image_processor, config.min_pixels, config.max_pixels)
 
 
-def reference_of(policy: Policy) -> Policy:
-    """A frozen copy, for the KL to the policy that RL starts from."""
-    return copy.deepcopy(policy).requires_grad_(False).eval()
+def _load_image_processor(folder: str) -> Any:
+    """The image processor that the folder names; without torchvision the PIL one that all supported families share.
+
+    Older transformers have no AutoImageProcessor where torchvision is missing.
+    """
+    from transformers import AutoImageProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    try:
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    except ImportError:
+        return Qwen2VLImageProcessorPil.from_pretrained(folder)
 
 
 def uses_bfloat16(dtype: str) -> bool:
