@@ -23,8 +23,13 @@ SDPA_NAME = "perl_flash_sdpa"
 Attention = Literal["auto", "sdpa", "flash_attention_2"]
 
 
-def choose(wanted: Attention, device: torch.device) -> tuple[str, str]:
+def choose(wanted: Attention, device: torch.device, bfloat16: bool = True) -> tuple[str, str]:
     """The implementation that serves, and why: (`"sdpa"` | `"flash_attention_2"`, one sentence).
+
+    Args:
+        wanted: `model.attention`.
+        device: of the model.
+        bfloat16: whether the forward runs in bfloat16, without which flash-attn does not work.
 
     Raises:
         ValueError: `flash_attention_2` is asked for where it cannot run.
@@ -39,13 +44,18 @@ def choose(wanted: Attention, device: torch.device) -> tuple[str, str]:
             raise ValueError(
                 f"model.attention = flash_attention_2 needs a CUDA device, this run is on {device.type}: use sdpa"
             )
+        if not bfloat16:
+            raise ValueError(
+                "model.attention = flash_attention_2 needs model.dtype = bfloat16; change one of them"
+            )
         return wanted, "asked for"
     if wanted == "sdpa":
         return wanted, "asked for"
-    if device.type == "cuda" and installed:
+    if device.type == "cuda" and installed and bfloat16:
         return "flash_attention_2", "flash-attn is installed and a GPU is there"
-    reason = "no GPU" if device.type != "cuda" else "flash-attn is not installed"
-    return "sdpa", reason
+    if device.type != "cuda":
+        return "sdpa", "no GPU"
+    return "sdpa", "float32" if installed else "flash-attn is not installed"
 
 
 def use_packed_attention(model: nn.Module, name: str) -> None:

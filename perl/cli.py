@@ -12,7 +12,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,8 +80,8 @@ class Generate(_Common):
     """Number of a held-out example of the run's data, instead of prompt and images."""
     n: int = 1
     """Completions."""
-    temperature: float = 0.0
-    """0: the most likely completion."""
+    temperature: float | None = None
+    """0: the most likely completion; empty: 0 for one completion, 1 for several."""
     max_new_tokens: int = 512
     """Longest completion."""
     seed: int = 0
@@ -245,10 +245,14 @@ def _first_sentence(box: str) -> str:
 
 
 def _with_recipe(default: Any, recipe: str | None) -> Any:
-    """The command's defaults, from the recipe where it takes one."""
+    """The command's defaults, from the recipe or the run where it takes one."""
+    from perl.recipe import load_recipe, read_config
+
+    if isinstance(default, Evaluate) and recipe and (Path(recipe) / "config.toml").exists():
+        of_run = read_config(Path(recipe) / "config.toml").eval
+        return replace(default, eval=of_run if of_run.examples else EvalConfig())
     if not isinstance(default, Train | ShowConfig) or recipe is None:
         return default
-    from perl.recipe import load_recipe
 
     return replace(default, config=load_recipe(recipe))
 
@@ -311,7 +315,8 @@ class _ToStderr(logging.Handler):
     """Writes to whatever sys.stderr is at the time, which a live progress bar replaces by itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        with suppress(BrokenPipeError):
+            print(self.format(record), file=sys.stderr)
 
 
 def _fail(message: str, debug: bool) -> int:

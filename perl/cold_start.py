@@ -21,10 +21,10 @@ def cold_start(session: Session) -> None:
     )
     stream = session.stream("cold_start")
     for step in range(session.progress.step, config.steps):
-        with bench.watch("preprocess"):
-            examples = bench.draw(stream, config.batch_size)
+        with bench.watch("preprocess"), session.processes.jointly():
+            examples = [e for _, e in bench.draw(stream, config.batch_size)]
             batches = session.pack([s for e in examples for s in _worked_segment(session, e)])
-        total = session.total(sum(b.num_scored for b in batches))
+        total = session.processes.total(sum(b.num_scored for b in batches))[0]
         if total == 0:
             raise UserError(
                 f"all {config.batch_size} examples of a cold-start step have prompts over data.max_prompt_tokens = "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from perl.filtering import GroupFilter
 from perl.loss import advantages_of
 from perl.metrics import Stopwatch
 from perl.permutation import orders, permute
+from perl.processes import Processes
 from perl.processor import Processor
 from perl.reward import Scorer
 from perl.rollout import InProcessEngine, SamplingParams
@@ -85,30 +86,37 @@ class Collector:
         self._said_nothing_learnt = False
 
     def collect(
-        self, draw: Callable[[int], list[Example]], count: int, epoch: int, seed: int
+        self,
+        draw: Callable[[], list[tuple[int, Example]]],
+        count: int,
+        seed: int,
+        processes: Processes,
     ) -> Collected:
-        """Groups for one step.
+        """Groups for one step; processes try equally often, so that they stay at one place in the data.
 
         Args:
-            draw: gives the next examples of the data.
+            draw: gives the next examples of the data, each with its epoch.
             count: groups wanted.
-            epoch: of the data; new image orders are drawn in each.
             seed: of the sampling; the same one gives the same groups.
+            processes: that share the step.
         """
         out = Collected()
         self.filter.reset()
         dropped_before = self.encoder.dropped
-        while len(out.groups) < count and out.tries < self.config.filter.max_tries:
-            examples = draw(count)
-            groups = self.roll_out(examples, epoch, seed * self.config.filter.max_tries + out.tries)
+        while out.tries < self.config.filter.max_tries:
+            with processes.jointly():
+                groups = self.roll_out(draw(), seed * self.config.filter.max_tries + out.tries)
+                out.seen += groups
+                out.groups += self.filter(groups)
             out.tries += 1
-            out.seen += groups
-            out.groups += self.filter(groups)
-        if not out.seen:
-            raise UserError(
-                f"all {count * out.tries} examples drawn have prompts over data.max_prompt_tokens = "
-                f"{self.encoder.max_tokens}; raise it or lower model.max_pixels"
-            )
+            if processes.every(len(out.groups) >= count):
+                break
+        with processes.jointly():
+            if not out.seen:
+                raise UserError(
+                    f"all {self.encoder.dropped - dropped_before} examples drawn have prompts over "
+                    f"data.max_prompt_tokens = {self.encoder.max_tokens}; raise it or lower model.max_pixels"
+                )
         out.surplus = max(0, len(out.groups) - count)
         del out.groups[count:]
         out.counts = self.filter.counts
@@ -119,13 +127,10 @@ class Collector:
                 "no group of %d has signal: a step learns nothing (said once; metrics.jsonl has groups/kept)",
                 len(out.seen),
             )
-        with self.watch("reward"):
-            advantages = advantages_of([g.rewards for g in out.groups])
-        out.groups = [replace(g, advantages=a) for g, a in zip(out.groups, advantages, strict=True)]
         return out
 
-    def roll_out(self, examples: Sequence[Example], epoch: int, seed: int) -> list[Group]:
-        """One group per example: every order, `per_order` completions each, scored."""
+    def roll_out(self, examples: Sequence[tuple[int, Example]], seed: int) -> list[Group]:
+        """One group per example, given with its epoch: every order, `per_order` completions each, scored."""
         config = self.config
         with self.watch("permute"):
             per_example = [
@@ -133,7 +138,7 @@ class Collector:
                     permute(e, o)
                     for o in orders(e, config.permutation.orders, config.run.seed, epoch)
                 ]
-                for e in examples
+                for epoch, e in examples
             ]
         with self.watch("preprocess"):
             encoded = [(v, p) for v in per_example if (p := self.encoder.encode(v)) is not None]
@@ -167,8 +172,10 @@ class Collector:
     def _score(self, rollouts: Sequence[Sequence[Rollout]]) -> list[Group]:
         with self.watch("reward"):
             totals, parts = self.scorer.score_rollouts([r for group in rollouts for r in group])
+            ends = np.cumsum([len(group) for group in rollouts])[:-1]
+            advantages = advantages_of(np.split(totals, ends)) if rollouts else []
         groups, start = [], 0
-        for group in rollouts:
+        for group, advantage in zip(rollouts, advantages, strict=True):
             span = slice(start, start + len(group))
             start += len(group)
             groups.append(
@@ -178,7 +185,7 @@ class Collector:
                     rollouts=tuple(group),
                     rewards=totals[span],
                     reward_parts={name: values[span] for name, values in parts.items()},
-                    advantages=np.zeros(len(group), np.float32),
+                    advantages=advantage,
                 )
             )
         return groups

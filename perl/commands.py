@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perl.config import Config
+from perl.processes import on_main_process
 from perl.progress import Display
 from perl.recipe import (
     check_config,
@@ -39,10 +41,17 @@ def train_command(command: Train) -> None:
     if command.overwrite:
         _check_kept(command, folder)
     _check(config)
-    if is_main_process():
-        folder.create(command.overwrite)
-        save_config(config, folder.config)
-    _go(config, folder, resume=False)
+    on_main_process(partial(_begin, config, folder, command.overwrite))
+    try:
+        _go(config, folder, resume=False)
+    finally:
+        if is_main_process():
+            folder.settle()
+
+
+def _begin(config: Config, folder: RunFolder, overwrite: bool) -> None:
+    folder.create(overwrite)
+    save_config(config, folder.config)
 
 
 def resume_command(command: Resume) -> None:
@@ -111,8 +120,9 @@ def _go(config: Config, folder: RunFolder, resume: bool) -> None:
         raise Interrupted(f"{stop}; go on with perl-rl resume {folder.root}") from None
     if not is_main_process():
         return
+    report = write_report(folder.root)
     print_table(summary, str(folder.root))
-    print(f"report: {write_report(folder.root)}")
+    print(f"report: {report}")
 
 
 def evaluate_command(command: Evaluate) -> None:
@@ -198,7 +208,9 @@ def generate_command(command: Generate) -> None:
     example = _held_out(config, command.example) if command.example is not None else _asked(command)
     engine, encoder = _engine(config)
     prompt = encoder.processor.encode_messages(example.messages, example.images, "--prompt")
-    temperature = command.temperature or (1.0 if command.n > 1 else 0.0)
+    temperature = command.temperature
+    if temperature is None:
+        temperature = 1.0 if command.n > 1 else 0.0
     params = SamplingParams(command.n, temperature, command.max_new_tokens)
     if command.example is not None:
         print(f"question: {example.messages[-1].content}\nright answer: {example.answer}")
@@ -210,7 +222,7 @@ def generate_command(command: Generate) -> None:
 def _check_numbers(command: Generate) -> None:
     if command.n < 1 or command.max_new_tokens < 1:
         raise UserError("--n and --max-new-tokens must be 1 or more")
-    if not 0 <= command.temperature < math.inf:
+    if command.temperature is not None and not 0 <= command.temperature < math.inf:
         raise UserError(f"--temperature {command.temperature}: must be 0 or more")
     if not 0 <= command.seed < 2**31:
         raise UserError(f"--seed {command.seed}: must be from 0 to {2**31 - 1}")
@@ -304,5 +316,7 @@ def _model_and_config(model: str) -> tuple[Config, str]:
         folder = folder / f"seed-{config.run.seeds[0]}"
     for name in ("final", "cold_start"):
         if (folder / "models" / name / "config.json").exists():
+            note = "" if name == "final" else " (RL has not finished; `perl-rl resume` goes on)"
+            print(f"model: {folder / 'models' / name}{note}", file=sys.stderr)
             return config, str(folder / "models" / name)
     raise UserError(f"{model} has no finished model yet; go on with perl-rl resume {model}")

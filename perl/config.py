@@ -43,7 +43,8 @@ class ModelConfig:
     freeze_vision: bool = False
     """Keep the vision tower's weights as they are."""
     lora_rank: int = 0
-    """Rank of LoRA adapters on the language model's linear layers; 0: train all weights."""
+    """Rank of LoRA adapters on the language model's linear layers (the vision tower is trained in full unless it is
+    frozen); 0: train all weights."""
     lora_alpha: float = 32.0
     """Scale of the LoRA update: alpha / rank."""
     gradient_checkpointing: bool = False
@@ -59,7 +60,8 @@ class DataConfig:
     """Where examples come from."""
 
     train: str = "bundled:digits"
-    """JSONL or Parquet file, hub dataset, or bundled:digits (questions made over scikit-learn's scanned digits)."""
+    """JSONL or Parquet file, hub dataset, bundled:digits (questions made over scikit-learn's scanned digits), or
+    bundled:folder:PATH (over your pictures, one sub-folder per class)."""
     eval: str = "bundled:digits"
     """Held-out examples, in the same forms; the bundled tasks keep train and test images apart."""
     columns: Literal["auto", "perl", "trl", "verl", "easyr1"] = "auto"
@@ -159,7 +161,7 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The RL loop."""
+    """The RL loop; weight_decay, betas, max_grad_norm and tokens_per_micro_batch serve the cold start too."""
 
     steps: int = 100
     """Rollout batches to train on."""
@@ -285,6 +287,11 @@ def violation(config: Config) -> str | None:
     )
     if len(set(seeds)) < len(seeds):
         return f"run.seeds = {_shown(seeds)} names one seed twice; leave one out"
+    if seeds and values["run.seed"] != 0:
+        return (
+            f"run.seed = {values['run.seed']} does nothing beside run.seeds = {_shown(seeds)}; "
+            "put it into run.seeds, or leave those empty"
+        )
     if len(functions) != len(weights):
         return (
             f"reward.weights = {_shown(weights)} for {len(functions)} reward.functions "

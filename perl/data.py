@@ -233,6 +233,10 @@ class ExampleStream:
 
     def next(self, n: int) -> list[Example]:
         """The next `n` examples; an epoch may end and the next begin among them."""
+        return [example for _, example in self.next_with_epoch(n)]
+
+    def next_with_epoch(self, n: int) -> list[tuple[int, Example]]:
+        """The next `n` examples, each with the epoch it belongs to."""
         return [self._next() for _ in range(n)]
 
     def state_dict(self) -> dict[str, int | None]:
@@ -255,14 +259,14 @@ class ExampleStream:
         self.epoch, self._position = int(state["epoch"]), int(state["position"])
         self._order = self._shuffled()
 
-    def _next(self) -> Example:
+    def _next(self) -> tuple[int, Example]:
         if self.size is not None and self._position == self.size:
             self.epoch, self._position = self.epoch + 1, 0
             self._order = self._shuffled()
         index = self._position if self._order is None else self._order[self._position]
         example = self.dataset[index]
         self._position += 1
-        return example
+        return self.epoch, example
 
     def _shuffled(self) -> list[int] | None:
         if self.size is None:

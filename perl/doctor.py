@@ -55,7 +55,7 @@ def examine() -> bool:
         print("precision    float32")
     for name, (available, reason) in available_backends().items():
         print(f"kernels      {name:<8} {'yes' if available else 'no ':<4} {reason}")
-    attention, reason = choose("auto", device)
+    attention, reason = choose("auto", device, cuda and torch.cuda.is_bf16_supported())
     print(f"attention    {attention} ({reason})")
     print(f"disk         {shutil.disk_usage('.').free / 2**30:.0f} GiB free here")
     complete = True

@@ -6,7 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 from perl.collect import PromptEncoder
@@ -63,29 +62,31 @@ def evaluate(
     shown: list[Rollout] = []
     for start in range(0, len(indices), _CHUNK):
         chunk = [dataset[i] for i in indices[start : start + _CHUNK]]
-        encoded = []
-        for example in chunk:
-            variants = [
-                permute(example, order) for order in all_orders(example, config.max_orders, seed)
-            ]
-            if (prompts := encoder.encode(variants)) is not None:
-                encoded += list(zip(variants, prompts, strict=True))
-        flat = [prompt for _, prompt in encoded]
-        sampled = engine.generate(
-            flat, SamplingParams(max(1, config.samples), 1.0, max_new_tokens), seed + start
-        )
-        greedy = engine.generate(flat, SamplingParams(1, 0.0, max_new_tokens), seed + start)
-        decode = encoder.processor.decode
-        rollouts = [
-            [
-                Rollout(v, p, c.token_ids, c.logprobs, decode(c.token_ids), c.finished)
-                for c in (*s, *g)
-            ]
-            for (v, p), s, g in zip(encoded, sampled, greedy, strict=True)
+        encoded = [
+            list(zip(variants, prompts, strict=True))
+            for variants in (
+                [permute(e, order) for order in all_orders(e, config.max_orders, seed)]
+                for e in chunk
+            )
+            if (prompts := encoder.encode(variants)) is not None
         ]
-        for _, mine in groupby(rollouts, key=lambda r: r[0].variant.example.id):
-            results.append(_summarise(list(mine)))
-        shown += [] if start else [r[0] for r in rollouts]
+        flat = [prompt for pairs in encoded for _, prompt in pairs]
+        sampling = SamplingParams(max(1, config.samples), 1.0, max_new_tokens)
+        sampled = engine.generate(flat, sampling, seed + indices[start])
+        greedy = engine.generate(flat, SamplingParams(1, 0.0, max_new_tokens), seed)
+        decode = encoder.processor.decode
+        completions = iter(zip(sampled, greedy, strict=True))
+        for pairs in encoded:
+            rollouts = [
+                [
+                    Rollout(v, p, c.token_ids, c.logprobs, decode(c.token_ids), c.finished)
+                    for c in (*s, *g)
+                ]
+                for (v, p), (s, g) in zip(pairs, completions, strict=False)
+            ]
+            results.append(_summarise(rollouts))
+            if not start:
+                shown += [r[0] for r in rollouts]
         advance(len(chunk))
     return results, shown
 

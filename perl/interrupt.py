@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run between two steps, after a checkpoint."""
+"""Ctrl-C, SIGTERM and a closed terminal end a run between two steps, after a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Interrupted(Exception):
 class StopSignal:
     """While it is entered, the first Ctrl-C or SIGTERM only sets `requested`; a second one stops at once."""
 
-    _signals = (signal.SIGINT, signal.SIGTERM)
+    _signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.requested = False

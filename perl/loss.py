@@ -82,7 +82,8 @@ class HeadLoss:
         self.policy = policy
         self.temperature = temperature
         self.bias = torch.zeros(policy.head_weight.shape[0], device=policy.device)
-        self.bias[banned.to(policy.device)] = _BANNED_LOGIT
+        # The loss divides by the temperature after it has added the bias.
+        self.bias[banned.to(policy.device)] = _BANNED_LOGIT * max(1.0, temperature)
 
     def __call__(
         self,

@@ -25,14 +25,15 @@ def measure(session: Session, at: str, step: int) -> dict[str, Any] | None:
     mine = range(len(dataset))[bench.accelerator.process_index :: bench.accelerator.num_processes]
     if at == "step":
         session.display.close()
-    session.display.stage(f"evaluate {at}", len(mine))
+    session.display.stage(f"evaluate {at}", len(mine), unit="examples")
 
     def advance(examples: int) -> None:
         session.display.advance(examples)
-        if session.stop.requested and at != "step":  # Along the way the step is saved first.
+        # Along the way the step is saved first; several processes stop together, after the evaluation.
+        if session.stop.requested and at != "step" and session.processes.count == 1:
             raise Interrupted(f"stopped in the evaluation {at} RL")
 
-    with bench.watch("evaluate"):
+    with bench.watch("evaluate"), session.processes.jointly():
         results, rollouts = evaluate(
             bench.engine,
             bench.encoder,
@@ -40,7 +41,7 @@ def measure(session: Session, at: str, step: int) -> dict[str, Any] | None:
             mine,
             config.eval,
             config.rollout.max_new_tokens,
-            EVAL_SEED + bench.accelerator.process_index,
+            EVAL_SEED,
             advance,
         )
     if bench.accelerator.num_processes > 1:

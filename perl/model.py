@@ -173,7 +173,7 @@ def load_policy(folder: str, config: ModelConfig, device: torch.device) -> Polic
             "copy every file of the original checkpoint into it"
         )
     try:
-        name, reason = choose(config.attention, device)
+        name, reason = choose(config.attention, device, uses_bfloat16(config.dtype))
     except ValueError as error:
         raise UserError(str(error)) from error
     _announce(name, reason)

@@ -24,7 +24,7 @@ class Processor:
             `<|image_pad|>` and `<|vision_end|>`.
         image_processor: Qwen2-VL's image processor (the PIL one does).
         min_pixels, max_pixels: images outside this range are resized, keeping their aspect.
-        cache_size: processed images kept, by content.
+        cache_bytes: how much of processed images is kept, by content.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Processor:
         image_processor: Any,
         min_pixels: int,
         max_pixels: int,
-        cache_size: int = 4096,
+        cache_bytes: int = 2**29,
     ) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -43,24 +43,25 @@ class Processor:
         self.eos_token_id = int(tokenizer.eos_token_id)
         self._size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
         self._cache: OrderedDict[str, EncodedImage] = OrderedDict()
-        self._cache_size = cache_size
+        self._cache_bytes, self._cached_bytes = cache_bytes, 0
 
     def encode_image(self, image: Image.Image) -> EncodedImage:
         """Patches of one picture; the same content is processed once."""
+        image = image.convert("RGB")
         digest = hashlib.sha1(f"{image.mode}{image.size}".encode(), usedforsecurity=False)
         digest.update(image.tobytes())
         key = digest.hexdigest()
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        out = self.image_processor(
-            images=[image.convert("RGB")], size=self._size, return_tensors="pt"
-        )
+        out = self.image_processor(images=[image], size=self._size, return_tensors="pt")
         t, h, w = (int(x) for x in out["image_grid_thw"][0])
         encoded = EncodedImage(key, out["pixel_values"], (t, h, w), t * h * w // self.merge_size**2)
         self._cache[key] = encoded
-        if len(self._cache) > self._cache_size:
-            self._cache.popitem(last=False)
+        self._cached_bytes += encoded.pixel_values.nbytes
+        while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
+            _, oldest = self._cache.popitem(last=False)
+            self._cached_bytes -= oldest.pixel_values.nbytes
         return encoded
 
     def encode(self, variant: Variant) -> EncodedPrompt:

@@ -20,6 +20,13 @@ from rich.progress import (
 _LINE_EVERY = 10.0
 
 
+class _Console(Console):
+    """A reader that goes away (`| head`) silences the display; the run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Display:
     """Stage, step, a few numbers, elapsed and remaining time.
 
@@ -28,13 +35,13 @@ class Display:
     """
 
     def __init__(self, enabled: bool = True) -> None:
-        self.console = Console(quiet=not enabled, stderr=True)
+        self.console = _Console(quiet=not enabled, stderr=True)
         self._live = enabled and self.console.is_terminal
         self._bar: Progress | None = None
         self._stage, self._total, self._done, self._spoken, self._started = "", 0, 0, 0.0, 0.0
 
-    def stage(self, name: str, total: int, done: int = 0) -> None:
-        """Begin a stage of `total` steps, `done` of which lie behind."""
+    def stage(self, name: str, total: int, done: int = 0, unit: str = "steps") -> None:
+        """Begin a stage of `total` steps (or another unit), `done` of which lie behind."""
         self.close()
         self._stage, self._total, self._done = name, total, done
         self._spoken = self._started = time.monotonic()
@@ -53,7 +60,7 @@ class Display:
             self._bar.start()
             self._task = self._bar.add_task(name, total=total, completed=done, numbers="")
         else:
-            self.console.print(f"{name}: {total - done} steps", highlight=False)
+            self.console.print(f"{name}: {total - done} {unit}", highlight=False)
 
     def advance(self, steps: int = 1, numbers: Mapping[str, float] | None = None) -> None:
         """One or more steps are done; `numbers` are shown beside the bar."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -32,14 +31,14 @@ def reinforce(session: Session) -> None:
     session.display.stage("RL", config.train.steps, session.progress.step)
     step_of = PolicyStep(session, loss)
     stream = session.stream("rl")
-    per_process = math.ceil(config.train.examples_per_step / bench.accelerator.num_processes)
+    per_process = config.train.examples_per_step // bench.accelerator.num_processes
     for step in range(session.progress.step, config.train.steps):
         started = time.perf_counter()
         collected = bench.collector.collect(
-            lambda n: bench.draw(stream, n * bench.accelerator.num_processes),
+            lambda: bench.draw(stream, config.train.examples_per_step),
             per_process,
-            stream.epoch,
-            seed=_sampling_seed(session, step),
+            _sampling_seed(session, step),
+            session.processes,
         )
         row = {**_group_metrics(collected), **step_of(step, collected.groups)}
         seconds = time.perf_counter() - started
@@ -107,8 +106,9 @@ class PolicyStep:
 
     def _normalizer(self, batches: Sequence[PackedBatch]) -> float:
         """The denominator over all micro-batches and processes; 0 if nobody has anything to learn from."""
-        tokens = self.session.total(sum(b.num_scored for b in batches))
-        sequences = self.session.total(sum(len(b.advantages) for b in batches))
+        tokens, sequences = self.session.processes.total(
+            sum(b.num_scored for b in batches), sum(len(b.advantages) for b in batches)
+        )
         return step_normalizer(self.loss, tokens, sequences) if tokens else 0.0
 
 
@@ -118,7 +118,8 @@ class _Reference:
     def __init__(self, session: Session) -> None:
         config, bench = session.config, session.bench
         self.adapters_off = nullcontext
-        if config.cold_start.steps == 0 and config.model.lora_rank:
+        trained = (name for name, p in bench.policy.named_parameters() if p.requires_grad)
+        if config.cold_start.steps == 0 and all("lora_" in name for name in trained):
             self.head, self.adapters_off = bench.head, bench.policy.without_adapters
             return
         path = (

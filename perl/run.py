@@ -35,7 +35,8 @@ class RunFolder:
         """Make the folder.
 
         Raises:
-            UserError: it is there already and not empty; `overwrite` removes it, if it is a run folder.
+            UserError: it is there already and not empty; `overwrite` puts it aside, if it is a run folder,
+                until the new run has a checkpoint.
         """
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"run.dir = {self.root} is a file; choose another --run.dir")
@@ -50,8 +51,36 @@ class RunFolder:
                     f"run.dir = {self.root} is no run folder, so --overwrite leaves it alone; "
                     "choose another --run.dir"
                 )
-            shutil.rmtree(self.root.resolve())
+            self._put_aside()
         self.root.resolve().mkdir(parents=True, exist_ok=True)
+
+    def _put_aside(self) -> None:
+        root = self.root.resolve()
+        if self._replaced.exists() and not self.has_checkpoint():
+            shutil.rmtree(root)  # What lies aside is worth more than a run that never began.
+            return
+        shutil.rmtree(self._replaced, ignore_errors=True)
+        root.rename(self._replaced)
+
+    @property
+    def _replaced(self) -> Path:
+        root = self.root.resolve()
+        return root.with_name(f".{root.name}.replaced")
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is anything to go on from, for one seed or several."""
+        return any(self.root.glob("checkpoints/[0-9]*")) or any(
+            self.root.glob("seed-*/checkpoints/[0-9]*")
+        )
+
+    def settle(self) -> None:
+        """Drop what was replaced if the new run has begun; else drop the new one and put the old back."""
+        if self.has_checkpoint():
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            return
+        shutil.rmtree(self.root.resolve(), ignore_errors=True)
+        if self._replaced.exists():
+            self._replaced.rename(self.root.resolve())
 
     def is_run(self) -> bool:
         """Whether a run lives here: its config.toml has the sections of a recipe with every key."""

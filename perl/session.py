@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from perl.checkpoint import CheckpointManager, Progress
 from perl.config import Config
 from perl.data import ExampleStream
@@ -16,6 +14,7 @@ from perl.gallery import Gallery
 from perl.interrupt import Interrupted, StopSignal
 from perl.metrics import peak_rss_bytes
 from perl.packing import pack
+from perl.processes import Processes
 from perl.progress import Display
 from perl.run import RunFolder
 from perl.setup import Workbench, build
@@ -35,6 +34,7 @@ class Session:
     ) -> None:
         self.config, self.folder, self.display, self.stop = config, folder, display, stop
         self.bench: Workbench = build(config, folder)
+        self.processes = Processes(self.bench.accelerator)
         self.checkpoints = CheckpointManager(folder.checkpoints, config.run.keep_checkpoints)
         self.gallery = Gallery(folder)
         self.progress = Progress()
@@ -108,14 +108,6 @@ class Session:
     def pack(self, segments: Sequence[Segment]) -> list[PackedBatch]:
         return pack(segments, self.config.train.tokens_per_micro_batch)
 
-    def total(self, count: float) -> float:
-        """A count summed over all processes."""
-        accelerator = self.bench.accelerator
-        if accelerator.num_processes == 1:
-            return float(count)
-        value = torch.tensor(float(count), dtype=torch.float64, device=accelerator.device)
-        return float(accelerator.reduce(value, "sum"))
-
     def after_step(
         self,
         stage: str,
@@ -131,14 +123,16 @@ class Session:
         """
         self.progress.step = step + 1
         self.progress.streams[stage] = stream.state_dict()
+        lap = self.bench.watch.lap()
         if self.bench.is_main and (step + 1) % self.config.run.log_every == 0:
-            self.record({"stage": stage, "step": step + 1, **row, **self.bench.watch.lap()})
+            self.record({"stage": stage, "step": step + 1, **row, **lap})
         self.display.advance(numbers=shown)
         before_saving()
         every = self.config.run.checkpoint_every
-        if self.stop.requested or (every and (step + 1) % every == 0):
+        stop = self.processes.any(self.stop.requested)
+        if stop or (every and (step + 1) % every == 0):
             self.save()
-        if self.stop.requested:
+        if stop:
             raise Interrupted(f"stopped after {stage} step {step + 1}")
 
     def record(self, row: dict[str, Any]) -> None:
@@ -150,7 +144,10 @@ class Session:
             for k, v in row.items()
             if isinstance(v, int | float) and k != "step"
         }
-        self.bench.accelerator.log(numbers, step=row["step"])
+        before = self.config.cold_start.steps if row["stage"] != "cold_start" else 0
+        self.bench.accelerator.log(
+            numbers, step=before + row["step"]
+        )  # wandb's steps never go back
 
     def save(self) -> None:
         """A checkpoint of the last complete step."""
@@ -168,7 +165,7 @@ class Session:
         self._saved_step = here
 
     def rescue(self, error: UserError) -> None:
-        """Keep what was done before a user's mistake stopped the run."""
+        """Keep what was done before a user's mistake, raised in every process, stopped the run."""
         self.display.close()
         if self.progress.step > 0:
             self.save()

@@ -17,6 +17,7 @@ from perl.data import BUNDLED, Dataset, ExampleStream, load_examples
 from perl.loss import HeadLoss
 from perl.metrics import Stopwatch
 from perl.model import Policy, check_model, load_policy, load_processor, uses_bfloat16
+from perl.processes import process_state
 from perl.processor import Processor
 from perl.reward import Scorer
 from perl.rollout import InProcessEngine
@@ -58,9 +59,10 @@ class Workbench:
         )
         return ExampleStream(dataset, _seed_of(stage, self.config))
 
-    def draw(self, stream: ExampleStream, count: int) -> list[Example]:
-        """This process's share of the next `count` examples of all processes."""
-        return stream.next(count)[self.accelerator.process_index :: self.accelerator.num_processes]
+    def draw(self, stream: ExampleStream, count: int) -> list[tuple[int, Example]]:
+        """This process's share of the next `count` examples of all processes, each with its epoch."""
+        share = stream.next_with_epoch(count)
+        return share[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def held_out(self) -> Dataset:
         """The examples that are measured on."""
@@ -109,11 +111,19 @@ def make_accelerator(config: Config, folder: RunFolder) -> Any:
     from accelerate import Accelerator
 
     usable = usable_trackers(config)
-    return Accelerator(
+    process_state()
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
         mixed_precision="bf16" if uses_bfloat16(config.model.dtype) else "no",
         log_with=usable or None,
         project_dir=str(folder.root),
     )
+    if config.train.examples_per_step % accelerator.num_processes:
+        raise UserError(
+            f"train.examples_per_step = {config.train.examples_per_step} cannot be shared by "
+            f"{accelerator.num_processes} processes; make it a multiple"
+        )
+    return accelerator
 
 
 def usable_trackers(config: Config) -> list[Any]:
@@ -124,6 +134,7 @@ def usable_trackers(config: Config) -> list[Any]:
     """
     from accelerate.tracking import filter_trackers
 
+    process_state()  # The logger that filter_trackers uses needs it.
     wanted: list[Any] = [t for t in config.run.trackers if t]
     for tracker in wanted:
         try:
@@ -146,7 +157,11 @@ def check_setup(config: Config) -> None:
     usable_trackers(config)
     Scorer(config.reward.functions, config.reward.weights)
     try:
-        choose(config.model.attention, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        choose(
+            config.model.attention,
+            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            uses_bfloat16(config.model.dtype),
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
     if config.model.path in TINY_MODELS:

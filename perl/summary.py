@@ -27,6 +27,7 @@ def summarise(session: Session) -> dict[str, Any]:
         "seed": session.config.run.seed,
         "model": session.config.model.path,
         "parameters": sum(p.numel() for p in session.bench.policy.parameters()),
+        "processes": session.processes.count,
         "device": str(session.bench.accelerator.device),
         "versions": versions(),
     }

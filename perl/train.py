@@ -8,12 +8,14 @@ Everything is decided in the stages and their components; after every step a run
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from perl.cold_start import cold_start
 from perl.config import Config
 from perl.interrupt import StopSignal
 from perl.measure import measure
+from perl.processes import on_main_process
 from perl.progress import Display
 from perl.recipe import save_config
 from perl.reinforce import reinforce
@@ -40,9 +42,7 @@ def train(
         one = replace(config, run=replace(config.run, seed=seed, seeds=()))
         mine = RunFolder(folder.root / f"seed-{seed}")
         display.say(f"seed {seed}")
-        if is_main_process() and not mine.config.exists():
-            mine.create(overwrite=False)
-            save_config(one, mine.config)
+        on_main_process(partial(_begin, one, mine))
         summaries.append(train_one(one, mine, display, resume))
     summary = summarise_seeds(summaries)
     if is_main_process():
@@ -52,12 +52,12 @@ def train(
 
 def train_one(config: Config, folder: RunFolder, display: Display, resume: bool) -> dict[str, Any]:
     """All stages of one run."""
-    folder.make_parts()
+    on_main_process(folder.make_parts)
     with StopSignal() as stop:
         session = Session(config, folder, display, stop)
         if resume:
             session.restore()
-        session.bench.accelerator.init_trackers("tensorboard")
+        session.bench.accelerator.init_trackers("perl-rl")
         try:
             cold_start(session)
             _measured(session, "before", "rl", 0)
@@ -70,8 +70,15 @@ def train_one(config: Config, folder: RunFolder, display: Display, resume: bool)
         summary = summarise(session)
         if session.bench.is_main:
             write_json(folder.summary, summary)
-        session.bench.accelerator.end_training()
+        for tracker in session.bench.accelerator.trackers:
+            tracker.finish()
     return summary
+
+
+def _begin(config: Config, folder: RunFolder) -> None:
+    if not folder.config.exists():
+        folder.create(overwrite=False)
+        save_config(config, folder.config)
 
 
 def _measured(session: Session, at: str, following: str, step: int) -> None:

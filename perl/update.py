@@ -101,6 +101,8 @@ class Updater:
             for name, value in output.metrics.items():
                 if name.endswith("_max"):
                     totals[name] = torch.maximum(totals[name], value.float())
+                elif name in _COUNTS:
+                    totals[name] += value.float()
                 else:
                     totals[name] += value.float() * batch.num_scored
         self._sum_over_processes()
@@ -138,8 +140,12 @@ class Updater:
             values = torch.where(is_max, maxima, values)
         out = dict(zip(names, values.tolist(), strict=True))
         scored = max(1.0, out.pop("scored"))
-        return {k: v if k == "loss" or k.endswith("_max") else v / scored for k, v in out.items()}
+        whole = ("loss", *_COUNTS)
+        return {k: v if k in whole or k.endswith("_max") else v / scored for k, v in out.items()}
 
+
+_COUNTS = ("tokens", "invalid_rows")
+"""Metrics that add up."""
 
 _ALWAYS = (
     *(

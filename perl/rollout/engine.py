@@ -54,7 +54,8 @@ class InProcessEngine:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.policy = policy
-        self.eos, self.pad = processor.eos_token_id, processor.pad_token_id
+        self.pad = processor.pad_token_id
+        self.ends = torch.tensor(sorted(_end_tokens(policy, processor)), device=policy.device)
         self.banned = processor.unsampled_token_ids()
         self.batch_size = batch_size
         self.autocast = autocast
@@ -92,15 +93,16 @@ class InProcessEngine:
             for row, t, p in zip(alive.tolist(), token.tolist(), logprob.tolist(), strict=True):
                 tokens[row].append(t)
                 logprobs[row].append(p)
-            going = (token != self.eos).nonzero().squeeze(1)
+            going = (~torch.isin(token, self.ends)).nonzero().squeeze(1)
             if len(going) == 0 or step + 1 == params.max_new_tokens:
                 break
             if len(going) < len(alive):
                 alive, token = alive[going], token[going]
                 state.keep(going)
             logits = state.advance(token)
+        ends = set(self.ends.tolist())
         return [
-            Completion(np.asarray(t, np.int64), np.asarray(p, np.float32), t[-1] == self.eos)
+            Completion(np.asarray(t, np.int64), np.asarray(p, np.float32), t[-1] in ends)
             for t, p in zip(tokens, logprobs, strict=True)
         ]
 
@@ -197,6 +199,13 @@ class _Decoding:
         )
         self.position = self.position + 1
         return self.policy.base.lm_head(output.last_hidden_state[:, -1])
+
+
+def _end_tokens(policy: Policy, processor: Processor) -> set[int]:
+    """The tokenizer's end token and those of the checkpoint's generation settings; Qwen has two."""
+    settings = getattr(policy.base, "generation_config", None)
+    more = getattr(settings, "eos_token_id", None) or []
+    return {processor.eos_token_id, *([more] if isinstance(more, int) else more)}
 
 
 def _by_length(prompts: Sequence[EncodedPrompt], size: int) -> Iterator[list[int]]:

@@ -8,13 +8,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from perl.cli import main
+from perl.loss import make_policy_loss
 
 REWARD = '''
 def by_length(prompts, completions, **columns):
@@ -98,9 +101,10 @@ def test_a_run_leaves_everything(tmp_path: Path, arguments: Callable[..., list[s
     assert summary["seconds"] > 0 and summary["peak_rss_bytes"] > 2**20
     kept = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
     assert {r["stage"] for r in kept} == {"rl", "evaluate"}
+    assert any(r.get("advantage") for r in kept)
     assert all((folder / name).exists() for r in kept for name in r["images"])
     assert (folder / "report.html").stat().st_size > 10_000
-    assert list((folder / "tensorboard").glob("events*"))
+    assert list((folder / "perl-rl").glob("events*"))
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     AutoProcessor.from_pretrained(folder / "models" / "final")
@@ -211,38 +215,58 @@ def test_killed_and_resumed_is_as_if_nothing_happened(
     assert all(torch.equal(one[n], other[n]) for n in one)
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path: Path, arguments: Callable[..., list[str]]) -> None:
-    """accelerate launch on two CPU processes: both share every step, one writes, and the cold start's loss is the same."""
-    alone, shared = tmp_path / "alone", tmp_path / "shared"
-    run(arguments(alone, train__steps="1"))
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-        "-m",
-        "perl",
-    ]
-    done = subprocess.run(
-        [*launch, *arguments(shared, train__steps="1")],
-        capture_output=True,
-        timeout=240,
-        check=False,
+def test_a_mistake_gives_the_replaced_run_back(
+    tmp_path: Path, arguments: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mistakes that show only when the run has begun: without a checkpoint nothing is replaced, or left behind."""
+    folder = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments(folder, data__max_prompt_tokens="5"), "--overwrite"])
+    assert stop.value.code == 2 and not folder.exists()
+    run(arguments(folder))
+    before = (folder / "metrics.jsonl").read_text()
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments(folder, data__max_prompt_tokens="5"), "--overwrite"])
+    assert stop.value.code == 2
+    assert (folder / "metrics.jsonl").read_text() == before
+    assert (folder / "models" / "final" / "model.safetensors").exists()
+    run([*arguments(folder, train__steps="1"), "--overwrite"])
+    assert len(rows(folder, "rl")) == 1
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_the_reference_of_lora_does_not_move_with_the_tower(
+    tmp_path: Path, arguments: Callable[..., list[str]]
+) -> None:
+    """LoRA leaves the tower trainable unless it is frozen: adapters off is then no reference."""
+    from perl.interrupt import StopSignal
+    from perl.packing import pack
+    from perl.progress import Display
+    from perl.recipe import load_recipe
+    from perl.reinforce import PolicyStep, _segments
+    from perl.run import RunFolder
+    from perl.session import Session
+
+    config = load_recipe("demo")
+    config = replace(
+        config,
+        run=replace(config.run, seeds=(), trackers=()),
+        model=replace(config.model, lora_rank=4),
+        cold_start=replace(config.cold_start, steps=0),
+        rollout=replace(config.rollout, max_new_tokens=4, per_order=2),
+        train=replace(config.train, lr=1e-2, warmup_steps=0, examples_per_step=2),
     )
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
-    for one, two in zip(rows(alone, "cold_start"), rows(shared, "cold_start"), strict=True):
-        assert one["tokens"] == two["tokens"]
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
-        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
-    assert len(rows(shared, "rl")) == 1
+    folder = RunFolder(tmp_path / "run")
+    folder.create(overwrite=False)
+    folder.make_parts()
+    with StopSignal() as stop:
+        session = Session(config, folder, Display(enabled=False), stop)
+    step = PolicyStep(session, make_policy_loss(config.loss, 4))
+    groups = session.bench.collector.roll_out(session.bench.draw(session.stream("rl"), 2), seed=0)
+    groups = [replace(g, advantages=np.linspace(-1, 1, len(g.rollouts))) for g in groups]
+    (batch,) = pack([s for g in groups for s in _segments(g)], 10_000)
+    before = step.reference(batch)
+    for number in range(3):
+        step(number, groups)
+    assert torch.equal(step.reference(batch), before)
+    assert not torch.allclose(session.bench.head.logprobs(batch).logprobs, before, atol=1e-3)

@@ -1,0 +1,89 @@
+"""What the processes of one run agree on: they all take a step, or none does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from perl.types import UserError
+
+_TIMEOUT = timedelta(hours=2)
+"""Rollouts of one process may take much longer than another's."""
+
+
+class Processes:
+    """Reductions over the processes of a run; with a single one they cost nothing."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+        self.count: int = accelerator.num_processes
+        self.index: int = accelerator.process_index
+
+    def total(self, *counts: float) -> list[float]:
+        """Each count summed over all processes."""
+        if self.count == 1:
+            return [float(c) for c in counts]
+        values = torch.tensor(counts, dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.reduce(values, "sum").tolist()
+
+    def every(self, flag: bool) -> bool:
+        """Whether it is true in all processes."""
+        return self.total(not flag)[0] == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in some process."""
+        return self.total(flag)[0] > 0
+
+    @contextmanager
+    def jointly(self) -> Iterator[None]:
+        """A block without reductions after which every process goes on, or all stop for one's mistake.
+
+        Raises:
+            UserError: this process's own, or one that points to the process that had it.
+        """
+        error: UserError | None = None
+        try:
+            yield
+        except UserError as raised:
+            error = raised
+        failed = self.any(error is not None)
+        if error is not None:
+            raise error
+        if failed:
+            raise UserError("another process of this run stopped; its message says why")
+
+
+def process_state() -> Any:
+    """accelerate's view of this run's processes, which connect on the first call."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=_TIMEOUT)
+
+
+def on_main_process(action: Callable[[], None]) -> None:
+    """Do something in the first process while the others wait; its UserError stops all of them."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        action()
+        return
+    state = process_state()
+    with Processes(_Reducer(state)).jointly():
+        if state.is_main_process:
+            action()
+
+
+class _Reducer:
+    """The part of an Accelerator that `Processes` uses, before there is one."""
+
+    def __init__(self, state: Any) -> None:
+        self.num_processes, self.process_index = state.num_processes, state.process_index
+        self.device = state.device
+
+    def reduce(self, values: torch.Tensor, reduction: str) -> torch.Tensor:
+        from accelerate.utils import reduce
+
+        return reduce(values, reduction)  # type: ignore[return-value]
