@@ -38,7 +38,7 @@ def choose(wanted: Attention, device: torch.device, bfloat16: bool = True) -> tu
     if wanted == "flash_attention_2":
         if not installed:
             raise ValueError(
-                "model.attention = flash_attention_2 needs flash-attn: pip install 'perl-rl[flash]', or use sdpa"
+                "model.attention = flash_attention_2 needs flash-attn: pip install flash-attn, or use sdpa"
             )
         if device.type != "cuda":
             raise ValueError(

@@ -208,6 +208,8 @@ def generate_command(command: Generate) -> None:
     example = _held_out(config, command.example) if command.example is not None else _asked(command)
     engine, encoder = _engine(config)
     prompt = encoder.processor.encode_messages(example.messages, example.images, "--prompt")
+    if unknown := encoder.processor.unknown_words(example.messages):
+        print(f"words the model does not know: {', '.join(unknown)}", file=sys.stderr)
     temperature = command.temperature
     if temperature is None:
         temperature = 1.0 if command.n > 1 else 0.0

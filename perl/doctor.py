@@ -68,7 +68,7 @@ def examine() -> bool:
             required = extra == "train"
             complete &= not required
             print(
-                f"{package:<12} missing{' (needed to train)' if required else ''}: pip install 'perl-rl[{extra}]'"
+                f"{package:<12} missing{' (needed to train)' if required else ''}: pip install '.[{extra}]' (in a clone)"
             )
     if importlib.util.find_spec("torchvision") is None:
         print("torchvision  missing, not needed: images go through transformers' PIL processors")

@@ -1,8 +1,10 @@
 """Image orders of an example, and the answer that is right in each.
- Images move between fixed slots; the text is never rewritten. A question about "image 2" is about
+
+Images move between fixed slots; the text is never rewritten. A question about "image 2" is about
 whatever slot 2 shows, so only an answer that names an image (`should_change`) is re-indexed: it
 follows its picture.
- Which image a letter names: where the text labels its slots (`A <image> B <image>`, `(A) <image>`,
+
+Which image a letter names: where the text labels its slots (`A <image> B <image>`, `(A) <image>`,
 `A. <image>`) the labels decide. Without labels the letters count the options: all images, or for
 the kinds `first_fixed` and `last:K` those that may move, the others being the question's own. A
 number, as in `2` or `Image 2`, always counts all slots from 1.

@@ -91,9 +91,7 @@ def open_image(
                 check_size(image.size, where)
                 return to_rgb(image) if decode else image
     except FileNotFoundError as error:
-        raise UserError(
-            f"{where}: there is no image file {source}; correct the path (relative ones start at data.image_root)"
-        ) from error
+        raise UserError(f"{where}: there is no image file {source}; correct the path") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"{where}: the image is too large ({error}); shrink it") from error
     except UnidentifiedImageError as error:

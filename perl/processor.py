@@ -113,6 +113,15 @@ class Processor:
             )
         return np.asarray(flat, dtype=np.int64)
 
+    def unknown_words(self, messages: Sequence[Message]) -> list[str]:
+        """Words that a word-level tokenizer, as the tiny models have, cannot read; others read everything."""
+        if self.tokenizer.unk_token != "<unk>":
+            return []
+        words = [w for m in messages for w in m.content.replace(IMAGE_SLOT, " ").split()]
+        ids = self.tokenizer.convert_tokens_to_ids(words)
+        unknown = self.tokenizer.unk_token_id
+        return list(dict.fromkeys(w for w, i in zip(words, ids, strict=True) if i == unknown))
+
     def encode_completion(self, text: str) -> np.ndarray:
         """int64 [L]: a worked answer as tokens, with the end token."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]

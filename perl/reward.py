@@ -1,5 +1,6 @@
 """What a completion is worth: the weighted sum over reward functions.
- A reward function follows TRL's convention: `f(prompts, completions, **columns) -> list of float or
+
+A reward function follows TRL's convention: `f(prompts, completions, **columns) -> list of float or
 None`, all lists of the same length. Completions are plain strings; columns hold `answer` and every
 further column of the data. None or NaN means that the completion cannot be scored.
 """

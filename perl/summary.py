@@ -57,17 +57,23 @@ def summarise_seeds(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def print_table(summary: dict[str, Any], title: str) -> None:
     """The final table on standard output: before and after RL, mean and range over seeds, and the time by stage."""
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
     runs = summary.get("per_seed", [summary])
     console = Console()
-    table = Table(title=title, title_justify="left")
-    table.add_column("held-out, over image orders")
+    table = Table(
+        title=f"{title}: held out, over image orders",
+        title_justify="left",
+        box=SIMPLE,
+        pad_edge=False,
+    )
+    table.add_column("percent")
     for heading in ("before RL", "after RL", "change"):
         table.add_column(heading, justify="right")
     labels = {
-        "accuracy": "accuracy, sampled at T = 1",
+        "accuracy": "accuracy, T = 1",
         "greedy": "accuracy, greedy",
         "consistency": "consistency",
     }
@@ -79,14 +85,12 @@ def print_table(summary: dict[str, Any], title: str) -> None:
         table.add_row(labels[name], _cell(before), _cell(after), _cell(changes, sign=True))
     console.print(table)
     if len(runs) > 1:
-        console.print(
-            f"mean and range over {len(runs)} seeds, in percent (points for the change)",
-            highlight=False,
-        )
+        console.print(f"mean (lowest..highest) of {len(runs)} seeds", highlight=False)
     stages = sorted(summary["seconds_by_stage"].items(), key=lambda item: -item[1])
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in stages if seconds >= 0.5)
     console.print(
-        f"{summary['seconds']:.0f} s in all: {spent}; peak memory {summary['peak_rss_bytes'] / 2**30:.2f} GiB",
+        f"{summary['seconds']:.0f} s in all{': ' if spent else ''}{spent}; "
+        f"peak memory {summary['peak_rss_bytes'] / 2**30:.2f} GiB",
         highlight=False,
     )
 
@@ -107,9 +111,7 @@ def _cell(values: Sequence[float | None], sign: bool = False) -> str:
         return "-"
     form = "+.1f" if sign else ".1f"
     text = format(sum(numbers) / len(numbers), form)
-    return (
-        text if len(numbers) == 1 else f"{text}  ({min(numbers):{form}} to {max(numbers):{form}})"
-    )
+    return text if len(numbers) == 1 else f"{text} ({min(numbers):.1f}..{max(numbers):.1f})"
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

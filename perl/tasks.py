@@ -1,11 +1,13 @@
 r"""Bundled questions over a collection of labelled pictures, made on the fly, each with a worked
 answer.
- Every text is a row of plain tokens with one space between two, so that a word-level tokenizer
+
+Every text is a row of plain tokens with one space between two, so that a word-level tokenizer
 covers it:
 
     which   A <image> B <image> which image shows three ?
             <think> A two three no B three three yes </think> \boxed{ B }
- A worked answer goes over all images, whatever it has found, and repeats what it compares with at
+
+A worked answer goes over all images, whatever it has found, and repeats what it compares with at
 each step: a small model learns the look-up only from comparisons that are written out.
 """
 

@@ -51,3 +51,9 @@ def test_the_data_is_read(tmp_path: Path) -> None:
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (Path(__file__).parent.parent / target).exists(), target
+
+
+def test_nothing_is_left_to_fill_in() -> None:
+    root = Path(__file__).parent.parent
+    for document in (*root.glob("*.md"), *root.glob("docs/**/*.md")):
+        assert "<!--" not in document.read_text(), document

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import values_visible
+from .scalars import check_number
 from .segments import Segments
 
 Scale = Literal["group", "batch", "none"]
@@ -67,8 +68,8 @@ def group_advantages(
             `mean`, `std` and `active` are then those of the weighted sum of the raw rewards.
 
     Returns:
-        fp32 (fp64 for fp64 rewards); computed in fp64, without gradient. All NaN if `group_sizes`
-        is a GPU tensor that does not sum to B.
+        fp32 (fp64 for fp64 rewards); computed in fp64, without gradient. All NaN (`active` False)
+        if `group_sizes` is a GPU tensor with a negative entry, or one that does not sum to B.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or value.
@@ -94,12 +95,14 @@ def group_advantages(
         advantages = _divide(spread.centred, spread.std + eps)
     else:
         advantages = _normalised(statistics, groups, total, scale, baseline, unbiased, eps)
-    advantages = torch.where(valid, advantages, torch.nan)
-    mean, std = statistics.mean.to(dtype), statistics.std.to(dtype)
-    return GroupAdvantages(advantages.to(dtype), mean, std, statistics.active)
+    advantages, mean, std = (
+        torch.where(valid, values, torch.nan).to(dtype)
+        for values in (advantages, statistics.mean, statistics.std)
+    )
+    return GroupAdvantages(advantages, mean, std, statistics.active & valid)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GroupedRewards:
     """Rewards in place of `advantages`: the loss normalises them itself.
 
@@ -197,13 +200,14 @@ def _checked(
     ):
         if got not in get_args(kind):
             raise ValueError(f"{name} is {got!r}, must be one of {', '.join(get_args(kind))}")
+    check_number("eps", eps, "a number")
     if not eps >= 0:
         raise ValueError(f"eps is {eps}, must be at least 0")
     if not isinstance(rewards, Tensor):
         raise TypeError(f"rewards is a {type(rewards).__name__}, must be a tensor")
     if rewards.ndim not in (1, 2) or rewards.is_complex():
         raise ValueError(f"rewards has shape {list(rewards.shape)}, must be real and [B] or [B, R]")
-    sizes = torch.as_tensor(group_sizes, device=rewards.device)
+    sizes = torch.as_tensor(group_sizes)
     if sizes.numel() == 0:
         sizes = sizes.to(torch.int64)
     if sizes.ndim != 1 or sizes.is_floating_point():
@@ -213,7 +217,10 @@ def _checked(
         )
     if sizes.numel() == 0 and len(rewards):
         raise ValueError(f"group_sizes is empty, but there are {len(rewards)} rewards")
-    if values_visible(sizes) and (sizes.sum() != len(rewards) or (sizes < 0).any()):
+    visible = values_visible(sizes) or not (
+        isinstance(group_sizes, Tensor) or torch.compiler.is_compiling()
+    )
+    if visible and (sizes.sum() != len(rewards) or (sizes < 0).any()):
         raise ValueError(
             f"group_sizes must be at least 0 and sum to the {len(rewards)} rewards, "
             f"but sums to {int(sizes.sum())}"
@@ -222,7 +229,14 @@ def _checked(
     if reward_weights is None:
         weights = torch.ones(n_rewards, dtype=torch.float64, device=rewards.device)
     else:
-        weights = torch.as_tensor(reward_weights, dtype=torch.float64, device=rewards.device)
+        weights = _move(torch.as_tensor(reward_weights, dtype=torch.float64), rewards.device)
     if list(weights.shape) != [n_rewards]:
         raise ValueError(f"reward_weights has shape {list(weights.shape)}, must be [{n_rewards}]")
-    return rewards, sizes.to(torch.int64), weights
+    return rewards, _move(sizes.to(torch.int64), rewards.device), weights
+
+
+def _move(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`, without waiting for the copy."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

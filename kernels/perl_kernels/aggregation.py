@@ -11,12 +11,16 @@ from .segments import Segments
 
 
 def row_scale(
-    loss: PolicyLoss, weights: Tensor, segments: Segments, normalizer: float | Tensor | None
+    loss: PolicyLoss,
+    weights: Tensor,
+    segments: Segments,
+    normalizer: float | Tensor | None,
+    valid: Tensor,
 ) -> Tensor:
     """Factor of each token's term, [N], such that the loss is sum(scale * term).
 
     `normalizer` replaces the count in the denominator: sum(weights) for `token-mean`, otherwise
-    the number of sequences. All NaN if `cu_seqlens` does not describe the tokens.
+    the number of sequences. All NaN where `valid []` is False.
     """
     match loss.aggregation:
         case "token-mean":
@@ -32,25 +36,26 @@ def row_scale(
             assert loss.max_completion_length is not None
             weights = weights / loss.max_completion_length
     scale = _divide(weights, count if normalizer is None else normalizer)
-    return torch.where(segments.valid, scale, torch.nan)
+    return torch.where(valid, scale, torch.nan)
 
 
 def _divide(weights: Tensor, by: float | Tensor) -> Tensor:
-    # Only tokens without weight can meet a denominator of 0; 0 / 0 is 0 there, not NaN.
-    by = torch.as_tensor(by, dtype=weights.dtype, device=weights.device)
+    # Only tokens without weight can meet a denominator of 0; 0 / 0 is 0 there, not NaN. A number
+    # stays one: made a tensor on the GPU, it would be copied there, and the copy waited for.
     return torch.where(weights == 0, 0.0, weights / by)
 
 
-def aggregate(scale: Tensor, mask: Tensor, terms: Tensor) -> Tensor:
-    """The loss, []; NaN if anything in it is not finite."""
+def aggregate(scale: Tensor, mask: Tensor, terms: Tensor, valid: Tensor) -> Tensor:
+    """The loss, []; NaN if anything in it is not finite, or `valid []` is False."""
     loss = (scale * torch.where(mask, terms, 0.0)).sum()
     # Added rather than selected, so that the gradients are not silenced.
-    return loss + torch.where(loss.isfinite(), 0.0, torch.nan)
+    return loss + torch.where(valid & loss.isfinite(), 0.0, torch.nan)
 
 
 @torch.no_grad()
-def loss_metrics(rows: Rows, terms: Terms) -> dict[str, Tensor]:
-    """Means over the unmasked tokens, as 0-dim tensors; see `LossOutput`."""
+def loss_metrics(rows: Rows, terms: Terms, valid: Tensor) -> dict[str, Tensor]:
+    """Means over the unmasked tokens, as 0-dim tensors; see `LossOutput`. Where `valid []` is
+    False, all rows are invalid ones, and at least one is counted."""
     mask, zero = rows.mask, rows.logprobs.new_zeros(())
     count = mask.sum()
 
@@ -77,5 +82,5 @@ def loss_metrics(rows: Rows, terms: Terms) -> dict[str, Tensor]:
         "rollout_kl": mean(rollout_gap),
         "correction_mean": mean(terms.correction, default=1.0),
         "tokens": count,
-        "invalid_rows": (mask & ~finite).sum(),
+        "invalid_rows": torch.where(valid, (mask & ~finite).sum(), max(mask.numel(), 1)),
     }

@@ -14,6 +14,7 @@ from torch import Tensor
 from .advantage import GroupedRewards
 from .dispatch import values_visible
 from .objective import PolicyLoss
+from .scalars import check_number
 
 
 def check_tensor(name: str, got: object, ndim: int, shape: str) -> Tensor:
@@ -40,6 +41,12 @@ def check_length(name: str, got: object, n_tokens: int, shape: str = "[N]") -> T
     return tensor
 
 
+def check_logprobs(name: str, got: object, n_tokens: int) -> None:
+    tensor = check_length(name, got, n_tokens)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} has dtype {tensor.dtype}, must be floating point")
+
+
 def check_same_device(expected: Tensor, **others: object) -> None:
     for name, other in others.items():
         if isinstance(other, Tensor) and other.device != expected.device:
@@ -64,14 +71,20 @@ def check_temperature(temperature: object, n_tokens: int) -> None:
         if temperature.ndim == 0:
             raise ValueError("temperature has shape [], must be a float or a tensor [N]")
         check_length("temperature", temperature, n_tokens)
-        if values_visible(temperature) and not (temperature > 0).all():
-            raise ValueError("temperature must be above 0 in every row")
-    elif isinstance(temperature, bool) or not isinstance(temperature, int | float):
-        raise TypeError(
-            f"temperature is a {type(temperature).__name__}, must be a float or a tensor [N]"
-        )
-    elif not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature is {temperature}, must be above 0 and finite")
+        if values_visible(temperature) and not (
+            (temperature > 0).all() and temperature.isfinite().all()
+        ):
+            raise ValueError("temperature must be above 0 and finite in every row")
+    else:
+        number = check_number("temperature", temperature, "a float or a tensor [N]")
+        _check_positive("temperature", number)
+
+
+def _check_positive(name: str, number: float, otherwise: str = "") -> None:
+    # Comparisons rather than math.isfinite, which torch.compile cannot trace for a float that has
+    # changed between calls.
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} is {number}, must be above 0 and finite{otherwise}")
 
 
 def check_logits(logits: object, targets: object, temperature: object) -> None:
@@ -87,8 +100,8 @@ def check_linear(
     targets: object,
     bias: object,
     temperature: object,
-    softcap: float | None,
-    chunk_size: int | None,
+    softcap: object,
+    chunk_size: object,
 ) -> None:
     rows = check_floating("hidden", hidden, 2, "[N, H]")
     matrix = check_floating("weight", weight, 2, "[V, H]")
@@ -107,10 +120,14 @@ def check_linear(
             "autocast"
         )
     check_temperature(temperature, rows.shape[0])
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-        raise ValueError(f"softcap is {softcap}, must be above 0 and finite, or None")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}, must be at least 1")
+    if softcap is not None:
+        number = check_number("softcap", softcap, "a float or None")
+        _check_positive("softcap", number, ", or None")
+    if chunk_size is not None:
+        if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
+            raise TypeError(f"chunk_size is a {type(chunk_size).__name__}, must be an int or None")
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size is {chunk_size}, must be at least 1")
     check_same_device(rows, weight=weight, targets=targets, bias=bias, temperature=temperature)
 
 
@@ -180,14 +197,11 @@ def check_normalizer(normalizer: object) -> None:
             raise ValueError(
                 f"normalizer has shape {list(normalizer.shape)}, must be a float or 0-dim tensor"
             )
-        if not values_visible(normalizer):
-            return
-    elif not isinstance(normalizer, int | float):
-        raise TypeError(
-            f"normalizer is a {type(normalizer).__name__}, must be a float or 0-dim tensor"
-        )
-    if normalizer < 0:
-        raise ValueError(f"normalizer is {float(normalizer)}, must be at least 0")
+        if values_visible(normalizer):
+            _check_positive("normalizer", normalizer.item())
+    else:
+        number = check_number("normalizer", normalizer, "a float or 0-dim tensor")
+        _check_positive("normalizer", number)
 
 
 def check_weights(weights: object, n_tokens: int) -> None:

@@ -8,6 +8,7 @@ any loss with dL/dlogprob = g and dL/dentropy = h is, per row,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +30,17 @@ def block_rows(vocab: int, chunk_size: int | None = None) -> int:
     return chunk_size or max(16, _BLOCK_BYTES // (4 * max(vocab, 1)))
 
 
+def blocks(n_rows: int, size: int) -> Iterator[slice]:
+    """The rows [0, n_rows) in slices of `size`; the last may be shorter."""
+    # Only their number is fixed when torch.compile unrolls this, not n_rows itself.
+    count = -(-n_rows // size)
+    for i in range(count):
+        yield slice(i * size, n_rows if i == count - 1 else (i + 1) * size)
+
+
 def scaled(logits: Tensor, temperature: float | Tensor, softcap: float | None) -> Tensor:
-    """softcap * tanh(logits / softcap), then divided by the temperature (of each row)."""
+    """softcap * tanh(logits / softcap), then divided by the temperature (of each row; NaN where it
+    is not above 0 and finite)."""
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     column = _column(temperature)
@@ -88,4 +98,8 @@ def rows_of(value: Any, part: slice) -> Any:
 
 
 def _column(temperature: float | Tensor) -> float | Tensor:
-    return temperature[:, None] if isinstance(temperature, Tensor) else temperature
+    if not isinstance(temperature, Tensor):
+        return temperature
+    # Values that a check could not look at: the row becomes NaN, not a plausible number.
+    usable = (temperature > 0) & temperature.isfinite()
+    return torch.where(usable, temperature, torch.nan)[:, None]

@@ -11,15 +11,18 @@ from . import checks
 from .advantage import GroupedRewards
 from .aggregation import row_scale
 from .coefficient import Rows
+from .head import rows_of
 from .objective import PolicyLoss
 from .segments import Segments
 
 
 class LossInputs(NamedTuple):
     """Everything of a loss call but the log-probs; tensors are [N], without gradient, in the
-    dtype of the computation, and 0 where `mask` is False."""
+    dtype of the computation, and 0 where `mask` is False. `valid []` bool: whether `cu_seqlens` and
+    `normalizer` have values that can be used; rows whose own weight has none have advantage NaN."""
 
     segments: Segments
+    valid: Tensor
     mask: Tensor
     weights: Tensor
     scale: Tensor
@@ -32,17 +35,13 @@ class LossInputs(NamedTuple):
         """The rows from `start` on that belong to `logprobs [n]` and `entropy [n]`."""
         part = slice(start, start + logprobs.shape[0])
         mask = self.mask[part]
-
-        def cut(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[part]
-
         return Rows(
             mask,
             torch.where(mask, logprobs, 0.0),
             self.advantages[part],
-            cut(self.old),
-            cut(self.ref),
-            cut(self.rollout),
+            rows_of(self.old, part),
+            rows_of(self.ref, part),
+            rows_of(self.rollout, part),
             None if entropy is None else torch.where(mask, entropy, 0.0),
         )
 
@@ -73,7 +72,7 @@ def loss_inputs(
     }
     for name, tensor in optional.items():
         if tensor is not None:
-            checks.check_length(name, tensor, n_tokens)
+            checks.check_logprobs(name, tensor, n_tokens)
     if weights is not None:
         checks.check_weights(weights, n_tokens)
     if isinstance(advantages, GroupedRewards):
@@ -81,6 +80,11 @@ def loss_inputs(
     checks.check_same_device(
         like, cu_seqlens=bounds, advantages=advantages, weights=weights, **optional
     )
+    if isinstance(normalizer, Tensor):
+        # A 0-dim tensor on the host is as good as a number.
+        if normalizer.device.type != "cpu":
+            checks.check_same_device(like, normalizer=normalizer)
+        normalizer = normalizer.detach()
 
     dtype = compute_dtype(like)
     segments = Segments.from_cu_seqlens(bounds, n_tokens)
@@ -88,17 +92,23 @@ def loss_inputs(
         weights = torch.ones(n_tokens, dtype=dtype, device=like.device)
     weights = weights.detach().to(dtype)
     mask = weights != 0
+    valid = segments.valid
+    if isinstance(normalizer, Tensor):
+        valid = valid & (normalizer > 0) & normalizer.isfinite()
     if advantages.shape[0] == segments.count:
         advantages = segments.spread(advantages)
+    # The advantage is a factor of every policy term, so that the row and the loss become NaN.
+    advantages = torch.where((weights >= 0) & weights.isfinite(), advantages, torch.nan)
 
     def masked(tensor: Tensor) -> Tensor:
         return torch.where(mask, tensor.detach().to(dtype), 0.0)
 
     return LossInputs(
         segments,
+        valid,
         mask,
         weights,
-        row_scale(loss, weights, segments, normalizer),
+        row_scale(loss, weights, segments, normalizer, valid),
         masked(advantages),
         *(None if tensor is None else masked(tensor) for tensor in optional.values()),
     )

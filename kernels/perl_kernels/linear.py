@@ -82,10 +82,12 @@ def linear_grpo_loss(
     sequence-level ones as long as `old_logprobs` is left out, see `onepass.py`), the gradients of
     `hidden`, `weight` and `bias` are computed in the forward, 6NHV operations; otherwise the logits
     are made a second time in the backward, 8NHV, as always under `torch.compile`. Values and
-    gradients are the same either way.
+    gradients are the same either way. `torch.compile` unrolls the loop over chunks: a new N
+    recompiles where it changes their number, N / `chunk_size` rounded up.
 
-    Arguments, results and errors are those of the two functions; the gradients of the loss are
-    those with respect to `hidden`, `weight` and `bias`.
+    Arguments, results and errors are those of the two functions, but for `entropy`: that is
+    computed here and not taken as an argument. The gradients of the loss are those with respect to
+    `hidden`, `weight` and `bias`.
     """
     select_backend(backend)
     checks.check_linear(hidden, weight, targets, bias, temperature, softcap, chunk_size)

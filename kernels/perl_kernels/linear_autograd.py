@@ -67,9 +67,7 @@ class HeadCall(NamedTuple):
         return self._replace(weight=self.weight.to(self.matmul_dtype))
 
     def chunks(self) -> Iterator[slice]:
-        n_tokens = self.hidden.shape[0]
-        for start in range(0, n_tokens, self.rows):
-            yield slice(start, min(start + self.rows, n_tokens))
+        return head.blocks(self.hidden.shape[0], self.rows)
 
     def temperature_of(self, part: slice) -> float | Tensor:
         return head.rows_of(self.temperature, part)

@@ -14,6 +14,7 @@ from .dispatch import Backend, select_backend
 from .head import (
     RowStats,
     block_rows,
+    blocks,
     logits_gradient,
     row_stats,
     rows_of,
@@ -70,7 +71,8 @@ def grpo_loss(
 ) -> LossOutput:
     """`policy_loss` of `token_logprobs(logits, targets)`, differentiable with respect to `logits`.
 
-    Arguments, results and errors are those of the two functions.
+    Arguments, results and errors are those of the two functions, but for `entropy`: that is
+    computed here and not taken as an argument.
     """
     select_backend(backend)
     checks.check_logits(logits, targets, temperature)
@@ -99,8 +101,7 @@ class _TokenLogprobs(torch.autograd.Function):
         n_tokens, vocab = logits.shape
         ctx.dtype, ctx.rows = compute_dtype(logits), block_rows(vocab)
         out = RowStats(*(logits.new_empty(n_tokens, dtype=ctx.dtype) for _ in range(2)))
-        for start in range(0, n_tokens, ctx.rows):
-            part = slice(start, start + ctx.rows)
+        for part in blocks(n_tokens, ctx.rows):
             scores = scaled(logits[part].to(ctx.dtype), rows_of(temperature, part), None)
             stats = row_stats(torch.log_softmax(scores, 1), targets[part])
             for whole, piece in zip(out, stats, strict=True):
@@ -121,8 +122,7 @@ class _TokenLogprobs(torch.autograd.Function):
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(entropy)
         grad = torch.empty_like(logits)
-        for start in range(0, len(logits), ctx.rows):
-            part = slice(start, start + ctx.rows)
+        for part in blocks(logits.shape[0], ctx.rows):
             tau = rows_of(temperature, part)
             scores = scaled(logits[part].to(ctx.dtype), tau, None)
             grad[part] = logits_gradient(

@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from .scalars import check_number
+
 Surrogate = Literal["clip", "cispo", "sapo", "vespo", "gmpo", "dppo_tv", "dppo_kl", "reinforce"]
 Ratio = Literal["token", "sequence", "sequence_token"]
 KL = Literal["k1", "k2", "k3", "abs", "k1+", "k3+"]
@@ -72,6 +74,7 @@ class PolicyLoss:
         correction_low, correction_high: the bounds.
 
     Raises:
+        TypeError: a number that is none.
         ValueError: a value outside its range, or two axes that exclude each other.
     """
 
@@ -100,6 +103,7 @@ class PolicyLoss:
 
     def __post_init__(self) -> None:
         self._check_names()
+        self._check_types()
         self._check_numbers()
         self._check_combinations()
 
@@ -115,6 +119,17 @@ class PolicyLoss:
             if got not in known and not (optional and got is None):
                 listed = ", ".join(repr(name) for name in known) + (" or None" if optional else "")
                 raise ValueError(f"PolicyLoss.{field} is {got!r}, must be one of {listed}")
+
+    def _check_types(self) -> None:
+        for field in dataclasses.fields(self):
+            got, name = getattr(self, field.name), f"PolicyLoss.{field.name}"
+            if field.type == "bool":
+                if not isinstance(got, bool):
+                    raise TypeError(f"{name} is a {type(got).__name__}, must be a bool")
+            elif field.type == "float":
+                check_number(name, got, "a number")
+            elif field.type in ("float | None", "int | None") and got is not None:
+                check_number(name, got, "a number or None")
 
     def _check_numbers(self) -> None:
         for field in ("clip_low", "clip_high", "correction_low", "vespo_k_pos", "vespo_k_neg"):

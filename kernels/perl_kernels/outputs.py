@@ -26,7 +26,9 @@ class LossOutput(NamedTuple):
             `kl`, `entropy`, `clip_fraction_low`, `clip_fraction_high`, `clip_fraction`,
             `dual_clip_fraction`, `ratio_mean`, `ratio_max`, `rollout_kl` (mean of rollout - old),
             `correction_mean`, and the counts `tokens` and `invalid_rows`. One whose input was not
-            given is 0 (1 for a ratio or a weight).
+            given is 0 (1 for a ratio or a weight). `invalid_rows` counts the tokens whose term is not
+            finite or whose weight or temperature is out of range; all N of them, at least 1, if
+            `cu_seqlens` or `normalizer` is. Where it is not 0, the loss is NaN.
     """
 
     loss: Tensor

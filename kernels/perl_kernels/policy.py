@@ -45,13 +45,14 @@ def policy_loss(
         weights: [N] factor of each token's term, at least 0. Tokens of weight 0 take no part in
             anything, whatever their other values: sequence ratios are over the other tokens.
         normalizer: denominator in place of the call's own count (the sum of the weights, or the
-            number of sequences): the whole step's, if the step is split over several calls.
+            number of sequences): the whole step's, if the step is split over several calls. Above
+            0 and finite, a float or a 0-dim tensor.
         backend: see `perl_kernels.dispatch`.
 
     Returns:
         `LossOutput`, computed in fp32 (fp64 for fp64 log-probs). The loss is differentiable with
         respect to `logprobs` and `entropy`; it is 0 without tokens, and NaN where an input is NaN
-        or infinite.
+        or infinite, or the values of a GPU tensor are refused ones (see `invalid_rows`).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or value.
@@ -59,7 +60,7 @@ def policy_loss(
     select_backend(backend)
     checks.check_floating("logprobs", logprobs, 1, "[N]")
     if entropy is not None:
-        checks.check_length("entropy", entropy, logprobs.shape[0])
+        checks.check_logprobs("entropy", entropy, logprobs.shape[0])
         checks.check_same_device(logprobs, entropy=entropy)
     inputs = loss_inputs(
         logprobs,
@@ -84,6 +85,7 @@ def evaluate(
     """The loss and its metrics, once everything has been checked and brought to one form."""
     rows = inputs.rows(logprobs, entropy)
     terms = token_terms(loss, rows, inputs.segments)
-    value = aggregate(inputs.scale, inputs.mask, terms.value)
+    value = aggregate(inputs.scale, inputs.mask, terms.value, inputs.valid)
     seen = torch.full_like(logprobs, torch.nan) if entropy is None else entropy
-    return LossOutput(value, logprobs.detach(), seen.detach(), loss_metrics(rows, terms))
+    metrics = loss_metrics(rows, terms, inputs.valid)
+    return LossOutput(value, logprobs.detach(), seen.detach(), metrics)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import perl_kernels
 from perl_kernels import (
@@ -23,8 +26,10 @@ from perl_kernels import (
     policy_loss,
     token_logprobs,
 )
+from perl_kernels.objective import Aggregation, Surrogate
 
 N, V, H = 6, 7, 4
+NAN = math.nan
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
@@ -64,8 +69,16 @@ def bounds(*values: int) -> torch.Tensor:
         ({"temperature": "1"}, TypeError, "temperature is a str"),
         ({"temperature": torch.ones(3)}, ValueError, r"temperature has shape \[3\]"),
         ({"temperature": torch.tensor(1.0)}, ValueError, r"temperature has shape \[\]"),
-        ({"temperature": torch.zeros(N)}, ValueError, "temperature must be above 0 in every row"),
+        ({"temperature": torch.zeros(N)}, ValueError, "temperature must be above 0 and finite in"),
+        (
+            {"temperature": float("inf")},
+            ValueError,
+            "temperature is inf, must be above 0 and finite",
+        ),
         ({"softcap": -1.0}, ValueError, "softcap is -1.0, must be above 0"),
+        ({"softcap": "a"}, TypeError, "softcap is a str, must be a float or None"),
+        ({"chunk_size": "a"}, TypeError, "chunk_size is a str, must be an int or None"),
+        ({"chunk_size": 2.0}, TypeError, "chunk_size is a float, must be an int or None"),
         ({"chunk_size": 0}, ValueError, "chunk_size is 0, must be at least 1"),
         ({"advantages": torch.ones(3)}, ValueError, r"advantages has shape \[3\], .* B = 2, N = 6"),
         ({"advantages": 1.0}, TypeError, "advantages is a float, must be a tensor"),
@@ -95,11 +108,27 @@ def bounds(*values: int) -> torch.Tensor:
         ),
         ({"ref_logprobs": torch.ones(N, 1)}, ValueError, r"ref_logprobs has shape \[6, 1\]"),
         ({"rollout_logprobs": 0.0}, TypeError, "rollout_logprobs is a float"),
+        *(
+            (
+                {f"{name}_logprobs": torch.zeros(N, dtype=torch.int64)},
+                TypeError,
+                f"{name}_logprobs has dtype torch.int64, must be floating point",
+            )
+            for name in ("old", "ref", "rollout")
+        ),
         ({"weights": torch.ones(5)}, ValueError, r"weights has shape \[5\]"),
         ({"weights": -torch.ones(N)}, ValueError, "weights holds a negative value"),
         ({"normalizer": torch.ones(2)}, ValueError, r"normalizer has shape \[2\]"),
         ({"normalizer": "6"}, TypeError, "normalizer is a str"),
-        ({"normalizer": -1.0}, ValueError, "normalizer is -1.0, must be at least 0"),
+        ({"normalizer": True}, TypeError, "normalizer is a bool"),
+        ({"normalizer": -1.0}, ValueError, "normalizer is -1.0, must be above 0 and finite"),
+        ({"normalizer": 0.0}, ValueError, "normalizer is 0.0, must be above 0 and finite"),
+        ({"normalizer": torch.tensor(0)}, ValueError, "normalizer is 0, must be above 0"),
+        (
+            {"normalizer": torch.ones((), device="meta")},
+            ValueError,
+            "normalizer is on meta, must be on cpu",
+        ),
         (
             {"weights": torch.ones(N, device="meta")},
             ValueError,
@@ -130,6 +159,10 @@ def test_the_other_functions_check_too() -> None:
         policy_loss(targets, advantages, cu_seqlens, PolicyLoss())
     with pytest.raises(ValueError, match="entropy is None, but the loss has entropy_coef"):
         policy_loss(logits[:, 0], advantages, cu_seqlens, PolicyLoss(entropy_coef=0.1))
+    with pytest.raises(TypeError, match=r"entropy has dtype torch.int64, must be floating point"):
+        policy_loss(logits[:, 0], advantages, cu_seqlens, PolicyLoss(), entropy=targets)
+    with pytest.raises(TypeError, match="eps is a str, must be a number"):
+        perl_kernels.group_advantages(advantages, [2], eps="a")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"entropy has shape \[7\]"):
         policy_loss(logits[:, 0], advantages, cu_seqlens, PolicyLoss(), entropy=logits[0])
     for function in (token_logprobs, grpo_loss, linear_token_logprobs, policy_loss):
@@ -150,10 +183,137 @@ def test_broken_values_that_may_not_be_looked_at(monkeypatch: pytest.MonkeyPatch
         **arguments(targets=out_of_range, weights=torch.tensor([1, 0, 1, 0, 1, 1]))
     )
     assert masked.loss.isfinite() and masked.metrics["invalid_rows"] == 0
-    for broken in (bounds(0, 2, 5), bounds(0, 2, 9), bounds(1, 2, 6), bounds(0, 8, 6)):
-        assert linear_grpo_loss(**arguments(cu_seqlens=broken)).loss.isnan()
-    sizes = perl_kernels.group_advantages(torch.ones(4), [2, 3])
-    assert sizes.advantages.isnan().all()
+    second = torch.tensor([1.0, -1.0, 1.0, 1.0, 1.0, 1.0])
+    for changes, rows in (
+        *(
+            ({"cu_seqlens": broken}, N)
+            for broken in (bounds(0, 2, 5), bounds(0, 2, 9), bounds(1, 2, 6), bounds(0, 8, 6))
+        ),
+        *(({"normalizer": torch.tensor(value)}, N) for value in (-4.0, 0.0, NAN, math.inf)),
+        ({"normalizer": torch.tensor(-4)}, N),
+        ({"weights": second}, 1),
+        ({"weights": second.where(second > 0, NAN)}, 1),
+        ({"weights": second.where(second > 0, math.inf), "normalizer": 6.0}, 1),
+        ({"temperature": second}, 1),
+        ({"temperature": second.where(second > 0, 0.0)}, 1),
+        ({"temperature": second.where(second > 0, math.inf)}, 1),
+    ):
+        for needs_gradient in (False, True):
+            given = arguments(**changes)
+            given["hidden"].requires_grad_(needs_gradient)
+            output = linear_grpo_loss(**given)
+            assert output.loss.isnan() and output.metrics["invalid_rows"] == rows, changes
+            if needs_gradient and "temperature" not in changes:
+                (gradient,) = torch.autograd.grad(output.loss, given["hidden"])
+                assert gradient.isnan().any()
+    nothing = {"hidden": torch.empty(0, H), "targets": torch.arange(0)}
+    output = linear_grpo_loss(**arguments(**nothing))
+    assert output.loss.isnan() and output.metrics["invalid_rows"] == 1
+
+
+def test_masked_rows_may_have_any_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("perl_kernels.checks.values_visible", lambda tensor: False)
+    temperature = torch.tensor([1.0, -1.0, 1.0, 0.0, 1.0, 1.0])
+    given = arguments(temperature=temperature, weights=(temperature > 0).float())
+    hidden = given["hidden"].requires_grad_()
+    output = linear_grpo_loss(**given)
+    (gradient,) = torch.autograd.grad(output.loss, hidden)
+    assert output.loss.isfinite() and output.metrics["invalid_rows"] == 0
+    assert gradient.isfinite().all() and (gradient[temperature <= 0] == 0).all()
+
+
+def test_group_sizes_that_may_not_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("perl_kernels.advantage.values_visible", lambda tensor: False)
+    for sizes in ([2, 3], [5, -1]):
+        seen = perl_kernels.group_advantages(torch.arange(4.0), torch.tensor(sizes))
+        assert all(values.isnan().all() for values in (seen.advantages, seen.mean, seen.std))
+        assert not seen.active.any()
+        # A list is on the host, whatever the rewards are on.
+        with pytest.raises(ValueError, match="group_sizes must be at least 0 and sum to the 4"):
+            perl_kernels.group_advantages(torch.ones(4), sizes)
+
+
+class NoCopyFromTheHost(TorchFunctionMode):
+    """Fails where a Python value is made a tensor on a device: the copy there is waited for."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.tensor, torch.as_tensor) and not isinstance(args[0], torch.Tensor):
+            assert kwargs.get("device") is None, f"{args[0]!r} is copied to {kwargs['device']}"
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "aggregation"),
+    [
+        *((surrogate, "token-mean") for surrogate in get_args(Surrogate)),
+        *(("clip", aggregation) for aggregation in get_args(Aggregation)[1:]),
+    ],
+)
+def test_no_synchronisation(
+    surrogate: Any, aggregation: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A meta tensor has no values: .item(), bool(tensor) and the like raise, as on a GPU that
+    may not be waited for."""
+    # There is no autocast of meta tensors to ask for or to turn off.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    monkeypatch.setattr(
+        "perl_kernels.linear_autograd._full_precision", lambda call: contextlib.nullcontext()
+    )
+    loss = PolicyLoss(
+        surrogate=surrogate,
+        aggregation=aggregation,
+        max_completion_length=4,
+        kl="k3",
+        kl_coef=0.1,
+        entropy_coef=0.1,
+        correction="token_mask",
+    )
+    given = arguments(loss=loss, temperature=torch.ones(N))
+    others = ("old_logprobs", "ref_logprobs", "rollout_logprobs", "weights")
+    given.update({name: torch.zeros(N) for name in others})
+    given = {
+        name: value.to("meta") if isinstance(value, torch.Tensor) else value
+        for name, value in given.items()
+    }
+    given["hidden"].requires_grad_()
+    grouped = GroupedRewards(torch.ones(2, device="meta"), [2], reward_weights=[1.0])
+    for advantages in (given["advantages"], grouped):
+        for normalizer in (None, 6.0, torch.ones((), device="meta"), torch.tensor(6.0)):
+            for old in (given["old_logprobs"], None):
+                changes = {"advantages": advantages, "normalizer": normalizer, "old_logprobs": old}
+                with NoCopyFromTheHost():
+                    linear_grpo_loss(**{**given, **changes}).loss.backward()
+
+
+@pytest.mark.gpu
+def test_no_synchronisation_on_a_gpu() -> None:
+    given = {
+        name: value.cuda() if isinstance(value, torch.Tensor) else value
+        for name, value in arguments(normalizer=6.0, weights=torch.ones(N)).items()
+    }
+    given["hidden"].requires_grad_()
+    grouped = GroupedRewards(torch.ones(2, device="cuda"), [2], reward_weights=[1.0])
+    linear_grpo_loss(**given).loss.backward()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for advantages in (given["advantages"], grouped):
+            linear_grpo_loss(**{**given, "advantages": advantages}).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_entropy_is_no_argument_where_it_is_computed() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'entropy'"):
+        linear_grpo_loss(**arguments(entropy=torch.ones(N)))
+
+
+def test_grouped_rewards_can_be_compared() -> None:
+    grouped = GroupedRewards(torch.ones(3), torch.tensor([3]))
+    assert grouped == grouped and grouped != GroupedRewards(torch.ones(3), torch.tensor([3]))
+    assert len({grouped, grouped}) == 1
 
 
 def test_backend_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

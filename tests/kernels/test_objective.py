@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -78,3 +78,11 @@ def test_frozen_and_hashable() -> None:
 def test_refused(fields: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         PolicyLoss(**fields)
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(PolicyLoss), ids=lambda field: field.name)
+def test_wrong_type_is_refused_by_name(field: dataclasses.Field[Any]) -> None:
+    # The axes are strings, and one that is unknown is a ValueError.
+    error = ValueError if "Literal" in str(get_type_hints(PolicyLoss)[field.name]) else TypeError
+    with pytest.raises(error, match=rf"PolicyLoss\.{field.name} is .*'?a'?.*, must be"):
+        PolicyLoss(**{field.name: "a"})
