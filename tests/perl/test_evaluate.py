@@ -9,7 +9,6 @@ from PIL import Image
 
 from perl.collect import PromptEncoder
 from perl.config import EvalConfig, ModelConfig
-from perl.data import ExampleStream
 from perl.evaluate import aggregate, evaluate
 from perl.model import load_policy, load_processor
 from perl.rollout import InProcessEngine
@@ -57,9 +56,3 @@ def test_pictures_with_the_same_bytes_and_other_palettes_are_two(
     other.putpalette([0, 0, 0, 0, 0, 255])
     encode = tools[1].processor.encode_image
     assert encode(one).key != encode(other).key
-
-
-def test_an_epoch_begins_with_its_first_example() -> None:
-    stream = ExampleStream([example(str(i)) for i in range(3)], seed=0)
-    drawn = stream.next_with_epoch(8)
-    assert [epoch for epoch, _ in drawn] == [0, 0, 0, 1, 1, 1, 2, 2]
