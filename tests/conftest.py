@@ -11,16 +11,50 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import random
 from collections.abc import Callable
 
+import torch
+
+# Read when Triton is imported, hence also before everything else: without a GPU its kernels are
+# interpreted, and `backend="triton"` works on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import hypothesis
 import numpy as np
 import pytest
-import torch
 
 # A busy machine is not a failure, and CI runs the same examples each time.
 hypothesis.settings.register_profile("perl", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("perl")
 
 torch.set_num_threads(min(torch.get_num_threads(), 8))
+
+
+def pytest_configure() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _hasten_interpreter()
+
+
+def _hasten_interpreter() -> None:
+    """Triton's interpreter replaces the functions of triton.language anew for every device function
+    that is called, which takes most of its time; mostly they have been replaced already."""
+    try:
+        from triton.language import core
+        from triton.runtime import interpreter
+        from triton.runtime.errors import InterpreterError
+        from triton.runtime.interpreter import InterpretedFunction
+    except ImportError:
+        return
+
+    def call(self: InterpretedFunction, *args: object, **kwargs: object) -> object:
+        language = self.fn.__globals__.get("core") or self.fn.__globals__.get("tl")
+        if core.is_builtin(getattr(language, "where", core.where)):
+            interpreter._patch_lang(self.fn)
+        try:
+            return self.rewrite()(*args, **kwargs)
+        except Exception as error:
+            raise InterpreterError(repr(error)) from error
+
+    InterpretedFunction.__call__ = call
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,37 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from .dispatch import values_visible
+from . import ops
+from .dispatch import Backend, select_backend, values_visible
+from .grouping import Baseline, Combine, GroupAdvantages, Grouping, Rewards, Scale
 from .scalars import check_number
-from .segments import Segments
-
-Scale = Literal["group", "batch", "none"]
-Baseline = Literal["mean", "leave_one_out"]
-Combine = Literal["sum_then_normalize", "normalize_then_sum"]
-
-
-class GroupAdvantages(NamedTuple):
-    """`advantages [B]`; `mean [P]` and `std [P]` of each group's rewards, over those that are not
-    NaN (0 where there is none, std also where there is one); `active [P]` bool: whether the
-    rewards of the group differ, so that its advantages are not all 0."""
-
-    advantages: Tensor
-    mean: Tensor
-    std: Tensor
-    active: Tensor
-
-
-class _Statistics(NamedTuple):
-    centred: Tensor
-    count: Tensor
-    mean: Tensor
-    std: Tensor
-    active: Tensor
 
 
 def group_advantages(
@@ -47,6 +25,7 @@ def group_advantages(
     eps: float = 1e-6,
     reward_weights: Tensor | Sequence[float] | None = None,
     combine: Combine = "sum_then_normalize",
+    backend: Backend = "auto",
 ) -> GroupAdvantages:
     """Advantage of each rollout against the others of its group.
 
@@ -66,6 +45,7 @@ def group_advantages(
         combine: `sum_then_normalize`: the weighted sum is the reward. `normalize_then_sum`: each
             reward is normalised in its group, the weighted sum then over the batch (GDPO, TRL);
             `mean`, `std` and `active` are then those of the weighted sum of the raw rewards.
+        backend: see `perl_kernels.dispatch`.
 
     Returns:
         fp32 (fp64 for fp64 rewards); computed in fp64, without gradient. All NaN (`active` False)
@@ -74,32 +54,10 @@ def group_advantages(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or value.
     """
-    rewards, sizes, weights = _checked(
-        rewards, group_sizes, scale, baseline, eps, reward_weights, combine
-    )
-    dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
-    table = rewards.detach().to(torch.float64)
-    table = table if table.ndim == 2 else table[:, None]
-    bounds = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-    groups, _, valid = Segments.from_cu_seqlens(bounds, table.shape[0])
-    total = torch.where(table.isnan().all(1), torch.nan, (table * weights).nansum(1))
-    statistics = _statistics(total, groups, sizes.numel(), unbiased)
-    if combine == "normalize_then_sum":
-        advantages = total.new_zeros(total.shape)
-        for reward, weight in zip(table.unbind(1), weights.unbind(), strict=True):
-            part = _statistics(reward, groups, sizes.numel(), unbiased)
-            advantages += weight * _normalised(part, groups, reward, scale, baseline, unbiased, eps)
-        spread = _statistics(
-            torch.where(total.isnan(), torch.nan, advantages), torch.zeros_like(groups), 1, unbiased
-        )
-        advantages = _divide(spread.centred, spread.std + eps)
-    else:
-        advantages = _normalised(statistics, groups, total, scale, baseline, unbiased, eps)
-    advantages, mean, std = (
-        torch.where(valid, values, torch.nan).to(dtype)
-        for values in (advantages, statistics.mean, statistics.std)
-    )
-    return GroupAdvantages(advantages, mean, std, statistics.active & valid)
+    grouping = Grouping(scale, baseline, unbiased, eps, combine)
+    checked = _checked(rewards, group_sizes, reward_weights, grouping)
+    chosen = select_backend(backend, checked.rewards)
+    return GroupAdvantages(*ops.group_advantages(*checked[:3], *checked.grouping, chosen))
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,80 +77,19 @@ class GroupedRewards:
     reward_weights: Tensor | Sequence[float] | None = None
     combine: Combine = "sum_then_normalize"
 
-    def advantages(self) -> GroupAdvantages:
-        """`group_advantages` of these fields."""
-        return group_advantages(
-            self.rewards,
-            self.group_sizes,
-            scale=self.scale,
-            baseline=self.baseline,
-            unbiased=self.unbiased,
-            eps=self.eps,
-            reward_weights=self.reward_weights,
-            combine=self.combine,
-        )
-
-
-def _statistics(rewards: Tensor, groups: Tensor, n_groups: int, unbiased: bool) -> _Statistics:
-    scored = ~rewards.isnan()
-    known = torch.where(scored, rewards, 0.0)
-    zeros = rewards.new_zeros(n_groups)
-    count = zeros.index_add(0, groups, scored.to(rewards.dtype))
-    mean = zeros.index_add(0, groups, known) / count.clamp(min=1)
-    # Equal rewards must give exactly 0: their rounded mean may differ from them, and dividing that
-    # by a standard deviation as small would make a signal of it.
-    highest = _extreme(rewards, scored, groups, n_groups, "amax", -torch.inf)
-    lowest = _extreme(rewards, scored, groups, n_groups, "amin", torch.inf)
-    active = (count > 1) & ~(highest == lowest)
-    centred = torch.where(scored & active[groups], known - mean[groups], 0.0)
-    squares = zeros.index_add(0, groups, centred.square())
-    std = (squares / (count - int(unbiased)).clamp(min=1)).sqrt()
-    return _Statistics(centred, count, mean, std, active)
-
-
-def _extreme(
-    rewards: Tensor, scored: Tensor, groups: Tensor, n_groups: int, kind: str, start: float
-) -> Tensor:
-    filled = torch.where(scored, rewards, start)
-    return rewards.new_full((n_groups,), start).scatter_reduce(0, groups, filled, kind)
-
-
-def _normalised(
-    statistics: _Statistics,
-    groups: Tensor,
-    rewards: Tensor,
-    scale: Scale,
-    baseline: Baseline,
-    unbiased: bool,
-    eps: float,
-) -> Tensor:
-    centred = statistics.centred
-    if baseline == "leave_one_out":
-        count = statistics.count[groups]
-        # r - mean of the others = n / (n - 1) * (r - mean of all)
-        centred = centred * count / (count - 1).clamp(min=1)
-    if scale == "none":
-        return centred
-    if scale == "group":
-        return _divide(centred, statistics.std[groups] + eps)
-    batch = _statistics(rewards, torch.zeros_like(groups), 1, unbiased)
-    return _divide(centred, batch.std + eps)
-
-
-def _divide(centred: Tensor, by: Tensor) -> Tensor:
-    # With eps = 0 a group of equal rewards would be 0 / 0.
-    return torch.where(centred == 0, 0.0, centred / by)
+    def checked(self) -> Rewards:
+        """As the operators take them; see `group_advantages` for the errors."""
+        grouping = Grouping(self.scale, self.baseline, self.unbiased, self.eps, self.combine)
+        return _checked(self.rewards, self.group_sizes, self.reward_weights, grouping)
 
 
 def _checked(
     rewards: Tensor,
     group_sizes: Tensor | Sequence[int],
-    scale: str,
-    baseline: str,
-    eps: float,
     reward_weights: Tensor | Sequence[float] | None,
-    combine: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grouping: Grouping,
+) -> Rewards:
+    scale, baseline, _, eps, combine = grouping
     for name, got, kind in (
         ("scale", scale, Scale),
         ("baseline", baseline, Baseline),
@@ -226,13 +123,16 @@ def _checked(
             f"but sums to {int(sizes.sum())}"
         )
     n_rewards = rewards.shape[1] if rewards.ndim == 2 else 1
-    if reward_weights is None:
-        weights = torch.ones(n_rewards, dtype=torch.float64, device=rewards.device)
-    else:
-        weights = _move(torch.as_tensor(reward_weights, dtype=torch.float64), rewards.device)
-    if list(weights.shape) != [n_rewards]:
-        raise ValueError(f"reward_weights has shape {list(weights.shape)}, must be [{n_rewards}]")
-    return rewards, _move(sizes.to(torch.int64), rewards.device), weights
+    weights = None
+    if reward_weights is not None:
+        weights = torch.as_tensor(reward_weights, dtype=torch.float64)
+        if list(weights.shape) != [n_rewards]:
+            raise ValueError(
+                f"reward_weights has shape {list(weights.shape)}, must be [{n_rewards}]"
+            )
+        weights = _move(weights, rewards.device)
+    sizes = _move(sizes.to(torch.int64), rewards.device)
+    return Rewards(rewards.detach(), sizes, weights, grouping._replace(eps=float(eps)))
 
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:

@@ -101,7 +101,6 @@ def check_linear(
     bias: object,
     temperature: object,
     softcap: object,
-    chunk_size: object,
 ) -> None:
     rows = check_floating("hidden", hidden, 2, "[N, H]")
     matrix = check_floating("weight", weight, 2, "[V, H]")
@@ -123,12 +122,20 @@ def check_linear(
     if softcap is not None:
         number = check_number("softcap", softcap, "a float or None")
         _check_positive("softcap", number, ", or None")
-    if chunk_size is not None:
-        if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
-            raise TypeError(f"chunk_size is a {type(chunk_size).__name__}, must be an int or None")
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size is {chunk_size}, must be at least 1")
     check_same_device(rows, weight=weight, targets=targets, bias=bias, temperature=temperature)
+
+
+def check_blocks(logits_dtype: object, chunk_size: object, memory_budget: object) -> None:
+    if logits_dtype not in (None, torch.float32):
+        raise ValueError(f"logits_dtype is {logits_dtype}, must be torch.float32 or None")
+    for name, got in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
+        if got is not None:
+            if isinstance(got, bool) or not isinstance(got, int):
+                raise TypeError(f"{name} is a {type(got).__name__}, must be an int or None")
+            if got < 1:
+                raise ValueError(f"{name} is {got}, must be at least 1")
+    if chunk_size is not None and memory_budget is not None:
+        raise ValueError("chunk_size and memory_budget both say how large a block is; choose one")
 
 
 def check_cu_seqlens(cu_seqlens: object, n_tokens: int) -> Tensor:

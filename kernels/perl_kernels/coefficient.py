@@ -1,230 +1,281 @@
-"""The mathematics of the losses, once: the term of each token as a function of its log-prob.
+"""The mathematics of the losses, once: the term of a token and its derivatives.
 
-A loss is sum_t scale_t * term_t (`scale_t` comes from the aggregation). `token_terms` gives the
-terms; their derivative with respect to log-prob and entropy is the row coefficient from which all
-gradients follow. Formulas and their sources: `PolicyLoss`.
+A loss is sum_t scale_t * term_t. Given the log-prob of a token, `token_term` returns the term and
+its derivatives, which are the row coefficients that all gradients follow from. Formulas and their
+sources: `PolicyLoss`.
+
+Every function here has two lives. As it stands it works on PyTorch tensors of any floating dtype,
+with `tl` from `language.py`. `triton_backend/device.py` compiles the same source for Triton, with
+`tl` being `triton.language`. So nothing may be used that only one of them has: arithmetic,
+comparisons, `&`, `|`, `~`, `if` on the axes (strings and booleans known when compiling, in
+capitals), and `tl.where` with at least one tensor. Comparisons are written such that NaN stays NaN.
 """
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
-
-from .objective import PolicyLoss
-from .segments import Segments
+from .language import tl
 
 LOG_RATIO_BOUND = 20.0
-_VESPO_LOG_FLOOR = math.log(1e-8)
-_DPPO_EPS = 1e-8
+LOG_WEIGHT_FLOOR = -18.420680743952367  # log 1e-8, TRL's bound for vespo
+DPPO_EPS = 1e-8
 
 
-class Rows(NamedTuple):
-    """What the loss reads per token, each [N]. Where `mask` is False every entry is 0, so that
-    padding of any content, NaN included, gives log-ratios of 0 before `exp`."""
-
-    mask: Tensor
-    logprobs: Tensor
-    advantages: Tensor
-    old: Tensor | None
-    ref: Tensor | None
-    rollout: Tensor | None
-    entropy: Tensor | None
-
-    def log_ratio(self) -> Tensor:
-        old = self.logprobs.detach() if self.old is None else self.old
-        return self.logprobs - old
+def at_most(x, bound):
+    """min(x, bound), NaN where `x` is."""
+    return tl.where(x > bound, bound, x)
 
 
-class Terms(NamedTuple):
-    """`value [N]` is what is aggregated, differentiable; the rest is for the metrics."""
-
-    value: Tensor
-    ratio: Tensor
-    kl: Tensor | None
-    correction: Tensor | None
-    clipped_low: Tensor
-    clipped_high: Tensor
-    dual_clipped: Tensor
+def at_least(x, bound):
+    """max(x, bound), NaN where `x` is."""
+    return tl.where(x < bound, bound, x)
 
 
-class _Surrogate(NamedTuple):
-    term: Tensor
-    low: Tensor
-    high: Tensor
-    dual: Tensor
+def bounded(log_ratio):
+    """`log_ratio` in +-20. An infinity is a broken input, not a large ratio: it becomes NaN."""
+    inside = at_most(at_least(log_ratio, -LOG_RATIO_BOUND), LOG_RATIO_BOUND)
+    return tl.where(tl.abs(log_ratio) == float("inf"), float("nan"), inside)
 
 
-def token_terms(loss: PolicyLoss, rows: Rows, segments: Segments) -> Terms:
-    """Loss term of every token: surrogate * correction + kl_coef * KL - entropy_coef * entropy."""
-    ratio = importance_ratio(loss, rows, segments)
-    correction = correction_weight(loss, rows, segments)
-    surrogate = _policy_term(loss, rows, segments, ratio, correction)
-    value = surrogate.term
-    # vespo has taken the correction into the weight of the sequence.
-    if correction is not None and loss.surrogate != "vespo":
-        value = value * correction
-    kl = None
-    if rows.ref is not None:
-        kl = kl_estimate(loss.kl or "k3", rows.logprobs, rows.ref)
-        if loss.has_kl:
-            weighted = kl * ratio if loss.kl_bias_correction else kl
-            value = value + loss.kl_coef * weighted
-    if loss.entropy_coef != 0 and rows.entropy is not None:
-        value = value - loss.entropy_coef * rows.entropy
-    flags = (surrogate.low, surrogate.high, surrogate.dual)
-    return Terms(value, ratio, kl, correction, *(rows.mask & flag for flag in flags))
+def ratio_and_slope(log_ratio):
+    """exp of the bounded log-ratio, and its derivative."""
+    ratio = tl.exp(bounded(log_ratio))
+    return ratio, tl.where(tl.abs(log_ratio) > LOG_RATIO_BOUND, ratio * 0.0, ratio)
 
 
-def importance_ratio(loss: PolicyLoss, rows: Rows, segments: Segments) -> Tensor:
-    """pi / pi_old of each token at the level `loss.ratio` says, [N]."""
-    log_ratio = rows.log_ratio()
-    if loss.ratio == "token":
-        return _exp(log_ratio)
-    mean = segments.mean(log_ratio, rows.mask)
-    if loss.ratio == "sequence":
-        return _exp(mean)
-    return _exp(rows.logprobs - rows.logprobs.detach() + mean.detach())
+def exp_tail(x):
+    """exp(x) - 1 - x, without cancellation for small `x`."""
+    series = 1.0 + x * (1.0 / 13.0)
+    series = 1.0 + x * (1.0 / 12.0) * series
+    series = 1.0 + x * (1.0 / 11.0) * series
+    series = 1.0 + x * (1.0 / 10.0) * series
+    series = 1.0 + x * (1.0 / 9.0) * series
+    series = 1.0 + x * (1.0 / 8.0) * series
+    series = 1.0 + x * (1.0 / 7.0) * series
+    series = 1.0 + x * (1.0 / 6.0) * series
+    series = 1.0 + x * (1.0 / 5.0) * series
+    series = 1.0 + x * (1.0 / 4.0) * series
+    series = 1.0 + x * (1.0 / 3.0) * series
+    return tl.where(tl.abs(x) < 0.5, 0.5 * x * x * series, tl.exp(x) - 1.0 - x)
 
 
-def correction_weight(loss: PolicyLoss, rows: Rows, segments: Segments) -> Tensor | None:
-    """Importance weight of trainer against rollout engine, [N], without gradient."""
-    if loss.correction is None or rows.rollout is None:
-        return None
-    old = rows.logprobs.detach() if rows.old is None else rows.old
-    log_weight = old - rows.rollout
-    if loss.correction.startswith("sequence"):
-        log_weight = segments.spread(segments.sum(log_weight))
-    weight = _exp(log_weight)
-    if loss.correction.endswith("truncate"):
-        return weight.clamp(loss.correction_low, loss.correction_high)
-    # Written so that a NaN weight is not outside: it stays NaN rather than becoming 0.
-    outside = (weight < loss.correction_low) | (weight > loss.correction_high)
-    return weight.masked_fill(outside, 0.0)
+def kl_and_slope(KL, logprob, ref):
+    """Estimate of KL(policy || reference) from one token, and its derivative by `logprob`.
 
-
-def kl_estimate(kind: str, logprobs: Tensor, ref: Tensor) -> Tensor:
-    """Per-token estimate of KL(policy || reference), [N]; `kind` is a value of `PolicyLoss.kl`."""
-    if kind.endswith("+"):
-        gradient = kl_estimate("k2", logprobs, ref)
-        return gradient + (kl_estimate(kind[:-1], logprobs, ref) - gradient).detach()
-    difference = ref - logprobs
-    if kind == "k1":
-        return -difference
-    if kind == "abs":
-        return difference.abs()
-    if kind == "k2":
-        return 0.5 * difference.square()
-    difference = _bounded(difference)
-    return difference.expm1() - difference
-
-
-def _policy_term(
-    loss: PolicyLoss, rows: Rows, segments: Segments, ratio: Tensor, correction: Tensor | None
-) -> _Surrogate:
-    never = torch.zeros_like(rows.mask)
-    advantages, logprobs = rows.advantages, rows.logprobs
-    match loss.surrogate:
-        case "clip":
-            return _clip(loss, ratio, advantages)
-        case "cispo":
-            clipped = ratio.clamp(1 - loss.clip_low, 1 + loss.clip_high).detach()
-            return _Surrogate(
-                -clipped * advantages * logprobs, *_clip_flags(loss, ratio, advantages), never
-            )
-        case "sapo":
-            tau = _by_sign(advantages > 0, loss.sapo_tau_pos, loss.sapo_tau_neg, ratio)
-            gate = torch.sigmoid(tau * (ratio - 1)) * 4 / tau
-            return _Surrogate(-gate * advantages, never, never, never)
-        case "vespo":
-            phi = _vespo_weight(loss, rows, segments, correction)
-            return _Surrogate(-phi * advantages * logprobs, never, never, never)
-        case "gmpo":
-            return _gmpo(loss, rows, segments)
-        case "dppo_tv" | "dppo_kl":
-            low, high = _dppo_rejects(loss, rows)
-            kept = ratio.detach().clamp(max=loss.dppo_ratio_cap).masked_fill(low | high, 0.0)
-            return _Surrogate(-advantages * kept * logprobs, low, high, never)
-        case "reinforce":
-            return _Surrogate(-advantages * logprobs, never, never, never)
-
-
-def _clip_flags(loss: PolicyLoss, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
-    low = (ratio < 1 - loss.clip_low) & (advantages < 0)
-    high = (ratio > 1 + loss.clip_high) & (advantages > 0)
-    return low, high
-
-
-def _clip(loss: PolicyLoss, ratio: Tensor, advantages: Tensor) -> _Surrogate:
-    clipped = ratio.clamp(1 - loss.clip_low, 1 + loss.clip_high)
-    unclipped = ratio if loss.delta is None else ratio.clamp(max=loss.delta)
-    term = -torch.minimum(unclipped * advantages, clipped * advantages)
-    dual = torch.zeros_like(advantages, dtype=torch.bool)
-    if loss.dual_clip is not None:
-        ceiling = -advantages * loss.dual_clip
-        dual = (advantages < 0) & (term > ceiling)
-        term = torch.where(dual, ceiling, term)
-    return _Surrogate(term, *_clip_flags(loss, ratio, advantages), dual)
-
-
-def _vespo_weight(
-    loss: PolicyLoss, rows: Rows, segments: Segments, correction: Tensor | None
-) -> Tensor:
-    log_weight = segments.sum(_bounded(rows.log_ratio().detach()))
-    log_weight = segments.spread(log_weight)
-    if correction is not None and loss.correction is not None:
-        log_correction = correction.log().clamp(_VESPO_LOG_FLOOR, LOG_RATIO_BOUND)
-        if loss.correction.startswith("token"):
-            log_correction = segments.spread(segments.sum(log_correction))
-        log_weight = log_weight + log_correction
-    log_weight = log_weight.clamp(_VESPO_LOG_FLOOR, LOG_RATIO_BOUND)
-    gain = rows.advantages >= 0
-    k = _by_sign(gain, loss.vespo_k_pos, loss.vespo_k_neg, log_weight)
-    rate = _by_sign(gain, loss.vespo_lambda_pos, loss.vespo_lambda_neg, log_weight)
-    return torch.exp(rate + k * log_weight - rate * log_weight.exp())
-
-
-def _gmpo(loss: PolicyLoss, rows: Rows, segments: Segments) -> _Surrogate:
-    log_ratio = rows.log_ratio()
-    gain = rows.advantages >= 0
-    high = gain & (log_ratio > loss.clip_high)
-    low = ~gain & (log_ratio < -loss.clip_low)
-    pessimistic = torch.where(
-        gain, log_ratio.clamp(max=loss.clip_high), log_ratio.clamp(min=-loss.clip_low)
-    )
-    ratio = _exp(segments.mean(pessimistic, rows.mask))
-    advantage = segments.mean(rows.advantages, rows.mask)
-    return _Surrogate(-advantage * ratio, low, high, torch.zeros_like(rows.mask))
-
-
-def _dppo_rejects(loss: PolicyLoss, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Tokens whose update would leave the trust region: downwards (A <= 0) and upwards (A > 0)."""
-    new_log = rows.logprobs.detach()
-    old_log = new_log if rows.old is None else rows.old
-    new, old = new_log.exp(), old_log.exp()
-    if loss.surrogate == "dppo_tv":
-        too_high, too_low = new - old > loss.clip_high, new - old < -loss.clip_low
+    `KL` is a value of `PolicyLoss.kl`; the empty string is reported as k3.
+    """
+    difference = ref - logprob
+    if KL == "k1" or KL == "k1+":
+        value = -difference
+        slope = difference * 0.0 + 1.0
+    elif KL == "abs":
+        value = tl.abs(difference)
+        slope = tl.where(
+            difference > 0, difference * 0.0 - 1.0, tl.where(difference < 0, 1.0, difference)
+        )
+    elif KL == "k2":
+        value = 0.5 * difference * difference
+        slope = -difference
     else:
-        complement = ((1 - old + _DPPO_EPS) / (1 - new + _DPPO_EPS)).log()
-        divergence = old * (old_log - new_log) + (1 - old) * complement
-        too_high = (divergence > loss.clip_high) & (new > old)
-        too_low = (divergence > loss.clip_low) & (new < old)
-    gain = rows.advantages > 0
-    return too_low & ~gain, too_high & gain
+        difference_in = bounded(difference)
+        value = exp_tail(difference_in)
+        slope = tl.where(
+            tl.abs(difference) > LOG_RATIO_BOUND, value * 0.0, -(value + difference_in)
+        )
+    if KL == "k1+" or KL == "k3+":
+        slope = -difference
+    return value, slope
 
 
-def _by_sign(gain: Tensor, positive: float, negative: float, like: Tensor) -> Tensor:
-    # where() of two Python numbers would round them to fp32.
-    return torch.where(gain, torch.full_like(like, positive), negative)
+def correction_weight(CORRECTION, log_weight, low, high):
+    """Importance weight of trainer against rollout engine, from its logarithm."""
+    weight = tl.exp(bounded(log_weight))
+    if CORRECTION == "token_truncate" or CORRECTION == "sequence_truncate":
+        weight = at_most(at_least(weight, low), high)
+    else:
+        weight = tl.where((weight < low) | (weight > high), 0.0, weight)
+    return weight
 
 
-def _bounded(log_ratio: Tensor) -> Tensor:
-    # An infinity is a broken input, not a large ratio: bounding it would hide it.
-    bounded = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-    return torch.where(log_ratio.isinf(), torch.nan, bounded)
+def vespo_log(x):
+    """Logarithm of a weight in the bounds of vespo."""
+    return at_most(at_least(x, LOG_WEIGHT_FLOOR), LOG_RATIO_BOUND)
 
 
-def _exp(log_ratio: Tensor) -> Tensor:
-    return _bounded(log_ratio).exp()
+def vespo_weight(advantage, log_weight, k_pos, lambda_pos, k_neg, lambda_neg):
+    """exp(lam + k log w - lam w), with k and lam by the sign of the advantage."""
+    weight = tl.exp(log_weight)
+    positive = tl.exp(lambda_pos + k_pos * log_weight - lambda_pos * weight)
+    negative = tl.exp(lambda_neg + k_neg * log_weight - lambda_neg * weight)
+    return tl.where(advantage >= 0, positive, negative)
+
+
+def pessimistic(log_ratio, advantage, clip_low, clip_high):
+    """gmpo's log-ratio, clipped where the advantage would gain by it: value, low, high."""
+    high = (advantage >= 0) & (log_ratio > clip_high)
+    low = (advantage < 0) & (log_ratio < -clip_low)
+    return tl.where(high, clip_high, tl.where(low, -clip_low, log_ratio)), low, high
+
+
+def leaves_trust_region(SURROGATE, logprob, old, clip_low, clip_high):
+    """Whether the probability has fallen, or risen, further than dppo allows."""
+    new_p = tl.exp(logprob)
+    old_p = tl.exp(old)
+    if SURROGATE == "dppo_tv":
+        too_low = new_p - old_p < -clip_low
+        too_high = new_p - old_p > clip_high
+    else:
+        complement = tl.log((1.0 - old_p + DPPO_EPS) / (1.0 - new_p + DPPO_EPS))
+        divergence = old_p * (old - logprob) + (1.0 - old_p) * complement
+        too_low = (divergence > clip_low) & (new_p < old_p)
+        too_high = (divergence > clip_high) & (new_p > old_p)
+    return too_low, too_high
+
+
+def policy_term(
+    SURROGATE,
+    DUAL_CLIP,
+    DELTA,
+    ratio,
+    slope,
+    logprob,
+    old,
+    advantage,
+    sequence,
+    clip_low,
+    clip_high,
+    dual_clip,
+    delta,
+    tau_pos,
+    tau_neg,
+    ratio_cap,
+):
+    """The surrogate: value, derivative by the log-ratio, derivative by the log-prob directly, and
+    whether the token is clipped below, above, or by the dual clip.
+
+    `slope` is the derivative of `ratio` by the log-ratio. `sequence` is what the tokens of a
+    completion share: the weight in vespo, the ratio in gmpo (whose `advantage` is shared as well).
+    """
+    never = ratio < 0
+    low = never
+    high = never
+    dual = never
+    by_ratio = ratio * 0.0
+    by_logprob = ratio * 0.0
+    if SURROGATE == "clip" or SURROGATE == "cispo":
+        clipped = at_most(at_least(ratio, 1.0 - clip_low), 1.0 + clip_high)
+        low = (ratio < 1.0 - clip_low) & (advantage < 0)
+        high = (ratio > 1.0 + clip_high) & (advantage > 0)
+    if SURROGATE == "clip":
+        unclipped = ratio
+        if DELTA:
+            unclipped = at_most(ratio, delta)
+            slope = tl.where(ratio > delta, 0.0, slope)
+        flat = unclipped * advantage > clipped * advantage
+        term = -tl.where(flat, clipped * advantage, unclipped * advantage)
+        if DUAL_CLIP:
+            ceiling = -advantage * dual_clip
+            dual = (advantage < 0) & (term > ceiling)
+            term = tl.where(dual, ceiling, term)
+        by_ratio = tl.where(flat | dual, 0.0, -advantage * slope)
+    elif SURROGATE == "cispo":
+        by_logprob = -clipped * advantage
+        term = by_logprob * logprob
+    elif SURROGATE == "sapo":
+        gate_pos = tl.sigmoid(tau_pos * (ratio - 1.0))
+        gate_neg = tl.sigmoid(tau_neg * (ratio - 1.0))
+        gate = tl.where(advantage > 0, gate_pos, gate_neg)
+        over = tl.where(advantage > 0, gate_pos * (4.0 / tau_pos), gate_neg * (4.0 / tau_neg))
+        term = -over * advantage
+        by_ratio = -4.0 * gate * (1.0 - gate) * advantage * slope
+    elif SURROGATE == "vespo":
+        by_logprob = -sequence * advantage
+        term = by_logprob * logprob
+    elif SURROGATE == "gmpo":
+        term = -sequence * advantage
+        by_ratio = term
+    elif SURROGATE == "dppo_tv" or SURROGATE == "dppo_kl":
+        too_low, too_high = leaves_trust_region(SURROGATE, logprob, old, clip_low, clip_high)
+        low = too_low & ~(advantage > 0)
+        high = too_high & (advantage > 0)
+        kept = tl.where(low | high, 0.0, at_most(ratio, ratio_cap))
+        by_logprob = -advantage * kept
+        term = by_logprob * logprob
+    else:
+        by_logprob = -advantage
+        term = by_logprob * logprob
+    return term, by_ratio, by_logprob, low, high, dual
+
+
+def token_term(
+    SURROGATE,
+    DUAL_CLIP,
+    DELTA,
+    KL,
+    HAS_KL,
+    HAS_REF,
+    KL_BIAS_CORRECTION,
+    log_ratio,
+    logprob,
+    old,
+    ref,
+    advantage,
+    correction,
+    sequence,
+    clip_low,
+    clip_high,
+    dual_clip,
+    delta,
+    tau_pos,
+    tau_neg,
+    ratio_cap,
+    kl_coef,
+):
+    """Surrogate * correction + kl_coef * KL, of one token.
+
+    Args:
+        log_ratio: policy against old policy, at the level of `PolicyLoss.ratio`.
+        logprob, old, ref: of the token; `old` is `logprob` if there is none.
+        correction: importance weight of trainer against rollout engine; 1 if there is none.
+        sequence: see `policy_term`.
+
+    Returns:
+        value; derivatives of surrogate and of KL term by the log-ratio; derivative by the log-prob
+        directly; ratio; KL estimate; clipped below, above, by the dual clip.
+    """
+    ratio, slope = ratio_and_slope(log_ratio)
+    term, by_ratio, by_logprob, low, high, dual = policy_term(
+        SURROGATE,
+        DUAL_CLIP,
+        DELTA,
+        ratio,
+        slope,
+        logprob,
+        old,
+        advantage,
+        sequence,
+        clip_low,
+        clip_high,
+        dual_clip,
+        delta,
+        tau_pos,
+        tau_neg,
+        ratio_cap,
+    )
+    # vespo has taken the correction into the weight of the sequence.
+    if SURROGATE != "vespo":
+        term = term * correction
+        by_ratio = by_ratio * correction
+        by_logprob = by_logprob * correction
+    kl = ratio * 0.0
+    kl_by_ratio = ratio * 0.0
+    if HAS_REF:
+        kl, kl_slope = kl_and_slope(KL, logprob, ref)
+        if HAS_KL:
+            if KL_BIAS_CORRECTION:
+                term = term + kl_coef * kl * ratio
+                kl_by_ratio = kl_coef * kl * slope
+                by_logprob = by_logprob + kl_coef * kl_slope * ratio
+            else:
+                term = term + kl_coef * kl
+                by_logprob = by_logprob + kl_coef * kl_slope
+    return term, by_ratio, kl_by_ratio, by_logprob, ratio, kl, low, high, dual

@@ -1,40 +1,44 @@
 """Which implementation serves a call, and how much of it is checked.
 
-`backend="auto"` takes the fastest one that can; any other value is taken at its word or refused.
-`PERL_BACKEND` sets the default of the process. With `PERL_CHECKS=1` the values of GPU tensors are
-checked like those of CPU tensors, at the cost of a synchronisation.
+`backend="auto"` takes the fastest one that can serve the tensors of the call; any other value is
+taken at its word or refused. `PERL_BACKEND` sets the default of the process. With `PERL_CHECKS=1`
+the values of GPU tensors are checked like those of CPU tensors, at the cost of a synchronisation.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import logging
 import os
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 Backend = Literal["auto", "triton", "native", "torch"]
 
+_OLDEST_CAPABILITY = (8, 0)
 _logger = logging.getLogger("perl_kernels")
-_ABSENT = "this build of perl_kernels has no {} backend"
 
 
 def available_backends() -> dict[str, tuple[bool, str]]:
     """For each backend whether it can be used here, and why or why not."""
+    why_not = _triton_missing()
     return {
-        "triton": (False, _ABSENT.format("triton")),
-        "native": (False, _ABSENT.format("native")),
+        "triton": (why_not is None, why_not or "Triton kernels, fp32, fp16 and bf16"),
+        "native": (False, "this build of perl_kernels has no native backend"),
         "torch": (True, "plain PyTorch, on every device"),
     }
 
 
-def select_backend(backend: str) -> str:
-    """The backend for a call: `backend`, or what PERL_BACKEND says if that is `auto`.
+def select_backend(backend: str, tensor: Tensor) -> str:
+    """The backend for a call on tensors like `tensor`: `backend`, or what PERL_BACKEND says if that
+    is `auto`.
 
     Raises:
-        ValueError: no backend of that name, or one that cannot be used here.
+        ValueError: no backend of that name, or one that cannot serve the call.
     """
     known = get_args(Backend)
     if backend not in known:
@@ -44,11 +48,24 @@ def select_backend(backend: str) -> str:
         if backend not in known:
             raise ValueError(f"PERL_BACKEND is {backend!r}, must be one of {', '.join(known)}")
     if backend == "auto":
-        return _automatic()
+        return _automatic(tensor)
     available, reason = available_backends()[backend]
+    if available and backend == "triton":
+        reason = _triton_refuses(tensor.device, tensor.dtype)
+        available = reason is None
     if not available:
         raise ValueError(f"backend {backend!r} is not available: {reason}")
     return backend
+
+
+def engine(backend: str) -> Any:
+    """The module that implements `passes.Engine`."""
+    return importlib.import_module(f".{backend}_backend", __package__)
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on any device."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def values_visible(tensor: Tensor) -> bool:
@@ -58,15 +75,44 @@ def values_visible(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or os.environ.get("PERL_CHECKS") == "1"
 
 
-def _automatic() -> str:
-    chosen = next(name for name, (available, _) in available_backends().items() if available)
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def _triton_missing() -> str | None:
+    if not _TRITON_INSTALLED:
+        return "triton is not installed"
+    if interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "there is no CUDA device, and TRITON_INTERPRET is not 1"
+    if torch.cuda.get_device_capability() < _OLDEST_CAPABILITY:
+        major, minor = torch.cuda.get_device_capability()
+        return f"the CUDA device is sm_{major}{minor}, sm_80 is the oldest supported"
+    return None
+
+
+def _triton_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype == torch.float64:
+        return "the Triton kernels compute in fp32; fp64 tensors need backend='torch'"
+    if device.type not in ("cuda", "meta") and not interpreted():
+        return f"the tensors are on {device.type}, and TRITON_INTERPRET is not 1"
+    return None
+
+
+def _automatic(tensor: Tensor) -> str:
+    # Interpreted kernels are for tests and debugging: nobody gets them without asking.
+    available, reason = available_backends()["triton"]
+    if available and tensor.device.type != "cuda":
+        available, reason = False, f"triton is for CUDA tensors, these are on {tensor.device.type}"
+    elif available:
+        refusal = _triton_refuses(tensor.device, tensor.dtype)
+        available, reason = refusal is None, refusal or reason
+    chosen = "triton" if available else "torch"
     if not torch.compiler.is_compiling():
-        _announce(chosen)
+        _announce(chosen, reason)
     return chosen
 
 
 @functools.cache
-def _announce(chosen: str) -> None:
-    backends = available_backends()
-    passed = "; ".join(reason for available, reason in backends.values() if not available)
-    _logger.info("backend auto: chose %s (%s); %s", chosen, backends[chosen][1], passed)
+def _announce(chosen: str, reason: str) -> None:
+    _logger.info("backend auto: chose %s (%s)", chosen, reason)

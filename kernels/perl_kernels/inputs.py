@@ -1,4 +1,4 @@
-"""The arguments every loss function has in common, checked and brought to one form."""
+"""What goes into a backend and what comes out of it."""
 
 from __future__ import annotations
 
@@ -7,111 +7,84 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
-from .advantage import GroupedRewards
-from .aggregation import row_scale
-from .coefficient import Rows
-from .head import rows_of
-from .objective import PolicyLoss
-from .segments import Segments
+from .grouping import Rewards
 
 
 class LossInputs(NamedTuple):
-    """Everything of a loss call but the log-probs; tensors are [N], without gradient, in the
-    dtype of the computation, and 0 where `mask` is False. `valid []` bool: whether `cu_seqlens` and
-    `normalizer` have values that can be used; rows whose own weight has none have advantage NaN."""
+    """Everything of a loss call but the log-probs, as the caller gave it; see `policy_loss`.
 
-    segments: Segments
-    valid: Tensor
-    mask: Tensor
-    weights: Tensor
-    scale: Tensor
-    advantages: Tensor
-    old: Tensor | None
-    ref: Tensor | None
-    rollout: Tensor | None
+    Either `advantages` or `rewards` is there. `count` is a normalizer known on the host,
+    `normalizer` one that is not.
+    """
 
-    def rows(self, logprobs: Tensor, entropy: Tensor | None, start: int = 0) -> Rows:
-        """The rows from `start` on that belong to `logprobs [n]` and `entropy [n]`."""
-        part = slice(start, start + logprobs.shape[0])
-        mask = self.mask[part]
-        return Rows(
-            mask,
-            torch.where(mask, logprobs, 0.0),
-            self.advantages[part],
-            rows_of(self.old, part),
-            rows_of(self.ref, part),
-            rows_of(self.rollout, part),
-            None if entropy is None else torch.where(mask, entropy, 0.0),
+    cu_seqlens: Tensor
+    advantages: Tensor | None = None
+    rewards: Rewards | None = None
+    old: Tensor | None = None
+    ref: Tensor | None = None
+    rollout: Tensor | None = None
+    weights: Tensor | None = None
+    normalizer: Tensor | None = None
+    count: float | None = None
+
+    def rows(self, part: slice) -> LossInputs:
+        """With the per-token tensors of a token-level loss cut to the rows `part`."""
+        cut = {
+            name: None if tensor is None else tensor[part]
+            for name, tensor in (("old", self.old), ("ref", self.ref), ("rollout", self.rollout))
+        }
+        return self._replace(**cut)
+
+    def completions(self, first: int, last: int, part: slice) -> LossInputs:
+        """Of the completions first..last - 1, whose tokens are the rows `part`, without the
+        aggregation's count; `advantages` must be [N] or [B]."""
+        advantages = self.advantages
+        assert advantages is not None
+        per_completion = advantages.shape[0] == self.cu_seqlens.shape[0] - 1
+        return self.rows(part)._replace(
+            cu_seqlens=self.cu_seqlens[first : last + 1] - part.start,
+            advantages=advantages[first:last] if per_completion else advantages[part],
+            weights=None if self.weights is None else self.weights[part],
+            normalizer=None,
+            count=1.0,
         )
 
 
-def loss_inputs(
-    like: Tensor,
-    advantages: Tensor | GroupedRewards,
-    cu_seqlens: Tensor,
-    loss: PolicyLoss,
-    *,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    rollout_logprobs: Tensor | None,
-    weights: Tensor | None,
-    normalizer: float | Tensor | None,
-    has_entropy: bool = True,
-) -> LossInputs:
-    """Check the common arguments against `like [N, ...]`, the tensor that is scored."""
-    n_tokens = like.shape[0]
-    checks.check_objective(loss, ref_logprobs, rollout_logprobs, has_entropy)
-    bounds = checks.check_cu_seqlens(cu_seqlens, n_tokens)
-    checks.check_advantages(advantages, bounds.numel() - 1, n_tokens)
-    checks.check_normalizer(normalizer)
-    optional = {
-        "old_logprobs": old_logprobs,
-        "ref_logprobs": ref_logprobs,
-        "rollout_logprobs": rollout_logprobs,
-    }
-    for name, tensor in optional.items():
-        if tensor is not None:
-            checks.check_logprobs(name, tensor, n_tokens)
-    if weights is not None:
-        checks.check_weights(weights, n_tokens)
-    if isinstance(advantages, GroupedRewards):
-        advantages = advantages.advantages().advantages
-    checks.check_same_device(
-        like, cu_seqlens=bounds, advantages=advantages, weights=weights, **optional
-    )
-    if isinstance(normalizer, Tensor):
-        # A 0-dim tensor on the host is as good as a number.
-        if normalizer.device.type != "cpu":
-            checks.check_same_device(like, normalizer=normalizer)
-        normalizer = normalizer.detach()
+class Prepared(NamedTuple):
+    """What the row coefficient needs beside the row's own log-probs: `advantages [N]`, after
+    masking, normalisation of rewards and folding; `scale [N]`, the factor of each token's term
+    before the division by the denominator, 0 exactly where the token does not count."""
 
-    dtype = compute_dtype(like)
-    segments = Segments.from_cu_seqlens(bounds, n_tokens)
-    if weights is None:
-        weights = torch.ones(n_tokens, dtype=dtype, device=like.device)
-    weights = weights.detach().to(dtype)
-    mask = weights != 0
-    valid = segments.valid
-    if isinstance(normalizer, Tensor):
-        valid = valid & (normalizer > 0) & normalizer.isfinite()
-    if advantages.shape[0] == segments.count:
-        advantages = segments.spread(advantages)
-    # The advantage is a factor of every policy term, so that the row and the loss become NaN.
-    advantages = torch.where((weights >= 0) & weights.isfinite(), advantages, torch.nan)
+    advantages: Tensor
+    scale: Tensor
 
-    def masked(tensor: Tensor) -> Tensor:
-        return torch.where(mask, tensor.detach().to(dtype), 0.0)
 
-    return LossInputs(
-        segments,
-        valid,
-        mask,
-        weights,
-        row_scale(loss, weights, segments, normalizer, valid),
-        masked(advantages),
-        *(None if tensor is None else masked(tensor) for tensor in optional.values()),
-    )
+class Coefficients(NamedTuple):
+    """Derivatives of the undivided loss by `logprobs [N]` and by `entropy [N]` (None: all 0)."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+
+    def rows(self, part: slice | Tensor) -> Coefficients:
+        return Coefficients(
+            self.logprobs[part], None if self.entropy is None else self.entropy[part]
+        )
+
+    def idle(self) -> Tensor:
+        """Rows that no gradient flows to, [N] bool."""
+        idle = self.logprobs == 0
+        return idle if self.entropy is None else idle & (self.entropy == 0)
+
+
+class Evaluated(NamedTuple):
+    """`value []`: the loss. `metrics [12]`: in the order of `outputs.METRICS`. `coefficients`: of
+    the loss before the division by its denominator, as small gradients would vanish in fp16.
+    `factor []`: 1 / denominator; NaN if `cu_seqlens` or `normalizer` cannot be used."""
+
+    value: Tensor
+    metrics: Tensor
+    coefficients: Coefficients
+    factor: Tensor
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

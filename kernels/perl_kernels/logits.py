@@ -8,22 +8,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import checks
+from . import checks, ops
 from .advantage import GroupedRewards
+from .arguments import loss_inputs
 from .dispatch import Backend, select_backend
-from .head import (
-    RowStats,
-    block_rows,
-    blocks,
-    logits_gradient,
-    row_stats,
-    rows_of,
-    scaled,
-)
-from .inputs import compute_dtype, loss_inputs
 from .objective import PolicyLoss
-from .outputs import LossOutput, TokenLogprobs
-from .policy import evaluate
+from .outputs import LossOutput, TokenLogprobs, loss_output
+from .scalars import split_temperature
+from .tuning import logits_rows
 
 
 def token_logprobs(
@@ -48,9 +40,11 @@ def token_logprobs(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or value.
     """
-    select_backend(backend)
     checks.check_logits(logits, targets, temperature)
-    logprobs, entropy = _TokenLogprobs.apply(logits, targets, temperature)  # type: ignore[misc]
+    chosen = select_backend(backend, logits)
+    logprobs, entropy, *_ = ops.token_logprobs(
+        logits, targets, *split_temperature(temperature), logits_rows(*logits.shape, chosen), chosen
+    )
     return TokenLogprobs(logprobs, entropy)
 
 
@@ -67,14 +61,18 @@ def grpo_loss(
     weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    inplace: bool = False,
     backend: Backend = "auto",
 ) -> LossOutput:
     """`policy_loss` of `token_logprobs(logits, targets)`, differentiable with respect to `logits`.
 
-    Arguments, results and errors are those of the two functions, but for `entropy`: that is
-    computed here and not taken as an argument.
+    The gradient is computed in the forward. Arguments, results and errors are those of the two
+    functions, but for `entropy`, which is computed here and not taken as an argument, and for
+
+        inplace: write the gradient over the logits, which saves their size in memory. They must
+            not be read afterwards, and one can differentiate once only. Has no effect where no
+            gradient is needed, and under torch.compile.
     """
-    select_backend(backend)
     checks.check_logits(logits, targets, temperature)
     inputs = loss_inputs(
         logits,
@@ -87,52 +85,43 @@ def grpo_loss(
         weights=weights,
         normalizer=normalizer,
     )
-    logprobs, entropy = _TokenLogprobs.apply(logits, targets, temperature)  # type: ignore[misc]
-    return evaluate(loss, inputs, logprobs, entropy)
+    chosen = select_backend(backend, logits)
+    scoring = (targets, *split_temperature(temperature))
+    arguments = ops.loss_arguments(loss, inputs)
+    rows = logits_rows(*logits.shape, chosen)
+    gradient = torch.is_grad_enabled() and logits.requires_grad
+    if inplace and gradient and not torch.compiler.is_compiling():
+        return loss_output(*_InPlace.apply(logits, *scoring, *arguments, rows, chosen))  # type: ignore[misc]
+    value, metrics, logprobs, entropy, *_ = ops.grpo_loss(
+        logits, *scoring, *arguments, gradient, rows, chosen
+    )
+    return loss_output(value, metrics, logprobs, entropy)
 
 
-class _TokenLogprobs(torch.autograd.Function):
-    """Works through blocks of rows, so that the fp32 temporaries stay small."""
+class _InPlace(torch.autograd.Function):
+    """Operators that change an argument cannot have a gradient formula, so this one stands outside."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, logits: Tensor, targets: Tensor, temperature: float | Tensor
-    ) -> tuple[Tensor, Tensor]:
-        n_tokens, vocab = logits.shape
-        ctx.dtype, ctx.rows = compute_dtype(logits), block_rows(vocab)
-        out = RowStats(*(logits.new_empty(n_tokens, dtype=ctx.dtype) for _ in range(2)))
-        for part in blocks(n_tokens, ctx.rows):
-            scores = scaled(logits[part].to(ctx.dtype), rows_of(temperature, part), None)
-            stats = row_stats(torch.log_softmax(scores, 1), targets[part])
-            for whole, piece in zip(out, stats, strict=True):
-                whole[part] = piece
+    def forward(ctx: Any, logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+        # Of the detached tensor, so that a leaf is served; the version counter is shared, and
+        # autograd refuses if another backward still needs the logits.
+        *outputs, factor = ops.grpo_loss_(logits.detach(), *arguments)
+        ctx.gradient, ctx.factor = logits.detach(), factor
+        ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
-        tau = temperature if isinstance(temperature, Tensor) else None
-        ctx.temperature = None if tau is not None else temperature
-        ctx.save_for_backward(logits, targets, out.entropy, tau)
-        return out.logprobs, out.entropy
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
-    ) -> tuple[Any, ...]:  # type: ignore[override]
-        logits, targets, entropy, tau = ctx.saved_tensors
-        temperature = ctx.temperature if tau is None else tau
-        if grad_logprobs is None:
-            grad_logprobs = torch.zeros_like(entropy)
-        grad = torch.empty_like(logits)
-        for part in blocks(logits.shape[0], ctx.rows):
-            tau = rows_of(temperature, part)
-            scores = scaled(logits[part].to(ctx.dtype), tau, None)
-            grad[part] = logits_gradient(
-                scores,
-                torch.log_softmax(scores, 1),
-                targets[part],
-                entropy[part],
-                grad_logprobs[part],
-                rows_of(grad_entropy, part),
-                tau,
-                None,
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        if ctx.gradient is None:
+            raise RuntimeError(
+                "grpo_loss(inplace=True) has given its gradient away in the first backward; "
+                "leave inplace out to differentiate twice"
             )
-        return grad, None, None
+        gradient, ctx.gradient = ctx.gradient, None
+        if grad_loss is None:
+            return (None,) * len(ctx.needs_input_grad)
+        by = (grad_loss.to(ctx.factor.dtype) * ctx.factor).expand(gradient.shape)
+        torch.mul(gradient, by, out=gradient)
+        return gradient, *[None] * (len(ctx.needs_input_grad) - 1)

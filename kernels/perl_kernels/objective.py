@@ -107,6 +107,34 @@ class PolicyLoss:
         self._check_numbers()
         self._check_combinations()
 
+    @property
+    def axes(self) -> str:
+        """The axes that have names, in the form in which operators take an objective."""
+        names = (self.surrogate, self.ratio, self.kl or "", self.aggregation, self.correction or "")
+        return "|".join([*names, "bias" if self.kl_bias_correction else ""])
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """The values of `NUMBERS`, 0 for None (which none of those that may be None can be)."""
+        return tuple([float(getattr(self, name) or 0.0) for name in NUMBERS])
+
+    @classmethod
+    def of(cls, axes: str, numbers: tuple[float, ...]) -> PolicyLoss:
+        """The objective with these `axes` and `numbers`."""
+        surrogate, ratio, kl, aggregation, correction, bias = axes.split("|")
+        values: dict[str, Any] = dict(zip(NUMBERS, numbers, strict=True))
+        for name in ("dual_clip", "delta", "max_completion_length"):
+            values[name] = values[name] or None
+        return cls(
+            surrogate=surrogate,  # type: ignore[arg-type]
+            ratio=ratio,  # type: ignore[arg-type]
+            kl=kl or None,  # type: ignore[arg-type]
+            aggregation=aggregation,  # type: ignore[arg-type]
+            correction=correction or None,  # type: ignore[arg-type]
+            kl_bias_correction=bool(bias),
+            **values,
+        )
+
     def _check_names(self) -> None:
         for field, kind, optional in (
             ("surrogate", Surrogate, False),
@@ -211,6 +239,13 @@ class PolicyLoss:
         if unknown:
             raise TypeError(f"PolicyLoss has no field {unknown[0]!r}; it has: {sorted(fields)}")
         return cls(**{**_PRESETS[name], **overrides})
+
+
+NUMBERS = tuple(
+    field.name
+    for field in dataclasses.fields(PolicyLoss)
+    if field.type.startswith(("float", "int"))  # type: ignore[union-attr]
+)
 
 
 _PER_SEQUENCE = "seq-mean-token-mean"

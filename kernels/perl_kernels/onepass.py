@@ -2,50 +2,48 @@
 
 That needs each token's coefficient to follow from its own log-prob. Sequence-level losses couple
 the tokens of a completion, but without `old_logprobs` every ratio is 1 and what couples them is
-known beforehand.
+known beforehand: it is folded into the advantages.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from typing import Literal, NamedTuple
 
-import torch
-from torch import Tensor
-
-from .coefficient import correction_weight
-from .inputs import LossInputs
 from .objective import PolicyLoss
+
+Fold = Literal["none", "correction", "shared", "shared_gmpo"]
+"""What the advantage A_t of a token with weight w_t is replaced by, over the tokens of its completion:
+`correction`: A_t times the importance weight of old policy against rollout engine;
+`shared`: mean(w A) / w_t; `shared_gmpo`: mean(w) mean(A) / w_t."""
 
 
 class OnePass(NamedTuple):
-    """A token-level loss with the gradient (not the value) of the one asked for."""
+    """A token-level loss that has the gradient, not the value, of the one asked for, once the
+    advantages have been replaced."""
 
     loss: PolicyLoss
-    inputs: LossInputs
+    fold: Fold
 
 
-def one_pass_form(loss: PolicyLoss, inputs: LossInputs) -> OnePass | None:
+@functools.lru_cache(maxsize=256)
+def one_pass_form(loss: PolicyLoss, has_old: bool) -> OnePass | None:
     """The token-level loss with the same gradient, or None where there is none."""
-    if inputs.old is not None:
-        return _off_policy(loss, inputs, inputs.old)
-    return _on_policy(loss, inputs)
+    return _off_policy(loss) if has_old else _on_policy(loss)
 
 
-def _off_policy(loss: PolicyLoss, inputs: LossInputs, old: Tensor) -> OnePass | None:
+def _off_policy(loss: PolicyLoss) -> OnePass | None:
     if loss.ratio != "token" or loss.surrogate in ("vespo", "gmpo"):
         return None
+    if loss.correction is None:
+        return OnePass(loss, "none")
     # The correction is a constant here, and every token-level surrogate is linear in A >= 0 and in
     # A <= 0: folded into A, a correction per sequence costs no second pass either.
-    correction = correction_weight(loss, inputs.rows(old, None), inputs.segments)
-    if correction is None:
-        return OnePass(loss, inputs)
-    folded = torch.where(inputs.mask, inputs.advantages * correction, 0.0)
-    plain = dataclasses.replace(loss, correction=None)
-    return OnePass(plain, inputs._replace(advantages=folded))
+    return OnePass(dataclasses.replace(loss, correction=None), "correction")
 
 
-def _on_policy(loss: PolicyLoss, inputs: LossInputs) -> OnePass | None:
+def _on_policy(loss: PolicyLoss) -> OnePass | None:
     couples_advantages = loss.surrogate == "gmpo" or (
         loss.ratio == "sequence" and loss.surrogate in ("clip", "sapo")
     )
@@ -57,22 +55,11 @@ def _on_policy(loss: PolicyLoss, inputs: LossInputs) -> OnePass | None:
     if loss.ratio == "sequence" and loss.has_kl and loss.kl_bias_correction:
         return None
     if loss.ratio == "token" and loss.surrogate not in ("vespo", "gmpo"):
-        return OnePass(loss, inputs)
+        return OnePass(loss, "none")
     # At a ratio of 1 the derivative of every surrogate is -A times that of the log-ratio.
     reduced = dataclasses.replace(
         loss, surrogate="reinforce", ratio="token", dual_clip=None, delta=None
     )
-    if couples_advantages:
-        inputs = inputs._replace(advantages=_shared_advantages(loss, inputs))
-    return OnePass(reduced, inputs)
-
-
-def _shared_advantages(loss: PolicyLoss, inputs: LossInputs) -> Tensor:
-    """Each token moves the mean log-ratio of its completion, so the gradient of all its terms is
-    shared equally among its tokens; divided by the token's own weight, which the scale applies."""
-    segments, mask, weights = inputs.segments, inputs.mask, inputs.weights
-    if loss.surrogate == "gmpo":
-        shared = segments.mean(inputs.advantages, mask) * segments.mean(weights, mask)
-    else:
-        shared = segments.mean(weights * inputs.advantages, mask)
-    return torch.where(mask, shared / weights, 0.0)
+    if not couples_advantages:
+        return OnePass(reduced, "none")
+    return OnePass(reduced, "shared_gmpo" if loss.surrogate == "gmpo" else "shared")

@@ -6,6 +6,21 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+METRICS = (
+    "kl",
+    "entropy",
+    "clip_fraction",
+    "clip_fraction_low",
+    "clip_fraction_high",
+    "dual_clip_fraction",
+    "ratio_mean",
+    "ratio_max",
+    "rollout_kl",
+    "correction_mean",
+    "tokens",
+    "invalid_rows",
+)
+
 
 class TokenLogprobs(NamedTuple):
     """`logprobs [N]`: log-probability of each target. `entropy [N]`: entropy of each row's
@@ -35,3 +50,8 @@ class LossOutput(NamedTuple):
     logprobs: Tensor
     entropy: Tensor
     metrics: dict[str, Tensor]
+
+
+def loss_output(loss: Tensor, metrics: Tensor, logprobs: Tensor, entropy: Tensor) -> LossOutput:
+    """From `metrics [12]` in the order of `METRICS`."""
+    return LossOutput(loss, logprobs, entropy, dict(zip(METRICS, metrics.unbind(), strict=True)))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, ops
 from .advantage import GroupedRewards
-from .aggregation import aggregate, loss_metrics
-from .coefficient import token_terms
+from .arguments import loss_inputs
 from .dispatch import Backend, select_backend
-from .inputs import LossInputs, compute_dtype, loss_inputs
+from .inputs import compute_dtype
 from .objective import PolicyLoss
-from .outputs import LossOutput
+from .outputs import LossOutput, loss_output
 
 
 def policy_loss(
@@ -34,7 +33,8 @@ def policy_loss(
     Args:
         logprobs: [N] log-prob of each token under the policy.
         advantages: [B], [N] (taken as [B] where B = N), or `GroupedRewards` of the B completions.
-        cu_seqlens: [B + 1] int32, monotone from 0 to N; completions may be empty.
+        cu_seqlens: [B + 1] int32, monotone from 0 to N; completions may be empty. On the CPU or
+            where the log-probs are; on the CPU its values are checked without a synchronisation.
         loss: what is optimised; the formulas are in `PolicyLoss`.
         old_logprobs: [N] under the policy that the ratio refers to; left out, the policy itself, so
             that every ratio is 1.
@@ -57,7 +57,6 @@ def policy_loss(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or value.
     """
-    select_backend(backend)
     checks.check_floating("logprobs", logprobs, 1, "[N]")
     if entropy is not None:
         checks.check_logprobs("entropy", entropy, logprobs.shape[0])
@@ -74,18 +73,10 @@ def policy_loss(
         normalizer=normalizer,
         has_entropy=entropy is not None,
     )
+    chosen = select_backend(backend, logprobs)
+    value, metrics, *_ = ops.policy_loss(
+        logprobs, entropy, *ops.loss_arguments(loss, inputs), chosen
+    )
     dtype = compute_dtype(logprobs)
-    entropy = None if entropy is None else entropy.to(dtype)
-    return evaluate(loss, inputs, logprobs.to(dtype), entropy)
-
-
-def evaluate(
-    loss: PolicyLoss, inputs: LossInputs, logprobs: Tensor, entropy: Tensor | None
-) -> LossOutput:
-    """The loss and its metrics, once everything has been checked and brought to one form."""
-    rows = inputs.rows(logprobs, entropy)
-    terms = token_terms(loss, rows, inputs.segments)
-    value = aggregate(inputs.scale, inputs.mask, terms.value, inputs.valid)
     seen = torch.full_like(logprobs, torch.nan) if entropy is None else entropy
-    metrics = loss_metrics(rows, terms, inputs.valid)
-    return LossOutput(value, logprobs.detach(), seen.detach(), metrics)
+    return loss_output(value, metrics, logprobs.detach().to(dtype), seen.detach().to(dtype))

@@ -16,7 +16,7 @@ from .advantage import GroupedRewards
 from .inputs import compute_dtype
 from .objective import PolicyLoss
 from .outputs import LossOutput, TokenLogprobs
-from .policy import policy_loss
+from .reference_loss import policy_loss
 
 __all__ = [
     "grpo_loss",

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perl_kernels import GroupedRewards, group_advantages
+from perl_kernels import GroupedRewards, PolicyLoss, group_advantages, policy_loss
 
 NAN = float("nan")
 
@@ -129,7 +129,12 @@ def test_grouped_rewards_are_its_arguments() -> None:
     options: dict[str, Any] = {"scale": "none", "baseline": "leave_one_out"}
     grouped = GroupedRewards(rewards, [2, 4], **options)
     wanted = group_advantages(rewards, [2, 4], **options)
-    torch.testing.assert_close(tuple(grouped.advantages()), tuple(wanted))
+    bounds = torch.tensor([0, 1, 2, 3, 4, 5, 6], dtype=torch.int32)
+    logprobs, loss = -torch.rand(6), PolicyLoss.preset("reinforce")
+    torch.testing.assert_close(
+        policy_loss(logprobs, grouped, bounds, loss).loss,
+        policy_loss(logprobs, wanted.advantages, bounds, loss).loss,
+    )
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from perl_kernels import (
     reference,
     token_logprobs,
 )
-from perl_kernels.linear_autograd import HeadCall
+from perl_kernels.tiles import HeadTiles
 from tests.kernels.naive import Problem, naive_logprobs
 
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
@@ -130,39 +130,49 @@ def test_chunking_changes_nothing(chunk_size: int | None, old: bool) -> None:
         torch.testing.assert_close(*results, **EXACT)
 
 
-@pytest.mark.parametrize(
-    ("name", "old", "passes"),
-    [
-        ("perl", True, 1),
-        ("cispo", True, 1),
-        ("gspo", True, 2),
-        ("gmpo", True, 2),
-        ("vespo", True, 2),
-        ("gspo", False, 1),
-        ("gspo_token", False, 1),
-        ("luspo", False, 1),
-        ("gmpo", False, 1),
-        ("vespo", False, 1),
-    ],
-)
-def test_passes_over_the_logits(
-    name: str, old: bool, passes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    problem, calls = Problem.make(), []
-    original = HeadCall.scores
+def count_blocks(monkeypatch: pytest.MonkeyPatch) -> list[slice]:
+    """The blocks of logits that are made from now on."""
+    calls: list[slice] = []
+    original = HeadTiles.tile
 
-    def counted(self: HeadCall, part: slice) -> Tensor:
+    def counted(self: HeadTiles, part: slice) -> Tensor:
         calls.append(part)
         return original(self, part)
 
-    monkeypatch.setattr(HeadCall, "scores", counted)
+    monkeypatch.setattr(HeadTiles, "tile", counted)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "one_pass"),
+    [
+        ("perl", True, True),
+        ("cispo", True, True),
+        ("gspo", True, False),
+        ("gmpo", True, False),
+        ("vespo", True, False),
+        ("gspo", False, True),
+        ("gspo_token", False, True),
+        ("luspo", False, True),
+        ("gmpo", False, True),
+        ("vespo", False, True),
+    ],
+)
+def test_passes_over_the_logits(
+    name: str, old: bool, one_pass: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Completions of 5, 1, 0, 7 and 3 tokens. In blocks of 4, those of 5 and 7 fit in none and are
+    made twice; the others, and everything in blocks of 7, are made once for any loss."""
+    problem, calls = Problem.make(), count_blocks(monkeypatch)
     hidden, weight = leaves_of(problem)
     arguments = problem.loss_arguments(old=old)
     loss = PolicyLoss.preset(name)
-    linear_grpo_loss(
-        hidden, weight, problem.targets, loss=loss, chunk_size=4, **arguments
-    ).loss.backward()
-    assert len(calls) == 4 * passes
+    for chunk_size, blocks in ((4, 4 if one_pass else 2 * 2 + 1 + 2 * 2 + 1), (7, 3)):
+        calls.clear()
+        linear_grpo_loss(
+            hidden, weight, problem.targets, loss=loss, chunk_size=chunk_size, **arguments
+        ).loss.backward()
+        assert len(calls) == blocks
 
 
 class LargestTensor(TorchDispatchMode):

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from torch import Tensor
 
 from perl_kernels import (
     GroupedRewards,
@@ -25,6 +26,7 @@ PRESETS = [
     *("perl", "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "gspo_token", "luspo"),
     *("cispo", "sapo", "vespo", "gmpo", "dppo_tv", "dppo_kl", "reinforce"),
 ]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 
 
@@ -60,6 +62,40 @@ def check(loss: PolicyLoss, problem: Problem, *, old: bool = True, **options: An
             torch.testing.assert_close(got, wanted, **EXACT)
         torch.testing.assert_close(output.logprobs, logprobs.detach(), **EXACT)
         torch.testing.assert_close(output.entropy, entropy.detach(), **EXACT)
+    check_triton(loss, problem, truth.detach(), gradients, arguments)
+
+
+def check_triton(
+    loss: PolicyLoss,
+    problem: Problem,
+    truth: Tensor,
+    gradients: tuple[Tensor, ...],
+    arguments: dict[str, Any],
+) -> None:
+    """The same through the Triton kernels in fp32, within fp32's rounding of a few hundred terms."""
+    narrow = {
+        name: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in arguments.items()
+    }
+    leaves = [
+        x.to(DEVICE, torch.float32).requires_grad_()
+        for x in (problem.hidden, problem.weight, problem.bias)
+    ]
+    narrow = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in narrow.items()}
+    targets = problem.targets.to(DEVICE)
+    hidden, weight, bias = leaves
+    given = {"loss": loss, "backend": "triton", **narrow}
+    fused = linear_grpo_loss(hidden, weight, targets, bias=bias, chunk_size=4, **given)
+    seen = linear_token_logprobs(hidden, weight, targets, bias=bias, backend="triton")
+    split = policy_loss(seen.logprobs, entropy=seen.entropy, **given)
+    for output in (fused, split):
+        torch.testing.assert_close(output.loss.cpu().double(), truth, rtol=1e-4, atol=1e-5)
+        ours = torch.autograd.grad(output.loss, leaves)
+        for got, wanted in zip(ours, gradients, strict=True):
+            scale = float(wanted.abs().max())
+            torch.testing.assert_close(
+                got.cpu().double(), wanted, rtol=1e-4, atol=1e-5 * max(scale, 1.0)
+            )
 
 
 @pytest.mark.parametrize("old", [True, False], ids=["off-policy", "on-policy"])

@@ -1,0 +1,739 @@
+"""Losses of packed log-probs in Triton, one program per completion.
+
+A program goes over its completion up to three times: for the sums that its tokens share, for the
+terms, and for what each token's log-prob does to a shared ratio. Rewards of groups are normalised
+in the same launch. A second launch adds up what the programs found. Formulas: `coefficient.py`;
+semantics: `torch_backend/losses.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..axes import axes, numbers
+from ..grouping import Grouping
+from ..inputs import Coefficients, Evaluated, LossInputs, Prepared
+from ..objective import PolicyLoss
+from ..onepass import Fold
+from ..outputs import METRICS
+from .advantage import group_advantages, grouping_arguments, rollout_advantage
+from .compile_case import CompileCase
+from .device import (
+    bounded,
+    correction_weight,
+    pessimistic,
+    ratio_and_slope,
+    token_term,
+    vespo_log,
+    vespo_weight,
+)
+from .launch import compile_case, kernel
+
+_TOKENS = 1024
+"""Of a completion, worked on at once."""
+_BLOCK = 1024
+_WARPS = 8
+# What each program leaves for the second launch: rows of a table [_PARTIALS, B].
+_TERM, _COUNT, _WEIGHT, _WEIGHTED, _INVALID, _RATIO_MAX = (tl.constexpr(i) for i in range(6))
+_KL, _ENTROPY, _CLIPPED, _LOW, _HIGH, _DUAL, _RATIO, _GAP, _CORRECTION = (
+    tl.constexpr(i) for i in range(6, 15)
+)
+_PARTIALS = 15
+
+
+@triton.jit
+def _bounds(cu_seqlens_ptr, completion, n_tokens):
+    """First token of a completion and of the next; within the tokens, whatever is written there."""
+    start = tl.load(cu_seqlens_ptr + completion).to(tl.int64)
+    stop = tl.load(cu_seqlens_ptr + completion + 1).to(tl.int64)
+    start = tl.minimum(tl.maximum(start, 0), n_tokens)
+    return start, tl.minimum(tl.maximum(stop, start), n_tokens)
+
+
+@triton.jit
+def _weights(weights_ptr, token, inside):
+    """Weight of each token, 0 outside, and whether it counts."""
+    if weights_ptr is not None:
+        weight = tl.load(weights_ptr + token, mask=inside, other=0.0).to(tl.float32)
+    else:
+        weight = tl.where(inside, 1.0, 0.0)
+    return weight, weight != 0
+
+
+@triton.jit
+def _advantages(advantages_ptr, shared, token, weight, counts, PER_TOKEN: tl.constexpr):
+    """Advantage of each token, 0 where it does not count, NaN where its weight cannot be used: the
+    advantage is a factor of every policy term, so that the row and the loss become NaN."""
+    if PER_TOKEN:
+        value = tl.load(advantages_ptr + token, mask=counts, other=0.0).to(tl.float32)
+    else:
+        value = tl.where(counts, shared, 0.0)
+    usable = (weight >= 0) & (weight < float("inf"))
+    return tl.where(usable, value, float("nan"))
+
+
+@triton.jit
+def _optional(pointer, token, counts, otherwise):
+    """A tensor [N] that may be missing; 0 where the token does not count."""
+    if pointer is not None:
+        otherwise = tl.load(pointer + token, mask=counts, other=0.0).to(tl.float32)
+    return otherwise
+
+
+@triton.jit
+def _shared_advantage(
+    completion,
+    n_completions,
+    advantages_ptr,
+    rewards_ptr,
+    sizes_ptr,
+    reward_weights_ptr,
+    n_groups,
+    n_rewards,
+    eps,
+    PER_TOKEN: tl.constexpr,
+    SCALE: tl.constexpr,
+    LEAVE_ONE_OUT: tl.constexpr,
+    UNBIASED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCAN: tl.constexpr,
+):
+    """Advantage of a completion, if there is one for all its tokens."""
+    value = 0.0
+    if rewards_ptr is not None:
+        value = rollout_advantage(
+            rewards_ptr,
+            sizes_ptr,
+            reward_weights_ptr,
+            completion,
+            n_completions,
+            n_groups,
+            n_rewards,
+            eps,
+            SCALE,
+            LEAVE_ONE_OUT,
+            UNBIASED,
+            BLOCK,
+            SCAN,
+        ).to(tl.float32)
+    elif not PER_TOKEN:
+        value = tl.load(advantages_ptr + completion).to(tl.float32)
+    return value
+
+
+@kernel
+def prepare_kernel(
+    cu_seqlens_ptr,
+    advantages_ptr,
+    rewards_ptr,
+    sizes_ptr,
+    reward_weights_ptr,
+    old_ptr,
+    rollout_ptr,
+    weights_ptr,
+    out_advantages_ptr,
+    out_scale_ptr,
+    n_tokens,
+    n_completions,
+    n_groups,
+    n_rewards,
+    eps,
+    correction_low,
+    correction_high,
+    FOLD: tl.constexpr,
+    CORRECTION: tl.constexpr,
+    SEQUENCE_MEAN: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    SCALE: tl.constexpr,
+    LEAVE_ONE_OUT: tl.constexpr,
+    UNBIASED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCAN: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """`Prepared` for the tokens of one completion."""
+    completion = tl.program_id(0).to(tl.int64)
+    start, stop = _bounds(cu_seqlens_ptr, completion, n_tokens)
+    shared = _shared_advantage(
+        completion,
+        n_completions,
+        advantages_ptr,
+        rewards_ptr,
+        sizes_ptr,
+        reward_weights_ptr,
+        n_groups,
+        n_rewards,
+        eps,
+        PER_TOKEN,
+        SCALE,
+        LEAVE_ONE_OUT,
+        UNBIASED,
+        BLOCK,
+        SCAN,
+    )
+    lanes = tl.arange(0, TOKENS).to(tl.int64)
+    count = tl.zeros([TOKENS], dtype=tl.float32)
+    sum_weight = tl.zeros([TOKENS], dtype=tl.float32)
+    sum_advantage = tl.zeros([TOKENS], dtype=tl.float32)
+    sum_weighted = tl.zeros([TOKENS], dtype=tl.float32)
+    sum_log = tl.zeros([TOKENS], dtype=tl.float32)
+    if SEQUENCE_MEAN or FOLD != "none":
+        for first in range(start, stop, TOKENS):
+            token = first + lanes
+            weight, counts = _weights(weights_ptr, token, token < stop)
+            value = _advantages(advantages_ptr, shared, token, weight, counts, PER_TOKEN)
+            count += tl.where(counts, 1.0, 0.0)
+            sum_weight += weight
+            sum_advantage += value
+            sum_weighted += tl.where(counts, weight * value, 0.0)
+            if FOLD == "correction":
+                old = _optional(old_ptr, token, counts, 0.0)
+                sum_log += old - _optional(rollout_ptr, token, counts, 0.0)
+    n = tl.maximum(tl.sum(count, axis=0), 1.0)
+    whole_weight = tl.sum(sum_weight, axis=0)
+    for first in range(start, stop, TOKENS):
+        token = first + lanes
+        weight, counts = _weights(weights_ptr, token, token < stop)
+        value = _advantages(advantages_ptr, shared, token, weight, counts, PER_TOKEN)
+        if FOLD == "correction":
+            if CORRECTION == "sequence_truncate" or CORRECTION == "sequence_mask":
+                log_weight = tl.sum(sum_log, axis=0)
+            else:
+                old = _optional(old_ptr, token, counts, 0.0)
+                log_weight = old - _optional(rollout_ptr, token, counts, 0.0)
+            value *= correction_weight(CORRECTION, log_weight, correction_low, correction_high)
+        elif FOLD == "shared":
+            value = tl.sum(sum_weighted, axis=0) / n / weight
+        elif FOLD == "shared_gmpo":
+            value = (tl.sum(sum_advantage, axis=0) / n) * (whole_weight / n) / weight
+        scale = weight
+        if SEQUENCE_MEAN:
+            scale = tl.where(weight == 0, 0.0, weight / whole_weight)
+        tl.store(out_advantages_ptr + token, tl.where(counts, value, 0.0), mask=token < stop)
+        tl.store(out_scale_ptr + token, scale, mask=token < stop)
+
+
+@kernel
+def completion_kernel(
+    cu_seqlens_ptr,
+    logprobs_ptr,
+    entropy_ptr,
+    advantages_ptr,
+    rewards_ptr,
+    sizes_ptr,
+    reward_weights_ptr,
+    old_ptr,
+    ref_ptr,
+    rollout_ptr,
+    weights_ptr,
+    by_logprob_ptr,
+    by_entropy_ptr,
+    partials_ptr,
+    n_tokens,
+    n_completions,
+    n_groups,
+    n_rewards,
+    eps,
+    entropy_coef,
+    correction_low,
+    correction_high,
+    k_pos,
+    lambda_pos,
+    k_neg,
+    lambda_neg,
+    clip_low,
+    clip_high,
+    dual_clip,
+    delta,
+    tau_pos,
+    tau_neg,
+    ratio_cap,
+    kl_coef,
+    SURROGATE: tl.constexpr,
+    DUAL_CLIP: tl.constexpr,
+    DELTA: tl.constexpr,
+    KL: tl.constexpr,
+    HAS_KL: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    KL_BIAS_CORRECTION: tl.constexpr,
+    RATIO: tl.constexpr,
+    CORRECTION: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    SEQUENCE_MEAN: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    SCALE: tl.constexpr,
+    LEAVE_ONE_OUT: tl.constexpr,
+    UNBIASED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCAN: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Terms, metrics and coefficients of the tokens of one completion."""
+    completion = tl.program_id(0).to(tl.int64)
+    start, stop = _bounds(cu_seqlens_ptr, completion, n_tokens)
+    shared = _shared_advantage(
+        completion,
+        n_completions,
+        advantages_ptr,
+        rewards_ptr,
+        sizes_ptr,
+        reward_weights_ptr,
+        n_groups,
+        n_rewards,
+        eps,
+        PER_TOKEN,
+        SCALE,
+        LEAVE_ONE_OUT,
+        UNBIASED,
+        BLOCK,
+        SCAN,
+    )
+    by_sequence: tl.constexpr = CORRECTION == "sequence_truncate" or CORRECTION == "sequence_mask"
+    by_completion: tl.constexpr = RATIO != "token" or SURROGATE == "vespo" or SURROGATE == "gmpo"
+    lanes = tl.arange(0, TOKENS).to(tl.int64)
+
+    # First: what the tokens share.
+    sum_count = tl.zeros([TOKENS], dtype=tl.float32)
+    sum_weight = tl.zeros([TOKENS], dtype=tl.float32)
+    sum_ratio = tl.zeros([TOKENS], dtype=tl.float32)
+    sum_advantage = tl.zeros([TOKENS], dtype=tl.float32)
+    sum_gap = tl.zeros([TOKENS], dtype=tl.float32)
+    sum_correction = tl.zeros([TOKENS], dtype=tl.float32)
+    if by_completion or by_sequence or SEQUENCE_MEAN:
+        for first in range(start, stop, TOKENS):
+            token = first + lanes
+            weight, counts = _weights(weights_ptr, token, token < stop)
+            logprob = tl.load(logprobs_ptr + token, mask=counts, other=0.0).to(tl.float32)
+            old = _optional(old_ptr, token, counts, logprob)
+            value = _advantages(advantages_ptr, shared, token, weight, counts, PER_TOKEN)
+            log_ratio = logprob - old
+            sum_count += tl.where(counts, 1.0, 0.0)
+            sum_weight += weight
+            sum_advantage += value
+            if SURROGATE == "vespo":
+                sum_ratio += bounded(log_ratio)
+            elif SURROGATE == "gmpo":
+                clipped, _, _ = pessimistic(log_ratio, value, clip_low, clip_high)
+                sum_ratio += clipped
+            else:
+                sum_ratio += log_ratio
+            if CORRECTION != "":
+                gap = old - _optional(rollout_ptr, token, counts, 0.0)
+                sum_gap += gap
+                if SURROGATE == "vespo" and not by_sequence:
+                    correction = correction_weight(CORRECTION, gap, correction_low, correction_high)
+                    sum_correction += tl.where(counts, vespo_log(tl.log(correction)), 0.0)
+    n = tl.maximum(tl.sum(sum_count, axis=0), 1.0)
+    whole_weight = tl.sum(sum_weight, axis=0)
+    common = tl.sum(sum_ratio, axis=0)
+    whole_correction = 1.0
+    if by_sequence:
+        whole_correction = correction_weight(
+            CORRECTION, tl.sum(sum_gap, axis=0), correction_low, correction_high
+        )
+    if SURROGATE == "vespo":
+        if CORRECTION != "":
+            if by_sequence:
+                common += vespo_log(tl.log(whole_correction))
+            else:
+                common += tl.sum(sum_correction, axis=0)
+        common = vespo_log(common)
+    else:
+        common = common / n
+    mean_advantage = tl.sum(sum_advantage, axis=0) / n
+
+    # Second: the terms.
+    term_sum = tl.zeros([TOKENS], dtype=tl.float32)
+    moved = tl.zeros([TOKENS], dtype=tl.float32)
+    count_sum = tl.zeros([TOKENS], dtype=tl.float32)
+    weight_sum = tl.zeros([TOKENS], dtype=tl.float32)
+    invalid_sum = tl.zeros([TOKENS], dtype=tl.float32)
+    ratio_max = tl.zeros([TOKENS], dtype=tl.float32)
+    kl_sum = tl.zeros([TOKENS], dtype=tl.float32)
+    entropy_sum = tl.zeros([TOKENS], dtype=tl.float32)
+    clipped_sum = tl.zeros([TOKENS], dtype=tl.float32)
+    low_sum = tl.zeros([TOKENS], dtype=tl.float32)
+    high_sum = tl.zeros([TOKENS], dtype=tl.float32)
+    dual_sum = tl.zeros([TOKENS], dtype=tl.float32)
+    ratio_sum = tl.zeros([TOKENS], dtype=tl.float32)
+    gap_sum = tl.zeros([TOKENS], dtype=tl.float32)
+    correction_sum = tl.zeros([TOKENS], dtype=tl.float32)
+    for first in range(start, stop, TOKENS):
+        token = first + lanes
+        weight, counts = _weights(weights_ptr, token, token < stop)
+        logprob = tl.load(logprobs_ptr + token, mask=counts, other=0.0).to(tl.float32)
+        entropy = _optional(entropy_ptr, token, counts, tl.zeros([TOKENS], dtype=tl.float32))
+        old = _optional(old_ptr, token, counts, logprob)
+        ref = _optional(ref_ptr, token, counts, logprob)
+        rollout = _optional(rollout_ptr, token, counts, old)
+        value = _advantages(advantages_ptr, shared, token, weight, counts, PER_TOKEN)
+        own_ratio = logprob - old
+        log_ratio = own_ratio
+        if RATIO != "token":
+            log_ratio = common + logprob * 0.0
+        correction = whole_correction
+        if CORRECTION != "" and not by_sequence:
+            correction = correction_weight(
+                CORRECTION, old - rollout, correction_low, correction_high
+            )
+        sequence = 1.0
+        gains = value
+        if SURROGATE == "vespo":
+            sequence = vespo_weight(value, common, k_pos, lambda_pos, k_neg, lambda_neg)
+        elif SURROGATE == "gmpo":
+            sequence = tl.exp(bounded(common)) + logprob * 0.0
+            gains = mean_advantage + logprob * 0.0
+        term, by_ratio, kl_by_ratio, by_itself, ratio, kl, low, high, dual = token_term(
+            SURROGATE,
+            DUAL_CLIP,
+            DELTA,
+            KL,
+            HAS_KL,
+            HAS_REF,
+            KL_BIAS_CORRECTION,
+            log_ratio,
+            logprob,
+            old,
+            ref,
+            gains,
+            correction,
+            sequence,
+            clip_low,
+            clip_high,
+            dual_clip,
+            delta,
+            tau_pos,
+            tau_neg,
+            ratio_cap,
+            kl_coef,
+        )
+        if SURROGATE == "gmpo":
+            _, low, high = pessimistic(own_ratio, value, clip_low, clip_high)
+        if HAS_ENTROPY:
+            term -= entropy_coef * entropy
+        scale = weight
+        if SEQUENCE_MEAN:
+            scale = tl.where(weight == 0, 0.0, weight / whole_weight)
+        if SURROGATE == "gmpo":
+            _, slope = ratio_and_slope(common)
+            moved += tl.where(counts, tl.where(slope == 0, 0.0, scale * by_ratio), 0.0)
+            by_logprob = scale * (kl_by_ratio + by_itself)
+        elif RATIO == "sequence":
+            moved += tl.where(counts, scale * (by_ratio + kl_by_ratio), 0.0)
+            by_logprob = scale * by_itself
+        else:
+            by_logprob = scale * (by_ratio + kl_by_ratio + by_itself)
+        tl.store(by_logprob_ptr + token, tl.where(counts, by_logprob, 0.0), mask=token < stop)
+        if HAS_ENTROPY:
+            by_entropy = tl.where(counts, -entropy_coef * scale, 0.0)
+            tl.store(by_entropy_ptr + token, by_entropy, mask=token < stop)
+        finite = (tl.abs(term) < float("inf")) & (tl.abs(logprob) < float("inf"))
+        term_sum += tl.where(counts, scale * term, 0.0)
+        count_sum += tl.where(counts, 1.0, 0.0)
+        weight_sum += weight
+        invalid_sum += tl.where(counts, tl.where(finite, 0.0, 1.0), 0.0)
+        # NaN stays, as a comparison with it is false.
+        ratio_max = tl.where(counts, tl.where(ratio <= ratio_max, ratio_max, ratio), ratio_max)
+        kl_sum += tl.where(counts, kl, 0.0)
+        entropy_sum += entropy
+        low_sum += tl.where(counts & low, 1.0, 0.0)
+        high_sum += tl.where(counts & high, 1.0, 0.0)
+        clipped_sum += tl.where(counts & (low | high), 1.0, 0.0)
+        dual_sum += tl.where(counts & dual, 1.0, 0.0)
+        ratio_sum += tl.where(counts, ratio, 0.0)
+        gap_sum += rollout - old
+        correction_sum += tl.where(counts, correction, 0.0)
+
+    # Third: every token moves the ratio that all of them share.
+    if SURROGATE == "gmpo" or RATIO == "sequence":
+        share = tl.sum(moved, axis=0) / n
+        tl.debug_barrier()
+        for first in range(start, stop, TOKENS):
+            token = first + lanes
+            weight, counts = _weights(weights_ptr, token, token < stop)
+            by_logprob = tl.load(by_logprob_ptr + token, mask=counts, other=0.0)
+            mine = share + by_logprob * 0.0
+            if SURROGATE == "gmpo":
+                logprob = tl.load(logprobs_ptr + token, mask=counts, other=0.0).to(tl.float32)
+                old = _optional(old_ptr, token, counts, logprob)
+                value = _advantages(advantages_ptr, shared, token, weight, counts, PER_TOKEN)
+                _, low, high = pessimistic(logprob - old, value, clip_low, clip_high)
+                mine = tl.where(low | high, 0.0, mine)
+            tl.store(by_logprob_ptr + token, by_logprob + mine, mask=counts)
+
+    table = partials_ptr + completion
+    tl.store(table + _TERM * n_completions, tl.sum(term_sum, axis=0))
+    tl.store(table + _COUNT * n_completions, tl.sum(count_sum, axis=0))
+    whole = tl.sum(weight_sum, axis=0)
+    tl.store(table + _WEIGHT * n_completions, whole)
+    tl.store(table + _WEIGHTED * n_completions, tl.where(whole != 0, 1.0, 0.0))
+    tl.store(table + _INVALID * n_completions, tl.sum(invalid_sum, axis=0))
+    # The sum carries NaN, which a maximum may drop.
+    nan = tl.sum(ratio_max, axis=0) * 0.0
+    tl.store(table + _RATIO_MAX * n_completions, tl.max(ratio_max, axis=0) + nan)
+    tl.store(table + _KL * n_completions, tl.sum(kl_sum, axis=0))
+    tl.store(table + _ENTROPY * n_completions, tl.sum(entropy_sum, axis=0))
+    tl.store(table + _CLIPPED * n_completions, tl.sum(clipped_sum, axis=0))
+    tl.store(table + _LOW * n_completions, tl.sum(low_sum, axis=0))
+    tl.store(table + _HIGH * n_completions, tl.sum(high_sum, axis=0))
+    tl.store(table + _DUAL * n_completions, tl.sum(dual_sum, axis=0))
+    tl.store(table + _RATIO * n_completions, tl.sum(ratio_sum, axis=0))
+    tl.store(table + _GAP * n_completions, tl.sum(gap_sum, axis=0))
+    tl.store(table + _CORRECTION * n_completions, tl.sum(correction_sum, axis=0))
+
+
+@triton.jit
+def _total(partials_ptr, row, n_completions, BLOCK: tl.constexpr):
+    found = tl.zeros([BLOCK], dtype=tl.float32)
+    for first in range(0, n_completions, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        found += tl.load(
+            partials_ptr + row * n_completions + column, mask=column < n_completions, other=0.0
+        )
+    return tl.sum(found, axis=0)
+
+
+@kernel
+def finish_kernel(
+    partials_ptr,
+    cu_seqlens_ptr,
+    normalizer_ptr,
+    out_ptr,
+    n_tokens,
+    n_completions,
+    n_metrics,
+    normalizer,
+    max_completion_length,
+    HAS_NORMALIZER: tl.constexpr,
+    AGGREGATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`out [12 + 2]`: the metrics in the order of `METRICS`, the loss, and 1 / denominator."""
+    # Whether cu_seqlens runs from 0 to N without a step back, which the host has not looked at.
+    wrong = tl.zeros([BLOCK], dtype=tl.int32)
+    for first in range(0, n_completions, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        here = column < n_completions
+        low = tl.load(cu_seqlens_ptr + column, mask=here, other=0)
+        high = tl.load(cu_seqlens_ptr + column + 1, mask=here, other=0)
+        wrong += (high < low).to(tl.int32)
+    begin = tl.load(cu_seqlens_ptr)
+    end = tl.load(cu_seqlens_ptr + n_completions)
+    valid = (tl.sum(wrong, axis=0) == 0) & (begin == 0) & (end == n_tokens)
+
+    count = _total(partials_ptr, _COUNT, n_completions, BLOCK)
+    if HAS_NORMALIZER:
+        if normalizer_ptr is not None:
+            denominator = tl.load(normalizer_ptr).to(tl.float32)
+        else:
+            denominator = normalizer
+        valid = valid & (denominator > 0) & (denominator < float("inf"))
+    elif AGGREGATION == "token-mean":
+        denominator = _total(partials_ptr, _WEIGHT, n_completions, BLOCK)
+    elif AGGREGATION == "seq-mean-token-mean":
+        denominator = _total(partials_ptr, _WEIGHTED, n_completions, BLOCK)
+    else:
+        denominator = n_completions * 1.0
+    if AGGREGATION == "seq-mean-token-sum-norm":
+        denominator = denominator * max_completion_length
+    denominator = tl.where(valid, denominator, float("nan"))
+
+    total = _total(partials_ptr, _TERM, n_completions, BLOCK)
+    loss = tl.where(denominator == 0, 0.0, total / denominator)
+    loss = tl.where(tl.abs(loss) < float("inf"), loss, float("nan"))
+    some = tl.where(count > 0, count, 1.0)
+    tl.store(out_ptr + 0, _total(partials_ptr, _KL, n_completions, BLOCK) / some)
+    tl.store(out_ptr + 1, _total(partials_ptr, _ENTROPY, n_completions, BLOCK) / some)
+    tl.store(out_ptr + 2, _total(partials_ptr, _CLIPPED, n_completions, BLOCK) / some)
+    tl.store(out_ptr + 3, _total(partials_ptr, _LOW, n_completions, BLOCK) / some)
+    tl.store(out_ptr + 4, _total(partials_ptr, _HIGH, n_completions, BLOCK) / some)
+    tl.store(out_ptr + 5, _total(partials_ptr, _DUAL, n_completions, BLOCK) / some)
+    mean_ratio = _total(partials_ptr, _RATIO, n_completions, BLOCK) / some
+    tl.store(out_ptr + 6, tl.where(count > 0, mean_ratio, 1.0))
+    largest = tl.zeros([BLOCK], dtype=tl.float32)
+    for first in range(0, n_completions, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        ratio = tl.load(
+            partials_ptr + _RATIO_MAX * n_completions + column,
+            mask=column < n_completions,
+            other=0.0,
+        )
+        largest = tl.where(ratio <= largest, largest, ratio)
+    nan = tl.sum(largest, axis=0) * 0.0
+    tl.store(out_ptr + 7, tl.where(count > 0, tl.max(largest, axis=0) + nan, 1.0))
+    tl.store(out_ptr + 8, _total(partials_ptr, _GAP, n_completions, BLOCK) / some)
+    mean_correction = _total(partials_ptr, _CORRECTION, n_completions, BLOCK) / some
+    tl.store(out_ptr + 9, tl.where(count > 0, mean_correction, 1.0))
+    tl.store(out_ptr + 10, count)
+    invalid = _total(partials_ptr, _INVALID, n_completions, BLOCK)
+    tl.store(out_ptr + 11, tl.where(valid, invalid, tl.maximum(n_tokens, 1) * 1.0))
+    tl.store(out_ptr + n_metrics, loss)
+    tl.store(out_ptr + n_metrics + 1, tl.where(denominator == 0, 0.0, 1.0 / denominator))
+
+
+def prepare(
+    loss: PolicyLoss, inputs: LossInputs, fold: Fold, n_tokens: int, dtype: torch.dtype
+) -> Prepared:
+    """As `torch_backend.prepare`, in one launch."""
+    inputs = _contiguous(inputs)
+    n_completions = inputs.cu_seqlens.shape[0] - 1
+    out = torch.empty(2, n_tokens, dtype=torch.float32, device=inputs.cu_seqlens.device)
+    if n_completions:
+        prepare_kernel[(n_completions,)](
+            old_ptr=inputs.old,
+            rollout_ptr=inputs.rollout,
+            out_advantages_ptr=out[0],
+            out_scale_ptr=out[1],
+            correction_low=float(loss.correction_low),
+            correction_high=float(loss.correction_high),
+            FOLD=fold,
+            CORRECTION=loss.correction or "",
+            **_completion_arguments(loss, inputs, n_tokens),
+        )
+    return Prepared(*out.unbind())
+
+
+def evaluate(
+    loss: PolicyLoss, inputs: LossInputs, logprobs: Tensor, entropy: Tensor | None
+) -> Evaluated:
+    """As `torch_backend.evaluate`, in two launches."""
+    inputs = _contiguous(inputs)
+    device, n_tokens = logprobs.device, logprobs.shape[0]
+    n_completions = inputs.cu_seqlens.shape[0] - 1
+    has_entropy = loss.entropy_coef != 0 and entropy is not None
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.float32, device=device)
+
+    by_logprob, by_entropy = empty(n_tokens), empty(n_tokens) if has_entropy else None
+    partials, out = empty(_PARTIALS, n_completions), empty(len(METRICS) + 2)
+    if n_completions:
+        completion_kernel[(n_completions,)](
+            logprobs_ptr=logprobs.contiguous(),
+            entropy_ptr=None if entropy is None else entropy.contiguous(),
+            old_ptr=inputs.old,
+            ref_ptr=inputs.ref,
+            rollout_ptr=inputs.rollout,
+            by_logprob_ptr=by_logprob,
+            by_entropy_ptr=by_entropy,
+            partials_ptr=partials,
+            entropy_coef=float(loss.entropy_coef),
+            correction_low=float(loss.correction_low),
+            correction_high=float(loss.correction_high),
+            k_pos=float(loss.vespo_k_pos),
+            lambda_pos=float(loss.vespo_lambda_pos),
+            k_neg=float(loss.vespo_k_neg),
+            lambda_neg=float(loss.vespo_lambda_neg),
+            RATIO=loss.ratio,
+            CORRECTION=loss.correction or "",
+            HAS_ENTROPY=has_entropy,
+            **numbers(loss),
+            **axes(loss, inputs.ref is not None),
+            **_completion_arguments(loss, inputs, n_tokens),
+        )
+    finish_kernel[(1,)](
+        partials_ptr=partials,
+        cu_seqlens_ptr=inputs.cu_seqlens,
+        normalizer_ptr=inputs.normalizer,
+        out_ptr=out,
+        n_tokens=n_tokens,
+        n_completions=n_completions,
+        n_metrics=len(METRICS),
+        normalizer=1.0 if inputs.count is None else float(inputs.count),
+        max_completion_length=float(loss.max_completion_length or 1.0),
+        HAS_NORMALIZER=inputs.count is not None or inputs.normalizer is not None,
+        AGGREGATION=loss.aggregation,
+        BLOCK=_BLOCK,
+        num_warps=_WARPS,
+    )
+    metrics, loss_value, factor = out[:-2], out[-2], out[-1]
+    return Evaluated(
+        # Outputs of an operator must not share memory.
+        loss_value.clone(),
+        metrics,
+        Coefficients(by_logprob, by_entropy),
+        factor.clone(),
+    )
+
+
+def _completion_arguments(loss: PolicyLoss, inputs: LossInputs, n_tokens: int) -> dict[str, Any]:
+    """The arguments that both kernels over completions have."""
+    n_completions = inputs.cu_seqlens.shape[0] - 1
+    advantages, rewards = inputs.advantages, inputs.rewards
+    if rewards is not None and rewards.grouping.combine == "normalize_then_sum":
+        # Its last step is over the batch, which no program of a completion sees.
+        advantages, rewards = group_advantages(rewards).advantages, None
+    table = None if rewards is None else rewards.rewards.contiguous()
+    grouping = Grouping() if rewards is None else rewards.grouping
+    return {
+        "cu_seqlens_ptr": inputs.cu_seqlens,
+        "advantages_ptr": advantages,
+        "rewards_ptr": table,
+        "sizes_ptr": None if rewards is None else rewards.sizes.contiguous(),
+        "reward_weights_ptr": None if rewards is None else rewards.weights,
+        "weights_ptr": inputs.weights,
+        "n_tokens": n_tokens,
+        "n_completions": n_completions,
+        "n_groups": 0 if rewards is None else rewards.sizes.shape[0],
+        "n_rewards": table.shape[1] if table is not None and table.ndim == 2 else 1,
+        "SEQUENCE_MEAN": loss.aggregation == "seq-mean-token-mean",
+        "PER_TOKEN": advantages is not None and advantages.shape[0] != n_completions,
+        "TOKENS": _TOKENS,
+        "num_warps": _WARPS,
+        **grouping_arguments(grouping),
+    }
+
+
+def _contiguous(inputs: LossInputs) -> LossInputs:
+    tensors = {
+        name: tensor.contiguous()
+        for name, tensor in inputs._asdict().items()
+        if isinstance(tensor, Tensor)
+    }
+    if "weights" in tensors and tensors["weights"].dtype == torch.bool:
+        tensors["weights"] = tensors["weights"].to(torch.float32)
+    return inputs._replace(**tensors)
+
+
+def compile_cases() -> list[CompileCase]:
+    """The launch variants, see `perl_kernels.resources`: the barest and the fullest."""
+    types = {"cu_seqlens_ptr": "*i32", "sizes_ptr": "*i64", "reward_weights_ptr": "*fp64"}
+    rewards = ("rewards_ptr", "sizes_ptr", "reward_weights_ptr")
+    grouping = grouping_arguments(Grouping())
+    del grouping["eps"]
+    common = {**grouping, "TOKENS": _TOKENS, "SEQUENCE_MEAN": False, "PER_TOKEN": False}
+    bare = {**common, **dict.fromkeys((*rewards, "weights_ptr", "rollout_ptr"))}
+    full = {**common, "advantages_ptr": None, "SEQUENCE_MEAN": True, "SCALE": "batch"}
+
+    def loss(objective: PolicyLoss, has_ref: bool) -> dict[str, Any]:
+        return {
+            **axes(objective, has_ref),
+            "RATIO": objective.ratio,
+            "CORRECTION": objective.correction or "",
+            "HAS_ENTROPY": objective.entropy_coef != 0,
+        }
+
+    plain = loss(PolicyLoss(), False)
+    absent = dict.fromkeys(("entropy_ptr", "ref_ptr", "by_entropy_ptr"))
+    shared = PolicyLoss(
+        surrogate="gmpo", kl="k3", kl_coef=0.1, entropy_coef=0.1, correction="sequence_mask"
+    )
+    fold = {"FOLD": "correction", "CORRECTION": "token_truncate"}
+    finish: dict[str, Any] = {"HAS_NORMALIZER": False, "BLOCK": _BLOCK}
+    cases = []
+    for name, launched, constants in (
+        ("token mean", prepare_kernel, {**bare, "old_ptr": None, "FOLD": "none", "CORRECTION": ""}),
+        ("rewards, weights, correction", prepare_kernel, {**full, **fold}),
+        ("clip, token mean", completion_kernel, {**bare, **plain, **absent}),
+        ("rewards, weights, gmpo, k3, entropy", completion_kernel, {**full, **loss(shared, True)}),
+        ("token mean", finish_kernel, {**finish, "AGGREGATION": "token-mean"}),
+    ):
+        if launched is finish_kernel:
+            constants = {**constants, "normalizer_ptr": None}
+        cases.append(compile_case(name, launched, types, constants, num_warps=_WARPS))
+    return cases
