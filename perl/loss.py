@@ -101,7 +101,8 @@ class HeadLoss:
             self.policy.head_weight,
             batch.targets.to(device),
             batch.advantages.to(device),
-            batch.completion_cu_seqlens.to(device),
+            # On the host as it is: the loss then knows the lengths without waiting for the device.
+            batch.completion_cu_seqlens,
             loss,
             old_logprobs=old_logprobs,
             ref_logprobs=ref_logprobs,

@@ -6,6 +6,7 @@ from .logits import grpo_loss, token_logprobs
 from .objective import PolicyLoss
 from .outputs import LossOutput, TokenLogprobs
 from .policy import policy_loss
+from .selection import top_entropy_weights
 
 __version__ = "0.1.0"
 
@@ -22,4 +23,5 @@ __all__ = [
     "linear_token_logprobs",
     "policy_loss",
     "token_logprobs",
+    "top_entropy_weights",
 ]

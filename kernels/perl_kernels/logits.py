@@ -103,9 +103,10 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
-        # Of the detached tensor, so that a leaf is served; the version counter is shared, and
-        # autograd refuses if another backward still needs the logits.
+        # Of the detached tensor, so that a leaf is served.
         *outputs, factor = ops.grpo_loss_(logits.detach(), *arguments)
+        # So that autograd refuses if another backward still needs the logits.
+        torch.autograd.graph.increment_version(logits)
         ctx.gradient, ctx.factor = logits.detach(), factor
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)

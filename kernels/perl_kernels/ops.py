@@ -2,7 +2,7 @@
 
 The public functions check their arguments and call these. A loss comes with its gradients, computed
 in the forward and not yet divided by the loss's denominator; the backward multiplies them by
-grad_loss / denominator. What has no gradient formula here raises if one differentiates through it.
+grad_loss / denominator.
 """
 
 from __future__ import annotations
@@ -39,8 +39,49 @@ _STATS = "Tensor logprobs, Tensor entropy, Tensor shift, Tensor log_sum"
 _Tensors = tuple[Tensor, ...]
 
 
-def _operator(name: str, schema: str, mutates: tuple[str, ...] = ()) -> Callable[..., Any]:
-    return torch.library.custom_op(f"perl_kernels::{name}", mutates_args=mutates, schema=schema)
+# Not torch.library.custom_op, which imports torch._dynamo at the first call: a second, 150 MB.
+_library = torch.library.Library("perl_kernels", "DEF")
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+
+
+def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
+    """Register the decorated function as `torch.ops.perl_kernels.<name>`; gives the operator."""
+
+    def register(function: Callable[..., Any]) -> Any:
+        IMPLEMENTATIONS[name] = function
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        return getattr(torch.ops.perl_kernels, name).default
+
+    return register
+
+
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return torch.library.register_fake(f"perl_kernels::{name}", lib=_library)
+
+
+def _differentiable(
+    name: str, save: Callable[..., None], backward: Callable[..., tuple[Any, ...]]
+) -> None:
+    torch.library.register_autograd(
+        f"perl_kernels::{name}", _once(backward), setup_context=save, lib=_library
+    )
+
+
+def _once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """A gradient formula that refuses a graph of its own: its operators have no formula."""
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "functions of perl_kernels can be differentiated once only (create_graph=True was "
+                "given); perl_kernels.reference has the same functions, differentiable any number "
+                "of times"
+            )
+        return backward(ctx, *grads)
+
+    return checked
 
 
 def _like(tensor: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -128,7 +169,7 @@ def token_logprobs(
     return tuple(stats_pass(engine(backend), tiles))
 
 
-@token_logprobs.register_fake
+@_fake("token_logprobs")
 def _(logits: Tensor, *_: Any) -> _Tensors:
     return tuple(_like(logits, logits.shape[0]) for _ in range(4))
 
@@ -157,7 +198,7 @@ def token_logprobs_backward(
     return grad
 
 
-@token_logprobs_backward.register_fake
+@_fake("token_logprobs_backward")
 def _(grad_logprobs: Tensor, grad_entropy: Tensor | None, logits: Tensor, *_: Any) -> Tensor:
     return _like(logits, *logits.shape, dtype=logits.dtype)
 
@@ -180,7 +221,7 @@ def _logits_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     return grad, *[None] * 5
 
 
-token_logprobs.register_autograd(_logits_backward, setup_context=_save_logits)
+_differentiable("token_logprobs", _save_logits, _logits_backward)
 
 
 # ---- log-probs of hidden states and head
@@ -206,7 +247,7 @@ def linear_token_logprobs(
         return tuple(stats_pass(engine(backend), tiles))
 
 
-@linear_token_logprobs.register_fake
+@_fake("linear_token_logprobs")
 def _(hidden: Tensor, *_: Any) -> _Tensors:
     return tuple(_like(hidden, hidden.shape[0]) for _ in range(4))
 
@@ -251,7 +292,7 @@ def linear_token_logprobs_backward(
     )
 
 
-@linear_token_logprobs_backward.register_fake
+@_fake("linear_token_logprobs_backward")
 def _(
     grad_logprobs: Tensor,
     grad_entropy: Tensor | None,
@@ -286,7 +327,7 @@ def _head_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     return *_needed(found, needs), *[None] * 8
 
 
-linear_token_logprobs.register_autograd(_head_backward, setup_context=_save_head)
+_differentiable("linear_token_logprobs", _save_head, _head_backward)
 
 
 def _head_gradients(tiles: HeadTiles) -> _Tensors:
@@ -341,7 +382,7 @@ def policy_loss(logprobs: Tensor, entropy: Tensor | None, *arguments: Any) -> _T
     return found.value, found.metrics, found.coefficients.logprobs, by_entropy, found.factor
 
 
-@policy_loss.register_fake
+@_fake("policy_loss")
 def _(logprobs: Tensor, *_: Any) -> _Tensors:
     coefficients = (_like(logprobs, logprobs.shape[0]) for _ in range(2))
     return *_fake_value(logprobs), *coefficients, _like(logprobs)
@@ -364,7 +405,7 @@ def _policy_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, 
     return *grads, *[None] * (_N_LOSS + 1)
 
 
-policy_loss.register_autograd(_policy_backward, setup_context=_save_policy)
+_differentiable("policy_loss", _save_policy, _policy_backward)
 
 
 @_operator(
@@ -381,7 +422,7 @@ def grpo_loss(logits: Tensor, *arguments: Any) -> _Tensors:
     return *_value(found), grad, found.evaluated.factor
 
 
-@grpo_loss.register_fake
+@_fake("grpo_loss")
 def _(logits: Tensor, *arguments: Any) -> _Tensors:
     shape = logits.shape if arguments[-3] else (0,)
     dtype = logits.dtype if arguments[-3] else None
@@ -406,14 +447,13 @@ def _grpo_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ..
     return grads, *[None] * (3 + _N_LOSS + 3)
 
 
-grpo_loss.register_autograd(_grpo_backward, setup_context=_save_grpo)
+_differentiable("grpo_loss", _save_grpo, _grpo_backward)
 
 
 @_operator(
     "grpo_loss_",
     f"(Tensor(a!) logits, {_SCORING}, {_LOSS}, int rows, str backend) "
     "-> (Tensor loss, Tensor metrics, Tensor logprobs, Tensor entropy, Tensor factor)",
-    mutates=("logits",),
 )
 def grpo_loss_(logits: Tensor, *arguments: Any) -> _Tensors:
     """`grpo_loss` whose gradient takes the place of the logits."""
@@ -421,7 +461,7 @@ def grpo_loss_(logits: Tensor, *arguments: Any) -> _Tensors:
     return *_value(found), found.evaluated.factor
 
 
-@grpo_loss_.register_fake
+@_fake("grpo_loss_")
 def _(logits: Tensor, *_: Any) -> _Tensors:
     stats = (_like(logits, logits.shape[0]) for _ in range(2))
     return *_fake_value(logits), *stats, _like(logits)
@@ -467,7 +507,7 @@ def linear_grpo_loss(
     return *_value(found), *_head_gradients(tiles), found.evaluated.factor
 
 
-@linear_grpo_loss.register_fake
+@_fake("linear_grpo_loss")
 def _(
     hidden: Tensor,
     weight: Tensor,
@@ -504,7 +544,7 @@ def _linear_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, 
     return tuple(grads)
 
 
-linear_grpo_loss.register_autograd(_linear_backward, setup_context=_save_linear)
+_differentiable("linear_grpo_loss", _save_linear, _linear_backward)
 
 
 def _value(found: Scored) -> _Tensors:
@@ -524,7 +564,7 @@ def scale(x: Tensor, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor
     return torch.mul(x, by.expand(x.shape), out=torch.empty_like(x, dtype=dtype))
 
 
-@scale.register_fake
+@_fake("scale")
 def _(x: Tensor, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype)
 
@@ -544,7 +584,7 @@ def group_advantages(
     return tuple(engine(arguments[-1]).group_advantages(grouped))
 
 
-@group_advantages.register_fake
+@_fake("group_advantages")
 def _(rewards: Tensor, group_sizes: Tensor, *_: Any) -> _Tensors:
     n_groups = group_sizes.shape[0]
     return tuple(

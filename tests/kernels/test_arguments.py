@@ -262,7 +262,7 @@ def test_no_synchronisation(
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     monkeypatch.setattr(ops, "_no_autocast", lambda hidden: contextlib.nullcontext())
     # Called as an operator, a meta tensor would get the fake instead.
-    monkeypatch.setattr(ops, "linear_grpo_loss", ops.linear_grpo_loss._init_fn)
+    monkeypatch.setattr(ops, "linear_grpo_loss", ops.IMPLEMENTATIONS["linear_grpo_loss"])
     loss = PolicyLoss(
         surrogate=surrogate,
         aggregation=aggregation,
@@ -357,6 +357,7 @@ def test_public_names_and_cost_of_the_import() -> None:
         "linear_token_logprobs",
         "policy_loss",
         "token_logprobs",
+        "top_entropy_weights",
     }
     root = str(Path(perl_kernels.__file__).parents[1])
     script = (
@@ -364,6 +365,11 @@ def test_public_names_and_cost_of_the_import() -> None:
         "import perl_kernels; new = set(sys.modules) - before\n"
         "assert time.perf_counter() - t < 0.5\n"
         "assert not {n for n in new if n.startswith('triton')}, new\n"
+        "from perl_kernels import PolicyLoss, linear_grpo_loss\n"
+        "weight = torch.zeros(5, 2, requires_grad=True)\n"
+        "loss = linear_grpo_loss(torch.ones(3, 2), weight, torch.arange(3), torch.ones(1),"
+        " torch.tensor([0, 3]), PolicyLoss()).loss.backward()\n"
+        "assert not {'torch._dynamo', 'triton'} & (set(sys.modules) - before)\n"
     )
     environment = {**os.environ, "PYTHONPATH": root}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)

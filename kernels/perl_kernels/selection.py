@@ -1,0 +1,44 @@
+"""Which tokens a loss is taken over, as weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .scalars import check_number
+
+
+def top_entropy_weights(
+    entropy: Tensor, fraction: float, *, weights: Tensor | None = None
+) -> Tensor:
+    """1 for the `fraction` of tokens with the highest entropy, 0 for the others, as `weights` of a
+    loss: the high-entropy minority of Wang et al., arXiv 2506.01939, TRL's `top_entropy_quantile`.
+
+    Args:
+        entropy: [N], in nats, of the tokens of the whole batch: the threshold is one for all.
+        fraction: share of the tokens that stay, in (0, 1]. Ties at the threshold all stay.
+        weights: [N], multiplied in; tokens of weight 0 neither stay nor count for the threshold.
+
+    Returns:
+        [N] weights in the dtype of `weights`, else fp32, without gradient. Nothing waits for the
+        device.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or value.
+    """
+    checks.check_floating("entropy", entropy, 1, "[N]")
+    check_number("fraction", fraction, "a number")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction is {fraction}, must be above 0 and at most 1")
+    if weights is None:
+        weights = torch.ones_like(entropy, dtype=torch.float32)
+    checks.check_length("weights", weights, entropy.shape[0])
+    weights = weights.detach()
+    counted = weights != 0
+    # torch.quantile takes at most 16 million values; sorting takes any number.
+    ranked = torch.where(counted, entropy.detach(), -torch.inf).sort(descending=True).values
+    kept = (counted.sum() * fraction).ceil().to(torch.int64)
+    threshold = ranked.gather(0, (kept - 1).clamp(min=0)[None]) if ranked.numel() else ranked
+    stays = counted & (entropy.detach() >= threshold)
+    return weights * stays.to(weights.dtype)
