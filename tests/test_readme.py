@@ -15,12 +15,21 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_example_runs_as_printed() -> None:
-    (code,) = blocks("python")
+    code, _ = blocks("python")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert "torch.Size([11])" in first
     assert second == "tensor(True) tensor(True)"
+
+
+def test_the_comparison_gives_the_same_loss_in_less_memory() -> None:
+    _, code = blocks("python")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ours, plain = (re.findall(r"-?[\d.]+", line) for line in done.stdout.splitlines())
+    assert abs(float(ours[0]) - float(plain[0])) < 1e-4
+    assert 4 * int(ours[1]) < int(plain[1])
 
 
 def test_the_recipe_loads(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from .dispatch import Backend, select_backend
 from .objective import PolicyLoss
 from .outputs import LossOutput, TokenLogprobs, loss_output
 from .scalars import split_temperature
-from .tuning import head_rows
+from .tuning import head_rows, persistent_wanted
 
 
 def linear_token_logprobs(
@@ -86,12 +86,14 @@ def linear_token_logprobs(
         *split_temperature(temperature),
         None if softcap is None else float(softcap),
         *_products(hidden, weight, logits_dtype, chunk_size, memory_budget),
-        select_backend(backend, hidden),
     )
+    chosen = select_backend(backend, hidden)
     if group is None:
-        logprobs, entropy, *_ = ops.linear_token_logprobs(*arguments)
+        forward_only = not any(_needs_gradient(tensor) for tensor in (hidden, weight, bias))
+        persistent = forward_only and chosen == "triton" and persistent_wanted()
+        logprobs, entropy, *_ = ops.linear_token_logprobs(*arguments, persistent, chosen)
     else:
-        logprobs, entropy = vocab_parallel.linear_token_logprobs(*arguments, group)
+        logprobs, entropy = vocab_parallel.linear_token_logprobs(*arguments, chosen, group)
     return TokenLogprobs(logprobs, entropy)
 
 

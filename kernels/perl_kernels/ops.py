@@ -227,7 +227,9 @@ _differentiable("token_logprobs", _save_logits, _logits_backward)
 # ---- log-probs of hidden states and head
 
 
-@_operator("linear_token_logprobs", f"({_HEAD}, {_TILES}, str backend) -> ({_STATS})")
+@_operator(
+    "linear_token_logprobs", f"({_HEAD}, {_TILES}, bool persistent, str backend) -> ({_STATS})"
+)
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -239,10 +241,16 @@ def linear_token_logprobs(
     rows: int,
     matmul_dtype: torch.dtype,
     logits_dtype: torch.dtype,
+    persistent: bool,
     backend: str,
 ) -> _Tensors:
     scoring = _scoring(targets, temperatures, temperature, bias, softcap)
     with _no_autocast(hidden):
+        if persistent:
+            operands = (hidden.to(matmul_dtype), weight.to(matmul_dtype))
+            found = engine(backend).head_stats(*operands, scoring)
+            if found is not None:
+                return tuple(found)
         tiles = HeadTiles(hidden, weight, scoring, rows, matmul_dtype, logits_dtype)
         return tuple(stats_pass(engine(backend), tiles))
 
@@ -309,7 +317,8 @@ def _(
 
 
 def _save_head(ctx: Any, inputs: tuple[Any, ...], output: _Tensors) -> None:
-    ctx.settings = (inputs[5], inputs[6], *inputs[7:])
+    *settings, _, backend = inputs[5:]
+    ctx.settings = (*settings, backend)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(*inputs[:5], *output)
@@ -324,7 +333,7 @@ def _head_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     found = linear_token_logprobs_backward(
         grad_logprobs, grad_entropy, *needs, *head, *ctx.settings, *stats
     )
-    return *_needed(found, needs), *[None] * 8
+    return *_needed(found, needs), *[None] * 9
 
 
 _differentiable("linear_token_logprobs", _save_head, _head_backward)

@@ -10,15 +10,13 @@ from torch import Tensor
 class Scoring(NamedTuple):
     """score = softcap * tanh((logit + bias) / softcap) / temperature, and what is asked of it.
 
-    `targets [n]`; `bias [V]` or None; `temperature`: a float or [n]; `softcap`: a float or None;
-    `vocab_start`: the token that column 0 stands for, where the vocabulary is split over ranks.
+    `targets [n]`; `bias [V]` or None; `temperature`: a float or [n]; `softcap`: a float or None.
     """
 
     targets: Tensor
     bias: Tensor | None
     temperature: float | Tensor
     softcap: float | None
-    vocab_start: int = 0
 
     def rows(self, part: slice | Tensor) -> Scoring:
         tau = self.temperature

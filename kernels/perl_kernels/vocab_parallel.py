@@ -130,7 +130,7 @@ class _VocabParallel(torch.autograd.Function):
         group = settings.group
         ends = sizes.cumsum(0)
         starts = ends - sizes
-        # Where this part starts is known on the device alone, hence no `Scoring.vocab_start`.
+        # Where this part starts is known on the device alone.
         local = targets.to(torch.int64) - starts[dist.get_rank(group)]
         head = (hidden, weight, bias, local, temperatures)
         found = torch.stack(_local_stats(head, settings))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from perl_kernels.triton_backend import persistent  # noqa: E402
+from perl_kernels import linear_token_logprobs  # noqa: E402
+from perl_kernels.triton_backend import head, persistent  # noqa: E402
 from perl_kernels.triton_backend.persistent import (  # noqa: E402
     Tiling,
     persistent_logprobs,
@@ -251,3 +253,33 @@ def test_other_sizes_do_not_recompile(monkeypatch: pytest.MonkeyPatch) -> None:
         case.temperature = 0.5 + vocab
         case.run(None)
     assert not compiled
+
+
+def test_public_function_takes_it_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where no gradient is needed, and blocks of logits where the kernel cannot."""
+    calls: list[int] = []
+
+    def counted(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        calls.append(1)
+        return persistent_logprobs(*arguments, _tiling=None if DEVICE == "cuda" else SMALL)
+
+    monkeypatch.setattr(head, "persistent_logprobs", counted)
+    hidden = torch.randn(9, 24, device=DEVICE)
+    weight = torch.randn(50, 24, device=DEVICE)
+    targets = torch.randint(0, 50, (9,), device=DEVICE)
+    options = {"bias": torch.randn(50, device=DEVICE), "temperature": 0.8, "softcap": 4.0}
+    wanted = linear_token_logprobs(hidden, weight, targets, backend="triton", **options)
+    assert not calls
+    monkeypatch.setenv("PERL_PERSISTENT", "1")
+    found = linear_token_logprobs(hidden, weight, targets, backend="triton", **options)
+    assert len(calls) == 1
+    torch.testing.assert_close(tuple(found), tuple(wanted))
+    linear_token_logprobs(hidden, weight, targets, backend="torch", **options)
+    linear_token_logprobs(hidden.requires_grad_(), weight, targets, backend="triton", **options)
+    assert len(calls) == 1
+    # Rows of 23 numbers do not start at a multiple of 16 bytes.
+    narrow = (hidden.detach()[:, :23].contiguous(), weight[:, :23].contiguous(), targets)
+    found = linear_token_logprobs(*narrow, backend="triton", **options)
+    wanted = linear_token_logprobs(*narrow, backend="torch", **options)
+    assert len(calls) == 1
+    torch.testing.assert_close(tuple(found), tuple(wanted))

@@ -76,7 +76,7 @@ def _log_probs(
 def _stats(work: tuple[Tensor, Tensor, Tensor, Tensor], scoring: Scoring) -> RowStats:
     _, log_probs, shift, log_sum = work
     entropy = -(log_probs.exp() * log_probs).sum(1)
-    index = scoring.targets.to(torch.int64) - scoring.vocab_start
+    index = scoring.targets.to(torch.int64)
     safe = index.clamp(0, log_probs.shape[1] - 1)
     logprobs = log_probs.gather(1, safe[:, None])[:, 0]
     # An infinite score makes the entropy NaN (0 * inf), whether or not the target is concerned.
@@ -98,7 +98,7 @@ def _write_gradient(
     else:
         slope = (log_probs + stats.entropy[:, None]).mul_(by_entropy[:, None])
         grad = slope.add_(by_logprob[:, None]).neg_().mul_(log_probs.exp())
-    index = scoring.targets.to(torch.int64) - scoring.vocab_start
+    index = scoring.targets.to(torch.int64)
     safe = index.clamp(0, scores.shape[1] - 1)
     # A target in another rank's part of the vocabulary adds nothing here.
     here = torch.where(safe == index, by_logprob, 0.0)

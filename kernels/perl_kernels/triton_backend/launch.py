@@ -12,8 +12,16 @@ import triton
 
 from .compile_case import CompileCase
 
-_COUNTS = ["n_rows", "n_tokens", "n_completions", "n_groups", "n_rewards", "n_rollouts", "n_values"]
-_OTHERS = ["n_metrics", "vocab_start"]
+_COUNTS = [
+    "n_rows",
+    "n_tokens",
+    "n_completions",
+    "n_groups",
+    "n_rewards",
+    "n_rollouts",
+    "n_values",
+    "n_metrics",
+]
 _VECTORS = {"tile_ptr", "out_ptr", "bias_ptr"}
 
 
@@ -32,7 +40,7 @@ def kernel(function: Callable[..., Any]) -> Any:
     their addresses and strides matter."""
     pointers = [name for name in inspect.signature(function).parameters if name.endswith("_ptr")]
     return triton.jit(
-        do_not_specialize=_COUNTS + _OTHERS,
+        do_not_specialize=_COUNTS,
         do_not_specialize_on_alignment=[name for name in pointers if name not in _VECTORS],
     )(function)
 
@@ -48,7 +56,7 @@ def compile_case(
     architectures: tuple[int, ...] = (80, 90, 100),
 ) -> CompileCase:
     """A case whose arguments are, unless `types` or `constants` say otherwise, pointers to fp32
-    (`_ptr`), integers (`n_`, `_stride`, `_start`) and fp32 numbers."""
+    (`_ptr`), integers (`n_`, `_stride`) and fp32 numbers."""
     signature = {}
     for argument in kernel.arg_names:
         if argument in constants:
@@ -57,7 +65,7 @@ def compile_case(
             signature[argument] = types[argument]
         elif argument.endswith("_ptr"):
             signature[argument] = "*fp32"
-        elif argument.startswith("n_") or argument.endswith(("_stride", "_start")):
+        elif argument.startswith("n_") or argument.endswith("_stride"):
             signature[argument] = "i32"
         else:
             signature[argument] = "fp32"

@@ -147,7 +147,6 @@ def row_stats_kernel(
     stats_ptr,
     n_rows,
     n_columns,
-    vocab_start,
     softcap,
     temperature,
     HAS_SOFTCAP: tl.constexpr,
@@ -156,7 +155,7 @@ def row_stats_kernel(
     """`stats [4, n]`: log-prob, entropy, largest score, log sum exp of each row."""
     row = tl.program_id(0).to(tl.int64)
     tau = _temperature_of(temperatures_ptr, temperature, row)
-    target = tl.load(targets_ptr + row).to(tl.int64) - vocab_start
+    target = tl.load(targets_ptr + row).to(tl.int64)
     logprob, entropy, shift, log_sum = _row_statistics(
         tile_ptr + row * tile_stride, bias_ptr, target, n_columns, softcap, tau, HAS_SOFTCAP, BLOCK
     )
@@ -181,7 +180,6 @@ def row_gradient_kernel(
     by_logprob_ptr,
     by_entropy_ptr,
     n_columns,
-    vocab_start,
     softcap,
     temperature,
     HAS_SOFTCAP: tl.constexpr,
@@ -191,7 +189,7 @@ def row_gradient_kernel(
     log-prob and entropy of each row."""
     row = tl.program_id(0).to(tl.int64)
     tau = _temperature_of(temperatures_ptr, temperature, row)
-    target = tl.load(targets_ptr + row).to(tl.int64) - vocab_start
+    target = tl.load(targets_ptr + row).to(tl.int64)
     by_entropy = 0.0
     if by_entropy_ptr is not None:
         by_entropy = tl.load(by_entropy_ptr + row).to(tl.float32)
@@ -345,7 +343,6 @@ def row_stats(tile: Tensor, scoring: Scoring, dtype: torch.dtype) -> RowStats:
             stats_ptr=stats,
             n_rows=n_rows,
             n_columns=n_columns,
-            vocab_start=scoring.vocab_start,
             **_scoring_arguments(scoring),
             **_launch(n_columns, tile.device),
         )
@@ -373,7 +370,6 @@ def row_gradient(
         by_logprob_ptr=by_logprob.contiguous(),
         by_entropy_ptr=None if by_entropy is None else by_entropy.contiguous(),
         n_columns=n_columns,
-        vocab_start=scoring.vocab_start,
         **_scoring_arguments(scoring),
         **_launch(n_columns, tile.device),
     )

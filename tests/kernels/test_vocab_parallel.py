@@ -1,0 +1,405 @@
+"""linear_token_logprobs over a vocabulary that is split over processes, against that of one process.
+
+Three processes run every case one after the other, in groups of two or three of them; each test
+reads what became of one case.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from perl_kernels import TokenLogprobs, linear_token_logprobs, reference
+from tests.kernels.naive import Problem
+
+ROOT = Path(__file__).parents[2]
+WORLD = 3
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
+SINGLE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
+SPLITS = {2: ((6, 7), (0, 13)), 3: ((4, 1, 8), (5, 0, 8), (0, 13, 0))}
+ROW_TEMPERATURE = torch.linspace(0.5, 2.0, 16, dtype=torch.float64)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bias": {"bias": True},
+    "softcap": {"bias": True, "softcap": 1.5, "temperature": 1.3},
+    "row-temperature": {"temperature": ROW_TEMPERATURE},
+}
+
+Case = Callable[[dist.ProcessGroup], None]
+CASES: dict[str, tuple[int, Case]] = {}
+
+
+def case(world: int) -> Callable[[Case], Case]:
+    """To be run by the first `world` processes."""
+
+    def register(run: Case) -> Case:
+        CASES[run.__name__] = world, run
+        return run
+
+    return register
+
+
+class Split:
+    """A problem whole, and this rank's part of its head, ready to be differentiated."""
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        sizes: tuple[int, ...],
+        problem: Problem,
+        dtype: torch.dtype = torch.float64,
+        bias: bool = False,
+        **options: Any,
+    ) -> None:
+        self.group, self.problem, self.options = group, problem, options
+        start = sum(sizes[: dist.get_rank(group)])
+        self.part = slice(start, start + sizes[dist.get_rank(group)])
+        names = ("hidden", "weight", "bias") if bias else ("hidden", "weight")
+        self.whole = {name: getattr(problem, name).to(dtype).requires_grad_() for name in names}
+        self.mine = {
+            name: (tensor if name == "hidden" else tensor[self.part])
+            .detach()
+            .clone()
+            .requires_grad_()
+            for name, tensor in self.whole.items()
+        }
+
+    def run(self, **more: Any) -> TokenLogprobs:
+        given = {"targets": self.problem.targets, **self.mine, **self.options, **more}
+        return linear_token_logprobs(group=self.group, **given)
+
+    def alone(self, **more: Any) -> TokenLogprobs:
+        """By one process with the whole head."""
+        given = {"targets": self.problem.targets, **self.whole, **self.options, **more}
+        return linear_token_logprobs(**given)
+
+    def gradients(self, outputs: TokenLogprobs, leaves: dict[str, Tensor]) -> list[Tensor]:
+        """Of hidden and of this rank's part of weight and bias."""
+        generator = torch.Generator().manual_seed(3)
+        upstream = [
+            torch.randn(len(output), generator=generator, dtype=torch.float64).to(output)
+            for output in outputs
+        ]
+        found = torch.autograd.grad(tuple(outputs), list(leaves.values()), upstream)
+        return [
+            g[self.part] if leaves is self.whole and name != "hidden" else g
+            for name, g in zip(leaves, found, strict=True)
+        ]
+
+    def check(self, tolerance: dict[str, Any], **more: Any) -> None:
+        outputs = self.run(**more)
+        gradients = self.gradients(outputs, self.mine)
+        same = [*outputs, gradients[0]]
+        everybody_s = [gathered(tensor.detach(), self.group) for tensor in same]
+        wanted = self.alone(chunk_size=5)
+        torch.testing.assert_close(tuple(outputs), tuple(wanted), **tolerance)
+        torch.testing.assert_close(gradients, self.gradients(wanted, self.whole), **tolerance)
+        for tensors in everybody_s:
+            assert all(torch.equal(tensors[0], tensor) for tensor in tensors)
+
+
+def gathered(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, tensor, group=group)
+    return parts
+
+
+def equal_to_one_process(group: dist.ProcessGroup, options: dict[str, Any]) -> None:
+    for sizes in SPLITS[dist.get_world_size(group)]:
+        for chunk_size in (3, None):
+            split = Split(group, sizes, Problem.make(), **options)
+            split.check(EXACT, chunk_size=chunk_size)
+
+
+CASES.update(
+    (f"{name}-{world}", (world, functools.partial(equal_to_one_process, options=options)))
+    for world in SPLITS
+    for name, options in OPTIONS.items()
+)
+
+
+@case(3)
+def triton(group: dist.ProcessGroup) -> None:
+    problem = Problem.make((3, 2))
+    options = {"bias": True, "softcap": 1.5, "temperature": ROW_TEMPERATURE[:5].float()}
+    split = Split(group, (4, 9, 0), problem, torch.float32, **options)
+    split.check(SINGLE, backend="triton", chunk_size=2)
+
+
+@case(2)
+def int32_targets_and_one_result_used(group: dist.ProcessGroup) -> None:
+    problem = Problem.make()
+    split = Split(group, (6, 7), problem)
+    for field in TokenLogprobs._fields:
+        got = getattr(split.run(targets=problem.targets.int()), field)
+        wanted = getattr(split.alone(), field)
+        torch.testing.assert_close(
+            torch.autograd.grad(got.square().sum(), split.mine["hidden"]),
+            torch.autograd.grad(wanted.square().sum(), split.whole["hidden"]),
+            **EXACT,
+        )
+
+
+@case(3)
+def half_precision(group: dist.ProcessGroup) -> None:
+    """At most twice (gradients: three times) PyTorch's own error in the dtype, with and without
+    fp32 logits."""
+    problem = Problem.make((40, 1, 60), vocab=300)
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded = {
+            name: getattr(problem, name).to(dtype).double() for name in ("hidden", "weight", "bias")
+        }
+        exact = Problem(**{**vars(problem), **rounded})
+        truth = Split(group, (100, 20, 180), exact, bias=True)
+        wanted = truth.alone()
+        wanted = [*wanted, *truth.gradients(wanted, truth.whole)]
+        split = Split(group, (100, 20, 180), exact, dtype, bias=True)
+        theirs = reference.linear_token_logprobs(targets=exact.targets, **split.whole)
+        theirs = [*theirs, *split.gradients(theirs, split.whole)]
+        for logits_dtype in (None, torch.float32):
+            ours = split.run(chunk_size=7, logits_dtype=logits_dtype)
+            ours = [*ours, *split.gradients(ours, split.mine)]
+            assert [x.dtype for x in ours] == [torch.float32] * 2 + [dtype] * 3
+            for i, (got, other, true) in enumerate(zip(ours, theirs, wanted, strict=True)):
+                allowed = (2 if i < 2 else 3) * (other - true).abs().max() + 1e-6
+                assert (got - true).abs().max() <= allowed, (dtype, i)
+
+
+@case(2)
+def autocast(group: dist.ProcessGroup) -> None:
+    problem = Problem.make((40, 1, 60), vocab=100)
+    split = Split(group, (30, 70), problem, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = split.run()
+        # The backward's products are no business of autocast either.
+        gradients = split.gradients(got, split.mine)
+        wanted = split.alone()
+    assert gradients[0].dtype == gradients[1].dtype == torch.float32
+    torch.testing.assert_close(tuple(got), tuple(wanted), **SINGLE)
+    # Each rank's part of the gradient of hidden is a bf16 product.
+    half: dict[str, Any] = {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(gradients, split.gradients(wanted, split.whole), **half)
+
+
+@case(3)
+def large_scores(group: dist.ProcessGroup) -> None:
+    """Scores that fp32 holds exactly, but not their log-sum-exp: its last place is 2e-3 there."""
+    problem = Problem.make()
+    bias = 3e4 + (problem.bias * 256).round() / 256
+    problem = Problem(**{**vars(problem), "hidden": 0 * problem.hidden, "bias": bias})
+    wanted = Split(group, (4, 1, 8), problem, bias=True).alone()
+    for got, true in zip(
+        Split(group, (4, 1, 8), problem, torch.float32, bias=True).run(), wanted, strict=True
+    ):
+        assert (got - true).abs().max() < 5e-6
+
+
+@case(3)
+def far_apart(group: dist.ProcessGroup) -> None:
+    """A part of the vocabulary whose share of the probability is 0 in the dtype, or all of it."""
+    problem = Problem.make()
+    for shift in (-2000.0, 2000.0):
+        bias = problem.bias.clone()
+        bias[:4] += shift
+        moved = Problem(**{**vars(problem), "bias": bias})
+        Split(group, (4, 1, 8), moved, bias=True).check(EXACT)
+
+
+@case(3)
+def broken_scores(group: dist.ProcessGroup) -> None:
+    """Something that is not finite in one rank's part makes the whole row NaN, on every rank."""
+    for value in (float("inf"), -float("inf"), float("nan")):
+        for argument, index in (("hidden", 4), ("bias", 1), ("bias", 12)):
+            problem = Problem.make()
+            getattr(problem, argument)[index] = value
+            split = Split(group, (5, 0, 8), problem, bias=True)
+            got = split.run()
+            bad = got.logprobs.isnan()
+            assert torch.equal(bad, got.entropy.isnan())
+            assert torch.equal(bad, split.alone().logprobs.isnan())
+            rows = torch.tensor([argument == "bias" or i == index for i in range(16)])
+            assert torch.equal(bad, rows)
+            (gradient,) = torch.autograd.grad(got.entropy.sum(), split.mine["hidden"])
+            assert torch.equal(gradient.isnan().any(1), bad)
+
+
+@case(3)
+def bad_targets(group: dist.ProcessGroup) -> None:
+    problem = Problem.make()
+    split = Split(group, (5, 0, 8), problem)
+    for token in (-1, 13):
+        problem.targets[2] = token
+        with pytest.raises(ValueError, match=rf"targets holds {token}, must be in \[0, V\) with"):
+            split.run()
+        # Where values are not looked at, that row is NaN, and the others are what they were.
+        with mock.patch("perl_kernels.vocab_parallel.values_visible", return_value=False):
+            got = split.run()
+        fine = torch.arange(16) != 2
+        targets = torch.where(fine, problem.targets, 0)
+        assert got.logprobs[2].isnan()
+        wanted = split.alone(targets=targets)
+        torch.testing.assert_close(got.logprobs[fine], wanted.logprobs[fine], **EXACT)
+        torch.testing.assert_close(got.entropy, wanted.entropy, **EXACT)
+        gradients = split.gradients(TokenLogprobs(*(x[fine] for x in got)), split.mine)
+        wanted = split.gradients(TokenLogprobs(*(x[fine] for x in wanted)), split.whole)
+        torch.testing.assert_close(gradients, wanted, **EXACT)
+
+
+@case(2)
+def bad_arguments(group: dist.ProcessGroup) -> None:
+    split = Split(group, (6, 7), Problem.make())
+    for changes, error, match in (
+        ({"group": "world"}, TypeError, "group is a str, must be a ProcessGroup"),
+        ({"group": dist.GroupMember.NON_GROUP_MEMBER}, TypeError, "that this process is in"),
+        ({"hidden": [1.0]}, TypeError, "hidden is a list"),
+        ({"weight": torch.randn(4, 3)}, ValueError, r"weight has shape \[4, 3\]"),
+        ({"weight": torch.randn(4, 6)}, TypeError, "weight has dtype torch.float32"),
+        ({"bias": torch.randn(3)}, ValueError, "bias has another length"),
+        ({"targets": torch.zeros(3, dtype=torch.int64)}, ValueError, r"targets has shape \[3\]"),
+        ({"targets": torch.zeros(16)}, TypeError, "targets has dtype torch.float32"),
+        ({"temperature": 0.0}, ValueError, "temperature is 0.0"),
+        ({"temperature": torch.ones(3)}, ValueError, r"temperature has shape \[3\]"),
+        ({"softcap": -1.0}, ValueError, "softcap is -1.0"),
+        ({"chunk_size": 0}, ValueError, "chunk_size is 0"),
+    ):
+        given = {"targets": split.problem.targets, "group": split.group, **split.mine, **changes}
+        with pytest.raises(error, match=match):
+            linear_token_logprobs(**given)
+
+
+@case(2)
+def other_tokens_on_another_rank(group: dist.ProcessGroup) -> None:
+    problem = Problem.make((3, 2) if dist.get_rank() else (3, 3))
+    with pytest.raises(ValueError, match=r"hidden has N = \[6, 5\] on the ranks"):
+        Split(group, (6, 7), problem).run()
+
+
+@case(3)
+def nothing_to_score(group: dist.ProcessGroup) -> None:
+    problem = Problem.make((0,))
+    Split(group, (5, 0, 8), problem, bias=True).check(EXACT)
+
+
+@case(3)
+def number_of_collectives(group: dist.ProcessGroup) -> None:
+    """The same on every rank, whatever is empty; none for the gradient of a frozen hidden."""
+    for lengths in ((3, 2), (0,)):
+        split = Split(group, (5, 0, 8), Problem.make(lengths))
+        with (
+            mock.patch.object(dist, "all_gather", wraps=dist.all_gather) as gathers,
+            mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduces,
+        ):
+            split.run().entropy.sum().backward()
+            assert (gathers.call_count, reduces.call_count) == (2, 1)
+            split.mine["hidden"].requires_grad_(False)
+            split.run().logprobs.sum().backward()
+            assert (gathers.call_count, reduces.call_count) == (4, 1)
+            with torch.no_grad():
+                assert not split.run().logprobs.requires_grad
+
+
+@case(2)
+def differentiable_once(group: dist.ProcessGroup) -> None:
+    split = Split(group, (6, 7), Problem.make())
+    hidden = split.mine["hidden"]
+    (gradient,) = torch.autograd.grad(split.run().logprobs.sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        gradient.sum().backward()
+
+
+@case(2)
+def frozen_parts_and_layouts(group: dist.ProcessGroup) -> None:
+    """One rank's part of the head frozen, the other's not, and its hidden states lie otherwise."""
+    split = Split(group, (6, 7), Problem.make())
+    wanted = split.gradients(split.alone(), split.whole)
+    leaves = dict(split.mine)
+    if dist.get_rank() == 1:
+        leaves["hidden"] = leaves["hidden"].detach().t().contiguous().t().requires_grad_()
+        leaves.pop("weight").requires_grad_(False)
+    found = split.gradients(split.run(hidden=leaves["hidden"]), leaves)
+    torch.testing.assert_close(found, wanted[: len(found)], **EXACT)
+
+
+def run_cases(rank: int, folder: Path) -> None:
+    """What one process does: write down the error of each case, an empty text if there was none."""
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=30),
+    )
+    groups = {size: dist.new_group(list(range(size))) for size in SPLITS}
+    errors = {}
+    for name, (world, run) in CASES.items():
+        if rank >= world:
+            continue
+        torch.manual_seed(0)
+        try:
+            run(groups[world])
+            errors[name] = ""
+        except BaseException:
+            errors[name] = traceback.format_exc()
+            # The others may be waiting in a collective: these no longer belong together.
+            break
+    (folder / f"{rank}.json").write_text(json.dumps(errors))
+    if not any(errors.values()):
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """Of each process, by case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "1",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.kernels.test_vocab_parallel", str(rank), str(folder)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(WORLD)
+    ]
+    try:
+        outputs = [process.communicate(timeout=150)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    files = [folder / f"{rank}.json" for rank in range(WORLD)]
+    codes = [process.returncode for process in processes]
+    assert all(file.exists() for file in files), "\n".join([f"ended with {codes}", *outputs])
+    return [json.loads(file.read_text()) for file in files]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks(name: str, errors: list[dict[str, str]]) -> None:
+    for rank in range(CASES[name][0]):
+        error = errors[rank].get(name, "not reached, because an earlier case failed")
+        assert not error, f"rank {rank}: {error}"
+
+
+if __name__ == "__main__":
+    run_cases(int(sys.argv[1]), Path(sys.argv[2]))
