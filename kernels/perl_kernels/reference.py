@@ -1,6 +1,7 @@
 """Every operation as one would write it down: all logits at once, gradients by autograd.
 
-The truth that the other implementations are measured against, in fp64. Twice differentiable. Takes
+The truth that the other implementations are measured against, in fp64, with which they share no
+formula. Differentiable any number of times. Takes
 the arguments of the public functions of the same name and returns the same, without their checks
 and without an eye to memory.
 """
@@ -16,9 +17,11 @@ from .advantage import GroupedRewards
 from .inputs import compute_dtype
 from .objective import PolicyLoss
 from .outputs import LossOutput, TokenLogprobs
+from .reference_advantage import group_advantages
 from .reference_loss import policy_loss
 
 __all__ = [
+    "group_advantages",
     "grpo_loss",
     "linear_grpo_loss",
     "linear_token_logprobs",

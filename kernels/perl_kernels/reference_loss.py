@@ -15,12 +15,39 @@ from .arguments import loss_inputs
 from .inputs import compute_dtype
 from .objective import PolicyLoss
 from .outputs import METRICS, LossOutput
-from .torch_backend.advantage import group_advantages
-from .torch_backend.segments import Segments
+from .reference_advantage import group_advantages
 
 LOG_RATIO_BOUND = 20.0
 _VESPO_LOG_FLOOR = math.log(1e-8)
 _DPPO_EPS = 1e-8
+
+
+class Completions(NamedTuple):
+    """`index [N]`: the completion of each token; `count`: B; `valid []` bool."""
+
+    index: Tensor
+    count: int
+    valid: Tensor
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, n_tokens: int) -> Completions:
+        lengths = cu_seqlens.to(torch.int64).diff()
+        numbers = torch.arange(len(lengths), device=lengths.device)
+        valid = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == n_tokens) & (lengths >= 0).all()
+        return cls(numbers.repeat_interleave(lengths), len(lengths), valid)
+
+    def sum(self, tokens: Tensor) -> Tensor:
+        """[N] -> [B]."""
+        return tokens.new_zeros(self.count).index_add(0, self.index, tokens)
+
+    def spread(self, per_completion: Tensor) -> Tensor:
+        """[B] -> [N]."""
+        return per_completion[self.index]
+
+    def mean(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """[N] -> [N]: the mean over the completion's tokens where `mask`; `tokens` is 0 elsewhere."""
+        lengths = self.sum(mask.to(tokens.dtype)).clamp(min=1)
+        return self.spread(self.sum(tokens) / lengths)
 
 
 class Rows(NamedTuple):
@@ -86,10 +113,12 @@ def policy_loss(
         has_entropy=entropy is not None,
     )
     n_tokens, dtype = logprobs.shape[0], compute_dtype(logprobs)
-    segments = Segments.from_cu_seqlens(inputs.cu_seqlens, n_tokens)
+    segments = Completions.of(inputs.cu_seqlens.to(logprobs.device), n_tokens)
     spread = inputs.advantages
     if inputs.rewards is not None:
-        spread = group_advantages(inputs.rewards).advantages
+        grouped, sizes, weighting, grouping = inputs.rewards
+        options = {**grouping._asdict(), "reward_weights": weighting}
+        spread = group_advantages(grouped, sizes, **options).advantages
     assert spread is not None
     if spread.shape[0] == segments.count:
         spread = segments.spread(spread)
@@ -121,7 +150,7 @@ def policy_loss(
     return LossOutput(value, logprobs.detach().to(dtype), seen.detach().to(dtype), metrics)
 
 
-def token_terms(loss: PolicyLoss, rows: Rows, segments: Segments) -> Terms:
+def token_terms(loss: PolicyLoss, rows: Rows, segments: Completions) -> Terms:
     """Loss term of every token: surrogate * correction + kl_coef * KL - entropy_coef * entropy."""
     ratio = importance_ratio(loss, rows, segments)
     correction = correction_weight(loss, rows, segments)
@@ -142,7 +171,7 @@ def token_terms(loss: PolicyLoss, rows: Rows, segments: Segments) -> Terms:
     return Terms(value, ratio, kl, correction, *(rows.mask & flag for flag in flags))
 
 
-def importance_ratio(loss: PolicyLoss, rows: Rows, segments: Segments) -> Tensor:
+def importance_ratio(loss: PolicyLoss, rows: Rows, segments: Completions) -> Tensor:
     """pi / pi_old of each token at the level `loss.ratio` says, [N]."""
     log_ratio = rows.log_ratio()
     if loss.ratio == "token":
@@ -153,7 +182,7 @@ def importance_ratio(loss: PolicyLoss, rows: Rows, segments: Segments) -> Tensor
     return _exp(rows.logprobs - rows.logprobs.detach() + mean.detach())
 
 
-def correction_weight(loss: PolicyLoss, rows: Rows, segments: Segments) -> Tensor | None:
+def correction_weight(loss: PolicyLoss, rows: Rows, segments: Completions) -> Tensor | None:
     """Importance weight of trainer against rollout engine, [N], without gradient."""
     if loss.correction is None or rows.rollout is None:
         return None
@@ -186,7 +215,7 @@ def kl_estimate(kind: str, logprobs: Tensor, ref: Tensor) -> Tensor:
 
 
 def _policy_term(
-    loss: PolicyLoss, rows: Rows, segments: Segments, ratio: Tensor, correction: Tensor | None
+    loss: PolicyLoss, rows: Rows, segments: Completions, ratio: Tensor, correction: Tensor | None
 ) -> _Surrogate:
     never = torch.zeros_like(rows.mask)
     advantages, logprobs = rows.advantages, rows.logprobs
@@ -234,7 +263,7 @@ def _clip(loss: PolicyLoss, ratio: Tensor, advantages: Tensor) -> _Surrogate:
 
 
 def _vespo_weight(
-    loss: PolicyLoss, rows: Rows, segments: Segments, correction: Tensor | None
+    loss: PolicyLoss, rows: Rows, segments: Completions, correction: Tensor | None
 ) -> Tensor:
     log_weight = segments.sum(_bounded(rows.log_ratio().detach()))
     log_weight = segments.spread(log_weight)
@@ -251,7 +280,7 @@ def _vespo_weight(
     return torch.exp(rate + k * log_weight - rate * log_weight.exp())
 
 
-def _gmpo(loss: PolicyLoss, rows: Rows, segments: Segments) -> _Surrogate:
+def _gmpo(loss: PolicyLoss, rows: Rows, segments: Completions) -> _Surrogate:
     log_ratio = rows.log_ratio()
     gain = rows.advantages >= 0
     high = gain & (log_ratio > loss.clip_high)
@@ -298,7 +327,7 @@ def _exp(log_ratio: Tensor) -> Tensor:
 def _row_scale(
     loss: PolicyLoss,
     weights: Tensor,
-    segments: Segments,
+    segments: Completions,
     normalizer: float | Tensor | None,
     valid: Tensor,
 ) -> Tensor:

@@ -10,7 +10,7 @@ _GPU_BYTES = 1280 * 2**20
 """About 4096 rows of 152k logits in bf16: below that, reading and writing the fp32 gradient of the
 head once per block takes a noticeable part of the time of the block's products."""
 
-_CPU_BYTES = 2 * 2**20
+_CPU_BYTES = 4 * 2**20
 """A block that stays in the cache of a core; LOG.md has the measurement."""
 
 _EAGER_BYTES = 256 * 2**20

@@ -11,7 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perl_kernels import GroupedRewards, PolicyLoss, group_advantages, policy_loss
+from perl_kernels import GroupedRewards, PolicyLoss, group_advantages, policy_loss, reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 NAN = float("nan")
 
@@ -164,3 +166,30 @@ def test_grouped_rewards_are_its_arguments() -> None:
 def test_errors(arguments: dict[str, Any], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         group_advantages(**{"rewards": torch.ones(4), "group_sizes": [2, 2], **arguments})
+
+
+@given(st.integers(0, 10**9))
+@settings(max_examples=150)
+def test_every_backend_equals_the_reference(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def choice(*options: Any) -> Any:
+        return options[int(torch.randint(len(options), (), generator=generator))]
+
+    sizes = torch.randint(0, 6, (choice(0, 1, 4),), generator=generator)
+    count, columns = int(sizes.sum()), choice(1, 3)
+    rewards = torch.randint(-2, 3, (count, columns), generator=generator) / choice(1.0, 3.0)
+    rewards[torch.rand(count, columns, generator=generator) < choice(0.0, 0.3)] = torch.nan
+    options = {
+        "scale": choice("group", "batch", "none"),
+        "baseline": choice("mean", "leave_one_out"),
+        "unbiased": choice(True, False),
+        "eps": choice(1e-6, 1e-4),
+        "combine": choice("sum_then_normalize", "normalize_then_sum"),
+        "reward_weights": choice(None, [0.5, 2.0, 1.0][:columns]),
+    }
+    wanted = reference.group_advantages(rewards, sizes, **options)
+    for backend in ("torch", "triton"):
+        found = group_advantages(rewards.to(DEVICE), sizes.to(DEVICE), backend=backend, **options)
+        for got, expected in zip(found, wanted, strict=True):
+            torch.testing.assert_close(got.cpu(), expected, rtol=1e-5, atol=1e-5)

@@ -24,11 +24,11 @@ from .device import correction_weight, token_term
 from .launch import architecture, compile_case, kernel
 from .numerics import scaled, scaled_slope
 
-_MAX_BLOCK = {80: 8192, 90: 8192, 100: 4096}
+_BLOCK_BYTES = {80: 16384, 90: 16384, 100: 8192}
 _WARPS = 8
-"""32 columns a thread on sm_80 and sm_90, four 128-bit loads at once, and two rows at a time on each
+"""On sm_80 and sm_90 four 128-bit loads at once per thread, and two rows at a time on each
 multiprocessor, of which a good part is still in the L2 cache when it is read again. On sm_100 that
-many spill. Chosen from the resources alone, see docs/kernels.md; not measured yet."""
+many columns spill. Chosen from the resources alone, see docs/kernels.md; not measured yet."""
 
 
 @triton.jit
@@ -344,7 +344,7 @@ def row_stats(tile: Tensor, scoring: Scoring, dtype: torch.dtype) -> RowStats:
             n_rows=n_rows,
             n_columns=n_columns,
             **_scoring_arguments(scoring),
-            **_launch(n_columns, tile.device),
+            **_launch(tile),
         )
     return RowStats(*stats.unbind())
 
@@ -371,7 +371,7 @@ def row_gradient(
         by_entropy_ptr=None if by_entropy is None else by_entropy.contiguous(),
         n_columns=n_columns,
         **_scoring_arguments(scoring),
-        **_launch(n_columns, tile.device),
+        **_launch(tile),
     )
     if target is not out:
         out.copy_(target)
@@ -414,7 +414,7 @@ def row_loss(
             **numbers(loss),
             **axes(loss, inputs.ref is not None),
             **_scoring_arguments(scoring),
-            **_launch(n_columns, tile.device),
+            **_launch(tile),
         )
         if out is not None and target is not out:
             out.copy_(target)  # type: ignore[arg-type]
@@ -435,12 +435,12 @@ def _scoring_arguments(scoring: Scoring) -> dict[str, Any]:
     }
 
 
-def _launch(n_columns: int, device: torch.device) -> dict[str, int]:
-    return _blocks(n_columns, architecture(device))
+def _launch(tile: Tensor) -> dict[str, int]:
+    return _blocks(tile.shape[1], tile.element_size(), architecture(tile.device))
 
 
-def _blocks(n_columns: int, arch: int) -> dict[str, int]:
-    block = min(triton.next_power_of_2(n_columns), _MAX_BLOCK[arch])
+def _blocks(n_columns: int, itemsize: int, arch: int) -> dict[str, int]:
+    block = min(triton.next_power_of_2(n_columns), _BLOCK_BYTES[arch] // itemsize)
     return {"BLOCK": block, "num_warps": max(1, min(_WARPS, block // 256))}
 
 
@@ -455,12 +455,12 @@ def _rows_contiguous(tensor: Tensor) -> Tensor:
 
 def compile_cases() -> list[CompileCase]:
     """The launch variants, see `perl_kernels.resources`: the barest and the fullest."""
-    return [case for arch in _MAX_BLOCK for case in _cases_on(arch)]
+    return [case for arch in _BLOCK_BYTES for case in _cases_on(arch)]
 
 
 def _cases_on(arch: int) -> list[CompileCase]:
-    launch = _blocks(151_936, arch)
-    block, warps = launch["BLOCK"], launch["num_warps"]
+    narrow, wider = (_blocks(151_936, itemsize, arch) for itemsize in (2, 4))
+    block, warps = narrow["BLOCK"], narrow["num_warps"]
     half = {"tile_ptr": "*bf16", "out_ptr": "*bf16", "targets_ptr": "*i64", "bias_ptr": "*bf16"}
     bare: dict[str, Any] = {
         "bias_ptr": None,
@@ -491,11 +491,16 @@ def _cases_on(arch: int) -> list[CompileCase]:
     for name, launched, constants, types in (
         ("bf16", row_stats_kernel, bare, {}),
         ("bf16, bias, softcap, row temperature", row_stats_kernel, full, {}),
-        ("fp32", row_stats_kernel, bare, wide),
+        ("fp32", row_stats_kernel, {**bare, "BLOCK": wider["BLOCK"]}, wide),
         ("bf16", row_gradient_kernel, {**bare, "by_entropy_ptr": None}, {}),
         ("bf16, bias, softcap, row temperature, entropy", row_gradient_kernel, full, {}),
         ("bf16, clip", row_loss_kernel, {**bare, **plain}, {}),
-        ("fp32 to bf16, clip", row_loss_kernel, {**bare, **plain}, wide),
+        (
+            "fp32 to bf16, clip",
+            row_loss_kernel,
+            {**bare, **plain, "BLOCK": wider["BLOCK"]},
+            wide,
+        ),
         (
             "bf16, bias, softcap, row temperature, dppo_kl, corrected k3, entropy, token mask",
             row_loss_kernel,
