@@ -5,18 +5,33 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.conftest import chosen_device
 from benchmarks.proof import Checked, Results, near
 from perl_kernels import PolicyLoss, linear_grpo_loss, linear_token_logprobs
+from perl_kernels.dispatch import Backend
 
 # N tokens, H hidden size, V vocabulary.
-SHAPES = {"256x256x8192": (256, 256, 8192), "1024x256x8192": (1024, 256, 8192)}
-IMPLEMENTATIONS = ("eager", "fused", "fused-chunk64")
+SMALL = {"256x256x8192": (256, 256, 8192), "1024x256x8192": (1024, 256, 8192)}
+MODELS = {
+    "qwen2.5-vl-3b": (8192, 2048, 151_936),
+    "qwen2.5-vl-7b": (8192, 3584, 152_064),
+    "qwen3-vl-8b": (8192, 4096, 151_936),
+}
+SHAPES = SMALL | MODELS
 LOSS = PolicyLoss.preset("perl")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Sizes of models and Triton where there is a GPU, small ones in PyTorch elsewhere."""
+    on_a_gpu = chosen_device(metafunc.config).type == "cuda"
+    metafunc.parametrize("shape", MODELS if on_a_gpu else SMALL)
+    metafunc.parametrize("implementation", ["eager", "torch", *(["triton"] if on_a_gpu else [])])
 
 
 @dataclass(frozen=True)
@@ -77,7 +92,7 @@ def loss_eager(p: Problem) -> dict[str, Tensor]:
     return with_gradients(p, loss, out["entropy"])
 
 
-def loss_fused(p: Problem, chunk_size: int | None) -> dict[str, Tensor]:
+def loss_fused(p: Problem, backend: Backend) -> dict[str, Tensor]:
     out = linear_grpo_loss(
         p.hidden,
         p.weight,
@@ -87,7 +102,7 @@ def loss_fused(p: Problem, chunk_size: int | None) -> dict[str, Tensor]:
         LOSS,
         old_logprobs=p.old,
         ref_logprobs=p.ref,
-        chunk_size=chunk_size,
+        backend=backend,
     )
     return with_gradients(p, out.loss, out.entropy)
 
@@ -111,17 +126,14 @@ def logprobs_proof(shape: str, device: torch.device) -> Callable[[Results], None
     return near(truth, plain, p.hidden.dtype)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("shape", SHAPES)
 def test_linear_grpo_loss(
-    checked: Checked, device: torch.device, shape: str, implementation: str
+    checked: Checked, device: torch.device, shape: str, implementation: Any
 ) -> None:
     """Forward and backward, with the gradients of hidden states and head."""
     p = make_problem(shape, device)
-    chunk_size = 64 if implementation == "fused-chunk64" else None
     n, h, v = SHAPES[shape]
     checked(
-        lambda: loss_eager(p) if implementation == "eager" else loss_fused(p, chunk_size),
+        lambda: loss_eager(p) if implementation == "eager" else loss_fused(p, implementation),
         loss_proof(shape, device),
         group=f"linear_grpo_loss, forward and backward, N={n} H={h} V={v}",
         # Three products of 2NHV: logits, gradient of the hidden states, gradient of the head.
@@ -129,20 +141,19 @@ def test_linear_grpo_loss(
     )
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("shape", SHAPES)
 def test_linear_token_logprobs(
-    checked: Checked, device: torch.device, shape: str, implementation: str
+    checked: Checked, device: torch.device, shape: str, implementation: Any
 ) -> None:
     """Forward alone, as for the log-probs of an older policy."""
     p = make_problem(shape, device)
-    chunk_size = 64 if implementation == "fused-chunk64" else None
 
     @torch.no_grad()
     def run() -> dict[str, Tensor]:
         if implementation == "eager":
             return logprobs_eager(p.hidden, p.weight, p.targets)
-        return linear_token_logprobs(p.hidden, p.weight, p.targets, chunk_size=chunk_size)._asdict()
+        return linear_token_logprobs(
+            p.hidden, p.weight, p.targets, backend=implementation
+        )._asdict()
 
     n, h, v = SHAPES[shape]
     checked(

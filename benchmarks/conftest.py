@@ -41,7 +41,7 @@ def pytest_benchmark_update_machine_info(
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A GPU still works when the call has returned, so its clock waits for it."""
-    if _device(config).type != "cuda":
+    if chosen_device(config).type != "cuda":
         return
     for item in items:
         if "checked" in getattr(item, "fixturenames", ()):
@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> torch.device:
-    return _device(pytestconfig)
+    return chosen_device(pytestconfig)
 
 
 @pytest.fixture
@@ -82,13 +82,13 @@ def checked(benchmark: BenchmarkFixture, device: torch.device) -> Checked:
     return prove_then_time
 
 
-def _device(config: pytest.Config) -> torch.device:
+def chosen_device(config: pytest.Config) -> torch.device:
     name = config.getoption("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)
 
 
 def _machine(config: pytest.Config) -> dict[str, str | int]:
-    device = _device(config)
+    device = chosen_device(config)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {"device": name, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
 

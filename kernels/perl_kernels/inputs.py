@@ -13,7 +13,8 @@ from .grouping import Rewards
 class LossInputs(NamedTuple):
     """Everything of a loss call but the log-probs, as the caller gave it; see `policy_loss`.
 
-    Either `advantages` or `rewards` is there. `count` is a normalizer known on the host,
+    Either `advantages` or `rewards` is there; `per_token` says that there is an advantage for each
+    token, which its length cannot where N = B. `count` is a normalizer known on the host,
     `normalizer` one that is not.
     """
 
@@ -26,6 +27,7 @@ class LossInputs(NamedTuple):
     weights: Tensor | None = None
     normalizer: Tensor | None = None
     count: float | None = None
+    per_token: bool = False
 
     def rows(self, part: slice) -> LossInputs:
         """With the per-token tensors of a token-level loss cut to the rows `part`."""
@@ -37,13 +39,12 @@ class LossInputs(NamedTuple):
 
     def completions(self, first: int, last: int, part: slice) -> LossInputs:
         """Of the completions first..last - 1, whose tokens are the rows `part`, without the
-        aggregation's count; `advantages` must be [N] or [B]."""
+        aggregation's count; `advantages` must be there."""
         advantages = self.advantages
         assert advantages is not None
-        per_completion = advantages.shape[0] == self.cu_seqlens.shape[0] - 1
         return self.rows(part)._replace(
             cu_seqlens=self.cu_seqlens[first : last + 1] - part.start,
-            advantages=advantages[first:last] if per_completion else advantages[part],
+            advantages=advantages[part] if self.per_token else advantages[first:last],
             weights=None if self.weights is None else self.weights[part],
             normalizer=None,
             count=1.0,

@@ -137,9 +137,9 @@ def _loss_inputs(
         normalizer, count = None, float(normalizer)
         count = count if 0 < count < math.inf else math.nan
     group = None if rewards is None else Rewards(rewards, sizes, reward_weights, grouping)
-    inputs = LossInputs(
-        cu_seqlens, advantages, group, old, ref, rollout, weights, normalizer, count
-    )
+    per_token = advantages is not None and advantages.shape[0] != cu_seqlens.shape[0] - 1
+    others = (old, ref, rollout, weights, normalizer, count, per_token)
+    inputs = LossInputs(cu_seqlens, advantages, group, *others)
     return loss, inputs, lengths
 
 

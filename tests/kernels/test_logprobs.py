@@ -113,6 +113,32 @@ def test_gradcheck() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["perl", "gspo", "sapo", "gmpo"])
+def test_the_reference_is_differentiable_twice(name: str) -> None:
+    problem = Problem.make((3, 2), vocab=5)
+    # Nowhere near a bound, where there is no second derivative.
+    loss = PolicyLoss.preset(name, clip_low=0.9, clip_high=50.0, dual_clip=None, entropy_coef=0.1)
+
+    def linear(hidden: Tensor, weight: Tensor) -> Tensor:
+        options = {"temperature": 0.8, "softcap": 2.0, **problem.loss_arguments()}
+        return reference.linear_grpo_loss(
+            hidden, weight, problem.targets, loss=loss, **options
+        ).loss
+
+    leaves = leaves_of(problem)
+    assert torch.autograd.gradcheck(linear, leaves)
+    assert torch.autograd.gradgradcheck(linear, leaves)
+    logits = (leaves[0] @ leaves[1].T).detach().requires_grad_()
+    for function in (
+        lambda x: tuple(reference.token_logprobs(x, problem.targets)),
+        lambda x: (
+            reference.grpo_loss(x, problem.targets, loss=loss, **problem.loss_arguments()).loss
+        ),
+    ):
+        assert torch.autograd.gradcheck(function, logits)
+        assert torch.autograd.gradgradcheck(function, logits)
+
+
 @pytest.mark.parametrize("old", [True, False])
 @pytest.mark.parametrize("chunk_size", [1, 3, 16, 1000, None])
 def test_chunking_changes_nothing(chunk_size: int | None, old: bool) -> None:

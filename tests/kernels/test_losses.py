@@ -259,3 +259,18 @@ def test_metrics() -> None:
         "tokens": 3,
         "invalid_rows": 0,
     }
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3])
+def test_as_many_tokens_as_completions_in_a_block(chunk_size: int) -> None:
+    """An advantage per token stays one, where the tokens of a block are as many as its completions."""
+    problem = Problem.make((0, 2, 0, 1, 1, 1, 0, 4)).token_level()
+    loss = PolicyLoss(ratio="sequence", clip_low=0.1, clip_high=0.1)
+    results = []
+    for size in (chunk_size, 100):
+        hidden, weight = (x.clone().requires_grad_() for x in (problem.hidden, problem.weight))
+        output = linear_grpo_loss(
+            hidden, weight, problem.targets, loss=loss, chunk_size=size, **problem.loss_arguments()
+        )
+        results.append((output.loss, *torch.autograd.grad(output.loss, (hidden, weight))))
+    torch.testing.assert_close(*results, **EXACT)

@@ -38,7 +38,7 @@ class _Tokens:
         if advantages is None:
             assert inputs.rewards is not None
             advantages = group_advantages(inputs.rewards).advantages
-        if advantages.shape[0] == self.segments.count:
+        if not inputs.per_token:
             advantages = self.segments.spread(advantages)
         # The advantage is a factor of every policy term, so that the row and the loss become NaN.
         usable = (self.weights >= 0) & self.weights.isfinite()

@@ -17,6 +17,7 @@ class CompileCase:
     arguments that a usual launch passes as multiples of 16 (pointers, strides, sizes): without
     them the compiler can not emit 128-bit accesses. `vector_loads` says that 128-bit global loads
     are expected in the machine code, `wgmma` that the warp-group matrix instruction is on sm_90.
+    `max_registers` is the bound on the registers of a thread, if the launch sets one.
     `architectures` are the compute capabilities the variant is launched on.
     """
 
@@ -29,4 +30,5 @@ class CompileCase:
     num_stages: int = 3
     vector_loads: bool = False
     wgmma: bool = False
+    max_registers: int | None = None
     architectures: tuple[int, ...] = (80, 90, 100)

@@ -53,6 +53,7 @@ def compile_case(
     *,
     num_warps: int,
     vector_loads: bool = False,
+    max_registers: int | None = None,
     architectures: tuple[int, ...] = (80, 90, 100),
 ) -> CompileCase:
     """A case whose arguments are, unless `types` or `constants` say otherwise, pointers to fp32
@@ -78,5 +79,6 @@ def compile_case(
         divisible_by_16=tuple(argument for argument in signature if argument in aligned),
         num_warps=num_warps,
         vector_loads=vector_loads,
+        max_registers=max_registers,
         architectures=architectures,
     )

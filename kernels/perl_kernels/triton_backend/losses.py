@@ -38,6 +38,8 @@ _TOKENS = 1024
 """Of a completion, worked on at once."""
 _BLOCK = 1024
 _WARPS = 8
+_MAX_REGISTERS = 255
+"""All that 8 warps can have: left alone, the assembler spills a few to fit more blocks."""
 # What each program leaves for the second launch: rows of a table [_PARTIALS, B].
 _TERM, _COUNT, _WEIGHT, _WEIGHTED, _INVALID, _RATIO_MAX = (tl.constexpr(i) for i in range(6))
 _KL, _ENTROPY, _CLIPPED, _LOW, _HIGH, _DUAL, _RATIO, _GAP, _CORRECTION = (
@@ -682,9 +684,10 @@ def _completion_arguments(loss: PolicyLoss, inputs: LossInputs, n_tokens: int) -
         "n_groups": 0 if rewards is None else rewards.sizes.shape[0],
         "n_rewards": table.shape[1] if table is not None and table.ndim == 2 else 1,
         "SEQUENCE_MEAN": loss.aggregation == "seq-mean-token-mean",
-        "PER_TOKEN": advantages is not None and advantages.shape[0] != n_completions,
+        "PER_TOKEN": inputs.per_token,
         "TOKENS": _TOKENS,
         "num_warps": _WARPS,
+        "maxnreg": _MAX_REGISTERS,
         **grouping_arguments(grouping),
     }
 
@@ -735,5 +738,14 @@ def compile_cases() -> list[CompileCase]:
     ):
         if launched is finish_kernel:
             constants = {**constants, "normalizer_ptr": None}
-        cases.append(compile_case(name, launched, types, constants, num_warps=_WARPS))
+        cases.append(
+            compile_case(
+                name,
+                launched,
+                types,
+                constants,
+                num_warps=_WARPS,
+                max_registers=None if launched is finish_kernel else _MAX_REGISTERS,
+            )
+        )
     return cases
