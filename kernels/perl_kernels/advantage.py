@@ -138,5 +138,6 @@ def _checked(
 def _move(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` on `device`, without waiting for the copy."""
     if device.type == "cuda" and tensor.device.type == "cpu" and not torch.compiler.is_compiling():
-        tensor = tensor.pin_memory()
+        # A copy, as the caller may fill a pinned buffer anew before this one is read.
+        tensor = tensor.clone().pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -42,9 +42,7 @@ def check_length(name: str, got: object, n_tokens: int, shape: str = "[N]") -> T
 
 
 def check_logprobs(name: str, got: object, n_tokens: int) -> None:
-    tensor = check_length(name, got, n_tokens)
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} has dtype {tensor.dtype}, must be floating point")
+    check_floating(name, check_length(name, got, n_tokens), 1, "[N]")
 
 
 def check_same_device(expected: Tensor, **others: object) -> None:
@@ -55,6 +53,8 @@ def check_same_device(expected: Tensor, **others: object) -> None:
 
 def check_targets(targets: object, n_tokens: int, vocab: int) -> None:
     tensor = check_length("targets", targets, n_tokens)
+    if n_tokens and not vocab:
+        raise ValueError("the vocabulary is empty, V = 0, but there are targets")
     if tensor.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"targets has dtype {tensor.dtype}, must be int64 or int32")
     if values_visible(tensor) and tensor.numel():
@@ -141,7 +141,7 @@ def check_blocks(logits_dtype: object, chunk_size: object, memory_budget: object
 def check_cu_seqlens(cu_seqlens: object, n_tokens: int) -> Tensor:
     bounds = check_tensor("cu_seqlens", cu_seqlens, 1, "[B + 1]")
     if bounds.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens has dtype {bounds.dtype}, must be int32")
+        raise TypeError(f"cu_seqlens has dtype {bounds.dtype}, must be int32 or int64")
     if bounds.numel() == 0:
         raise ValueError("cu_seqlens has shape [0], must be [B + 1]")
     if n_tokens and bounds.numel() == 1:

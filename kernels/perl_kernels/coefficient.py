@@ -124,7 +124,9 @@ def leaves_trust_region(SURROGATE, logprob, old, clip_low, clip_high):
         too_low = new_p - old_p < -clip_low
         too_high = new_p - old_p > clip_high
     else:
-        complement = tl.log((1.0 - old_p + DPPO_EPS) / (1.0 - new_p + DPPO_EPS))
+        # An engine may round a log-prob to a little more than 0.
+        old_rest = at_least(1.0 - old_p, 0.0) + DPPO_EPS
+        complement = tl.log(old_rest / (at_least(1.0 - new_p, 0.0) + DPPO_EPS))
         divergence = old_p * (old - logprob) + (1.0 - old_p) * complement
         too_low = (divergence > clip_low) & (new_p < old_p)
         too_high = (divergence > clip_high) & (new_p > old_p)

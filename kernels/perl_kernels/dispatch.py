@@ -85,15 +85,15 @@ def _triton_missing() -> str | None:
         return None
     if not torch.cuda.is_available():
         return "there is no CUDA device, and TRITON_INTERPRET is not 1"
-    if torch.cuda.get_device_capability() < _OLDEST_CAPABILITY:
-        major, minor = torch.cuda.get_device_capability()
-        return f"the CUDA device is sm_{major}{minor}, sm_80 is the oldest supported"
     return None
 
 
 def _triton_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.float64:
         return "the Triton kernels compute in fp32; fp64 tensors need backend='torch'"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _OLDEST_CAPABILITY:
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{device} is sm_{major}{minor}, sm_80 is the oldest supported"
     if device.type not in ("cuda", "meta") and not interpreted():
         return f"the tensors are on {device.type}, and TRITON_INTERPRET is not 1"
     return None

@@ -13,7 +13,7 @@ from .dispatch import Backend, select_backend
 from .objective import PolicyLoss
 from .outputs import LossOutput, TokenLogprobs, loss_output
 from .scalars import split_temperature
-from .tuning import head_rows, persistent_wanted
+from .tuning import persistent_wanted
 
 
 def linear_token_logprobs(
@@ -173,8 +173,8 @@ def _products(
     logits_dtype: torch.dtype | None,
     chunk_size: int | None,
     memory_budget: int | None,
-) -> tuple[int, torch.dtype, torch.dtype]:
-    """Rows of a block, dtype of the operands, dtype of the logits."""
+) -> tuple[int | None, int | None, torch.dtype, torch.dtype]:
+    """Rows or bytes of a block, dtype of the operands, dtype of the logits."""
     checks.check_blocks(logits_dtype, chunk_size, memory_budget)
     device = hidden.device
     # Like autocast itself, leave fp64 alone.
@@ -182,8 +182,7 @@ def _products(
     matmul_dtype = torch.get_autocast_dtype(device.type) if cast else hidden.dtype
     wide = logits_dtype == torch.float32 and matmul_dtype.itemsize < 4
     kept = torch.float32 if wide else matmul_dtype
-    rows = head_rows(hidden.shape[0], weight.shape[0], kept, device, chunk_size, memory_budget)
-    return rows, matmul_dtype, kept
+    return chunk_size, memory_budget, matmul_dtype, kept
 
 
 def _needs_gradient(tensor: Tensor | None) -> bool:

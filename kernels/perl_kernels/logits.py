@@ -15,7 +15,6 @@ from .dispatch import Backend, select_backend
 from .objective import PolicyLoss
 from .outputs import LossOutput, TokenLogprobs, loss_output
 from .scalars import split_temperature
-from .tuning import logits_rows
 
 
 def token_logprobs(
@@ -43,7 +42,7 @@ def token_logprobs(
     checks.check_logits(logits, targets, temperature)
     chosen = select_backend(backend, logits)
     logprobs, entropy, *_ = ops.token_logprobs(
-        logits, targets, *split_temperature(temperature), logits_rows(*logits.shape, chosen), chosen
+        logits, targets, *split_temperature(temperature), chosen
     )
     return TokenLogprobs(logprobs, entropy)
 
@@ -88,12 +87,18 @@ def grpo_loss(
     chosen = select_backend(backend, logits)
     scoring = (targets, *split_temperature(temperature))
     arguments = ops.loss_arguments(loss, inputs)
-    rows = logits_rows(*logits.shape, chosen)
     gradient = torch.is_grad_enabled() and logits.requires_grad
     if inplace and gradient and not torch.compiler.is_compiling():
-        return loss_output(*_InPlace.apply(logits, *scoring, *arguments, rows, chosen))  # type: ignore[misc]
+        if any(
+            size > 1 and step == 0 for size, step in zip(logits.shape, logits.stride(), strict=True)
+        ):
+            raise ValueError(
+                f"logits has strides {list(logits.stride())}, so that elements share memory; "
+                "inplace=True cannot write to it"
+            )
+        return loss_output(*_InPlace.apply(logits, *scoring, *arguments, chosen))  # type: ignore[misc]
     value, metrics, logprobs, entropy, *_ = ops.grpo_loss(
-        logits, *scoring, *arguments, gradient, rows, chosen
+        logits, *scoring, *arguments, gradient, chosen
     )
     return loss_output(value, metrics, logprobs, entropy)
 

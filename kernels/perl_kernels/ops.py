@@ -22,11 +22,12 @@ from .objective import NUMBERS, PolicyLoss
 from .outputs import METRICS
 from .passes import Scored, gradient_pass, loss_pass, stats_pass
 from .scores import RowStats, Scoring
-from .tiles import HeadTiles, LogitsTiles
+from .tiles import HeadTiles, LogitsTiles, no_autocast
+from .tuning import logits_rows
 
 _SCORING = "Tensor targets, Tensor? temperatures, float temperature"
 _HEAD = f"Tensor hidden, Tensor weight, Tensor? bias, {_SCORING}, float? softcap"
-_TILES = "int rows, ScalarType matmul_dtype, ScalarType logits_dtype"
+_TILES = "int? chunk_size, int? memory_budget, ScalarType matmul_dtype, ScalarType logits_dtype"
 _GROUPING = "str scale, str baseline, bool unbiased, float eps, str combine"
 _LOSS = (
     f"str axes, {', '.join(f'float {name}' for name in NUMBERS)}, Tensor cu_seqlens, "
@@ -48,9 +49,15 @@ def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
     """Register the decorated function as `torch.ops.perl_kernels.<name>`; gives the operator."""
 
     def register(function: Callable[..., Any]) -> Any:
+        @functools.wraps(function)
+        def on_its_device(*arguments: Any) -> Any:
+            # Triton launches on the current device, whatever the tensors are on.
+            with torch.cuda.device_of(next(x for x in arguments if isinstance(x, Tensor))):
+                return function(*arguments)
+
         IMPLEMENTATIONS[name] = function
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, function, "CompositeExplicitAutograd")
+        _library.impl(name, on_its_device, "CompositeExplicitAutograd")
         return getattr(torch.ops.perl_kernels, name).default
 
     return register
@@ -128,11 +135,17 @@ def _loss_inputs(
     lengths = None
     if cu_seqlens.device.type == "cpu":
         lengths = cu_seqlens.diff().tolist()
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "cu_seqlens is on the CPU, must be on the device of the other tensors while a CUDA "
+                "graph is captured"
+            )
         # torch.compile has not let the values be checked.
         if cu_seqlens[0] != 0 or min(lengths, default=0) < 0 or sum(lengths) != like.shape[0]:
             lengths = None
         if like.device.type == "cuda":
-            cu_seqlens = cu_seqlens.pin_memory().to(like.device, non_blocking=True)
+            # A copy, as the caller may fill a pinned buffer anew before this one is read.
+            cu_seqlens = cu_seqlens.clone().pin_memory().to(like.device, non_blocking=True)
     if normalizer is not None and normalizer.device.type == "cpu":
         normalizer, count = None, float(normalizer)
         count = count if 0 < count < math.inf else math.nan
@@ -156,16 +169,16 @@ def _scoring(
 # ---- log-probs of logits
 
 
-@_operator("token_logprobs", f"(Tensor logits, {_SCORING}, int rows, str backend) -> ({_STATS})")
+@_operator("token_logprobs", f"(Tensor logits, {_SCORING}, str backend) -> ({_STATS})")
 def token_logprobs(
     logits: Tensor,
     targets: Tensor,
     temperatures: Tensor | None,
     temperature: float,
-    rows: int,
     backend: str,
 ) -> _Tensors:
-    tiles = LogitsTiles(logits, _scoring(targets, temperatures, temperature), rows, None)
+    scoring = _scoring(targets, temperatures, temperature)
+    tiles = LogitsTiles(logits, scoring, logits_rows(*logits.shape, backend), None)
     return tuple(stats_pass(engine(backend), tiles))
 
 
@@ -176,8 +189,8 @@ def _(logits: Tensor, *_: Any) -> _Tensors:
 
 @_operator(
     "token_logprobs_backward",
-    f"(Tensor grad_logprobs, Tensor? grad_entropy, Tensor logits, {_SCORING}, int rows, "
-    f"str backend, {_STATS}) -> Tensor",
+    f"(Tensor grad_logprobs, Tensor? grad_entropy, Tensor logits, {_SCORING}, str backend, "
+    f"{_STATS}) -> Tensor",
 )
 def token_logprobs_backward(
     grad_logprobs: Tensor,
@@ -186,12 +199,12 @@ def token_logprobs_backward(
     targets: Tensor,
     temperatures: Tensor | None,
     temperature: float,
-    rows: int,
     backend: str,
     *stats: Tensor,
 ) -> Tensor:
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    tiles = LogitsTiles(logits, _scoring(targets, temperatures, temperature), rows, grad)
+    scoring = _scoring(targets, temperatures, temperature)
+    tiles = LogitsTiles(logits, scoring, logits_rows(*logits.shape, backend), grad)
     gradient_pass(
         engine(backend), tiles, RowStats(*stats), Coefficients(grad_logprobs, grad_entropy)
     )
@@ -218,7 +231,7 @@ def _logits_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     grad = token_logprobs_backward(
         grad_logprobs, grad_entropy, logits, targets, temperatures, *ctx.settings, *stats
     )
-    return grad, *[None] * 5
+    return grad, *[None] * 4
 
 
 _differentiable("token_logprobs", _save_logits, _logits_backward)
@@ -238,20 +251,23 @@ def linear_token_logprobs(
     temperatures: Tensor | None,
     temperature: float,
     softcap: float | None,
-    rows: int,
+    chunk_size: int | None,
+    memory_budget: int | None,
     matmul_dtype: torch.dtype,
     logits_dtype: torch.dtype,
     persistent: bool,
     backend: str,
 ) -> _Tensors:
     scoring = _scoring(targets, temperatures, temperature, bias, softcap)
-    with _no_autocast(hidden):
+    with no_autocast(hidden):
         if persistent:
             operands = (hidden.to(matmul_dtype), weight.to(matmul_dtype))
             found = engine(backend).head_stats(*operands, scoring)
             if found is not None:
                 return tuple(found)
-        tiles = HeadTiles(hidden, weight, scoring, rows, matmul_dtype, logits_dtype)
+        tiles = HeadTiles(
+            hidden, weight, scoring, chunk_size, memory_budget, matmul_dtype, logits_dtype
+        )
         return tuple(stats_pass(engine(backend), tiles))
 
 
@@ -279,7 +295,8 @@ def linear_token_logprobs_backward(
     temperatures: Tensor | None,
     temperature: float,
     softcap: float | None,
-    rows: int,
+    chunk_size: int | None,
+    memory_budget: int | None,
     matmul_dtype: torch.dtype,
     logits_dtype: torch.dtype,
     backend: str,
@@ -287,16 +304,25 @@ def linear_token_logprobs_backward(
 ) -> _Tensors:
     scoring = _scoring(targets, temperatures, temperature, bias, softcap)
     needs = (need_hidden, need_weight, need_bias)
-    with _no_autocast(hidden):
-        tiles = HeadTiles(hidden, weight, scoring, rows, matmul_dtype, logits_dtype, needs)
+    with no_autocast(hidden):
+        tiles = HeadTiles(
+            hidden,
+            weight,
+            scoring,
+            chunk_size,
+            memory_budget,
+            matmul_dtype,
+            logits_dtype,
+            needs,
+        )
         gradient_pass(
             engine(backend), tiles, RowStats(*stats), Coefficients(grad_logprobs, grad_entropy)
         )
     found = _head_gradients(tiles)
-    return (
-        found[0],
-        found[1].to(weight.dtype),
-        found[2] if bias is None else found[2].to(bias.dtype),
+    given = (hidden, weight, bias)
+    return tuple(
+        grad.to(tensor.dtype) if needed and tensor is not None else grad
+        for grad, tensor, needed in zip(found, given, needs, strict=True)
     )
 
 
@@ -333,7 +359,7 @@ def _head_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     found = linear_token_logprobs_backward(
         grad_logprobs, grad_entropy, *needs, *head, *ctx.settings, *stats
     )
-    return *_needed(found, needs), *[None] * 9
+    return *_needed(found, needs), *[None] * 10
 
 
 _differentiable("linear_token_logprobs", _save_head, _head_backward)
@@ -367,11 +393,6 @@ def _fake_head_gradients(
 
 def _needed(found: _Tensors, needs: tuple[bool, ...]) -> list[Tensor | None]:
     return [grad if needed else None for grad, needed in zip(found, needs, strict=True)]
-
-
-def _no_autocast(hidden: Tensor) -> torch.autocast:
-    # The casts of autocast are made by hand: its own would undo the fp32 accumulation.
-    return torch.autocast(hidden.device.type, enabled=False)
 
 
 # ---- losses
@@ -419,11 +440,11 @@ _differentiable("policy_loss", _save_policy, _policy_backward)
 
 @_operator(
     "grpo_loss",
-    f"(Tensor logits, {_SCORING}, {_LOSS}, bool gradient, int rows, str backend) "
+    f"(Tensor logits, {_SCORING}, {_LOSS}, bool gradient, str backend) "
     "-> (Tensor loss, Tensor metrics, Tensor logprobs, Tensor entropy, Tensor grad, Tensor factor)",
 )
 def grpo_loss(logits: Tensor, *arguments: Any) -> _Tensors:
-    gradient = arguments[-3]
+    gradient = arguments[-2]
     grad = _like(logits, 0)
     if gradient:
         grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
@@ -433,8 +454,8 @@ def grpo_loss(logits: Tensor, *arguments: Any) -> _Tensors:
 
 @_fake("grpo_loss")
 def _(logits: Tensor, *arguments: Any) -> _Tensors:
-    shape = logits.shape if arguments[-3] else (0,)
-    dtype = logits.dtype if arguments[-3] else None
+    shape = logits.shape if arguments[-2] else (0,)
+    dtype = logits.dtype if arguments[-2] else None
     return (
         *_fake_value(logits),
         *(_like(logits, logits.shape[0]) for _ in range(2)),
@@ -453,7 +474,7 @@ def _save_grpo(ctx: Any, inputs: tuple[Any, ...], output: _Tensors) -> None:
 def _grpo_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     grad, factor = ctx.saved_tensors
     grads = None if grad_loss is None else scale(grad, grad_loss, factor, ctx.dtype)
-    return grads, *[None] * (3 + _N_LOSS + 3)
+    return grads, *[None] * (3 + _N_LOSS + 2)
 
 
 _differentiable("grpo_loss", _save_grpo, _grpo_backward)
@@ -461,12 +482,12 @@ _differentiable("grpo_loss", _save_grpo, _grpo_backward)
 
 @_operator(
     "grpo_loss_",
-    f"(Tensor(a!) logits, {_SCORING}, {_LOSS}, int rows, str backend) "
+    f"(Tensor(a!) logits, {_SCORING}, {_LOSS}, str backend) "
     "-> (Tensor loss, Tensor metrics, Tensor logprobs, Tensor entropy, Tensor factor)",
 )
 def grpo_loss_(logits: Tensor, *arguments: Any) -> _Tensors:
     """`grpo_loss` whose gradient takes the place of the logits."""
-    found = _grpo_loss(logits, (*arguments[:-2], True, *arguments[-2:]), logits)
+    found = _grpo_loss(logits, (*arguments[:-1], True, arguments[-1]), logits)
     return *_value(found), found.evaluated.factor
 
 
@@ -477,8 +498,9 @@ def _(logits: Tensor, *_: Any) -> _Tensors:
 
 
 def _grpo_loss(logits: Tensor, arguments: tuple[Any, ...], out: Tensor | None) -> Scored:
-    *others, gradient, rows, backend = arguments
+    *others, gradient, backend = arguments
     loss, inputs, lengths = _loss_inputs(logits, tuple(others[3:]))
+    rows = logits_rows(*logits.shape, backend)
     tiles = LogitsTiles(logits, _scoring(*others[:3]), rows, out)
     return loss_pass(engine(backend), tiles, loss, inputs, lengths, gradient=gradient)
 
@@ -500,10 +522,11 @@ def linear_grpo_loss(
     *arguments: Any,
 ) -> _Tensors:
     loss, inputs, lengths = _loss_inputs(hidden, arguments[:_N_LOSS])
-    *needs, skip_idle, rows, matmul_dtype, logits_dtype, backend = arguments[_N_LOSS:]
+    *needs, skip_idle = arguments[_N_LOSS : _N_LOSS + 4]
+    *blocks, backend = arguments[_N_LOSS + 4 :]
     scoring = _scoring(targets, temperatures, temperature, bias, softcap)
-    with _no_autocast(hidden):
-        tiles = HeadTiles(hidden, weight, scoring, rows, matmul_dtype, logits_dtype, tuple(needs))
+    with no_autocast(hidden):
+        tiles = HeadTiles(hidden, weight, scoring, *blocks, tuple(needs))
         found = loss_pass(
             engine(backend),
             tiles,

@@ -81,14 +81,10 @@ def stats_pass(engine: Engine, tiles: Tiles) -> RowStats:
 
 
 def gradient_pass(
-    engine: Engine,
-    tiles: Tiles,
-    stats: RowStats,
-    coefficients: Coefficients,
-    part: slice | None = None,
+    engine: Engine, tiles: Tiles, stats: RowStats, coefficients: Coefficients
 ) -> None:
-    """The gradients of the rows `part`, from what a pass before has found out about all of them."""
-    for piece in chunks(part or _everything(tiles), tiles.rows):
+    """The gradients of all rows, from what a pass before has found out about them."""
+    for piece in chunks(_everything(tiles), tiles.rows):
         _gradient(
             engine,
             tiles,

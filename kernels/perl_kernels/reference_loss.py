@@ -301,7 +301,9 @@ def _dppo_rejects(loss: PolicyLoss, rows: Rows) -> tuple[Tensor, Tensor]:
     if loss.surrogate == "dppo_tv":
         too_high, too_low = new - old > loss.clip_high, new - old < -loss.clip_low
     else:
-        complement = ((1 - old + _DPPO_EPS) / (1 - new + _DPPO_EPS)).log()
+        # An engine may round a log-prob to a little more than 0.
+        rest = [(1 - p).clamp(min=0) + _DPPO_EPS for p in (old, new)]
+        complement = (rest[0] / rest[1]).log()
         divergence = old * (old_log - new_log) + (1 - old) * complement
         too_high = (divergence > loss.clip_high) & (new > old)
         too_low = (divergence > loss.clip_low) & (new < old)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -115,10 +114,7 @@ def replace_table(document: str, table: str) -> str:
 
 @functools.cache
 def _cases(module: str) -> tuple[CompileCase, ...]:
-    name = f"{__package__}.triton_backend.{module}"
-    if importlib.util.find_spec(name) is None:
-        return ()
-    return tuple(getattr(importlib.import_module(name), "compile_cases", tuple)())
+    return tuple(importlib.import_module(f"{__package__}.triton_backend.{module}").compile_cases())
 
 
 def _measure(task: tuple[str, int, int]) -> Resources:

@@ -17,7 +17,7 @@ def top_entropy_weights(
 
     Args:
         entropy: [N], in nats, of the tokens of the whole batch: the threshold is one for all.
-        fraction: share of the tokens that stay, in (0, 1]. Ties at the threshold all stay.
+        fraction: share of the tokens that stay, in (0, 1]. Ties at the threshold all stay, and NaN.
         weights: [N], multiplied in; tokens of weight 0 neither stay nor count for the threshold.
 
     Returns:
@@ -37,8 +37,12 @@ def top_entropy_weights(
     weights = weights.detach()
     counted = weights != 0
     # torch.quantile takes at most 16 million values; sorting takes any number.
-    ranked = torch.where(counted, entropy.detach(), -torch.inf).sort(descending=True).values
-    kept = (counted.sum() * fraction).ceil().to(torch.int64)
+    entropy = entropy.detach()
+    known = torch.where(counted & ~entropy.isnan(), entropy, -torch.inf)
+    ranked = known.sort(descending=True).values
+    # 0.15 * 100 is a little more than 15.
+    kept = (counted.sum().double() * fraction - 1e-6).ceil().to(torch.int64)
     threshold = ranked.gather(0, (kept - 1).clamp(min=0)[None]) if ranked.numel() else ranked
-    stays = counted & (entropy.detach() >= threshold)
+    # A NaN stays too: leaving it out would hide it.
+    stays = counted & ~(entropy < threshold)
     return weights * stays.to(weights.dtype)

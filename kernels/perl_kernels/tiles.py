@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .inputs import Coefficients, compute_dtype
 from .scores import Scoring
+from .tuning import head_rows
 
 _ALIGNMENT = 16  # bytes; rows that start there are read 128 bits at a time
 
@@ -76,13 +77,18 @@ class LogitsTiles:
         raise NotImplementedError("there is no product to leave rows out of")
 
 
+def no_autocast(hidden: Tensor) -> torch.autocast:
+    """The casts of autocast are made by hand: its own would undo the fp32 accumulation."""
+    return torch.autocast(hidden.device.type, enabled=False)
+
+
 class HeadTiles:
     """Blocks of hidden [N, H] @ weight [V, H].T, and the sums of their gradients.
 
     Args:
         hidden, weight: [N, H] and [V, H].
         scoring: what is done to the logits.
-        rows: of a block.
+        chunk_size, memory_budget: rows of a block, or its bytes; see `tuning.head_rows`.
         matmul_dtype: of the products' operands.
         logits_dtype: of a block: that of the operands, or fp32, which keeps what the product has
             accumulated without an fp32 product.
@@ -94,7 +100,8 @@ class HeadTiles:
         hidden: Tensor,
         weight: Tensor,
         scoring: Scoring,
-        rows: int,
+        chunk_size: int | None,
+        memory_budget: int | None,
         matmul_dtype: torch.dtype,
         logits_dtype: torch.dtype,
         needs: tuple[bool, bool, bool] = (False, False, False),
@@ -103,6 +110,8 @@ class HeadTiles:
         self.weight = weight.to(matmul_dtype)
         self.scoring, self.matmul_dtype = scoring, matmul_dtype
         self.n_tokens, self.dtype = hidden.shape[0], compute_dtype(hidden)
+        blocks = (hidden.device, chunk_size, memory_budget)
+        rows = head_rows(self.n_tokens, weight.shape[0], logits_dtype, *blocks)
         self.rows = min(rows, max(self.n_tokens, 1))
         self.buffer = self._buffer(logits_dtype)
         # Written in place unless the block is wider than what the next products read.
@@ -112,12 +121,13 @@ class HeadTiles:
         if logits_dtype != matmul_dtype and hidden.device.type == "cpu":
             # There is no product of fp16 or bf16 into fp32 on a CPU.
             self.wide = self.weight.to(logits_dtype)
-        self.grad_hidden = torch.zeros_like(hidden) if needs[0] else None
-        self.grad_weight = self.grad_bias = None
+        self.grad_hidden = self.grad_weight = self.grad_bias = None
+        if needs[0]:
+            self.grad_hidden = hidden.new_zeros(hidden.shape)
         if needs[1]:
-            self.grad_weight = torch.zeros_like(weight, dtype=self.dtype)
+            self.grad_weight = weight.new_zeros(weight.shape, dtype=self.dtype)
         if needs[2] and scoring.bias is not None:
-            self.grad_bias = torch.zeros_like(scoring.bias, dtype=self.dtype)
+            self.grad_bias = weight.new_zeros(scoring.bias.shape, dtype=self.dtype)
 
     def _buffer(self, dtype: torch.dtype) -> Tensor:
         vocab = self.weight.shape[0]

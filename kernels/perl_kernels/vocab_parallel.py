@@ -28,7 +28,7 @@ from .dispatch import engine, values_visible
 from .inputs import Coefficients, compute_dtype
 from .passes import gradient_pass, stats_pass
 from .scores import RowStats, Scoring
-from .tiles import HeadTiles
+from .tiles import HeadTiles, no_autocast
 
 _Head = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
 """hidden, weight, bias, targets counted from this part's first row, temperatures."""
@@ -39,7 +39,8 @@ class _Settings(NamedTuple):
 
     temperature: float
     softcap: float | None
-    rows: int
+    chunk_size: int | None
+    memory_budget: int | None
     matmul_dtype: torch.dtype
     logits_dtype: torch.dtype
     backend: str
@@ -81,7 +82,8 @@ def linear_token_logprobs(
     temperatures: Tensor | None,
     temperature: float,
     softcap: float | None,
-    rows: int,
+    chunk_size: int | None,
+    memory_budget: int | None,
     matmul_dtype: torch.dtype,
     logits_dtype: torch.dtype,
     backend: str,
@@ -100,7 +102,8 @@ def linear_token_logprobs(
     shapes = _gather(mine, group)
     if values_visible(shapes):
         _check_shapes(shapes, targets)
-    settings = _Settings(temperature, softcap, rows, matmul_dtype, logits_dtype, backend, group)
+    blocks = (chunk_size, memory_budget, matmul_dtype, logits_dtype)
+    settings = _Settings(temperature, softcap, *blocks, backend, group)
     return _VocabParallel.apply(hidden, weight, bias, targets, temperatures, shapes[:, 0], settings)
 
 
@@ -168,7 +171,7 @@ class _Gradient(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         head, stats = saved[:5], RowStats(*saved[5:])
         hidden, weight, bias = saved[:3]
-        with _no_autocast(hidden):
+        with no_autocast(hidden), torch.cuda.device_of(hidden):
             tiles = _tiles(head, settings, needs)
             if weight.shape[0]:
                 coefficients = Coefficients(by_logprob, by_entropy)
@@ -195,7 +198,12 @@ def _tiles(head: _Head, settings: _Settings, needs: tuple[bool, bool, bool]) -> 
     hidden, weight, bias, targets, temperatures = head
     temperature = settings.temperature if temperatures is None else temperatures
     scoring = Scoring(targets, bias, temperature, settings.softcap)
-    operands = (settings.rows, settings.matmul_dtype, settings.logits_dtype)
+    operands = (
+        settings.chunk_size,
+        settings.memory_budget,
+        settings.matmul_dtype,
+        settings.logits_dtype,
+    )
     return HeadTiles(hidden, weight, scoring, *operands, needs)
 
 
@@ -206,7 +214,7 @@ def _local_stats(head: _Head, settings: _Settings) -> RowStats:
     if not weight.shape[0]:
         lowest = hidden.new_full(hidden.shape[:1], -torch.inf, dtype=compute_dtype(hidden))
         return RowStats(*[lowest] * 4)
-    with _no_autocast(hidden):
+    with no_autocast(hidden), torch.cuda.device_of(hidden):
         return stats_pass(engine(settings.backend), _tiles(head, settings, (False, False, False)))
 
 
@@ -238,8 +246,3 @@ def _gather(mine: Tensor, group: ProcessGroup) -> Tensor:
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, mine, group=group)
     return torch.stack(parts)
-
-
-def _no_autocast(hidden: Tensor) -> torch.autocast:
-    # As in `ops.py`: the casts of autocast are made by hand.
-    return torch.autocast(hidden.device.type, enabled=False)

@@ -260,7 +260,7 @@ def test_no_synchronisation(
     may not be waited for."""
     # There is no autocast of meta tensors to ask for or to turn off.
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
-    monkeypatch.setattr(ops, "_no_autocast", lambda hidden: contextlib.nullcontext())
+    monkeypatch.setattr(ops, "no_autocast", lambda hidden: contextlib.nullcontext())
     # Called as an operator, a meta tensor would get the fake instead.
     monkeypatch.setattr(ops, "linear_grpo_loss", ops.IMPLEMENTATIONS["linear_grpo_loss"])
     loss = PolicyLoss(

@@ -103,3 +103,16 @@ def test_occupancy_follows_the_scarcest_resource() -> None:
     assert blocks(90, 8, 32, 0, 0) == 8  # 64 warps
     assert blocks(90, 1, 32, 0, 0) == 32  # 32 blocks
     assert blocks(100, 4, 32, 0, 256) == 2  # tensor memory: 512 columns
+
+
+def test_every_variant_compiles() -> None:
+    """As far as Triton's intermediate form; the machine code is that of the launch cases."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT / "kernels")
+    script = Path(__file__).with_name("every_variant.py")
+    result = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert result.returncode == 0, result.stderr
+    assert "FAILED" not in result.stdout, result.stdout
+    assert int(result.stdout.split()[0]) > 300

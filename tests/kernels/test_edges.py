@@ -126,3 +126,38 @@ def test_logits_far_below_zero_and_long_rows() -> None:
         logprobs, torch.ones(2), bounds, PolicyLoss.preset("gspo"), old_logprobs=logprobs
     )
     torch.testing.assert_close(output.loss, torch.tensor(-1.0))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_nan_is_not_lost_in_a_long_completion(backend: str) -> None:
+    """Neither in the largest ratio, nor in the gradient of what shares a ratio with it."""
+    old = -torch.rand(2100)
+    logprobs = old.clone()
+    logprobs[5] = torch.nan
+    bounds = torch.tensor([0, 2100], dtype=torch.int32)
+    for name in ("dapo", "gmpo", "gspo"):
+        leaf = logprobs.clone().requires_grad_()
+        output = policy_loss(
+            leaf,
+            torch.ones(1),
+            bounds,
+            PolicyLoss.preset(name),
+            old_logprobs=old,
+            backend=backend,  # type: ignore[arg-type]
+        )
+        assert output.loss.isnan() and output.metrics["ratio_max"].isnan()
+        (gradient,) = torch.autograd.grad(output.loss, leaf)
+        assert gradient.isnan().all() if name != "dapo" else gradient.isnan().any()
+
+
+def test_an_engine_that_rounds_log_probs_above_zero() -> None:
+    loss = PolicyLoss.preset("dppo_kl")
+    new = torch.tensor([-1.0, -1.0])
+    given = (torch.tensor([-1.0]), torch.tensor([0, 2], dtype=torch.int32), loss)
+    seen = policy_loss(new, *given, old_logprobs=torch.tensor([1e-7, 0.0]))
+    assert seen.loss.isfinite() and seen.metrics["clip_fraction"] == 1
+
+
+def test_an_empty_vocabulary() -> None:
+    with pytest.raises(ValueError, match="the vocabulary is empty"):
+        token_logprobs(torch.empty(2, 0), torch.zeros(2, dtype=torch.int64))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from perl_kernels import (
     GroupedRewards,
@@ -251,7 +252,7 @@ def test_wide_logits(name: str, backend: str) -> None:
     for dtype in (None, torch.float32):
         given = {"logits_dtype": dtype, "backend": backend, "chunk_size": 32}
         seen = linear_token_logprobs(hidden, weight, targets, **given)
-        errors.append(float((seen.logprobs - truth).abs().max()))
+        errors.append(float((seen.logprobs - truth).detach().abs().max()))
         common = {
             name: x.to(DEVICE, torch.float32 if x.is_floating_point() else x.dtype)
             for name, x in problem.loss_arguments().items()
@@ -352,3 +353,73 @@ def test_cuda_graph(name: str) -> None:
         call.hidden.mul_(1.1)
     graph.replay()
     torch.testing.assert_close(captured, step())
+
+
+@pytest.mark.parametrize("name", ["linear_grpo_loss", "grpo_loss", "linear_token_logprobs"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_once_for_every_number_of_tokens(
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    torch._dynamo.reset()
+    weight = torch.randn(13, 6, device=DEVICE, requires_grad=True)
+    loss = PolicyLoss.preset("dapo")
+
+    def function(hidden: Tensor, targets: Tensor, bounds: Tensor) -> Tensor:
+        if name == "linear_token_logprobs":
+            return linear_token_logprobs(hidden, weight, targets, backend=backend).logprobs.sum()
+        given = (targets, bounds.new_ones(2), bounds, loss)
+        if name == "linear_grpo_loss":
+            return linear_grpo_loss(hidden, weight, *given, backend=backend).loss
+        return grpo_loss(hidden @ weight.T, *given, backend=backend).loss
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    # Across the default size of a block on a CPU as well.
+    for count in (6, 5, 7, 64, 65, 200, 300):
+        hidden = torch.randn(count, 6, device=DEVICE, requires_grad=True)
+        bounds = torch.tensor([0, 1, count], dtype=torch.int32, device=DEVICE)
+        compiled(hidden, torch.randint(0, 13, (count,), device=DEVICE), bounds).backward()
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("layout", ["transposed", "frozen bf16"])
+def test_fakes_are_like_the_real_outputs(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    call = Call("torch")
+    if layout == "transposed":
+        call.hidden = call.hidden.detach().T.contiguous().T.requires_grad_()
+        call.weight = call.weight.detach().T.contiguous().T.requires_grad_()
+    else:
+        call.hidden = call.hidden.detach().bfloat16().requires_grad_()
+        call.weight, call.bias = call.weight.detach().bfloat16(), call.bias.detach().bfloat16()
+    with pytest.MonkeyPatch.context() as patch:
+        calls = {
+            operator: recorded(patch, operator)
+            for operator in ("linear_grpo_loss", "linear_token_logprobs_backward")
+        }
+        call.run("linear_grpo_loss", LOSSES["perl"]).backward()
+        call.run("policy_loss", LOSSES["perl"]).backward()
+    for operator, (arguments, *_) in calls.items():
+        given = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+        torch.library.opcheck(getattr(torch.ops.perl_kernels, operator).default, tuple(given))
+
+
+def test_in_place_of_logits_that_share_memory() -> None:
+    logits = torch.randn(1, 7, requires_grad=True).expand(4, 7)
+    given = (torch.arange(4), torch.ones(1), torch.tensor([0, 4]), PolicyLoss())
+    with pytest.raises(ValueError, match=r"strides \[0, 1\], so that elements share memory"):
+        grpo_loss(logits, *given, inplace=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_tensors_on_another_device_than_the_current_one() -> None:
+    torch.cuda.set_device(0)
+    hidden = torch.randn(9, 8, device="cuda:1", requires_grad=True)
+    weight = torch.randn(50, 8, device="cuda:1", requires_grad=True)
+    targets = torch.randint(0, 50, (9,), device="cuda:1")
+    bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
+    given = (hidden, weight, targets, torch.ones(2, device="cuda:1"), bounds, PolicyLoss())
+    losses = [linear_grpo_loss(*given, backend=backend).loss for backend in BACKENDS]
+    torch.testing.assert_close(*losses)

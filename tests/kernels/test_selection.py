@@ -36,6 +36,16 @@ def test_weights_are_kept_and_masked_tokens_do_not_count() -> None:
     assert output.metrics["tokens"] == 2
 
 
+def test_nan_stays_and_hides_nothing() -> None:
+    entropy = torch.tensor([1.0, 2.0, float("nan"), 0.5, 0.1])
+    assert top_entropy_weights(entropy, 0.2).tolist() == [0.0, 1.0, 1.0, 0.0, 0.0]
+
+
+def test_shares_that_are_not_quite_what_they_say() -> None:
+    """0.15 * 100 is a little more than 15 in floating point."""
+    assert top_entropy_weights(torch.randperm(100).float(), 0.15).sum() == 15
+
+
 def test_nothing_to_choose_from() -> None:
     assert top_entropy_weights(torch.empty(0), 0.5).shape == (0,)
     assert top_entropy_weights(torch.rand(3), 0.5, weights=torch.zeros(3)).sum() == 0

@@ -192,7 +192,7 @@ def evaluate(
         **numbers(loss),
     )
     if loss.surrogate == "gmpo":
-        inside = mask & (shared.abs() <= LOG_RATIO_BOUND)  # type: ignore[union-attr]
+        inside = mask & ~(shared.abs() > LOG_RATIO_BOUND)  # type: ignore[union-attr]
         moved = torch.where(inside, tokens.scale * by_ratio, 0.0)
         direct = tokens.scale * (kl_by_ratio + by_logprob)
         by_logprob = direct + torch.where(low | high, 0.0, tokens.mean(moved))

@@ -439,8 +439,9 @@ def completion_kernel(
         count_sum += tl.where(counts, 1.0, 0.0)
         weight_sum += weight
         invalid_sum += tl.where(counts, tl.where(finite, 0.0, 1.0), 0.0)
-        # NaN stays, as a comparison with it is false.
-        ratio_max = tl.where(counts, tl.where(ratio <= ratio_max, ratio_max, ratio), ratio_max)
+        # NaN comes in and stays: nothing is above it.
+        higher = (ratio > ratio_max) | (ratio != ratio)
+        ratio_max = tl.where(counts & higher, ratio, ratio_max)
         kl_sum += tl.where(counts, kl, 0.0)
         entropy_sum += entropy
         low_sum += tl.where(counts & low, 1.0, 0.0)
@@ -565,7 +566,7 @@ def finish_kernel(
             mask=column < n_completions,
             other=0.0,
         )
-        largest = tl.where(ratio <= largest, largest, ratio)
+        largest = tl.where((ratio > largest) | (ratio != ratio), ratio, largest)
     nan = tl.sum(largest, axis=0) * 0.0
     tl.store(out_ptr + 7, tl.where(count > 0, tl.max(largest, axis=0) + nan, 1.0))
     tl.store(out_ptr + 8, _total(partials_ptr, _GAP, n_completions, BLOCK) / some)

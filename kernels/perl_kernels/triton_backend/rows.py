@@ -26,6 +26,7 @@ from .numerics import scaled, scaled_slope
 
 _BLOCK_BYTES = {80: 16384, 90: 16384, 100: 8192}
 _WARPS = 8
+_MAX_REGISTERS = 128
 """On sm_80 and sm_90 four 128-bit loads at once per thread, and two rows at a time on each
 multiprocessor, of which a good part is still in the L2 cache when it is read again. On sm_100 that
 many columns spill. Chosen from the resources alone, see docs/kernels.md; not measured yet."""
@@ -83,9 +84,9 @@ def _row_statistics(
     # An infinite score makes it NaN (0 * inf), whether or not the target is concerned.
     entropy = log_sum - tl.sum(weighted, axis=0) / all_mass
     known = (target >= 0) & (target < n_columns)
-    score = _score(row_ptr, bias_ptr, target, known, softcap, temperature, HAS_SOFTCAP)
+    chosen = _score(row_ptr, bias_ptr, target, known, softcap, temperature, HAS_SOFTCAP)
     valid = known & (tl.abs(entropy) < float("inf"))
-    logprob = tl.where(valid, score - shift - log_sum, float("nan"))
+    logprob = tl.where(valid, chosen - shift - log_sum, float("nan"))
     return logprob, entropy, shift, log_sum
 
 
@@ -312,6 +313,8 @@ def row_loss_kernel(
     tl.store(stats_ptr + 4 * n_rows + row, by_logprob)
     tl.store(stats_ptr + 5 * n_rows + row, by_entropy)
     if out_ptr is not None:
+        # The target's logit has been read by every thread before any of them writes over the row.
+        tl.debug_barrier()
         _write_gradient(
             row_ptr,
             out_ptr + row * out_stride,
@@ -436,7 +439,8 @@ def _scoring_arguments(scoring: Scoring) -> dict[str, Any]:
 
 
 def _launch(tile: Tensor) -> dict[str, int]:
-    return _blocks(tile.shape[1], tile.element_size(), architecture(tile.device))
+    blocks = _blocks(tile.shape[1], tile.element_size(), architecture(tile.device))
+    return {**blocks, "maxnreg": _MAX_REGISTERS}
 
 
 def _blocks(n_columns: int, itemsize: int, arch: int) -> dict[str, int]:
@@ -516,6 +520,7 @@ def _cases_on(arch: int) -> list[CompileCase]:
                 constants,
                 num_warps=warps,
                 vector_loads=True,
+                max_registers=_MAX_REGISTERS,
                 architectures=(arch,),
             )
         )
