@@ -123,6 +123,13 @@ COMMANDS: dict[str, tuple[type[_Common], str]] = {
 }
 
 
+# What the extra `train` installs, by the names they are imported by.
+_TRAIN_PACKAGES = {
+    *("transformers", "accelerate", "datasets", "huggingface_hub", "tokenizers", "peft"),
+    *("safetensors", "sklearn", "tensorboard", "matplotlib", "jinja2"),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 2 a user's mistake (one line says which), 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -138,6 +145,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = 0
     except OSError as error:
         code = _fail(_about_files(error), debug)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _TRAIN_PACKAGES:
+            raise
+        code = _fail(f"{package} is not installed; pip install 'perl-rl[train]'", debug)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not to be imported here
             raise

@@ -1,4 +1,4 @@
-"""The README's Python runs, its recipe loads, and its data lines are read."""
+"""The documents' Python runs, its recipe loads, and its data lines are read."""
 
 import re
 import subprocess
@@ -8,10 +8,11 @@ from pathlib import Path
 from PIL import Image
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
+LOSSES = (Path(__file__).parent.parent / "docs" / "losses.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, document: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", document, flags=re.DOTALL)
 
 
 def test_the_example_runs_as_printed() -> None:
@@ -21,6 +22,13 @@ def test_the_example_runs_as_printed() -> None:
     first, second = done.stdout.splitlines()
     assert "torch.Size([11])" in first
     assert second == "tensor(True) tensor(True)"
+
+
+def test_the_way_from_padded_batches_runs() -> None:
+    (code,) = blocks("python", LOSSES)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "'tokens': 14.0" in done.stdout and "'invalid_rows': 0.0" in done.stdout
 
 
 def test_the_comparison_gives_the_same_loss_in_less_memory() -> None:

@@ -110,7 +110,7 @@ def _checked(
     if sizes.ndim != 1 or sizes.is_floating_point():
         raise ValueError(
             f"group_sizes has shape {list(sizes.shape)} and dtype {sizes.dtype}, must be [P] "
-            "integers"
+            "integers, the number of rollouts of each group"
         )
     if sizes.numel() == 0 and len(rewards):
         raise ValueError(f"group_sizes is empty, but there are {len(rewards)} rewards")
@@ -118,9 +118,12 @@ def _checked(
         isinstance(group_sizes, Tensor) or torch.compiler.is_compiling()
     )
     if visible and (sizes.sum() != len(rewards) or (sizes < 0).any()):
+        low, total = int(sizes.min()), int(sizes.sum())
+        got = f"holds {low}" if low < 0 else f"sums to {total}"
+        flatten = rewards.ndim == 2 and total == rewards.numel()
         raise ValueError(
-            f"group_sizes must be at least 0 and sum to the {len(rewards)} rewards, "
-            f"but sums to {int(sizes.sum())}"
+            f"group_sizes must be at least 0 and sum to the {len(rewards)} rewards, but {got}"
+            + ("; rewards [P, G] are to be given as rewards.flatten()" if flatten else "")
         )
     n_rewards = rewards.shape[1] if rewards.ndim == 2 else 1
     weights = None

@@ -21,7 +21,8 @@ def check_tensor(name: str, got: object, ndim: int, shape: str) -> Tensor:
     if not isinstance(got, Tensor):
         raise TypeError(f"{name} is a {type(got).__name__}, must be a tensor {shape}")
     if got.ndim != ndim:
-        raise ValueError(f"{name} has shape {list(got.shape)}, must be {shape}")
+        padded = f"; padded rows go in as {name}[mask]" if got.ndim == ndim + 1 else ""
+        raise ValueError(f"{name} has shape {list(got.shape)}, must be {shape}{padded}")
     return got
 
 
@@ -151,7 +152,7 @@ def check_cu_seqlens(cu_seqlens: object, n_tokens: int) -> Tensor:
         if values[0] != 0 or values[-1] != n_tokens:
             raise ValueError(
                 f"cu_seqlens runs from {values[0]} to {values[-1]}, must run from 0 to N = "
-                f"{n_tokens}"
+                f"{n_tokens}: it is cumulative, [0, length 1, length 1 + length 2, ...]"
             )
         if (bounds[1:] < bounds[:-1]).any():
             raise ValueError("cu_seqlens decreases, must be monotone")
@@ -178,7 +179,8 @@ def check_objective(
     loss: object, ref_logprobs: object, rollout_logprobs: object, entropy_given: bool
 ) -> PolicyLoss:
     if not isinstance(loss, PolicyLoss):
-        raise TypeError(f"loss is a {type(loss).__name__}, must be a PolicyLoss")
+        hint = f", as PolicyLoss.preset({loss!r})" if isinstance(loss, str) else ""
+        raise TypeError(f"loss is a {type(loss).__name__}, must be a PolicyLoss{hint}")
     if loss.has_kl and ref_logprobs is None:
         raise ValueError(f"ref_logprobs is None, but the loss has kl={loss.kl!r}")
     if loss.correction is not None and rollout_logprobs is None:

@@ -1,7 +1,10 @@
 """Which implementation serves a call, and how much of it is checked.
 
-`backend="auto"` takes the fastest one that can serve the tensors of the call; any other value is
-taken at its word or refused. `PERL_BACKEND` sets the default of the process. With `PERL_CHECKS=1`
+`backend="triton"` (CUDA devices from sm_80 on, and any device with TRITON_INTERPRET=1; fp32, fp16 and
+bf16) and `backend="torch"` (everything) are taken at their word or refused, `"native"` is always
+refused: no build has it yet. `"auto"` takes the fastest one that can serve the tensors of the call,
+and says so once to the logger `perl_kernels`, at level INFO. `PERL_BACKEND` sets the default of the
+process. With `PERL_CHECKS=1`
 the values of GPU tensors are checked like those of CPU tensors, at the cost of a synchronisation.
 """
 
@@ -80,7 +83,7 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 def _triton_missing() -> str | None:
     if not _TRITON_INSTALLED:
-        return "triton is not installed"
+        return "triton is not installed (pip install triton)"
     if interpreted():
         return None
     if not torch.cuda.is_available():

@@ -37,7 +37,7 @@ def linear_token_logprobs(
     both, 6NHV if only one of `hidden` and `weight` needs a gradient.
 
     Args:
-        hidden: [N, H].
+        hidden: [N, H]; row t is the one that predicts `targets[t]`.
         weight: [V, H], of the dtype of `hidden` (any under autocast, whose dtype is then used).
         targets: [N] int64 or int32 in [0, V).
         bias: [V], added in fp32.
@@ -48,7 +48,7 @@ def linear_token_logprobs(
             the memory of a block and, for the gradients, half as much again.
         chunk_size: tokens of a block.
         memory_budget: bytes of a block of logits, in place of `chunk_size`; if both are left out,
-            1.25 GiB on a GPU.
+            1.25 GiB on a GPU and 4 MiB, but at least 64 tokens, on a CPU.
         group: the ranks that the head is split over, each with its own consecutive rows of it, in
             rank order: `weight [V_rank, H]` and `bias [V_rank]`, where V_rank may differ and be 0.
             See below.

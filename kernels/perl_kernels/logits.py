@@ -27,7 +27,7 @@ def token_logprobs(
     """Log-prob of each target and entropy of each row of `logits / temperature`.
 
     Args:
-        logits: [N, V], any floating dtype.
+        logits: [N, V], any floating dtype; row t is the one that predicts `targets[t]`.
         targets: [N] int64 or int32 in [0, V).
         temperature: above 0, a float or [N].
         backend: see `perl_kernels.dispatch`.

@@ -58,7 +58,7 @@ class PolicyLoss:
         kl: estimator of KL(policy || reference), with d = ref - lp: `k1` -d, `abs` |d|, `k2` d^2/2,
             `k3` exp(d) - d - 1 (Schulman; TRL, verl). `k1+`, `k3+`: the value of the first, the
             gradient of `k2` (verl).
-        kl_coef: factor of the KL term in the loss.
+        kl_coef: factor of the KL term in the loss; with 0 the estimate is only a metric.
         kl_bias_correction: multiply the KL term by the importance ratio r, gradient through r
             (DeepSeek-V3.2; TRL `use_bias_correction_kl`).
         entropy_coef: factor of the entropy bonus; the loss gets -entropy_coef * entropy per token.
@@ -219,7 +219,8 @@ class PolicyLoss:
 
         `perl`: the settings released with PeRL: clip 0.2 / 0.2, dual clip 3, k3 with 0.01,
         token-mean. `grpo`, `bnpo`, `dr_grpo`, `luspo`: TRL's loss types of that name, KL off (TRL's
-        default). `dapo`: clip-higher 0.28, token-mean (DAPO paper). `gspo`, `gspo_token`: sequence
+        default; TRL's means over completions count those without tokens too, which
+        `normalizer`=B does). `dapo`: clip-higher 0.28, token-mean (DAPO paper). `gspo`, `gspo_token`: sequence
         ratio with the GSPO paper's 3e-4 / 4e-4. `cispo`: ratio bounded above by 5, not below
         (TRL's recommendation). `sapo`, `vespo`: TRL's. `gmpo`: log-ratio clipped to +-0.4 (GMPO
         paper). `dppo_tv`, `dppo_kl`: verl's, with the thresholds 0.15 and 0.05 of the DPPO
@@ -234,13 +235,13 @@ class PolicyLoss:
         if name not in _PRESETS:
             listed = ", ".join(sorted(_PRESETS))
             raise ValueError(f"no preset named {name!r}; there are: {listed}")
-        fields = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(overrides) - fields)
-        if unknown:
-            raise TypeError(f"PolicyLoss has no field {unknown[0]!r}; it has: {sorted(fields)}")
+        for field in overrides:
+            if field not in _FIELDS:
+                raise TypeError(f"PolicyLoss has no field {field!r}; it has: {', '.join(_FIELDS)}")
         return cls(**{**_PRESETS[name], **overrides})
 
 
+_FIELDS = tuple(field.name for field in dataclasses.fields(PolicyLoss))
 NUMBERS = tuple(
     field.name
     for field in dataclasses.fields(PolicyLoss)

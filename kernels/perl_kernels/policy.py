@@ -33,7 +33,7 @@ def policy_loss(
     Args:
         logprobs: [N] log-prob of each token under the policy.
         advantages: [B], [N] (taken as [B] where B = N), or `GroupedRewards` of the B completions.
-        cu_seqlens: [B + 1] int32, monotone from 0 to N; completions may be empty. On the CPU or
+        cu_seqlens: [B + 1] int32 or int64, monotone from 0 to N; completions may be empty. On the CPU or
             where the log-probs are; on the CPU its values are checked without a synchronisation.
         loss: what is optimised; the formulas are in `PolicyLoss`.
         old_logprobs: [N] under the policy that the ratio refers to; left out, the policy itself, so
@@ -43,7 +43,8 @@ def policy_loss(
         rollout_logprobs: [N] as the rollout engine gave them; needed by `loss.correction`.
         entropy: [N]; needed by an entropy bonus.
         weights: [N] factor of each token's term, at least 0. Tokens of weight 0 take no part in
-            anything, whatever their other values: sequence ratios are over the other tokens.
+            anything: sequence ratios are over the other tokens. Their other values may be anything,
+            but for targets, which must be in range.
         normalizer: denominator in place of the call's own count (the sum of the weights, or the
             number of sequences): the whole step's, if the step is split over several calls. Above
             0 and finite, a float or a 0-dim tensor.
@@ -51,8 +52,9 @@ def policy_loss(
 
     Returns:
         `LossOutput`, computed in fp32 (fp64 for fp64 log-probs). The loss is differentiable with
-        respect to `logprobs` and `entropy`; it is 0 without tokens, and NaN where an input is NaN
-        or infinite, or the values of a GPU tensor are refused ones (see `invalid_rows`).
+        respect to `logprobs` and `entropy`, and everything else is taken as a constant; it is 0 without tokens, and NaN where an input is NaN
+        or infinite, or the values of a tensor that may not be looked at (on a GPU, or under
+        torch.compile) are refused ones (see `invalid_rows`).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or value.

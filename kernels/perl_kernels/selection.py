@@ -13,7 +13,11 @@ def top_entropy_weights(
     entropy: Tensor, fraction: float, *, weights: Tensor | None = None
 ) -> Tensor:
     """1 for the `fraction` of tokens with the highest entropy, 0 for the others, as `weights` of a
-    loss: the high-entropy minority of Wang et al., arXiv 2506.01939, TRL's `top_entropy_quantile`.
+    loss: the high-entropy minority of Wang et al., arXiv 2506.01939.
+
+    The other tokens leave the loss altogether, KL term and denominator included. TRL's
+    `top_entropy_quantile` chooses the same tokens, but divides by the number of all of them (give
+    the loss that `normalizer`) and keeps the KL term of all.
 
     Args:
         entropy: [N], in nats, of the tokens of the whole batch: the threshold is one for all.
@@ -33,7 +37,7 @@ def top_entropy_weights(
         raise ValueError(f"fraction is {fraction}, must be above 0 and at most 1")
     if weights is None:
         weights = torch.ones_like(entropy, dtype=torch.float32)
-    checks.check_length("weights", weights, entropy.shape[0])
+    checks.check_weights(weights, entropy.shape[0])
     weights = weights.detach()
     counted = weights != 0
     # torch.quantile takes at most 16 million values; sorting takes any number.

@@ -13,7 +13,7 @@ head once per block takes a noticeable part of the time of the block's products.
 _CPU_BYTES = 4 * 2**20
 """A block that stays in the cache of a core; LOG.md has the measurement."""
 
-_EAGER_BYTES = 256 * 2**20
+_EAGER_BYTES = 32 * 2**20
 _MULTIPLE = 128  # rows of a tile of the matrix units
 
 

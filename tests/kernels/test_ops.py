@@ -383,6 +383,19 @@ def test_compiled_once_for_every_number_of_tokens(
     assert counter.frame_count <= 2
 
 
+def test_an_objective_made_in_a_compiled_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    torch._dynamo.reset()
+    call = Call("torch")
+
+    def function(high: float) -> Tensor:
+        return call.run("linear_grpo_loss", PolicyLoss.preset("dapo", clip_high=high))
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for high in (0.28, 0.3, 0.31):
+        torch.testing.assert_close(compiled(high), function(high))
+
+
 @pytest.mark.parametrize("layout", ["transposed", "frozen bf16"])
 def test_fakes_are_like_the_real_outputs(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()

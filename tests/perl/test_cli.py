@@ -260,6 +260,21 @@ def test_without_network_the_hub_is_given_up_within_seconds(
     assert asked == [(("huggingface.co", 443), 5.0)] and constants.HF_HUB_OFFLINE
 
 
+def test_a_missing_package_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from perl import cli
+
+    def lacks(arguments: list[str]) -> int:
+        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn.datasets")
+
+    monkeypatch.setattr(cli, "_run", lacks)
+    assert run("train", "demo") == 2
+    assert capsys.readouterr().err == (
+        "error: sklearn is not installed; pip install 'perl-rl[train]'\n"
+    )
+
+
 def test_out_of_gpu_memory_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
