@@ -163,6 +163,7 @@ def policy_term(
     dual = never
     by_ratio = ratio * 0.0
     by_logprob = ratio * 0.0
+    clipped = ratio
     if SURROGATE == "clip" or SURROGATE == "cispo":
         clipped = at_most(at_least(ratio, 1.0 - clip_low), 1.0 + clip_high)
         low = (ratio < 1.0 - clip_low) & (advantage < 0)

@@ -178,7 +178,9 @@ def token_logprobs(
     backend: str,
 ) -> _Tensors:
     scoring = _scoring(targets, temperatures, temperature)
-    tiles = LogitsTiles(logits, scoring, logits_rows(*logits.shape, backend), None)
+    tiles = LogitsTiles(
+        logits, scoring, logits_rows(logits.shape[0], logits.shape[1], backend), None
+    )
     return tuple(stats_pass(engine(backend), tiles))
 
 
@@ -204,7 +206,9 @@ def token_logprobs_backward(
 ) -> Tensor:
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     scoring = _scoring(targets, temperatures, temperature)
-    tiles = LogitsTiles(logits, scoring, logits_rows(*logits.shape, backend), grad)
+    tiles = LogitsTiles(
+        logits, scoring, logits_rows(logits.shape[0], logits.shape[1], backend), grad
+    )
     gradient_pass(
         engine(backend), tiles, RowStats(*stats), Coefficients(grad_logprobs, grad_entropy)
     )
@@ -500,7 +504,7 @@ def _(logits: Tensor, *_: Any) -> _Tensors:
 def _grpo_loss(logits: Tensor, arguments: tuple[Any, ...], out: Tensor | None) -> Scored:
     *others, gradient, backend = arguments
     loss, inputs, lengths = _loss_inputs(logits, tuple(others[3:]))
-    rows = logits_rows(*logits.shape, backend)
+    rows = logits_rows(logits.shape[0], logits.shape[1], backend)
     tiles = LogitsTiles(logits, _scoring(*others[:3]), rows, out)
     return loss_pass(engine(backend), tiles, loss, inputs, lengths, gradient=gradient)
 
@@ -522,11 +526,21 @@ def linear_grpo_loss(
     *arguments: Any,
 ) -> _Tensors:
     loss, inputs, lengths = _loss_inputs(hidden, arguments[:_N_LOSS])
-    *needs, skip_idle = arguments[_N_LOSS : _N_LOSS + 4]
-    *blocks, backend = arguments[_N_LOSS + 4 :]
+    need_hidden, need_weight, need_bias, skip_idle = arguments[_N_LOSS : _N_LOSS + 4]
+    chunk_size, memory_budget, matmul_dtype, logits_dtype, backend = arguments[_N_LOSS + 4 :]
+    needs = (need_hidden, need_weight, need_bias)
     scoring = _scoring(targets, temperatures, temperature, bias, softcap)
     with no_autocast(hidden):
-        tiles = HeadTiles(hidden, weight, scoring, *blocks, tuple(needs))
+        tiles = HeadTiles(
+            hidden,
+            weight,
+            scoring,
+            chunk_size,
+            memory_budget,
+            matmul_dtype,
+            logits_dtype,
+            needs,
+        )
         found = loss_pass(
             engine(backend),
             tiles,

@@ -74,8 +74,9 @@ class _Tokens:
                 count = self.weights.new_zeros(()) + self.segments.count
         valid = self.segments.valid
         if inputs.count is not None or inputs.normalizer is not None:
-            given = inputs.normalizer
-            count = torch.zeros_like(count) + (inputs.count if given is None else given)
+            given = inputs.count if inputs.normalizer is None else inputs.normalizer
+            assert given is not None
+            count = torch.zeros_like(count) + given
             valid = valid & (count > 0) & count.isfinite()
         if loss.aggregation == "seq-mean-token-sum-norm":
             assert loss.max_completion_length is not None
@@ -170,6 +171,7 @@ def evaluate(
 
     shared = None  # the log-ratio that a completion's tokens have in common
     sequence: Tensor | float = 1.0
+    low = high = torch.zeros_like(mask)
     if loss.surrogate == "vespo":
         sequence = _vespo(loss, tokens, log_ratio, correction)
     elif loss.surrogate == "gmpo":

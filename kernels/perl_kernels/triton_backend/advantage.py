@@ -5,6 +5,9 @@ so nothing is passed between programs. `rollout_advantage` is used by the losses
 normalise rewards in their own launch.
 """
 
+# Triton, not Python, compiles the device functions, whose results a type checker cannot tell.
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 from typing import Any

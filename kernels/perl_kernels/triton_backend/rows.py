@@ -444,7 +444,8 @@ def _launch(tile: Tensor) -> dict[str, int]:
 
 
 def _blocks(n_columns: int, itemsize: int, arch: int) -> dict[str, int]:
-    block = min(triton.next_power_of_2(n_columns), _BLOCK_BYTES[arch] // itemsize)
+    enough = 1 << (n_columns - 1).bit_length()
+    block = min(enough, _BLOCK_BYTES[arch] // itemsize)
     return {"BLOCK": block, "num_warps": max(1, min(_WARPS, block // 256))}
 
 
