@@ -158,6 +158,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "model.gradient_checkpointing, and go on with perl-rl resume RUN; the last checkpoint stands",
             debug,
         )
+    if "perl.processes" in sys.modules:
+        sys.modules["perl.processes"].part()
     sys.exit(code)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -74,6 +74,20 @@ def on_main_process(action: Callable[[], None]) -> None:
     with Processes(_Reducer(state)).jointly():
         if state.is_main_process:
             action()
+
+
+def part() -> None:
+    """Take leave of the other processes, if there are any: the first one, through which the others are
+    connected, goes last, as a process whose connection breaks while it ends may abort."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    # One that has died does not come.
+    with suppress(RuntimeError):
+        if dist.get_backend() == "gloo":
+            dist.monitored_barrier(timeout=timedelta(seconds=10))
+        dist.destroy_process_group()
 
 
 class _Reducer:

@@ -299,7 +299,8 @@ class Scale:
     def __init__(self, case: Case, call: Call, truth: dict[str, Tensor], plain: dict[str, Tensor]):
         self.case, self.call = case, call
         self.eps = torch.finfo(case.compute).eps
-        self.score = 1.0 + self._largest_score(call)
+        # The log-sum-exp of V scores lies up to log V above them.
+        self.score = 1.0 + self._largest_score(call) + math.log(max(case.vocab, 1))
         lost = 0.0
         if "logprobs" in truth and case.scores:
             lost = _largest(plain["logprobs"].double() - truth["logprobs"])

@@ -135,6 +135,7 @@ def test_a_signal_to_one_stops_both_and_both_go_on(
         assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
         time.sleep(0.05)
     processes[1].send_signal(signal.SIGTERM)
-    assert [code for code, _ in finish(processes)] == [130, 130]
+    done = finish(processes)
+    assert [code for code, _ in done] == [130, 130], done
     assert [code for code, _ in finish(launch("resume", str(folder)))] == [0, 0]
     assert [r["step"] for r in rows(folder, "rl")] == [1, 2, 3, 4, 5, 6]
