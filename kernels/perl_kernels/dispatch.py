@@ -4,8 +4,8 @@
 bf16) and `backend="torch"` (everything) are taken at their word or refused, `"native"` is always
 refused: no build has it yet. `"auto"` takes the fastest one that can serve the tensors of the call,
 and says so once to the logger `perl_kernels`, at level INFO. `PERL_BACKEND` sets the default of the
-process. With `PERL_CHECKS=1`
-the values of GPU tensors are checked like those of CPU tensors, at the cost of a synchronisation.
+process. With `PERL_CHECKS=1` the values of GPU tensors are checked like those of CPU tensors, at the
+cost of a synchronisation.
 """
 
 from __future__ import annotations

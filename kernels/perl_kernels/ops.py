@@ -135,15 +135,15 @@ def _loss_inputs(
     lengths = None
     if cu_seqlens.device.type == "cpu":
         lengths = cu_seqlens.diff().tolist()
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise ValueError(
-                "cu_seqlens is on the CPU, must be on the device of the other tensors while a CUDA "
-                "graph is captured"
-            )
         # torch.compile has not let the values be checked.
         if cu_seqlens[0] != 0 or min(lengths, default=0) < 0 or sum(lengths) != like.shape[0]:
             lengths = None
         if like.device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                raise ValueError(
+                    "cu_seqlens is on the CPU, must be on the device of the other tensors while a "
+                    "CUDA graph is captured"
+                )
             # A copy, as the caller may fill a pinned buffer anew before this one is read.
             cu_seqlens = cu_seqlens.clone().pin_memory().to(like.device, non_blocking=True)
     if normalizer is not None and normalizer.device.type == "cpu":

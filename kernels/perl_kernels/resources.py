@@ -32,7 +32,7 @@ except ModuleNotFoundError:
 
 from .triton_backend.compile_case import CompileCase
 
-MODULES = ("rows", "losses", "advantage", "persistent")
+MODULES = ("rows", "preparation", "losses", "advantage", "persistent")
 HEADING = "## Resources"
 
 _REGISTERS, _WARPS, _BLOCKS, _TENSOR_COLUMNS = 65536, 64, 32, 512

@@ -18,7 +18,9 @@ from perl_kernels.axes import axes
 from perl_kernels.grouping import Grouping
 from perl_kernels.objective import KL, Aggregation, Correction, Ratio, Surrogate
 from perl_kernels.onepass import Fold, one_pass_form
-from perl_kernels.triton_backend import losses, rows
+from perl_kernels.triton_backend import losses, preparation, rows
+from perl_kernels.triton_backend.advantage import grouping_arguments
+from perl_kernels.triton_backend.completion import TOKENS_AT_ONCE
 from perl_kernels.triton_backend.launch import compile_case
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -55,9 +57,9 @@ def objectives() -> Iterator[PolicyLoss]:
 
 
 def variants() -> Iterator[Variant]:
-    grouping = losses.grouping_arguments(Grouping())
+    grouping = grouping_arguments(Grouping())
     del grouping["eps"]
-    tokens = {**grouping, "TOKENS": losses._TOKENS}
+    tokens = {**grouping, "TOKENS": TOKENS_AT_ONCE}
     for loss in objectives():
         absent = {
             **({} if loss.has_kl else {"ref_ptr": None}),
@@ -98,7 +100,7 @@ def variants() -> Iterator[Variant]:
                     {"advantages_ptr": None} if mode == "rewards" else dict.fromkeys(REWARDS)
                 )
                 constants |= {} if correction else {"old_ptr": None, "rollout_ptr": None}
-                yield losses.prepare_kernel, TYPES, constants
+                yield preparation.prepare_kernel, TYPES, constants
     for aggregation in get_args(Aggregation):
         for kind in (None, "*fp32", "*fp64", "*i64"):
             constants = {"AGGREGATION": aggregation, "BLOCK": 1024, "HAS_NORMALIZER": bool(kind)}

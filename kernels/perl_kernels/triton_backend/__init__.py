@@ -3,7 +3,8 @@ fp32, fp16 and bf16."""
 
 from .advantage import group_advantages
 from .head import head_stats
-from .losses import evaluate, prepare
+from .losses import evaluate
+from .preparation import prepare
 from .rows import row_gradient, row_loss, row_stats
 
 __all__ = [

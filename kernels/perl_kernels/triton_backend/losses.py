@@ -19,13 +19,23 @@ import triton.language as tl
 from torch import Tensor
 
 from ..axes import axes, numbers
-from ..grouping import Grouping
-from ..inputs import Coefficients, Evaluated, LossInputs, Prepared
+from ..inputs import Coefficients, Evaluated, LossInputs
 from ..objective import PolicyLoss
-from ..onepass import Fold
 from ..outputs import METRICS
-from .advantage import group_advantages, grouping_arguments, rollout_advantage
 from .compile_case import CompileCase
+from .completion import (
+    COMPILE_TYPES,
+    MAX_REGISTERS,
+    WARPS,
+    advantages,
+    bounds,
+    compile_constants,
+    completion_arguments,
+    contiguous,
+    optional,
+    shared_advantage,
+    weights,
+)
 from .device import (
     bounded,
     correction_weight,
@@ -37,190 +47,13 @@ from .device import (
 )
 from .launch import compile_case, kernel
 
-_TOKENS = 1024
-"""Of a completion, worked on at once."""
 _BLOCK = 1024
-_WARPS = 8
-_MAX_REGISTERS = 255
-"""All that 8 warps can have: left alone, the assembler spills a few to fit more blocks."""
 # What each program leaves for the second launch: rows of a table [_PARTIALS, B].
 _TERM, _COUNT, _WEIGHT, _WEIGHTED, _INVALID, _RATIO_MAX = (tl.constexpr(i) for i in range(6))
 _KL, _ENTROPY, _CLIPPED, _LOW, _HIGH, _DUAL, _RATIO, _GAP, _CORRECTION = (
     tl.constexpr(i) for i in range(6, 15)
 )
 _PARTIALS = 15
-
-
-@triton.jit
-def _bounds(cu_seqlens_ptr, completion, n_tokens):
-    """First token of a completion and of the next; within the tokens, whatever is written there."""
-    start = tl.load(cu_seqlens_ptr + completion).to(tl.int64)
-    stop = tl.load(cu_seqlens_ptr + completion + 1).to(tl.int64)
-    start = tl.minimum(tl.maximum(start, 0), n_tokens)
-    return start, tl.minimum(tl.maximum(stop, start), n_tokens)
-
-
-@triton.jit
-def _weights(weights_ptr, token, inside):
-    """Weight of each token, 0 outside, and whether it counts."""
-    if weights_ptr is not None:
-        weight = tl.load(weights_ptr + token, mask=inside, other=0.0).to(tl.float32)
-    else:
-        weight = tl.where(inside, 1.0, 0.0)
-    return weight, weight != 0
-
-
-@triton.jit
-def _advantages(advantages_ptr, shared, token, weight, counts, PER_TOKEN: tl.constexpr):
-    """Advantage of each token, 0 where it does not count, NaN where its weight cannot be used: the
-    advantage is a factor of every policy term, so that the row and the loss become NaN."""
-    if PER_TOKEN:
-        value = tl.load(advantages_ptr + token, mask=counts, other=0.0).to(tl.float32)
-    else:
-        value = tl.where(counts, shared, 0.0)
-    usable = (weight >= 0) & (weight < float("inf"))
-    return tl.where(usable, value, float("nan"))
-
-
-@triton.jit
-def _optional(pointer, token, counts, otherwise):
-    """A tensor [N] that may be missing; 0 where the token does not count."""
-    if pointer is not None:
-        otherwise = tl.load(pointer + token, mask=counts, other=0.0).to(tl.float32)
-    return otherwise
-
-
-@triton.jit
-def _shared_advantage(
-    completion,
-    n_completions,
-    advantages_ptr,
-    rewards_ptr,
-    sizes_ptr,
-    reward_weights_ptr,
-    n_groups,
-    n_rewards,
-    eps,
-    PER_TOKEN: tl.constexpr,
-    SCALE: tl.constexpr,
-    LEAVE_ONE_OUT: tl.constexpr,
-    UNBIASED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SCAN: tl.constexpr,
-):
-    """Advantage of a completion, if there is one for all its tokens."""
-    value = 0.0
-    if rewards_ptr is not None:
-        value = rollout_advantage(
-            rewards_ptr,
-            sizes_ptr,
-            reward_weights_ptr,
-            completion,
-            n_completions,
-            n_groups,
-            n_rewards,
-            eps,
-            SCALE,
-            LEAVE_ONE_OUT,
-            UNBIASED,
-            BLOCK,
-            SCAN,
-        ).to(tl.float32)
-    elif not PER_TOKEN:
-        value = tl.load(advantages_ptr + completion).to(tl.float32)
-    return value
-
-
-@kernel
-def prepare_kernel(
-    cu_seqlens_ptr,
-    advantages_ptr,
-    rewards_ptr,
-    sizes_ptr,
-    reward_weights_ptr,
-    old_ptr,
-    rollout_ptr,
-    weights_ptr,
-    out_advantages_ptr,
-    out_scale_ptr,
-    n_tokens,
-    n_completions,
-    n_groups,
-    n_rewards,
-    eps,
-    correction_low,
-    correction_high,
-    FOLD: tl.constexpr,
-    CORRECTION: tl.constexpr,
-    SEQUENCE_MEAN: tl.constexpr,
-    PER_TOKEN: tl.constexpr,
-    SCALE: tl.constexpr,
-    LEAVE_ONE_OUT: tl.constexpr,
-    UNBIASED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SCAN: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
-    """`Prepared` for the tokens of one completion."""
-    completion = tl.program_id(0).to(tl.int64)
-    start, stop = _bounds(cu_seqlens_ptr, completion, n_tokens)
-    shared = _shared_advantage(
-        completion,
-        n_completions,
-        advantages_ptr,
-        rewards_ptr,
-        sizes_ptr,
-        reward_weights_ptr,
-        n_groups,
-        n_rewards,
-        eps,
-        PER_TOKEN,
-        SCALE,
-        LEAVE_ONE_OUT,
-        UNBIASED,
-        BLOCK,
-        SCAN,
-    )
-    lanes = tl.arange(0, TOKENS).to(tl.int64)
-    count = tl.zeros([TOKENS], dtype=tl.float32)
-    sum_weight = tl.zeros([TOKENS], dtype=tl.float32)
-    sum_advantage = tl.zeros([TOKENS], dtype=tl.float32)
-    sum_weighted = tl.zeros([TOKENS], dtype=tl.float32)
-    sum_log = tl.zeros([TOKENS], dtype=tl.float32)
-    if SEQUENCE_MEAN or FOLD != "none":
-        for first in range(start, stop, TOKENS):
-            token = first + lanes
-            weight, counts = _weights(weights_ptr, token, token < stop)
-            value = _advantages(advantages_ptr, shared, token, weight, counts, PER_TOKEN)
-            count += tl.where(counts, 1.0, 0.0)
-            sum_weight += weight
-            sum_advantage += value
-            sum_weighted += tl.where(counts, weight * value, 0.0)
-            if FOLD == "correction":
-                old = _optional(old_ptr, token, counts, 0.0)
-                sum_log += old - _optional(rollout_ptr, token, counts, 0.0)
-    n = tl.maximum(tl.sum(count, axis=0), 1.0)
-    whole_weight = tl.sum(sum_weight, axis=0)
-    for first in range(start, stop, TOKENS):
-        token = first + lanes
-        weight, counts = _weights(weights_ptr, token, token < stop)
-        value = _advantages(advantages_ptr, shared, token, weight, counts, PER_TOKEN)
-        if FOLD == "correction":
-            if CORRECTION == "sequence_truncate" or CORRECTION == "sequence_mask":
-                log_weight = tl.sum(sum_log, axis=0)
-            else:
-                old = _optional(old_ptr, token, counts, 0.0)
-                log_weight = old - _optional(rollout_ptr, token, counts, 0.0)
-            value *= correction_weight(CORRECTION, log_weight, correction_low, correction_high)
-        elif FOLD == "shared":
-            value = tl.sum(sum_weighted, axis=0) / n / weight
-        elif FOLD == "shared_gmpo":
-            value = (tl.sum(sum_advantage, axis=0) / n) * (whole_weight / n) / weight
-        scale = weight
-        if SEQUENCE_MEAN:
-            scale = tl.where(weight == 0, 0.0, weight / whole_weight)
-        tl.store(out_advantages_ptr + token, tl.where(counts, value, 0.0), mask=token < stop)
-        tl.store(out_scale_ptr + token, scale, mask=token < stop)
 
 
 @kernel
@@ -280,8 +113,8 @@ def completion_kernel(
 ):
     """Terms, metrics and coefficients of the tokens of one completion."""
     completion = tl.program_id(0).to(tl.int64)
-    start, stop = _bounds(cu_seqlens_ptr, completion, n_tokens)
-    shared = _shared_advantage(
+    start, stop = bounds(cu_seqlens_ptr, completion, n_tokens)
+    shared = shared_advantage(
         completion,
         n_completions,
         advantages_ptr,
@@ -312,10 +145,10 @@ def completion_kernel(
     if by_completion or by_sequence or SEQUENCE_MEAN:
         for first in range(start, stop, TOKENS):
             token = first + lanes
-            weight, counts = _weights(weights_ptr, token, token < stop)
+            weight, counts = weights(weights_ptr, token, token < stop)
             logprob = tl.load(logprobs_ptr + token, mask=counts, other=0.0).to(tl.float32)
-            old = _optional(old_ptr, token, counts, logprob)
-            value = _advantages(advantages_ptr, shared, token, weight, counts, PER_TOKEN)
+            old = optional(old_ptr, token, counts, logprob)
+            value = advantages(advantages_ptr, shared, token, weight, counts, PER_TOKEN)
             log_ratio = logprob - old
             sum_count += tl.where(counts, 1.0, 0.0)
             sum_weight += weight
@@ -328,7 +161,7 @@ def completion_kernel(
             else:
                 sum_ratio += log_ratio
             if CORRECTION != "":
-                gap = old - _optional(rollout_ptr, token, counts, 0.0)
+                gap = old - optional(rollout_ptr, token, counts, 0.0)
                 sum_gap += gap
                 if SURROGATE == "vespo" and not by_sequence:
                     correction = correction_weight(CORRECTION, gap, correction_low, correction_high)
@@ -370,13 +203,13 @@ def completion_kernel(
     correction_sum = tl.zeros([TOKENS], dtype=tl.float32)
     for first in range(start, stop, TOKENS):
         token = first + lanes
-        weight, counts = _weights(weights_ptr, token, token < stop)
+        weight, counts = weights(weights_ptr, token, token < stop)
         logprob = tl.load(logprobs_ptr + token, mask=counts, other=0.0).to(tl.float32)
-        entropy = _optional(entropy_ptr, token, counts, tl.zeros([TOKENS], dtype=tl.float32))
-        old = _optional(old_ptr, token, counts, logprob)
-        ref = _optional(ref_ptr, token, counts, logprob)
-        rollout = _optional(rollout_ptr, token, counts, old)
-        value = _advantages(advantages_ptr, shared, token, weight, counts, PER_TOKEN)
+        entropy = optional(entropy_ptr, token, counts, tl.zeros([TOKENS], dtype=tl.float32))
+        old = optional(old_ptr, token, counts, logprob)
+        ref = optional(ref_ptr, token, counts, logprob)
+        rollout = optional(rollout_ptr, token, counts, old)
+        value = advantages(advantages_ptr, shared, token, weight, counts, PER_TOKEN)
         own_ratio = logprob - old
         log_ratio = own_ratio
         if RATIO != "token":
@@ -461,13 +294,13 @@ def completion_kernel(
         tl.debug_barrier()
         for first in range(start, stop, TOKENS):
             token = first + lanes
-            weight, counts = _weights(weights_ptr, token, token < stop)
+            weight, counts = weights(weights_ptr, token, token < stop)
             by_logprob = tl.load(by_logprob_ptr + token, mask=counts, other=0.0)
             mine = share + by_logprob * 0.0
             if SURROGATE == "gmpo":
                 logprob = tl.load(logprobs_ptr + token, mask=counts, other=0.0).to(tl.float32)
-                old = _optional(old_ptr, token, counts, logprob)
-                value = _advantages(advantages_ptr, shared, token, weight, counts, PER_TOKEN)
+                old = optional(old_ptr, token, counts, logprob)
+                value = advantages(advantages_ptr, shared, token, weight, counts, PER_TOKEN)
                 _, low, high = pessimistic(logprob - old, value, clip_low, clip_high)
                 mine = tl.where(low | high, 0.0, mine)
             tl.store(by_logprob_ptr + token, by_logprob + mine, mask=counts)
@@ -582,33 +415,11 @@ def finish_kernel(
     tl.store(out_ptr + n_metrics + 1, tl.where(denominator == 0, 0.0, 1.0 / denominator))
 
 
-def prepare(
-    loss: PolicyLoss, inputs: LossInputs, fold: Fold, n_tokens: int, dtype: torch.dtype
-) -> Prepared:
-    """As `torch_backend.prepare`, in one launch."""
-    inputs = _contiguous(inputs)
-    n_completions = inputs.cu_seqlens.shape[0] - 1
-    out = torch.empty(2, n_tokens, dtype=torch.float32, device=inputs.cu_seqlens.device)
-    if n_completions:
-        prepare_kernel[(n_completions,)](
-            old_ptr=inputs.old,
-            rollout_ptr=inputs.rollout,
-            out_advantages_ptr=out[0],
-            out_scale_ptr=out[1],
-            correction_low=float(loss.correction_low),
-            correction_high=float(loss.correction_high),
-            FOLD=fold,
-            CORRECTION=loss.correction or "",
-            **_completion_arguments(loss, inputs, n_tokens),
-        )
-    return Prepared(*out.unbind())
-
-
 def evaluate(
     loss: PolicyLoss, inputs: LossInputs, logprobs: Tensor, entropy: Tensor | None
 ) -> Evaluated:
     """As `torch_backend.evaluate`, in two launches."""
-    inputs = _contiguous(inputs)
+    inputs = contiguous(inputs)
     device, n_tokens = logprobs.device, logprobs.shape[0]
     n_completions = inputs.cu_seqlens.shape[0] - 1
     has_entropy = loss.entropy_coef != 0 and entropy is not None
@@ -640,7 +451,7 @@ def evaluate(
             HAS_ENTROPY=has_entropy,
             **numbers(loss),
             **axes(loss, inputs.ref is not None),
-            **_completion_arguments(loss, inputs, n_tokens),
+            **completion_arguments(loss, inputs, n_tokens),
         )
     finish_kernel[(1,)](
         partials_ptr=partials,
@@ -655,7 +466,7 @@ def evaluate(
         HAS_NORMALIZER=inputs.count is not None or inputs.normalizer is not None,
         AGGREGATION=loss.aggregation,
         BLOCK=_BLOCK,
-        num_warps=_WARPS,
+        num_warps=WARPS,
     )
     metrics, loss_value, factor = out[:-2], out[-2], out[-1]
     return Evaluated(
@@ -667,55 +478,8 @@ def evaluate(
     )
 
 
-def _completion_arguments(loss: PolicyLoss, inputs: LossInputs, n_tokens: int) -> dict[str, Any]:
-    """The arguments that both kernels over completions have."""
-    n_completions = inputs.cu_seqlens.shape[0] - 1
-    advantages, rewards = inputs.advantages, inputs.rewards
-    if rewards is not None and rewards.grouping.combine == "normalize_then_sum":
-        # Its last step is over the batch, which no program of a completion sees.
-        advantages, rewards = group_advantages(rewards).advantages, None
-    table = None if rewards is None else rewards.rewards.contiguous()
-    grouping = Grouping() if rewards is None else rewards.grouping
-    return {
-        "cu_seqlens_ptr": inputs.cu_seqlens,
-        "advantages_ptr": advantages,
-        "rewards_ptr": table,
-        "sizes_ptr": None if rewards is None else rewards.sizes.contiguous(),
-        "reward_weights_ptr": None if rewards is None else rewards.weights,
-        "weights_ptr": inputs.weights,
-        "n_tokens": n_tokens,
-        "n_completions": n_completions,
-        "n_groups": 0 if rewards is None else rewards.sizes.shape[0],
-        "n_rewards": table.shape[1] if table is not None and table.ndim == 2 else 1,
-        "SEQUENCE_MEAN": loss.aggregation == "seq-mean-token-mean",
-        "PER_TOKEN": inputs.per_token,
-        "TOKENS": _TOKENS,
-        "num_warps": _WARPS,
-        "maxnreg": _MAX_REGISTERS,
-        **grouping_arguments(grouping),
-    }
-
-
-def _contiguous(inputs: LossInputs) -> LossInputs:
-    tensors = {
-        name: tensor.contiguous()
-        for name, tensor in inputs._asdict().items()
-        if isinstance(tensor, Tensor)
-    }
-    if "weights" in tensors and tensors["weights"].dtype == torch.bool:
-        tensors["weights"] = tensors["weights"].to(torch.float32)
-    return inputs._replace(**tensors)
-
-
 def compile_cases() -> list[CompileCase]:
     """The launch variants, see `perl_kernels.resources`: the barest and the fullest."""
-    types = {"cu_seqlens_ptr": "*i32", "sizes_ptr": "*i64", "reward_weights_ptr": "*fp64"}
-    rewards = ("rewards_ptr", "sizes_ptr", "reward_weights_ptr")
-    grouping = grouping_arguments(Grouping())
-    del grouping["eps"]
-    common = {**grouping, "TOKENS": _TOKENS, "SEQUENCE_MEAN": False, "PER_TOKEN": False}
-    bare = {**common, **dict.fromkeys((*rewards, "weights_ptr", "rollout_ptr"))}
-    full = {**common, "advantages_ptr": None, "SEQUENCE_MEAN": True, "SCALE": "batch"}
 
     def loss(objective: PolicyLoss, has_ref: bool) -> dict[str, Any]:
         return {
@@ -730,26 +494,19 @@ def compile_cases() -> list[CompileCase]:
     shared = PolicyLoss(
         surrogate="gmpo", kl="k3", kl_coef=0.1, entropy_coef=0.1, correction="sequence_mask"
     )
-    fold = {"FOLD": "correction", "CORRECTION": "token_truncate"}
-    finish: dict[str, Any] = {"HAS_NORMALIZER": False, "BLOCK": _BLOCK}
-    cases = []
-    for name, launched, constants in (
-        ("token mean", prepare_kernel, {**bare, "old_ptr": None, "FOLD": "none", "CORRECTION": ""}),
-        ("rewards, weights, correction", prepare_kernel, {**full, **fold}),
-        ("clip, token mean", completion_kernel, {**bare, **plain, **absent}),
-        ("rewards, weights, gmpo, k3, entropy", completion_kernel, {**full, **loss(shared, True)}),
-        ("token mean", finish_kernel, {**finish, "AGGREGATION": "token-mean"}),
-    ):
-        if launched is finish_kernel:
-            constants = {**constants, "normalizer_ptr": None}
-        cases.append(
-            compile_case(
-                name,
-                launched,
-                types,
-                constants,
-                num_warps=_WARPS,
-                max_registers=None if launched is finish_kernel else _MAX_REGISTERS,
-            )
+    bare = {**compile_constants(full=False), **plain, **absent}
+    full = {**compile_constants(full=True), **loss(shared, True)}
+    finish: dict[str, Any] = {
+        "HAS_NORMALIZER": False,
+        "BLOCK": _BLOCK,
+        "AGGREGATION": "token-mean",
+        "normalizer_ptr": None,
+    }
+    return [
+        compile_case(name, launched, COMPILE_TYPES, constants, num_warps=WARPS, max_registers=most)
+        for name, launched, constants, most in (
+            ("clip, token mean", completion_kernel, bare, MAX_REGISTERS),
+            ("rewards, weights, gmpo, k3, entropy", completion_kernel, full, MAX_REGISTERS),
+            ("token mean", finish_kernel, finish, None),
         )
-    return cases
+    ]
