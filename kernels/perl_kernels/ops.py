@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from .inputs import Coefficients, LossInputs, compute_dtype
 from .objective import NUMBERS, PolicyLoss
 from .outputs import METRICS
 from .passes import Scored, gradient_pass, loss_pass, stats_pass
+from .registry import differentiable, fake, operator
 from .scores import RowStats, Scoring
 from .tiles import HeadTiles, LogitsTiles, no_autocast
 from .tuning import logits_rows
@@ -38,57 +38,6 @@ _LOSS = (
 _N_LOSS = len(_LOSS.split(","))
 _STATS = "Tensor logprobs, Tensor entropy, Tensor shift, Tensor log_sum"
 _Tensors = tuple[Tensor, ...]
-
-
-# Not torch.library.custom_op, which imports torch._dynamo at the first call: a second, 150 MB.
-_library = torch.library.Library("perl_kernels", "DEF")
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
-
-
-def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
-    """Register the decorated function as `torch.ops.perl_kernels.<name>`; gives the operator."""
-
-    def register(function: Callable[..., Any]) -> Any:
-        @functools.wraps(function)
-        def on_its_device(*arguments: Any) -> Any:
-            # Triton launches on the current device, whatever the tensors are on.
-            with torch.cuda.device_of(next(x for x in arguments if isinstance(x, Tensor))):
-                return function(*arguments)
-
-        IMPLEMENTATIONS[name] = function
-        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, on_its_device, "CompositeExplicitAutograd")
-        return getattr(torch.ops.perl_kernels, name).default
-
-    return register
-
-
-def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return torch.library.register_fake(f"perl_kernels::{name}", lib=_library)
-
-
-def _differentiable(
-    name: str, save: Callable[..., None], backward: Callable[..., tuple[Any, ...]]
-) -> None:
-    torch.library.register_autograd(
-        f"perl_kernels::{name}", _once(backward), setup_context=save, lib=_library
-    )
-
-
-def _once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """A gradient formula that refuses a graph of its own: its operators have no formula."""
-
-    @functools.wraps(backward)
-    def checked(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "functions of perl_kernels can be differentiated once only (create_graph=True was "
-                "given); perl_kernels.reference has the same functions, differentiable any number "
-                "of times"
-            )
-        return backward(ctx, *grads)
-
-    return checked
 
 
 def _like(tensor: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -169,7 +118,7 @@ def _scoring(
 # ---- log-probs of logits
 
 
-@_operator("token_logprobs", f"(Tensor logits, {_SCORING}, str backend) -> ({_STATS})")
+@operator("token_logprobs", f"(Tensor logits, {_SCORING}, str backend) -> ({_STATS})")
 def token_logprobs(
     logits: Tensor,
     targets: Tensor,
@@ -184,12 +133,12 @@ def token_logprobs(
     return tuple(stats_pass(engine(backend), tiles))
 
 
-@_fake("token_logprobs")
+@fake("token_logprobs")
 def _(logits: Tensor, *_: Any) -> _Tensors:
     return tuple(_like(logits, logits.shape[0]) for _ in range(4))
 
 
-@_operator(
+@operator(
     "token_logprobs_backward",
     f"(Tensor grad_logprobs, Tensor? grad_entropy, Tensor logits, {_SCORING}, str backend, "
     f"{_STATS}) -> Tensor",
@@ -215,7 +164,7 @@ def token_logprobs_backward(
     return grad
 
 
-@_fake("token_logprobs_backward")
+@fake("token_logprobs_backward")
 def _(grad_logprobs: Tensor, grad_entropy: Tensor | None, logits: Tensor, *_: Any) -> Tensor:
     return _like(logits, *logits.shape, dtype=logits.dtype)
 
@@ -238,13 +187,13 @@ def _logits_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     return grad, *[None] * 4
 
 
-_differentiable("token_logprobs", _save_logits, _logits_backward)
+differentiable("token_logprobs", _save_logits, _logits_backward)
 
 
 # ---- log-probs of hidden states and head
 
 
-@_operator(
+@operator(
     "linear_token_logprobs", f"({_HEAD}, {_TILES}, bool persistent, str backend) -> ({_STATS})"
 )
 def linear_token_logprobs(
@@ -275,12 +224,12 @@ def linear_token_logprobs(
         return tuple(stats_pass(engine(backend), tiles))
 
 
-@_fake("linear_token_logprobs")
+@fake("linear_token_logprobs")
 def _(hidden: Tensor, *_: Any) -> _Tensors:
     return tuple(_like(hidden, hidden.shape[0]) for _ in range(4))
 
 
-@_operator(
+@operator(
     "linear_token_logprobs_backward",
     f"(Tensor grad_logprobs, Tensor? grad_entropy, bool need_hidden, bool need_weight, "
     f"bool need_bias, {_HEAD}, {_TILES}, str backend, {_STATS}) "
@@ -330,7 +279,7 @@ def linear_token_logprobs_backward(
     )
 
 
-@_fake("linear_token_logprobs_backward")
+@fake("linear_token_logprobs_backward")
 def _(
     grad_logprobs: Tensor,
     grad_entropy: Tensor | None,
@@ -366,7 +315,7 @@ def _head_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     return *_needed(found, needs), *[None] * 10
 
 
-_differentiable("linear_token_logprobs", _save_head, _head_backward)
+differentiable("linear_token_logprobs", _save_head, _head_backward)
 
 
 def _head_gradients(tiles: HeadTiles) -> _Tensors:
@@ -402,7 +351,7 @@ def _needed(found: _Tensors, needs: tuple[bool, ...]) -> list[Tensor | None]:
 # ---- losses
 
 
-@_operator(
+@operator(
     "policy_loss",
     f"(Tensor logprobs, Tensor? entropy, {_LOSS}, str backend) "
     "-> (Tensor loss, Tensor metrics, Tensor by_logprob, Tensor by_entropy, Tensor factor)",
@@ -416,7 +365,7 @@ def policy_loss(logprobs: Tensor, entropy: Tensor | None, *arguments: Any) -> _T
     return found.value, found.metrics, found.coefficients.logprobs, by_entropy, found.factor
 
 
-@_fake("policy_loss")
+@fake("policy_loss")
 def _(logprobs: Tensor, *_: Any) -> _Tensors:
     coefficients = (_like(logprobs, logprobs.shape[0]) for _ in range(2))
     return *_fake_value(logprobs), *coefficients, _like(logprobs)
@@ -439,10 +388,10 @@ def _policy_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, 
     return *grads, *[None] * (_N_LOSS + 1)
 
 
-_differentiable("policy_loss", _save_policy, _policy_backward)
+differentiable("policy_loss", _save_policy, _policy_backward)
 
 
-@_operator(
+@operator(
     "grpo_loss",
     f"(Tensor logits, {_SCORING}, {_LOSS}, bool gradient, str backend) "
     "-> (Tensor loss, Tensor metrics, Tensor logprobs, Tensor entropy, Tensor grad, Tensor factor)",
@@ -456,7 +405,7 @@ def grpo_loss(logits: Tensor, *arguments: Any) -> _Tensors:
     return *_value(found), grad, found.evaluated.factor
 
 
-@_fake("grpo_loss")
+@fake("grpo_loss")
 def _(logits: Tensor, *arguments: Any) -> _Tensors:
     shape = logits.shape if arguments[-2] else (0,)
     dtype = logits.dtype if arguments[-2] else None
@@ -481,10 +430,10 @@ def _grpo_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ..
     return grads, *[None] * (3 + _N_LOSS + 2)
 
 
-_differentiable("grpo_loss", _save_grpo, _grpo_backward)
+differentiable("grpo_loss", _save_grpo, _grpo_backward)
 
 
-@_operator(
+@operator(
     "grpo_loss_",
     f"(Tensor(a!) logits, {_SCORING}, {_LOSS}, str backend) "
     "-> (Tensor loss, Tensor metrics, Tensor logprobs, Tensor entropy, Tensor factor)",
@@ -495,7 +444,7 @@ def grpo_loss_(logits: Tensor, *arguments: Any) -> _Tensors:
     return *_value(found), found.evaluated.factor
 
 
-@_fake("grpo_loss_")
+@fake("grpo_loss_")
 def _(logits: Tensor, *_: Any) -> _Tensors:
     stats = (_like(logits, logits.shape[0]) for _ in range(2))
     return *_fake_value(logits), *stats, _like(logits)
@@ -509,7 +458,7 @@ def _grpo_loss(logits: Tensor, arguments: tuple[Any, ...], out: Tensor | None) -
     return loss_pass(engine(backend), tiles, loss, inputs, lengths, gradient=gradient)
 
 
-@_operator(
+@operator(
     "linear_grpo_loss",
     f"({_HEAD}, {_LOSS}, bool need_hidden, bool need_weight, bool need_bias, bool skip_idle, "
     f"{_TILES}, str backend) -> (Tensor loss, Tensor metrics, Tensor logprobs, Tensor entropy, "
@@ -553,7 +502,7 @@ def linear_grpo_loss(
     return *_value(found), *_head_gradients(tiles), found.evaluated.factor
 
 
-@_fake("linear_grpo_loss")
+@fake("linear_grpo_loss")
 def _(
     hidden: Tensor,
     weight: Tensor,
@@ -590,7 +539,7 @@ def _linear_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, 
     return tuple(grads)
 
 
-_differentiable("linear_grpo_loss", _save_linear, _linear_backward)
+differentiable("linear_grpo_loss", _save_linear, _linear_backward)
 
 
 def _value(found: Scored) -> _Tensors:
@@ -602,7 +551,7 @@ def _fake_value(like: Tensor) -> tuple[Tensor, Tensor]:
     return _like(like), _like(like, len(METRICS))
 
 
-@_operator("scale", "(Tensor x, Tensor grad, Tensor factor, ScalarType dtype) -> Tensor")
+@operator("scale", "(Tensor x, Tensor grad, Tensor factor, ScalarType dtype) -> Tensor")
 def scale(x: Tensor, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """x * (grad * factor) in the precision of `factor`, rounded once to `dtype`."""
     by = grad.to(factor.dtype) * factor
@@ -610,7 +559,7 @@ def scale(x: Tensor, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor
     return torch.mul(x, by.expand(x.shape), out=torch.empty_like(x, dtype=dtype))
 
 
-@_fake("scale")
+@fake("scale")
 def _(x: Tensor, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype)
 
@@ -618,7 +567,7 @@ def _(x: Tensor, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 # ---- advantages
 
 
-@_operator(
+@operator(
     "group_advantages",
     f"(Tensor rewards, Tensor group_sizes, Tensor? reward_weights, {_GROUPING}, str backend) "
     "-> (Tensor advantages, Tensor mean, Tensor std, Tensor active)",
@@ -630,7 +579,7 @@ def group_advantages(
     return tuple(engine(arguments[-1]).group_advantages(grouped))
 
 
-@_fake("group_advantages")
+@fake("group_advantages")
 def _(rewards: Tensor, group_sizes: Tensor, *_: Any) -> _Tensors:
     n_groups = group_sizes.shape[0]
     return tuple(

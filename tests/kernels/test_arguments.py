@@ -25,6 +25,7 @@ from perl_kernels import (
     linear_token_logprobs,
     ops,
     policy_loss,
+    registry,
     token_logprobs,
 )
 from perl_kernels.objective import Aggregation, Surrogate
@@ -262,7 +263,7 @@ def test_no_synchronisation(
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     monkeypatch.setattr(ops, "no_autocast", lambda hidden: contextlib.nullcontext())
     # Called as an operator, a meta tensor would get the fake instead.
-    monkeypatch.setattr(ops, "linear_grpo_loss", ops.IMPLEMENTATIONS["linear_grpo_loss"])
+    monkeypatch.setattr(ops, "linear_grpo_loss", registry.IMPLEMENTATIONS["linear_grpo_loss"])
     loss = PolicyLoss(
         surrogate=surrogate,
         aggregation=aggregation,
