@@ -1,79 +1,151 @@
-"""Attention over packed rows: which implementation, and the one that needs nothing but PyTorch.
+"""Attention over packed rows: which implementation runs, and how transformers' models come to call it.
 
-A packed row holds several sequences end to end, their boundaries in `cu_seqlens` [S+1]. transformers' models take
-any attention registered by name, so no model code is patched: `use_packed_attention` puts the chosen name into the
-language model's and the vision tower's config.
+A packed row is cut into pieces, and a piece may see a prefix that it shares with others (`PackedLayout`). Four
+implementations compute that, each in a file of its own: `flash_attention_2` and `varlen` (attention_flash.py), `flex`
+(attention_flex.py) and `sdpa` (attention_sdpa.py). transformers' models take any attention registered by name, so no
+model code is patched: `use_packed_attention` puts the chosen name into the configs.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from functools import cache, partial
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from perl.attention_flash import flash_attention_2, varlen
+from perl.attention_flex import flex
+from perl.attention_sdpa import sdpa
+from perl.layout import PackedLayout
 
 logger = logging.getLogger(__name__)
 
-SDPA_NAME = "perl_flash_sdpa"
-"""transformers hands whole packed rows, rather than one image after the other, only to names with "flash"."""
+Attention = Literal["auto", "flash_attention_2", "varlen", "flex", "sdpa"]
 
-Attention = Literal["auto", "sdpa", "flash_attention_2"]
+
+class Implementation(Protocol):
+    """What each of the four is: softmax(scale q k^T) v over the keys that each query sees.
+
+    Args:
+        query: [1, heads, T, d]; key, value: [1, kv_heads, T, d], of one dtype.
+        layout: which tokens see which.
+        causal: whether a token sees its own piece only up to itself.
+        scale: None: 1 / sqrt(d).
+        dropout: probability.
+
+    Returns:
+        [1, T, heads, d] of the dtype of `query`.
+    """
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layout: PackedLayout,
+        causal: bool,
+        scale: float | None,
+        dropout: float,
+    ) -> torch.Tensor: ...
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "flash_attention_2": flash_attention_2,
+    "varlen": varlen,
+    "flex": flex,
+    "sdpa": sdpa,
+}
 
 
 def choose(wanted: Attention, device: torch.device, bfloat16: bool = True) -> tuple[str, str]:
-    """The implementation that serves, and why: (`"sdpa"` | `"flash_attention_2"`, one sentence).
+    """The implementation that serves, and why: (a name in `IMPLEMENTATIONS`, one sentence).
 
     Args:
         wanted: `model.attention`.
         device: of the model.
-        bfloat16: whether the forward runs in bfloat16, without which flash-attn does not work.
+        bfloat16: whether the forward runs in bfloat16, without which the flash kernels do not work.
 
     Raises:
-        ValueError: `flash_attention_2` is asked for where it cannot run.
+        ValueError: what is asked for cannot run here.
     """
-    installed = importlib.util.find_spec("flash_attn") is not None
-    if wanted == "flash_attention_2":
-        if not installed:
-            raise ValueError(
-                "model.attention = flash_attention_2 needs flash-attn: pip install flash-attn, or use sdpa"
-            )
-        if device.type != "cuda":
-            raise ValueError(
-                f"model.attention = flash_attention_2 needs a CUDA device, this run is on {device.type}: use sdpa"
-            )
-        if not bfloat16:
-            raise ValueError(
-                "model.attention = flash_attention_2 needs model.dtype = bfloat16; change one of them"
-            )
-        return wanted, "asked for"
     if wanted == "sdpa":
         return wanted, "asked for"
-    if device.type == "cuda" and installed and bfloat16:
-        return "flash_attention_2", "flash-attn is installed and a GPU is there"
+    if wanted == "flex":
+        return wanted, "asked for" if device.type == "cuda" else "asked for; slow without a GPU"
+    if wanted != "auto":
+        if problem := _obstacle(wanted, device, bfloat16):
+            raise ValueError(f"model.attention = {wanted} needs {problem}")
+        return wanted, "asked for"
     if device.type != "cuda":
         return "sdpa", "no GPU"
-    return "sdpa", "float32" if installed else "flash-attn is not installed"
+    if not bfloat16:
+        return "flex", "the flash kernels do not take float32"
+    if not _obstacle("flash_attention_2", device, bfloat16):
+        return "flash_attention_2", "flash-attn is installed and a GPU is there"
+    if not _obstacle("varlen", device, bfloat16):
+        return "varlen", "PyTorch's own flash kernels, as flash-attn is not installed"
+    return "flex", "no flash kernels for this GPU"
 
 
-def use_packed_attention(model: nn.Module, name: str) -> None:
-    """Make a transformers vision-language model attend inside segments only.
+def _obstacle(name: str, device: torch.device, bfloat16: bool) -> str:
+    """What a flash kernel lacks here and what to do instead; empty if nothing."""
+    if name == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn: pip install flash-attn, or use sdpa"
+    if device.type != "cuda":
+        return f"a CUDA device, this run is on {device.type}: use sdpa"
+    if not bfloat16:
+        return "model.dtype = bfloat16; change one of them"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "a GPU of compute capability 8.0 (Ampere) or newer: use flex"
+    if name == "varlen" and not torch.backends.cuda.is_flash_attention_available():
+        return "a PyTorch that was built with flash attention: use flex"
+    return ""
+
+
+@cache
+def announce(name: str, reason: str) -> None:
+    """Put the decision into the log, once a process."""
+    logger.info("attention: %s (%s)", name, reason)
+
+
+def use_packed_attention(language_model: nn.Module, tower: Iterable[nn.Module], name: str) -> None:
+    """Make a transformers language model and its vision tower attend inside pieces only.
+
+    The language model must then be called with `packed_layout=PackedLayout(...)` and without a cache; a Qwen tower
+    passes its own `cu_seq_lens_q`. Calls with neither (generation, towers that take a batch of images) are
+    transformers' own SDPA with its mask.
 
     Args:
-        model: a model with `.model.language_model` and `.model.visual`.
-        name: `"sdpa"` or `"flash_attention_2"`.
+        language_model: a decoder with a `config` of its own.
+        tower: the vision tower's modules with a `config` of their own; none: it keeps its attention.
+        name: one of `IMPLEMENTATIONS`.
     """
-    _register()
-    implementation = SDPA_NAME if name == "sdpa" else name
-    core: Any = model.model
-    # The vision tower reads its own config object; set_attn_implementation() refuses names it does not know.
-    core.language_model.config._attn_implementation = implementation
-    core.visual.config._attn_implementation = implementation
+    registered = _register(name)
+    # set_attn_implementation() refuses names that it does not know.
+    for module in (language_model, *tower):
+        config: Any = module.config
+        config._attn_implementation = registered
 
 
-def packed_sdpa(
+def attention_function(name: str) -> Callable[..., tuple[torch.Tensor, None]]:
+    """The function that transformers' attention layers call.
+
+    It takes what they pass (see `_attend`) and is a graph break to torch.compile: decoder layers may be compiled, and
+    no layout makes them compile anew.
+
+    Args:
+        name: one of `IMPLEMENTATIONS`.
+    """
+    return cast(Any, torch.compiler.disable(partial(_attend, IMPLEMENTATIONS[name])))
+
+
+def _attend(
+    implementation: Implementation,
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -82,24 +154,25 @@ def packed_sdpa(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    packed_layout: PackedLayout | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
-    max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Scaled dot-product attention inside each segment of a packed row.
-
-    The segments are spread to a batch [S, longest], attended there, and gathered back: rows of one segment never
-    meet another's. Without `cu_seq_lens_q` (generation with a cache) it is transformers' own SDPA.
+    """Attention of one layer.
 
     Args:
         query: [1, heads, T, d]; key, value: [1, kv_heads, T, d].
-        cu_seq_lens_q: int [S+1], starts of the segments, ending at T.
-        max_length_q: length of the longest segment.
+        packed_layout: given to the language model.
+        cu_seq_lens_q: int [S+1], from a vision tower: where its segments start, ending at T.
 
     Returns:
-        [1, T, heads, d] and None (no weights).
+        [1, T, heads, d] in the dtype that autocast asks for, and None (no weights).
+
+    Raises:
+        ValueError: a packed row with a sliding window.
     """
-    if cu_seq_lens_q is None:
+    if packed_layout is None and cu_seq_lens_q is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
@@ -112,64 +185,58 @@ def packed_sdpa(
             scaling=scaling,
             is_causal=is_causal,
         )
-    causal = bool(module.is_causal if is_causal is None else is_causal)
-    layout = _Layout(cu_seq_lens_q.long(), max_length_q)
-    q, k, v = (layout.spread(x) for x in (query, key, value))
-    mask = None if causal or layout.even else layout.valid[:, None, None, :]
-    out = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=causal,
-        scale=scaling,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    return layout.gather(out), None
-
-
-class _Layout:
-    """Where the tokens of S segments stand in a batch [S, longest], and back."""
-
-    def __init__(self, cu_seqlens: torch.Tensor, longest: int | None) -> None:
-        lengths = cu_seqlens.diff()
-        self.segments = len(lengths)
-        self.longest = int(longest) if longest is not None else int(lengths.max())
-        self.tokens = int(cu_seqlens[-1]) if cu_seqlens.device.type == "cpu" else -1
-        self.even = self.tokens == self.segments * self.longest
-        if not self.even:
-            column = torch.arange(self.longest, device=cu_seqlens.device)
-            self.valid = column < lengths[:, None]
-            # Columns past a segment's end repeat its last token: never read by a causal query, masked otherwise.
-            last = (cu_seqlens[1:] - 1).clamp(min=0)
-            self.source = torch.minimum(cu_seqlens[:-1, None] + column, last[:, None]).flatten()
-
-    def spread(self, x: torch.Tensor) -> torch.Tensor:
-        """[1, h, T, d] -> [S, h, longest, d]"""
-        _, heads, tokens, dim = x.shape
-        rows = x[0].transpose(0, 1).reshape(tokens, heads * dim)
-        if not self.even:
-            rows = rows.index_select(0, self.source)
-        return rows.view(self.segments, self.longest, heads, dim).transpose(1, 2)
-
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """[S, h, longest, d] -> [1, T, h, d]"""
-        rows = x.transpose(1, 2)
-        if self.even:
-            return rows.reshape(1, self.segments * self.longest, *rows.shape[2:])
-        flat = self.valid.flatten().nonzero().squeeze(1)
-        return (
-            rows.reshape(self.segments * self.longest, -1)
-            .index_select(0, flat)
-            .view(1, len(flat), *rows.shape[2:])
+    if sliding_window is not None:
+        raise ValueError(
+            f"packed rows cannot be attended with a sliding window (here {sliding_window} tokens)"
         )
+    layout = packed_layout if cu_seq_lens_q is None else _segments(cu_seq_lens_q)
+    assert layout is not None
+    causal = bool(module.is_causal if is_causal is None else is_causal)
+    query, key, value = _one_dtype(query, key, value)
+    out = implementation(query, key, value, layout, causal, scaling, dropout)
+    # The same memory, but no view to autograd: code compiled after this would else be bound to the sizes of the padded
+    # batch under it, and be compiled again for another layout.
+    return torch.ops.aten._unsafe_view(out, out.shape), None
 
 
-def _register() -> None:
+def _one_dtype(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Under autocast, rotary embeddings leave queries and keys in float32 beside values in bfloat16."""
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    else:
+        dtype = min((x.dtype for x in tensors), key=lambda dtype: dtype.itemsize)
+    return [x.to(dtype) for x in tensors]
+
+
+_layouts = WeakTensorKeyDictionary()
+
+
+def _segments(cu_seqlens: torch.Tensor) -> PackedLayout:
+    """The layout of a tower's segments, made by its first layer; the device is waited for once, not by every layer."""
+    if cu_seqlens not in _layouts:
+        _layouts[cu_seqlens] = PackedLayout.of_segments(cu_seqlens)
+    return _layouts[cu_seqlens]
+
+
+@cache
+def _register(name: str) -> str:
     from transformers import AttentionInterface, AttentionMaskInterface
+
+    # transformers hands towers whole packed rows, rather than one image after the other, only for names with "flash".
+    registered = f"perl_flash_{name}"
+    AttentionInterface.register(registered, attention_function(name))
+    AttentionMaskInterface.register(registered, cast(Any, _padding_mask))
+    return registered
+
+
+def _padding_mask(
+    *args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any
+) -> torch.Tensor | None:
+    """What masks a padded batch; nothing for a packed row, for which transformers would make a mask of [T, T] where it
+    sees positions restart."""
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(SDPA_NAME, packed_sdpa)
-    # Packed calls pass no mask and no text positions, so this returns None for them and a dense mask for padded ones.
-    AttentionMaskInterface.register(SDPA_NAME, sdpa_mask)
+    if attention_mask is None:
+        return None
+    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)

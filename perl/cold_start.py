@@ -27,14 +27,16 @@ def cold_start(session: Session) -> None:
         total = session.processes.total(sum(b.num_scored for b in batches))[0]
         if total == 0:
             raise UserError(
-                f"all {config.batch_size} examples of a cold-start step have prompts over data.max_prompt_tokens = "
-                f"{session.config.data.max_prompt_tokens}; raise it or lower model.max_pixels"
+                f"all {config.batch_size} examples of a cold-start step have prompts over "
+                f"{bench.encoder.limit.name}; raise it or lower model.max_pixels"
             )
         with bench.watch("cold_start"):
             metrics = updater.step(
                 step,
                 batches,
-                lambda _, batch, total=total: bench.head(batch, SUPERVISED, normalizer=total),
+                lambda _, batch, features, total=total: bench.head(
+                    batch, SUPERVISED, total, features
+                ),
             )
         row = {"tokens": int(total), **{k: metrics[k] for k in ("loss", "grad_norm", "lr")}}
         session.after_step("cold_start", step, row, stream, {"loss": row["loss"]})
@@ -53,4 +55,5 @@ def _worked_segment(session: Session, example: Example) -> list[Segment]:
     text = with_noise(example, config.noise, worked_answer_rng(session.config, example))
     variant = Variant(example, tuple(range(len(example.images))), example.images, example.answer)
     prompts = bench.encoder.encode([variant])
-    return [Segment(p, bench.processor.encode_completion(text)) for p in prompts or ()]
+    completion = bench.processor.encode_completion(text)
+    return [Segment(p, (completion,), (1.0,)) for p in prompts or ()]

@@ -38,11 +38,32 @@ class Collected:
     """Examples left out because a prompt of theirs is over the budget."""
 
 
+@dataclass(frozen=True, slots=True)
+class PromptLimit:
+    """Most tokens of a prompt, and the setting that says so."""
+
+    tokens: int
+    name: str
+
+    @classmethod
+    def of(cls, config: Config) -> PromptLimit:
+        """`data.max_prompt_tokens`, or what a micro-batch leaves beside the longest completion if that is less."""
+        budget, completion = config.train.tokens_per_micro_batch, config.rollout.max_new_tokens
+        if budget - completion < config.data.max_prompt_tokens:
+            name = (
+                f"the {budget - completion} that train.tokens_per_micro_batch = {budget} "
+                f"leaves beside rollout.max_new_tokens = {completion}"
+            )
+            return cls(budget - completion, name)
+        wanted = config.data.max_prompt_tokens
+        return cls(wanted, f"data.max_prompt_tokens = {wanted}")
+
+
 class PromptEncoder:
     """Tokens of variants within the prompt budget."""
 
-    def __init__(self, processor: Processor, max_tokens: int, overlong: str) -> None:
-        self.processor, self.max_tokens, self.overlong = processor, max_tokens, overlong
+    def __init__(self, processor: Processor, limit: PromptLimit, overlong: str) -> None:
+        self.processor, self.limit, self.overlong = processor, limit, overlong
         self.dropped = 0
 
     def encode(self, variants: Sequence[Variant]) -> list[EncodedPrompt] | None:
@@ -53,12 +74,12 @@ class PromptEncoder:
         """
         prompts = [self.processor.encode(v) for v in variants]
         longest = max(len(p.input_ids) for p in prompts)
-        if longest <= self.max_tokens:
+        if longest <= self.limit.tokens:
             return prompts
         if self.overlong == "error":
             raise UserError(
-                f"example {variants[0].example.id}: its prompt has {longest} tokens, over data.max_prompt_tokens = "
-                f'{self.max_tokens}; raise it, lower model.max_pixels, or set data.overlong = "drop"'
+                f"example {variants[0].example.id}: its prompt has {longest} tokens, over {self.limit.name}; "
+                'raise it, lower model.max_pixels, or set data.overlong = "drop"'
             )
         self.dropped += 1
         return None
@@ -115,7 +136,7 @@ class Collector:
             if not out.seen:
                 raise UserError(
                     f"all {self.encoder.dropped - dropped_before} examples drawn have prompts over "
-                    f"data.max_prompt_tokens = {self.encoder.max_tokens}; raise it or lower model.max_pixels"
+                    f"{self.encoder.limit.name}; raise it or lower model.max_pixels"
                 )
         out.surplus = max(0, len(out.groups) - count)
         del out.groups[count:]

@@ -108,7 +108,8 @@ def read_row(row: Mapping[str, Any], name: str, where: str) -> Row:
     """What a row means under the convention `name`; raises UserError, `where` naming the row.
 
     Data that says neither `kind` nor `should_change` keeps its images in place unless it is in
-    PeRL's own convention, since nothing tells whether its answers would still be right.
+    PeRL's own convention, since nothing tells whether its answers would still be right. A row whose
+    images are empty and whose question has no slot is a question of text alone.
     """
     convention = CONVENTIONS[name]
     check_columns(name, row, where)
@@ -119,19 +120,21 @@ def read_row(row: Mapping[str, Any], name: str, where: str) -> Row:
     images_key = next((key for key in _IMAGES if key in present), None)
     images = tuple(_as_list(present[images_key])) if images_key else ()
     images = images or embedded
-    if not images:
-        raise UserError(f"{where}: the row has no image; add one or leave the row out")
     if convention.images_first and _count_slots(question) == 0:
         question = _prepend_slots(question, len(images))
     _check_slots(question, len(images), where)
     change_key = next((key for key in _SHOULD_CHANGE if key in present), None)
+    kind = str(present.get("kind", "all" if may_move(name, present) else "none")).strip()
+    should_change = _truth(present[change_key], change_key, where) if change_key else True
+    if not images:  # A question of text alone: nothing can move.
+        kind, should_change = "none", False
     used = {question_key, answer_key, images_key, *_OPTIONAL}
     return Row(
         question=question,
         images=images,
         answer=_answer(present[answer_key], where),
-        kind=str(present.get("kind", "all" if may_move(name, present) else "none")).strip(),
-        should_change=_truth(present[change_key], change_key, where) if change_key else True,
+        kind=kind,
+        should_change=should_change,
         worked=str(present["worked"]) if "worked" in present else None,
         task=str(present.get("task", present.get(convention.task, ""))),
         id=str(present["id"]) if "id" in present else None,

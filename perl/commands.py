@@ -287,21 +287,26 @@ def doctor_command(command: Doctor) -> None:
 def _engine(config: Config) -> tuple[Any, Any]:
     import torch
 
-    from perl.collect import PromptEncoder
-    from perl.model import load_policy, load_processor, uses_bfloat16
-    from perl.rollout import InProcessEngine
+    from perl.collect import PromptEncoder, PromptLimit
+    from perl.loading import load_policy, load_processor, uses_bfloat16
+    from perl.rollout import make_engine
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     policy = load_policy(config.model.path, replace(config.model, lora_rank=0), device).to(device)
     processor = load_processor(config.model.path, config.model)
-    encoder = PromptEncoder(processor, config.data.max_prompt_tokens, config.data.overlong)
+    limit = config.data.max_prompt_tokens
+    encoder = PromptEncoder(
+        processor,
+        PromptLimit(limit, f"data.max_prompt_tokens = {limit}"),
+        config.data.overlong,
+    )
 
     def autocast() -> torch.autocast:
         return torch.autocast(
             device.type, torch.bfloat16, enabled=uses_bfloat16(config.model.dtype)
         )
 
-    return InProcessEngine(policy, processor, config.rollout.batch_size, autocast), encoder
+    return make_engine(policy, processor, config.rollout.batch_size, autocast), encoder
 
 
 def _model_and_config(model: str) -> tuple[Config, str]:

@@ -35,11 +35,13 @@ class ModelConfig:
     """Which model, and which of its weights are trained."""
 
     path: str = "tiny-qwen2.5-vl"
-    """A model folder, a hub name, or tiny-qwen2.5-vl / tiny-qwen3-vl / tiny-qwen2-vl, made from config in the run folder."""
+    """A model folder, a hub name, or tiny-qwen2.5-vl / tiny-qwen3-vl / tiny-qwen2-vl /
+    tiny-internvl, made from config in the run folder."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward and backward; auto: bfloat16 autocast where the hardware has it."""
-    attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
-    """Packed attention; auto: flash-attn when it is installed and a GPU is there, else SDPA."""
+    attention: Literal["auto", "flash_attention_2", "varlen", "flex", "sdpa"] = "auto"
+    """Packed attention: flash-attn, PyTorch's varlen_attn, compiled flex_attention, SDPA; auto: the first that runs
+    here in this precision."""
     freeze_vision: bool = False
     """Keep the vision tower's weights as they are."""
     lora_rank: int = 0
@@ -49,6 +51,13 @@ class ModelConfig:
     """Scale of the LoRA update: alpha / rank."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more time."""
+    feature_cache_mb: int = 1024
+    """Most MiB of image features that the passes of one step which need no gradient share (rollouts, old and reference
+    log-probs); 0: none are kept."""
+    compile: bool = False
+    """torch.compile the language model's decoder layers for training; the first steps then take longer."""
+    liger: bool = False
+    """Liger's Triton kernels for RMSNorm, SwiGLU and rotary embeddings; needs liger-kernel and a GPU."""
     min_pixels: int = 28 * 28
     """Images below this many pixels are enlarged."""
     max_pixels: int = 512 * 512
@@ -171,6 +180,9 @@ class TrainConfig:
     """Optimiser steps per rollout batch; with more than one, old log-probs are computed and clipping acts."""
     tokens_per_micro_batch: int = 16384
     """Most tokens of one packed row; one forward and backward each."""
+    share_prompts: bool = True
+    """Compute each ordered prompt once per row, however many completions continue it; false: once per completion.
+    The gradients are the same."""
     lr: float = 1e-6
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -231,6 +243,7 @@ RANGES: dict[str, _Range] = {
     "run.save_rollouts_every": _NOT_NEGATIVE,
     "model.lora_rank": _NOT_NEGATIVE,
     "model.lora_alpha": _POSITIVE,
+    "model.feature_cache_mb": _NOT_NEGATIVE,
     "model.min_pixels": _ONE_OR_MORE,
     "model.max_pixels": _ONE_OR_MORE,
     "data.min_images": _ONE_OR_MORE,
@@ -296,6 +309,14 @@ def violation(config: Config) -> str | None:
         return (
             f"reward.weights = {_shown(weights)} for {len(functions)} reward.functions "
             f"({', '.join(functions)}); give one weight for each"
+        )
+    budget, completion = (
+        values[k] for k in ("train.tokens_per_micro_batch", "rollout.max_new_tokens")
+    )
+    if budget <= completion:
+        return (
+            f"train.tokens_per_micro_batch = {budget} leaves no room for a prompt beside "
+            f"rollout.max_new_tokens = {completion}; raise the first or lower the second"
         )
     if values["permutation.orders"] * values["rollout.per_order"] < 2:
         return (

@@ -99,7 +99,8 @@ def aggregate(results: Sequence[ExampleResult]) -> dict[str, Any]:
     """
     if not results:
         raise UserError(
-            "every held-out example has a prompt over data.max_prompt_tokens; raise it or lower model.max_pixels"
+            "every held-out example has a prompt over the token budget; raise data.max_prompt_tokens and "
+            "train.tokens_per_micro_batch, or lower model.max_pixels"
         )
     tasks: defaultdict[str, list[ExampleResult]] = defaultdict(list)
     for result in results:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from perl.config import LossConfig
+from perl.families import ImageFeatures
 from perl.model import Policy
 from perl.types import PackedBatch, UserError
 from perl_kernels import (
@@ -90,11 +91,15 @@ class HeadLoss:
         batch: PackedBatch,
         loss: PolicyLoss,
         normalizer: float,
+        features: ImageFeatures | None = None,
         old_logprobs: torch.Tensor | None = None,
         ref_logprobs: torch.Tensor | None = None,
     ) -> LossOutput:
-        """Loss of a micro-batch as its share of the optimiser step's (`normalizer`)."""
-        hidden = self.policy(batch)
+        """Loss of a micro-batch as its share of the optimiser step's (`normalizer`).
+
+        `features` are those of the batch's images where several micro-batches share them.
+        """
+        hidden = self.policy(batch, features)
         device = hidden.device
         return linear_grpo_loss(
             hidden,

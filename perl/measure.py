@@ -27,6 +27,8 @@ def measure(session: Session, at: str, step: int) -> dict[str, Any] | None:
         session.display.close()
     session.display.stage(f"evaluate {at}", len(mine), unit="examples")
 
+    bench.policy.vision.forget()
+
     def advance(examples: int) -> None:
         session.display.advance(examples)
         # Along the way the step is saved first; several processes stop together, after the evaluation.
@@ -44,11 +46,7 @@ def measure(session: Session, at: str, step: int) -> dict[str, Any] | None:
             EVAL_SEED,
             advance,
         )
-    if bench.accelerator.num_processes > 1:
-        from accelerate.utils import gather_object
-
-        results = gather_object(results)
-    numbers = aggregate(results)
+    numbers = aggregate(session.processes.gather(results))
     session.display.close()
     if bench.is_main:
         session.record({"stage": "evaluate", "step": step, "at": at, **numbers})

@@ -11,18 +11,16 @@ def mrope_positions(
     input_ids: np.ndarray,
     grids: Sequence[tuple[int, int, int]],
     image_token_id: int,
-    merge_size: int,
 ) -> tuple[np.ndarray, int]:
     """Positions of one prompt on three axes.
 
-    Text advances all axes by one a token. An image of grid (t, h, w) patches becomes t x h/m x w/m tokens whose
-    axes count inside it from the position it starts at; the text after it goes on from its largest position + 1.
+    Text advances all axes by one a token. The axes of an image of t x h x w tokens count inside it from the position
+    it starts at; the text after it goes on from its largest position + 1.
 
     Args:
         input_ids: int64 [P], each image's tokens already expanded.
-        grids: (t, h, w) in patches of the images, in the order of the prompt.
+        grids: (t, h, w) in tokens of the images, in the order of the prompt.
         image_token_id: the id that marks an image token.
-        merge_size: patches merged into one token along each of height and width.
 
     Returns:
         int64 [3, P] and the position that the next text token takes.
@@ -30,8 +28,7 @@ def mrope_positions(
     positions = np.empty((3, len(input_ids)), dtype=np.int64)
     is_image = input_ids == image_token_id
     index = next_position = 0
-    for t, h, w in grids:
-        shape = (t, h // merge_size, w // merge_size)
+    for shape in grids:
         start = index + int(np.argmax(is_image[index:]))
         end = start + int(np.prod(shape))
         text = np.arange(next_position, next_position + start - index)

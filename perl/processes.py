@@ -6,11 +6,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from perl.types import UserError
+
+T = TypeVar("T")
 
 _TIMEOUT = timedelta(hours=2)
 """Rollouts of one process may take much longer than another's."""
@@ -38,6 +40,14 @@ class Processes:
     def any(self, flag: bool) -> bool:
         """Whether it is true in some process."""
         return self.total(flag)[0] > 0
+
+    def gather(self, items: list[T]) -> list[T]:
+        """The lists of all processes one after the other, of anything that can be pickled."""
+        if self.count == 1:
+            return items
+        from accelerate.utils import gather_object
+
+        return gather_object(items)
 
     @contextmanager
     def jointly(self) -> Iterator[None]:

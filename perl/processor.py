@@ -1,4 +1,4 @@
-"""From chats and pictures to token ids and patches, for any Qwen-VL checkpoint, without torchvision."""
+"""From chats and pictures to token ids and pixels, for every family of models, without torchvision."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from perl.mrope import mrope_positions
+from perl.families import Family
 from perl.types import IMAGE_SLOT, EncodedImage, EncodedPrompt, Message, UserError, Variant
 
 
@@ -20,9 +20,9 @@ class Processor:
     """A tokenizer with its chat template and an image processor, and a cache of processed images.
 
     Args:
-        tokenizer: a transformers tokenizer with a chat template and the tokens `<|vision_start|>`,
-            `<|image_pad|>` and `<|vision_end|>`.
-        image_processor: Qwen2-VL's image processor (the PIL one does).
+        tokenizer: a transformers tokenizer with a chat template and the family's tokens.
+        image_processor: of the family.
+        family: how images become pixels, tokens and positions.
         min_pixels, max_pixels: images outside this range are resized, keeping their aspect.
         cache_bytes: how much of processed images is kept, by content.
     """
@@ -31,22 +31,23 @@ class Processor:
         self,
         tokenizer: Any,
         image_processor: Any,
+        family: Family,
         min_pixels: int,
         max_pixels: int,
         cache_bytes: int = 2**29,
     ) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
-        self.merge_size = int(image_processor.merge_size)
-        self.image_token_id = int(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+        self.family = family
+        self.image_token_id = int(tokenizer.convert_tokens_to_ids(family.image_token))
         self.pad_token_id = int(tokenizer.pad_token_id)
         self.eos_token_id = int(tokenizer.eos_token_id)
-        self._size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+        self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self._cache: OrderedDict[str, EncodedImage] = OrderedDict()
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
 
     def encode_image(self, image: Image.Image) -> EncodedImage:
-        """Patches of one picture; the same content is processed once."""
+        """Pixels of one picture; the same content is processed once."""
         image = image.convert("RGB")
         digest = hashlib.sha1(f"{image.mode}{image.size}".encode(), usedforsecurity=False)
         digest.update(image.tobytes())
@@ -54,9 +55,10 @@ class Processor:
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        out = self.image_processor(images=[image], size=self._size, return_tensors="pt")
-        t, h, w = (int(x) for x in out["image_grid_thw"][0])
-        encoded = EncodedImage(key, out["pixel_values"], (t, h, w), t * h * w // self.merge_size**2)
+        pixels, grid, tokens = self.family.preprocess(
+            self.image_processor, image, self.min_pixels, self.max_pixels
+        )
+        encoded = EncodedImage(key, pixels, grid, tokens)
         self._cache[key] = encoded
         self._cached_bytes += encoded.pixel_values.nbytes
         while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
@@ -76,22 +78,16 @@ class Processor:
         Raises:
             UserError: the number of `<image>` slots is not the number of images.
         """
-        slots = sum(m.content.count(IMAGE_SLOT) for m in messages)
-        if slots != len(images):
-            raise UserError(
-                f"{where}: {slots} {IMAGE_SLOT} slots but {len(images)} images; give every image one slot"
-            )
+        check_slots(messages, images, where)
         encoded = tuple(self.encode_image(image) for image in images)
         text = self.tokenizer.apply_chat_template(
-            [{"role": m.role, "content": _parts(m.content)} for m in messages],
+            [{"role": m.role, "content": parts(m.content)} for m in messages],
             tokenize=False,
             add_generation_prompt=True,
         )
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         flat = self._expand(ids, encoded, where)
-        positions, next_position = mrope_positions(
-            flat, [e.grid for e in encoded], self.image_token_id, self.merge_size
-        )
+        positions, next_position = self.family.positions(flat, encoded, self.image_token_id)
         return EncodedPrompt(flat, positions, next_position, encoded, self.image_token_id)
 
     def _expand(self, ids: Sequence[int], images: Sequence[EncodedImage], where: str) -> np.ndarray:
@@ -102,9 +98,10 @@ class Processor:
                 image = next(waiting, None)
                 if image is None:
                     raise UserError(
-                        f"{where}: the text itself holds <|image_pad|>; write {IMAGE_SLOT} for an image"
+                        f"{where}: the text itself holds {self.family.image_token}; "
+                        f"write {IMAGE_SLOT} for an image"
                     )
-                flat.extend([token] * image.tokens)
+                flat += self.tokenizer.convert_tokens_to_ids(self.family.placeholder(image))
             else:
                 flat.append(token)
         if next(waiting, None) is not None:
@@ -134,16 +131,8 @@ class Processor:
     def unsampled_token_ids(self) -> torch.Tensor:
         """int64 [K]: vision placeholders, which a completion must never hold."""
         vocabulary = self.tokenizer.get_vocab()
-        names = (
-            "<|vision_start|>",
-            "<|vision_end|>",
-            "<|vision_pad|>",
-            "<|image_pad|>",
-            "<|video_pad|>",
-        )
-        return torch.tensor(
-            sorted(vocabulary[n] for n in names if n in vocabulary), dtype=torch.int64
-        )
+        known = sorted(vocabulary[t] for t in self.family.vision_tokens if t in vocabulary)
+        return torch.tensor(known, dtype=torch.int64)
 
     def save(self, folder: Path) -> None:
         """Write tokenizer and image processor the way transformers reads them."""
@@ -151,13 +140,26 @@ class Processor:
         self.image_processor.save_pretrained(folder)
 
 
-def _parts(content: str) -> list[dict[str, str]]:
+def check_slots(messages: Sequence[Message], images: Sequence[Image.Image], where: str) -> None:
+    """Every image has its slot.
+
+    Raises:
+        UserError: it has not.
+    """
+    slots = sum(m.content.count(IMAGE_SLOT) for m in messages)
+    if slots != len(images):
+        raise UserError(
+            f"{where}: {slots} {IMAGE_SLOT} slots but {len(images)} images; give every image one slot"
+        )
+
+
+def parts(content: str) -> list[dict[str, str]]:
     """`"A <image> B"` as the parts that chat templates take."""
     texts = content.split(IMAGE_SLOT)
-    parts: list[dict[str, str]] = []
+    out: list[dict[str, str]] = []
     for index, text in enumerate(texts):
         if text:
-            parts.append({"type": "text", "text": text})
+            out.append({"type": "text", "text": text})
         if index < len(texts) - 1:
-            parts.append({"type": "image"})
-    return parts
+            out.append({"type": "image"})
+    return out

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from perl.balancing import ModelFlops, share_out
 from perl.collect import Collected
+from perl.loading import load_policy
 from perl.loss import HeadLoss, make_policy_loss, needs_reference, step_normalizer
 from perl.measure import measure
 from perl.metrics import group_agreement, mean
-from perl.model import load_policy
+from perl.packing_report import packing_report
 from perl.session import Session
 from perl.types import Group, PackedBatch, Segment
 from perl.update import Schedule, Updater
@@ -33,7 +35,8 @@ def reinforce(session: Session) -> None:
     stream = session.stream("rl")
     per_process = config.train.examples_per_step // bench.accelerator.num_processes
     for step in range(session.progress.step, config.train.steps):
-        started = time.perf_counter()
+        bench.policy.vision.forget()
+        started, encoded = time.perf_counter(), bench.policy.vision.images_encoded
         collected = bench.collector.collect(
             lambda: bench.draw(stream, config.train.examples_per_step),
             per_process,
@@ -44,6 +47,7 @@ def reinforce(session: Session) -> None:
         seconds = time.perf_counter() - started
         tokens_per_second = (row["tokens/prompt"] + row["tokens/completion"]) / seconds
         row |= {"time/step": seconds, "throughput/tokens_per_second": tokens_per_second}
+        row["throughput/images_encoded"] = bench.policy.vision.images_encoded - encoded
         _show_rollouts(session, step, collected)
         shown = {"reward": row["reward/mean"], "tokens/s": tokens_per_second}
         session.after_step("rl", step, row, stream, shown, partial(_measure_if_due, session, step))
@@ -61,16 +65,17 @@ class PolicyStep:
         self.updater: Updater = session.make_updater(
             Schedule(config.lr, config.schedule, config.warmup_steps, steps)
         )
+        self.flops = ModelFlops.of(session.bench.policy)
         self.reference = _Reference(session) if needs_reference(loss) else None
 
     def __call__(self, step: int, groups: Sequence[Group]) -> dict[str, float]:
-        """Metrics of the step, means over its optimiser steps; empty without groups in any process."""
+        """Metrics of the step, means over its optimiser steps, and what packing saved in this process."""
         session, watch = self.session, self.session.bench.watch
+        if self.reference:
+            self.reference.begin_step()
         with watch("pack"):
-            parts = [
-                session.pack([s for g in groups[k :: self.updates] for s in _segments(g)])
-                for k in range(self.updates)
-            ]
+            segments = [self._share(groups[k :: self.updates]) for k in range(self.updates)]
+            parts = [session.pack(s) for s in segments]
         with watch("logprobs"), session.bench.accelerator.autocast():
             # With one update per batch the old policy is the current one, and the loss knows its ratio is 1.
             old = [
@@ -78,6 +83,11 @@ class PolicyStep:
                 for p in parts
             ]
             ref = [[self.reference(b) for b in p] if self.reference else None for p in parts]
+        report = packing_report(
+            [b for p in parts for b in p],
+            [s for part in segments for s in part],
+            session.config.train.tokens_per_micro_batch,
+        )
         rows = []
         with watch("update"):
             for k, part in enumerate(parts):
@@ -86,7 +96,21 @@ class PolicyStep:
                     rows.append(
                         self._update(step * self.updates + k, part, normalizer, old[k], ref[k])
                     )
-        return {name: mean([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+        means = {name: mean([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+        return {
+            **means,
+            "packing/rows": report.rows,
+            "packing/tokens": report.tokens,
+            "packing/fill": report.fill,
+            "packing/token_sharing": report.token_sharing,
+            "packing/image_sharing": report.image_sharing,
+        }
+
+    def _share(self, groups: Sequence[Group]) -> list[Segment]:
+        """What this process trains on of all processes' groups."""
+        work = [segments for g in groups if (segments := _segments(g))]
+        mine = share_out(work, self.flops, self.session.processes)
+        return [replace(s, group=number) for number, w in enumerate(mine) for s in w]
 
     def _update(
         self,
@@ -99,8 +123,13 @@ class PolicyStep:
         return self.updater.step(
             number,
             batches,
-            lambda i, batch: self.head(
-                batch, self.loss, normalizer, old[i] if old else None, ref[i] if ref else None
+            lambda i, batch, features: self.head(
+                batch,
+                self.loss,
+                normalizer,
+                features,
+                old[i] if old else None,
+                ref[i] if ref else None,
             ),
         )
 
@@ -118,6 +147,7 @@ class _Reference:
     def __init__(self, session: Session) -> None:
         config, bench = session.config, session.bench
         self.adapters_off = nullcontext
+        self.own_tower = False
         trained = (name for name, p in bench.policy.named_parameters() if p.requires_grad)
         if config.cold_start.steps == 0 and all("lora_" in name for name in trained):
             self.head, self.adapters_off = bench.head, bench.policy.without_adapters
@@ -129,6 +159,9 @@ class _Reference:
         )
         plain = load_policy(path, replace(config.model, lora_rank=0), bench.accelerator.device)
         plain = plain.to(bench.accelerator.device).requires_grad_(False).eval()
+        self.own_tower = not config.model.freeze_vision
+        if not self.own_tower:
+            plain.share_tower(bench.policy)
         self.head = HeadLoss(
             plain, bench.processor.unsampled_token_ids(), config.rollout.temperature
         )
@@ -137,13 +170,25 @@ class _Reference:
         with self.adapters_off():
             return self.head.logprobs(batch).logprobs
 
+    def begin_step(self) -> None:
+        """Keep no features of earlier steps; where the tower is the policy's, they have gone already."""
+        if self.own_tower:
+            self.head.policy.vision.forget()
+
 
 def _segments(group: Group) -> list[Segment]:
-    """What can be learnt from a group: rollouts that could be scored, each behind the prompt it was sampled from."""
+    """What can be learnt from a group: rollouts that could be scored, behind the prompts they were sampled from."""
+    by_order: dict[tuple[int, ...], list[int]] = {}
+    for i, rollout in enumerate(group.rollouts):
+        if not np.isnan(group.rewards[i]):
+            by_order.setdefault(rollout.variant.order, []).append(i)
     return [
-        Segment(r.prompt, r.token_ids, float(a))
-        for r, a, reward in zip(group.rollouts, group.advantages, group.rewards, strict=True)
-        if not np.isnan(reward)
+        Segment(
+            group.rollouts[members[0]].prompt,
+            tuple(group.rollouts[i].token_ids for i in members),
+            tuple(float(group.advantages[i]) for i in members),
+        )
+        for members in by_order.values()
     ]
 
 
@@ -185,6 +230,7 @@ def _group_metrics(collected: Collected) -> dict[str, float]:
         "prompts/dropped": collected.dropped,
         "tokens/prompt": prompt,
         "tokens/completion": completion,
+        "images/shown": sum(len(r.prompt.images) for r in rollouts),
     }
 
 

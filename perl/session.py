@@ -13,7 +13,6 @@ from perl.data import ExampleStream
 from perl.gallery import Gallery
 from perl.interrupt import Interrupted, StopSignal
 from perl.metrics import peak_rss_bytes
-from perl.packing import pack
 from perl.processes import Processes
 from perl.progress import Display
 from perl.run import RunFolder
@@ -106,7 +105,9 @@ class Session:
         return stream
 
     def pack(self, segments: Sequence[Segment]) -> list[PackedBatch]:
-        return pack(segments, self.config.train.tokens_per_micro_batch)
+        """Micro-batches of the segments, within the token budget."""
+        train = self.config.train
+        return self.bench.policy.pack(segments, train.tokens_per_micro_batch, train.share_prompts)
 
     def after_step(
         self,

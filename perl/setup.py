@@ -11,16 +11,19 @@ from typing import Any
 import torch
 
 from perl.attention import choose
-from perl.collect import Collector, PromptEncoder
+from perl.collect import Collector, PromptEncoder, PromptLimit
+from perl.compiling import check_compiler
 from perl.config import Config
 from perl.data import BUNDLED, Dataset, ExampleStream, load_examples
+from perl.liger import check_liger
+from perl.loading import check_model, load_policy, load_processor, uses_bfloat16
 from perl.loss import HeadLoss
 from perl.metrics import Stopwatch
-from perl.model import Policy, check_model, load_policy, load_processor, uses_bfloat16
+from perl.model import Policy
 from perl.processes import process_state
 from perl.processor import Processor
 from perl.reward import Scorer
-from perl.rollout import InProcessEngine
+from perl.rollout import InProcessEngine, make_engine
 from perl.run import RunFolder, writing
 from perl.tasks import vocabulary
 from perl.tiny import TINY_MODELS, make_tiny_model
@@ -82,8 +85,8 @@ def build(config: Config, folder: RunFolder) -> Workbench:
     torch.manual_seed(config.run.seed)
     policy = load_policy(path, config.model, accelerator.device).to(accelerator.device)
     processor = load_processor(path, config.model)
-    encoder = PromptEncoder(processor, config.data.max_prompt_tokens, config.data.overlong)
-    engine = InProcessEngine(policy, processor, config.rollout.batch_size, accelerator.autocast)
+    encoder = PromptEncoder(processor, PromptLimit.of(config), config.data.overlong)
+    engine = make_engine(policy, processor, config.rollout.batch_size, accelerator.autocast)
     watch = Stopwatch()
     collector = Collector(config, engine, encoder, scorer, watch)
     head = HeadLoss(policy, processor.unsampled_token_ids(), config.rollout.temperature)
@@ -156,14 +159,15 @@ def check_setup(config: Config) -> None:
     """
     usable_trackers(config)
     Scorer(config.reward.functions, config.reward.weights)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        choose(
-            config.model.attention,
-            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-            uses_bfloat16(config.model.dtype),
-        )
+        choose(config.model.attention, device, uses_bfloat16(config.model.dtype))
     except ValueError as error:
         raise UserError(str(error)) from error
+    if config.model.liger:
+        check_liger(device)
+    if config.model.compile:
+        check_compiler()
     if config.model.path in TINY_MODELS:
         _bundled_pictures(config)
     else:

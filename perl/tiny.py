@@ -1,4 +1,4 @@
-"""Tiny Qwen-VL models from config: the true architecture, small enough to train on two CPU cores."""
+"""Tiny vision-language models from config: the true architecture, small enough to train on two CPU cores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TINY_MODELS = ("tiny-qwen2.5-vl", "tiny-qwen3-vl", "tiny-qwen2-vl")
+TINY_QWEN = ("tiny-qwen2.5-vl", "tiny-qwen3-vl", "tiny-qwen2-vl")
+TINY_INTERNVL = "tiny-internvl"
+TINY_MODELS = (*TINY_QWEN, TINY_INTERNVL)
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -37,6 +39,28 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}<|im_start|>assistant {% endif -%}
 """
 
+INTERNVL_TOKENS = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
+
+INTERNVL_CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message.role + '\\n' }}
+{%- if message.content is string %}{{ message.content }}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == 'image' %}{{ '<IMG_CONTEXT>\\n' }}
+{%- else %}{{ part.text }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif %}{{ '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}
+"""
+
 _HIDDEN, _LAYERS, _HEADS = 128, 4, 4
 _VISION_HIDDEN, _VISION_DEPTH, _VISION_HEADS = 128, 3, 4
 
@@ -47,47 +71,65 @@ def make_tiny_model(name: str, words: Sequence[str], folder: Path, seed: int) ->
     Args:
         name: one of `TINY_MODELS`.
         words: the vocabulary of its word-level tokenizer.
-        folder: where config, weights, tokenizer and processor go; `AutoModelForImageTextToText` and
-            `AutoProcessor` load it.
+        folder: where config, weights, tokenizer and image processor go; `AutoModelForImageTextToText` and, for
+            Qwen-VL, `AutoProcessor` load it. InternVL's processor insists on torchvision.
         seed: of the weights.
     """
     import torch
     from transformers import AutoModelForImageTextToText
 
-    tokenizer = make_tokenizer(words)
-    config = tiny_config(name, tokenizer)
+    internvl = name == TINY_INTERNVL
+    tokenizer = make_internvl_tokenizer(words) if internvl else make_tokenizer(words)
+    config = tiny_internvl_config(tokenizer) if internvl else tiny_config(name, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
     model.save_pretrained(folder)
-    save_processor(tokenizer, make_image_processor(config.vision_config), folder)
+    if internvl:
+        tokenizer.save_pretrained(folder)
+        make_tile_processor(config.vision_config).save_pretrained(folder)
+    else:
+        save_processor(tokenizer, make_image_processor(config.vision_config), folder)
 
 
 def make_tokenizer(words: Sequence[str]) -> Any:
     """A word-level tokenizer with Qwen's special tokens and a chat template with images."""
+    named = {"image_token": "<|image_pad|>"}
+    return _word_tokenizer(words, SPECIAL_TOKENS, named, CHAT_TEMPLATE)
+
+
+def make_internvl_tokenizer(words: Sequence[str]) -> Any:
+    """A word-level tokenizer with InternVL's special tokens and chat template."""
+    special = (*SPECIAL_TOKENS[:3], *INTERNVL_TOKENS.values())
+    return _word_tokenizer(words, special, INTERNVL_TOKENS, INTERNVL_CHAT_TEMPLATE)
+
+
+def _word_tokenizer(
+    words: Sequence[str], special: Sequence[str], named: dict[str, str], template: str
+) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = dict.fromkeys([*SPECIAL_TOKENS, "<unk>", "user", "assistant", "system", *words])
+    vocabulary = dict.fromkeys([*special, "<unk>", "user", "assistant", "system", *words])
     model = models.WordLevel(
         {word: index for index, word in enumerate(vocabulary)}, unk_token="<unk>"
     )
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.add_special_tokens(list(special))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
-        extra_special_tokens={"image_token": "<|image_pad|>"},
-        chat_template=CHAT_TEMPLATE,
+        extra_special_tokens=named,
+        chat_template=template,
         clean_up_tokenization_spaces=False,
     )
 
 
 def tiny_config(name: str, tokenizer: Any) -> Any:
-    """The transformers config of a tiny model over the given tokenizer's vocabulary."""
+    """The transformers config of a tiny Qwen-VL over the given tokenizer's vocabulary."""
     from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 
     def ids(*tokens: str) -> list[int]:
@@ -96,24 +138,8 @@ def tiny_config(name: str, tokenizer: Any) -> Any:
     start, end, image, video = ids(
         "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
     )
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": _HIDDEN,
-        "intermediate_size": 4 * _HIDDEN,
-        "num_hidden_layers": _LAYERS,
-        "num_attention_heads": _HEADS,
-        "num_key_value_heads": _HEADS,
-        "max_position_embeddings": 4096,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "mrope_section": [4, 6, 6],
-        },
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "tie_word_embeddings": True,
-    }
+    text = _text_config(tokenizer)
+    text["rope_parameters"] = {**text["rope_parameters"], "mrope_section": [4, 6, 6]}
     vision = {"depth": _VISION_DEPTH, "hidden_size": _VISION_HIDDEN, "num_heads": _VISION_HEADS}
     tokens = {
         "vision_start_token_id": start,
@@ -159,6 +185,53 @@ def tiny_config(name: str, tokenizer: Any) -> Any:
         }
         return Qwen3VLConfig(text_config=text, vision_config=vision, **tokens)
     raise ValueError(f"no tiny model is called {name}; there are {', '.join(TINY_MODELS)}")
+
+
+def tiny_internvl_config(tokenizer: Any) -> Any:
+    """The transformers config of a tiny InternVL: tiles of 28 x 28 pixels, one visual token each."""
+    from transformers import InternVLConfig
+
+    vision = {
+        "hidden_size": _VISION_HIDDEN,
+        "num_hidden_layers": _VISION_DEPTH,
+        "num_attention_heads": _VISION_HEADS,
+        "intermediate_size": 2 * _VISION_HIDDEN,
+        "image_size": [28, 28],
+        "patch_size": [14, 14],
+    }
+    return InternVLConfig(
+        text_config={"model_type": "qwen2", **_text_config(tokenizer)},
+        vision_config=vision,
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=1,
+        tie_word_embeddings=True,
+    )
+
+
+def _text_config(tokenizer: Any) -> dict[str, Any]:
+    """What the language models of all of them have in common."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": _HIDDEN,
+        "intermediate_size": 4 * _HIDDEN,
+        "num_hidden_layers": _LAYERS,
+        "num_attention_heads": _HEADS,
+        "num_key_value_heads": _HEADS,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": True,
+    }
+
+
+def make_tile_processor(vision_config: Any) -> Any:
+    """InternVL's image processor (PIL), for the vision tower's tile size."""
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    height, width = vision_config.image_size
+    return GotOcr2ImageProcessorPil(size={"height": height, "width": width})
 
 
 def make_image_processor(vision_config: Any) -> Any:

@@ -86,14 +86,23 @@ class Variant:
 class EncodedImage:
     """An image as the vision tower takes it.
 
-    `pixel_values` [patches, channels * temporal_patch * patch^2] float32, `grid` (t, h, w) in patches;
-    it becomes `tokens` visual tokens. `key` is a hash of the content: equal images have equal keys.
+    `pixel_values` float32: Qwen-VL's patches [t * h * w, channels * temporal_patch * patch^2], or tiles of a fixed
+    size; `grid` (t, h, w) in patches, or the number of tiles. It becomes `tokens` visual tokens. `key` is a hash of
+    the content: equal images have equal keys.
     """
 
     key: str
     pixel_values: torch.Tensor
-    grid: tuple[int, int, int]
+    grid: tuple[int, ...]
     tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RawPrompt:
+    """A chat written out by the model's template, and its pictures: what a model's own processor takes."""
+
+    text: str
+    images: tuple[Image.Image, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +110,8 @@ class EncodedPrompt:
     """A Variant's chat as tokens.
 
     `input_ids` int64 [P], with each slot expanded to its image's number of image tokens;
-    `position_ids` int64 [3, P] the temporal, height and width axes of M-RoPE;
-    `next_position` the position of the first completion token on all three axes.
+    `position_ids` int64 [A, P] the temporal, height and width axes of M-RoPE, or one axis for families without it;
+    `next_position` the position of the first completion token on all axes.
     """
 
     input_ids: np.ndarray
@@ -110,6 +119,8 @@ class EncodedPrompt:
     next_position: int
     images: tuple[EncodedImage, ...]
     image_token_id: int
+    raw: RawPrompt | None = None
+    """For models that are trained on padded batches, whose own processor makes the tower's input anew each time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,47 +158,57 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """What the packer takes: a prompt with one completion and the weight of its gradient.
+    """What the packer takes: one prompt with the completions that continue it, and the weights of their gradients.
 
-    `advantage` is the completion's scalar advantage (1 for supervised fine-tuning).
+    `completions` R arrays int64 [L_r], each may be empty; `advantages` R scalars (1 for supervised fine-tuning).
+    `group` says which segments belong to one Example: they show the same images and are kept together.
     """
 
     prompt: EncodedPrompt
-    completion_ids: np.ndarray
-    advantage: float = 1.0
+    completions: tuple[np.ndarray, ...]
+    advantages: tuple[float, ...]
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """One micro-batch: S segments end to end in one row of T tokens, N of them scored, M images.
+    """One micro-batch: S segments [prompt | completion 1 | ... | completion R] end to end in one row of T tokens.
 
-    Example: two segments with prompts of 5 and 4 tokens and completions of 3 and 2 give T = 14,
-    `cu_seqlens = [0, 8, 14]`, `scored = [4, 5, 6, 11, 12]`, `completion_cu_seqlens = [0, 3, 5]`.
+    The row is cut into Q pieces. The first completion continues its prompt in one piece; each further completion is
+    a piece of its own whose prefix is the prompt. A token sees its piece up to itself, and all of the piece's prefix.
+
+    Example: a prompt of 5 tokens with completions of 3 and 2, then a prompt of 4 with one of 1, give T = 15,
+    `piece_starts = [0, 8, 10, 15]`, `prefix_starts = [0, 0, 0]`, `prefix_lengths = [0, 5, 0]`,
+    `scored = [4, 5, 6, 4, 8, 13]`, `completion_cu_seqlens = [0, 3, 5, 6]`.
     """
 
     input_ids: torch.Tensor
     """int64 [T]"""
     position_ids: torch.Tensor
-    """int64 [4, T]: row 0 counts 0.. in each segment, rows 1-3 are M-RoPE's three axes."""
-    cu_seqlens: torch.Tensor
-    """int32 [S+1]: where segments start; attention never crosses these."""
-    max_seqlen: int
+    """int64 [A, T]: M-RoPE's three axes, or one axis; every completion goes on from the end of its prompt."""
+    piece_starts: torch.Tensor
+    """int32 [Q+1]: where pieces start, ending at T."""
+    prefix_starts: torch.Tensor
+    """int32 [Q]: where in the row each piece's prefix starts."""
+    prefix_lengths: torch.Tensor
+    """int32 [Q]: tokens of each piece's prefix; 0: none."""
     scored: torch.Tensor
-    """int64 [N]: rows of the hidden states whose *next* token is a completion token."""
+    """int64 [N]: rows of the hidden states whose *next* token is a completion token; a prompt's last row stands
+    there once for each of its completions."""
     targets: torch.Tensor
     """int64 [N]: those next tokens."""
     completion_cu_seqlens: torch.Tensor
-    """int32 [S+1]: where completions start among the N scored tokens."""
+    """int32 [B+1]: where the B completions start among the N scored tokens."""
     advantages: torch.Tensor
-    """float32 [S]"""
+    """float32 [B]"""
     images: tuple[EncodedImage, ...]
     """The M distinct images, each once."""
     visual_positions: torch.Tensor
     """int64 [K]: rows of the T that hold a visual token."""
     visual_source: torch.Tensor
     """int64 [K]: which row of the concatenated features of `images` each of them shows."""
-    segment_index: tuple[int, ...]
-    """Where each segment stood in the list that was packed."""
+    source: tuple[tuple[int, int], ...]
+    """For each of the B completions the segment and the number in it, in the list that was packed."""
 
     @property
     def num_tokens(self) -> int:

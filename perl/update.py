@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from perl.families import ImageFeatures
 from perl.loss import LossOutput
 from perl.model import Policy
-from perl.types import PackedBatch, UserError
+from perl.types import EncodedImage, PackedBatch, UserError
+from perl.vision import StepFeatures
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +76,15 @@ class Updater:
         self,
         number: int,
         batches: Sequence[PackedBatch],
-        loss_of: Callable[[int, PackedBatch], LossOutput],
+        loss_of: Callable[[int, PackedBatch, ImageFeatures | None], LossOutput],
     ) -> dict[str, float]:
         """Forward, backward, clip, step.
 
         Args:
             number: of the optimiser step, for the schedule.
             batches: this process's micro-batches; may be empty, other processes' gradients still arrive.
-            loss_of: loss of the i-th batch, its share of the whole step's.
+            loss_of: loss of the i-th batch, its share of the whole step's, given the features of its images or
+                None where the model is to look them up itself.
 
         Raises:
             UserError: the gradient is NaN or infinite; the weights are as before the step.
@@ -92,10 +96,12 @@ class Updater:
         totals: defaultdict[str, torch.Tensor] = defaultdict(
             lambda: torch.zeros((), device=self.policy.device)
         )
+        shared = StepFeatures(self._encode, batches) if self.policy.vision.trained else None
         for index, batch in enumerate(batches):
-            with self.accelerator.autocast():
-                output = loss_of(index, batch)
-            output.loss.backward()
+            with shared.of(index) if shared else nullcontext() as features:
+                with self.accelerator.autocast():
+                    output = loss_of(index, batch, features)
+                output.loss.backward()
             totals["loss"] += output.loss.detach()
             totals["scored"] += batch.num_scored
             for name, value in output.metrics.items():
@@ -119,6 +125,10 @@ class Updater:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {**self._reduced(totals), "grad_norm": norm, "lr": lr}
+
+    def _encode(self, images: Sequence[EncodedImage]) -> ImageFeatures:
+        with self.accelerator.autocast():
+            return self.policy.vision.encode(images)
 
     def _sum_over_processes(self) -> None:
         if self.accelerator.num_processes == 1:

@@ -21,23 +21,24 @@ import pytest
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection():
-    import perl.attention, perl.packing, perl.permutation, perl_kernels
+    import perl.attention_sdpa, perl.packing_plan, perl.permutation, perl_kernels
+    import torch
+    from perl.layout import PackedLayout
 
-    loss, plan = perl_kernels.linear_grpo_loss, perl.packing.plan
-    attention, permute = perl.attention.packed_sdpa, perl.permutation.permute
+    loss, plan = perl_kernels.linear_grpo_loss, perl.packing_plan.plan
+    attention, permute = perl.attention_sdpa.sdpa, perl.permutation.permute
 
     def scaled_loss(*args, **kwargs):
         output = loss(*args, **kwargs)
         return output._replace(loss=output.loss * 1.001)
 
-    def across_segments(*args, cu_seq_lens_q, max_length_q, **kwargs):
-        tokens = args[1].shape[2]
-        whole = cu_seq_lens_q.new_tensor([0, tokens])
-        return attention(*args, cu_seq_lens_q=whole, max_length_q=tokens, **kwargs)
+    def across_pieces(query, key, value, layout, **kwargs):
+        whole = PackedLayout.of_segments(torch.tensor([0, layout.tokens]))
+        return attention(query, key, value, whole, **kwargs)
 
     perl_kernels.linear_grpo_loss = scaled_loss
-    perl.attention.packed_sdpa = across_segments
-    perl.packing.plan = lambda lengths, budget: plan(lengths, budget)[:-1]
+    perl.attention_sdpa.sdpa = across_pieces
+    perl.packing_plan.plan = lambda lengths, budget: plan(lengths, budget)[:-1]
     perl.permutation.permute = lambda example, order: permute(example, range(len(order)))
 """
 
@@ -75,7 +76,7 @@ def test_a_wrong_implementation_is_not_timed(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout
     refused = {line.split("::")[1].split(" ")[0] for line in failures(done.stdout)}
     assert refused == {
-        "test_attention[even-packed_sdpa]",
+        "test_attention[even-sdpa]",
         "test_linear_grpo_loss[256x256x8192-torch]",
         "test_permute[4]",
         "test_plan[64]",

@@ -1,5 +1,24 @@
 """Rollout engines: prompts in, sampled completions out."""
 
-from perl.rollout.engine import Completion, InProcessEngine, SamplingParams
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
-__all__ = ["Completion", "InProcessEngine", "SamplingParams"]
+from perl.model import Policy
+from perl.padded import PaddedPolicy
+from perl.processor import Processor
+from perl.rollout.engine import Completion, InProcessEngine, SamplingParams
+from perl.rollout.padded import PaddedEngine
+
+__all__ = ["Completion", "InProcessEngine", "PaddedEngine", "SamplingParams", "make_engine"]
+
+
+def make_engine(
+    policy: Policy,
+    processor: Processor,
+    batch_size: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> InProcessEngine:
+    """The engine that can sample from this policy; see `InProcessEngine`."""
+    engine = PaddedEngine if isinstance(policy, PaddedPolicy) else InProcessEngine
+    return engine(policy, processor, batch_size, autocast)

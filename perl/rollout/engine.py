@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from perl.model import ImageFeatures, Policy
+from perl.compiling import uncompiled
+from perl.model import Policy
 from perl.processor import Processor
-from perl.types import EncodedImage, EncodedPrompt
+from perl.types import EncodedPrompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class InProcessEngine:
         out: list[list[Completion]] = [[] for _ in prompts]
         try:
             for chunk in _by_length(prompts, per_batch):
-                with self.autocast():
+                with self.autocast(), uncompiled() if self.policy.compiled else nullcontext():
                     completions = self._generate([prompts[i] for i in chunk], params, generator)
                 for row, completion in enumerate(completions):
                     out[chunk[row // params.n]].append(completion)
@@ -125,7 +126,8 @@ class InProcessEngine:
         policy, device = self.policy, self.policy.device
         longest = max(len(p.input_ids) for p in prompts)
         ids = torch.full((len(prompts), longest), self.pad)
-        positions = torch.zeros(3, len(prompts), longest, dtype=torch.int64)
+        axes = len(prompts[0].position_ids)
+        positions = torch.zeros(axes, len(prompts), longest, dtype=torch.int64)
         mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
         visual = torch.zeros(len(prompts), longest, dtype=torch.bool)
         for row, prompt in enumerate(prompts):
@@ -134,11 +136,12 @@ class InProcessEngine:
             positions[:, row, start:] = torch.from_numpy(prompt.position_ids)
             mask[row, start:] = True
             visual[row, start:] = torch.from_numpy(prompt.input_ids == prompt.image_token_id)
-        embeds, extra = policy.embed(ids.to(device), visual.to(device), self._features(prompts))
+        features = policy.vision.features([image for p in prompts for image in p.images])
+        embeds, extra = policy.embed(ids.to(device), visual.to(device), features)
         cache = DynamicCache(config=policy.core.language_model.config)
         output = policy.core.language_model(
             inputs_embeds=embeds,
-            position_ids=positions.to(device),
+            position_ids=policy.position_ids(positions),
             attention_mask=mask.to(device),
             past_key_values=cache,
             use_cache=True,
@@ -151,28 +154,10 @@ class InProcessEngine:
         state = _Decoding(
             policy,
             cache,
-            following.repeat_interleave(n).to(device),
+            following.expand(axes, -1).repeat_interleave(n, dim=1).to(device),
             mask.repeat_interleave(n, dim=0).to(device),
         )
         return state, logits.repeat_interleave(n, dim=0)
-
-    def _features(self, prompts: Sequence[EncodedPrompt]) -> ImageFeatures | None:
-        """Features in the order the prompts show them, each distinct image encoded once."""
-        distinct: dict[str, EncodedImage] = {}
-        starts: dict[str, int] = {}
-        total = 0
-        for prompt in prompts:
-            for image in prompt.images:
-                if image.key not in distinct:
-                    distinct[image.key], starts[image.key] = image, total
-                    total += image.tokens
-        features = self.policy.encode_images(list(distinct.values()))
-        if features is None:
-            return None
-        index = [
-            torch.arange(image.tokens) + starts[image.key] for p in prompts for image in p.images
-        ]
-        return features.take(torch.cat(index).to(self.policy.device))
 
 
 class _Decoding:
@@ -185,14 +170,14 @@ class _Decoding:
 
     def keep(self, rows: torch.Tensor) -> None:
         self.cache.batch_select_indices(rows)
-        self.position, self.mask = self.position[rows], self.mask[rows]
+        self.position, self.mask = self.position[:, rows], self.mask[rows]
 
     def advance(self, token: torch.Tensor) -> torch.Tensor:
         """Logits [B, V] after one more token [B]."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(token), 1)], dim=1)
         output = self.policy.core.language_model(
             input_ids=token[:, None],
-            position_ids=self.position[None, :, None].expand(3, -1, 1),
+            position_ids=self.policy.position_ids(self.position[..., None]),
             attention_mask=self.mask,
             past_key_values=self.cache,
             use_cache=True,

@@ -158,6 +158,15 @@ def test_prompts_over_the_budget(short_recipe: Path, error_of: ErrorOf) -> None:
     assert "prompts over data.max_prompt_tokens = 5; raise it or lower model.max_pixels" in said
     said = error_of("train", short_recipe, *drop, "--cold-start.steps", "1")
     assert "over data.max_prompt_tokens = 5" in said
+    # The micro-batch has to hold a prompt and the longest completion.
+    narrow = ("--train.tokens-per-micro-batch", "9", "--overwrite")
+    said = error_of("train", short_recipe, *narrow)
+    assert said.startswith("example row-") and (
+        "over the 5 that train.tokens_per_micro_batch = 9 leaves beside rollout.max_new_tokens = 4; "
+        "raise it" in said
+    )
+    said = error_of("train", short_recipe, "--train.tokens-per-micro-batch", "4", "--overwrite")
+    assert "leaves no room for a prompt beside rollout.max_new_tokens = 4; raise the first" in said
     data = write_rows(short_recipe, question="A <image> B <image>" + " three" * 60)
     fitting = ("--data.train", data, "--data.max-prompt-tokens", "50", "--data.overlong", "drop")
     every = ("--train.examples-per-step", "6", "--filter.max-tries", "1", "--overwrite")
@@ -226,7 +235,7 @@ def change_tensors(change: Callable[[dict[str, torch.Tensor], str], Any]) -> Cal
 @pytest.mark.parametrize(
     ("damage", "match"),
     [
-        (without("tokenizer.json", "tokenizer_config.json"), "a Qwen-VL tokenizer is needed"),
+        (without("tokenizer.json", "tokenizer_config.json"), "its tokenizer has no <|image_pad|>"),
         (without("tokenizer.json"), "no processor can be read there"),
         (without("processor_config.json"), "copy the tokenizer and preprocessor files"),
         (without("chat_template.jinja"), "no chat template; add chat_template.jinja"),

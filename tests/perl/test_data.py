@@ -18,6 +18,7 @@ from PIL import Image
 
 from perl.config import DataConfig
 from perl.data import BundledDataset, RowDataset, load_examples, validate
+from perl.permutation import orders
 from perl.types import Example, Message, UserError
 
 AUTO = DataConfig()
@@ -339,10 +340,17 @@ def test_a_link_out_of_the_folder_leaves_it(tmp_path: Path) -> None:
         load_row(tmp_path / "inner", perl_row(images=["link.png", "0.png"]))
 
 
+@pytest.mark.parametrize("images", [[], None])
+def test_a_question_of_text_alone(tmp_path: Path, images: list[str] | None) -> None:
+    example = load_row(tmp_path, perl_row(images=images, question="How much is 2 + 2?", answer="4"))
+    assert (example.images, example.kind, example.should_change) == ((), "none", False)
+    assert orders(example, 4, 0, 0) == [()]
+
+
 BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"images": ["0.png"]}, "1 images but 2 <image> slots in the question; write one slot"),
     ({"question": "which?"}, "2 images but 0 <image> slots"),
-    ({"images": []}, "the row has no image"),
+    ({"images": []}, "0 images but 2 <image> slots in the question"),
     ({"images": ...}, "no column images or image; data.columns=perl wants question or messages"),
     ({"answer": ...}, "no column answer; .* found images, question"),
     ({"answer": None}, "answer is null; fill it in"),

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from perl.collect import PromptEncoder
+from perl.collect import PromptEncoder, PromptLimit
 from perl.config import EvalConfig, ModelConfig
 from perl.evaluate import aggregate, evaluate
-from perl.model import load_policy, load_processor
+from perl.loading import load_policy, load_processor
 from perl.rollout import InProcessEngine
 from perl.types import Example, UserError
 
@@ -27,7 +27,9 @@ def tools(tiny_folder: Callable[[str], Path]) -> tuple[InProcessEngine, PromptEn
     folder, config = str(tiny_folder("tiny-qwen2.5-vl")), ModelConfig()
     processor = load_processor(folder, config)
     policy = load_policy(folder, config, torch.device("cpu"))
-    return InProcessEngine(policy, processor, 64), PromptEncoder(processor, 20, "drop")
+    return InProcessEngine(policy, processor, 64), PromptEncoder(
+        processor, PromptLimit(20, "20"), "drop"
+    )
 
 
 def test_equal_ids_stay_two_examples(tools: tuple[InProcessEngine, PromptEncoder]) -> None:

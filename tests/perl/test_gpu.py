@@ -14,11 +14,11 @@ from PIL import Image
 
 from perl.cli import main
 from perl.config import ModelConfig
+from perl.loading import load_policy, load_processor
 from perl.loss import HeadLoss
-from perl.model import load_policy, load_processor
 from perl.packing import pack_row
 from perl.rollout import InProcessEngine, SamplingParams
-from perl.tiny import TINY_MODELS
+from perl.tiny import TINY_QWEN
 from perl.types import Message, Segment
 
 pytestmark = pytest.mark.gpu
@@ -29,7 +29,7 @@ TOLERANCE = {"sdpa": 1e-4, "flash_attention_2": 0.1}
 
 
 @pytest.mark.parametrize("attention", INSTALLED)
-@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("name", TINY_QWEN)
 def test_logprobs_are_those_of_the_cpu(
     name: str, attention: str, tiny_folder: Callable[[str], Path]
 ) -> None:
@@ -51,11 +51,15 @@ def test_logprobs_are_those_of_the_cpu(
         out = InProcessEngine(there, processor, 8).generate(
             prompts, SamplingParams(3, 1.0, 9), seed=1
         )
-        pairs = [(p, c) for p, cs in zip(prompts, out, strict=True) for c in cs]
-        batch = pack_row([Segment(p, c.token_ids) for p, c in pairs])
+        batch = pack_row(
+            [
+                Segment(p, tuple(c.token_ids for c in cs), (1.0,) * 3)
+                for p, cs in zip(prompts, out, strict=True)
+            ]
+        )
         ours = HeadLoss(there, banned, 1.0).logprobs(batch).logprobs.cpu()
     here = HeadLoss(load_policy(folder, config, cpu), banned, 1.0).logprobs(batch).logprobs
-    sampled = torch.from_numpy(np.concatenate([c.logprobs for _, c in pairs]))
+    sampled = torch.from_numpy(np.concatenate([c.logprobs for cs in out for c in cs]))
     assert (ours - here).abs().max() < TOLERANCE[attention]
     assert (sampled - here).abs().max() < TOLERANCE[attention]
 

@@ -111,6 +111,25 @@ def test_every_seed_is_shared(tmp_path: Path, launch: Callable[..., Any]) -> Non
     assert json.loads((shared / "summary.json").read_text())["per_seed"][0]["processes"] == 2
 
 
+def test_a_process_without_images(
+    tmp_path: Path, launch: Callable[..., Any], short_recipe: Path
+) -> None:
+    """One process draws questions over pictures, the other texts: its tower has no gradient of its own."""
+    data = tmp_path / "data.jsonl"
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    for row in lines[1::2]:
+        row |= {"question": "Which image shows three ?", "images": []}
+    data.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    options = (
+        "--train.steps 3 --rollout.per-order 4 --permutation.orders 2 --filter.no-zero-variance "
+        f"--reward.weights 1 --reward.functions {tmp_path / 'my_reward.py'}:by_length"
+    )
+    done = finish(launch("train", str(short_recipe), *options.split()))
+    assert [code for code, _ in done] == [0, 0], done
+    steps = rows(tmp_path / "run", "rl")
+    assert len(steps) == 3 and any(r["grad_norm"] > 0 for r in steps)
+
+
 def test_one_process_s_mistake_stops_both_and_keeps_the_steps(
     tmp_path: Path, launch: Callable[..., Any]
 ) -> None:

@@ -1,0 +1,101 @@
+"""Sampling from a model that is trained on padded batches, by transformers' own `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from perl.loss import HeadLoss
+from perl.padded import PaddedPolicy
+from perl.rollout.engine import Completion, InProcessEngine, SamplingParams
+from perl.types import EncodedPrompt, Segment
+
+_TOKENS_AT_ONCE = 2**14
+"""Most tokens, padding included, of a forward pass that computes log-probs."""
+
+
+class PaddedEngine(InProcessEngine):
+    """Generates with the weights that are being trained; each completion's prompt and images are read anew.
+
+    The log-probs of the samples come from padded forward passes like those of training.
+    """
+
+    def _generate(
+        self, prompts: Sequence[EncodedPrompt], params: SamplingParams, generator: torch.Generator
+    ) -> list[Completion]:
+        """`params.n` completions of each prompt in turn; prompts with and without images are generated apart."""
+        ids: list[tuple[np.ndarray, ...]] = [()] * len(prompts)
+        for shows in (False, True):
+            chosen = [i for i, p in enumerate(prompts) if bool(p.images) == shows]
+            if chosen:
+                found = self._sample_ids([prompts[i] for i in chosen], params, generator)
+                for place, i in enumerate(chosen):
+                    ids[i] = tuple(found[place * params.n : (place + 1) * params.n])
+        logprobs = self._logprobs(prompts, ids, params.temperature or 1.0)
+        ends = self.ends.tolist()
+        return [
+            Completion(own, logprobs[i, r], int(own[-1]) in ends)
+            for i, completions in enumerate(ids)
+            for r, own in enumerate(completions)
+        ]
+
+    def _sample_ids(
+        self, prompts: Sequence[EncodedPrompt], params: SamplingParams, generator: torch.Generator
+    ) -> list[np.ndarray]:
+        policy = cast(PaddedPolicy, self.policy)
+        # num_return_sequences would repeat pictures one by one, which breaks the order of prompts with several.
+        inputs = policy.prompt_inputs([p for p in prompts for _ in range(params.n)], "left")
+        seed = torch.randint(2**31, (), generator=generator, device=policy.device)
+        devices = [policy.device] if policy.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self._settings(params):
+            torch.manual_seed(int(seed))
+            out = policy.base.generate(**inputs)
+        return [self._cut(row) for row in out[:, inputs["input_ids"].shape[1] :].cpu().numpy()]
+
+    @contextmanager
+    def _settings(self, params: SamplingParams) -> Iterator[None]:
+        """The pure distribution of the model, whatever top-k or penalty its checkpoint comes with."""
+        from transformers import GenerationConfig
+
+        base: Any = self.policy.base
+        sampling = {"temperature": params.temperature, "top_k": 0, "top_p": 1.0}
+        before = base.generation_config
+        base.generation_config = GenerationConfig(
+            max_new_tokens=params.max_new_tokens,
+            eos_token_id=self.ends.tolist(),
+            pad_token_id=self.pad,
+            suppress_tokens=self.banned.tolist() or None,
+            do_sample=params.temperature > 0,
+            **(sampling if params.temperature > 0 else {}),
+        )
+        try:
+            yield
+        finally:
+            base.generation_config = before
+
+    def _cut(self, ids: np.ndarray) -> np.ndarray:
+        """int64 [L]: up to the first end token, which is kept; behind it there is padding."""
+        ends = np.flatnonzero(np.isin(ids, self.ends.cpu().numpy()))
+        return ids[: ends[0] + 1 if len(ends) else len(ids)].astype(np.int64)
+
+    def _logprobs(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        completions: Sequence[tuple[np.ndarray, ...]],
+        temperature: float,
+    ) -> dict[tuple[int, int], np.ndarray]:
+        """float32 [L] for each (prompt, completion)."""
+        head = HeadLoss(self.policy, self.banned, temperature)
+        segments = [
+            Segment(p, own, (0.0,) * len(own)) for p, own in zip(prompts, completions, strict=True)
+        ]
+        out: dict[tuple[int, int], np.ndarray] = {}
+        for batch in self.policy.pack(segments, _TOKENS_AT_ONCE, share=False):
+            flat = head.logprobs(batch).logprobs.float().cpu()
+            parts = flat.split(batch.completion_cu_seqlens.diff().tolist())
+            out.update((s, p.numpy()) for s, p in zip(batch.source, parts, strict=True))
+        return out
