@@ -1,7 +1,7 @@
 """PyTorch's SDPA over packed rows: pieces are spread to padded batches, attended there, and gathered back.
 
-Two batches: pieces without a prefix, which SDPA masks itself, and pieces with one, which see it beside themselves
-through a small dense mask. Rows of one piece never meet another's.
+Pieces without a prefix, which SDPA masks itself, and pieces with one, which see it beside themselves through a small
+dense mask, stand in batches of their own, long ones apart from short ones. Rows of one piece never meet another's.
 """
 
 from __future__ import annotations
@@ -35,19 +35,18 @@ def sdpa(
     batches = layout.once(_batches)
     q, k, v = (_rows(x) for x in (query, key, value))
     outputs = []
-    for batch in (batches.plain, batches.shared):
-        if batch is not None:
-            mask = batch.causal if causal else batch.full
-            out = _attend(
-                _as_batch(q.index_select(0, batch.queries), batch.pieces, query.shape[1]),
-                _as_batch(gather_rows(k, batch.keys), batch.pieces, key.shape[1]),
-                _as_batch(gather_rows(v, batch.keys), batch.pieces, key.shape[1]),
-                mask,
-                mask is None,
-                scale,
-                dropout,
-            )
-            outputs.append(out.transpose(1, 2).flatten(0, 1).flatten(1))
+    for batch in batches.parts:
+        mask = batch.causal if causal else batch.full
+        out = _attend(
+            _as_batch(q.index_select(0, batch.queries), batch.pieces, query.shape[1]),
+            _as_batch(gather_rows(k, batch.keys), batch.pieces, key.shape[1]),
+            _as_batch(gather_rows(v, batch.keys), batch.pieces, key.shape[1]),
+            mask,
+            mask is None,
+            scale,
+            dropout,
+        )
+        outputs.append(out.transpose(1, 2).flatten(0, 1).flatten(1))
     out = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     return out.index_select(0, batches.slots).view(1, layout.tokens, *query.shape[1::2])
 
@@ -106,10 +105,9 @@ class _Batch:
 
 @dataclass(frozen=True, slots=True)
 class _Batches:
-    plain: _Batch | None
-    shared: _Batch | None
+    parts: list[_Batch]
     slots: torch.Tensor
-    """int64 [T]: the place of each token among those of `plain` and then those of `shared`."""
+    """int64 [T]: the place of each token among those of all parts."""
 
 
 def _batches(layout: PackedLayout) -> _Batches:
@@ -117,12 +115,9 @@ def _batches(layout: PackedLayout) -> _Batches:
     start, length = torch.tensor(layout.starts[:-1]), torch.tensor(layout.lengths)
     prefix_start, prefix_length = torch.tensor(layout.prefixes).unbind(1)
     slots = torch.empty(layout.tokens, dtype=torch.int64)
-    made: list[_Batch | None] = []
+    parts: list[_Batch] = []
     places = 0
-    for chosen in (prefix_length == 0, prefix_length > 0):
-        if not chosen.any():
-            made.append(None)
-            continue
+    for chosen in _alike(layout):
         own, own_valid = _spread(start[chosen], length[chosen])
         prefix, prefix_valid = _spread(prefix_start[chosen], prefix_length[chosen])
         slots[own[own_valid]] = places + own_valid.flatten().nonzero().squeeze(1)
@@ -132,7 +127,7 @@ def _batches(layout: PackedLayout) -> _Batches:
         if prefix.shape[1]:
             earlier = torch.ones(own.shape[1], full.shape[3], dtype=torch.bool)
             causal = (full & earlier.tril(prefix.shape[1])).to(layout.device)
-        made.append(
+        parts.append(
             _Batch(
                 pieces=len(own),
                 queries=own.flatten().to(layout.device),
@@ -141,7 +136,25 @@ def _batches(layout: PackedLayout) -> _Batches:
                 full=full.to(layout.device),
             )
         )
-    return _Batches(made[0], made[1], slots.to(layout.device))
+    return _Batches(parts, slots.to(layout.device))
+
+
+def _alike(layout: PackedLayout) -> list[list[int]]:
+    """Numbers of the pieces that share a batch: with a prefix or without, and none much shorter than the longest.
+
+    Attention grows with the square of the length, so padding to 4/3 of it costs up to 16/9; below 128 keys one batch
+    more costs more than padding does.
+    """
+    prefixes = [length for _, length in layout.prefixes]
+    keys = [prefix + own for prefix, own in zip(prefixes, layout.lengths, strict=True)]
+    groups: list[list[int]] = []
+    for i in sorted(range(len(keys)), key=lambda i: (prefixes[i] > 0, -keys[i])):
+        first = groups[-1][0] if groups else i
+        same_kind = bool(groups) and (prefixes[first] > 0) == (prefixes[i] > 0)
+        if not same_kind or (keys[first] > 128 and 4 * keys[i] < 3 * keys[first]):
+            groups.append([])
+        groups[-1].append(i)
+    return groups
 
 
 def _spread(start: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,181 @@
+"""Operations, memory and agreement of training steps."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.attention.varlen  # Registers the operators named below.
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from perl_kernels import ops
+
+T = TypeVar("T")
+
+Gradients = Mapping[str, torch.Tensor]
+"""By the name of the parameter; those without a gradient are left out."""
+
+
+def flops(run: Callable[[], T], core: Any) -> tuple[T, dict[str, int]]:
+    """What `run` gives, and its floating-point operations of matrix products, convolutions and attention, in `tower`, `language_model`, `head`.
+
+    Attention counts as queries times keys, whether a mask hides half of them or not: of `varlen_attn` piece by piece,
+    of SDPA with the padding of its batch, which `perl.attention_sdpa` has too, as it spreads pieces to the longest. What
+    a checkpoint computes again counts again. PyTorch's counter has no formula for the operators below, and does not
+    look into them.
+
+    Args:
+        core: transformers' model of text and images, without the head.
+    """
+    varlen: Any = torch.ops.torch_attn
+    head = ops.linear_grpo_loss.overloadpacket
+    formulas: dict[Any, Any] = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward,
+        varlen._varlen_attn: _raw(_varlen),
+        varlen._varlen_attn_backward: _raw(_varlen_backward),
+        head: _head,
+    }
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        with _parts(core, counter.get_total_flops) as spent:
+            result = run()
+        in_head = counter.flop_counts["Global"][head]
+    return result, {
+        "tower": spent["tower"],
+        "language_model": spent["language_model"] - in_head,
+        "head": in_head,
+    }
+
+
+@contextmanager
+def _parts(core: Any, total: Callable[[], int]) -> Iterator[dict[str, int]]:
+    """What of `total` was spent in the tower: in its forward, and from the gradient of its output to what follows.
+
+    The counter's own account by module does not hold for backwards that are run in two parts.
+    """
+    spent = {"tower": 0, "language_model": 0}
+    part, before = "language_model", 0
+
+    def enter(new: str) -> None:
+        nonlocal part, before
+        now = total()
+        spent[part] += now - before
+        part, before = new, now
+
+    def leave_tower(module: Any, args: Any, output: Any) -> None:
+        enter("language_model")
+        for x in tree_leaves(dict(output)):
+            if isinstance(x, torch.Tensor) and x.requires_grad:
+                x.register_hook(lambda grad: enter("tower"))
+
+    hooks = [
+        core.visual.register_forward_pre_hook(lambda *_: enter("tower")),
+        core.visual.register_forward_hook(leave_tower),
+        core.language_model.register_forward_pre_hook(lambda *_: enter("language_model")),
+    ]
+    try:
+        yield spent
+        enter("language_model")
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _sdpa(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _sdpa_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+def _varlen(
+    query: torch.Tensor, key: Any, value: Any, cu_query: Any, cu_key: Any, *_: Any, **__: Any
+) -> int:
+    """Two products: scores, and values."""
+    return 4 * _pairs(cu_query, cu_key) * query.shape[1:].numel()
+
+
+def _varlen_backward(grad: torch.Tensor, *arguments: Any, **_: Any) -> int:
+    """Five products: scores again, and the gradients of weights, values, queries and keys."""
+    return 10 * _pairs(*arguments[5:7]) * grad.shape[1:].numel()
+
+
+def _pairs(cu_query: torch.Tensor, cu_key: torch.Tensor) -> int:
+    return int((cu_query.diff().long() * cu_key.diff()).sum())
+
+
+def _raw(formula: Callable[..., int]) -> Callable[..., int]:
+    """Make the counter hand over tensors; it would hand over shapes."""
+    formula._get_raw = True  # pyright: ignore[reportFunctionMemberAccess]
+    return formula
+
+
+def _head(hidden: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """6NHV: logits, and the gradients of hidden states and weight, which are made in the forward."""
+    return 6 * math.prod(hidden) * weight[0]
+
+
+def peak(run: Callable[[], T], device: torch.device) -> tuple[T, int]:
+    """What `run` gives, and the most bytes it had allocated: gradients, activations and temporaries, not the weights.
+
+    From PyTorch's allocators, which know what operators take inside and forget what an earlier run took.
+    """
+    gc.collect()  # What only a cycle of references keeps would else be freed during the run.
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = run()
+        return result, torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # The profiler announces itself on stderr.
+    profiler: Any = torch.autograd.profiler.profile(profile_memory=True)
+    with profiler:
+        result = run()
+    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+    allocated = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        allocated += event.nbytes()
+        most = max(most, allocated)
+    return result, most
+
+
+def gradients(model: torch.nn.Module, device: torch.device | None = None) -> Gradients:
+    """The parameters' gradients, themselves or copied to a device."""
+    return {
+        name: p.grad if device is None else p.grad.to(device)
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+
+
+def relative_differences(got: Gradients, reference: Gradients, eps: float) -> dict[str, float]:
+    """max|got - reference| / max|reference| of each parameter.
+
+    A parameter whose whole gradient is below `eps` times the largest of the model has noise for a gradient, as a bias
+    that a softmax cancels; its difference is divided by that bound instead.
+
+    Args:
+        eps: of the precision that forwards run in.
+    """
+    if got.keys() != reference.keys():
+        raise AssertionError(f"gradients of other parameters: {sorted(got.keys() ^ reference)[:3]}")
+    largest = {name: float(g.abs().max()) for name, g in reference.items()}
+    noise = max(largest.values()) * eps
+    return {
+        name: float((got[name].to(g.device) - g).abs().max()) / max(largest[name], noise)
+        for name, g in reference.items()
+    }
+
+
+def logprob_difference(got: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> float:
+    """Largest |difference| of log-probs; completions have to be as many and as long."""
+    if list(map(len, got)) != list(map(len, reference)):
+        raise AssertionError("log-probs of other completions")
+    return max(float((a - b).abs().max()) for a, b in zip(got, reference, strict=True))
