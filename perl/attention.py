@@ -8,7 +8,6 @@ model code is patched: `use_packed_attention` puts the chosen name into the conf
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable, Iterable
 from functools import cache, partial
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from perl.attention_flash import flash_attention_2, varlen
+from perl.attention_flash import flash_attention_2, flash_attn_problem, varlen
 from perl.attention_flex import flex
 from perl.attention_sdpa import sdpa
 from perl.layout import PackedLayout
@@ -88,14 +87,14 @@ def choose(wanted: Attention, device: torch.device, bfloat16: bool = True) -> tu
     if not _obstacle("flash_attention_2", device, bfloat16):
         return "flash_attention_2", "flash-attn is installed and a GPU is there"
     if not _obstacle("varlen", device, bfloat16):
-        return "varlen", "PyTorch's own flash kernels, as flash-attn is not installed"
+        return "varlen", f"PyTorch's own flash kernels; flash-attn: {flash_attn_problem()}"
     return "flex", "no flash kernels for this GPU"
 
 
 def _obstacle(name: str, device: torch.device, bfloat16: bool) -> str:
     """What a flash kernel lacks here and what to do instead; empty if nothing."""
-    if name == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        return "flash-attn: pip install flash-attn, or use sdpa"
+    if name == "flash_attention_2" and (problem := flash_attn_problem()):
+        return f"flash-attn ({problem}): pip install flash-attn, or use varlen or sdpa"
     if device.type != "cuda":
         return f"a CUDA device, this run is on {device.type}: use sdpa"
     if not bfloat16:

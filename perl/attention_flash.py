@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -88,6 +89,24 @@ def varlen(
         **options,
     )
     return out[None]
+
+
+@cache
+def flash_attn_problem() -> str:
+    """Why flash-attn cannot be used, as far as an import tells: another package of that name, a build for another
+    PyTorch, a version before the alignment that shared prompts need. Empty if it can."""
+    try:
+        module = importlib.import_module("flash_attn")
+        version = getattr(module, "__version__", "0")
+        if not hasattr(module, "flash_attn_varlen_func"):
+            return "what is installed under that name has no flash_attn_varlen_func"
+    except ModuleNotFoundError:
+        return "not installed"
+    except Exception as error:  # A build for another PyTorch fails in many ways.
+        return f"its import fails: {str(error).strip().partition(chr(10))[0]}"
+    if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < (2, 1):
+        return f"version {version} is older than 2.1"
+    return ""
 
 
 def _flash_attn_kernel() -> Callable[..., Any]:

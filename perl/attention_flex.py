@@ -77,7 +77,9 @@ def run_compiled(
         torch._dynamo.mark_static(x, 1)
         torch._dynamo.mark_static(x, 3)
     grouped = query.shape[1] != key.shape[1]
-    return kernel(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
+    # Also where layers run uncompiled (`perl.compiling.uncompiled`): as written, it would make all scores.
+    with torch.compiler.set_stance("default"):
+        return kernel(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
 
 
 def causal_mask(layout: PackedLayout) -> BlockMask:

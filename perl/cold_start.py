@@ -21,6 +21,7 @@ def cold_start(session: Session) -> None:
     )
     stream = session.stream("cold_start")
     for step in range(session.progress.step, config.steps):
+        bench.policy.vision.forget()
         with bench.watch("preprocess"), session.processes.jointly():
             examples = [e for _, e in bench.draw(stream, config.batch_size)]
             batches = session.pack([s for e in examples for s in _worked_segment(session, e)])
@@ -55,5 +56,5 @@ def _worked_segment(session: Session, example: Example) -> list[Segment]:
     text = with_noise(example, config.noise, worked_answer_rng(session.config, example))
     variant = Variant(example, tuple(range(len(example.images))), example.images, example.answer)
     prompts = bench.encoder.encode([variant])
-    completion = bench.processor.encode_completion(text)
+    completion = bench.processor.encode_completion(text, f"example {example.id}: its worked answer")
     return [Segment(p, (completion,), (1.0,)) for p in prompts or ()]

@@ -46,8 +46,14 @@ class PromptLimit:
     name: str
 
     @classmethod
-    def of(cls, config: Config) -> PromptLimit:
-        """`data.max_prompt_tokens`, or what a micro-batch leaves beside the longest completion if that is less."""
+    def to_generate(cls, config: Config) -> PromptLimit:
+        """`data.max_prompt_tokens`."""
+        wanted = config.data.max_prompt_tokens
+        return cls(wanted, f"data.max_prompt_tokens = {wanted}")
+
+    @classmethod
+    def to_train(cls, config: Config) -> PromptLimit:
+        """That, or what a micro-batch leaves beside the longest completion if it is less."""
         budget, completion = config.train.tokens_per_micro_batch, config.rollout.max_new_tokens
         if budget - completion < config.data.max_prompt_tokens:
             name = (
@@ -55,8 +61,7 @@ class PromptLimit:
                 f"leaves beside rollout.max_new_tokens = {completion}"
             )
             return cls(budget - completion, name)
-        wanted = config.data.max_prompt_tokens
-        return cls(wanted, f"data.max_prompt_tokens = {wanted}")
+        return cls.to_generate(config)
 
 
 class PromptEncoder:

@@ -294,12 +294,7 @@ def _engine(config: Config) -> tuple[Any, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     policy = load_policy(config.model.path, replace(config.model, lora_rank=0), device).to(device)
     processor = load_processor(config.model.path, config.model)
-    limit = config.data.max_prompt_tokens
-    encoder = PromptEncoder(
-        processor,
-        PromptLimit(limit, f"data.max_prompt_tokens = {limit}"),
-        config.data.overlong,
-    )
+    encoder = PromptEncoder(processor, PromptLimit.to_generate(config), config.data.overlong)
 
     def autocast() -> torch.autocast:
         return torch.autocast(

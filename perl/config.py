@@ -310,14 +310,6 @@ def violation(config: Config) -> str | None:
             f"reward.weights = {_shown(weights)} for {len(functions)} reward.functions "
             f"({', '.join(functions)}); give one weight for each"
         )
-    budget, completion = (
-        values[k] for k in ("train.tokens_per_micro_batch", "rollout.max_new_tokens")
-    )
-    if budget <= completion:
-        return (
-            f"train.tokens_per_micro_batch = {budget} leaves no room for a prompt beside "
-            f"rollout.max_new_tokens = {completion}; raise the first or lower the second"
-        )
     if values["permutation.orders"] * values["rollout.per_order"] < 2:
         return (
             "rollout.per_order = 1 with permutation.orders = 1 is a single completion per example, "

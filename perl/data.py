@@ -107,6 +107,7 @@ class RowDataset:
         self, source: Source, config: DataConfig, seed: int = 0, limit: int | None = None
     ) -> None:
         self._source = source
+        self._said_text_only = False
         self._root = Path(config.image_root).expanduser().resolve() if config.image_root else None
         count = len(source)
         self._indices: Sequence[int] = range(count)
@@ -144,6 +145,9 @@ class RowDataset:
         index = self._indices[i]
         where = self._source.place(index)
         row = read_row(self._source.row(index), self.convention, where)
+        if not row.images and not self._said_text_only:
+            self._said_text_only = True
+            log.warning("%s: a row without images is a question of text alone (said once)", where)
         try:
             movable(row.kind, len(row.images))
         except UserError as error:

@@ -51,6 +51,11 @@ def load_policy(folder: str, config: ModelConfig, device: torch.device) -> Polic
     announce(name, reason)
     core = cast(Any, model).model
     tower = family.tower(core)
+    if name in ("varlen", "flex") and getattr(core.language_model.config, "attention_dropout", 0):
+        raise UserError(
+            f"model.attention = {name} has no dropout, and {folder}/config.json has attention_dropout; "
+            "set it to 0 there, or model.attention to sdpa"
+        )
     use_packed_attention(core.language_model, tower if family.packed_tower else (), name)
     if config.liger:
         check_liger(device)

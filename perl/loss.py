@@ -118,8 +118,13 @@ class HeadLoss:
 
     @torch.no_grad()
     def logprobs(self, batch: PackedBatch) -> TokenLogprobs:
-        """Log-probs and entropies of the scored tokens, [N] each, without gradient."""
-        hidden = self.policy(batch)
+        """Log-probs and entropies of the scored tokens, [N] each, without gradient and without dropout."""
+        training = self.policy.training
+        self.policy.eval()
+        try:
+            hidden = self.policy(batch)
+        finally:
+            self.policy.train(training)
         return linear_token_logprobs(
             hidden,
             self.policy.head_weight,

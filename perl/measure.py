@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from perl.collect import PromptEncoder, PromptLimit
 from perl.evaluate import aggregate, evaluate
 from perl.interrupt import Interrupted
 from perl.reward_answers import accuracy
@@ -38,7 +39,7 @@ def measure(session: Session, at: str, step: int) -> dict[str, Any] | None:
     with bench.watch("evaluate"), session.processes.jointly():
         results, rollouts = evaluate(
             bench.engine,
-            bench.encoder,
+            PromptEncoder(bench.processor, PromptLimit.to_generate(config), config.data.overlong),
             dataset,
             mine,
             config.eval,

@@ -64,6 +64,14 @@ class Policy(nn.Module):
         """[V, H] weight of the language-model head."""
         return self.base.lm_head.weight
 
+    @property
+    def patches_per_token(self) -> float:
+        """See `Family.patches_per_token`."""
+        return self.family.patches_per_token(self.core.config)
+
+    shares_prompts = True
+    """Whether completions can share their prompt."""
+
     def share_tower(self, other: Policy) -> None:
         """Read another policy's image features, whose tower has equal weights, and let go of the own tower."""
         self.vision = other.vision

@@ -73,6 +73,10 @@ class PaddedPolicy(Policy):
         """[V, H] weight of the language-model head."""
         return self.base.get_output_embeddings().weight
 
+    patches_per_token = 0.0
+    """What its images cost is not known before a batch is made."""
+    shares_prompts = False
+
     def share_tower(self, other: Policy) -> None:
         """Nothing is shared: each row's images go through the own tower."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from perl.processor import Processor, check_slots, parts
+from perl.processor import Processor, check_slots, content_key, parts
 from perl.types import EncodedImage, EncodedPrompt, Message, RawPrompt, UserError
 
 _PLACEHOLDER = re.compile(r"(image|img|video|vision|audio|boi|eoi)", re.IGNORECASE)
@@ -56,7 +55,7 @@ class PaddedProcessor(Processor):
             ids,
             np.arange(len(ids))[None],
             len(ids),
-            tuple(EncodedImage(_key(i), torch.empty(0), (), 0) for i in raw.images),
+            tuple(EncodedImage(content_key(i), torch.empty(0), (), 0) for i in raw.images),
             -1,
             raw,
         )
@@ -103,17 +102,6 @@ class PaddedProcessor(Processor):
             ) from error
         return {name: value for name, value in out.items() if isinstance(value, torch.Tensor)}
 
-    def encode_completion(self, text: str) -> np.ndarray:
-        """int64 [L]: a worked answer as tokens, with the end token.
-
-        Raises:
-            UserError: it holds a token that stands for a picture.
-        """
-        ids = super().encode_completion(text)
-        if np.isin(ids, self.unsampled_token_ids().numpy()).any():
-            raise UserError(f"a worked answer holds a token that stands for an image: {text[:80]}")
-        return ids
-
     def unsampled_token_ids(self) -> torch.Tensor:
         """int64 [K]: tokens that stand for or around pictures, by the config, the processor and their own names."""
         values = [
@@ -144,9 +132,3 @@ class PaddedProcessor(Processor):
             return image
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         return image.resize(size, Image.Resampling.BICUBIC)
-
-
-def _key(image: Image.Image) -> str:
-    return hashlib.sha1(
-        f"{image.size}".encode() + image.tobytes(), usedforsecurity=False
-    ).hexdigest()

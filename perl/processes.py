@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -48,6 +48,31 @@ class Processes:
         from accelerate.utils import gather_object
 
         return gather_object(items)
+
+    def exchange(self, moves: Sequence[tuple[int, int]], leaving: Sequence[T]) -> list[T]:
+        """Send things to the processes they go to; all take part.
+
+        Args:
+            moves: from which process to which each thing goes that moves, the same in all processes.
+            leaving: this process's things among them, in that order.
+
+        Returns:
+            What came.
+        """
+        from torch.distributed import recv_object_list, send_object_list
+
+        out, mine = [], iter(leaving)
+        for (
+            source,
+            target,
+        ) in moves:  # One after the other in all of them, so that nobody waits for one who waits.
+            if self.index == source:
+                send_object_list([next(mine)], target)
+            elif self.index == target:
+                box: list[Any] = [None]
+                recv_object_list(box, source)
+                out.append(box[0])
+        return out
 
     @contextmanager
     def jointly(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,7 @@ class Processor:
     def encode_image(self, image: Image.Image) -> EncodedImage:
         """Pixels of one picture; the same content is processed once."""
         image = image.convert("RGB")
-        digest = hashlib.sha1(f"{image.mode}{image.size}".encode(), usedforsecurity=False)
-        digest.update(image.tobytes())
-        key = digest.hexdigest()
+        key = content_key(image)
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
@@ -119,10 +118,23 @@ class Processor:
         unknown = self.tokenizer.unk_token_id
         return list(dict.fromkeys(w for w, i in zip(words, ids, strict=True) if i == unknown))
 
-    def encode_completion(self, text: str) -> np.ndarray:
-        """int64 [L]: a worked answer as tokens, with the end token."""
+    def encode_completion(self, text: str, where: str = "the completion") -> np.ndarray:
+        """int64 [L]: a worked answer as tokens, with the end token.
+
+        Raises:
+            UserError: it holds a token that stands for an image, which has no probability.
+        """
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if banned := sorted(self._unsampled.intersection(ids)):
+            token = self.tokenizer.convert_ids_to_tokens(banned[0])
+            raise UserError(
+                f"{where} holds {token}, which stands for an image and is never sampled; remove it"
+            )
         return np.asarray([*ids, self.eos_token_id], dtype=np.int64)
+
+    @cached_property
+    def _unsampled(self) -> frozenset[int]:
+        return frozenset(self.unsampled_token_ids().tolist())
 
     def decode(self, ids: np.ndarray) -> str:
         """Text of completion tokens, special tokens removed."""
@@ -138,6 +150,13 @@ class Processor:
         """Write tokenizer and image processor the way transformers reads them."""
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
+
+
+def content_key(image: Image.Image) -> str:
+    """A hash of an RGB picture's size and pixels: equal pictures have equal keys."""
+    digest = hashlib.sha1(f"{image.size}".encode(), usedforsecurity=False)
+    digest.update(image.tobytes())
+    return digest.hexdigest()
 
 
 def check_slots(messages: Sequence[Message], images: Sequence[Image.Image], where: str) -> None:

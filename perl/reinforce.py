@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -65,7 +65,6 @@ class PolicyStep:
         self.updater: Updater = session.make_updater(
             Schedule(config.lr, config.schedule, config.warmup_steps, steps)
         )
-        self.flops = ModelFlops.of(session.bench.policy)
         self.reference = _Reference(session) if needs_reference(loss) else None
 
     def __call__(self, step: int, groups: Sequence[Group]) -> dict[str, float]:
@@ -109,8 +108,14 @@ class PolicyStep:
     def _share(self, groups: Sequence[Group]) -> list[Segment]:
         """What this process trains on of all processes' groups."""
         work = [segments for g in groups if (segments := _segments(g))]
-        mine = share_out(work, self.flops, self.session.processes)
-        return [replace(s, group=number) for number, w in enumerate(mine) for s in w]
+        if self.session.processes.count > 1:
+            work = share_out(work, self.flops, self.session.processes)
+        return [replace(s, group=number) for number, w in enumerate(work) for s in w]
+
+    @cached_property
+    def flops(self) -> ModelFlops:
+        """What groups cost this policy."""
+        return ModelFlops.of(self.session.bench.policy, self.session.config.train.share_prompts)
 
     def _update(
         self,

@@ -13,7 +13,7 @@ import torch
 from perl.attention import choose
 from perl.collect import Collector, PromptEncoder, PromptLimit
 from perl.compiling import check_compiler
-from perl.config import Config
+from perl.config import Config, ModelConfig
 from perl.data import BUNDLED, Dataset, ExampleStream, load_examples
 from perl.liger import check_liger
 from perl.loading import check_model, load_policy, load_processor, uses_bfloat16
@@ -85,7 +85,7 @@ def build(config: Config, folder: RunFolder) -> Workbench:
     torch.manual_seed(config.run.seed)
     policy = load_policy(path, config.model, accelerator.device).to(accelerator.device)
     processor = load_processor(path, config.model)
-    encoder = PromptEncoder(processor, PromptLimit.of(config), config.data.overlong)
+    encoder = PromptEncoder(processor, PromptLimit.to_train(config), config.data.overlong)
     engine = make_engine(policy, processor, config.rollout.batch_size, accelerator.autocast)
     watch = Stopwatch()
     collector = Collector(config, engine, encoder, scorer, watch)
@@ -158,21 +158,34 @@ def check_setup(config: Config) -> None:
         UserError: for a model, processor, attention, reward or tracker that cannot be used.
     """
     usable_trackers(config)
+    budget, completion = config.train.tokens_per_micro_batch, config.rollout.max_new_tokens
+    if config.train.steps and budget <= completion:
+        raise UserError(
+            f"train.tokens_per_micro_batch = {budget} leaves no room for a prompt beside "
+            f"rollout.max_new_tokens = {completion}; raise the first or lower the second"
+        )
     Scorer(config.reward.functions, config.reward.weights)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        choose(config.model.attention, device, uses_bfloat16(config.model.dtype))
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if config.model.liger:
-        check_liger(device)
-    if config.model.compile:
-        check_compiler()
     if config.model.path in TINY_MODELS:
         _bundled_pictures(config)
     else:
-        check_model(config.model.path)
+        packed = check_model(config.model.path) is not None
         load_processor(config.model.path, config.model)
+        if not packed:
+            return
+    _check_kernels(config.model)
+
+
+def _check_kernels(config: ModelConfig) -> None:
+    """What packed rows run on; padded batches have no use for it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        choose(config.attention, device, uses_bfloat16(config.dtype))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if config.liger:
+        check_liger(device)
+    if config.compile:
+        check_compiler()
 
 
 def _bundled_pictures(config: Config) -> str:

@@ -123,6 +123,8 @@ class Updater:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        if self.policy.vision.trained:
+            self.policy.vision.forget()
         self.optimizer.zero_grad(set_to_none=True)
         return {**self._reduced(totals), "grad_norm": norm, "lr": lr}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import logging
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from perl.types import EncodedImage, PackedBatch
 
 Encode = Callable[[Sequence[EncodedImage]], ImageFeatures]
 """Runs the tower over distinct images."""
+
+logger = logging.getLogger(__name__)
 
 _TOKENS_AT_ONCE = 2**14
 """Most visual tokens that are made together where no gradient is kept."""
@@ -44,7 +47,8 @@ class Vision:
         return any(p.requires_grad for p in self.weights)
 
     def encode(self, images: Sequence[EncodedImage]) -> ImageFeatures:
-        """Run the tower once over these images, of which there is at least one."""
+        """Run the tower once over these images, of which there is at least one: [K, H], K their visual tokens together,
+        in their order."""
         self.images_encoded += len(images)
         return self.family.encode(self.core, images)
 
@@ -90,8 +94,8 @@ class FeatureCache:
     """Features without gradient, by the content of the image, as long as the tower's weights stay as they are.
 
     Rollouts, old and reference log-probs of one batch see the same weights and so share one encoding; with a frozen
-    tower, training does too. Weights that changed in place are noticed by the version counters that autograd keeps of
-    every tensor.
+    tower, training does too. Changed weights are noticed by the version counters that autograd keeps of every tensor;
+    PyTorch's fused optimisers do not count, so who steps one calls `clear`.
 
     Args:
         weights: of the tower.
@@ -103,9 +107,11 @@ class FeatureCache:
         self._kept: OrderedDict[str, ImageFeatures] = OrderedDict()
         self._bytes = 0
         self._made_with: object = None
+        self._said_too_small = False
 
     def __call__(self, images: Sequence[EncodedImage], encode: Encode) -> ImageFeatures:
-        """Features of `images`, one after the other; `encode` is called at most once, for the unknown ones."""
+        """Features of `images`, one after the other ([K, H], K their visual tokens together); `encode` is called at most
+        once, for the unknown ones."""
         state = self._state()
         if state != self._made_with:
             self.clear()
@@ -120,6 +126,14 @@ class FeatureCache:
         for image in images:
             self._kept.move_to_end(image.key)
         found = join([self._kept[image.key] for image in images])
+        if self._bytes > self.max_bytes > 0 and not self._said_too_small:
+            self._said_too_small = True
+            logger.warning(
+                "model.feature_cache_mb = %d is too small for the features in use (%d MiB and more): images go through "
+                "the vision tower again in each pass; raise it (said once)",
+                self.max_bytes >> 20,
+                self._bytes >> 20,
+            )
         while self._bytes > self.max_bytes:
             _, oldest = self._kept.popitem(last=False)
             self._bytes -= _nbytes(oldest)
@@ -139,7 +153,7 @@ class FeatureCache:
         return autocast, [(w.data_ptr(), w.dtype, w._version) for w in self.weights]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Encoding:
     """Images encoded together with gradient, and leaves that stand for the features of each in the language model."""
 
@@ -152,7 +166,8 @@ class StepFeatures:
     """The images of one optimiser step, each encoded once with gradient, however many micro-batches show it.
 
     The language model of every micro-batch reads detached leaves, where feature gradients add up in float32; behind
-    the last micro-batch that shows an image the tower is back-propagated, once for all images encoded together.
+    the last micro-batch that shows an image the tower is back-propagated, once for all images encoded together. Until
+    then the tower's activations of that image are kept.
 
     Args:
         encode: runs the tower with gradient.
@@ -169,21 +184,26 @@ class StepFeatures:
         """Features of the images of a micro-batch, whose backward has run when the context ends; None without any."""
         images = self.batches[number].images
         known = {key for encoding in self._open for key in encoding.leaves}
-        if new := [image for image in images if image.key not in known]:
-            self._open.append(self._encode(new))
+        new: defaultdict[int, list[EncodedImage]] = defaultdict(list)
+        for image in images:
+            if image.key not in known:
+                new[self._last_use[image.key]].append(image)
+        # Apart by their last use: what is done with need not wait for an image that is shown again much later.
+        self._open += [self._encode(together, last) for last, together in new.items()]
         leaves = {k: leaf for encoding in self._open for k, leaf in encoding.leaves.items()}
         yield join([leaves[image.key] for image in images]) if images else None
-        for encoding in [e for e in self._open if e.last_use == number]:
-            _back_propagate(encoding)
-            self._open.remove(encoding)
+        for encoding in self._open:
+            if encoding.last_use == number:
+                _back_propagate(encoding)
+        self._open = [e for e in self._open if e.last_use != number]
 
-    def _encode(self, images: Sequence[EncodedImage]) -> _Encoding:
+    def _encode(self, images: Sequence[EncodedImage], last_use: int) -> _Encoding:
         features = self.encode(images)
         leaves = {
             image.key: _map(_leaf, part)
             for image, part in zip(images, split(features, images), strict=True)
         }
-        return _Encoding(features, leaves, max(self._last_use[image.key] for image in images))
+        return _Encoding(features, leaves, last_use)
 
 
 def _leaf(features: torch.Tensor) -> torch.Tensor:

@@ -56,6 +56,25 @@ class Family(ABC):
     def load_image_processor(self, folder: str | Path) -> Any:
         """The image processor of a checkpoint; raises whatever transformers raises for a broken one."""
 
+    @staticmethod
+    def image_processor_of(folder: str | Path, pil: Any) -> Any:
+        """The image processor that a folder names; without torchvision `pil`, if that is the one it names.
+
+        Older transformers have no AutoImageProcessor where torchvision is missing.
+
+        Raises:
+            ValueError: the folder names another.
+        """
+        from transformers import AutoImageProcessor
+
+        try:
+            return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        except ImportError:
+            named = pil.get_image_processor_dict(folder)[0].get("image_processor_type", "")
+            if not named.startswith(pil.__name__.removesuffix("Pil")):
+                raise ValueError(f"it names {named or 'no image processor'}") from None
+            return pil.from_pretrained(folder)
+
     @abstractmethod
     def takes(self, image_processor: Any) -> bool:
         """Whether `preprocess` works with this image processor."""
@@ -83,6 +102,10 @@ class Family(ABC):
     @abstractmethod
     def encode(self, core: Any, images: Sequence[EncodedImage]) -> ImageFeatures:
         """Run the tower once over distinct images."""
+
+    def patches_per_token(self, config: Any) -> float:
+        """Patches of the tower that become one visual token; only the balance between processes rests on it."""
+        return 1.0
 
     def layer_inputs(self, visual_mask: torch.Tensor, features: ImageFeatures) -> dict[str, Any]:
         """What the language model takes besides embeddings; `visual_mask` bool [B, T]."""

@@ -45,19 +45,16 @@ class InternVL(Family):
     packed_tower = False
 
     def load_image_processor(self, folder: str | Path) -> TileProcessor:
-        """The one that the folder names, in its PIL form where torchvision is missing, with the model's geometry.
+        """The one that the folder names, with the model's geometry.
 
         The tower makes (tile / patch * downsample_ratio) visual tokens of each side of a tile.
         """
-        from transformers import AutoConfig, AutoImageProcessor
+        from transformers import AutoConfig
         from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
             GotOcr2ImageProcessorPil,
         )
 
-        try:
-            images = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-        except ImportError:
-            images = GotOcr2ImageProcessorPil.from_pretrained(folder)
+        images = self.image_processor_of(folder, GotOcr2ImageProcessorPil)
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         height, width = (int(images.size.get(side, 0)) for side in ("height", "width"))
         sides = [
@@ -102,3 +99,6 @@ class InternVL(Family):
         pixels = torch.cat([image.pixel_values for image in images])
         output = core.get_image_features(pixels.to(weight.device, weight.dtype), return_dict=True)
         return ImageFeatures(output.pooler_output.flatten(0, 1))
+
+    def patches_per_token(self, config: Any) -> float:
+        return config.downsample_ratio**-2

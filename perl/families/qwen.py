@@ -35,19 +35,11 @@ class QwenVL(Family):
     packed_tower = True
 
     def load_image_processor(self, folder: str | Path) -> Any:
-        """The one that the folder names; without torchvision the PIL one that all three share.
-
-        Older transformers have no AutoImageProcessor where torchvision is missing.
-        """
-        from transformers import AutoImageProcessor
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
             Qwen2VLImageProcessorPil,
         )
 
-        try:
-            return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-        except ImportError:
-            return Qwen2VLImageProcessorPil.from_pretrained(folder)
+        return self.image_processor_of(folder, Qwen2VLImageProcessorPil)
 
     def takes(self, image_processor: Any) -> bool:
         return hasattr(image_processor, "merge_size")
@@ -80,6 +72,9 @@ class QwenVL(Family):
         return ImageFeatures(
             torch.cat(tuple(output.pooler_output)), tuple(_joined(layer) for layer in deepstack)
         )
+
+    def patches_per_token(self, config: Any) -> float:
+        return config.vision_config.spatial_merge_size**2
 
     def layer_inputs(self, visual_mask: torch.Tensor, features: ImageFeatures) -> dict[str, Any]:
         """Deepstack: each of the first layers adds its own features to the visual tokens."""

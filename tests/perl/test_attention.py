@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -18,7 +17,8 @@ from torch.nn.attention import varlen as torch_varlen
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from perl import attention_flash
-from perl.attention import IMPLEMENTATIONS, attention_function, choose, use_packed_attention
+from perl.attention import IMPLEMENTATIONS, attention_function, use_packed_attention
+from perl.attention_flash import flash_attn_problem
 from perl.attention_flex import causal_mask, full_mask, run_compiled
 from perl.gather import gather_rows
 from perl.layout import PackedLayout
@@ -200,7 +200,7 @@ REAL_VARLEN = torch_varlen.varlen_attn
 
 def test_stand_ins_have_the_parameters_of_the_kernels() -> None:
     pairs = [(varlen_attn, REAL_VARLEN)]
-    if importlib.util.find_spec("flash_attn"):
+    if not flash_attn_problem():
         import flash_attn  # pyright: ignore[reportMissingImports]
 
         pairs.append((flash_attn_varlen_func, flash_attn.flash_attn_varlen_func))
@@ -381,73 +381,6 @@ def test_flex_is_not_compiled_again_for_another_layout() -> None:
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make this machine look as if it had a GPU and packages."""
-    find_spec = importlib.util.find_spec
-
-    def look(flash_attn: bool = False, capability=(9, 0), built: bool = True) -> None:
-        monkeypatch.setattr(
-            importlib.util,
-            "find_spec",
-            lambda name: (
-                (object() if flash_attn else None) if name == "flash_attn" else find_spec(name)
-            ),
-        )
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
-
-    return look
-
-
-@pytest.mark.parametrize(
-    ("device", "bfloat16", "has", "name", "reason"),
-    [
-        (CPU, True, {"flash_attn": True}, "sdpa", "no GPU"),
-        (CUDA, True, {"flash_attn": True}, "flash_attention_2", "flash-attn is installed"),
-        (CUDA, True, {}, "varlen", "flash-attn is not installed"),
-        (CUDA, True, {"built": False}, "flex", "no flash kernels"),
-        (CUDA, True, {"flash_attn": True, "capability": (7, 5)}, "flex", "no flash kernels"),
-        (CUDA, False, {"flash_attn": True}, "flex", "do not take float32"),
-    ],
-)
-def test_what_auto_chooses(machine, device, bfloat16, has, name: str, reason: str) -> None:
-    machine(**has)
-    chosen, said = choose("auto", device, bfloat16)
-    assert chosen == name and reason in said
-
-
-@pytest.mark.parametrize("name", list(IMPLEMENTATIONS))
-def test_what_is_asked_for_is_chosen(machine, name: Any) -> None:
-    machine(flash_attn=True)
-    assert choose(name, CUDA) == (name, "asked for")
-
-
-def test_sdpa_and_flex_run_everywhere(machine) -> None:
-    machine(built=False, capability=(6, 1))
-    for device in (CPU, CUDA):
-        assert choose("sdpa", device, False)[0] == "sdpa"
-        assert choose("flex", device, False)[0] == "flex"
-
-
-@pytest.mark.parametrize(
-    ("wanted", "device", "bfloat16", "has", "message"),
-    [
-        ("flash_attention_2", CUDA, True, {}, "pip install flash-attn, or use sdpa"),
-        ("flash_attention_2", CPU, True, {"flash_attn": True}, "this run is on cpu: use sdpa"),
-        ("varlen", CPU, True, {}, "this run is on cpu: use sdpa"),
-        ("flash_attention_2", CUDA, False, {"flash_attn": True}, "model.dtype = bfloat16"),
-        ("varlen", CUDA, False, {}, "model.dtype = bfloat16"),
-        ("varlen", CUDA, True, {"capability": (7, 5)}, r"8\.0 \(Ampere\) or newer: use flex"),
-        ("varlen", CUDA, True, {"built": False}, "built with flash attention: use flex"),
-    ],
-)
-def test_what_cannot_run_is_refused(machine, wanted, device, bfloat16, has, message) -> None:
-    machine(**has)
-    with pytest.raises(ValueError, match=f"model.attention = {wanted} needs .*{message}"):
-        choose(wanted, device, bfloat16)
-
-
 def test_gathered_rows_and_their_gradient() -> None:
     x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
     index = torch.tensor([4, 0, 0, 2, 4, 0])
@@ -469,7 +402,7 @@ def test_gradients_of_a_row_taken_often_are_summed_in_float32() -> None:
 
 LONG: Segments = [(70, [30, 12, 45]), (1, [1, 1]), (150, [20]), (33, [64, 1])]
 REAL = [
-    *([("flash_attention_2", torch.bfloat16)] if importlib.util.find_spec("flash_attn") else []),
+    *([("flash_attention_2", torch.bfloat16)] if not flash_attn_problem() else []),
     *[(name, torch.bfloat16) for name in ("varlen", "flex", "sdpa")],
     *[(name, torch.float32) for name in ("flex", "sdpa")],
 ]

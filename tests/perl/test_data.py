@@ -341,10 +341,13 @@ def test_a_link_out_of_the_folder_leaves_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("images", [[], None])
-def test_a_question_of_text_alone(tmp_path: Path, images: list[str] | None) -> None:
+def test_a_question_of_text_alone(
+    tmp_path: Path, images: list[str] | None, caplog: pytest.LogCaptureFixture
+) -> None:
     example = load_row(tmp_path, perl_row(images=images, question="How much is 2 + 2?", answer="4"))
     assert (example.images, example.kind, example.should_change) == ((), "none", False)
     assert orders(example, 4, 0, 0) == [()]
+    assert "line 1: a row without images is a question of text alone" in caplog.text
 
 
 BAD_ROWS: list[tuple[dict[str, Any], str]] = [

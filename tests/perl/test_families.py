@@ -9,19 +9,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from perl.config import ModelConfig
 from perl.families import FAMILIES, family_of
 from perl.loading import check_model, load_policy, load_processor
 from perl.loss import HeadLoss
 from perl.model import Policy
-from perl.packing import pack
 from perl.processor import Processor
 from perl.rollout import InProcessEngine, SamplingParams
 from perl.tiny import TINY_INTERNVL
 from perl.types import Message, Segment, UserError
-from perl.vision import StepFeatures
+from tests.perl.steps import (
+    completions_of,
+    furthest_gradient,
+    furthest_value,
+    picture,
+    shared_step,
+    stock_model,
+    weights,
+)
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(max_pixels=28 * 28 * 4)
@@ -44,19 +50,6 @@ def large_tiles(folder: Path, tmp_path: Path) -> Path:
 
 def load(folder: Path, config: ModelConfig = CONFIG) -> tuple[Policy, Processor]:
     return load_policy(str(folder), config, CPU).double(), load_processor(str(folder), config)
-
-
-def stock_model(folder: Path) -> torch.nn.Module:
-    from transformers import AutoModelForImageTextToText
-
-    return AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation="sdpa"
-    )
-
-
-def picture(width: int, height: int, seed: int) -> Image.Image:
-    rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
 def segments_of(processor: Processor) -> list[Segment]:
@@ -90,21 +83,20 @@ def stock_logprobs(model: torch.nn.Module, segment: Segment, number: int) -> tor
     return logits.log_softmax(-1).gather(1, targets).squeeze(1)
 
 
-def weights_of(segment: int, number: int, length: int) -> torch.Tensor:
-    return torch.linspace(-1, 2, length, dtype=torch.float64) * (1 + segment - 0.3 * number)
-
-
 @pytest.mark.parametrize("budget", [60, 1000])
 @pytest.mark.parametrize("tiles", ["folder", "large_tiles"])
 def test_logprobs_and_gradients_equal_one_sequence_at_a_time(
-    tiles: str, budget: int, request: pytest.FixtureRequest
+    tiles: str,
+    budget: int,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert_equal_to_stock(request.getfixturevalue(tiles), budget)
+    assert_equal_to_stock(request.getfixturevalue(tiles), budget, capsys)
 
 
 @pytest.mark.parametrize("text_type", ["qwen3", "llama"])
 def test_every_language_model_that_may_be_inside(
-    text_type: str, folder: Path, tmp_path: Path
+    text_type: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -126,42 +118,31 @@ def test_every_language_model_that_may_be_inside(
     (copy / "config.json").write_text(json.dumps(config))
     AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(copy)).save_pretrained(copy)
     assert check_model(str(copy)) is family_of("internvl")
-    assert_equal_to_stock(copy, 60)
+    assert_equal_to_stock(copy, 60, capsys)
     config["text_config"]["model_type"] = "gemma2"
     (copy / "config.json").write_text(json.dumps(config))
     assert check_model(str(copy)) is None
 
 
-def assert_equal_to_stock(folder: Path, budget: int) -> None:
+def assert_equal_to_stock(folder: Path, budget: int, capsys: pytest.CaptureFixture[str]) -> None:
     """Prompts shared, each image encoded once for several rows, against the stock model."""
     policy, processor = load(folder, replace(CONFIG, max_pixels=56 * 56 * 4))
     stock, segments = stock_model(folder), segments_of(processor)
-    batches = pack(segments, budget)
-    assert (len(batches) > 1) == (budget == 60)
-    shared = StepFeatures(policy.vision.encode, batches)
-    found = {}
-    for number, batch in enumerate(batches):
-        with shared.of(number) as features:
-            logits = policy(batch, features) @ policy.head_weight.T
-            flat = logits.log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
-            parts = flat.split(batch.completion_cu_seqlens.diff().tolist())
-            loss = [
-                (p * weights_of(i, r, len(p))).sum()
-                for (i, r), p in zip(batch.source, parts, strict=True)
-            ]
-            torch.stack(loss).sum().backward()
-            found |= {key: p.detach() for key, p in zip(batch.source, parts, strict=True)}
+    assert (len(policy.pack(segments, budget, True)) > 1) == (budget == 60)
+    found = shared_step(policy, segments, budget)
     assert policy.vision.images_encoded == 3
-    for i, segment in enumerate(segments):
-        for r, completion in enumerate(segment.completions):
-            expected = stock_logprobs(stock, segment, r)
-            (expected * weights_of(i, r, len(completion))).sum().backward()
-            torch.testing.assert_close(found[i, r], expected.detach(), rtol=0, atol=1e-12)
-    mine = dict(policy.model.named_parameters())
-    for name, theirs in stock.named_parameters():
-        ours = mine[name].grad
-        if theirs.grad is not None and (scale := theirs.grad.abs().max()) > 1e-14:
-            assert ours is not None and (ours - theirs.grad).abs().max() / scale < 1e-5, name
+    expected = {}
+    for i, r in completions_of(segments):
+        logprobs = stock_logprobs(stock, segments[i], r)
+        (logprobs * weights(i, r, len(logprobs))).sum().backward()
+        expected[i, r] = logprobs.detach()
+    value, (gradient, compared) = furthest_value(found, expected), furthest_gradient(policy, stock)
+    with capsys.disabled():
+        print(
+            f"\n{folder.name}: max |d log p| {value:.1e}, max relative |d gradient| {gradient:.1e}",
+            end="",
+        )
+    assert value < 1e-12 and gradient < 1e-6 and compared > 60
 
 
 def test_pictures_become_tiles_within_the_bounds(folder: Path, large_tiles: Path) -> None:
@@ -241,7 +222,7 @@ def test_the_engine_samples_from_the_packed_models_distribution(folder: Path) ->
         for p, cs in zip(prompts, out, strict=True)
     ]
     head = HeadLoss(policy, processor.unsampled_token_ids(), temperature=0.7)
-    [batch] = pack(segments, 1000)
+    [batch] = policy.pack(segments, 1000, True)
     sampled = np.concatenate([out[i][r].logprobs for i, r in batch.source])
     np.testing.assert_allclose(head.logprobs(batch).logprobs, sampled, rtol=0, atol=5e-6)
     assert not np.isin(batch.targets, processor.unsampled_token_ids()).any()

@@ -1,14 +1,12 @@
 """Packed rows against one sequence at a time through the stock model, in fp64: values, gradients, and no leak."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from perl.config import ModelConfig
 from perl.families import ImageFeatures
@@ -16,6 +14,7 @@ from perl.loading import load_policy, load_processor
 from perl.loss import HeadLoss
 from perl.model import Policy
 from perl.packing import pack_row
+from perl.packing_plan import Share
 from perl.processor import Processor
 from perl.rollout import InProcessEngine, SamplingParams
 from perl.tiny import TINY_QWEN
@@ -23,11 +22,22 @@ from perl.types import (
     EncodedImage,
     EncodedPrompt,
     Message,
-    PackedBatch,
     Segment,
     UserError,
 )
-from perl.vision import FeatureCache, StepFeatures, Vision
+from perl.vision import FeatureCache, Vision
+from tests.perl.steps import (
+    Logprobs,
+    batch_logprobs,
+    completions_of,
+    furthest_gradient,
+    furthest_value,
+    picture,
+    shared_step,
+    step_of,
+    stock_model,
+    weights,
+)
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(max_pixels=28 * 28 * 16)
@@ -41,11 +51,6 @@ def load(tiny_folder: Callable[[str], Path]) -> Callable[..., tuple[Policy, Proc
         return load_policy(folder, config, CPU).double(), load_processor(folder, config)
 
     return load
-
-
-def picture(width: int, height: int, seed: int) -> Image.Image:
-    rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
 def segments_of(processor: Processor) -> list[Segment]:
@@ -95,37 +100,10 @@ def stock_logprobs(
 
 def packed_logprobs(policy: Policy, segments: list[Segment]) -> list[torch.Tensor]:
     """All in one row; one tensor for each completion."""
-    batch = pack_row(segments)
-    return list(batch_logprobs(policy, batch).split(lengths_of(batch)))
+    return list(batch_logprobs(policy, pack_row(segments)).values())
 
 
-def batch_logprobs(
-    policy: Policy, batch: PackedBatch, features: ImageFeatures | None = None
-) -> torch.Tensor:
-    logits = policy(batch, features) @ policy.head_weight.T
-    return logits.log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
-
-
-def lengths_of(batch: PackedBatch) -> list[int]:
-    return batch.completion_cu_seqlens.diff().tolist()
-
-
-def completions_of(segments: list[Segment]) -> list[tuple[int, int]]:
-    """Segment and number of every completion, in order."""
-    return [(i, r) for i, s in enumerate(segments) for r in range(len(s.completions))]
-
-
-def stock_model(folder: Path) -> torch.nn.Module:
-    from transformers import AutoModelForImageTextToText
-
-    return AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation="sdpa"
-    )
-
-
-def naive_step(
-    model: torch.nn.Module, segments: list[Segment], processor: Processor
-) -> dict[tuple[int, int], torch.Tensor]:
+def naive_step(model: torch.nn.Module, segments: list[Segment], processor: Processor) -> Logprobs:
     """One sequence at a time through the stock model; gradients of the weighted log-probs stay on it."""
     out = {}
     for i, r in completions_of(segments):
@@ -133,27 +111,6 @@ def naive_step(
         (logprobs * weights(i, r, len(logprobs))).sum().backward()
         out[i, r] = logprobs.detach()
     return out
-
-
-def shared_step(
-    policy: Policy, segments: list[Segment], budget: int, share: bool = True
-) -> dict[tuple[int, int], torch.Tensor]:
-    """The same, packed, with prompts and images shared, in micro-batches of a budget."""
-    out = {}
-    batches = policy.pack(segments, budget, share)
-    features = StepFeatures(policy.vision.encode, batches) if policy.vision.trained else None
-    for number, batch in enumerate(batches):
-        with features.of(number) if features else nullcontext() as shared:
-            logprobs = batch_logprobs(policy, batch, shared).split(lengths_of(batch))
-            terms = zip(logprobs, batch.source, strict=True)
-            sum((x * weights(*at, len(x))).sum() for x, at in terms).backward()
-        out |= zip(batch.source, (x.detach() for x in logprobs), strict=True)
-    return out
-
-
-def weights(segment: int, completion: int, length: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(100 * segment + completion)
-    return torch.randn(length, generator=generator, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
@@ -176,27 +133,36 @@ def test_logprobs_and_gradients_equal_one_sequence_at_a_time(
     for budget, share in ((1000, True), (60, True), (28, True), (60, False)):
         policy, _ = load(name, config)
         policy.train()
-        got = shared_step(policy, segments, budget, share)
-        value = max((got[k] - v).abs().max().item() for k, v in expected.items() if len(v))
-        off = {
-            n: ((p.grad - gradients[n]).abs().max() / gradients[n].abs().max()).item()
-            for n, p in policy.model.named_parameters()
-            if p.requires_grad
-        }
-        assert off.keys() == gradients.keys() - (towers if frozen else set())
+        value = furthest_value(shared_step(policy, segments, budget, share), expected)
+        gradient, compared = furthest_gradient(policy, stock)
+        assert compared == sum(not (frozen and n in towers) for n in gradients)
         batches = policy.pack(segments, budget, share)
         with capsys.disabled():
             print(
                 f"\n{name}, {'frozen' if frozen else 'trained'} tower, "
                 f"{'' if checkpointing else 'no '}checkpointing, {len(batches)} rows of "
                 f"{'shared' if share else 'repeated'} prompts: max |d log p| {value:.1e}, "
-                f"max relative |d gradient| {max(off.values()):.1e}, "
+                f"max relative |d gradient| {gradient:.1e}, "
                 f"{policy.vision.images_encoded} of {shown} images encoded",
                 end="",
             )
         assert value < 1e-12
-        assert max(off.values()) < 1e-6  # transformers computes RMSNorm and RoPE in fp32
+        assert gradient < 1e-6  # transformers computes RMSNorm and RoPE in fp32
         assert policy.vision.images_encoded == len(images) == 3
+
+
+@both
+def test_images_that_come_back_after_others(name: str, load) -> None:
+    """Rows that show a and b, then c, then a and b again: c is done with before what was encoded earlier."""
+    policy, processor = load(name)
+    other, _ = load(name)
+    segments = segments_of(processor)
+    order = [[Share(i, (0, 1, 2, 3))] for i in (0, 4, 1, 3, 2)]
+    got = step_of(policy, [pack_row(segments, shares) for shares in order])
+    expected = shared_step(other, segments, 1000)
+    assert policy.vision.images_encoded == 3
+    assert furthest_value(got, expected) < 1e-12
+    assert furthest_gradient(policy, other.model)[0] < 1e-6
 
 
 @both
@@ -265,7 +231,7 @@ def test_a_reference_model_reads_the_features_of_an_equal_tower(load) -> None:
     assert all(p.device.type == "meta" for p in reference.core.visual.parameters())
 
 
-def test_the_feature_cache_keeps_to_its_bound() -> None:
+def test_the_feature_cache_keeps_to_its_bound(caplog: pytest.LogCaptureFixture) -> None:
     def encode(images: Sequence[EncodedImage]) -> ImageFeatures:
         encoded.extend(image.key for image in images)
         return ImageFeatures(torch.cat([torch.full((i.tokens, 8), float(i.key)) for i in images]))
@@ -283,6 +249,8 @@ def test_the_feature_cache_keeps_to_its_bound() -> None:
     weight += 1
     cache([images[1]], encode)
     assert encoded[5:] == ["1"]
+    warnings = [r.getMessage() for r in caplog.records]
+    assert len(warnings) == 1 and "model.feature_cache_mb = 0 is too small" in warnings[0]
 
 
 @both
@@ -349,7 +317,7 @@ def test_many_images_and_an_image_token_inside_a_completion(name: str, load, tin
     )
     completions = (np.array([21, processor.image_token_id, 22]), np.array([23]))
     [batch] = policy.pack([Segment(prompt, completions, (1.0, 1.0))], 4096, True)
-    with_token, plain = batch_logprobs(policy, batch).split([3, 1])
+    with_token, plain = batch_logprobs(policy, batch).values()
     expected = stock_logprobs(stock, prompt, completions[1], processor)
     torch.testing.assert_close(plain, expected, rtol=0, atol=1e-12)
     # The stock model refuses the sequence; up to the image token it is that of the text before.
