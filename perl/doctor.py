@@ -23,6 +23,7 @@ _PARTS = (
     ),
     ("train", ("scikit-learn", "tomli-w")),
     ("flash", ("flash-attn",)),
+    ("liger", ("liger-kernel",)),
     ("bench", ("pytest-benchmark",)),
 )
 

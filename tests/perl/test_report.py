@@ -34,6 +34,7 @@ def rl_row(step: int, steps: int, rng: random.Random) -> dict:
         "groups/seen": 16, "groups/kept": kept, "groups/zero_variance": 16 - kept, "groups/tries": 1,
         "time/rollout": 1.9, "time/reward": 0.02, "time/pack": 0.05, "time/logprobs": 0.3, "time/update": 1.1,
         "time/step": 3.5, "time/elapsed": 30 + 3.5 * step, "throughput/tokens_per_second": rng.gauss(2100, 60),
+        "packing/token_sharing": rng.gauss(2.4, 0.1), "packing/image_sharing": rng.gauss(16, 0.1),
         "memory/peak_rss_bytes": 1_400_000_000,
     }  # fmt: skip
 
@@ -121,7 +122,7 @@ def test_finished_run(tmp_path: Path) -> None:
     plots = {p.stem for p in (tmp_path / "digits" / "plots").glob("*.png")}
     assert plots == {
         "curve", "reward", "accuracy", "consistency", "length", "truncated", "entropy", "kl",
-        "clip_fraction", "grad_norm", "groups", "time", "throughput", "cold_start",
+        "clip_fraction", "grad_norm", "groups", "time", "throughput", "sharing", "cold_start",
     }  # fmt: skip
     with Image.open(tmp_path / "digits" / "plots" / "curve.png") as curve:
         assert curve.width >= 1200
