@@ -35,7 +35,9 @@ def check_liger(device: torch.device) -> None:
         UserError: liger-kernel is not installed, or there is no GPU.
     """
     if importlib.util.find_spec("liger_kernel") is None:
-        raise UserError("model.liger needs liger-kernel: pip install 'perl-rl[liger]' or liger-kernel, or leave it off")
+        raise UserError(
+            "model.liger needs liger-kernel: pip install 'perl-rl[liger]' or liger-kernel, or leave it off"
+        )
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError(f"model.liger needs a GPU, this run is on {device.type}: leave it off")
 

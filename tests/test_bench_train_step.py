@@ -111,8 +111,11 @@ def test_pieces_count_as_attention_on_each() -> None:
     query, key = torch.empty(5, heads, dim), torch.empty(9, 2, dim)
     cu_query, cu_key = torch.tensor([0, 3, 5]), torch.tensor([0, 5, 9])
     shapes = [((1, heads, q, dim), (1, 2, k, dim)) for q, k in sizes]
-    forward = sum(sdpa_flop_count(q, k, k) for q, k in shapes)
-    backward = sum(sdpa_backward_flop_count(q, q, k, k) for q, k in shapes)
+    forward = sum(measure._sdpa(q, k, k) for q, k in shapes)
+    backward = sum(measure._sdpa_backward(q, q, k, k) for q, k in shapes)
+    repeated = [(q, (1, heads, *k[2:])) for q, k in shapes]
+    assert forward == sum(sdpa_flop_count(q, k, k) for q, k in repeated)
+    assert backward == sum(sdpa_backward_flop_count(q, q, k, k) for q, k in repeated)
     assert measure._varlen(query, key, key, cu_query, cu_key, 3, 5) == forward
     saved = (query, key, key, query, torch.empty(0), cu_query, cu_key)
     assert measure._varlen_backward(query, *saved, 3, 5) == backward

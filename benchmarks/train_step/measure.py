@@ -88,11 +88,16 @@ def _parts(core: Any, total: Callable[[], int]) -> Iterator[dict[str, int]]:
 
 
 def _sdpa(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+    return sdpa_flop_count(query, *_of_each_query(query, key, value))
 
 
 def _sdpa_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
+    return sdpa_backward_flop_count(grad, query, *_of_each_query(query, key, value))
+
+
+def _of_each_query(query: Any, *shapes: Any) -> Iterator[tuple[int, ...]]:
+    """Shapes of keys and values [B, heads, n, d] with as many heads as queries, which PyTorch 2.11's formula wants."""
+    return ((shape[0], query[1], *shape[2:]) for shape in shapes)
 
 
 def _varlen(
