@@ -46,15 +46,16 @@ def test_attention(checked: Checked, device: torch.device, row: str, implementat
         torch.randn(1, heads, tokens, DIM, generator=generator).to(device, dtype).requires_grad_()
         for heads in (HEADS, KV_HEADS, KV_HEADS)
     ]
+    q, k, v = inputs
     upstream = torch.randn(1, tokens, HEADS, DIM, generator=generator).to(device, dtype)
     # Made once, as all layers of a model share them.
     mask = dense_mask(pieces).to(device)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     truth = with_gradients(by_piece(exact, pieces), exact, upstream.double())
-    prove = near(truth, with_gradients(dense(*inputs, mask), inputs, upstream), dtype)
+    prove = near(truth, with_gradients(dense(q, k, v, mask), inputs, upstream), dtype)
 
     if implementation == "dense-mask":
-        run, proof = lambda: with_gradients(dense(*inputs, mask), inputs, upstream), prove
+        run, proof = lambda: with_gradients(dense(q, k, v, mask), inputs, upstream), prove
     elif implementation == "sdpa":
         layout = layout_of(pieces, device)
         run, proof = lambda: with_gradients(ours(inputs, layout), inputs, upstream), prove

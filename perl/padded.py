@@ -73,9 +73,12 @@ class PaddedPolicy(Policy):
         """[V, H] weight of the language-model head."""
         return self.base.get_output_embeddings().weight
 
-    patches_per_token = 0.0
-    """What its images cost is not known before a batch is made."""
     shares_prompts = False
+
+    @property
+    def patches_per_token(self) -> float:
+        """0: what its images cost is not known before a batch is made."""
+        return 0.0
 
     def share_tower(self, other: Policy) -> None:
         """Nothing is shared: each row's images go through the own tower."""
