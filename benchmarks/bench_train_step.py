@@ -18,11 +18,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+# As perl-rl does: threads that wait must not spin where other work is running. Read when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "kernels")) if p not in sys.path]
 
@@ -159,8 +162,8 @@ def parse(arguments: list[str] | None) -> tuple[Setting, Path | None]:
     given = parser.parse_args(arguments)
     if given.device == "cuda" and not cuda:
         parser.error("--device cuda: there is no GPU that PyTorch can use")
-    if given.json and not given.json.absolute().parent.is_dir():
-        parser.error(f"--json {given.json}: there is no such folder")
+    if given.json and (given.json.is_dir() or not given.json.absolute().parent.is_dir()):
+        parser.error(f"--json {given.json}: give a file in a folder that is there")
     return _setting(given), given.json
 
 
@@ -175,7 +178,9 @@ def _setting(given: argparse.Namespace) -> Setting:
     model = given.model or ("3b" if gpu else "tiny")
     possible = math.factorial(min(given.images))
     if given.orders > possible:
-        raise UserError(f"--orders {given.orders}: {min(given.images)} images have {possible}")
+        raise UserError(f"--orders {given.orders}: {min(given.images)} images have only {possible}")
+    if given.orders * given.rollouts < 2:
+        raise UserError("--orders 1 --rollouts 1: a single completion has no advantage; raise one")
     return Setting(
         workload=Workload(
             images=tuple(given.images),
@@ -221,9 +226,12 @@ def table(report: Report) -> str:
         parts = "/".join(f"{100 * n / found['flops']:.0f}" for n in found["flops_by_part"].values())
         lines.append(f"{name:8}{line}{found['max_rel_grad_diff']:11.0e}   {parts} %")
     rounds = len(report["variants"]["padded"]["seconds_by_round"])
+    load = os.getloadavg()[0]
+    if load > (os.cpu_count() or 1) + 1:
+        lines += ["", f"This machine is busy (load {load:.1f}): the seconds say little."]
     lines += [
         "",
-        f"In brackets: how many times less than padded. Seconds: median of {rounds} interleaved rounds. Peak: beyond the "
+        f"In brackets: how many times less than padded. Seconds: median of {rounds} interleaved round{'s' * (rounds > 1)}. Peak: beyond the "
         "weights. Gradients: largest difference from padded's, relative to each parameter's largest.",
     ]
     return "\n".join(lines)

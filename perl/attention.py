@@ -93,10 +93,10 @@ def choose(wanted: Attention, device: torch.device, bfloat16: bool = True) -> tu
 
 def _obstacle(name: str, device: torch.device, bfloat16: bool) -> str:
     """What a flash kernel lacks here and what to do instead; empty if nothing."""
-    if name == "flash_attention_2" and (problem := flash_attn_problem()):
-        return f"flash-attn ({problem}): pip install flash-attn, or use varlen or sdpa"
     if device.type != "cuda":
         return f"a CUDA device, this run is on {device.type}: use sdpa"
+    if name == "flash_attention_2" and (problem := flash_attn_problem()):
+        return f"flash-attn ({problem}): pip install flash-attn, or use varlen"
     if not bfloat16:
         return "model.dtype = bfloat16; change one of them"
     if torch.cuda.get_device_capability(device) < (8, 0):

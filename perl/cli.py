@@ -273,6 +273,8 @@ def _with_recipe(default: Any, recipe: str | None) -> Any:
 
 def _unknown_option(option: str, default: Any) -> str:
     """`--train.lrr` is unknown; did you mean `--train.lr`?"""
+    if option.lower() in ("true", "false"):
+        return f"unexpected argument {option}: switches take none; --section.key turns one on, --section.no-key off"
     if not option.startswith("-"):
         return f"unexpected argument {option}; see --help"
     known = _options(default, "")

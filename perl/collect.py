@@ -40,10 +40,11 @@ class Collected:
 
 @dataclass(frozen=True, slots=True)
 class PromptLimit:
-    """Most tokens of a prompt, and the setting that says so."""
+    """Most tokens of a prompt, the setting that says so, and what to do about a longer one."""
 
     tokens: int
     name: str
+    advice: str = 'raise it, lower model.max_pixels, or set data.overlong = "drop"'
 
     @classmethod
     def to_generate(cls, config: Config) -> PromptLimit:
@@ -84,7 +85,15 @@ class PromptEncoder:
         if self.overlong == "error":
             raise UserError(
                 f"example {variants[0].example.id}: its prompt has {longest} tokens, over {self.limit.name}; "
-                'raise it, lower model.max_pixels, or set data.overlong = "drop"'
+                f"{self.limit.advice}"
+            )
+        if not self.dropped:
+            logger.warning(
+                "example %s is left out: its prompt has %d tokens, over %s (said once; metrics.jsonl counts them as "
+                "prompts/dropped)",
+                variants[0].example.id,
+                longest,
+                self.limit.name,
             )
         self.dropped += 1
         return None

@@ -85,7 +85,7 @@ def detect_convention(columns: Iterable[str], where: str) -> str:
     wanted = "; ".join(f"{name}: {_wanted(c)}" for name, c in sorted(CONVENTIONS.items()))
     raise UserError(
         f"{where}: columns {', '.join(columns) or '(none)'} fit no known convention ({wanted}); "
-        "rename the columns"
+        "rename the columns, and give questions without images an empty list of them"
     )
 
 

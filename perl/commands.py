@@ -99,12 +99,18 @@ def _check(config: Config) -> None:
     from perl.setup import EVAL_SEED, check_setup
 
     make_policy_loss(config.loss, config.rollout.max_new_tokens)
-    validate(load_examples(config.data.train, config.data, "train", config.run.seed))
+    train = load_examples(config.data.train, config.data, "train", config.run.seed)
+    validate(train)
+    held_out = None
     if config.eval.examples:
-        validate(
-            load_examples(config.data.eval, config.data, "test", EVAL_SEED, config.eval.examples)
+        held_out = load_examples(
+            config.data.eval, config.data, "test", EVAL_SEED, config.eval.examples
         )
-    check_setup(config)
+        validate(held_out)
+    if processor := check_setup(config):
+        for dataset in (train, held_out):
+            if dataset is not None:
+                validate(dataset, inspect=processor.check_texts)
 
 
 def _go(config: Config, folder: RunFolder, resume: bool) -> None:
@@ -294,7 +300,11 @@ def _engine(config: Config) -> tuple[Any, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     policy = load_policy(config.model.path, replace(config.model, lora_rank=0), device).to(device)
     processor = load_processor(config.model.path, config.model)
-    encoder = PromptEncoder(processor, PromptLimit.to_generate(config), config.data.overlong)
+    limit = replace(
+        PromptLimit.to_generate(config),
+        advice="leave the example out, or raise it in the config.toml of the run folder",
+    )
+    encoder = PromptEncoder(processor, limit, config.data.overlong)
 
     def autocast() -> torch.autocast:
         return torch.autocast(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 from perl.types import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def check_compiler() -> None:
@@ -45,6 +48,7 @@ def compile_layers(language_model: nn.Module, backend: Any = "inductor") -> None
     if _checkpoints_in_forward():
         # torch.compile skips a function that checkpoints code with a graph break: the checkpoint goes around it.
         forward, run = forward.__wrapped__, _run_checkpointed
+    logger.info("compiling decoder layers: the first steps take longer")
     compiled = torch.compile(forward, dynamic=True, backend=backend)
     for layer in layers:
         layer.forward = partial(run, compiled, layer)

@@ -33,8 +33,8 @@ class Dataset(Protocol):
 
     def __getitem__(self, i: int) -> Example: ...
 
-    def check(self, i: int) -> None:
-        """Raise the UserError that example i would raise, without decoding its images."""
+    def check(self, i: int) -> Example:
+        """Example i without decoding its images; raises the UserError that it would raise."""
         ...
 
 
@@ -68,13 +68,18 @@ def load_examples(
     return RowDataset(open_source(source, split), config, seed, limit)
 
 
-def validate(dataset: Dataset, progress: Callable[[int, int], None] | None = None) -> None:
+def validate(
+    dataset: Dataset,
+    progress: Callable[[int, int], None] | None = None,
+    inspect: Callable[[Example], None] = lambda example: None,
+) -> None:
     """Visit every example and raise the first UserError; of images only the headers are read.
 
-    `progress(done, total)` is called after each. Endless bundled examples need no check.
+    `progress(done, total)` is called after each, `inspect` is given each and may raise too. Endless bundled examples
+    need no check.
     """
     for i in range(dataset.size or 0):
-        dataset.check(i)
+        inspect(dataset.check(i))
         if progress is not None:
             progress(i + 1, dataset.size or 0)
 
@@ -96,8 +101,8 @@ class BundledDataset:
             raise IndexError(i)
         return self.tasks.example(i)
 
-    def check(self, i: int) -> None:
-        self[i]
+    def check(self, i: int) -> Example:
+        return self[i]
 
 
 class RowDataset:
@@ -136,8 +141,8 @@ class RowDataset:
     def __getitem__(self, i: int) -> Example:
         return self._example(i, decode=True)
 
-    def check(self, i: int) -> None:
-        self._example(i, decode=False)
+    def check(self, i: int) -> Example:
+        return self._example(i, decode=False)
 
     def _example(self, i: int, *, decode: bool) -> Example:
         if not 0 <= i < self.size:

@@ -14,7 +14,15 @@ import torch
 from PIL import Image
 
 from perl.families import Family
-from perl.types import IMAGE_SLOT, EncodedImage, EncodedPrompt, Message, UserError, Variant
+from perl.types import (
+    IMAGE_SLOT,
+    EncodedImage,
+    EncodedPrompt,
+    Example,
+    Message,
+    UserError,
+    Variant,
+)
 
 
 class Processor:
@@ -131,6 +139,25 @@ class Processor:
                 f"{where} holds {token}, which stands for an image and is never sampled; remove it"
             )
         return np.asarray([*ids, self.eos_token_id], dtype=np.int64)
+
+    def check_texts(self, example: Example) -> None:
+        """See that neither the question nor the worked answer writes a token that stands for an image.
+
+        Raises:
+            UserError: one does.
+        """
+        tokens = self.tokenizer.convert_ids_to_tokens(sorted(self._unsampled))
+        for message in example.messages:
+            written = message.content.replace(IMAGE_SLOT, "")
+            if found := next((t for t in tokens if t in written), None):
+                raise UserError(
+                    f"example {example.id}: the text itself holds {found}; write {IMAGE_SLOT} for an image"
+                )
+        if found := next((t for t in tokens if t in (example.worked or "")), None):
+            raise UserError(
+                f"example {example.id}: its worked answer holds {found}, which stands for an image and is never "
+                "sampled; remove it"
+            )
 
     @cached_property
     def _unsampled(self) -> frozenset[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -96,14 +96,7 @@ class PolicyStep:
                         self._update(step * self.updates + k, part, normalizer, old[k], ref[k])
                     )
         means = {name: mean([row[name] for row in rows]) for name in (rows[0] if rows else ())}
-        return {
-            **means,
-            "packing/rows": report.rows,
-            "packing/tokens": report.tokens,
-            "packing/fill": report.fill,
-            "packing/token_sharing": report.token_sharing,
-            "packing/image_sharing": report.image_sharing,
-        }
+        return means | {f"packing/{name}": value for name, value in asdict(report).items()}
 
     def _share(self, groups: Sequence[Group]) -> list[Segment]:
         """What this process trains on of all processes' groups."""

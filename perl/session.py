@@ -72,12 +72,13 @@ class Session:
             self.progress.stage, self.progress.step = stage, 0
         return True
 
-    def leave(self, following: str) -> None:
+    def leave(self, following: str, save: bool = True) -> None:
         """The stage is done: save, so that nothing of it is done twice."""
         self.display.close()
         self.progress.stage, self.progress.step = following, 0
         self.updater = None
-        self.save()
+        if save:
+            self.save()
 
     def make_updater(self, schedule: Schedule) -> Updater:
         """The stage's optimiser, with its state where the run goes on inside the stage."""

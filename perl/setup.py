@@ -151,8 +151,11 @@ def usable_trackers(config: Config) -> list[Any]:
     return filter_trackers(wanted, config.run.dir) if wanted else []
 
 
-def check_setup(config: Config) -> None:
+def check_setup(config: Config) -> Processor | None:
     """Find what `build` would refuse, as far as that can be told without loading the weights.
+
+    Returns:
+        The processor of the model; None where the model is still to be made.
 
     Raises:
         UserError: for a model, processor, attention, reward or tracker that cannot be used.
@@ -165,14 +168,15 @@ def check_setup(config: Config) -> None:
             f"rollout.max_new_tokens = {completion}; raise the first or lower the second"
         )
     Scorer(config.reward.functions, config.reward.weights)
-    if config.model.path in TINY_MODELS:
-        _bundled_pictures(config)
-    else:
+    if config.model.path not in TINY_MODELS:
         packed = check_model(config.model.path) is not None
-        load_processor(config.model.path, config.model)
-        if not packed:
-            return
+        processor = load_processor(config.model.path, config.model)
+        if packed:
+            _check_kernels(config.model)
+        return processor
+    _bundled_pictures(config)
     _check_kernels(config.model)
+    return None
 
 
 def _check_kernels(config: ModelConfig) -> None:

@@ -83,8 +83,12 @@ def print_table(summary: dict[str, Any], title: str) -> None:
             None if b is None or a is None else a - b for b, a in zip(before, after, strict=True)
         ]
         table.add_row(labels[name], _cell(before), _cell(after), _cell(changes, sign=True))
-    console.print(table)
-    if len(runs) > 1:
+    measured = any(
+        r[f"{m}_{at}"] is not None for r in runs for m in MEASURES for at in ("before", "after")
+    )
+    if measured:
+        console.print(table)
+    if measured and len(runs) > 1:
         console.print(f"mean (lowest..highest) of {len(runs)} seeds", highlight=False)
     stages = sorted(summary["seconds_by_stage"].items(), key=lambda item: -item[1])
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in stages if seconds >= 0.5)

@@ -84,5 +84,7 @@ def _begin(config: Config, folder: RunFolder) -> None:
 def _measured(session: Session, at: str, following: str, step: int) -> None:
     """An evaluation that is done once, whatever interrupts the run later."""
     if session.reach(at):
-        session.progress.results[at] = measure(session, at, step)
-        session.leave(following)
+        results = session.progress.results[at] = measure(session, at, step)
+        # A run that has done nothing yet leaves no checkpoint, so that what it replaced still comes back.
+        begun = results is not None or at != "before" or session.config.cold_start.steps > 0
+        session.leave(following, save=begun)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -55,13 +56,18 @@ def run(setting: Setting) -> Report:
         UserError: the model cannot be used.
     """
     trainee = make_trainee(setting)
+    longest = max(len(s.prompt.input_ids) + max(map(len, s.completions)) for s in trainee.segments)
+    if longest > setting.budget:
+        raise UserError(f"--budget {setting.budget}: a sequence has {longest} tokens; raise it")
     reference, steps, flops, peaks, differences = None, {}, {}, {}, {}
     for name in VARIANTS:
+        print(f"{name}: proving and counting", file=sys.stderr)
         counted = partial(measure.flops, fresh(trainee, name), trainee.model.model)
         (steps[name], flops[name]), peaks[name] = measure.peak(counted, trainee.device)
         reference = reference or Reference(trainee, steps[name])
         differences[name] = reference.check(name, steps[name], trainee)
     del reference
+    print("timing", file=sys.stderr)
     rounds = time_rounds(trainee, setting.repeats)
     variants = {
         name: {

@@ -68,7 +68,7 @@ def test_sdpa_and_flex_run_everywhere(machine) -> None:
             CUDA,
             True,
             {},
-            r"\(not installed\): pip install flash-attn, or use varlen or sdpa",
+            r"\(not installed\): pip install flash-attn, or use varlen",
         ),
         ("flash_attention_2", CPU, True, {"flash_attn": True}, "this run is on cpu: use sdpa"),
         ("varlen", CPU, True, {}, "this run is on cpu: use sdpa"),

@@ -148,6 +148,42 @@ def test_an_image_cut_short_stops_a_run_that_keeps_its_last_step(
     assert [row["step"] for row in metrics(folder / "run")] == list(range(1, 10))
 
 
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        (
+            {"question": "A <image> B <image> <|image_pad|> ?"},
+            "example row-3: the text itself holds <|image_pad|>; write <image> for an image",
+        ),
+        (
+            {"worked": "<answer> A </answer> <|vision_start|>"},
+            "example row-3: its worked answer holds <|vision_start|>, which stands for an image",
+        ),
+    ],
+)
+def test_image_tokens_in_texts_are_found_before_a_run_is_replaced(
+    changes: dict[str, str], match: str, short_recipe: Path, error_of: ErrorOf
+) -> None:
+    folder = short_recipe.parent / "run"
+    assert run("train", short_recipe) == 0
+    before = (folder / "metrics.jsonl").read_text()
+    data = write_rows(short_recipe, **changes)
+    assert match in error_of("train", short_recipe, "--data.train", data, "--overwrite")
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_that_never_took_a_step_gives_the_replaced_one_back(
+    short_recipe: Path, error_of: ErrorOf
+) -> None:
+    folder = short_recipe.parent / "run"
+    assert run("train", short_recipe) == 0
+    before = (folder / "metrics.jsonl").read_text()
+    said = error_of("train", short_recipe, "--data.max-prompt-tokens", "5", "--overwrite")
+    assert "over data.max_prompt_tokens = 5" in said
+    assert (folder / "metrics.jsonl").read_text() == before
+    assert (folder / "models" / "final" / "model.safetensors").exists()
+
+
 def test_prompts_over_the_budget(short_recipe: Path, error_of: ErrorOf) -> None:
     folder = short_recipe.parent
     small = ("--data.max-prompt-tokens", "5")
@@ -176,29 +212,29 @@ def test_prompts_over_the_budget(short_recipe: Path, error_of: ErrorOf) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "match", "written"),
+    ("source", "match"),
     [
         (
             "def f(**c): raise RuntimeError('first\\nsecond')",
             "raised RuntimeError: first second on",
-            True,
         ),
-        ("def f(**c): return [1.0]", "returned 1 values for 8 completions", True),
-        ("def f(prompts, **c): return ['x'] * len(prompts)", "returned 'x' for example", True),
-        ("def f(:", "raised SyntaxError", False),
-        ("import no_such_module", "No module named 'no_such_module'; install it", False),
-        ("def g(**c): return []", "has no 'f'", False),
-        ("f = 1", "'f' is a int, not a function", False),
+        ("def f(**c): return [1.0]", "returned 1 values for 8 completions"),
+        ("def f(prompts, **c): return ['x'] * len(prompts)", "returned 'x' for example"),
+        ("def f(:", "raised SyntaxError"),
+        ("import no_such_module", "No module named 'no_such_module'; install it"),
+        ("def g(**c): return []", "has no 'f'"),
+        ("f = 1", "'f' is a int, not a function"),
     ],
 )
 def test_bad_reward_functions(
-    source: str, match: str, written: bool, short_recipe: Path, error_of: ErrorOf
+    source: str, match: str, short_recipe: Path, error_of: ErrorOf
 ) -> None:
+    """None of these takes a step, so none leaves a run folder."""
     file = short_recipe.with_name("reward.py")
     file.write_text(source)
     reward = ("--reward.functions", f"{file}:f", "--reward.weights", "1")
     assert match in error_of("train", short_recipe, *reward)
-    assert (short_recipe.parent / "run").exists() == written
+    assert not (short_recipe.parent / "run").exists()
 
 
 @pytest.fixture

@@ -167,7 +167,7 @@ def test_a_run_that_is_there_stays_as_it_is(short_recipe: Path, error_of: ErrorO
         ("--run.trackers", "wandb"): "wandb is not installed",
         ("--run.trackers", "nonsense"): "nonsense is unknown",
         ("--loss.preset", "gpro"): "no preset named 'gpro'",
-        ("--model.attention", "flash_attention_2"): "flash-attn",
+        ("--model.attention", "flash_attention_2"): "flash_attention_2 needs",
     }.items():
         assert match in error_of(*train, "--overwrite", *options), options
     own = error_of("train", folder / "config.toml", "--overwrite")
@@ -222,7 +222,7 @@ def test_a_signal_stops_after_a_checkpoint_and_resume_goes_on(
     said = capsys.readouterr().err
     assert said.rstrip().endswith(f"stopped after rl step 1; go on with perl-rl resume {folder}")
     assert steps(folder) == [1]
-    assert (folder / "checkpoints" / "000002" / "manifest.json").exists()
+    assert (folder / "checkpoints" / "000001" / "manifest.json").exists()
     assert run("resume", folder) == 0
     assert steps(folder) == [1, 2]
     assert (folder / "models" / "final" / "config.json").exists()
