@@ -29,9 +29,9 @@ _SIZES: dict[str, dict[str, Any]] = {
         "vocabulary": 1000,
         "special": 995,
         "tied": True,
-        "text": (64, 256, 2, 2, 2),
+        "text": (32, 128, 2, 1, 1),
         "mrope": [4, 6, 6],
-        "vision": (64, 128, 2, 2),
+        "vision": (32, 64, 2, 1),
         "full": [1],
     },
 }

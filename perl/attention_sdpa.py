@@ -142,8 +142,8 @@ def _batches(layout: PackedLayout) -> _Batches:
 def _alike(layout: PackedLayout) -> list[list[int]]:
     """Numbers of the pieces that share a batch: with a prefix or without, and none much shorter than the longest.
 
-    Attention grows with the square of the length, so padding to 4/3 of it costs up to 16/9; below 128 keys one batch
-    more costs more than padding does.
+    Attention grows with the square of the length, so padding to 4/3 of it costs up to 16/9. Below 128 keys one batch
+    more costs more than padding does; beyond 512 it costs next to nothing.
     """
     prefixes = [length for _, length in layout.prefixes]
     keys = [prefix + own for prefix, own in zip(prefixes, layout.lengths, strict=True)]
@@ -151,7 +151,9 @@ def _alike(layout: PackedLayout) -> list[list[int]]:
     for i in sorted(range(len(keys)), key=lambda i: (prefixes[i] > 0, -keys[i])):
         first = groups[-1][0] if groups else i
         same_kind = bool(groups) and (prefixes[first] > 0) == (prefixes[i] > 0)
-        if not same_kind or (keys[first] > 128 and 4 * keys[i] < 3 * keys[first]):
+        longest = keys[first]
+        least = 0 if longest <= 128 else longest * 3 // 4 if longest <= 512 else longest * 15 // 16
+        if not same_kind or keys[i] < least:
             groups.append([])
         groups[-1].append(i)
     return groups

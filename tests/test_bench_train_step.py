@@ -89,7 +89,12 @@ def test_counts_are_those_of_the_setting(report: dict[str, Any], trainee: Traine
 def test_shared_computes_least(report: dict[str, Any]) -> None:
     padded, packed, shared = report["variants"].values()
     assert shared["lm_tokens"] < packed["lm_tokens"] < padded["lm_tokens"]
-    assert shared["flops"] < packed["flops"] <= padded["flops"]
+    assert shared["flops"] < 0.6 * min(packed["flops"], padded["flops"])
+    # SDPA pads the images of a row a little, which stock towers take one by one.
+    towers = [v["flops_by_part"]["tower"] for v in (padded, packed)]
+    assert towers[0] <= towers[1] <= 1.2 * towers[0]
+    texts = [v["flops_by_part"]["language_model"] for v in (padded, packed, shared)]
+    assert texts[2] < texts[1] <= texts[0]
     assert shared["peak_bytes"] < padded["peak_bytes"]
     # Heads score the same tokens, and nothing else reaches them.
     assert len({v["flops_by_part"]["head"] for v in (padded, packed, shared)}) == 1
