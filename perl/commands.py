@@ -99,18 +99,14 @@ def _check(config: Config) -> None:
     from perl.setup import EVAL_SEED, check_setup
 
     make_policy_loss(config.loss, config.rollout.max_new_tokens)
-    train = load_examples(config.data.train, config.data, "train", config.run.seed)
-    validate(train)
-    held_out = None
+    datasets = [load_examples(config.data.train, config.data, "train", config.run.seed)]
     if config.eval.examples:
-        held_out = load_examples(
-            config.data.eval, config.data, "test", EVAL_SEED, config.eval.examples
+        datasets.append(
+            load_examples(config.data.eval, config.data, "test", EVAL_SEED, config.eval.examples)
         )
-        validate(held_out)
-    if processor := check_setup(config):
-        for dataset in (train, held_out):
-            if dataset is not None:
-                validate(dataset, inspect=processor.check_texts)
+    processor = check_setup(config)
+    for dataset in datasets:
+        validate(dataset, inspect=processor.check_texts if processor else None)
 
 
 def _go(config: Config, folder: RunFolder, resume: bool) -> None:

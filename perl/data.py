@@ -71,7 +71,7 @@ def load_examples(
 def validate(
     dataset: Dataset,
     progress: Callable[[int, int], None] | None = None,
-    inspect: Callable[[Example], None] = lambda example: None,
+    inspect: Callable[[Example], None] | None = None,
 ) -> None:
     """Visit every example and raise the first UserError; of images only the headers are read.
 
@@ -79,7 +79,9 @@ def validate(
     need no check.
     """
     for i in range(dataset.size or 0):
-        inspect(dataset.check(i))
+        example = dataset.check(i)
+        if inspect is not None:
+            inspect(example)
         if progress is not None:
             progress(i + 1, dataset.size or 0)
 

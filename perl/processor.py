@@ -135,9 +135,7 @@ class Processor:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if banned := sorted(self._unsampled.intersection(ids)):
             token = self.tokenizer.convert_ids_to_tokens(banned[0])
-            raise UserError(
-                f"{where} holds {token}, which stands for an image and is never sampled; remove it"
-            )
+            raise _never_sampled(where, token)
         return np.asarray([*ids, self.eos_token_id], dtype=np.int64)
 
     def check_texts(self, example: Example) -> None:
@@ -154,10 +152,7 @@ class Processor:
                     f"example {example.id}: the text itself holds {found}; write {IMAGE_SLOT} for an image"
                 )
         if found := next((t for t in tokens if t in (example.worked or "")), None):
-            raise UserError(
-                f"example {example.id}: its worked answer holds {found}, which stands for an image and is never "
-                "sampled; remove it"
-            )
+            raise _never_sampled(f"example {example.id}: its worked answer", found)
 
     @cached_property
     def _unsampled(self) -> frozenset[int]:
@@ -177,6 +172,12 @@ class Processor:
         """Write tokenizer and image processor the way transformers reads them."""
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
+
+
+def _never_sampled(where: str, token: str) -> UserError:
+    return UserError(
+        f"{where} holds {token}, which stands for an image and is never sampled; remove it"
+    )
 
 
 def content_key(image: Image.Image) -> str:
