@@ -1,4 +1,4 @@
-"""The command line: `perl-rl train | resume | evaluate | generate | report | config | doctor`."""
+"""The command line: `perl-rl train | resume | evaluate | generate | report | profile | config | doctor`."""
 
 from __future__ import annotations
 
@@ -198,6 +198,39 @@ class Report(_Common):
 
 
 @dataclass(frozen=True)
+class Profile(_Common):
+    """Where the time of a training step goes, by stage, and a trace of one: takes a few steps of a recipe's first RL
+    stage from the recipe's initial model, without cold start and evaluation, and keeps neither weights nor metrics.
+    Groups whose rewards are all equal are kept, so that every step rolls out once and has something to train on. Every
+    key of the recipe can be overridden, as in `perl-rl profile demo --train.examples-per-step 4`."""
+
+    recipe: Positional[str] = "demo"
+    """A bundled recipe's name or a .toml file."""
+    config: Annotated[Config, arg(name="")] = field(default_factory=Config)
+    steps: int = 3
+    """Steps that are timed, without torch.profiler, which would slow the host down."""
+    warmup: int = 1
+    """Steps before them, in no figure."""
+    traced: int = 1
+    """Steps behind them under torch.profiler: operators, a GPU's times, the trace; 0: none."""
+    forwards: int = 96
+    """How many forward passes of the language model a traced step's rollout is traced for, and a sixteenth as many rows
+    of its log-probs and of its update: a trace that can still be opened."""
+    stage: str = ""
+    """Name of another stage of the recipe, as in --stage cold_start; empty: the first of RL."""
+    output: Path | None = None
+    """Folder for profile.json, config.toml and the trace; empty: runs/profile-RECIPE."""
+    overwrite: bool = False
+    """Replace the profile that is there."""
+    shapes: bool = False
+    """Record the shapes of operators' inputs, and tell operators apart by them."""
+    memory: bool = False
+    """Record allocations in the trace."""
+    stacks: bool = False
+    """Record the lines of Python that called, in the trace; slow."""
+
+
+@dataclass(frozen=True)
 class ShowConfig(_Common):
     """Print a recipe with every key, overrides included, as TOML."""
 
@@ -222,6 +255,7 @@ COMMANDS: dict[str, tuple[type[_Common], str]] = {
     "label": (Label, "which images of a data set may change places, by rules or a model"),
     "filter": (Filter, "keep questions of fitting difficulty for a model"),
     "report": (Report, "write a run's report.html and pictures again"),
+    "profile": (Profile, "where the time of a training step goes, and a trace"),
     "config": (ShowConfig, "print a recipe with every key"),
     "doctor": (Doctor, "what is installed and what would be used"),
 }
@@ -240,12 +274,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 2 a user's mistake (one line says which), 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    trains = arguments[:1] in (["train"], ["resume"])
     try:
         code = _run(arguments)
     except UserError as error:
         code = _fail(str(error), debug)
     except KeyboardInterrupt:
-        trains = arguments[:1] in (["train"], ["resume"])
         further = "; go on from the last checkpoint, if there is one, with perl-rl resume RUN"
         code = _stopped(f"stopped at once{further if trains else ''}")
     except BrokenPipeError:
@@ -263,7 +297,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         code = _fail(
             "out of GPU memory: lower train.tokens_per_micro_batch or rollout.batch_size, or set "
-            "model.gradient_checkpointing, and go on with perl-rl resume RUN; the last checkpoint stands",
+            "model.gradient_checkpointing"
+            + (", and go on with perl-rl resume RUN; the last checkpoint stands" if trains else ""),
             debug,
         )
     if "perl.processes" in sys.modules:
@@ -291,7 +326,13 @@ def _run(arguments: list[str]) -> int:
         )
     command = parse(name, rest)
     _prepare(command.debug)
-    from perl import commands, commands_evaluate, commands_filter, commands_label
+    from perl import (
+        commands,
+        commands_evaluate,
+        commands_filter,
+        commands_label,
+        commands_profile,
+    )
     from perl.interrupt import Interrupted
 
     actions: dict[type[_Common], Callable[[Any], None]] = {
@@ -303,6 +344,7 @@ def _run(arguments: list[str]) -> int:
         Label: commands_label.label_command,
         Filter: commands_filter.filter_command,
         Report: commands.report_command,
+        Profile: commands_profile.profile_command,
         ShowConfig: commands.config_command,
         Doctor: commands.doctor_command,
     }
@@ -324,6 +366,7 @@ def parse(name: str, arguments: list[str]) -> Any:
     kind, _ = COMMANDS[name]
     target = {
         Train: "recipe",
+        Profile: "recipe",
         ShowConfig: "recipe",
         Resume: "run",
         Report: "run",
@@ -358,7 +401,7 @@ def parse(name: str, arguments: list[str]) -> Any:
         ) from None
     if unknown:
         raise UserError(f"perl-rl {name}: " + _unknown_option(unknown[0], default))
-    if isinstance(parsed, Train | ShowConfig):
+    if isinstance(parsed, Train | Profile | ShowConfig):
         from perl.recipe import check_config, without
 
         # What is given on the command line holds in every stage.
@@ -388,7 +431,7 @@ def _with_recipe(default: Any, recipe: str | None) -> Any:
         of_run = read_config(Path(recipe) / "config.toml").eval
         values = {f.name: getattr(of_run, f.name) for f in fields(MeasureConfig)}
         return replace(default, eval=MeasureConfig(**values) if of_run.examples else default.eval)
-    if not isinstance(default, Train | ShowConfig) or recipe is None:
+    if not isinstance(default, Train | Profile | ShowConfig) or recipe is None:
         return default
 
     return replace(default, config=load_recipe(recipe))

@@ -19,6 +19,7 @@ from perl.permutation import Order, orders, permute, released_orders
 from perl.permutation_schedule import is_permuted, rate_at, shares
 from perl.processes import Processes
 from perl.processor import Processor
+from perl.profiling import span
 from perl.reuse import Reuse
 from perl.reward import Scorer
 from perl.reward_weights import group_mean, group_weight
@@ -180,7 +181,8 @@ class Collector:
             self.config.filter.reuse_surplus and processes.every(len(fresh) >= wanted)
         ):
             with processes.jointly():
-                drawn = draw()
+                with span("data"):
+                    drawn = draw()
                 groups = self.roll_out(
                     drawn, seed * self.config.filter.max_tries + out.tries, progress
                 )

@@ -11,6 +11,7 @@ import torch
 from perl.config import AdvantageConfig, LossConfig
 from perl.families import ImageFeatures
 from perl.model import Policy
+from perl.profiling import span, span_of_backward
 from perl.types import PackedBatch, UserError
 from perl_kernels import (
     LossOutput,
@@ -99,22 +100,26 @@ class HeadLoss:
 
         `features` are those of the batch's images where several micro-batches share them.
         """
-        hidden = self.policy(batch, features)
+        with span("language_model"):
+            hidden = self.policy(batch, features)
         device = hidden.device
-        return linear_grpo_loss(
-            hidden,
-            self.policy.head_weight,
-            batch.targets.to(device),
-            batch.advantages.to(device),
-            # On the host as it is: the loss then knows the lengths without waiting for the device.
-            batch.completion_cu_seqlens,
-            loss,
-            old_logprobs=old_logprobs,
-            ref_logprobs=ref_logprobs,
-            normalizer=normalizer,
-            bias=self.bias.to(hidden.dtype),
-            temperature=self.temperature,
-        )
+        with span("loss"):
+            output = linear_grpo_loss(
+                hidden,
+                self.policy.head_weight,
+                batch.targets.to(device),
+                batch.advantages.to(device),
+                # On the host as it is: the loss then knows the lengths without waiting for the device.
+                batch.completion_cu_seqlens,
+                loss,
+                old_logprobs=old_logprobs,
+                ref_logprobs=ref_logprobs,
+                normalizer=normalizer,
+                bias=self.bias.to(hidden.dtype),
+                temperature=self.temperature,
+            )
+        span_of_backward("loss.backward", output.loss, hidden)
+        return output
 
     @torch.no_grad()
     def logprobs(self, batch: PackedBatch) -> TokenLogprobs:
@@ -122,16 +127,18 @@ class HeadLoss:
         training = self.policy.training
         self.policy.eval()
         try:
-            hidden = self.policy(batch)
+            with span("language_model"):
+                hidden = self.policy(batch)
         finally:
             self.policy.train(training)
-        return linear_token_logprobs(
-            hidden,
-            self.policy.head_weight,
-            batch.targets.to(hidden.device),
-            bias=self.bias.to(hidden.dtype),
-            temperature=self.temperature,
-        )
+        with span("loss"):
+            return linear_token_logprobs(
+                hidden,
+                self.policy.head_weight,
+                batch.targets.to(hidden.device),
+                bias=self.bias.to(hidden.dtype),
+                temperature=self.temperature,
+            )
 
 
 def advantages_of(

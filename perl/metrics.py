@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from itertools import combinations
 
 from perl.permutation import original_answer
+from perl.profiling import span
 from perl.reward_answers import extract_answer, normalise
 from perl.types import Group, Rollout
 
 
 class Stopwatch:
-    """Seconds spent by name: since the last `lap`, and in all."""
+    """Seconds spent by name: since the last `lap`, and in all; each a range of the profiler too."""
 
     def __init__(self) -> None:
         self.lap_seconds: defaultdict[str, float] = defaultdict(float)
@@ -27,7 +28,8 @@ class Stopwatch:
     def __call__(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            yield
+            with span(name):
+                yield
         finally:
             spent = time.perf_counter() - start
             self.lap_seconds[name] += spent

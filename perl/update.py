@@ -14,6 +14,7 @@ import torch
 from perl.families import ImageFeatures
 from perl.loss import LossOutput
 from perl.model import Policy
+from perl.profiling import span
 from perl.types import EncodedImage, PackedBatch, UserError
 from perl.vision import StepFeatures
 
@@ -101,7 +102,8 @@ class Updater:
             with shared.of(index) if shared else nullcontext() as features:
                 with self.accelerator.autocast():
                     output = loss_of(index, batch, features)
-                output.loss.backward()
+                with span("language_model.backward"):
+                    output.loss.backward()
             totals["loss"] += output.loss.detach()
             totals["scored"] += batch.num_scored
             for name, value in output.metrics.items():
@@ -111,8 +113,12 @@ class Updater:
                     totals[name] += value.float()
                 else:
                     totals[name] += value.float() * batch.num_scored
-        self._sum_over_processes()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
+        with span("sync"):
+            self._sum_over_processes()
+        with span("optimiser"):
+            clipped = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        with span("sync"):  # Here the host waits for the device.
+            norm = float(clipped)
         if not math.isfinite(norm):
             self.optimizer.zero_grad(set_to_none=True)
             raise UserError(
@@ -122,11 +128,13 @@ class Updater:
         lr = self.schedule(number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        with span("optimiser"):
+            self.optimizer.step()
         if self.policy.vision.trained:
             self.policy.vision.forget()
         self.optimizer.zero_grad(set_to_none=True)
-        return {**self._reduced(totals), "grad_norm": norm, "lr": lr}
+        with span("sync"):
+            return {**self._reduced(totals), "grad_norm": norm, "lr": lr}
 
     def _encode(self, images: Sequence[EncodedImage]) -> ImageFeatures:
         with self.accelerator.autocast():

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from perl.families import Family, ImageFeatures
+from perl.profiling import span
 from perl.types import EncodedImage, PackedBatch
 
 Encode = Callable[[Sequence[EncodedImage]], ImageFeatures]
@@ -50,7 +51,8 @@ class Vision:
         """Run the tower once over these images, of which there is at least one: [K, H], K their visual tokens together,
         in their order."""
         self.images_encoded += len(images)
-        return self.family.encode(self.core, images)
+        with span("vision"):
+            return self.family.encode(self.core, images)
 
     def features(self, images: Sequence[EncodedImage]) -> ImageFeatures | None:
         """Features of images, each distinct one encoded at most once; None without images.
@@ -222,7 +224,8 @@ def _back_propagate(encoding: _Encoding) -> None:
             tensors.append(features)
             grads.append(torch.cat(parts).to(features.dtype))
     if tensors:
-        torch.autograd.backward(tensors, grads)
+        with span("vision.backward"):
+            torch.autograd.backward(tensors, grads)
 
 
 def split(features: ImageFeatures, images: Sequence[EncodedImage]) -> list[ImageFeatures]:

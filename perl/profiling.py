@@ -1,0 +1,63 @@
+"""Named ranges of a step, for `perl-rl profile` and for anybody's own torch.profiler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Protocol
+
+import torch
+from torch.profiler import record_function
+
+PREFIX = "perl::"
+"""What the names of the ranges begin with in a trace."""
+
+
+class Listener(Protocol):
+    """Is told of every range that begins and ends; one range ends before the one around it."""
+
+    def enter(self, name: str) -> None: ...
+
+    def leave(self) -> None: ...
+
+
+_listener: Listener | None = None
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Tell `listener` of the ranges of this process."""
+    global _listener
+    _listener = listener
+    try:
+        yield
+    finally:
+        _listener = None
+
+
+@contextmanager
+def span(name: str) -> Iterator[None]:
+    """The range `perl::<name>`; some microseconds where nobody looks."""
+    listener = _listener
+    if listener is not None:
+        listener.enter(name)
+    try:
+        with record_function(PREFIX + name):
+            yield
+    finally:
+        if listener is not None:
+            listener.leave()
+
+
+def span_of_backward(name: str, start: torch.Tensor, end: torch.Tensor) -> None:
+    """Make the coming backward a range from the gradient of `start` to that of `end`, which `start` was made of.
+
+    Both ends are on the thread that autograd runs the backward on. Where nobody looks there is no range.
+    """
+    node = start.grad_fn
+    looked_at = _listener is not None or torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
+    if node is None or not end.requires_grad or not looked_at:
+        return
+    opened = ExitStack()
+    node.register_prehook(lambda _: opened.enter_context(span(name)))
+    end.register_hook(lambda _: opened.close())
