@@ -4,9 +4,14 @@ With s the logits after softcap and temperature, p = softmax(s) and H its entrop
 any loss with dL/dlogprob = g and dL/dentropy = h is, per row,
 
     dL/ds_j = g (1[j = target] - p_j) - h p_j (log p_j + H)
+
+The exponentials are computed once and serve the sum, the entropy and the gradient: with m the largest score, c = s - m
+and Z = sum_j exp c_j, H = log Z - sum_j exp(c_j) c_j / Z, where nothing cancels, as no term is negative.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +22,17 @@ from ..scores import RowStats, Scoring
 from .losses import row_coefficients
 
 
+class _Row(NamedTuple):
+    scores: Tensor
+    centred: Tensor
+    exp: Tensor
+    shift: Tensor
+    total: Tensor
+
+
 def row_stats(tile: Tensor, scoring: Scoring, dtype: torch.dtype) -> RowStats:
     """Statistics of the logits `tile [n, V]`, computed in `dtype`."""
-    return _stats(_log_probs(tile, scoring, dtype), scoring)
+    return _stats(_row(tile, scoring, dtype), scoring)
 
 
 def row_gradient(
@@ -27,10 +40,10 @@ def row_gradient(
 ) -> None:
     """Write the gradient by the logits to `out [n, V]`, which may be `tile`: exactly 0 in rows
     where both coefficients are 0, whatever the scores."""
-    dtype = stats.logprobs.dtype
-    scores = _scores(tile, scoring, dtype)
+    scores = _scores(tile, scoring, stats.logprobs.dtype)
     centred = scores - stats.shift[:, None]
-    _write_gradient(scores, centred - stats.log_sum[:, None], scoring, stats, coefficients, out)
+    row = _Row(scores, centred, centred.exp(), stats.shift, stats.log_sum.exp())
+    _write_gradient(row, scoring, stats, coefficients, out)
 
 
 def row_loss(
@@ -45,11 +58,11 @@ def row_loss(
     """Statistics of the rows and coefficients of the token-level `loss`, and in `out [n, V]`, if
     given, the gradient by the logits; `out` may be `tile`. The per-token tensors are those of
     these rows."""
-    work = _log_probs(tile, scoring, dtype)
-    stats = _stats(work, scoring)
+    row = _row(tile, scoring, dtype)
+    stats = _stats(row, scoring)
     coefficients = row_coefficients(loss, stats.logprobs, prepared, inputs)
     if out is not None:
-        _write_gradient(work[0], work[1], scoring, stats, coefficients, out)
+        _write_gradient(row, scoring, stats, coefficients, out)
     return stats, coefficients
 
 
@@ -63,52 +76,48 @@ def _scores(tile: Tensor, scoring: Scoring, dtype: torch.dtype) -> Tensor:
     return logits / column if isinstance(column, Tensor) or column != 1 else logits
 
 
-def _log_probs(
-    tile: Tensor, scoring: Scoring, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _row(tile: Tensor, scoring: Scoring, dtype: torch.dtype) -> _Row:
     scores = _scores(tile, scoring, dtype)
     shift = scores.amax(1)
     centred = scores - shift[:, None]
-    log_sum = centred.exp().sum(1).log()
-    return scores, centred.sub_(log_sum[:, None]), shift, log_sum
+    exp = centred.exp()
+    return _Row(scores, centred, exp, shift, exp.sum(1))
 
 
-def _stats(work: tuple[Tensor, Tensor, Tensor, Tensor], scoring: Scoring) -> RowStats:
-    _, log_probs, shift, log_sum = work
-    entropy = -(log_probs.exp() * log_probs).sum(1)
+def _stats(row: _Row, scoring: Scoring) -> RowStats:
+    log_sum = row.total.log()
+    # Not a product of matrices, whose running sums lose digits over a long row; `sum` adds pairwise.
+    entropy = log_sum - (row.exp * row.centred).sum(1) / row.total
     index = scoring.targets.to(torch.int64)
-    safe = index.clamp(0, log_probs.shape[1] - 1)
-    logprobs = log_probs.gather(1, safe[:, None])[:, 0]
+    safe = index.clamp(0, row.exp.shape[1] - 1)
+    logprobs = row.centred.gather(1, safe[:, None])[:, 0] - log_sum
     # An infinite score makes the entropy NaN (0 * inf), whether or not the target is concerned.
     valid = entropy.isfinite() & (safe == index)
-    return RowStats(torch.where(valid, logprobs, torch.nan), entropy, shift, log_sum)
+    return RowStats(torch.where(valid, logprobs, torch.nan), entropy, row.shift, log_sum)
 
 
 def _write_gradient(
-    scores: Tensor,
-    log_probs: Tensor,
-    scoring: Scoring,
-    stats: RowStats,
-    coefficients: Coefficients,
-    out: Tensor,
+    row: _Row, scoring: Scoring, stats: RowStats, coefficients: Coefficients, out: Tensor
 ) -> None:
     by_logprob, by_entropy = coefficients
     if by_entropy is None:
-        grad = log_probs.exp().mul_(-by_logprob[:, None])
+        grad = row.exp.mul_((-by_logprob / row.total)[:, None])
     else:
-        slope = (log_probs + stats.entropy[:, None]).mul_(by_entropy[:, None])
-        grad = slope.add_(by_logprob[:, None]).neg_().mul_(log_probs.exp())
+        offset = (stats.entropy - stats.log_sum)[:, None]
+        slope = (row.centred + offset).mul_(by_entropy[:, None]).add_(by_logprob[:, None])
+        grad = slope.mul_(row.exp).div_(-row.total[:, None])
     index = scoring.targets.to(torch.int64)
-    safe = index.clamp(0, scores.shape[1] - 1)
+    safe = index.clamp(0, grad.shape[1] - 1)
     # A target in another rank's part of the vocabulary adds nothing here.
     here = torch.where(safe == index, by_logprob, 0.0)
     grad.scatter_add_(1, safe[:, None], here[:, None])
     column = _column(scoring.temperature)
     if scoring.softcap is not None:
-        grad *= 1 - (scores * column / scoring.softcap).square()
+        grad *= 1 - (row.scores * column / scoring.softcap).square()
     if isinstance(column, Tensor) or column != 1:
         grad /= column
-    out.copy_(grad.masked_fill_(coefficients.idle()[:, None], 0.0))
+    idle = coefficients.idle()[:, None]
+    out.copy_(grad.masked_fill_(idle, 0.0))
 
 
 def _column(temperature: float | Tensor) -> float | Tensor:
