@@ -19,10 +19,10 @@ test: export OMP_NUM_THREADS ?= 1
 export GOMP_SPINCOUNT ?= 1000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo test lint format bench bench-wheels bench-compare clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMP) ## make .venv with the pinned versions, or bring it up to date
 
@@ -41,8 +41,21 @@ format: $(STAMP) ## put the code in ruff's form
 	.venv/bin/python -m ruff check --fix .
 	.venv/bin/python -m ruff format .
 
-bench: $(STAMP) ## run the benchmarks; ARGS="-k linear" selects some
-	.venv/bin/python -m pytest benchmarks $(ARGS)
+bench: $(STAMP) ## measure everything beside its peers; ARGS=--quick in minutes; writes benchmarks/results
+	@# Peers that cannot be installed beside our pins; without a network they are missing in the table.
+	@ls .venv/wheels/*.whl >/dev/null 2>&1 || .venv/bin/python -m pip --disable-pip-version-check download --quiet --no-deps \
+	  --only-binary :all: --dest .venv/wheels --requirement benchmarks/requirements-no-deps.txt || true
+	@wheels=; if ls .venv/wheels/*.whl >/dev/null 2>&1; then wheels="--wheels .venv/wheels"; fi; \
+	.venv/bin/python benchmarks/run.py $$wheels $(ARGS)
+
+bench-wheels: $(STAMP) ## collect in .wheels what a GPU machine without a network lacks: benchmarks/run.py --wheels .wheels
+	.venv/bin/python -m pip --disable-pip-version-check download --quiet --no-deps --only-binary :all: \
+	  --python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
+	  --dest .wheels --requirement benchmarks/wheels.txt
+
+bench-compare: $(STAMP) ## tell whether anything is slower than at BASE=<revision>; ARGS="--only plan" selects some
+	@[ -n "$(BASE)" ] || { echo "error: which revision? try: make bench-compare BASE=HEAD" >&2; exit 2; }
+	.venv/bin/python -m benchmarks.compare "$(BASE)" $(ARGS)
 
 clean: ## remove .venv, builds and caches; runs/ stays
 	rm -rf .venv build dist .benchmarks .hypothesis .pytest_cache .ruff_cache

@@ -1,20 +1,20 @@
-"""Attention over one packed row: our SDPA over pieces against SDPA with a dense mask."""
+"""Attention over one packed row: each implementation of `perl.attention` against SDPA as PyTorch has it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.proof import Checked, near
-from perl.attention_sdpa import sdpa
+from benchmarks.conftest import TakeTurn, turns
+from benchmarks.contest import Contest, Provider, Run, Unavailable, Work
+from benchmarks.proof import Results, near
+from perl.attention import IMPLEMENTATIONS, choose
 from perl.layout import PackedLayout
-
-HEADS, KV_HEADS, DIM = 8, 2, 64
 
 
 class Piece(NamedTuple):
@@ -25,126 +25,225 @@ class Piece(NamedTuple):
     prefix: int = 0
 
 
-ROWS = {
-    "even": [Piece(128)] * 8,
-    "ragged": [Piece(n) for n in (300, 257, 190, 128, 77, 41, 30, 1)],
-    # A prompt of 600 tokens and its 6 completions of 60, the first of which continues it.
-    "shared": [Piece(660)] + [Piece(60, 0, 600)] * 5,
+class Heads(NamedTuple):
+    queries: int
+    keys: int
+    size: int
+
+
+def shared(prompt: int, completion: int, completions: int) -> list[Piece]:
+    """A prompt and its completions, the first of which continues it."""
+    return [Piece(prompt + completion)] + [Piece(completion, 0, prompt)] * (completions - 1)
+
+
+SMALL = {
+    "8 equal pieces": [Piece(128)] * 8,
+    "8 ragged pieces": [Piece(n) for n in (300, 257, 190, 128, 77, 41, 30, 1)],
+    "6 completions of a shared prompt": shared(600, 60, 6),
 }
-CASES = [(row, how) for row in ROWS for how in ("dense-mask", "sdpa")]
-CASES.insert(-1, ("shared", "sdpa-repeated"))
+# 4 to 8 images of 330 tokens before each of 6 completions of 512 tokens.
+LARGE = {
+    "16 equal pieces": [Piece(1024)] * 16,
+    "16 ragged pieces": [Piece(n) for n in range(64, 64 + 16 * 128, 128)],
+    "6 completions of a shared prompt": shared(2700, 512, 6),
+}
 
 
-@pytest.mark.parametrize(("row", "implementation"), CASES)
-def test_attention(checked: Checked, device: torch.device, row: str, implementation: str) -> None:
-    """Causal, grouped queries, forward and backward. Repeated: each completion after a prompt of its own."""
-    pieces = ROWS[row]
+def contests(cuda: bool, quick: bool) -> list[Contest]:
+    """Heads of Qwen2.5-VL-3B on a GPU, fewer and smaller ones on a CPU."""
+    rows, heads = (LARGE, Heads(16, 2, 128)) if cuda else (SMALL, Heads(8, 2, 64))
+    return [_contest(name, pieces, heads) for name, pieces in rows.items()]
+
+
+def _contest(name: str, pieces: list[Piece], heads: Heads) -> Contest:
     tokens = sum(piece.tokens for piece in pieces)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    generator = torch.Generator().manual_seed(0)
-    inputs = [
-        torch.randn(1, heads, tokens, DIM, generator=generator).to(device, dtype).requires_grad_()
-        for heads in (HEADS, KV_HEADS, KV_HEADS)
-    ]
-    q, k, v = inputs
-    upstream = torch.randn(1, tokens, HEADS, DIM, generator=generator).to(device, dtype)
-    # Made once, as all layers of a model share them.
-    mask = dense_mask(pieces).to(device)
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    truth = with_gradients(by_piece(exact, pieces), exact, upstream.double())
-    prove = near(truth, with_gradients(dense(q, k, v, mask), inputs, upstream), dtype)
-
-    if implementation == "dense-mask":
-        run, proof = lambda: with_gradients(dense(q, k, v, mask), inputs, upstream), prove
-    elif implementation == "sdpa":
-        layout = layout_of(pieces, device)
-        run, proof = lambda: with_gradients(ours(inputs, layout), inputs, upstream), prove
-    else:
-        run, proof = repeated(inputs, upstream, pieces, prove)
-    checked(
-        run,
-        proof,
-        group=f"attention, forward and backward, one {row} row of {tokens} tokens",
+    return Contest(
+        "Packed attention, forward and backward",
+        f"{name}, {tokens} tokens",
+        {"tokens": tokens, "pieces": len(pieces), **heads._asdict()},
+        partial(PackedRow, pieces, heads),
+        [
+            *[_ours(implementation) for implementation in IMPLEMENTATIONS],
+            *([Provider("PeRL, prompt repeated", _repeated)] if _shares(pieces) else []),
+            Provider("PyTorch, SDPA with a dense mask", _dense, "torch"),
+            Provider("PyTorch, SDPA piece by piece", _by_piece, "torch"),
+        ],
         # Per head and pair of tokens that see each other 2 products forward and 4 backward, of 2
-        # DIM each; L tokens have L (L + 1) / 2 pairs among themselves.
-        flops=6 * HEADS * DIM * sum(p.tokens * (p.tokens + 1 + 2 * p.prefix) for p in pieces),
+        # operations an element each; L tokens have L (L + 1) / 2 pairs among themselves.
+        Work(
+            6
+            * heads.queries
+            * heads.size
+            * sum(p.tokens * (p.tokens + 1 + 2 * p.prefix) for p in pieces)
+        ),
     )
 
 
-def ours(inputs: list[Tensor], layout: PackedLayout) -> Tensor:
+def _shares(pieces: list[Piece]) -> bool:
+    return any(piece.prefix for piece in pieces)
+
+
+class PackedRow:
+    """Queries, keys and values of one row, causal, with grouped queries; bfloat16 on a GPU, float32 on a CPU."""
+
+    def __init__(self, pieces: list[Piece], heads: Heads, device: torch.device) -> None:
+        self.pieces, self.heads = pieces, heads
+        self.tokens = sum(piece.tokens for piece in pieces)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator, device=device).to(dtype)
+
+        self.inputs = [
+            normal(1, n, self.tokens, heads.size).requires_grad_()
+            for n in (heads.queries, heads.keys, heads.keys)
+        ]
+        self.upstream = normal(1, self.tokens, heads.queries, heads.size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.upstream.device
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """[T, T] bool: True where a token sees another: its prefix, itself and earlier ones of its piece."""
+        blocks = (torch.ones(p.tokens, p.tokens).tril() for p in self.pieces)
+        mask, start = torch.block_diag(*blocks).bool(), 0
+        for p in self.pieces:
+            mask[start : start + p.tokens, p.prefix_start : p.prefix_start + p.prefix] = True
+            start += p.tokens
+        return mask.to(self.device)
+
+    def results(self, out: Tensor, inputs: list[Tensor], upstream: Tensor) -> Results:
+        q, k, v = torch.autograd.grad(out, inputs, upstream)
+        return {"out": out.detach(), "grad query": q, "grad key": k, "grad value": v}
+
+    def prove(
+        self, results: Results, omits: frozenset[str] = frozenset(), slack: float = 1.0
+    ) -> float:
+        return self._near(results, omits, slack)
+
+    @cached_property
+    def _near(self):
+        exact = [x.detach().double().requires_grad_() for x in self.inputs]
+        truth = self.results(_softmax(exact, self), exact, self.upstream.double())
+        plain = self.results(_softmax(self.inputs, self), self.inputs, self.upstream)
+        return near(truth, plain, self.upstream.dtype)
+
+
+def _pieces_of(inputs: list[Tensor], p: PackedRow) -> Any:
+    """Of each piece its queries, and the keys and values that it sees."""
+    start = 0
     q, k, v = inputs
-    return sdpa(q, k, v, layout, causal=True, scale=None, dropout=0.0)
-
-
-def repeated(
-    inputs: list[Tensor],
-    upstream: Tensor,
-    pieces: list[Piece],
-    prove: Callable[[dict[str, Tensor]], None],
-) -> tuple[Callable[[], dict[str, Tensor]], Callable[[dict[str, Tensor]], None]]:
-    """The row with every prefix written out before its piece, and what proves its results, added up over copies."""
-    device, tokens = upstream.device, upstream.shape[1]
-    source, first, start = [], [], 0
-    for piece in pieces:
-        own = torch.arange(start, start + piece.tokens)
-        prefix = torch.arange(piece.prefix_start, piece.prefix_start + piece.prefix)
-        source += [prefix, own]
-        first += [torch.zeros(piece.prefix), torch.ones(piece.tokens)]
+    for piece in p.pieces:
+        own = slice(start, start + piece.tokens)
+        prefix = slice(piece.prefix_start, piece.prefix_start + piece.prefix)
+        seen = [
+            torch.cat([x[:, :, prefix], x[:, :, own]], 2) if piece.prefix else x[:, :, own]
+            for x in (k, v)
+        ]
+        yield piece, q[:, :, own], *seen
         start += piece.tokens
-    index, once = torch.cat(source).to(device), torch.cat(first).bool().to(device)
-    copies = [x.detach().index_select(2, index).requires_grad_() for x in inputs]
-    # The loss is taken of each token once.
-    spread = upstream.index_select(1, index) * once[:, None, None]
-    layout = layout_of([Piece(p.prefix + p.tokens) for p in pieces], device)
-
-    def added_up(results: dict[str, Tensor]) -> None:
-        sums = {"out": results["out"][:, once]}
-        for name, x in results.items():
-            if name != "out":
-                total = torch.zeros(*x.shape[:2], tokens, x.shape[3], device=device)
-                sums[name] = total.index_add(2, index, x.float()).to(x.dtype)
-        prove(sums)
-
-    return lambda: with_gradients(ours(copies, layout), copies, spread), added_up
 
 
-def layout_of(pieces: list[Piece], device: torch.device) -> PackedLayout:
+def _softmax(inputs: list[Tensor], p: PackedRow) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, one piece after the other."""
+    outputs, times = [], p.heads.queries // p.heads.keys
+    for piece, q, k, v in _pieces_of(inputs, p):
+        k, v = (x.repeat_interleave(times, dim=1) for x in (k, v))
+        scores = q @ k.mT / p.heads.size**0.5
+        future = torch.ones_like(scores, dtype=torch.bool).triu(1 + piece.prefix)
+        outputs.append(scores.masked_fill(future, -torch.inf).softmax(3) @ v)
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _ours(name: str) -> Provider:
+    def prepare(p: PackedRow) -> Run:
+        bfloat16 = p.upstream.dtype == torch.bfloat16
+        if name == "flex" and not bfloat16:
+            raise Unavailable("without a GPU it is SDPA with a dense mask")
+        try:
+            choose(name, p.device, bfloat16)
+        except ValueError as error:
+            raise Unavailable(str(error)) from error
+        layout = _layout(p.pieces, p.device)
+        return Run(lambda: p.results(_packed(name, p.inputs, layout), p.inputs, p.upstream))
+
+    return Provider(f"PeRL, {name}", prepare)
+
+
+def _packed(name: str, inputs: list[Tensor], layout: PackedLayout) -> Tensor:
+    q, k, v = inputs
+    return IMPLEMENTATIONS[name](q, k, v, layout, causal=True, scale=None, dropout=0.0)
+
+
+def _layout(pieces: list[Piece], device: torch.device) -> PackedLayout:
     lengths, starts, prefixes = torch.tensor(pieces).unbind(1)
     return PackedLayout(F.pad(lengths.cumsum(0), (1, 0)), starts, prefixes, device)
 
 
-def dense_mask(pieces: list[Piece]) -> Tensor:
-    """[T, T] bool: True where a token sees another: its prefix, itself and earlier ones of its piece."""
-    mask = torch.block_diag(*(torch.ones(p.tokens, p.tokens).tril() for p in pieces)).bool()
-    start = 0
-    for piece in pieces:
-        mask[
-            start : start + piece.tokens, piece.prefix_start : piece.prefix_start + piece.prefix
-        ] = True
+def _dense(p: PackedRow) -> Run:
+    q, k, v = p.inputs
+
+    def call() -> Results:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=p.mask, enable_gqa=True)
+        return p.results(out.transpose(1, 2), p.inputs, p.upstream)
+
+    return Run(call)
+
+
+def _by_piece(p: PackedRow) -> Run:
+    """A loop with PyTorch's own causal kernels; a piece with a prefix needs a mask, aligned to the last key."""
+    masks = {
+        piece: torch.ones(
+            piece.tokens, piece.prefix + piece.tokens, dtype=torch.bool, device=p.device
+        ).tril(piece.prefix)
+        for piece in p.pieces
+        if piece.prefix
+    }
+
+    def call() -> Results:
+        outputs = [
+            F.scaled_dot_product_attention(
+                q, k, v, attn_mask=masks.get(piece), is_causal=piece not in masks, enable_gqa=True
+            )
+            for piece, q, k, v in _pieces_of(p.inputs, p)
+        ]
+        return p.results(torch.cat(outputs, 2).transpose(1, 2), p.inputs, p.upstream)
+
+    return Run(call)
+
+
+def _repeated(p: PackedRow) -> Run:
+    """The row with every prefix written out before its piece, as without shared prompts."""
+    source, first, start = [], [], 0
+    for piece in p.pieces:
+        prefix = torch.arange(piece.prefix_start, piece.prefix_start + piece.prefix)
+        source += [prefix, torch.arange(start, start + piece.tokens)]
+        first += [torch.zeros(piece.prefix), torch.ones(piece.tokens)]
         start += piece.tokens
-    return mask
+    index, once = torch.cat(source).to(p.device), torch.cat(first).bool().to(p.device)
+    copies = [x.detach().index_select(2, index).requires_grad_() for x in p.inputs]
+    # The loss is taken of each token once.
+    spread = p.upstream.index_select(1, index) * once[:, None, None]
+    layout = _layout([Piece(piece.prefix + piece.tokens) for piece in p.pieces], p.device)
+    name, _ = choose("auto", p.device, p.upstream.dtype == torch.bfloat16)
+
+    def added_up(results: Results) -> Results:
+        sums = {"out": results["out"][:, once]}
+        for key, x in results.items():
+            if key != "out":
+                total = torch.zeros(*x.shape[:2], p.tokens, x.shape[3], device=p.device)
+                sums[key] = total.index_add(2, index, x.float()).to(x.dtype)
+        return sums
+
+    return Run(lambda: p.results(_packed(name, copies, layout), copies, spread), read=added_up)
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    turns(metafunc, contests)
 
 
-def by_piece(inputs: list[Tensor], pieces: list[Piece]) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, one piece after the other."""
-    q, k, v = inputs
-    k, v = (x.repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (k, v))
-    outputs, start = [], 0
-    for piece in pieces:
-        own = slice(start, start + piece.tokens)
-        prefix = slice(piece.prefix_start, piece.prefix_start + piece.prefix)
-        k_s, v_s = (torch.cat([x[:, :, prefix], x[:, :, own]], dim=2) for x in (k, v))
-        scores = q[:, :, own] @ k_s.mT / DIM**0.5
-        future = torch.ones_like(scores, dtype=torch.bool).triu(1 + piece.prefix)
-        outputs.append(scores.masked_fill(future, -torch.inf).softmax(3) @ v_s)
-        start += piece.tokens
-    return torch.cat(outputs, dim=2).transpose(1, 2)
-
-
-def with_gradients(out: Tensor, inputs: list[Tensor], upstream: Tensor) -> dict[str, Tensor]:
-    q, k, v = torch.autograd.grad(out, inputs, upstream)
-    return {"out": out.detach(), "grad query": q, "grad key": k, "grad value": v}
+def test_attention(race: TakeTurn) -> None:
+    race()

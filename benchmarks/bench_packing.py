@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.proof import Checked
+from benchmarks.conftest import TakeTurn, turns
+from benchmarks.contest import Contest, Inputs, Provider, Run
 from perl.packing import pack_row
 from perl.packing_plan import Load, Row, Share, plan
 from perl.types import EncodedImage, EncodedPrompt, PackedBatch, Segment
@@ -18,8 +20,27 @@ IMAGE_TOKEN = 9
 IMAGES, IMAGE_TOKENS, TEXT_TOKENS, COMPLETION_TOKENS = 4, 64, 60, 200
 
 
-@pytest.mark.parametrize("count", [64, 256, 1024, 4096])
-def test_plan(checked: Checked, count: int) -> None:
+def contests(cuda: bool, quick: bool) -> list[Contest]:
+    """Rows are planned and made on the host, so both kinds of machine do the same."""
+    return [
+        *[_plan(count) for count in (64, 256, 1024, 4096)],
+        *[_pack_row(count) for count in (4, 16, 64)],
+    ]
+
+
+def _plan(prompts: int) -> Contest:
+    return Contest(
+        "Plan of packed rows",
+        f"{prompts} prompts of 6 completions",
+        {"prompts": prompts},
+        partial(_loads, prompts),
+        [Provider("PeRL", lambda p: Run(lambda: plan(p.value, BUDGET)))],
+        host=True,
+        axis="prompts",
+    )
+
+
+def _loads(count: int, device: torch.device) -> Inputs:
     """Prompts with images, 300 to 1000 tokens, and six completions each; two prompts to a group."""
     rng = random.Random(0)
     loads = [
@@ -27,29 +48,38 @@ def test_plan(checked: Checked, count: int) -> None:
         for index in range(count)
     ]
 
-    def prove(rows: list[Row]) -> None:
-        placed = sorted((s.segment, i) for row in rows for s in row for i in s.completions)
-        assert placed == [(s, i) for s in range(count) for i in range(6)]
-        used = sorted(sum(map(tokens_of, row)) for row in rows)
-        assert used[-1] <= BUDGET
-        # Best fit opens a row only for what no other row can take.
-        assert sum(used[:2]) > BUDGET
-
     def tokens_of(share: Share) -> int:
         load = loads[share.segment]
         return load.prompt + sum(load.completions[i] for i in share.completions)
 
-    rows = plan(loads, BUDGET)
-    fill = sum(load.tokens for load in loads) / (len(rows) * BUDGET)
-    checked(lambda: plan(loads, BUDGET), prove, group="plan, by prompts of six", fill=fill)
+    def check(rows: list[Row]) -> None:
+        placed = sorted((s.segment, i) for row in rows for s in row for i in s.completions)
+        assert placed == [(s, i) for s in range(count) for i in range(6)], "a completion is lost"
+        used = sorted(sum(map(tokens_of, row)) for row in rows)
+        assert used[-1] <= BUDGET, f"a row of {used[-1]} tokens"
+        # Best fit opens a row only for what no other row can take.
+        assert sum(used[:2]) > BUDGET, "two rows would fit into one"
+
+    return Inputs(loads, check)
 
 
-@pytest.mark.parametrize("count", [4, 16, 64])
-def test_pack_row(checked: Checked, count: int) -> None:
+def _pack_row(prompts: int) -> Contest:
+    return Contest(
+        "A packed row of segments",
+        f"{prompts} prompts of 2 completions",
+        {"prompts": prompts},
+        partial(_segments, prompts),
+        [Provider("PeRL", lambda p: Run(lambda: pack_row(p.value)))],
+        host=True,
+        axis="prompts",
+    )
+
+
+def _segments(count: int, device: torch.device) -> Inputs:
     """Prompts of four images with two completions each; two prompts share their images."""
-    segments = [make_segment(group=i // 2, seed=i) for i in range(count)]
+    segments = [_segment(group=i // 2, seed=i) for i in range(count)]
 
-    def prove(batch: PackedBatch) -> None:
+    def check(batch: PackedBatch) -> None:
         ids = [np.concatenate([s.prompt.input_ids, *s.completions]) for s in segments]
         length = len(ids[0])
         assert batch.input_ids.tolist() == np.concatenate(ids).tolist()
@@ -71,11 +101,10 @@ def test_pack_row(checked: Checked, count: int) -> None:
         assert [features[i] for i in batch.visual_source] == shown
         assert (batch.input_ids == IMAGE_TOKEN).nonzero()[:, 0].equal(batch.visual_positions)
 
-    tokens = sum(len(s.prompt.input_ids) + sum(map(len, s.completions)) for s in segments)
-    checked(lambda: pack_row(segments), prove, group="pack_row, by prompts", tokens=tokens)
+    return Inputs(segments, check)
 
 
-def make_segment(group: int, seed: int) -> Segment:
+def _segment(group: int, seed: int) -> Segment:
     rng = np.random.default_rng(seed)
     images = tuple(
         EncodedImage(f"{group}-{k}", torch.empty(0), (1, 16, 16), IMAGE_TOKENS)
@@ -87,3 +116,11 @@ def make_segment(group: int, seed: int) -> Segment:
     encoded = EncodedPrompt(ids, positions, len(ids), images, IMAGE_TOKEN)
     completions = tuple(rng.integers(100, 1000, COMPLETION_TOKENS) for _ in range(2))
     return Segment(encoded, completions, (1.0, 1.0), group)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    turns(metafunc, contests)
+
+
+def test_packing(race: TakeTurn) -> None:
+    race()

@@ -2,54 +2,86 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
+import torch
 from PIL import Image
 
-from benchmarks.proof import Checked
+from benchmarks.conftest import TakeTurn, turns
+from benchmarks.contest import Contest, Inputs, Provider, Run
 from perl.permutation import Order, orders, permute
 from perl.types import Example, Variant
 
-COUNTS = [4, 8, 16, 32]
+COUNTS = (4, 8, 16, 32, 64)
 ORDERS = 8
 
 
-@pytest.mark.parametrize("count", COUNTS)
-def test_orders(checked: Checked, count: int) -> None:
-    """Eight orders, as one training example gets."""
-    example = make_example(count)
+def contests(cuda: bool, quick: bool) -> list[Contest]:
+    return [*map(_orders, COUNTS), *map(_permute, COUNTS)]
 
-    def prove(found: list[Order]) -> None:
-        assert found[0] == tuple(range(count))
-        assert len(set(found)) == len(found) == ORDERS
-        assert all(sorted(order) == list(range(count)) for order in found)
 
-    checked(
-        lambda: orders(example, ORDERS, seed=0, epoch=0),
-        prove,
-        group=f"orders, {ORDERS} of them, by images",
+def _orders(images: int) -> Contest:
+    def problem(device: torch.device) -> Inputs:
+        """Eight orders, as one training example gets."""
+
+        def check(found: list[Order]) -> None:
+            assert found[0] == tuple(range(images)), "the original order is not the first"
+            assert len(set(found)) == len(found) == ORDERS, "orders are missing or equal"
+            assert all(sorted(order) == list(range(images)) for order in found)
+
+        return Inputs(_example(images), check)
+
+    return _contest(
+        f"{ORDERS} orders of an example",
+        images,
+        problem,
+        lambda p: Run(lambda: orders(p.value, ORDERS, seed=0, epoch=0)),
     )
 
 
-@pytest.mark.parametrize("count", COUNTS)
-def test_permute(checked: Checked, count: int) -> None:
-    """An answer that names every image, the longest there is to rewrite."""
-    example = make_example(count)
-    order = orders(example, 2, seed=0, epoch=0)[1]
+def _permute(images: int) -> Contest:
+    def problem(device: torch.device) -> Inputs:
+        """An answer that names every image, the longest there is to rewrite."""
+        example = _example(images)
+        order = orders(example, 2, seed=0, epoch=0)[1]
 
-    def prove(variant: Variant) -> None:
-        assert len(variant.images) == count
-        assert all(variant.images[j] is example.images[i] for j, i in enumerate(order))
-        # The answer names the same pictures, where they are now.
-        pictures = [variant.images[int(name) - 1] for name in variant.answer.split(", ")]
-        assert all(a is b for a, b in zip(pictures, example.images, strict=True))
+        def check(variant: Variant) -> None:
+            assert len(variant.images) == images
+            moved = [variant.images[j] is example.images[i] for j, i in enumerate(order)]
+            assert all(moved), "images do not stand in the order"
+            # The answer names the same pictures, where they are now.
+            pictures = [variant.images[int(name) - 1] for name in variant.answer.split(", ")]
+            same = [a is b for a, b in zip(pictures, example.images, strict=True)]
+            assert all(same), "the answer names other pictures"
 
-    checked(lambda: permute(example, order), prove, group="permute, by images")
+        return Inputs((example, order), check)
+
+    return _contest(
+        "An example in another order",
+        images,
+        problem,
+        lambda p: Run(partial(permute, *p.value)),
+    )
 
 
-def make_example(count: int) -> Example:
+def _contest(op: str, images: int, problem, prepare) -> Contest:
+    case, shape = f"{images} images", {"images": images}
+    return Contest(op, case, shape, problem, [Provider("PeRL", prepare)], host=True, axis="images")
+
+
+def _example(count: int) -> Example:
     return Example(
         id="example",
         images=tuple(Image.new("RGB", (1, 1)) for _ in range(count)),
         question="<image>" * count + "Put the images in order.",
         answer=", ".join(str(slot + 1) for slot in range(count)),
     )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    turns(metafunc, contests)
+
+
+def test_permutation(race: TakeTurn) -> None:
+    race()

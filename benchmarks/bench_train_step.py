@@ -20,9 +20,8 @@ import json
 import math
 import os
 import sys
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 # As perl-rl does: threads that wait must not spin where other work is running. Read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -32,24 +31,14 @@ sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "kernels")) if p not in sys.pa
 import torch  # noqa: E402
 
 from benchmarks.shapes import SHAPES  # noqa: E402
-from benchmarks.train_step import measure  # noqa: E402
 from benchmarks.train_step.run import (  # noqa: E402
     DTYPES,
-    Reference,
     Report,
     Setting,
-    fresh,
-    make_trainee,
     run,
 )
-from benchmarks.train_step.variants import VARIANTS, Step, Trainee  # noqa: E402
 from benchmarks.train_step.workload import Workload  # noqa: E402
 from perl.types import UserError  # noqa: E402
-
-if TYPE_CHECKING:
-    import pytest
-
-    from benchmarks.proof import Checked
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -160,7 +149,14 @@ def parse(arguments: list[str] | None) -> tuple[Setting, Path | None]:
         metavar="N",
         help="of weights, lengths and images; default: 0",
     )
+    add(
+        "--quick",
+        action="store_true",
+        help="questions of 2 and 4 images, completions of 128 tokens",
+    )
     given = parser.parse_args(arguments)
+    if given.quick:
+        given.images, given.completion = [2, 4], 128
     if given.device == "cuda" and not cuda:
         parser.error("--device cuda: there is no GPU that PyTorch can use")
     if given.json and (given.json.is_dir() or not given.json.absolute().parent.is_dir()):
@@ -236,34 +232,6 @@ def table(report: Report) -> str:
         "weights. Gradients: largest difference from padded's, relative to each parameter's largest.",
     ]
     return "\n".join(lines)
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """For `make bench`; a script that needs no pytest cannot use its marks."""
-    if "variant" in metafunc.fixturenames:
-        metafunc.parametrize("variant", VARIANTS)
-
-
-def test_train_step(checked: Checked, device: torch.device, variant: str) -> None:
-    """The tiny model on 2 and 4 images; as a script, this file runs the real setting."""
-    trainee, reference = _small(device.type)
-
-    def prove(step: Step) -> None:
-        reference.check(variant, step, trainee)
-
-    _, flops = measure.flops(fresh(trainee, variant), trainee.model.model)
-    checked(
-        lambda: fresh(trainee, variant)(), prove, group="training step", flops=sum(flops.values())
-    )
-
-
-@cache
-def _small(device: str) -> tuple[Trainee, Reference]:
-    small = ["--model=tiny", "--dtype=float32", "--images", "2", "4", "--completion=96"]
-    small += ["--tokens-per-image=40"]
-    setting, _ = parse([f"--device={device}", *small])
-    trainee = make_trainee(setting)
-    return trainee, Reference(trainee, fresh(trainee, "padded")())
 
 
 if __name__ == "__main__":

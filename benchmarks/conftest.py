@@ -1,85 +1,115 @@
-"""What every benchmark shares: the device, the threads, the clock, and no time without a proof."""
+"""What every benchmark shares: the device, the clock, providers in turn, and no time without a proof."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from benchmarks.proof import Checked, R
+from benchmarks.clock import clock
+from benchmarks.contest import Contest, Provider
+from benchmarks.race import Race
+from benchmarks.results import Findings, machine
+
+TakeTurn = Callable[[], None]
+"""What a benchmark calls; see the fixture `race`."""
+
+_FIRST = (
+    *("bench_linear_loss", "bench_logprobs", "bench_logits_loss", "bench_attention"),
+    *("bench_growth", "bench_step", "bench_advantages"),
+)
+
+RESULTS = pytest.StashKey[Findings]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("perl benchmarks")
-    group.addoption(
-        "--device", choices=("cpu", "cuda"), help="where tensors live (cuda if there is one)"
-    )
-    group.addoption(
-        "--threads", type=int, help="CPU threads of PyTorch (OMP_NUM_THREADS, else all cores)"
-    )
+    add = group.addoption
+    add("--device", choices=("cpu", "cuda"), help="where tensors live (cuda if there is one)")
+    add("--threads", type=int, help="CPU threads of PyTorch (OMP_NUM_THREADS, else all cores)")
+    add("--quick", action="store_true", help="fewer and smaller cases")
+    add("--passes", type=int, default=1, help="how often the providers of a case take turns")
+    add("--budget", type=float, default=0.1, help="seconds of a provider's turn")
+    add("--minutes", type=float, help="cases that would start later are left out, and named")
+    add("--results", type=Path, help="JSON file for all rows and the machine")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(config.getoption("threads") or torch.get_num_threads())
+    # What a library would fetch is no part of a measurement.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    config.stash[RESULTS] = Findings(chosen_device(config))
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return "benchmarks: " + ", ".join(f"{key} {value}" for key, value in _machine(config).items())
+    return "benchmarks: " + ", ".join(
+        f"{key} {value}" for key, value in machine(chosen_device(config)).items() if value
+    )
 
 
 def pytest_benchmark_update_machine_info(
-    config: pytest.Config, machine_info: dict[str, Any]
+    config: pytest.Config, machine_info: dict[str, object]
 ) -> None:
-    machine_info.update(_machine(config))
+    machine_info.update(machine(chosen_device(config)))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A GPU still works when the call has returned, so its clock waits for it."""
-    if chosen_device(config).type != "cuda":
-        return
+    # Time may be over before all have run.
+    items.sort(key=lambda item: _FIRST.index(item.path.stem) if item.path.stem in _FIRST else 99)
+    device = chosen_device(config)
     for item in items:
-        if "checked" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.benchmark(timer=_synchronised_clock))
+        turn = item.callspec.params["turn"] if hasattr(item, "callspec") else None
+        if turn and not turn.contest.host:
+            item.add_marker(pytest.mark.benchmark(timer=clock(device)))
 
 
-@pytest.fixture(scope="session")
-def device(pytestconfig: pytest.Config) -> torch.device:
-    return chosen_device(pytestconfig)
+def pytest_report_teststatus(
+    report: pytest.TestReport | pytest.CollectReport, config: pytest.Config
+) -> tuple[str, str, str] | None:
+    """With results in a file, a line for each case in place of dots."""
+    if config.getoption("results") and not report.failed:
+        return report.outcome if report.when == "call" or report.skipped else "", "", ""
+    return None
 
 
-@pytest.fixture
-def checked(benchmark: BenchmarkFixture, device: torch.device) -> Checked:
-    """Times `run`, but only after `prove` has accepted what it returns.
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    config = session.config
+    if file := config.getoption("results"):
+        config.stash[RESULTS].write(file)
 
-    Of a case that `prove` refuses, by an AssertionError, no time is taken: it fails and is in no
-    table or file. Cases of one `group` are compared. `extra_info` (in the JSON) gets `info` and, for
-    work on tensors, which gives `flops`, its number of operations, the rate, and the memory taken.
+
+@dataclass(frozen=True)
+class Turn:
+    """A provider's place in one pass over the providers of a contest."""
+
+    contest: Contest
+    provider: Provider
+    number: int
+
+    @property
+    def id(self) -> str:
+        """Of letters, digits, dots and dashes, so that `-k` can name it."""
+        words = f"{self.contest.op} {self.contest.case} {self.provider.name} {self.number}"
+        return re.sub(r"[^\w.]+", "-", words)
+
+
+def turns(metafunc: pytest.Metafunc, contests: Callable[[bool, bool], Iterable[Contest]]) -> None:
+    """Give a test function every provider of every contest, `--passes` times in turn.
+
+    Args:
+        contests: by whether there is a GPU, and whether little time is to be spent.
     """
-
-    def prove_then_time(
-        run: Callable[[], R],
-        prove: Callable[[R], None],
-        *,
-        group: str,
-        flops: float | None = None,
-        **info: object,
-    ) -> None:
-        prove(run())
-        benchmark.group = group
-        benchmark.extra_info.update(info)
-        if flops is not None and benchmark.enabled:
-            benchmark.extra_info.update(flops=flops, **_memory(run, device))
-        benchmark(run)
-        if flops is not None and benchmark.stats is not None:
-            benchmark.extra_info["gflops_per_s"] = flops / benchmark.stats["median"] / 1e9
-
-    return prove_then_time
+    option = metafunc.config.getoption
+    found = contests(chosen_device(metafunc.config).type == "cuda", option("quick"))
+    every = [Turn(c, p, n) for c in found for n in range(option("passes")) for p in c.providers]
+    metafunc.parametrize("turn", every, ids=[turn.id for turn in every])
 
 
 def chosen_device(config: pytest.Config) -> torch.device:
@@ -87,48 +117,32 @@ def chosen_device(config: pytest.Config) -> torch.device:
     return torch.device(name)
 
 
-def _machine(config: pytest.Config) -> dict[str, str | int]:
-    device = chosen_device(config)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {"device": name, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+@pytest.fixture(scope="session")
+def _race(pytestconfig: pytest.Config) -> Iterator[Race]:
+    option = pytestconfig.getoption
+    plugin = pytestconfig.pluginmanager.get_plugin
+
+    def say(line: str) -> None:
+        if option("results"):
+            with plugin("capturemanager").global_and_fixture_disabled():
+                print(line, flush=True)
+
+    race = Race(
+        chosen_device(pytestconfig),
+        pytestconfig.stash[RESULTS],
+        option("budget"),
+        option("minutes"),
+        say,
+    )
+    yield race
+    race.leave()
 
 
-def _synchronised_clock() -> float:
-    torch.cuda.synchronize()
-    return time.perf_counter()
+@pytest.fixture
+def race(_race: Race, benchmark: BenchmarkFixture, turn: Turn) -> TakeTurn:
+    """Takes a turn: proves what the provider computes, then times it.
 
-
-def _memory(run: Callable[[], object], device: torch.device) -> dict[str, int]:
-    """What `run` allocates beyond its inputs: the peak on a GPU, the largest tensor on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return {"peak_extra_bytes": torch.cuda.max_memory_allocated() - before}
-    with _LargestTensor() as largest:
-        run()
-    return {"largest_tensor_bytes": largest.nbytes}
-
-
-class _LargestTensor(TorchDispatchMode):
-    """Notes the largest storage that an operation returns and was not given."""
-
-    nbytes = 0
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {storage.data_ptr() for storage in _storages((args, kwargs))}
-        new = [s.nbytes() for s in _storages(result) if s.data_ptr() not in given]
-        self.nbytes = max([self.nbytes, *new])
-        return result
-
-
-def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
-    return (x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor))
+    A provider that is missing, wrong or out of memory is a row that says so and has no time; a wrong result of this
+    repository also fails the benchmark.
+    """
+    return partial(_race.run, turn.contest, turn.provider, benchmark)

@@ -24,6 +24,16 @@ _SIZES: dict[str, dict[str, Any]] = {
         "vision": (1280, 3420, 32, 16),
         "full": [7, 15, 23, 31],
     },
+    # A language model as in config.json of Qwen/Qwen2.5-0.5B-Instruct, and a tower of a quarter of its size.
+    "0.6b": {
+        "vocabulary": 151936,
+        "special": 151652,
+        "tied": True,
+        "text": (896, 4864, 24, 14, 2),
+        "mrope": [8, 12, 12],
+        "vision": (768, 2048, 16, 12),
+        "full": [3, 7, 11, 15],
+    },
     # Tower, language model and head take about the shares of a step that they take in the 3b.
     "tiny": {
         "vocabulary": 1000,
@@ -40,7 +50,8 @@ SHAPES = tuple(_SIZES)
 
 
 def shape(name: str) -> Any:
-    """The config of a Qwen2.5-VL: `3b` and `7b` are those of the released models, `tiny` is for a CPU."""
+    """The config of a Qwen2.5-VL: `3b` and `7b` are those of the released models, `0.6b` lies between, `tiny` is for a
+    CPU."""
     from transformers import Qwen2_5_VLConfig
 
     size = _SIZES[name]

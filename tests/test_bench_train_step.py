@@ -173,7 +173,7 @@ def test_other_settings_are_proven_too(options: list[str], tmp_path: Path, capsy
         (["--rollouts=0"], "argument --rollouts: 0 is not a positive whole number"),
         (["--images", "2", "many"], "argument --images: many is not a positive whole number"),
         (["--images", "2", "--orders=3"], "--orders 3: 2 images have only 2"),
-        (["--model=nowhere"], "--model nowhere: choose 3b, 7b, tiny or a model folder"),
+        (["--model=nowhere"], "--model nowhere: choose 3b, 7b, 0.6b, tiny or a model folder"),
         (["--orders=1", "--rollouts=1"], "--orders 1 --rollouts 1: a single completion"),
         (["--json=/nowhere/report.json"], "--json /nowhere/report.json: give a file in a folder"),
         ([*SMALL, "--budget=20"], "--budget 20: a sequence has 234 tokens; raise it"),

@@ -1,10 +1,8 @@
-"""Operations, memory and agreement of training steps."""
+"""Operations and agreement of training steps."""
 
 from __future__ import annotations
 
-import gc
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -125,30 +123,6 @@ def _raw(formula: Callable[..., int]) -> Callable[..., int]:
 def _head(hidden: Any, weight: Any, *_: Any, **__: Any) -> int:
     """6NHV: logits, and the gradients of hidden states and weight, which are made in the forward."""
     return 6 * math.prod(hidden) * weight[0]
-
-
-def peak(run: Callable[[], T], device: torch.device) -> tuple[T, int]:
-    """What `run` gives, and the most bytes it had allocated: gradients, activations and temporaries, not the weights.
-
-    From PyTorch's allocators, which know what operators take inside and forget what an earlier run took.
-    """
-    gc.collect()  # What only a cycle of references keeps would else be freed during the run.
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = run()
-        return result, torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # The profiler announces itself on stderr.
-    profiler: Any = torch.autograd.profiler.profile(profile_memory=True)
-    with profiler:
-        result = run()
-    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
-    allocated = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        allocated += event.nbytes()
-        most = max(most, allocated)
-    return result, most
 
 
 def gradients(model: torch.nn.Module, device: torch.device | None = None) -> Gradients:

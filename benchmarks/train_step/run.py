@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import memory
 from benchmarks.shapes import SHAPES, shape
 from benchmarks.train_step import measure
 from benchmarks.train_step.variants import VARIANTS, Step, Trainee
@@ -63,7 +64,7 @@ def run(setting: Setting) -> Report:
     for name in VARIANTS:
         print(f"{name}: proving and counting", file=sys.stderr)
         counted = partial(measure.flops, fresh(trainee, name), trainee.model.model)
-        (steps[name], flops[name]), peaks[name] = measure.peak(counted, trainee.device)
+        (steps[name], flops[name]), peaks[name] = memory.peak(counted, trainee.device)
         reference = reference or Reference(trainee, steps[name])
         differences[name] = reference.check(name, steps[name], trainee)
     del reference

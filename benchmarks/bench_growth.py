@@ -1,0 +1,59 @@
+"""How the cost of `linear_grpo_loss` grows with tokens, vocabulary and hidden size, each over a factor of 16 or more."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+
+from benchmarks.bench_linear_loss import OP
+from benchmarks.conftest import TakeTurn, turns
+from benchmarks.contest import Contest
+from benchmarks.head_problem import HeadProblem, make_problem
+from benchmarks.heads import Head, head
+from benchmarks.providers import LINEAR_LOSS
+
+_SHOWN = ("PeRL, Triton", "PeRL, PyTorch", "PyTorch, eager")
+
+
+def contests(cuda: bool, quick: bool) -> list[Contest]:
+    """From the head of Qwen2.5-VL-3B; on a CPU from a sixteenth of it."""
+    if cuda:
+        start = head("Qwen2.5-VL-3B", 8192, 2)
+        sweeps = {
+            "N": (1024, 2048, 4096, 8192, 16384, 32768, 65536),
+            "V": (16384, 32768, 65536, 131072, 262144),
+            "H": (512, 1024, 2048, 4096, 8192),
+        }
+    else:
+        start = head("Qwen2.5-VL-3B", 256, 4, fraction=16)
+        sweeps = {
+            "N": (64, 128, 256, 512, 1024),
+            "V": (2048, 4096, 8192, 16384, 32768),
+            "H": (32, 64, 128, 256, 512),
+        }
+    if quick:
+        sweeps = {axis: sizes[::2] for axis, sizes in sweeps.items()}
+    return [_contest(start, axis, n) for axis, sizes in sweeps.items() for n in sizes]
+
+
+def _contest(start: Head, axis: str, value: int) -> Contest:
+    size = start.at(**{axis: value})
+    rest = ", ".join(f"{k} = {getattr(size, k)}" for k in "NHV" if k != axis)
+    return Contest(
+        OP,
+        f"{axis} = {value} ({rest})",
+        size.asdict(),
+        partial(make_problem, HeadProblem, size),
+        [provider for provider in LINEAR_LOSS if provider.name in _SHOWN],
+        size.loss(),
+        axis=axis,
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    turns(metafunc, contests)
+
+
+def test_growth(race: TakeTurn) -> None:
+    race()

@@ -1,0 +1,61 @@
+"""Hidden states and LM head to the GRPO loss and its gradients: `linear_grpo_loss` against everybody's way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import pytest
+
+from benchmarks.conftest import TakeTurn, turns
+from benchmarks.contest import Contest, Provider
+from benchmarks.head_problem import HeadProblem, Level, make_problem
+from benchmarks.heads import MODELS, Head, head
+from benchmarks.providers import LINEAR_LOSS, soon_ready
+
+OP = "Linear GRPO loss, forward and backward"
+MAIN = "Qwen2.5-VL-3B"
+
+
+def contests(cuda: bool, quick: bool) -> list[Contest]:
+    """Every model's head with 8192 rows; on a CPU with 512, or 256, rows and an eighth of the width and vocabulary."""
+    if cuda:
+        models = [head(model, 8192, 2) for model in MODELS]
+    else:
+        models = [head(model, 256 if quick else 512, 4, fraction=8) for model in MODELS]
+    main = next(size for size in models if size.model.startswith(MAIN))
+    first = [
+        _contest(main, LINEAR_LOSS),
+        _contest(main, frozen=True),
+        _contest(main, level="sequence"),
+    ]
+    if quick:
+        return first
+    whole = [] if cuda else [_contest(head("Qwen3-0.6B", 256, 4))]
+    return [*first, *[_contest(size) for size in models if size != main], *whole]
+
+
+def _contest(
+    size: Head,
+    providers: Sequence[Provider] = tuple(soon_ready(LINEAR_LOSS)),
+    level: Level = "token",
+    frozen: bool = False,
+) -> Contest:
+    """The loss is the same for all sizes: clipped ratios, with a KL term at the token level (see `head_problem.py`)."""
+    what = ["sequence-level"] * (level == "sequence") + ["frozen head"] * frozen
+    return Contest(
+        OP,
+        ", ".join([size.case, *what]),
+        {**size.asdict(), "level": level, "frozen": frozen},
+        partial(make_problem, HeadProblem, size, level=level, frozen=frozen),
+        providers,
+        size.loss(frozen),
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    turns(metafunc, contests)
+
+
+def test_linear_loss(race: TakeTurn) -> None:
+    race()

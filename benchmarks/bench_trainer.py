@@ -1,0 +1,228 @@
+"""A whole optimiser step of PeRL's trainer beside one of TRL's GRPOTrainer.
+
+    python benchmarks/bench_trainer.py --json out.json
+
+Both start from the same weights and take the same questions over several images, the same reward, loss, optimiser and
+number of completions of the same length; `trainer/differences.py` says where their work differs. Each runs its own
+code: PeRL's reinforcement stage, and `GRPOTrainer.train`. Before anything is timed, one step of TRL's is repeated by
+PeRL on the completions that TRL sampled; if loss or gradients differ, the program ends with exit code 1.
+
+PeRL rolls a question out in several orders of its images. TRL has no such thing: there each ordered prompt is a
+prompt of its own, and the advantages of both are over its completions. `--orders 1` leaves that out.
+
+Where TRL cannot be imported, the report says so and the exit code is 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
+
+# As perl-rl does: threads that wait must not spin where other work is running. Read when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "kernels")) if p not in sys.path]
+
+import torch  # noqa: E402
+
+from benchmarks.trainer.run import run  # noqa: E402
+from benchmarks.trainer.setting import MODELS, Report, Setting  # noqa: E402
+from benchmarks.trainer.step_clock import PARTS  # noqa: E402
+from perl.progress import Display  # noqa: E402
+from perl.run import write_json  # noqa: E402
+from perl.types import UserError  # noqa: E402
+
+DEFAULTS = {
+    "cpu": {
+        "model": "tiny",
+        "images": [4, 8],
+        "orders": 2,
+        "per_order": 6,
+        "completion": 64,
+        "tokens_per_image": 64,
+        "steps": 3,
+        "rounds": 3,
+    },
+    "cuda": {
+        "model": "0.6b",
+        "images": [4, 8],
+        "orders": 2,
+        "per_order": 6,
+        "completion": 128,
+        "tokens_per_image": 256,
+        "steps": 2,
+        "rounds": 2,
+    },
+}
+QUICK = {
+    "model": "tiny",
+    "images": [2, 3],
+    "orders": 2,
+    "per_order": 3,
+    "completion": 12,
+    "tokens_per_image": 9,
+    "steps": 2,
+    "rounds": 2,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        setting, file = parse(arguments)
+        report = run(setting, Display())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except AssertionError as error:
+        print(f"error: {error}; nothing is timed", file=sys.stderr)
+        return 1
+    print(table(report))
+    if file:
+        write_json(file, report)
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the options")
+
+
+def parse(arguments: list[str] | None) -> tuple[Setting, Path | None]:
+    """Options as a setting, and where the report goes."""
+    parser = _Parser(description="A whole optimiser step of PeRL's trainer beside one of TRL's.")
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    add("--json", type=Path, metavar="FILE", help="write the report here")
+    add("--quick", action="store_true", help="a small setting, for a look at whether all works")
+    add(
+        "--model",
+        help=f"{', '.join(MODELS)} (random weights), or the folder of a Qwen-VL model; default: 0.6b on cuda, tiny on cpu",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of forward and backward, over float32 weights; default: bfloat16 on cuda, float32 on cpu",
+    )
+    numbers = {
+        "images": "images of each question; default: 4 8",
+        "orders": "orders of a question's images; default: 2",
+        "per-order": "completions of each order; default: 6",
+        "completion": "tokens of a completion; default: 64 on cpu, 128 on cuda",
+        "tokens-per-image": "visual tokens, rounded up to a square; default: 64 on cpu, 256 on cuda",
+        "budget": "tokens of a micro-batch, padded or packed; default: 16384",
+        "steps": "timed steps of each trainer in a round, behind one to warm up; default: 3, on cuda 2",
+        "rounds": "rounds of both trainers; default: 3, on cuda 2",
+    }
+    for name, said in numbers.items():
+        several = {"nargs": "+"} if name == "images" else {}
+        add(f"--{name}", type=_count, metavar="N", help=said, **several)
+    add(
+        "--trl-attention",
+        choices=("sdpa", "flash_attention_2", "eager"),
+        default="sdpa",
+        help="of TRL's model, in tower and language model; default: sdpa",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of weights, questions and sampling")
+    given = parser.parse_args(arguments)
+    if given.json and (given.json.is_dir() or not given.json.absolute().parent.is_dir()):
+        parser.error(f"--json {given.json}: give a file in a folder that is there")
+    return _setting(given), given.json
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(text)
+
+
+def _setting(given: argparse.Namespace) -> Setting:
+    device = _device(given.device)
+    defaults = {**(QUICK if given.quick else DEFAULTS[device]), "budget": 16384}
+    chosen = {k: v for k, v in vars(given).items() if k in defaults and v is not None}
+    values = {**defaults, **chosen}
+    setting = Setting(
+        device=device,
+        dtype=given.dtype or ("bfloat16" if device == "cuda" else "float32"),
+        seed=given.seed,
+        trl_attention=given.trl_attention,
+        **{**values, "images": tuple(values["images"])},
+    )
+    few, many = min(setting.images), max(setting.images)
+    if few < 2 or many > 26:
+        raise UserError(f"--images {few if few < 2 else many}: the bundled questions have 2 to 26")
+    if setting.orders > math.factorial(few):
+        raise UserError(f"--orders {setting.orders}: {few} images have only {math.factorial(few)}")
+    if setting.per_order < 2:
+        raise UserError("--per-order 1: a single completion has no advantage in TRL; raise it")
+    if setting.trl_attention == "flash_attention_2" and not find_spec("flash_attn"):
+        raise UserError("--trl-attention flash_attention_2: flash-attn is not installed")
+    return setting
+
+
+def _device(wanted: str | None) -> str:
+    """Both trainers take the GPU that PyTorch sees, and TRL refuses more than one in a process."""
+    count = torch.cuda.device_count()
+    if wanted == "cuda" and not count:
+        raise UserError("--device cuda: there is no GPU that PyTorch can use")
+    if wanted == "cpu" and count:
+        raise UserError("--device cpu: hide the GPU from both trainers with CUDA_VISIBLE_DEVICES=")
+    if count > 1:
+        raise UserError(f"{count} GPUs are visible; choose one with CUDA_VISIBLE_DEVICES=0")
+    return "cuda" if count else "cpu"
+
+
+def table(report: Report) -> str:
+    """The report for people: each trainer's figures, and how many times as much TRL takes."""
+    if not report["available"]:
+        return f"not compared: {report['reason']}"
+    setting, trainers, ratios = report["setting"], report["trainers"], report["ratios"]
+    lines = [
+        f"{setting['model']} ({setting['parameters'] / 1e6:,.1f} M parameters, {setting['dtype']}) on "
+        f"{setting['device_name']}, {setting['threads']} threads, torch {setting['torch']}, transformers "
+        f"{setting['transformers']}, TRL {setting['trl']}, packed attention {setting['packed_attention']}",
+        f"A step: questions of {' and '.join(map(str, setting['images']))} images of {setting['tokens_per_image']} "
+        f"tokens, {setting['orders']} order{'s' * (setting['orders'] > 1)} x {setting['per_order']} completions of {setting['completion']} tokens; "
+        f"longest sequence {setting['longest_sequence']}; micro-batches of {setting['budget']} tokens "
+        f"({setting['padded_micro_batch']} padded sequences)",
+        "",
+        "".join(["".ljust(18), *(head.rjust(12) for head in ("TRL", "PeRL", "TRL/PeRL"))]),
+    ]
+
+    def line(name: str, form: str, ratio: float | None, values: list[float]) -> None:
+        cells = [form.format(value).rjust(12) for value in values]
+        lines.append("".join([name.ljust(18), *cells, "" if ratio is None else f"{ratio:12.2f}"]))
+
+    def both(key: str) -> list[float]:
+        return [trainers[name][key] for name in ("trl", "perl")]
+
+    line("seconds of a step", "{:.3f}", ratios["seconds"], both("seconds"))
+    for part in PARTS:
+        values = [found[part] for found in both("parts")]
+        line(f"  {part}", "{:.3f}", ratios["parts"].get(part), values)
+    line("LM tokens", "{:,}", ratios["lm_tokens"], both("lm_tokens"))
+    line("images encoded", "{:,}", ratios["images_encoded"], both("images_encoded"))
+    line("peak MiB", "{:,.0f}", ratios["peak_bytes"], [b / 2**20 for b in both("peak_bytes")])
+    low, high = ratios["seconds_range"]
+    proof = report["proof"]
+    lines += [
+        "",
+        f"Seconds: median of {setting['rounds']} interleaved rounds of {setting['steps']} steps each; TRL/PeRL by round "
+        f"{low:.2f} to {high:.2f}. Peak: beyond the weights, with gradients and the optimiser's state.",
+        f"Proof: on {proof['completions']} completions of TRL's the gradients of {proof['parameters']} parameters agree to "
+        f"{proof['max_rel_grad_diff']:.0e} of their maxima ({proof['allowed_rel_grad_diff']:.0e} allowed).",
+    ]
+    load = os.getloadavg()[0]
+    if load > (os.cpu_count() or 1) + 1:
+        lines += [f"This machine is busy (load {load:.1f}): the seconds say little."]
+    return "\n".join(
+        [*lines, "", "What differs:", *(f"- {text}" for text in report["differences"])]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

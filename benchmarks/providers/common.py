@@ -1,0 +1,84 @@
+"""What providers of different packages have in common."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.contest import Run, Unavailable
+from benchmarks.head_problem import HeadProblem, LogitsProblem
+
+NO_ENTROPY = frozenset({"entropy"})
+
+Logprobs = Callable[[], tuple[Tensor, Tensor | None]]
+"""Differentiable log-probs [N], and entropies [N] without a gradient or None."""
+
+
+def loss_behind(p: HeadProblem, logprobs: Logprobs) -> Run:
+    """The step of an implementation that gives log-probs: the loss behind them is plain PyTorch's on [N], as in
+    trainers that use it."""
+
+    def call() -> dict[str, Tensor]:
+        found, entropy = logprobs()
+        results = dict(p.gradients(p.loss(found.float())))
+        return results if entropy is None else {**results, "entropy": entropy.detach()}
+
+    return Run(call)
+
+
+def logprobs_alone(logprobs: Logprobs) -> Run:
+    """Log-probs, and entropies where there are any, without gradients."""
+
+    @torch.no_grad()
+    def call() -> dict[str, Tensor]:
+        found, entropy = logprobs()
+        results = {"logprobs": found.float()}
+        return results if entropy is None else {**results, "entropy": entropy}
+
+    return Run(call)
+
+
+def with_logits_gradient(logits: Tensor, loss: Tensor, entropy: Tensor | None) -> dict[str, Tensor]:
+    """Results of an implementation that takes logits, differentiated now.
+
+    The gradient is taken as it is handed back: `loss.backward()` would copy one that lies in the logits' memory.
+    """
+    (gradient,) = torch.autograd.grad(loss, (logits,))
+    results = {"loss": loss.detach(), "grad logits": gradient}
+    return results if entropy is None else {**results, "entropy": entropy.detach()}
+
+
+def fresh_logits(p: LogitsProblem) -> tuple[Tensor, Callable[[], Any]]:
+    """Logits that a call may write over, and what restores them."""
+    logits = p.logits.clone().requires_grad_()
+
+    def restore() -> None:
+        logits.data.copy_(p.logits)
+
+    return logits, restore
+
+
+def need_cuda(tensor: Tensor) -> None:
+    """Raise Unavailable where Triton kernels cannot run."""
+    if tensor.device.type != "cuda":
+        raise Unavailable("its kernels need a GPU")
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile can make code for it."""
+    return device.type != "cpu" or any(map(shutil.which, ("c++", "g++", "clang++")))
+
+
+def peer(module: str, install: str) -> Any:
+    """A module of another package; raises Unavailable with what to install where it is not."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and error.name == module.partition(".")[0]:
+            raise Unavailable(f"not installed: pip install {install}") from error
+        raise Unavailable(f"it needs {error.name}, which is not installed") from error

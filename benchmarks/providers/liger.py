@@ -1,0 +1,167 @@
+"""Liger-Kernel: GRPO losses of logits and of hidden states, and a fused head that gives log-probs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.contest import Provider, Run
+from benchmarks.head_problem import CLIP, KL, HeadProblem, LogitsProblem
+from benchmarks.providers.common import (
+    NO_ENTROPY,
+    Logprobs,
+    can_compile,
+    logprobs_alone,
+    loss_behind,
+    need_cuda,
+    peer,
+    with_logits_gradient,
+)
+
+_PACKAGE = "liger-kernel"
+
+
+def _options(p: HeadProblem) -> dict[str, Any]:
+    """Its names for the problem's loss: `bnpo` is the mean over tokens, `grpo` the mean over sequences of means over
+    tokens."""
+    if p.level == "sequence":
+        return {"beta": 0.0, "loss_type": "grpo", "importance_sampling_level": "sequence"}
+    return {"beta": KL, "loss_type": "bnpo", "importance_sampling_level": "token"}
+
+
+def _linear_loss(p: HeadProblem) -> Run:
+    chunked_loss = peer("liger_kernel.chunked_loss", _PACKAGE)
+    options = _options(p)
+    with_kl = options["beta"] != 0
+    # Its defaults but for the loss: a sequence at a time, what is behind the log-probs compiled.
+    loss = chunked_loss.LigerFusedLinearGRPOLoss(
+        **options,
+        epsilon_low=CLIP,
+        epsilon_high=CLIP,
+        temperature=1.0,
+        use_ref_model=with_kl,
+        compiled=can_compile(p.hidden.device),
+    )
+    mask = torch.ones(p.shape, device=p.hidden.device)
+
+    def call() -> dict[str, Tensor]:
+        value, _ = loss(
+            p.hidden.view(*p.shape, -1),
+            p.weight,
+            p.targets.view(p.shape),
+            mask,
+            p.advantages,
+            ref_per_token_logps=p.ref.view(p.shape) if with_kl else None,
+            old_per_token_logps=p.old.view(p.shape),
+        )
+        return dict(p.gradients(value))
+
+    return Run(call)
+
+
+def _scaled_cross_entropy(p: HeadProblem) -> Logprobs:
+    function = peer("liger_kernel.ops", _PACKAGE).LigerFusedLinearScaledCrossEntropyFunction
+
+    def logprobs() -> tuple[Tensor, Tensor]:
+        nll, entropy = function.apply(p.hidden, p.weight, p.targets, return_entropy=True)
+        return -nll, entropy
+
+    return logprobs
+
+
+def _padded(p: LogitsProblem) -> tuple[Tensor, Any]:
+    """Logits as it wants them, [S, L + 1, V] with a row behind each sequence that is not read, and what restores
+    them."""
+    sequences, length = p.shape
+    logits = p.logits.new_zeros(sequences, length + 1, p.logits.shape[1]).requires_grad_()
+
+    def restore() -> None:
+        logits.data[:, :-1].copy_(p.logits.view(sequences, length, -1))
+
+    restore()
+    return logits, restore
+
+
+def _logits_loss(p: LogitsProblem) -> Run:
+    need_cuda(p.logits)
+    triton_grpo_loss = peer("liger_kernel.transformers.grpo_loss", _PACKAGE).triton_grpo_loss
+    logits, restore = _padded(p)
+    options = _options(p)
+
+    def call() -> dict[str, Tensor]:
+        loss, _ = triton_grpo_loss(
+            logits,
+            p.old.view(p.shape),
+            p.ref.view(p.shape) if options["beta"] else None,
+            p.targets.view(p.shape),
+            p.advantages,
+            temperature=1.0,
+            eps_low=CLIP,
+            eps_high=CLIP,
+            inplace=True,
+            reduce=True,
+            **options,
+        )
+        return with_logits_gradient(logits, loss, None)
+
+    def read(results: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**results, "grad logits": results["grad logits"][:, :-1].flatten(0, 1)}
+
+    return Run(call, restore, read)
+
+
+def _logits_logprobs(p: LogitsProblem) -> Run:
+    need_cuda(p.logits)
+    module = peer("liger_kernel.ops.grpo_loss", _PACKAGE)
+    logits, _ = _padded(p)
+    targets = p.targets.view(p.shape)
+
+    def logprobs() -> tuple[Tensor, None]:
+        found = module.fused_selective_log_softmax(logits.detach(), targets, temperature=1.0)
+        return found.flatten(), None
+
+    return logprobs_alone(logprobs)
+
+
+LINEAR_LOSS = [
+    Provider(
+        "Liger, LigerFusedLinearGRPOLoss",
+        _linear_loss,
+        _PACKAGE,
+        "no entropy; products of the backward pass in fp32",
+        NO_ENTROPY,
+    ),
+    Provider(
+        "Liger, fused linear scaled cross entropy",
+        lambda p: loss_behind(p, _scaled_cross_entropy(p)),
+        _PACKAGE,
+        "log-probs alone: the loss behind them is eager PyTorch",
+    ),
+]
+LOGPROBS = [
+    Provider(
+        "Liger, fused linear scaled cross entropy",
+        lambda p: logprobs_alone(_scaled_cross_entropy(p)),
+        _PACKAGE,
+    )
+]
+LOGITS_LOSS = [
+    Provider(
+        "Liger, triton_grpo_loss",
+        _logits_loss,
+        _PACKAGE,
+        "no entropy; writes the gradient over the logits, which have one row more for each sequence",
+        NO_ENTROPY,
+    )
+]
+LOGITS_LOGPROBS = [
+    Provider(
+        "Liger, fused_selective_log_softmax",
+        _logits_logprobs,
+        _PACKAGE,
+        "no entropy; the logits have one row more for each sequence",
+        NO_ENTROPY,
+    )
+]

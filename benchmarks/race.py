@@ -1,0 +1,193 @@
+"""Providers of a contest in turn: each is proven once, then timed a few rounds at a time."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks import memory
+from benchmarks.clock import cool
+from benchmarks.contest import Contest, Problem, Provider, Refused, Run, Unavailable
+from benchmarks.results import Findings, Row
+
+_MOST_ROUNDS = 50
+_SHORT = 2e-3
+"""Seconds that a round on a CPU takes at least: calls are repeated within it."""
+
+
+_PEERS_SLACK = 4.0
+"""A peer may round more than this repository lets itself; the table has every error."""
+
+
+@dataclass
+class _Lane:
+    """A provider in the present contest; without a run it is out, for the reason in its row."""
+
+    row: Row
+    run: Run | None = None
+    seconds: float = 0.0
+    """Of one call, warm."""
+
+
+class Race:
+    """The present contest, with its inputs and what its providers have prepared of them."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        results: Findings,
+        budget: float,
+        minutes: float | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.device, self.results, self.budget, self.say = device, results, budget, say
+        self.end = time.monotonic() + 60 * minutes if minutes else None
+        self.contest: Contest | None = None
+        self.problem: Problem | None = None
+        self.lanes: dict[str, _Lane] = {}
+        self.obstacle = ("", "")
+
+    def run(self, contest: Contest, provider: Provider, benchmark: BenchmarkFixture) -> None:
+        """Prove at the first turn, time at every turn."""
+        if contest is not self.contest:
+            self._enter(contest)
+        lane = self.lanes.get(provider.name)
+        if lane is None:
+            lane = self.lanes[provider.name] = self._line_up(contest, provider)
+        if lane.run is None:
+            if lane.row.status == "refused" and provider.ours:
+                pytest.fail(f"{contest.id}, {provider.name}: {lane.row.reason}", pytrace=False)
+            pytest.skip(f"{lane.row.status}: {lane.row.reason}")
+        benchmark.group = contest.id
+        if not benchmark.enabled:
+            benchmark.pedantic(lambda: None)
+            return
+        # Before anything that could fail for good, as a kernel of a peer that leaves the GPU unusable.
+        self.results.measure_peaks()
+        with self._failures(lane.row):
+            self._time(lane, benchmark)
+        if lane.row.status != "timed":
+            lane.run = None
+            pytest.skip(f"{lane.row.status}: {lane.row.reason}")
+
+    def leave(self) -> None:
+        """The present contest is over: say how it went, and free its memory."""
+        rows = [lane.row for lane in self.lanes.values()]
+        if self.contest and rows:
+            self.say(f"{self.contest.id}: {', '.join(map(_said, rows))}")
+        self.lanes.clear()
+        self.contest = self.problem = None
+
+    def _enter(self, contest: Contest) -> None:
+        self.leave()
+        self.contest = contest
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.end is not None and time.monotonic() >= self.end:
+            self.obstacle = (
+                "left out",
+                "the time for all benchmarks was over; give --minutes more",
+            )
+            return
+        try:
+            self.problem = contest.problem(self.device)
+        except torch.OutOfMemoryError as error:
+            self.obstacle = ("out of memory", f"its inputs: {_line(error)}")
+
+    def _line_up(self, contest: Contest, provider: Provider) -> _Lane:
+        row = self.results.row(contest, provider)
+        lane = _Lane(row)
+        if self.problem is None:
+            row.out(*self.obstacle)
+            return lane
+        with self._failures(row):
+            problem = provider.asked(self.problem)
+            run = provider.prepare(problem)
+            results = run.read(self._call(run))
+            row.error = problem.prove(
+                results, provider.omits, 1.0 if provider.ours else _PEERS_SLACK
+            )
+            lane.run = run
+        return lane
+
+    @contextmanager
+    def _failures(self, row: Row) -> Iterator[None]:
+        """What goes wrong with a provider, as its row says it."""
+        try:
+            yield
+        except Refused as error:
+            row.out("refused", str(error))
+        except (Unavailable, ImportError) as error:
+            row.out("missing", _line(error))
+        except torch.OutOfMemoryError as error:
+            row.out("out of memory", _line(error))
+        except Exception as error:
+            row.out("failed", f"{type(error).__name__}: {_line(error)}")
+            # A peer may fail in any way on a machine that it was not made for; ours may not.
+            if row.provider.ours:
+                raise
+
+    def _time(self, lane: _Lane, benchmark: BenchmarkFixture) -> None:
+        run = lane.run
+        assert run is not None
+        if not lane.row.seconds:
+            if not lane.row.contest.host:
+                if run.reset:
+                    run.reset()
+                _, lane.row.peak_extra_bytes = memory.peak(run.call, self.device)
+            start = time.perf_counter()
+            self._call(run)
+            lane.seconds = max(1e-9, time.perf_counter() - start)
+        wanted = max(1, round(self.budget / lane.seconds))
+        rounds = min(wanted, _MOST_ROUNDS)
+        on_host = self.device.type == "cpu" or lane.row.contest.host
+        again = on_host and run.reset is None and lane.seconds < _SHORT
+        iterations = max(1, round(_SHORT / lane.seconds)) if again else 1
+
+        def before() -> None:
+            if run.reset:
+                run.reset()
+            if not on_host:
+                cool(self.device)
+
+        benchmark.pedantic(
+            run.call,
+            setup=None if on_host and run.reset is None else before,
+            # A turn begins with what the one before it left in caches.
+            warmup_rounds=1,
+            rounds=max(1, min(rounds, wanted // iterations)),
+            iterations=iterations,
+        )
+        lane.row.seconds += benchmark.stats.stats.data  # pyright: ignore[reportOptionalMemberAccess]
+        lane.row.turns += 1
+        lane.row.status = "timed"
+
+    def _call(self, run: Run) -> Any:
+        if run.reset:
+            run.reset()
+        output = run.call()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return output
+
+
+def _said(row: Row) -> str:
+    if row.status != "timed" or not row.seconds:
+        return f"{row.provider.name} {row.status}"
+    return f"{row.provider.name} {1e3 * statistics.median(row.seconds):.4g} ms"
+
+
+def _line(error: BaseException) -> str:
+    """The first line of a message, shortened."""
+    first = str(error).strip().partition("\n")[0]
+    return first if len(first) < 200 else first[:197] + "..."

@@ -1,0 +1,141 @@
+"""The part of the report about operations: who is how fast at which size, and all of it in short."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
+
+from benchmarks.cases import Case, Peer, peers
+from benchmarks.results_file import Row
+from benchmarks.tables import (
+    NONE,
+    counted,
+    details,
+    figure,
+    mebibytes,
+    milliseconds,
+    percent,
+    plain,
+    scientific,
+    table,
+    times,
+)
+
+_OPEN_CASES = 3
+"""Tables of an operation with more cases are folded up."""
+
+
+def summary_markdown(ops: Mapping[str, Sequence[Case]]) -> Iterator[str]:
+    """Blocks of text; none where there is nothing to compare and nothing that went wrong."""
+    lines = [line for op, cases in ops.items() for line in _summary(op, cases)]
+    trouble = [line for op, cases in ops.items() for line in _trouble(op, cases)]
+    if lines or trouble:
+        yield "## In short"
+    if lines:
+        yield (
+            "Time of the others over ours: above 1 they are slower. The median over the cases in which both were timed, "
+            "and the range."
+        )
+        yield table(["operation", "", "time over ours", "compared in"], lines, words=(0, 1))
+    if trouble:
+        yield "\n".join(["Without a time, though they can run here:", "", *trouble])
+
+
+def _summary(op: str, cases: Sequence[Case]) -> Iterator[list[str]]:
+    """A line for each peer; the first names the operation, and whose time of ours it is."""
+    ours = " or ".join(dict.fromkeys(c.reference.provider for c in cases if c.reference))
+    title = f"**{plain(op)}**" + (f", over {plain(ours)}" if ours else "")
+    for peer in peers(cases):
+        yield [title, plain(peer.provider), _spread(peer.ratios), _share(peer)]
+        title = ""
+
+
+def _trouble(op: str, cases: Sequence[Case]) -> Iterator[str]:
+    """Who was refused, failed, ran out of memory or was left out, and how often."""
+    found: Counter[tuple[str, str]] = Counter()
+    turns: Counter[str] = Counter()
+    for row in (row for case in cases for row in case.rows):
+        name = _name(row.provider, row)
+        turns[name] += 1
+        if not row.timed and row.status != "missing":
+            found[name, _status(row)] += 1
+    for (name, status), count in found.items():
+        yield f"- {plain(op)}, {name}: {status} in {count} of {counted(turns[name], 'case')}"
+
+
+def _spread(ratios: Sequence[float]) -> str:
+    if not ratios:
+        return NONE
+    around = f" ({figure(min(ratios), 2)} to {figure(max(ratios), 2)})" if len(ratios) > 1 else ""
+    return times(median(ratios)) + around
+
+
+def _share(peer: Peer) -> str:
+    cases = counted(peer.cases, "case")
+    return cases if len(peer.ratios) == peer.cases else f"{len(peer.ratios)} of {cases}"
+
+
+def cases_markdown(ops: Mapping[str, Sequence[Case]]) -> Iterator[str]:
+    """Blocks of text: a table for each operation and case."""
+    if not ops:
+        yield "No benchmark has run."
+        return
+    yield "## Cases"
+    yield (
+        "*ms*: median over all rounds. *ratio*: time over that of the row of ours with 1.00. *bound*: the bound over the "
+        "time, in percent. *MiB*: the most memory held at one time beyond the inputs. *error*: the largest relative error "
+        "against fp64. Ours in bold."
+    )
+    for op, cases in ops.items():
+        yield f"### {plain(op)}"
+        if all(len(case.rows) == 1 for case in cases):
+            yield _alone(cases)
+            continue
+        text = "\n\n".join(f"#### {plain(case.name)}\n\n{_table(case)}" for case in cases)
+        yield details(counted(len(cases), "case"), text) if len(cases) > _OPEN_CASES else text
+
+
+def _table(case: Case) -> str:
+    header = ["", "ms", "ratio", "bound", "MiB", "error", "note"]
+    lines = []
+    for row in case.ordered:
+        ratio = case.ratio(row)
+        ms, *rest = _figures(row)
+        cells = [ms, NONE if ratio is None else f"{ratio:.2f}", *rest]
+        lines.append([_name(_with_package(row), row), *cells])
+    return table(header, lines, words=(0, 6))
+
+
+def _alone(cases: Sequence[Case]) -> str:
+    """Where there is one provider in each case, a table of the cases."""
+    header = ["", "", "ms", "bound", "MiB", "error", "note"]
+    rows = [(case, case.rows[0]) for case in cases]
+    lines = [[plain(c.name), _name(_with_package(row), row), *_figures(row)] for c, row in rows]
+    return table(header, lines, words=(0, 1, 6))
+
+
+def _with_package(row: Row) -> str:
+    return row.provider + (f" ({row.package})" if row.package else "")
+
+
+def _name(name: str, row: Row) -> str:
+    return f"**{plain(name)}**" if row.ours else plain(name)
+
+
+def _status(row: Row) -> str:
+    return plain("no rounds" if row.status == "timed" else row.status)
+
+
+def _figures(row: Row) -> list[str]:
+    """ms, bound, MiB, error and note; for a row without a time, why."""
+    if not row.timed:
+        why = f"{_status(row)}: {plain(row.reason)}" if row.reason else _status(row)
+        return [*[NONE] * 4, why]
+    return [
+        milliseconds(row.median),
+        percent(row.fraction),
+        mebibytes(row.peak_extra_bytes),
+        scientific(row.error),
+        plain(row.note),
+    ]

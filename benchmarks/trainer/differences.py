@@ -1,0 +1,26 @@
+"""Where the two trainers do different work for the same step; part of the report."""
+
+from __future__ import annotations
+
+DIFFERENCES = (
+    "Prompts and images: TRL repeats a prompt and its images for each of its completions, when it samples and when "
+    "it trains; PeRL reads each ordered prompt once for its completions and encodes each image once when it samples "
+    "and once when it trains, for all orders.",
+    "Padding: TRL pads all sequences to the longest prompt of the step (left) and the longest completion (right); "
+    "PeRL trains on packed rows and pads only the prompts that it samples from.",
+    "Sampling: TRL calls transformers' generate with a key-value cache, PeRL its own loop with a key-value cache. Both "
+    "sample in this process, all completions at once and to their full length. Neither uses an inference server; "
+    "TRL can use vLLM.",
+    "Pictures: TRL processes each picture twice for each completion, once to sample and once to train; PeRL once, and "
+    "keeps it. Both use the same image processor.",
+    "Head: TRL's fused head makes log-probs and entropies in tiles and computes the tiles again in the backward; on a "
+    "CPU it scores every position, on a GPU those of completions alone. PeRL's makes loss and gradients in one pass "
+    "over the scored positions.",
+    "Softmax: PeRL leaves tokens that are never sampled out of it. Here it does not, as TRL cannot.",
+    "Optimiser: AdamW in both, transformers' default (fused where PyTorch has that) in TRL, PyTorch's in PeRL.",
+    "Advantages: both divide by the standard deviation within the ordered prompt, TRL adds 1e-4 to it, PeRL 1e-6.",
+    "Micro-batches: of equally many tokens at most, padded in TRL, where their number of sequences also has to divide "
+    "the step's.",
+    "Attention: TRL's as --trl-attention says, PeRL's the first that runs here (see `packed attention`).",
+    "Records: neither writes logs, checkpoints or completions; both compute the metrics that they would log.",
+)

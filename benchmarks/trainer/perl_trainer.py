@@ -1,0 +1,135 @@
+"""PeRL's side: its own session and reinforcement stage, told to write nothing down and to sample to the full length."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.trainer.questions import stream
+from benchmarks.trainer.reward import REWARD
+from benchmarks.trainer.setting import (
+    BETAS,
+    CLIP,
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    WEIGHT_DECAY,
+)
+from benchmarks.trainer.start import Start
+from benchmarks.trainer.step_clock import PartWatch, StepClock
+from perl.config import (
+    AdvantageConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    FilterConfig,
+    LossConfig,
+    PermutationConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    StageConfig,
+    TrainConfig,
+)
+from perl.data import ExampleStream
+from perl.interrupt import StopSignal
+from perl.loss import HeadLoss
+from perl.progress import Display
+from perl.reinforce import reinforce
+from perl.run import RunFolder
+from perl.session import Session
+from perl.stages import Stage
+
+NEVER = 10**9
+
+
+class PerlTrainer:
+    """A fresh run of PeRL's RL stage over the questions of a seed.
+
+    Args:
+        folder: of the run.
+        steps: optimiser steps of the stage.
+        clip_gradients: off for a look at the gradients.
+    """
+
+    def __init__(
+        self, start: Start, folder: Path, steps: int, seed: int, clip_gradients: bool = True
+    ) -> None:
+        run = RunFolder(folder)
+        run.make_parts()
+        self.session = _Session(start, _config(start, run, steps, seed, clip_gradients), run)
+        self.clock = self.session.clock
+        self.core: Any = self.session.bench.policy.core
+
+    def train(self) -> None:
+        """All steps."""
+        reinforce(self.session, self.session.stage)
+
+
+class _Session(Session):
+    """A session over the benchmark's questions that keeps no records and ends no completion early."""
+
+    def __init__(self, start: Start, config: Config, folder: RunFolder) -> None:
+        self.start = start
+        super().__init__(config, folder, Display(enabled=False), StopSignal())
+        self.clock = StepClock(self.bench.policy.device)
+        self.bench.watch = PartWatch(self.clock)
+        self.look_at(self.stages[0])
+
+    def look_at(self, stage: Stage) -> None:
+        super().look_at(stage)
+        engine = self.bench.engine
+        engine.banned = torch.cat([engine.banned, engine.ends.cpu()])
+        # TRL scores with all tokens in the softmax; PeRL leaves out those that are never sampled.
+        every = torch.empty(0, dtype=torch.int64)
+        self.bench.head = HeadLoss(self.bench.policy, every, self.config.rollout.temperature)
+
+    def stream(self) -> ExampleStream:
+        return stream(self.start.setting, self.config.run.seed)
+
+    def after_step(self, *arguments: Any, **options: Any) -> None:
+        super().after_step(*arguments, **options)
+        self.clock.end_step()
+
+    def save(self) -> None:
+        """No checkpoint: TRL writes none either."""
+
+
+def _config(start: Start, run: RunFolder, steps: int, seed: int, clip_gradients: bool) -> Config:
+    setting = start.setting
+    return Config(
+        run=RunConfig(
+            dir=str(run.root),
+            seed=seed,
+            log_every=NEVER,
+            checkpoint_every=0,
+            save_rollouts_every=0,
+            trackers=(),
+        ),
+        model=start.model_config,
+        data=DataConfig(max_prompt_tokens=setting.budget),
+        permutation=PermutationConfig(orders=setting.orders),
+        rollout=RolloutConfig(
+            per_order=setting.per_order,
+            temperature=1.0,
+            max_new_tokens=setting.completion,
+            batch_size=setting.sequences,
+        ),
+        reward=RewardConfig(functions=(REWARD,), weights=(1.0,)),
+        filter=FilterConfig(zero_variance=False, max_tries=1),
+        advantage=AdvantageConfig(over="order"),
+        loss=LossConfig(preset="dapo", clip_low=CLIP, clip_high=CLIP),
+        train=TrainConfig(
+            steps=steps,
+            examples_per_step=len(setting.images),
+            tokens_per_micro_batch=setting.budget,
+            lr=LEARNING_RATE,
+            weight_decay=WEIGHT_DECAY,
+            betas=BETAS,
+            max_grad_norm=MAX_GRAD_NORM if clip_gradients else math.inf,
+        ),
+        eval=EvalConfig(examples=0),
+        stages=(StageConfig(name="rl", kind="rl"),),
+    )

@@ -1,0 +1,173 @@
+"""The comparison of trainers from setting to report: nothing is timed that is not proven."""
+
+from __future__ import annotations
+
+import statistics
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from benchmarks.memory import peak
+from benchmarks.trainer.availability import why_not
+from benchmarks.trainer.counting import counting
+from benchmarks.trainer.differences import DIFFERENCES
+from benchmarks.trainer.fresh import forget_trainers, quick_collections
+from benchmarks.trainer.setting import Report, Setting
+from benchmarks.trainer.start import Start, make_start
+from benchmarks.trainer.step_clock import PARTS, StepTime
+from perl.progress import Display
+
+Make = Callable[[Start, Path, int, int], Any]
+"""A trainer from the start, a folder, a number of steps and a seed."""
+
+
+def run(setting: Setting, display: Display | None = None) -> Report:
+    """Prove, count and time both trainers.
+
+    Returns:
+        `available`, false with a `reason` where there is no TRL; else also `setting`, `proof`, `trainers` (`trl` and
+        `perl`), `ratios` (what TRL takes over what PeRL takes) and `differences`.
+
+    Raises:
+        AssertionError: the trainers make different steps of the same completions.
+        UserError: the setting cannot be run.
+    """
+    if reason := why_not():
+        return {"available": False, "reason": reason}
+    # It imports TRL.
+    from benchmarks.trainer.agreement import prove
+
+    display = display or Display(enabled=False)
+    with _silence(), quick_collections(), TemporaryDirectory(prefix="bench-trainer-") as folder:
+        try:
+            start = make_start(setting, Path(folder))
+            display.say("proving a step of each trainer")
+            proof = prove(start, Path(folder) / "proof")
+            return {
+                "available": True,
+                "setting": _described(start),
+                "proof": proof,
+                **_measured(start, Path(folder), display),
+                "differences": list(DIFFERENCES),
+            }
+        finally:
+            forget_trainers()
+
+
+def _measured(start: Start, folder: Path, display: Display) -> dict[str, Any]:
+    """`trainers` and `ratios`."""
+    from benchmarks.trainer.perl_trainer import PerlTrainer
+    from benchmarks.trainer.trl_trainer import TrlTrainer
+
+    sides: dict[str, Make] = {"trl": TrlTrainer, "perl": PerlTrainer}
+    setting = start.setting
+    display.say("counting a step of each trainer")
+    counted = {name: _count(make, start, folder / name) for name, make in sides.items()}
+    display.stage("timing", setting.rounds, unit="rounds")
+    times: dict[str, list[list[StepTime]]] = {name: [] for name in sides}
+    for number in range(setting.rounds):
+        # Both in every round, so that a busy machine is busy for both.
+        for name in ("perl", "trl"):
+            own = folder / f"{name}-{number}"
+            times[name].append(_time(sides[name], start, own, setting.seed + number))
+        display.advance()
+    display.close()
+    trainers = {name: {**_seconds(times[name]), **counted[name]} for name in sides}
+    return {"trainers": trainers, "ratios": _ratios(trainers)}
+
+
+def _count(make: Make, start: Start, folder: Path) -> dict[str, Any]:
+    """What enters the model in a step, and the most memory it takes beyond the weights: it is not timed."""
+    forget_trainers()
+    side = make(start, folder, 1, start.setting.seed)
+    with counting(side.core) as counts:
+        _, most = peak(side.train, torch.device(start.setting.device))
+    return {
+        "lm_tokens": sum(counts.lm_tokens.values()),
+        "lm_tokens_by_part": counts.lm_tokens,
+        "images_encoded": sum(counts.images.values()),
+        "images_encoded_by_part": counts.images,
+        "peak_bytes": most,
+    }
+
+
+def _time(make: Make, start: Start, folder: Path, seed: int) -> list[StepTime]:
+    """The steps of one round behind the first, which warms up."""
+    forget_trainers()
+    side = make(start, folder, start.setting.steps + 1, seed)
+    side.train()
+    return side.clock.steps
+
+
+def _seconds(rounds: list[list[StepTime]]) -> dict[str, Any]:
+    steps = [step for own in rounds for step in own]
+    return {
+        "seconds": statistics.median(step.seconds for step in steps),
+        "seconds_by_round": [statistics.median(step.seconds for step in own) for own in rounds],
+        "parts": {name: statistics.median(step.parts[name] for step in steps) for name in PARTS},
+    }
+
+
+def _ratios(trainers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What TRL takes over what PeRL takes."""
+    trl, perl = trainers["trl"], trainers["perl"]
+    rounds = zip(trl["seconds_by_round"], perl["seconds_by_round"], strict=True)
+    by_round = [theirs / ours for theirs, ours in rounds]
+    keys = ("seconds", "lm_tokens", "images_encoded", "peak_bytes")
+    parts = {name: trl["parts"][name] / max(1e-9, perl["parts"][name]) for name in PARTS[:-1]}
+    return {
+        **{key: trl[key] / perl[key] for key in keys},
+        "seconds_range": [min(by_round), max(by_round)],
+        "parts": parts,
+    }
+
+
+def _described(start: Start) -> dict[str, Any]:
+    """The setting, and what it came to on this machine."""
+    import transformers
+    import trl
+
+    from perl.attention import choose
+
+    setting = start.setting
+    device = torch.device(setting.device)
+    size = setting.padded_micro_batch(start.longest)
+    return {
+        **asdict(setting),
+        "tokens_per_image": setting.side**2,
+        "sequences": setting.sequences,
+        "longest_sequence": start.longest,
+        "padded_micro_batch": size,
+        "parameters": start.parameters,
+        "packed_attention": choose("auto", device, setting.half)[0],
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "trl": trl.__version__,
+    }
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No bars and remarks of libraries, and none about what one of them sets of another."""
+    import transformers
+
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()

@@ -1,0 +1,187 @@
+"""The comparison with TRL's trainer: both do the setting's work, and a wrong step is not timed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+import trl
+
+import perl.reinforce
+from benchmarks.bench_trainer import main
+from benchmarks.shapes import shape
+from benchmarks.trainer import perl_trainer, questions, start
+from perl.config import AdvantageConfig
+from perl.types import Group, Segment
+
+ROOT = Path(__file__).parents[1]
+IMAGES, ORDERS, PER_ORDER, COMPLETION, PER_IMAGE = (2, 3), 2, 2, 5, 4
+SEQUENCES = len(IMAGES) * ORDERS * PER_ORDER
+SMALL = [
+    *("--model=tiny", "--dtype=float32", "--images", *map(str, IMAGES), f"--orders={ORDERS}"),
+    *(f"--per-order={PER_ORDER}", f"--completion={COMPLETION}", f"--tokens-per-image={PER_IMAGE}"),
+    # Two padded sequences, and several packed rows.
+    *("--budget=90", "--steps=1", "--rounds=1"),
+]
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the setting is for a CPU")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    file = tmp_path_factory.mktemp("bench") / "report.json"
+    assert main([*SMALL, f"--json={file}"]) == 0
+    return json.loads(file.read_text())
+
+
+def test_both_make_the_same_step(report: dict[str, Any]) -> None:
+    proof = report["proof"]
+    assert proof["completions"] == SEQUENCES and proof["parameters"] == 92
+    assert 0 < proof["max_rel_grad_diff"] < proof["allowed_rel_grad_diff"] == 1e-3
+    assert proof["entropy"]["trl"] == pytest.approx(proof["entropy"]["perl"], rel=1e-4)
+    assert proof["max_reward_diff"] < 1e-6
+    assert report["available"] and len(report["differences"]) > 5
+
+
+def test_counts_are_those_of_the_setting(report: dict[str, Any]) -> None:
+    trl, perl = (report["trainers"][name] for name in ("trl", "perl"))
+    shown = sum(IMAGES)
+    copies = ORDERS * PER_ORDER
+    assert trl["images_encoded_by_part"] == dict.fromkeys(("generation", "update"), copies * shown)
+    assert perl["images_encoded_by_part"] == dict.fromkeys(("generation", "update"), shown)
+
+    longest = report["setting"]["longest_sequence"]
+    # The last token that is sampled is not read again.
+    assert trl["lm_tokens_by_part"]["generation"] == SEQUENCES * (longest - 1)
+    assert trl["lm_tokens_by_part"]["update"] == SEQUENCES * longest
+    # A letter, two marks and the visual tokens are what the third image adds.
+    prompts = [longest - COMPLETION - (3 + PER_IMAGE), longest - COMPLETION]
+    assert perl["lm_tokens_by_part"]["generation"] == (
+        len(IMAGES) * ORDERS * prompts[1] + SEQUENCES * (COMPLETION - 1)
+    )
+    assert perl["lm_tokens_by_part"]["update"] == ORDERS * sum(prompts) + SEQUENCES * COMPLETION
+    assert report["setting"]["padded_micro_batch"] == 2
+
+
+def test_figures_and_ratios(report: dict[str, Any]) -> None:
+    trl, perl = (report["trainers"][name] for name in ("trl", "perl"))
+    for found in (trl, perl):
+        assert len(found["seconds_by_round"]) == 1
+        assert sum(found["parts"].values()) == pytest.approx(found["seconds"])
+        assert all(found["parts"][name] > 0 for name in ("generation", "preparation", "update"))
+        # Gradients and AdamW's two moments of every weight, at least.
+        assert found["peak_bytes"] > 3 * 4 * report["setting"]["parameters"]
+    ratios = report["ratios"]
+    for key in ("seconds", "lm_tokens", "images_encoded", "peak_bytes"):
+        assert ratios[key] == pytest.approx(trl[key] / perl[key])
+    assert ratios["seconds_range"] == pytest.approx([ratios["seconds"]] * 2)
+
+
+def louder(segments: list[Segment]) -> list[Segment]:
+    """Advantages that are a little too large."""
+    return [replace(s, advantages=tuple(1.01 * a for a in s.advantages)) for s in segments]
+
+
+def misplaced(segments: list[Segment]) -> list[Segment]:
+    """Completions behind the same question with its images in the other order."""
+    return [replace(s, prompt=t.prompt) for s, t in zip(segments, reversed(segments), strict=True)]
+
+
+@pytest.mark.parametrize("wrong", [louder, misplaced])
+def test_wrong_steps_are_refused(wrong: Any, monkeypatch, tmp_path, capsys) -> None:
+    right = perl.reinforce.segments_of
+
+    def segments_of(group: Group, condition: str, late: bool = False) -> list[Segment]:
+        return wrong(right(group, condition, late))
+
+    monkeypatch.setattr("perl.reinforce.segments_of", segments_of)
+    assert_refused("PeRL's gradient of ", tmp_path, capsys)
+
+
+def test_other_prompts_are_refused(monkeypatch, tmp_path, capsys) -> None:
+    """TRL's images the other way round: the tokens are the same."""
+    right = questions.permute
+    monkeypatch.setattr(questions, "permute", lambda e, order: right(e, order[::-1]))
+    assert_refused("TRL has no completion for digits-train-which-", tmp_path, capsys)
+
+
+def test_other_advantages_are_refused(monkeypatch, tmp_path, capsys) -> None:
+    over_all = AdvantageConfig(over="group")
+    monkeypatch.setattr(perl_trainer, "AdvantageConfig", lambda over: over_all)
+    assert_refused("PeRL's advantages differ from TRL's by up to ", tmp_path, capsys)
+
+
+def assert_refused(message: str, folder: Path, capsys) -> None:
+    assert main([*SMALL, f"--json={folder / 'report.json'}"]) == 1
+    out = capsys.readouterr()
+    assert out.err.splitlines()[-1].startswith(f"error: {message}")
+    assert out.err.endswith("; nothing is timed\n")
+    assert not out.out and not list(folder.iterdir())
+
+
+def test_shapes_and_bfloat16(monkeypatch, tmp_path: Path) -> None:
+    """A vocabulary larger than the questions', and the yardstick of rounding."""
+    monkeypatch.setattr(start, "shape", lambda name: shape("tiny"))
+    file = tmp_path / "report.json"
+    assert main([*SMALL, "--model=0.6b", "--dtype=bfloat16", f"--json={file}"]) == 0
+    found = json.loads(file.read_text())
+    assert 1e-3 < found["proof"]["max_rel_grad_diff"] < 0.1
+    assert found["setting"]["parameters"] < 1e6
+
+
+def test_without_trl(tmp_path: Path) -> None:
+    """As a user runs it, from a folder that holds none of its modules, where a package that TRL needs is broken."""
+    (tmp_path / "datasets.py").write_text("raise ImportError('no data sets today')\n")
+    script = ROOT / "benchmarks" / "bench_trainer.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--quick", "--json=report.json"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("not compared: TRL's GRPOTrainer cannot be imported (")
+    assert "no data sets today" in done.stdout and done.stdout.count("\n") == 1
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["available"] is False and found["reason"] in done.stdout
+
+
+def test_an_old_trl(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(trl, "__version__", "1.15.2")
+    assert main(SMALL) == 0
+    assert capsys.readouterr().out.startswith(
+        "not compared: TRL 1.15.2 is installed, 1.16 or newer"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--per-order=0"], "argument --per-order: 0 is not a positive whole number"),
+        (["--per-order=1"], "--per-order 1: a single completion has no advantage in TRL"),
+        (["--images", "1", "4"], "--images 1: the bundled questions have 2 to 26"),
+        (["--images", "2", "--orders=3"], "--orders 3: 2 images have only 2"),
+        (["--model=nowhere"], "--model nowhere: choose tiny, 0.6b, 3b, 7b or a model folder"),
+        ([*SMALL, "--budget=20"], "--budget 20: a sequence has 36 tokens; raise it"),
+        (["--device=cuda"], "--device cuda: there is no GPU that PyTorch can use"),
+        (["--json=/nowhere/report.json"], "--json /nowhere/report.json: give a file in a folder"),
+        (["--rollouts=3"], "unrecognized arguments: --rollouts=3"),
+    ],
+)
+def test_bad_options_are_one_line(options: list[str], message: str, capsys) -> None:
+    assert main(options) == 2
+    out = capsys.readouterr()
+    assert out.err.splitlines()[-1].startswith(f"error: {message}")
+    assert "Traceback" not in out.err and not out.out
