@@ -48,7 +48,7 @@ def linear_token_logprobs(
             the memory of a block and, for the gradients, half as much again.
         chunk_size: tokens of a block.
         memory_budget: bytes of a block of logits, in place of `chunk_size`; if both are left out,
-            1.25 GiB on a GPU and 4 MiB, but at least 64 tokens, on a CPU.
+            1.25 GiB on a GPU and 4 MiB, but at least 128 tokens, on a CPU.
         group: the ranks that the head is split over, each with its own consecutive rows of it, in
             rank order: `weight [V_rank, H]` and `bias [V_rank]`, where V_rank may differ and be 0.
             See below.

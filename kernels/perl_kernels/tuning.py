@@ -35,7 +35,7 @@ def head_rows(
     budget = memory_budget or (_GPU_BYTES if device.type == "cuda" else _CPU_BYTES)
     fitting = budget // (max(vocab, 1) * logits_dtype.itemsize)
     if memory_budget is None:
-        fitting = max(fitting, 64)
+        fitting = max(fitting, 128)
     fitting = max(fitting, 1)
     blocks = -(-n_tokens // fitting)
     even = -(-n_tokens // max(blocks, 1))
