@@ -201,8 +201,8 @@ class Report(_Common):
 class Profile(_Common):
     """Where the time of a training step goes, by stage, and a trace of one: takes a few steps of a recipe's first RL
     stage from the recipe's initial model, without cold start and evaluation, and keeps neither weights nor metrics.
-    Groups whose rewards are all equal are kept, so that every step rolls out once and has something to train on. Every
-    key of the recipe can be overridden, as in `perl-rl profile demo --train.examples-per-step 4`."""
+    Groups that filter.* would drop are kept, so that every step has something to train on. Every key of the
+    recipe can be overridden, as in `perl-rl profile demo --train.examples-per-step 4`."""
 
     recipe: Positional[str] = "demo"
     """A bundled recipe's name or a .toml file."""
@@ -443,14 +443,19 @@ def _unknown_option(option: str, default: Any) -> str:
         return f"unexpected argument {option}: switches take none; --section.key turns one on, --section.no-key off"
     if not option.startswith("-"):
         return f"unexpected argument {option}; see --help"
+    name = option.split("=")[0].replace("_", "-")
+    if name == "--stages" and hasattr(default, "config"):
+        return "unknown option --stages: stages stand in a recipe's file, as [[stages]]"
     known = _options(default, "")
-    near = difflib.get_close_matches(option.split("=")[0].replace("_", "-"), known, n=1)
+    near = difflib.get_close_matches(name, known, n=1)
     return f"unknown option {option}" + (f"; did you mean {near[0]}?" if near else "; see --help")
 
 
 def _options(value: Any, prefix: str) -> list[str]:
     out = []
     for f in fields(value):
+        if isinstance(value, Config) and f.name == "stages":
+            continue
         inner = getattr(value, f.name)
         name = "" if isinstance(inner, Config) else f"{prefix}{f.name}".replace("_", "-")
         out += _options(inner, f"{name}." if name else "") if is_dataclass(inner) else [f"--{name}"]

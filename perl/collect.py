@@ -287,16 +287,16 @@ class Collector:
             )
         groups, start = [], 0
         for group, advantage in zip(rollouts, advantages, strict=True):
-            span = slice(start, start + len(group))
+            own = slice(start, start + len(group))
             start += len(group)
-            weight = self._weight({name: values[span] for name, values in parts.items()})
+            weight = self._weight({name: values[own] for name, values in parts.items()})
             groups.append(
                 Group(
                     example=group[0].variant.example,
                     variants=tuple({r.variant.order: r.variant for r in group}.values()),
                     rollouts=tuple(group),
-                    rewards=totals[span],
-                    reward_parts={name: values[span] for name, values in parts.items()},
+                    rewards=totals[own],
+                    reward_parts={name: values[own] for name, values in parts.items()},
                     advantages=advantage * np.float32(weight),
                 )
             )

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import os
-import re
+import platform
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from perl.processes import on_main_process, process_state
+from perl.profiling_folder import RESULT, profile_folder, several_processes
 from perl.recipe import save_config
 from perl.run import is_main_process, write_json
 from perl.types import UserError
 
 if TYPE_CHECKING:
     from perl.cli import Profile
-
-_RESULT = "profile.json"
-_OURS = r"profile\.json|config\.toml|trace[-\w]*\.json\.gz"
-"""Names of what a profile leaves."""
 
 
 def profile_command(command: Profile) -> None:
@@ -32,33 +29,37 @@ def profile_command(command: Profile) -> None:
     from perl.setup import check_setup
 
     _check_numbers(command)
+    load = os.getloadavg()[0]
     plan = Plan(command.warmup, command.steps, command.traced, command.forwards)
     target = command.output or Path("runs") / f"profile-{Path(command.recipe).stem}"
-    stage = stage_to_profile(command.config, command.stage)
+    stage, dropping = stage_to_profile(command.config, command.stage)
     check_setup(stage.config)
-    on_main_process(lambda: _check_target(target, command.overwrite))
     options = {
         "record_shapes": command.shapes,
         "profile_memory": command.memory,
         "with_stack": command.stacks,
     }
     main = is_main_process()
-    with _folder(target) as folder:
+    with _stopping(), profile_folder(target, command.overwrite) as folder:
         with StepDisplay(plan.steps, main) as display:
-            found = run_profile(stage, plan, folder, _suffix(), display, **options)
+            found = run_profile(stage, dropping, plan, folder, _suffix(), display, **options)
         out = {
             "stage": stage.name,
             **figures(found, stage.config),
             "command": {"warmup": plan.warmup, "forwards": plan.forwards, **options},
-            **_surroundings(),
+            **_surroundings(load),
         }
         if main:
             shutil.rmtree(folder / "models", ignore_errors=True)  # A tiny one, made for this.
             save_config(stage.config, folder / "config.toml")
-            write_json(folder / _RESULT, out)
+            write_json(folder / RESULT, out)
     if not main:
         return
-    print_report(out, f"{command.recipe}, stage {stage.name}: a step on {out['device']}")
+    recipe = Path(command.recipe).name
+    print_report(
+        out,
+        f"{recipe}, stage {stage.name}: a step on {out['device']}, torch {out['versions']['torch']}",
+    )
     _tell_files(target, out)
 
 
@@ -68,78 +69,63 @@ def _check_numbers(command: Profile) -> None:
             raise UserError(f"--{name} {value}: must be {least} or more")
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
-    """Refuse to write where something else lies."""
-    if target.exists() and not target.is_dir():
-        raise UserError(f"--output {target} is a file; choose another")
-    if not target.exists() or not any(target.iterdir()):
-        return
-    if not overwrite:
-        raise UserError(
-            f"--output {target} is already there: replace it with --overwrite, or choose another"
-        )
-    names = {path.name for path in target.iterdir()}
-    if _RESULT not in names or any(not re.fullmatch(_OURS, name) for name in names):
-        raise UserError(
-            f"--output {target} holds something else than a profile, so --overwrite leaves it alone; "
-            "choose another"
-        )
-
-
 @contextmanager
-def _folder(target: Path) -> Iterator[Path]:
-    """A folder of all processes that takes the place of `target` when the block ends well in all of them."""
-    temporary = target.resolve().with_name(f".{target.name}.tmp")
-
-    def begin() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-
-    def finish() -> None:
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target.resolve())
-
-    on_main_process(begin)
+def _stopping() -> Iterator[None]:
+    """What asks a process to end does as Ctrl-C, so that nothing half done stays behind; nohup still holds."""
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {n: signal.signal(n, _interrupt) for n in numbers}
     try:
-        yield temporary
-        if _several():
-            process_state().wait_for_everyone()
-        on_main_process(finish)
+        yield
     finally:
-        if is_main_process():
-            shutil.rmtree(temporary, ignore_errors=True)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _several() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def _suffix() -> str:
-    return f"-{os.environ.get('RANK', '0')}" if _several() else ""
+    return f"-{os.environ.get('RANK', '0')}" if several_processes() else ""
 
 
-def _surroundings() -> dict[str, Any]:
-    """What the figures depend on."""
+def _surroundings(load: float) -> dict[str, Any]:
+    """What the figures depend on; `load` is the machine's before the run."""
     import torch
 
-    from perl.metrics import peak_rss_bytes
     from perl.summary import versions
 
-    cuda = torch.cuda.is_available()
-    cpu = f"the CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    cpu = f"{_cpu()}, {threads} thread{'s' * (threads != 1)}"
     return {
-        "device": torch.cuda.get_device_name() if cuda else cpu,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "peak_rss_bytes": peak_rss_bytes(),
         "versions": versions(),
+        "load_before": load,
+        "cores": os.cpu_count() or 1,
     }
+
+
+def _cpu() -> str:
+    """The processor's name, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or "the CPU"
 
 
 def _tell_files(target: Path, out: dict[str, Any]) -> None:
     size = sum((target / name).stat().st_size for name in out["traces"]) / 2**20
     if out["processes"] > 1:
         print(f"figures of the first of {out['processes']} processes")
-    print(f"written: {target / _RESULT}, config.toml", end="")
+    if out["load_before"] > out["cores"]:
+        print(
+            f"the machine was busy before the run: load {out['load_before']:.1f} on {out['cores']} cores; "
+            "the seconds are longer than on an idle one"
+        )
+    print(f"written: {target / RESULT}, config.toml", end="")
     if out["traces"]:
         names = ", ".join(out["traces"])
         print(

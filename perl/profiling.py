@@ -18,7 +18,7 @@ class Listener(Protocol):
 
     def enter(self, name: str) -> None: ...
 
-    def leave(self) -> None: ...
+    def leave(self, name: str) -> None: ...
 
 
 _listener: Listener | None = None
@@ -46,7 +46,7 @@ def span(name: str) -> Iterator[None]:
             yield
     finally:
         if listener is not None:
-            listener.leave()
+            listener.leave(name)
 
 
 def span_of_backward(name: str, start: torch.Tensor, end: torch.Tensor) -> None:

@@ -54,6 +54,7 @@ class StageClock:
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.now = now
         self.open: list[str] = []
+        self.unended: set[str] = set()
         self._intervals: list[Interval] = []
         self._calls: defaultdict[str, int] = defaultdict(int)
         self._since = now()
@@ -70,9 +71,13 @@ class StageClock:
         self.open.append(name)
         self._calls[self.stage] += 1
 
-    def leave(self) -> None:
+    def leave(self, name: str) -> None:
+        """End a range. Those inside it that are open still have not been told of their end: `unended` has them."""
         self._cut()
-        self.open.pop()
+        if name not in self.open:  # Ended with the one around it.
+            return
+        while (last := self.open.pop()) != name:
+            self.unended.add(last)
 
     def begin(self) -> None:
         """A step begins here; what was since the last one is forgotten."""

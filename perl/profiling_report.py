@@ -25,16 +25,21 @@ _NAMES = {
     "tokens": "language model, tokens",
 }
 _WORK = {
-    "completions": "completions",
-    "tokens/prompt": "prompt tokens",
-    "tokens/completion": "completion tokens",
-    "tokens": "tokens trained on",
-    "packing/rows": "rows",
-    "packing/tokens": "tokens in rows",
-    "throughput/images_encoded": "images through the tower",
-    "images/shown": "images shown",
+    "completions": "completion{s}",
+    "tokens/prompt": "prompt token{s}",
+    "tokens/completion": "completion token{s}",
+    "tokens": "token{s} trained on",
+    "packing/rows": "row{s}",
+    "packing/tokens": "token{s} in rows",
+    "throughput/images_encoded": "image{s} through the tower",
+    "images/shown": "image{s} shown",
 }
 """What a step worked on, by its name in the metrics."""
+_DROPPED = {
+    "equal_rewards": "with equal rewards (filter.zero_variance)",
+    "outside_band": "outside of filter.min_accuracy to filter.max_accuracy",
+}
+"""Why training would have dropped a group."""
 
 _LEADING = 10
 """Operators that are listed."""
@@ -49,7 +54,7 @@ def figures(found: Profile, config: Config) -> dict[str, Any]:
     """
     steps, cuda = found.timed, found.peak_device_bytes > 0
     seconds = mean(s.times.seconds for s in steps)
-    work = {name: mean(_work(s).get(name) for s in steps) for name in _WORK}
+    work = {name: mean(_work(s, found.processes).get(name) for s in steps) for name in _WORK}
     out = {
         "seconds_per_step": seconds,
         "stages": _stages(found, cuda),
@@ -57,6 +62,8 @@ def figures(found: Profile, config: Config) -> dict[str, Any]:
         "tokens_per_second": _tokens(work) / seconds,
         "groups_without_signal": mean(s.row.get("groups/zero_variance") for s in steps),
         "groups": mean(s.row.get("groups/seen") for s in steps),
+        "groups_training_drops": {k: mean(s.dropped.get(k, 0) for s in steps) for k in _DROPPED},
+        "rollout_batches": mean(s.row.get("groups/tries") for s in steps),
         "steps": [_step(s) for s in steps],
         "traced_steps": [_step(s) for s in found.traced],
         "completions_cut": mean(s.row.get("length/truncated") for s in steps),
@@ -64,6 +71,8 @@ def figures(found: Profile, config: Config) -> dict[str, Any]:
         "traced_seconds": found.trace.seconds,
         "traced_in_part": sorted(found.trace.cut),
         "traces": [path.name for path in found.trace.files],
+        "ranges_without_end": sorted(found.unended),
+        "peak_rss_bytes": found.peak_rss_bytes,
     }
     if cuda:
         out["peak_device_bytes"] = found.peak_device_bytes
@@ -93,16 +102,17 @@ def _stages(found: Profile, cuda: bool) -> dict[str, dict[str, Any]]:
     return out
 
 
-def _work(step: Step) -> dict[str, Any]:
+def _work(step: Step, processes: int) -> dict[str, Any]:
+    """What one process worked on."""
     row = step.row
     if "length/mean" not in row:
-        return row
+        return row | {"tokens": row["tokens"] / processes}  # A cold start counts those of all.
     own = {k: v for k, v in row.items() if k != "tokens"}  # The loss counts the completions' again.
     return own | {"completions": row["tokens/completion"] / row["length/mean"]}
 
 
 def _tokens(work: dict[str, float]) -> float:
-    """Tokens of prompts and completions, as the metrics count them."""
+    """Tokens of prompts and completions, as the metrics count them; of a cold start those trained on."""
     counted = [work[k] for k in ("tokens/prompt", "tokens/completion", "tokens")]
     return sum(n for n in counted if not math.isnan(n))
 
@@ -160,12 +170,32 @@ def _hints(out: dict[str, Any], config: Config, shares_images: bool) -> Iterator
             f"{out['completions_cut']:.0%} of the completions run to rollout.max_new_tokens, as those of an untrained "
             "model do; model.path of a trained one gives the lengths of training"
         )
-    if out["groups_without_signal"] > 0:
+    if out["rollout_batches"] > 1:
         yield (
-            f"{out['groups_without_signal']:.0f} of {out['groups']:.0f} groups a step have equal rewards; they were "
-            "kept here, so that every step rolls out once and trains on all of it. Training with "
-            f"filter.zero_variance drops them and rolls out up to {config.filter.max_tries} times a step"
+            f"a step rolls out {_number(out['rollout_batches'])} times on average, as examples over the prompt budget "
+            "and groups without two rewards leave too few in one batch"
         )
+    dropped = out["groups_training_drops"]
+    if sum(dropped.values()):
+        reasons = " and ".join(f"{_number(n)} {_DROPPED[k]}" for k, n in dropped.items() if n)
+        again = (
+            f"and rolls out up to {config.filter.max_tries} times a step for others"
+            if config.filter.max_tries > 1
+            else "and takes its step with fewer"
+        )
+        yield (
+            f"of {_number(out['groups'])} groups a step, training would drop {reasons}; they were kept here, so that "
+            f"every step trains on all that it rolls out. Training goes without them {again}"
+        )
+    if out["ranges_without_end"]:
+        yield (
+            f"the end of {', '.join(out['ranges_without_end'])} was not seen: its seconds are more than it took"
+        )
+
+
+def _number(value: float) -> str:
+    """With a decimal where it is no whole number."""
+    return f"{value:,.1f}".removesuffix(".0")
 
 
 def print_report(out: dict[str, Any], title: str) -> None:
@@ -250,7 +280,10 @@ def _summary(out: dict[str, Any]) -> Iterator[str]:
         f"timed: {len(seconds)} of {lasted} s; {out['tokens_per_second']:.0f} tokens/s; "
         f"peak memory {_memory(out)}"
     )
-    work = (f"{value:,.0f} {_WORK[name]}" for name, value in out["work_per_step"].items())
+    work = (
+        f"{value:,.0f} {_WORK[name].format(s='' if round(value) == 1 else 's')}"
+        for name, value in out["work_per_step"].items()
+    )
     yield f"a step: {', '.join(work)}"
     if not out["traced_steps"]:
         return

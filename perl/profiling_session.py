@@ -14,8 +14,10 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from perl.cold_start import cold_start
-from perl.config import Config, StageConfig
+from perl.config import Config, FilterConfig, StageConfig
+from perl.filtering import GroupFilter
 from perl.interrupt import StopSignal
+from perl.metrics import peak_rss_bytes
 from perl.mixing import Stream
 from perl.padded import PaddedPolicy
 from perl.padded_loading import tower_of
@@ -28,12 +30,13 @@ from perl.reinforce import reinforce
 from perl.run import RunFolder
 from perl.session import Session
 from perl.stages import Stage, plan
-from perl.types import UserError
+from perl.types import Group, UserError
 
 _RUNS = {"cold_start": cold_start, "rl": reinforce}
 _FORWARDS = {"prompts": 1, "tokens": 1, "language_model": 16}
 """Ranges of one forward pass of the language model, and how much of a trace each takes: a row in which training reads and
 goes back takes a dozen times as many operators and more."""
+_PROFILER = "profiler"
 _INPUTS = ("inputs_embeds", "input_ids")
 """What a language model reads, [B, T, ...]."""
 
@@ -62,6 +65,8 @@ class Step:
 
     times: StepTimes
     row: dict[str, Any]
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Groups that were kept and that the recipe's filter drops, by its reason."""
 
 
 @dataclass(slots=True)
@@ -73,6 +78,11 @@ class Profile:
     trace: Traced = field(default_factory=Traced)
     peak_device_bytes: int = 0
     """Of PyTorch's allocator in the timed steps; 0 without a GPU."""
+    peak_rss_bytes: int = 0
+    """Of the process until the last timed step, before torch.profiler takes memory of its own."""
+    processes: int = 1
+    unended: set[str] = field(default_factory=set)
+    """Ranges whose end nobody told."""
     shares_images: bool = True
     """Whether the features of an image are handed on, as packed rows do and padded batches do not."""
 
@@ -88,11 +98,14 @@ class StepDisplay(Display):
         super().stage(f"profile {name}", self.steps)
 
 
-def stage_to_profile(config: Config, name: str) -> Stage:
+def stage_to_profile(config: Config, name: str) -> tuple[Stage, FilterConfig]:
     """The recipe's stage of that name, or its first RL stage, as the only one of a run that trains at every step.
 
-    Groups without signal are kept, so that each step rolls out once and trains on all it has: a model that is never
-    right, or always, would else leave nothing to train on.
+    Groups without signal are kept, so that each step trains on all that it rolls out: a model that is never right, or
+    always, would else leave nothing to train on.
+
+    Returns:
+        The stage, and the filter that the recipe asks for in it.
 
     Raises:
         UserError: there is no such stage, or it takes no steps.
@@ -109,29 +122,37 @@ def stage_to_profile(config: Config, name: str) -> Stage:
     stage = wanted[0]
     if stage.kind not in _RUNS:
         raise UserError(f"--stage {name}: a {stage.kind} stage takes no steps; choose {names}")
-    own = stage.config
     own = replace(
-        own,
+        stage.config,
         stages=(StageConfig(name=stage.name, kind=stage.kind),),  # pyright: ignore[reportArgumentType]
-        filter=replace(own.filter, zero_variance=False, min_accuracy=0.0, max_accuracy=1.0),
+        filter=replace(
+            stage.config.filter, zero_variance=False, min_accuracy=0.0, max_accuracy=1.0
+        ),
         run=replace(
-            own.run,
-            seed=(own.run.seeds or (own.run.seed,))[0],
+            stage.config.run,
+            seed=(stage.config.run.seeds or (stage.config.run.seed,))[0],
             seeds=(),
             trackers=(),
             save_rollouts_every=0,
         ),
     )
-    return plan(own)[0]
+    return plan(own)[0], stage.config.filter
 
 
 def run_profile(
-    stage: Stage, steps: Plan, folder: Path, suffix: str, display: Display, **options: bool
+    stage: Stage,
+    dropping: FilterConfig,
+    steps: Plan,
+    folder: Path,
+    suffix: str,
+    display: Display,
+    **options: bool,
 ) -> Profile:
     """Take the steps.
 
     Args:
         stage: from `stage_to_profile`.
+        dropping: from there as well.
         steps: how many.
         folder: where trace files go, and a tiny model that is made first.
         suffix: of this process, in the names of its files.
@@ -152,6 +173,8 @@ def run_profile(
         folder, suffix, session.bench.accelerator.device.type == "cuda", **options
     )
     session.look_at(session.stages[0])
+    collector = session.bench.collector
+    session.groups = collector.filter = _KeepingFilter(dropping, collector.filter.measure)
     with listening(session), _watching(session):
         try:
             _RUNS[stage.kind](session, session.stages[0])
@@ -168,13 +191,17 @@ class _Session(Session):
     """A run that keeps nothing and stops after the wanted steps; it hears of every range."""
 
     tracer: Tracer
+    groups: _KeepingFilter
 
     def __init__(self, config: Config, folder: RunFolder, display: Display, steps: Plan) -> None:
         super().__init__(config, folder, display, StopSignal())
         self.processes = _Processes(self.bench.accelerator)
         self.wanted = steps
         self.clock = StageClock()
-        self.found = Profile(shares_images=not isinstance(self.bench.policy, PaddedPolicy))
+        self.found = Profile(
+            shares_images=not isinstance(self.bench.policy, PaddedPolicy),
+            processes=self.processes.count,
+        )
         self._done = 0
         self._forwards: defaultdict[str, int] = defaultdict(int)
 
@@ -188,12 +215,14 @@ class _Session(Session):
         self, step: int, row: dict[str, Any], stream: Stream, shown: dict[str, float], *_: Any
     ) -> None:
         """Keep the figures of a step; the last one ends the run."""
-        taken = Step(self.clock.finish(), row)
+        taken = Step(self.clock.finish(), row, self.groups.dropped)
+        self.found.unended = self.clock.unended
         self.display.advance(numbers=shown)
         if self._tracing:
             self.found.traced.append(taken)
         elif self._done >= self.wanted.warmup:
             self.found.timed.append(taken)
+            self.found.peak_rss_bytes = peak_rss_bytes()
             if self.tracer.cuda:
                 self.found.peak_device_bytes = torch.cuda.max_memory_allocated()
         self._done += 1
@@ -220,18 +249,56 @@ class _Session(Session):
     def enter(self, name: str) -> None:
         """A range begins. A part of a step is traced until it has read enough, and the next one again."""
         if self._tracing and not self.clock.open and not self.tracer.running:
-            self.tracer.start()
+            with self._own_time():
+                self.tracer.start()
         self.clock.enter(name)
         if name in _FORWARDS and self.tracer.running:
             part = self.clock.open[0]
             first = not self._forwards[part]
             self._forwards[part] += _FORWARDS[name]
             if self._forwards[part] > self.wanted.forwards and not first:
-                self.tracer.stop()
+                with self._own_time():
+                    self.tracer.stop()
                 self.tracer.traced.cut.add(part)
 
-    def leave(self) -> None:
-        self.clock.leave()
+    def leave(self, name: str) -> None:
+        self.clock.leave(name)
+
+    @contextmanager
+    def _own_time(self) -> Iterator[None]:
+        """A stage for what training does not do: starting the profiler, and writing what it has collected."""
+        self.clock.enter(_PROFILER)
+        try:
+            yield
+        finally:
+            self.clock.leave(_PROFILER)
+
+
+class _KeepingFilter(GroupFilter):
+    """Keeps every group that can be scored, and counts those that the recipe's filter drops."""
+
+    def __init__(self, recipe: FilterConfig, measure: str) -> None:
+        super().__init__(zero_variance=False)
+        self.recipe = GroupFilter(
+            recipe.zero_variance, recipe.min_accuracy, recipe.max_accuracy, measure
+        )
+
+    def __call__(self, groups: Sequence[Group]) -> list[Group]:
+        self.recipe(groups)
+        return super().__call__(groups)
+
+    def reset(self) -> None:
+        super().reset()
+        self.recipe.reset()
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Groups since the last `reset` that the recipe drops for equal rewards, and for a mean outside of its band."""
+        counts = self.recipe.counts
+        return {
+            "equal_rewards": counts["zero_variance"] * self.recipe.zero_variance,
+            "outside_band": counts["too_hard"] + counts["too_easy"],
+        }
 
 
 class _Processes(Processes):
@@ -260,7 +327,7 @@ def _watching(session: _Session) -> Iterator[None]:
     handles = [
         reader.register_forward_pre_hook(before, with_kwargs=True),
         reader.register_forward_hook(lambda *_: opened.close()),
-        *(_watch_tower(_tower(session)) if padded else ()),
+        *(_watch_tower(_tower(session), policy.base.get_input_embeddings()) if padded else ()),
     ]
     try:
         yield
@@ -277,8 +344,14 @@ def _tower(session: _Session) -> list[nn.Module]:
         return []
 
 
-def _watch_tower(modules: Sequence[nn.Module]) -> list[Any]:
-    """Ranges of a tower whose backward is the end of the language model's."""
+def _watch_tower(modules: Sequence[nn.Module], embedding: nn.Module) -> list[Any]:
+    """Ranges of a tower whose backward follows that of the language model's layers.
+
+    Args:
+        modules: the tower's.
+        embedding: the language model's of its text. Where it ran before the tower its backward comes after the
+            tower's, and ends that.
+    """
     forward, backward = ExitStack(), ExitStack()
     under_way = False
 
@@ -303,7 +376,13 @@ def _watch_tower(modules: Sequence[nn.Module]) -> list[Any]:
             if isinstance(x, torch.Tensor) and x.requires_grad:
                 x.register_hook(begin_backward)
 
-    return [
+    def end_at(_: nn.Module, args: Any, output: torch.Tensor) -> None:
+        if output.grad_fn is not None:
+            output.grad_fn.register_prehook(lambda _: end_backward())
+
+    if not modules:
+        return []
+    return [embedding.register_forward_hook(end_at)] + [
         handle
         for module in modules
         for handle in (

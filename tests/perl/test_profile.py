@@ -58,6 +58,10 @@ def inside(out: dict[str, Any], part: str) -> set[str]:
     return {n.partition("/")[2] for n in out["stages"] if n.startswith(f"{part}/")}
 
 
+def hidden(folder: Path) -> list[str]:
+    return [p.name for p in folder.iterdir() if p.name.startswith(".")]
+
+
 def check_sums(out: dict[str, Any]) -> None:
     for step in (*out["steps"], *out["traced_steps"]):
         assert sum(step["stages"].values()) == pytest.approx(step["seconds"])
@@ -69,8 +73,10 @@ def check_sums(out: dict[str, Any]) -> None:
 def test_a_step_by_stage(
     short_recipe: Path, capsys: pytest.CaptureFixture[str], error_of: ErrorOf
 ) -> None:
-    """Rewards are all 0 here, and it trains nevertheless."""
-    folder = short_recipe.parent / "profile"
+    """Rewards are all 0 here, and it trains nevertheless; a link as output stays one."""
+    folder, behind = short_recipe.parent / "profile", short_recipe.parent / "elsewhere"
+    behind.mkdir()
+    folder.symlink_to(behind)
     command = ("profile", short_recipe, "--output", folder, "--rollout.per-order", "2")
     assert run(*command, "--steps", "2", "--forwards", "2") == 0
     said = capsys.readouterr().out
@@ -86,7 +92,13 @@ def test_a_step_by_stage(
         step["metrics"]["groups/tries"] == 1 and step["metrics"]["packing/rows"]
         for step in out["steps"]
     )
-    assert "2 of 2 groups a step have equal rewards" in said
+    assert "of 2 groups a step, training would drop 2 with equal rewards" in said
+    assert (
+        "\nshort.toml, stage rl: a step on " in f"\n{said}" and f"torch {torch.__version__}" in said
+    )
+    # What the profiler takes is told apart from what the step takes.
+    assert {"profiler", "rollout/profiler"} <= out["traced_steps"][0]["stages"].keys()
+    assert not any("profiler" in step["stages"] for step in out["steps"])
     assert "device s" not in said and "aten::mm" in said
 
     # The rollout's trace ends at the third pass, and the next part begins another file.
@@ -102,7 +114,12 @@ def test_a_step_by_stage(
     assert not (short_recipe.parent / "run").exists()
 
     assert "is already there: replace it with --overwrite" in error_of(*command)
-    assert run(*command, "--overwrite", "--steps", "1", "--traced", "0", "--warmup", "0") == 0
+    quick = ("--overwrite", "--steps", "1", "--traced", "0", "--warmup", "0")
+    band = ("--filter.no-zero-variance", "--filter.min-accuracy", "0.5")
+    assert run(*command, *quick, *band) == 0
+    said = capsys.readouterr().out
+    assert "training would drop 2 outside of filter.min_accuracy" in said and "equal" not in said
+    assert folder.is_symlink() and not hidden(folder.parent)
     assert {p.name for p in folder.iterdir()} == {"profile.json", "config.toml"}
     assert len(json.loads((folder / "profile.json").read_text())["steps"]) == 1
 
@@ -138,15 +155,27 @@ def test_a_model_on_padded_batches(
     calls = out["steps"][0]["calls"]
     assert calls["update/vision.backward"] == calls["update/language_model.backward"]
 
+    # The text's embedding goes back after the tower, and is not counted as the tower's.
+    events = json.loads(gzip.decompress((folder / "trace.json.gz").read_bytes()))["traceEvents"]
+    times: dict[str, list[tuple[float, float]]] = {}
+    for e in events:
+        if "dur" in e:
+            times.setdefault(str(e["name"]), []).append((e["ts"], e["ts"] + e["dur"]))
+    embedding = times["EmbeddingBackward0"]
+    assert not any(
+        start <= at < end for start, end in times["perl::vision.backward"] for at, _ in embedding
+    )
 
-def test_ctrl_c_leaves_what_was_there(
-    short_recipe: Path, capsys: pytest.CaptureFixture[str]
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_leaves_what_was_there(
+    number: signal.Signals, short_recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reward = short_recipe.with_name("reward.py")
     reward.write_text(
         "import os, signal\n"
         "def f(completions, **_):\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        f"    os.kill(os.getpid(), {number.value})\n"
         "    return [0.0] * len(completions)\n"
     )
     folder = short_recipe.parent / "profile"
@@ -160,7 +189,31 @@ def test_ctrl_c_leaves_what_was_there(
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err.endswith("stopped at once\n")
     assert (folder / "profile.json").read_text() == "mine"
-    assert not (folder.parent / ".profile.tmp").exists()
+    assert not hidden(folder.parent)
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["plain", "overwrite"])
+def test_what_comes_during_the_run_stays(
+    overwrite: list[str], short_recipe: Path, error_of: ErrorOf
+) -> None:
+    folder = short_recipe.parent / "profile"
+    reward = short_recipe.with_name("reward.py")
+    reward.write_text(
+        "import pathlib\n"
+        "def f(completions, **_):\n"
+        f"    folder = pathlib.Path({str(folder)!r})\n"
+        "    folder.mkdir(exist_ok=True)\n"
+        "    (folder / 'notes.txt').write_text('mine')\n"
+        "    return [0.0] * len(completions)\n"
+    )
+    options = ("--reward.functions", f"{reward}:f", "--reward.weights", "1", "--traced", "0")
+    said = error_of(
+        "profile", short_recipe, "--output", folder, *options, *overwrite, "--steps", "1"
+    )
+    assert "this came during the run, whose profile is in " in said
+    kept = Path(said.rpartition(" ")[2])
+    assert {p.name for p in kept.iterdir()} == {"profile.json", "config.toml"}
+    assert [p.name for p in folder.iterdir()] == ["notes.txt"] and not hidden(folder.parent)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +222,7 @@ def test_ctrl_c_leaves_what_was_there(
         (["--steps", "0"], "--steps 0: must be 1 or more"),
         (["--warmup", "-1"], "--warmup -1: must be 0 or more"),
         (["--train.lrr", "1"], "unknown option --train.lrr; did you mean --train.lr?"),
+        (["--stages", "[]"], "unknown option --stages: stages stand in a recipe's file"),
         (["--stage", "sieve"], "--stage sieve: a filter stage takes no steps; choose easy"),
     ],
 )
@@ -242,11 +296,11 @@ def test_device_time_goes_to_the_stage_that_launched_it(
     clock = StageClock(lambda: float(next(moments)))
     clock.begin()
     clock.enter("rollout")
-    clock.leave()
+    clock.leave("rollout")
     clock.enter("update")
     clock.enter("loss")
-    clock.leave()
-    clock.leave()
+    clock.leave("loss")
+    clock.leave("update")
     times = clock.finish()
     second = 1e6
     traced = Traced(windows=[(100.0, 110.0)], files=[Path("trace.json.gz")])
@@ -280,6 +334,32 @@ def test_device_time_goes_to_the_stage_that_launched_it(
     out = figures(Profile([step], [step], traced, peak_device_bytes=2**30), Config())
     assert out["stages"]["rollout"]["device_seconds"] is None
     assert out["stages"]["update/loss"]["launches"] == 1
+
+
+def test_a_range_without_an_end_shifts_no_other() -> None:
+    clock = StageClock(iter(range(99)).__next__)
+    clock.begin()
+    clock.enter("update")
+    clock.enter("loss.backward")
+    clock.leave("update")
+    clock.enter("data")
+    clock.leave("data")
+    clock.leave("loss.backward")
+    step = Step(clock.finish(), {"tokens": 20})
+    assert step.times.by_stage() == {"other": 4, "update": 1, "update/loss.backward": 1, "data": 1}
+    out = figures(Profile([step], unended=clock.unended), Config())
+    assert any("the end of loss.backward was not seen" in hint for hint in out["hints"])
+
+
+def test_work_is_one_process_and_tries_are_told() -> None:
+    clock = StageClock(iter(range(99)).__next__)
+    steps = []
+    for tries in (3, 2, 2):
+        clock.begin()
+        steps.append(Step(clock.finish(), {"tokens": 20, "groups/tries": tries}))
+    out = figures(Profile(steps, processes=2), Config())
+    assert out["work_per_step"] == {"tokens": 10} and out["tokens_per_second"] == 10
+    assert any("a step rolls out 2.3 times on average" in hint for hint in out["hints"])
 
 
 @pytest.mark.slow
