@@ -119,6 +119,9 @@ class PackedRow:
         q, k, v = torch.autograd.grad(out, inputs, upstream)
         return {"out": out.detach(), "grad query": q, "grad key": k, "grad value": v}
 
+    def find_truth(self) -> None:
+        _ = self._near
+
     def prove(
         self, results: Results, omits: frozenset[str] = frozenset(), slack: float = 1.0
     ) -> float:
@@ -183,11 +186,20 @@ def _layout(pieces: list[Piece], device: torch.device) -> PackedLayout:
     return PackedLayout(F.pad(lengths.cumsum(0), (1, 0)), starts, prefixes, device)
 
 
-def _dense(p: PackedRow) -> Run:
-    q, k, v = p.inputs
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """PyTorch's, causal without a mask. With one, CUDA's quick kernels want as many key heads as query heads, so those are
+    repeated, as transformers does."""
+    if mask is not None and q.is_cuda:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+    )
 
+
+def _dense(p: PackedRow) -> Run:
     def call() -> Results:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=p.mask, enable_gqa=True)
+        out = _sdpa(*p.inputs, p.mask)
         return p.results(out.transpose(1, 2), p.inputs, p.upstream)
 
     return Run(call)
@@ -204,12 +216,7 @@ def _by_piece(p: PackedRow) -> Run:
     }
 
     def call() -> Results:
-        outputs = [
-            F.scaled_dot_product_attention(
-                q, k, v, attn_mask=masks.get(piece), is_causal=piece not in masks, enable_gqa=True
-            )
-            for piece, q, k, v in _pieces_of(p.inputs, p)
-        ]
+        outputs = [_sdpa(q, k, v, masks.get(piece)) for piece, q, k, v in _pieces_of(p.inputs, p)]
         return p.results(torch.cat(outputs, 2).transpose(1, 2), p.inputs, p.upstream)
 
     return Run(call)

@@ -32,7 +32,7 @@ def contests(cuda: bool, quick: bool) -> list[Contest]:
             "V": (2048, 4096, 8192, 16384, 32768),
             "H": (32, 64, 128, 256, 512),
         }
-    if quick:
+    if quick and cuda:
         sweeps = {axis: sizes[::2] for axis, sizes in sweeps.items()}
     return [_contest(start, axis, n) for axis, sizes in sweeps.items() for n in sizes]
 

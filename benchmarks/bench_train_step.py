@@ -16,7 +16,6 @@ minute.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -30,6 +29,7 @@ sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "kernels")) if p not in sys.pa
 
 import torch  # noqa: E402
 
+from benchmarks import json_file  # noqa: E402
 from benchmarks.shapes import SHAPES  # noqa: E402
 from benchmarks.train_step.run import (  # noqa: E402
     DTYPES,
@@ -45,15 +45,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         setting, file = parse(arguments)
         report = run(setting)
+        print(table(report))
+        json_file.write(file, report)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except AssertionError as error:
         print(f"error: {error}; nothing is timed", file=sys.stderr)
         return 1
-    print(table(report))
-    if file:
-        file.write_text(json.dumps(report, indent=2) + "\n")
     return 0
 
 
@@ -132,7 +131,7 @@ def parse(arguments: list[str] | None) -> tuple[Setting, Path | None]:
         type=_count,
         default=0,
         metavar="N",
-        help="timed rounds; default: as many as fit into 12 seconds, at least one",
+        help="timed rounds; default: as many as fit into 12 seconds, at least three",
     )
     add("--checkpointing", action="store_true", help="recompute activations in the backward")
     add("--freeze-vision", action="store_true", help="do not train the vision tower")
@@ -159,8 +158,7 @@ def parse(arguments: list[str] | None) -> tuple[Setting, Path | None]:
         given.images, given.completion = [2, 4], 128
     if given.device == "cuda" and not cuda:
         parser.error("--device cuda: there is no GPU that PyTorch can use")
-    if given.json and (given.json.is_dir() or not given.json.absolute().parent.is_dir()):
-        parser.error(f"--json {given.json}: give a file in a folder that is there")
+    json_file.check(given.json)
     return _setting(given), given.json
 
 
@@ -222,13 +220,17 @@ def table(report: Report) -> str:
         line = "".join(f"{text} ({ratios[name][key]:.2f}x)".rjust(n) for text, key, n in cells)
         parts = "/".join(f"{100 * n / found['flops']:.0f}" for n in found["flops_by_part"].values())
         lines.append(f"{name:8}{line}{found['max_rel_grad_diff']:11.0e}   {parts} %")
+    spreads = [
+        f"{name} {min(found['seconds_by_round']):.2f} to {max(found['seconds_by_round']):.2f}"
+        for name, found in report["variants"].items()
+    ]
     rounds = len(report["variants"]["padded"]["seconds_by_round"])
     load = os.getloadavg()[0]
     if load > (os.cpu_count() or 1) + 1:
         lines += ["", f"This machine is busy (load {load:.1f}): the seconds say little."]
     lines += [
         "",
-        f"In brackets: how many times less than padded. Seconds: median of {rounds} interleaved round{'s' * (rounds > 1)}. Peak: beyond the "
+        f"In brackets: how many times less than padded. Seconds: median of {rounds} interleaved round{'s' * (rounds > 1)} ({', '.join(spreads)}). Peak: beyond the "
         "weights. Gradients: largest difference from padded's, relative to each parameter's largest.",
     ]
     return "\n".join(lines)

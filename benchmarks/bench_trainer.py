@@ -16,12 +16,12 @@ Where TRL cannot be imported, the report says so and the exit code is 0.
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # As perl-rl does: threads that wait must not spin where other work is running. Read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -30,11 +30,11 @@ sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "kernels")) if p not in sys.pa
 
 import torch  # noqa: E402
 
+from benchmarks import json_file  # noqa: E402
 from benchmarks.trainer.run import run  # noqa: E402
 from benchmarks.trainer.setting import MODELS, Report, Setting  # noqa: E402
 from benchmarks.trainer.step_clock import PARTS  # noqa: E402
 from perl.progress import Display  # noqa: E402
-from perl.run import write_json  # noqa: E402
 from perl.types import UserError  # noqa: E402
 
 DEFAULTS = {
@@ -75,15 +75,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         setting, file = parse(arguments)
         report = run(setting, Display())
+        print(table(report))
+        json_file.write(file, report)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except AssertionError as error:
         print(f"error: {error}; nothing is timed", file=sys.stderr)
         return 1
-    print(table(report))
-    if file:
-        write_json(file, report)
     return 0
 
 
@@ -124,13 +123,12 @@ def parse(arguments: list[str] | None) -> tuple[Setting, Path | None]:
     add(
         "--trl-attention",
         choices=("sdpa", "flash_attention_2", "eager"),
-        default="sdpa",
-        help="of TRL's model, in tower and language model; default: sdpa",
+        help="of TRL's model, in tower and language model; default: flash_attention_2 in bfloat16 on cuda where flash-attn "
+        "is installed, else sdpa",
     )
     add("--seed", type=int, default=0, metavar="N", help="of weights, questions and sampling")
     given = parser.parse_args(arguments)
-    if given.json and (given.json.is_dir() or not given.json.absolute().parent.is_dir()):
-        parser.error(f"--json {given.json}: give a file in a folder that is there")
+    json_file.check(given.json)
     return _setting(given), given.json
 
 
@@ -142,14 +140,15 @@ def _count(text: str) -> int:
 
 def _setting(given: argparse.Namespace) -> Setting:
     device = _device(given.device)
+    dtype = given.dtype or ("bfloat16" if device == "cuda" else "float32")
     defaults = {**(QUICK if given.quick else DEFAULTS[device]), "budget": 16384}
     chosen = {k: v for k, v in vars(given).items() if k in defaults and v is not None}
     values = {**defaults, **chosen}
     setting = Setting(
         device=device,
-        dtype=given.dtype or ("bfloat16" if device == "cuda" else "float32"),
+        dtype=dtype,
         seed=given.seed,
-        trl_attention=given.trl_attention,
+        trl_attention=_trl_attention(given.trl_attention, device, dtype),
         **{**values, "images": tuple(values["images"])},
     )
     few, many = min(setting.images), max(setting.images)
@@ -159,9 +158,23 @@ def _setting(given: argparse.Namespace) -> Setting:
         raise UserError(f"--orders {setting.orders}: {few} images have only {math.factorial(few)}")
     if setting.per_order < 2:
         raise UserError("--per-order 1: a single completion has no advantage in TRL; raise it")
-    if setting.trl_attention == "flash_attention_2" and not find_spec("flash_attn"):
-        raise UserError("--trl-attention flash_attention_2: flash-attn is not installed")
     return setting
+
+
+def _trl_attention(wanted: str | None, device: str, dtype: str) -> str:
+    """What is wanted; else flash attention where it can run, as PeRL's is on a GPU."""
+    possible = device == "cuda" and dtype == "bfloat16"
+    if wanted == "flash_attention_2" and not possible:
+        raise UserError("--trl-attention flash_attention_2: it needs a GPU and bfloat16")
+    if wanted == "flash_attention_2" or (wanted is None and possible):
+        try:
+            importlib.import_module("flash_attn")
+            return "flash_attention_2"
+        except Exception as error:  # Built for another PyTorch it fails in any way.
+            if wanted:
+                reason = str(error).strip().partition("\n")[0]
+                raise UserError(f"--trl-attention {wanted}: no flash-attn ({reason})") from error
+    return wanted or "sdpa"
 
 
 def _device(wanted: str | None) -> str:
@@ -184,35 +197,40 @@ def table(report: Report) -> str:
     lines = [
         f"{setting['model']} ({setting['parameters'] / 1e6:,.1f} M parameters, {setting['dtype']}) on "
         f"{setting['device_name']}, {setting['threads']} threads, torch {setting['torch']}, transformers "
-        f"{setting['transformers']}, TRL {setting['trl']}, packed attention {setting['packed_attention']}",
+        f"{setting['transformers']}, TRL {setting['trl']}, packed attention {setting['packed_attention']}, TRL's attention {setting['trl_attention']}",
         f"A step: questions of {' and '.join(map(str, setting['images']))} images of {setting['tokens_per_image']} "
         f"tokens, {setting['orders']} order{'s' * (setting['orders'] > 1)} x {setting['per_order']} completions of {setting['completion']} tokens; "
         f"longest sequence {setting['longest_sequence']}; micro-batches of {setting['budget']} tokens "
         f"({setting['padded_micro_batch']} padded sequences)",
         "",
-        "".join(["".ljust(18), *(head.rjust(12) for head in ("TRL", "PeRL", "TRL/PeRL"))]),
+        "".join(
+            ["".ljust(20), *(head.rjust(16) for head in ("TRL", "PeRL")), "TRL/PeRL".rjust(12)]
+        ),
     ]
 
     def line(name: str, form: str, ratio: float | None, values: list[float]) -> None:
-        cells = [form.format(value).rjust(12) for value in values]
-        lines.append("".join([name.ljust(18), *cells, "" if ratio is None else f"{ratio:12.2f}"]))
+        cells = [form.format(value).rjust(16) for value in values]
+        lines.append("".join([name.ljust(20), *cells, "" if ratio is None else f"{ratio:12.2f}"]))
 
-    def both(key: str) -> list[float]:
+    def both(key: str) -> list[Any]:
         return [trainers[name][key] for name in ("trl", "perl")]
 
     line("seconds of a step", "{:.3f}", ratios["seconds"], both("seconds"))
+    lines.append("".join(["  by round".ljust(20), *map(_range, both("seconds_by_round"))]))
     for part in PARTS:
         values = [found[part] for found in both("parts")]
         line(f"  {part}", "{:.3f}", ratios["parts"].get(part), values)
     line("LM tokens", "{:,}", ratios["lm_tokens"], both("lm_tokens"))
     line("images encoded", "{:,}", ratios["images_encoded"], both("images_encoded"))
+    line("micro-batch tokens", "{:,}", None, both("micro_batch_tokens"))
     line("peak MiB", "{:,.0f}", ratios["peak_bytes"], [b / 2**20 for b in both("peak_bytes")])
     low, high = ratios["seconds_range"]
     proof = report["proof"]
     lines += [
         "",
         f"Seconds: median of {setting['rounds']} interleaved rounds of {setting['steps']} steps each; TRL/PeRL by round "
-        f"{low:.2f} to {high:.2f}. Peak: beyond the weights, with gradients and the optimiser's state.",
+        f"{low:.2f} to {high:.2f}. Micro-batch tokens: of the largest that is trained on. Peak: of two steps, beyond the "
+        "weights, with gradients and the optimiser's state; its ratio follows from the budget.",
         f"Proof: on {proof['completions']} completions of TRL's the gradients of {proof['parameters']} parameters agree to "
         f"{proof['max_rel_grad_diff']:.0e} of their maxima ({proof['allowed_rel_grad_diff']:.0e} allowed).",
     ]
@@ -222,6 +240,11 @@ def table(report: Report) -> str:
     return "\n".join(
         [*lines, "", "What differs:", *(f"- {text}" for text in report["differences"])]
     )
+
+
+def _range(seconds: list[float]) -> str:
+    """The least and the most."""
+    return f"{min(seconds):.3f}-{max(seconds):.3f}".rjust(16)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from statistics import median
 
 from benchmarks.results_file import Row
 
@@ -31,6 +32,32 @@ class Case:
         if not (row.median and row.timed and self.reference and self.reference.median):
             return None
         return row.median / self.reference.median
+
+    def ratios(self, row: Row) -> list[float]:
+        """The same of each turn, in which one ran soon after the other."""
+        if self.ratio(row) is None or self.reference is None or row is self.reference:
+            return []
+        pairs = zip(row.turns, self.reference.turns, strict=False)
+        return [median(theirs) / median(ours) for theirs, ours in pairs if theirs and ours]
+
+    def difference(self, row: Row) -> int:
+        """1: slower than ours; -1: faster; 0: no ratio, or turns on both sides of 1, which are no difference."""
+        ratio, around = self.ratio(row), self.ratios(row)
+        if ratio is None or (len(around) > 1 and min(around) <= 1 <= max(around)):
+            return 0
+        return (ratio > 1) - (ratio < 1)
+
+    def memory_ratio(self, row: Row) -> float | None:
+        """The most memory it held over ours: more than 1 is more than ours."""
+        ours = self.reference.peak_extra_bytes if self.reference else None
+        if self.ratio(row) is None or row.peak_extra_bytes is None or not ours:
+            return None
+        return row.peak_extra_bytes / ours
+
+    @property
+    def axis(self) -> str:
+        """Of the series that it is a part of; empty for none."""
+        return self.rows[0].axis
 
     @property
     def ordered(self) -> list[Row]:
@@ -65,7 +92,11 @@ class Peer:
 
     provider: str
     ratios: list[float] = field(default_factory=list)
-    """Where both it and ours were timed."""
+    """Of times, where both it and ours were timed."""
+    memory: list[float] = field(default_factory=list)
+    """Where both have a figure."""
+    differences: list[int] = field(default_factory=list)
+    """As in `Case.difference`, for each of the ratios."""
     cases: int = 0
     """Where it was to take part."""
 
@@ -80,4 +111,7 @@ def peers(cases: Iterable[Case]) -> list[Peer]:
             peer.cases += 1
             if ratio := case.ratio(row):
                 peer.ratios.append(ratio)
+                peer.differences.append(case.difference(row))
+            if (memory := case.memory_ratio(row)) is not None:
+                peer.memory.append(memory)
     return list(found.values())

@@ -30,11 +30,11 @@ import signal
 import sys
 from typing import NoReturn
 
+from benchmarks import json_file
 from benchmarks.comparing import report
 from benchmarks.comparing.options import parse
 from benchmarks.comparing.row import Row
 from benchmarks.comparing.session import compare, sides
-from perl.run import write_json
 from perl.types import UserError
 
 
@@ -46,6 +46,12 @@ def main(arguments: list[str] | None = None) -> int:
         given = parse(arguments)
         with sides(given) as (base, head):
             compare(given, base, head, rows)
+        print(report.table(rows))
+        print()
+        if given.check:
+            print(report.noise(rows))
+        print(report.summary(rows, base.name, head.name))
+        json_file.write(given.json, report.asdict(given, base, head, rows))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -54,13 +60,6 @@ def main(arguments: list[str] | None = None) -> int:
             print(report.table(rows))
         print("interrupted", file=sys.stderr)
         return 130
-    print(report.table(rows))
-    print()
-    if given.check:
-        print(report.noise(rows))
-    print(report.summary(rows, base.name, head.name))
-    if given.json:
-        write_json(given.json, report.asdict(given, base, head, rows))
     return int(any(row.failure for row in rows))
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -61,13 +62,19 @@ def pytest_benchmark_update_machine_info(
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # Time may be over before all have run.
-    items.sort(key=lambda item: _FIRST.index(item.path.stem) if item.path.stem in _FIRST else 99)
+    items.sort(key=_place)
     device = chosen_device(config)
     for item in items:
         turn = item.callspec.params["turn"] if hasattr(item, "callspec") else None
         if turn and not turn.contest.host:
             item.add_marker(pytest.mark.benchmark(timer=clock(device)))
+
+
+def _place(item: pytest.Item) -> tuple[int, int]:
+    """The first cases of all files before the second ones: time may be over before all have run."""
+    turn = item.callspec.params["turn"] if hasattr(item, "callspec") else None
+    file = _FIRST.index(item.path.stem) if item.path.stem in _FIRST else len(_FIRST)
+    return (turn.place if turn else 0, file)
 
 
 def pytest_report_teststatus(
@@ -90,6 +97,8 @@ class Turn:
     """A provider's place in one pass over the providers of a contest."""
 
     contest: Contest
+    place: int
+    """Of the contest among those of its file."""
     provider: Provider
     number: int
 
@@ -108,7 +117,12 @@ def turns(metafunc: pytest.Metafunc, contests: Callable[[bool, bool], Iterable[C
     """
     option = metafunc.config.getoption
     found = contests(chosen_device(metafunc.config).type == "cuda", option("quick"))
-    every = [Turn(c, p, n) for c in found for n in range(option("passes")) for p in c.providers]
+    every = [
+        Turn(contest, place, provider, number)
+        for place, contest in enumerate(found)
+        for number in range(option("passes"))
+        for provider in contest.providers
+    ]
     metafunc.parametrize("turn", every, ids=[turn.id for turn in every])
 
 
@@ -118,14 +132,21 @@ def chosen_device(config: pytest.Config) -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def _race(pytestconfig: pytest.Config) -> Iterator[Race]:
+def _race(pytestconfig: pytest.Config, request: pytest.FixtureRequest) -> Iterator[Race]:
     option = pytestconfig.getoption
     plugin = pytestconfig.pluginmanager.get_plugin
 
+    contests = len(
+        {(item.path, item.callspec.params["turn"].place) for item in request.session.items}
+    )
+    told = count(1)
+
     def say(line: str) -> None:
-        if option("results"):
+        if file := option("results"):
+            # What is known is kept, however this process ends.
+            pytestconfig.stash[RESULTS].write(file)
             with plugin("capturemanager").global_and_fixture_disabled():
-                print(line, flush=True)
+                print(f"[{next(told)}/{contests}] {line}", flush=True)
 
     race = Race(
         chosen_device(pytestconfig),

@@ -15,6 +15,8 @@ from benchmarks.results_file import Row
 
 FEWEST_POINTS, NARROWEST = 3, 4.0
 """A power law is fitted to no fewer sizes, and to none that are less than this factor apart."""
+CERTAIN_POINTS, CERTAIN_ERROR = 4, 0.15
+"""With fewer sizes, or a larger standard error, an exponent is called uncertain."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,11 @@ class Growth:
     standard_error: float
     last: float
     """The exponent between the two largest sizes alone, where what is constant weighs least."""
+    sizes: int
+
+    @property
+    def certain(self) -> bool:
+        return self.sizes >= CERTAIN_POINTS and self.standard_error <= CERTAIN_ERROR
 
 
 def fit(points: Iterable[tuple[float, float]]) -> Growth | None:
@@ -44,6 +51,7 @@ def fit(points: Iterable[tuple[float, float]]) -> Growth | None:
         float(exponent),
         float(math.sqrt(max(0.0, covariance[0, 0]))),
         math.log(y1 / y0) / math.log(x1 / x0),
+        len(at),
     )
 
 
@@ -80,7 +88,7 @@ class Series:
         return (
             f"{self.axis} from {found.low:g} to {found.high:g}: time grows as "
             f"{base}^{found.exponent:.2f} ± {found.standard_error:.2f}, "
-            f"{base}^{found.last:.2f} at the end"
+            f"{base}^{found.last:.2f} at the end{'' if found.certain else '; uncertain'}"
         )
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.cases import Case, by_op
 from benchmarks.growth import Series, series
+from benchmarks.report_shapes import dtype
 from benchmarks.results_file import Results, Row
-from perl.plots import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, STYLE, VERMILION
+from perl.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, VERMILION
 from perl.run import replacing
 
 if TYPE_CHECKING:
@@ -24,10 +25,13 @@ _SVG: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "benchmarks",
 }
-_PEERS = ("#5F5F5F", VERMILION, GREEN, ORANGE, PURPLE, "#56B4E9", INK)
+_PEERS = ("#5F5F5F", VERMILION, GREEN, ORANGE, PURPLE, "#56B4E9", "#7A4419")
 """Told apart with every kind of colour vision; blue is ours alone."""
 _MARKERS, _DASHES = "osD^vPX", ("-", "--", ":", "-.")
 _WIDTH, _MOST_TICKS = 9.5, 6
+_LEAST_ROW, _LANE = 0.38, 0.105
+"""Inches: the height of a case, and what a marker in it needs."""
+_LEGEND_COLUMNS = 3
 _LEAST_BYTES = 2**16
 """Where a logarithmic axis of memory begins."""
 
@@ -40,7 +44,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class _Look:
-    """Colours tell packages apart, markers and dashes the providers of one package."""
+    """Colours and markers tell packages apart, markers and dashes the providers of one package."""
 
     colour: str
     marker: str
@@ -61,30 +65,27 @@ class _Look:
         }
 
 
-def draw(results: Results, stem: Path) -> tuple[list[Picture], list[str]]:
-    """Draw what there are figures of to `stem` with `-ratio.svg`, `-bound.svg` and `-memory.svg` behind it.
-
-    Returns:
-        The pictures, and a sentence for each that there are no figures for.
-    """
+def draw(results: Results, stem: Path) -> list[Picture]:
+    """Draw what there are figures of to `stem` with `-ratio.svg`, `-bound.svg` and `-memory.svg` behind it."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     looks = _looks(results.rows)
+    device = f"Measured on {results.machine.get('device', 'an unknown device')}"
     over_rows = [s for s in series(results.rows) if s.axis == "N"]
     parts: dict[str, tuple[str, Callable[[Figure], bool]]] = {
         "ratio": ("time over ours", lambda figure: _draw_ratios(figure, results.rows, looks)),
         "bound": (
             "share of the bound over N",
-            lambda figure: _draw_bounds(figure, over_rows, looks),
+            lambda figure: _draw_bounds(figure, over_rows, looks, device),
         ),
         "memory": (
             "memory over N",
-            lambda figure: _draw_memory(figure, over_rows, looks),
+            lambda figure: _draw_memory(figure, over_rows, looks, device),
         ),
     }
-    pictures, missing = [], []
+    pictures = []
     with rc_context({**STYLE, **_SVG}):
         for name, (what, fill) in parts.items():
             path = stem.with_name(f"{stem.name}-{name}.svg")
@@ -97,8 +98,7 @@ def draw(results: Results, stem: Path) -> tuple[list[Picture], list[str]]:
                 pictures.append(Picture(path, what[0].upper() + what[1:]))
             else:
                 path.unlink(missing_ok=True)  # An older report's does not show these figures.
-                missing.append(what)
-    return pictures, [f"No picture of {what}: there are no figures." for what in missing]
+    return pictures
 
 
 def _looks(rows: Sequence[Row]) -> dict[str, _Look]:
@@ -116,30 +116,36 @@ def _looks(rows: Sequence[Row]) -> dict[str, _Look]:
     return {
         provider: _Look(
             colours[package],
-            _MARKERS[i % len(_MARKERS)],
+            _MARKERS[(place + place // len(_MARKERS) + i) % len(_MARKERS)],
             _DASHES[i % len(_DASHES)],
             provider in ours,
         )
-        for package, members in packages.items()
+        for place, (package, members) in enumerate(packages.items())
         for i, provider in enumerate(members)
     }
 
 
 def _draw_ratios(figure: Figure, rows: Sequence[Row], looks: Mapping[str, _Look]) -> bool:
-    """A panel for each operation, a line for each case, a marker for each of the others."""
+    """A panel for each operation, a line for each case, a marker for each of the others.
+
+    Without series: those over N have pictures of their own; others are drawn where an operation has nothing else.
+    """
     ops: dict[str, list[Case]] = {}
     for op, cases in by_op(rows).items():
-        if shown := [c for c in cases if any(not r.ours and c.ratio(r) for r in c.rows)]:
+        found = [c for c in cases if any(not r.ours and c.ratio(r) for r in c.rows)]
+        one_size = [c for c in found if not c.axis]
+        if shown := one_size or [c for c in found if c.axis != "N"]:
             ops[op] = shown
     if not ops:
         return False
-    counts = [len(cases) for cases in ops.values()]
-    figure.set_size_inches(_WIDTH, 1.0 + sum(0.8 + 0.38 * n for n in counts))
-    panels = figure.subplots(
-        len(ops), 1, sharex=True, squeeze=False, height_ratios=[n + 0.3 for n in counts]
-    )[:, 0]
+    providers = {op: _compared(cases, looks) for op, cases in ops.items()}
+    heights = [len(c) * max(_LEAST_ROW, _LANE * (len(providers[op]) + 1)) for op, c in ops.items()]
+    names = {name for each in providers.values() for name in each}
+    lines = -(-(len(names) + 1) // _LEGEND_COLUMNS)
+    figure.set_size_inches(_WIDTH, 0.7 + 0.2 * lines + sum(0.75 + height for height in heights))
+    panels = figure.subplots(len(ops), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (op, cases) in zip(panels, ops.items(), strict=True):
-        _draw_cases(axes, cases, looks)
+        _draw_cases(axes, cases, providers[op], looks)
         references = dict.fromkeys(c.reference.provider for c in cases if c.reference)
         axes.set_title(f"{op}: time over {' or '.join(references)}", fontsize=10)
     axes = panels[-1]
@@ -151,21 +157,27 @@ def _draw_ratios(figure: Figure, rows: Sequence[Row], looks: Mapping[str, _Look]
     return True
 
 
-def _draw_cases(axes: Axes, cases: Sequence[Case], looks: Mapping[str, _Look]) -> None:
-    shown = [p for p in looks if any(r.provider == p and not r.ours for c in cases for r in c.rows)]
+def _compared(cases: Sequence[Case], looks: Mapping[str, _Look]) -> list[str]:
+    """The others with a ratio in one of these cases."""
+    found = {r.provider for c in cases for r in c.rows if not r.ours and c.ratio(r)}
+    return [provider for provider in looks if provider in found]
+
+
+def _draw_cases(
+    axes: Axes, cases: Sequence[Case], shown: Sequence[str], looks: Mapping[str, _Look]
+) -> None:
     axes.axvline(1, color=BLUE, lw=2.2, zorder=2, label="ours")
     for provider in shown:
-        # Side by side within a case's line: equal times would hide one another.
-        shift = 0.62 * ((shown.index(provider) + 0.5) / len(shown) - 0.5)
+        # Each in a lane of its own within a case's line: equal times would hide one another.
+        shift = (shown.index(provider) + 1) / (len(shown) + 1) - 0.5
         points = [
             (ratio, place + shift)
             for place, case in enumerate(cases)
             for row in case.rows
             if row.provider == provider and (ratio := case.ratio(row))
         ]
-        if points:
-            style = {**looks[provider].line(), "ls": "", "ms": 6.5}
-            axes.plot(*zip(*points, strict=True), label=provider, **style)
+        style = {**looks[provider].line(), "ls": "", "ms": 6.5}
+        axes.plot(*zip(*points, strict=True), label=provider, **style)
     axes.set_xscale("log")
     axes.set_yticks(range(len(cases)), [case.name for case in cases], fontsize=9)
     axes.set_ylim(len(cases) - 0.5, -0.5)
@@ -187,7 +199,9 @@ def _label_logarithms(axis: Axis, limits: tuple[float, float], unit: str) -> Non
     axis.set_minor_formatter(NullFormatter())
 
 
-def _draw_bounds(figure: Figure, found: Sequence[Series], looks: Mapping[str, _Look]) -> bool:
+def _draw_bounds(
+    figure: Figure, found: Sequence[Series], looks: Mapping[str, _Look], caption: str
+) -> bool:
     def points(one: Series) -> list[tuple[float, float]]:
         pairs = zip(one.sizes, one.rows, strict=True)
         return [(x, 100 * row.fraction) for x, row in pairs if row.fraction]
@@ -196,10 +210,12 @@ def _draw_bounds(figure: Figure, found: Sequence[Series], looks: Mapping[str, _L
         axes.set_ylim(0, max(100, 1.05 * axes.get_ylim()[1]))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
 
-    return _draw_panels(figure, found, looks, points, finish, "share of the bound")
+    return _draw_panels(figure, found, looks, points, finish, ("share of the bound", caption))
 
 
-def _draw_memory(figure: Figure, found: Sequence[Series], looks: Mapping[str, _Look]) -> bool:
+def _draw_memory(
+    figure: Figure, found: Sequence[Series], looks: Mapping[str, _Look], caption: str
+) -> bool:
     def points(one: Series) -> list[tuple[float, float]]:
         pairs = zip(one.sizes, one.rows, strict=True)
         return [
@@ -221,7 +237,7 @@ def _draw_memory(figure: Figure, found: Sequence[Series], looks: Mapping[str, _L
         axes.set_yscale("log")
         _label_logarithms(axes.yaxis, axes.get_ylim(), "")
 
-    return _draw_panels(figure, found, looks, points, finish, "MiB beyond the inputs")
+    return _draw_panels(figure, found, looks, points, finish, ("MiB beyond the inputs", caption))
 
 
 def _draw_panels(
@@ -230,9 +246,14 @@ def _draw_panels(
     looks: Mapping[str, _Look],
     points: Callable[[Series], list[tuple[float, float]]],
     finish: Callable[[Axes, str], None],
-    unit: str,
+    words: tuple[str, str],
 ) -> bool:
-    """A panel for each operation, N to the right, a line for each provider."""
+    """A panel for each operation, N to the right, a line for each provider.
+
+    Args:
+        words: the unit, and a caption below the panels.
+    """
+    unit, caption = words
     ops: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for one in found:
         if line := points(one):
@@ -241,7 +262,7 @@ def _draw_panels(
         return False
     columns = min(2, len(ops))
     lines = -(-len(ops) // columns)
-    figure.set_size_inches(_WIDTH if columns > 1 else 6.5, 0.9 + 3.2 * lines)
+    figure.set_size_inches(_WIDTH if columns > 1 else 6.5, 1.3 + 3.3 * lines)
     grid = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes in grid[len(ops) :]:
         axes.remove()
@@ -252,12 +273,21 @@ def _draw_panels(
         ticks = _apart(sorted({x for line in providers.values() for x, _ in line}))
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axes.minorticks_off()
-        axes.set_title(op, fontsize=10)
+        axes.set_title("\n".join(filter(None, [op, _setting(found, op)])), fontsize=10)
         axes.set_xlabel("N")
         axes.set_ylabel(unit)
         finish(axes, op)
+    figure.supxlabel(caption, fontsize=9)
     _legend(figure, list(grid[: len(ops)]))
     return True
+
+
+def _setting(found: Sequence[Series], op: str) -> str:
+    """What is the same along the series over N: `H = 128, V = 9,496, float32`."""
+    shapes = [row.shape for one in found if one.op == op for row in one.rows]
+    sizes = {key: {shape[key] for shape in shapes if key in shape} for key in ("H", "V")}
+    words = [f"{key} = {min(at):,}" for key, at in sizes.items() if len(at) == 1]
+    return ", ".join([*words, *sorted({dtype(shape) for shape in shapes} - {""})])
 
 
 def _apart(sizes: Sequence[float]) -> list[float]:
@@ -276,4 +306,4 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
         named |= dict(zip(labels, handles, strict=True))
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3)
+    figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=_LEGEND_COLUMNS)

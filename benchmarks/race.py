@@ -24,6 +24,9 @@ _SHORT = 2e-3
 """Seconds that a round on a CPU takes at least: calls are repeated within it."""
 
 
+_LONG = 0.2
+"""Seconds of a call from which on no round is spent on warming up."""
+
 _PEERS_SLACK = 4.0
 """A peer may round more than this repository lets itself; the table has every error."""
 
@@ -54,7 +57,10 @@ class Race:
         self.contest: Contest | None = None
         self.problem: Problem | None = None
         self.lanes: dict[str, _Lane] = {}
-        self.obstacle = ("", "")
+        self.obstacle: tuple[str, str] | None = None
+        """Why nobody takes part in the present contest: a status and a reason."""
+        self.unusable = ""
+        """Why nothing can run any more."""
 
     def run(self, contest: Contest, provider: Provider, benchmark: BenchmarkFixture) -> None:
         """Prove at the first turn, time at every turn."""
@@ -63,68 +69,74 @@ class Race:
         lane = self.lanes.get(provider.name)
         if lane is None:
             lane = self.lanes[provider.name] = self._line_up(contest, provider)
-        if lane.run is None:
-            if lane.row.status == "refused" and provider.ours:
-                pytest.fail(f"{contest.id}, {provider.name}: {lane.row.reason}", pytrace=False)
-            pytest.skip(f"{lane.row.status}: {lane.row.reason}")
-        benchmark.group = contest.id
-        if not benchmark.enabled:
-            benchmark.pedantic(lambda: None)
-            return
-        # Before anything that could fail for good, as a kernel of a peer that leaves the GPU unusable.
-        self.results.measure_peaks()
-        with self._failures(lane.row):
-            self._time(lane, benchmark)
-        if lane.row.status != "timed":
-            lane.run = None
-            pytest.skip(f"{lane.row.status}: {lane.row.reason}")
+        if lane.run is not None and not self.unusable:
+            benchmark.group = contest.id
+            if not benchmark.enabled:
+                benchmark.pedantic(lambda: None)
+                return
+            with self._failures(lane):
+                self._time(lane, benchmark)
+                return
+        if provider.ours and lane.row.status in ("refused", "failed"):
+            pytest.fail(f"{contest.id}, {provider.name}: {lane.row.reason}", pytrace=False)
+        pytest.skip(f"{lane.row.status}: {lane.row.reason}")
 
     def leave(self) -> None:
-        """The present contest is over: say how it went, and free its memory."""
+        """The present contest is over: say how it went, keep it, and free its memory."""
         rows = [lane.row for lane in self.lanes.values()]
         if self.contest and rows:
-            self.say(f"{self.contest.id}: {', '.join(map(_said, rows))}")
+            found = [_said(row) for row in rows if row.status != "missing"]
+            missing = len(rows) - len(found)
+            found += [f"{missing} missing"] * (missing > 0)
+            self.say(f"{self.contest.id}: {'; '.join(found)}")
         self.lanes.clear()
         self.contest = self.problem = None
 
     def _enter(self, contest: Contest) -> None:
         self.leave()
-        self.contest = contest
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if self.end is not None and time.monotonic() >= self.end:
-            self.obstacle = (
-                "left out",
-                "the time for all benchmarks was over; give --minutes more",
-            )
+        self.contest, self.obstacle = contest, None
+        if self.unusable:
+            self.obstacle = ("left out", self.unusable)
+        elif self.end is not None and time.monotonic() >= self.end:
+            over = "the time for all benchmarks was over; give --minutes more"
+            self.obstacle = ("left out", over)
+        if self.obstacle:
             return
         try:
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            # Before anything that could fail for good, as a kernel that leaves the GPU unusable.
+            self.results.measure_peaks()
             self.problem = contest.problem(self.device)
-        except torch.OutOfMemoryError as error:
-            self.obstacle = ("out of memory", f"its inputs: {_line(error)}")
+            self.problem.find_truth()
+        except (Unavailable, torch.OutOfMemoryError) as error:
+            self.obstacle = ("left out", f"inputs and truth: {_line(error)}")
+        except Exception as error:
+            self.obstacle = ("failed", f"inputs and truth: {type(error).__name__}: {_line(error)}")
 
     def _line_up(self, contest: Contest, provider: Provider) -> _Lane:
-        row = self.results.row(contest, provider)
-        lane = _Lane(row)
-        if self.problem is None:
-            row.out(*self.obstacle)
+        lane = _Lane(self.results.row(contest, provider))
+        if self.obstacle or self.unusable:
+            lane.row.out(*(self.obstacle or ("left out", self.unusable)))
             return lane
-        with self._failures(row):
+        assert self.problem is not None
+        with self._failures(lane):
             problem = provider.asked(self.problem)
             run = provider.prepare(problem)
             results = run.read(self._call(run))
-            row.error = problem.prove(
-                results, provider.omits, 1.0 if provider.ours else _PEERS_SLACK
-            )
+            slack = 1.0 if provider.ours else _PEERS_SLACK
+            lane.row.error = problem.prove(results, provider.omits, slack)
             lane.run = run
         return lane
 
     @contextmanager
-    def _failures(self, row: Row) -> Iterator[None]:
-        """What goes wrong with a provider, as its row says it."""
+    def _failures(self, lane: _Lane) -> Iterator[None]:
+        """What goes wrong with a provider, as its row says it; a peer may fail in any way."""
+        row = lane.row
         try:
             yield
+            return
         except Refused as error:
             row.out("refused", str(error))
         except (Unavailable, ImportError) as error:
@@ -133,14 +145,22 @@ class Race:
             row.out("out of memory", _line(error))
         except Exception as error:
             row.out("failed", f"{type(error).__name__}: {_line(error)}")
-            # A peer may fail in any way on a machine that it was not made for; ours may not.
-            if row.provider.ours:
-                raise
+            self._probe(row)
+        lane.run = None
+
+    def _probe(self, row: Row) -> None:
+        """Whether the GPU still works: after a bad access of memory it does no more in this process."""
+        if self.device.type != "cuda":
+            return
+        try:
+            torch.cuda.synchronize()
+        except Exception:
+            self.unusable = f"the GPU cannot be used since {row.provider.name} failed"
 
     def _time(self, lane: _Lane, benchmark: BenchmarkFixture) -> None:
         run = lane.run
         assert run is not None
-        if not lane.row.seconds:
+        if not lane.row.turns:
             if not lane.row.contest.host:
                 if run.reset:
                     run.reset()
@@ -163,13 +183,13 @@ class Race:
         benchmark.pedantic(
             run.call,
             setup=None if on_host and run.reset is None else before,
-            # A turn begins with what the one before it left in caches.
-            warmup_rounds=1,
+            # A turn begins with what the one before it left in caches, which is soon over.
+            warmup_rounds=int(lane.seconds < _LONG),
             rounds=max(1, min(rounds, wanted // iterations)),
             iterations=iterations,
         )
-        lane.row.seconds += benchmark.stats.stats.data  # pyright: ignore[reportOptionalMemberAccess]
-        lane.row.turns += 1
+        found = benchmark.stats.stats.data  # pyright: ignore[reportOptionalMemberAccess]
+        lane.row.turns.append(list(found))
         lane.row.status = "timed"
 
     def _call(self, run: Run) -> Any:

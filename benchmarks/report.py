@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import quote
 
 from benchmarks.cases import by_op
-from benchmarks.growth import series
+from benchmarks.growth import CERTAIN_ERROR, CERTAIN_POINTS, series
 from benchmarks.report_cases import cases_markdown, summary_markdown
 from benchmarks.report_readme import readme_table
-from benchmarks.report_steps import steps_markdown
+from benchmarks.report_steps import steps_markdown, steps_summary
 from benchmarks.results_file import Peaks, Results, Row, check, read
 from benchmarks.tables import counted, figure, plain
 from perl.run import replacing
@@ -28,6 +28,9 @@ from perl.types import UserError
 if TYPE_CHECKING:
     from benchmarks.pictures import Picture
 
+_QUIET_LOAD = 1.0
+"""More before the benchmarks is work of others, which took time from them."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     try:
@@ -35,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
         if given.readme:
             print(readme_table(read(given.file)))
         else:
-            print(*write(given.file), sep="\n")
+            for path in write(given.file):
+                print(f"written: {path}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -71,23 +75,24 @@ def write(file: Path) -> list[Path]:
     if target == file:
         raise UserError(f"{file}: the report would take its place; call it .json")
     try:
-        pictures, notes = _draw(results, file)
+        pictures, note = _draw(results, file)
         with replacing(target) as temporary:
-            temporary.write_text(_whole(results, pictures, notes), encoding="utf-8")
+            temporary.write_text(_whole(results, pictures, note), encoding="utf-8")
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{target}: {reason}; nothing can be written there") from error
     return [target, *(picture.path for picture in pictures)]
 
 
-def _draw(results: Results, file: Path) -> tuple[list[Picture], list[str]]:
+def _draw(results: Results, file: Path) -> tuple[list[Picture], str]:
+    """The pictures, and why there are none."""
     try:
         import matplotlib  # noqa: F401  # What pictures.py imports where it needs it.
     except ImportError:
-        return [], ["No pictures: matplotlib is not installed (`pip install matplotlib`)."]
+        return [], "No pictures: matplotlib is not installed (`pip install matplotlib`)."
     from benchmarks.pictures import draw
 
-    return draw(results, file.with_suffix(""))
+    return draw(results, file.with_suffix("")), ""
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -99,16 +104,16 @@ def markdown(results: Mapping[str, Any]) -> str:
     Raises:
         UserError: these are no whole results.
     """
-    return _whole(check(results), (), ())
+    return _whole(check(results), (), "")
 
 
-def _whole(results: Results, pictures: Sequence[Picture], notes: Sequence[str]) -> str:
+def _whole(results: Results, pictures: Sequence[Picture], note: str) -> str:
     ops = by_op(results.rows)
     blocks = [
         *_head(results),
-        *summary_markdown(ops),
+        *summary_markdown(ops, steps_summary(results.steps)),
         *(f"![{plain(p.alt)}]({quote(p.path.name)})" for p in pictures),
-        *notes,
+        *([note] if note else []),
         *cases_markdown(ops),
         *_growth(results.rows),
         *steps_markdown(results.steps),
@@ -119,6 +124,7 @@ def _whole(results: Results, pictures: Sequence[Picture], notes: Sequence[str]) 
 def _head(results: Results) -> Iterator[str]:
     machine = results.machine
     yield f"# Benchmarks on {plain(machine.get('device', 'an unknown device'))}"
+    yield from _doubts(results)
     commit = results.commit.removesuffix("+")
     changed = " with changes that are not committed" if results.commit.endswith("+") else ""
     parts = [
@@ -135,6 +141,18 @@ def _head(results: Results) -> Iterator[str]:
         f"{', '.join([*parts, *versions])}."
     )
     yield _peaks(results.peaks)
+
+
+def _doubts(results: Results) -> Iterator[str]:
+    """What a reader must know before any figure."""
+    if results.load and results.load[0] > _QUIET_LOAD:
+        cores = results.machine.get("cores")
+        on = f" on {counted(cores, 'core')}" if isinstance(cores, int) else ""
+        yield f"**The machine was busy (load {results.load[0]:.1f}{on}): times say little.**"
+    if results.only:
+        yield f"**A partial run: only what `--only '{plain(results.only)}'` chose.**"
+    if results.interrupted:
+        yield "**The run was interrupted: what it did not reach is missing.**"
 
 
 def _peaks(peaks: Peaks | None) -> str:
@@ -154,7 +172,7 @@ def _growth(rows: Sequence[Row]) -> Iterator[str]:
     yield "## Growth"
     yield (
         "Power laws through median times, by least squares on logarithms, ± one standard error; *at the end*: between the "
-        "two largest sizes."
+        f"two largest sizes; *uncertain*: fewer than {CERTAIN_POINTS} sizes, or a standard error above {CERTAIN_ERROR}."
     )
     for op in dict.fromkeys(s.op for s in fitted):
         lines = [f"- {plain(s.provider)}: {plain(s.line)}" for s in fitted if s.op == op]

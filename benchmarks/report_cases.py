@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 
 from benchmarks.cases import Case, Peer, peers
+from benchmarks.report_shapes import GLOSSARY, shape_line
 from benchmarks.results_file import Row
 from benchmarks.tables import (
     NONE,
     counted,
     details,
-    figure,
     mebibytes,
     milliseconds,
     percent,
@@ -26,18 +26,26 @@ _OPEN_CASES = 3
 """Tables of an operation with more cases are folded up."""
 
 
-def summary_markdown(ops: Mapping[str, Sequence[Case]]) -> Iterator[str]:
-    """Blocks of text; none where there is nothing to compare and nothing that went wrong."""
+def summary_markdown(ops: Mapping[str, Sequence[Case]], steps: Sequence[str] = ()) -> Iterator[str]:
+    """Blocks of text; none where there is nothing to compare and nothing that went wrong.
+
+    Args:
+        steps: lines about whole training steps.
+    """
     lines = [line for op, cases in ops.items() for line in _summary(op, cases)]
     trouble = [line for op, cases in ops.items() for line in _trouble(op, cases)]
-    if lines or trouble:
+    if lines or steps or trouble:
         yield "## In short"
     if lines:
         yield (
-            "Time of the others over ours: above 1 they are slower. The median over the cases in which both were timed, "
-            "and the range."
+            "The others over ours: above 1 they are slower, or hold more memory. The median over the cases in which both "
+            "have a figure, and the range. *slower*, *same*, *faster*: in how many cases their time was so; the same where "
+            "turns lie on both sides of 1, which is no difference."
         )
-        yield table(["operation", "", "time over ours", "compared in"], lines, words=(0, 1))
+        header = ["operation", "", "time over ours", "memory over ours", "compared in"]
+        yield table([*header, "slower", "same", "faster"], lines, words=(0, 1))
+    if steps:
+        yield "\n".join(["Whole training steps:", "", *(f"- {line}" for line in steps)])
     if trouble:
         yield "\n".join(["Without a time, though they can run here:", "", *trouble])
 
@@ -47,7 +55,15 @@ def _summary(op: str, cases: Sequence[Case]) -> Iterator[list[str]]:
     ours = " or ".join(dict.fromkeys(c.reference.provider for c in cases if c.reference))
     title = f"**{plain(op)}**" + (f", over {plain(ours)}" if ours else "")
     for peer in peers(cases):
-        yield [title, plain(peer.provider), _spread(peer.ratios), _share(peer)]
+        verdicts = Counter(peer.differences)
+        yield [
+            title,
+            plain(peer.provider),
+            _spread(peer.ratios),
+            _spread(peer.memory),
+            _share(peer),
+            *(str(verdicts[sign]) if peer.ratios else NONE for sign in (1, 0, -1)),
+        ]
         title = ""
 
 
@@ -67,8 +83,8 @@ def _trouble(op: str, cases: Sequence[Case]) -> Iterator[str]:
 def _spread(ratios: Sequence[float]) -> str:
     if not ratios:
         return NONE
-    around = f" ({figure(min(ratios), 2)} to {figure(max(ratios), 2)})" if len(ratios) > 1 else ""
-    return times(median(ratios)) + around
+    low, high = (times(end(ratios)).removesuffix("x") for end in (min, max))
+    return times(median(ratios)) + (f" ({low} to {high})" if len(ratios) > 1 else "")
 
 
 def _share(peer: Peer) -> str:
@@ -83,28 +99,45 @@ def cases_markdown(ops: Mapping[str, Sequence[Case]]) -> Iterator[str]:
         return
     yield "## Cases"
     yield (
-        "*ms*: median over all rounds. *ratio*: time over that of the row of ours with 1.00. *bound*: the bound over the "
-        "time, in percent. *MiB*: the most memory held at one time beyond the inputs. *error*: the largest relative error "
+        "*ms*: median over all rounds. *ratio*: time over that of the row of ours with 1.00, and its range over the "
+        "turns; *~*: the range includes 1, so there is no difference. *bound*: the bound over the time, in percent. *MiB*: the most memory held at one time beyond the inputs. *error*: the largest relative error "
         "against fp64. Ours in bold."
     )
+    yield GLOSSARY
     for op, cases in ops.items():
         yield f"### {plain(op)}"
         if all(len(case.rows) == 1 for case in cases):
             yield _alone(cases)
             continue
-        text = "\n\n".join(f"#### {plain(case.name)}\n\n{_table(case)}" for case in cases)
+        text = "\n\n".join(_case(case) for case in cases)
         yield details(counted(len(cases), "case"), text) if len(cases) > _OPEN_CASES else text
+
+
+def _case(case: Case) -> str:
+    return "\n\n".join(
+        filter(
+            None,
+            [f"#### {plain(case.name)}", shape_line(case.rows[0].shape, case.name), _table(case)],
+        )
+    )
 
 
 def _table(case: Case) -> str:
     header = ["", "ms", "ratio", "bound", "MiB", "error", "note"]
     lines = []
     for row in case.ordered:
-        ratio = case.ratio(row)
         ms, *rest = _figures(row)
-        cells = [ms, NONE if ratio is None else f"{ratio:.2f}", *rest]
-        lines.append([_name(_with_package(row), row), *cells])
+        lines.append([_name(_with_package(row), row), ms, _ratio(case, row), *rest])
     return table(header, lines, words=(0, 6))
+
+
+def _ratio(case: Case, row: Row) -> str:
+    ratio, around = case.ratio(row), case.ratios(row)
+    if ratio is None:
+        return NONE
+    mark = "~" if around and not case.difference(row) else ""
+    turns = f" ({min(around):.2f} to {max(around):.2f})" if len(around) > 1 else ""
+    return f"{mark}{ratio:.2f}{turns}"
 
 
 def _alone(cases: Sequence[Case]) -> str:

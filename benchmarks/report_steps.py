@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from benchmarks.results_file import Failed, Side, Steps, Trainer, TrainStep, Variant
-from benchmarks.tables import figure, mebibytes, plain, scientific, table, times
+from benchmarks.tables import counted, figure, mebibytes, plain, scientific, table, times
 
 _VARIANTS = {
     "padded": "padded, a prompt and images for each completion",
@@ -21,13 +21,70 @@ _COSTS: dict[str, Callable[[Variant | Side], tuple[float, str]]] = {
 }
 
 
+_TRAIN_STEP = "A training step: padded, packed, shared"
+_TRAINER = "A step of two trainers: TRL and PeRL"
+
+
+def steps_summary(steps: Steps) -> list[str]:
+    """A line for each kind of step that was asked for, with a link to its section."""
+    found = []
+    if step := steps.train_step:
+        what = _train_step_short(step)
+        found.append(f"[A training step](#{_anchor(_TRAIN_STEP)}), padded over shared: {what}")
+    if trainer := steps.trainer:
+        what = _trainer_short(trainer)
+        found.append(f"[Two trainers](#{_anchor(_TRAINER)}), TRL over PeRL: {what}")
+    return found
+
+
+def _anchor(heading: str) -> str:
+    """GitHub's, of a heading of words, colons and commas."""
+    return "".join(c for c in heading.lower() if c.isalnum() or c == " ").replace(" ", "-")
+
+
+def _train_step_short(step: TrainStep | Failed) -> str:
+    if isinstance(step, Failed):
+        return f"not measured: {plain(step.failed)}."
+    if not {"padded", "shared"} <= step.variants.keys():
+        return "not both measured."
+    return _over(step.variants["padded"], step.variants["shared"])
+
+
+def _trainer_short(step: Trainer | Failed) -> str:
+    if isinstance(step, Failed):
+        return f"not measured: {plain(step.failed)}."
+    if not step.available:
+        return f"not compared: {plain(step.reason)}."
+    return _over(step.trainers["trl"], step.trainers["perl"])
+
+
+def _over(theirs: Variant | Side, ours: Variant | Side) -> str:
+    around = _by_round(theirs, ours)
+    rounds = [f"{times(min(around))} to {times(max(around))} by round"] if len(around) > 1 else []
+    brackets = ", ".join(rounds + _rounds(ours))
+    seconds = times(theirs.seconds / ours.seconds) + (f" ({brackets})" if brackets else "")
+    memory = times(theirs.peak_bytes / ours.peak_bytes) if ours.peak_bytes else "no figure"
+    return f"seconds {seconds}, memory {memory}."
+
+
+def _by_round(theirs: Variant | Side, ours: Variant | Side) -> list[float]:
+    pairs = zip(theirs.seconds_by_round, ours.seconds_by_round, strict=False)
+    return [a / b for a, b in pairs]
+
+
+def _rounds(side: Variant | Side) -> list[str]:
+    """How often it was timed; nothing where that is not told."""
+    count = len(side.seconds_by_round)
+    return [f"median of {counted(count, 'round')}"] if count else []
+
+
 def steps_markdown(steps: Steps) -> Iterator[str]:
     """Blocks of text; none for what was not asked for."""
     if step := steps.train_step:
-        yield "## A training step: padded, packed, shared"
+        yield f"## {_TRAIN_STEP}"
         yield from _failed(step) if isinstance(step, Failed) else _train_step(step)
     if trainer := steps.trainer:
-        yield "## A step of two trainers: TRL and PeRL"
+        yield f"## {_TRAINER}"
         yield from _failed(trainer) if isinstance(trainer, Failed) else _trainer(trainer)
 
 
@@ -37,10 +94,12 @@ def _failed(step: Failed) -> Iterator[str]:
 
 def _train_step(step: TrainStep) -> Iterator[str]:
     setting = step.setting
+    first = next(iter(step.variants.values()), None)
+    rounds = "".join(f" Seconds: {text}." for text in (_rounds(first) if first else []))
     yield (
         f"{_model(setting)}. Micro-batches of {_of(setting, 'budget')} tokens; completions of "
         f"{_of(setting, 'mean_completion')} tokens on average, images of {_of(setting, 'mean_tokens_per_image')}; "
-        f"packed attention {_of(setting, 'attention')}. In brackets: what padded takes over what this takes."
+        f"packed attention {_of(setting, 'attention')}. In brackets: what padded takes over what this takes.{rounds}"
     )
     padded = step.variants.get("padded")
     costs = {**_COSTS, "TFLOP": _tflop}
@@ -71,10 +130,11 @@ def _trainer(step: Trainer) -> Iterator[str]:
         yield f"Not compared: {plain(step.reason)}."
         return
     setting, trl, perl = step.setting, step.trainers["trl"], step.trainers["perl"]
+    seconds = "".join(f" Seconds: {text}." for text in _rounds(perl))
     yield (
         f"{_model(setting)}, TRL {_of(setting, 'trl')}. Completions of {_of(setting, 'completion')} tokens, images of "
         f"{_of(setting, 'tokens_per_image')}; micro-batches of {_of(setting, 'budget')} tokens; packed attention "
-        f"{_of(setting, 'packed_attention')}."
+        f"{_of(setting, 'packed_attention')}.{seconds}"
     )
     pairs = {name: (of(trl), of(perl)) for name, of in _COSTS.items()}
     lines = [
@@ -87,7 +147,7 @@ def _trainer(step: Trainer) -> Iterator[str]:
         for part, seconds in trl.parts.items()
     ]
     yield table(["a step", "TRL", "**PeRL**", "TRL over PeRL"], lines)
-    rounds = [a / b for a, b in zip(trl.seconds_by_round, perl.seconds_by_round, strict=False)]
+    rounds = _by_round(trl, perl)
     if len(rounds) > 1:
         yield f"TRL over PeRL by round: {times(min(rounds))} to {times(max(rounds))}."
     yield "\n".join(["What differs:", "", *(f"- {plain(text)}" for text in step.differences)])

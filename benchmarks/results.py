@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.contest import Contest, Provider
 from benchmarks.peaks import Peaks, measure_peaks
+from perl.run import replacing
 
 
 @dataclass
@@ -29,13 +30,20 @@ class Row:
     reason: str = ""
     error: float | None = None
     """Relative, against fp64."""
-    seconds: list[float] = field(default_factory=list)
-    """Of every round."""
-    turns: int = 0
+    turns: list[list[float]] = field(default_factory=list)
+    """Seconds of every round, by turn."""
     peak_extra_bytes: int | None = None
 
     def out(self, status: str, reason: str) -> None:
-        self.status, self.reason = status, reason
+        """No time, for a reason; what was timed before stays."""
+        if not self.turns:
+            self.status = status
+        self.reason = reason
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of every round."""
+        return [seconds for turn in self.turns for seconds in turn]
 
     def asdict(self, peaks: Peaks | None) -> dict[str, Any]:
         contest, provider = self.contest, self.provider
@@ -57,7 +65,6 @@ class Row:
             median = statistics.median(self.seconds)
             row |= {
                 "median": median,
-                "seconds": self.seconds,
                 "turns": self.turns,
                 "peak_extra_bytes": self.peak_extra_bytes,
                 "error": self.error,
@@ -93,7 +100,8 @@ class Findings:
             "peaks": self.peaks.asdict() if self.peaks else None,
             "rows": [row.asdict(self.peaks) for row in self.rows],
         }
-        file.write_text(json.dumps(found, indent=1) + "\n")
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def machine(device: torch.device) -> dict[str, Any]:

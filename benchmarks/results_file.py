@@ -36,8 +36,8 @@ class Row(_Part):
     reason: str = ""
     median: Positive | None = None
     """Seconds."""
-    seconds: list[Positive] = []
-    """Of every round."""
+    turns: list[list[Positive]] = []
+    """Seconds of every round, by turn."""
     peak_extra_bytes: NotNegative | None = None
     error: Finite | None = None
     """Relative, against fp64."""
@@ -79,6 +79,7 @@ class Variant(_Part):
     images_encoded: int
     flops: Positive
     seconds: Positive
+    seconds_by_round: list[Positive] = []
     peak_bytes: NotNegative
     max_rel_grad_diff: Finite
 
@@ -133,6 +134,11 @@ class Results(_Part):
     peaks: Peaks | None
     rows: list[Row]
     steps: Steps = Steps()
+    load: tuple[Finite, Finite] | None = None
+    """Of one minute, before the benchmarks and behind them: the second counts their own work too."""
+    only: str = ""
+    """The words that chose the benchmarks of a partial run."""
+    interrupted: bool = False
 
 
 def check(results: Mapping[str, Any] | Results) -> Results:

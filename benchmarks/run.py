@@ -13,12 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
 from datetime import date
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +30,9 @@ sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "kernels")) if p not in sys.pa
 from perl.types import UserError  # noqa: E402
 
 QUICK_MINUTES, FULL_MINUTES = 4.5, 7.5
+_USAGE_ERROR, _NOTHING_SELECTED = 4, 5
+"""Exit codes of pytest."""
+
 STEPS = {"train_step": "bench_train_step.py", "trainer": "bench_trainer.py"}
 """Scripts that write a report of their own."""
 
@@ -50,14 +55,25 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--quick", action="store_true", help="fewer and smaller cases: minutes on two CPU cores")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    add("--threads", type=_count, metavar="N", help="CPU threads; default: all cores")
-    add("--only", metavar="WORDS", help="microbenchmarks that pytest's -k finds; no steps")
+    add(
+        "--threads",
+        type=_count,
+        metavar="N",
+        help="CPU threads; default: OMP_NUM_THREADS, else all cores",
+    )
+    add(
+        "--only",
+        metavar="WORDS",
+        help="microbenchmarks alone whose names an expression of pytest's -k finds, as in 'linear_loss and not frozen'; "
+        "python -m pytest benchmarks --collect-only -q lists the names",
+    )
     add("--passes", type=_count, metavar="N", help="turns of each provider; default: 3, quick 2")
     add(
         "--minutes",
         type=_minutes,
         metavar="M",
-        help=f"nothing starts later; default: {FULL_MINUTES}, quick {QUICK_MINUTES}, on a CPU 20",
+        help="what has not started by then is left out, and named; default: "
+        f"{FULL_MINUTES}, on a CPU 20, with --quick {QUICK_MINUTES}",
     )
     add(
         "--wheels",
@@ -92,7 +108,10 @@ def _minutes(text: str) -> float:
 
 
 def run(given: argparse.Namespace) -> int:
-    """0: done, 1: a wrong result of this repository's."""
+    """0: done; 1: a result of this repository's was wrong, or it failed; 130: interrupted. What was found by then is written."""
+    from perl.run import replacing
+
+    _check_writable(given.output)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         environment = dict(os.environ, GOMP_SPINCOUNT=os.environ.get("GOMP_SPINCOUNT", "1000"))
@@ -110,17 +129,25 @@ def run(given: argparse.Namespace) -> int:
             environment["PYTHONPATH"] = os.pathsep.join(
                 filter(None, [environment.get("PYTHONPATH"), *added])
             )
-        code, results = measure(given, folder, environment)
-        file = _written(results, given.output)
+        results = measure(given, folder, environment)
+        file = _file(results, given.output)
+        with replacing(file) as written:
+            written.write_text(json.dumps(results, indent=1) + "\n")
         from benchmarks.report import main as report
 
-        return report([str(file)]) or code
+        code = report([str(file)])
+    if results.get("interrupted"):
+        print("interrupted: what was found by then is written", file=sys.stderr)
+        return 130
+    wrong = [r for r in results["rows"] if r["ours"] and r["status"] in ("refused", "failed")]
+    for row in wrong:
+        name = f"{row['op']}, {row['case']}, {row['provider']}"
+        print(f"{row['status']}: {name}: {row['reason']}", file=sys.stderr)
+    return code or int(bool(wrong))
 
 
-def measure(
-    given: argparse.Namespace, folder: Path, environment: dict[str, str]
-) -> tuple[int, dict[str, Any]]:
-    """pytest's exit code, and everything for the file."""
+def measure(given: argparse.Namespace, folder: Path, environment: dict[str, str]) -> dict[str, Any]:
+    """Everything for the file."""
     started = time.monotonic()
     cuda = _uses_cuda(given, environment)
     if not cuda:
@@ -128,20 +155,34 @@ def measure(
         environment = {**environment, "CUDA_VISIBLE_DEVICES": ""}
     seconds = 60 * (given.minutes or _default_minutes(cuda, given.quick))
     for_steps = 0.0 if given.only else min(seconds / 2, 60 if given.quick else 220)
-    code, results = _microbenchmarks(given, folder, environment, seconds - for_steps, cuda)
-    if not given.only:
-        results["steps"] = {}
-        for waiting, name in zip((2, 1), STEPS, strict=True):
-            left = max(30.0, seconds - (time.monotonic() - started))
-            found = _step(name, given, folder, environment, left / waiting, cuda)
-            results["steps"][name] = found
-    return code, {
+    head = {
         "schema": 1,
         "date": date.today().isoformat(),
         "commit": _commit(),
         "mode": "quick" if given.quick else "full",
+    }
+    rows, steps = folder / "rows.json", {}
+    load = os.getloadavg()[0]
+    if load > 1:
+        print(f"this machine is busy (load {load:.1f}): its times will say little", file=sys.stderr)
+    interrupted = False
+    try:
+        _microbenchmarks(given, rows, environment, seconds - for_steps, cuda)
+        for waiting, name in zip((2, 1), () if given.only else STEPS, strict=False):
+            left = max(30.0, seconds - (time.monotonic() - started))
+            steps[name] = _step(name, given, folder, environment, left / waiting, cuda)
+    except KeyboardInterrupt:
+        interrupted = True
+    if not rows.exists():
+        raise UserError("no case was finished; nothing is written")
+    return {
+        **head,
         "minutes": round((time.monotonic() - started) / 60, 2),
-        **results,
+        **json.loads(rows.read_text()),
+        "load": [load, os.getloadavg()[0]],
+        **({"only": given.only} if given.only else {}),
+        **({"steps": steps} if steps else {}),
+        **({"interrupted": True} if interrupted else {}),
     }
 
 
@@ -151,17 +192,39 @@ def _default_minutes(cuda: bool, quick: bool) -> float:
     return FULL_MINUTES if cuda else 20.0
 
 
+def _check_writable(output: Path) -> None:
+    """Before minutes are spent on what then cannot be kept."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--output {output}: nothing can be written there ({error.strerror}); name another folder"
+        ) from error
+
+
 def _unpacked(wheels: Path, folder: Path) -> str:
-    """The folder with the wheels' packages, which are pure Python or fit this machine."""
+    """The folder with those wheels' packages that are not installed; they are pure Python or fit this machine."""
     found = sorted(wheels.glob("*.whl"))
     if not found:
         raise UserError(
             f"--wheels {wheels}: there is no .whl file; make bench-wheels collects them"
         )
+    installed = {_normal(d.name) for d in distributions()}
     for wheel in found:
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(folder)
+        if _normal(wheel.name.partition("-")[0]) in installed:
+            continue
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(folder)
+        except zipfile.BadZipFile as error:
+            raise UserError(f"{wheel} is damaged ({error}); fetch it again") from error
     return str(folder)
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _uses_cuda(given: argparse.Namespace, environment: dict[str, str]) -> bool:
@@ -177,31 +240,36 @@ def _uses_cuda(given: argparse.Namespace, environment: dict[str, str]) -> bool:
 
 def _microbenchmarks(
     given: argparse.Namespace,
-    folder: Path,
+    file: Path,
     environment: dict[str, str],
     seconds: float,
     cuda: bool,
-) -> tuple[int, dict[str, Any]]:
-    """pytest's exit code, and machine, peaks and rows."""
-    file = folder / "rows.json"
+) -> None:
+    """Machine, peaks and rows into `file`, case by case, so that a crash loses what was running alone."""
     options = [
         f"--passes={given.passes or (2 if given.quick else 3)}",
         f"--results={file}",
         f"--minutes={seconds / 60}",
+        f"--device={'cuda' if cuda else 'cpu'}",
     ]
-    options += ["--quick"] * given.quick + [f"--device={'cuda' if cuda else 'cpu'}"]
+    options += ["--quick"] * given.quick
     options += [f"--threads={given.threads}"] if given.threads else []
     options += ["-k", given.only] if given.only else []
     quiet = ["-q", "--no-header", "--no-summary", "--benchmark-quiet", "--benchmark-disable-gc"]
     plugins = ["-p", "no:cacheprovider", "-p", "no:xdist"]
     command = [sys.executable, "-m", "pytest", "benchmarks", *quiet, *plugins, *options]
-    code = subprocess.run(command, cwd=ROOT, env=environment).returncode
-    if not file.exists():
-        raise UserError("the microbenchmarks did not run; what pytest says above tells why")
-    results = json.loads(file.read_text())
-    if not results["rows"]:
+    try:
+        # The last case may start when time is nearly over.
+        code = subprocess.run(command, cwd=ROOT, env=environment, timeout=seconds + 120).returncode
+    except subprocess.TimeoutExpired:
+        print("the microbenchmarks were stopped: a case hangs", file=sys.stderr)
+        return
+    if code == _USAGE_ERROR:
+        raise UserError(f"--only {given.only}: pytest's -k cannot read that")
+    if code == _NOTHING_SELECTED:
         raise UserError(f"--only {given.only}: no microbenchmark has that in its name")
-    return code, results
+    if code not in (0, 1):
+        print(f"the microbenchmarks ended with exit code {code}", file=sys.stderr)
 
 
 def _step(
@@ -241,17 +309,19 @@ def _commit() -> str:
     return commit + "+" * bool(changed) if commit else "unknown"
 
 
-def _written(results: dict[str, Any], output: Path) -> Path:
-    """`<output>/<device>/<date>-<commit>.json`"""
+def _file(results: dict[str, Any], output: Path) -> Path:
+    """`<output>/<device>/<date>-<commit>.json`, with -quick and -part where it is that."""
     machine = results["machine"]
-    name = machine["device"] + ("" if machine["kind"] == "cuda" else f" {machine['threads']} cores")
+    name = machine["device"] + (
+        "" if machine["kind"] == "cuda" else f" {machine['threads']} threads"
+    )
     slug = "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
     folder = output / slug
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     commit = results["commit"].rstrip("+") + "-changed" * results["commit"].endswith("+")
-    file = folder / f"{results['date']}-{commit}.json"
-    file.write_text(json.dumps(results, indent=1) + "\n")
-    return file
+    # A part, or small sizes, must not take the place of everything.
+    kind = "-quick" * (results["mode"] == "quick") + "-part" * ("only" in results)
+    return folder / f"{results['date']}-{commit}{kind}.json"
 
 
 def _last_line(text: str) -> str:

@@ -62,8 +62,10 @@ def percent(share: float | None) -> str:
 
 
 def times(ratio: float | None) -> str:
-    """`1.3x`: two digits say all that a ratio of times does."""
-    return NONE if ratio is None else figure(ratio, 2) + "x"
+    """`1.3x`: two digits say all that a ratio of times does; `<0.01x` for less."""
+    if ratio is None:
+        return NONE
+    return ("<0.01" if 0 < ratio < 0.01 else figure(ratio, 2)) + "x"
 
 
 def scientific(value: float | None) -> str:

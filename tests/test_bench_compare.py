@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 KEPT = {"bench_advantages.py", "bench_packing.py", "bench_permutation.py"}
@@ -139,7 +140,7 @@ def test_a_slower_a_larger_and_a_wrong_change_are_found(repository: Path, tmp_pa
 
 
 def test_equal_code_is_not_slower(repository: Path) -> None:
-    options = ["--only=orders of an example", "--device=cpu", "--seconds-per-case=0.1"]
+    options = ["--only=orders and an example", "--device=cpu", "--seconds-per-case=0.1"]
     done = compare(repository, "now", "--check", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the same code differs by up to" in done.stdout
@@ -152,7 +153,12 @@ def test_equal_code_is_not_slower(repository: Path) -> None:
     [
         (["nowhere"], "nowhere: no such revision"),
         (["--only", "plan"], "arguments are required: BASE"),
-        (["now", "--threshold=1"], "--threshold 1: give a ratio above 1"),
+        ([""], "BASE is empty: give a branch"),
+        (["now", "--head="], "--head is empty: give a branch"),
+        (["now", "--threshold=1"], "--threshold 1: give a finite ratio above 1"),
+        (["now", "--seconds-per-case=inf"], "--seconds-per-case inf: give finite seconds above 0"),
+        (["now", "--seconds-per-case=nan"], "--seconds-per-case nan: give finite seconds above 0"),
+        (["now", f"--json={300 * 'x'}"], r"it cannot be written \(File name too long\)"),
         (["now", "--check", "--head=older"], "leave out --head"),
         (["broken"], r"broken \(.*\): RuntimeError: not today"),
         (["now", "--only=plan 65"], 'error: --only "plan 65": no case has all these words'),
@@ -161,6 +167,12 @@ def test_equal_code_is_not_slower(repository: Path) -> None:
 def test_bad_input_is_one_line(repository: Path, arguments: list[str], match: str) -> None:
     line = refusal(compare(repository, *arguments))
     assert line.startswith("error: ") and re.search(match, line), line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_said_plainly(repository: Path) -> None:
+    line = refusal(compare(repository, "now", "--device=cuda"))
+    assert re.fullmatch(r"error: now \(\w+\): --device cuda: there is no GPU [\w ]+", line), line
 
 
 def test_without_git_there_is_nothing_to_compare_with(repository: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -58,8 +59,7 @@ def row(op: str, model: str, n: int, provider: str, **changes: Any) -> dict[str,
         "status": "timed",
         "reason": "",
         "median": median,
-        "seconds": [median] * 3,
-        "turns": 2,
+        "turns": [[median] * 3],
         "peak_extra_bytes": int(element * n * shape["V"]) + beside,
         "error": 3e-3,
         "fraction": 0.8 / slower,
@@ -69,7 +69,7 @@ def row(op: str, model: str, n: int, provider: str, **changes: Any) -> dict[str,
     elif element > 9 and n == SIZES[-1]:
         found |= {"status": "out of memory", "reason": "CUDA out of memory. Tried 37 GiB"}
     if found["status"] != "timed":
-        for key in ("median", "seconds", "turns", "peak_extra_bytes", "error", "fraction"):
+        for key in ("median", "turns", "peak_extra_bytes", "error", "fraction"):
             del found[key]
     return found | changes
 
@@ -173,7 +173,9 @@ def test_an_axis_of_several_words() -> None:
 
 def test_tables_have_all_rows_the_fastest_first() -> None:
     text = report.markdown(results())
-    table = text.partition(f"{MODELS[1]}, N = 65536")[2].partition("\n\n")[2].partition("\n\n")[0]
+    case = text.partition(f"{MODELS[1]}, N = 65536")[2].partition("\n\n")[2]
+    shape, table = case.split("\n\n")[:2]
+    assert shape == "N = 65,536 rows, H = 2,048, V = 151,936, bfloat16 (2 bytes)"
     lines = [[cell.strip() for cell in line.split(" | ")] for line in table.splitlines()]
     names = [line[0].removeprefix("| ") for line in lines[2:]]
     assert names == [
@@ -207,8 +209,12 @@ def test_head_and_summary() -> None:
     assert "transformers" not in text.splitlines()[2]
     assert "copies 4,300 GB/s, large products in bfloat16 790 TFLOP/s" in text
     eager = cells(text, "## In short", "|", f"| **{OPS[0]}**, over PeRL, Triton ")
-    assert eager[1:] == ["PyTorch, eager", "2.0x (2.0 to 2.0)", "7 of 8 cases |"]
-    assert re.search(r"\| +\| Quack +\| +– \| 0 of 8 cases \|", text)
+    assert eager[1:3] == ["PyTorch, eager", "2.0x (2.0 to 2.0)"]
+    # (10 bytes an element of the logits) / 300 MiB: at 8192 rows 40; from 1024 to 16384 rows 4.9 to 79.
+    assert eager[3:] == ["40x (4.9 to 79)", "7 of 8 cases", "7", "0", "0 |"]
+    compiled = cells(text, "## In short", "|                                  ")
+    assert compiled[1] == "PyTorch, torch.compile" and compiled[4:] == ["8 cases", "0", "0", "8 |"]
+    assert re.search(r"\| +\| Quack +\| +– \| +– \| 0 of 8 cases \| +– \| +– \| +– \|", text)
     assert f"### {OPS[0]}\n\n<details>\n<summary>8 cases</summary>\n\n" in text
     assert "![" not in text
 
@@ -233,6 +239,98 @@ def test_ratios_refer_to_the_first_of_ours_that_was_timed() -> None:
     assert "0 of 8 cases" in text
 
 
+def test_a_ratio_shows_its_range_over_turns() -> None:
+    found = results()
+    ours = row(OPS[0], MODELS[0], 1024, "PeRL, Triton", median=1.0, turns=[[1.0, 1.0], [1.0]])
+    peer = row(OPS[0], MODELS[0], 1024, "CCE", median=1.1, turns=[[0.9, 0.9, 9.0], [1.2]])
+    found["rows"] = [ours, peer]
+    text = report.markdown(found)
+    case = f"#### {MODELS[0]}, N = 1024"
+    assert cells(text, case, "| CCE")[2] == "~1.10 (0.90 to 1.20)"
+    assert cells(text, "## In short", "| **Linear")[2:] == [
+        "1.1x",
+        "0.033x",
+        "1 case",
+        "0",
+        "1",
+        "0 |",
+    ]
+    assert "| ~1.1x |" in " ".join(report.readme_table(found).split())
+    peer["turns"] = [[1.1], [1.2]]
+    text = report.markdown(found)
+    assert cells(text, case, "| CCE")[2] == "1.10 (1.10 to 1.20)"
+    assert cells(text, "## In short", "| **Linear")[5:] == ["1", "0", "0 |"]
+
+
+def test_memory_without_a_figure_or_of_next_to_nothing() -> None:
+    found = results()
+    ours = row(OPS[0], MODELS[0], 1024, "PeRL, Triton", peak_extra_bytes=1 << 30)
+    peer = row(OPS[0], MODELS[0], 1024, "CCE", peak_extra_bytes=1 << 12)
+    found["rows"] = [ours, peer]
+
+    def memory() -> str:
+        return cells(report.markdown(found), "## In short", "| **Linear")[3]
+
+    assert memory() == "<0.01x"
+    ours["peak_extra_bytes"] = 0
+    assert memory() == "–"
+    ours["peak_extra_bytes"], peer["peak_extra_bytes"] = 1 << 30, None
+    assert memory() == "–"
+
+
+def test_what_a_case_was_measured_on() -> None:
+    found = results()
+    level = {"level": "sequence", "frozen": True}
+    attention = {"tokens": 1024, "pieces": 8}
+    shapes = {
+        "frozen head": {"model": "Q / 8", "N": 4096, "itemsize": 4, **level},
+        "8 pieces": attention,
+    }
+    found["rows"] = [
+        row(OPS[0], MODELS[0], 1024, name, case=case, shape=shape)
+        for case, shape in shapes.items()
+        for name in ("PeRL, Triton", "CCE")
+    ]
+    text = report.markdown(found)
+    shape = "N = 4,096 rows, float32 (4 bytes), sequence level, frozen head, head of Q / 8"
+    assert f"#### frozen head\n\n{shape}\n\n|" in text
+    assert "#### 8 pieces\n\ntokens: 1,024, pieces: 8\n\n|" in text
+    words = (
+        "N: rows",
+        "H: hidden size",
+        "V: vocabulary",
+        "*/ 8*",
+        "*sequence level*",
+        "*frozen head*",
+    )
+    assert [text.count(word) for word in words] == [1] * len(words)
+
+
+def test_what_makes_figures_doubtful_is_said_first() -> None:
+    found = results()
+    busy = "**The machine was busy (load 4.0 on 8 cores): times say little.**"
+    for load, said in (([4.0, 4.4], True), ([0.9, 9.0], False)):
+        text = report.markdown(found | {"load": load})
+        assert text.startswith(f"# Benchmarks on Invented GPU\n\n{busy}\n\n") == said
+        assert ("busy" in text) == said
+    text = report.markdown(found | {"only": "linear or <b>", "interrupted": True})
+    doubts = text.partition("\n\n")[2].partition("2026")[0]
+    assert (
+        "partial run: only what `--only 'linear or &lt;b>'`" in doubts and "interrupted" in doubts
+    )
+    assert not re.search("partial|interrupted|busy", report.markdown(found))
+
+
+def test_few_points_or_a_large_error_are_uncertain() -> None:
+    for values, said in (((1, 4, 16, 64), False), ((1, 4, 16), True), ((1, 20, 21, 400), True)):
+        sizes = [4**i for i in range(len(values))]
+        rows = [
+            row(OPS[0], MODELS[1], n, "CCE", median=v) for n, v in zip(sizes, values, strict=True)
+        ]
+        text = report.markdown({**results(), "rows": rows}).partition("## Growth\n")[2]
+        assert bool(re.search(r"- CCE: .* at the end; uncertain\n", text)) == said
+
+
 def test_a_size_measured_twice_is_two_cases() -> None:
     """Their rows took turns apart, so a ratio across them would mean little."""
     found = results()
@@ -246,7 +344,8 @@ def test_a_size_measured_twice_is_two_cases() -> None:
     assert "#### Qwen3-0.6B, N = 1024\n" in text
     again = "#### Qwen3-0.6B, N = 1024 (series over N)"
     assert cells(text, again, "| CCE")[1:3] == ["6,000", "2.00"]
-    assert cells(text, "## In short", "| **Linear")[2:] == ["2.0x (2.0 to 2.0)", "2 cases |"]
+    assert cells(text, "## In short", "| **Linear")[2] == "2.0x (2.0 to 2.0)"
+    assert cells(text, "## In short", "| **Linear")[4] == "2 cases"
     assert ", 1 thread, " in text
 
 
@@ -275,6 +374,16 @@ def test_training_steps() -> None:
     assert shared[1:] == ["15,000 (4.0x)", "36 (4.0x)", "1.05 (4.0x)", "225 (4.0x)", "0.0850 (4.0x)", "2e-05 |"]  # fmt: skip
     assert cells(text, "## A step of two", "| seconds")[1:] == ["3.00", "1.50", "2.0x |"]
     assert cells(text, "## A step of two", "| … update")[1:] == ["0.900", "0.450", "|"]
+    assert "packed attention ?. Seconds: median of 2 rounds." in text
+    short = text.partition("## In short")[2].partition("## Cases")[0]
+    link = (
+        "](#a-training-step-padded-packed-shared), padded over shared: seconds 4.0x, memory 4.0x."
+    )
+    assert link in short
+    assert (
+        "](#a-step-of-two-trainers-trl-and-perl), TRL over PeRL: seconds 2.0x "
+        "(2.0x to 2.0x by round, median of 2 rounds), memory 1.0x."
+    ) in short
     assert "What differs:\n\n- Padding: TRL pads.\n- Optimiser: none." in text
 
     found = results()
@@ -282,6 +391,16 @@ def test_training_steps() -> None:
     found["steps"]["trainer"]["reason"] = "TRL cannot be imported"
     text = report.markdown(found)
     assert "Not measured: no model." in text and "Not compared: TRL cannot be imported." in text
+    short = text.partition("## In short")[2].partition("## Cases")[0]
+    assert "padded over shared: not measured: no model." in short
+    assert "TRL over PeRL: not compared: TRL cannot be imported." in short
+    variants = train_step()
+    for i, variant in enumerate(variants["variants"].values(), 1):
+        variant["seconds_by_round"] = [4.0, 6.0 / i, 5.0]
+    found["steps"] = {"train_step": variants}
+    text = report.markdown(found)
+    assert "(1.0x to 3.0x by round, median of 3 rounds)" in text
+    assert "What padded takes" not in text and "Seconds: median of 3 rounds." in text
     del found["steps"]
     assert "step" not in report.markdown(found).partition("## Growth")[2]
 
@@ -291,14 +410,38 @@ def test_a_short_table_for_the_readme() -> None:
     # An operation that nobody else does says nothing beside others.
     alone = copy.deepcopy(found["rows"][0]) | {"op": "Packing", "provider": "PeRL"}
     found["rows"].append(alone)
-    lines = report.readme_table(found).splitlines()
-    assert len(lines) == 2 + len(OPS)
+    two = copy.deepcopy([r for r in found["rows"] if r["provider"] in ("PeRL, Triton", "CCE")])
+    found["rows"] += [r | {"op": "Third"} for r in two]
+    table, legend = report.readme_table(found).split("\n\n")
+    lines = [[cell.strip() for cell in line.split(" | ")] for line in table.splitlines()[2:]]
+    # 7 of each of two operations and 1 of the third: the slowest is left out.
+    assert len(lines) == 14 and "Left out: 1 more, no faster than" in legend
+    assert lines[-1][0].startswith("| **Third**") and lines[-1][2:4] == ["CCE", "1.1x"]
     # Of the cases of the main model the first of those with most times, not the first of all.
-    name, ours, ms, bound, mib, others = cells(lines[2], "|")
-    assert name == f"| {OPS[0]}<br>Qwen2.5-VL-3B, N = 8192"
-    assert (ours, ms, bound, mib) == ("PeRL, Triton", "123", "80 %", "300")
-    assert others.startswith("PyTorch, torch.compile 0.80x, 4,748<br>CCE 1.1x, 10<br>")
-    assert "Quack" not in others
+    assert lines[0][0] == f"| **{OPS[0]}**<br>Qwen2.5-VL-3B, N = 8192"
+    assert lines[0][1:] == ["123", "PyTorch, torch.compile", "0.80x", "300", "4,748 |"]
+    assert lines[1] == ["|", "", "CCE", "1.1x", "", "10 |"]
+    # The best of each package, but PyTorch's eager and compiled code always; nobody who took no part.
+    names = [line[2] for line in lines]
+    assert names[2:7] == [
+        "verl, linear cross entropy",
+        "Liger, fused linear GRPO",
+        "PyTorch, eager",
+        "TRL, selective log-softmax",
+        "PyTorch, F.linear_cross_entropy",
+    ]
+    assert names[7:13] == names[:6]
+    assert "Quack" not in names
+
+    names = ("PeRL, Triton", "PyTorch, eager", "CCE", "CCE")
+    rows = [row(OPS[0], MODELS[1], SIZES[-1], name) for name in names]
+    rows[3] |= {"provider": "CCE, every block", "median": rows[2]["median"] / 2}
+    table, legend = report.readme_table({**found, "rows": rows}).split("\n\n")
+    assert [line.split(" | ")[2].strip() for line in table.splitlines()[2:]] == [
+        "CCE, every block",
+        "PyTorch, eager",
+    ]
+    assert "out of memory" in table and "Left out" not in legend
 
 
 def test_the_command_prints_the_short_table(
@@ -316,7 +459,7 @@ def test_the_command_writes_the_report_and_its_pictures(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     names = ["", "-ratio", "-bound", "-memory"]
     paths = [tmp_path / f"{file.stem}{n}.{'svg' if n else 'md'}" for n in names]
-    assert done.stdout.split() == [str(path) for path in paths]
+    assert done.stdout.splitlines() == [f"written: {path}" for path in paths]
     assert {*tmp_path.iterdir()} == {file, *paths}
     text = paths[0].read_text(encoding="utf-8")
     links = [line for line in text.splitlines() if line.startswith("![")]
@@ -326,16 +469,33 @@ def test_the_command_writes_the_report_and_its_pictures(tmp_path: Path) -> None:
     shown = ["".join(ElementTree.parse(path).getroot().itertext()) for path in paths[1:]]
     assert all("Liger, fused linear GRPO" in words for words in shown)
     assert "Qwen3-VL-8B, N = 8192" in shown[0] and "PeRL, Triton" in shown[1]
+    # A series has pictures of its own, which say what of.
+    assert "N = 65536" not in shown[0]
+    for words in shown[1:]:
+        assert "H = 2,048, V = 151,936, bfloat16" in words and "Measured on Invented GPU" in words
     assert "Quack" not in "".join(shown)
 
 
 def test_pictures_are_the_same_each_time(tmp_path: Path) -> None:
     def sums(folder: Path) -> list[str]:
         folder.mkdir()
-        pictures, _ = draw(check(results()), folder / "x")
+        pictures = draw(check(results()), folder / "x")
         return [hashlib.sha256(p.path.read_bytes()).hexdigest() for p in pictures]
 
-    assert sums(tmp_path / "a") == sums(tmp_path / "b")
+    assert sums(tmp_path / "a") == sums(tmp_path / "CCE, every block")
+
+
+def test_equal_times_do_not_hide_one_another(tmp_path: Path) -> None:
+    rows = [row(OPS[0], MODELS[0], 1024, name) for name in PROVIDERS if name != "Quack"]
+    for r in rows:
+        r["median"] = 1.0 if r["ours"] else 2.2
+    (picture,) = draw(check({**results(), "rows": rows}), tmp_path / "x")
+    heights: dict[str, list[float]] = {}
+    for mark in ElementTree.parse(picture.path).iter("{http://www.w3.org/2000/svg}use"):
+        heights.setdefault(mark.attrib["x"], []).append(float(mark.attrib["y"]))
+    points = sorted(max(heights.values(), key=len))
+    assert len(points) == 7
+    assert min(b - a for a, b in itertools.pairwise(points)) > 6.5  # A marker's size, in points.
 
 
 def test_no_pictures_without_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -348,7 +508,7 @@ def test_no_pictures_without_figures(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert report.main([str(file)]) == 0
     text = file.with_suffix(".md").read_text(encoding="utf-8")
     assert {p.name for p in tmp_path.iterdir()} == {"x.json", "x.md"}
-    assert "![" not in text and "No picture of memory over N: there are no figures." in text
+    assert "![" not in text and "picture" not in text.lower()
     assert "peaks were not measured" in text and "## Growth" not in text
     found["rows"] = []
     assert "No benchmark has run." in report.markdown(found)

@@ -140,17 +140,18 @@ def test_wrong_log_probs_are_refused(monkeypatch, tmp_path, capsys) -> None:
     assert not out.out and not list(tmp_path.iterdir())
 
 
-def test_wrong_gradients_are_refused(monkeypatch, tmp_path, capsys) -> None:
-    """Log-probs are right, and one micro-batch counts a little more than it should."""
+@pytest.mark.parametrize(("dtype", "factor"), [("float32", 1.01), ("bfloat16", 1.03)])
+def test_wrong_gradients_are_refused(dtype, factor, monkeypatch, tmp_path, capsys) -> None:
+    """Log-probs are right, and every gradient is a little too large."""
     right = variants.packed
 
     def heavy(trainee: Trainee) -> Logprobs:
-        trainee.normalizer *= 0.99
+        trainee.normalizer /= factor
         yield from right(trainee)
-        trainee.normalizer /= 0.99
+        trainee.normalizer *= factor
 
     monkeypatch.setitem(variants.VARIANTS, "packed", heavy)
-    assert main([*SMALL, f"--json={tmp_path / 'report.json'}"]) == 1
+    assert main([*SMALL, f"--dtype={dtype}", f"--json={tmp_path / 'report.json'}"]) == 1
     out = capsys.readouterr()
     assert out.err.splitlines()[-1].startswith("error: packed: the gradient of ")
     assert not out.out and not list(tmp_path.iterdir())
@@ -176,6 +177,8 @@ def test_other_settings_are_proven_too(options: list[str], tmp_path: Path, capsy
         (["--model=nowhere"], "--model nowhere: choose 3b, 7b, 0.6b, tiny or a model folder"),
         (["--orders=1", "--rollouts=1"], "--orders 1 --rollouts 1: a single completion"),
         (["--json=/nowhere/report.json"], "--json /nowhere/report.json: give a file in a folder"),
+        (["--json=/dev/null"], "--json /dev/null: give a file in a folder"),
+        ([f"--json={300 * 'x'}"], f"--json {300 * 'x'}: it cannot be written (File name too long)"),
         ([*SMALL, "--budget=20"], "--budget 20: a sequence has 234 tokens; raise it"),
         (["--batch=3"], "unrecognized arguments: --batch=3"),
     ],

@@ -92,11 +92,13 @@ class Bench:
             self.contest, self.problem = contest, None
             self._release()
             _seed()
-            self.problem = contest.problem(self.device)
+            problem = contest.problem(self.device)
+            problem.find_truth()
+            self.problem = problem
         _seed()
-        problem = provider.asked(self.problem)
-        run = provider.prepare(problem)
-        problem.prove(run.read(self._call(run)), provider.omits, 1.0)
+        asked = provider.asked(self.problem)
+        run = provider.prepare(asked)
+        asked.prove(run.read(self._call(run)), provider.omits, 1.0)
         peak = None
         if not contest.host:
             if run.reset:

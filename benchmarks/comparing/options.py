@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import NoReturn
 
+from benchmarks import json_file
 from perl.types import UserError
 
 
@@ -31,7 +33,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--only",
         default="",
         metavar="WORDS",
-        help='cases whose names hold all these words, as in "plan 64"',
+        help='cases whose names hold all these words, as in "plan 64"; "and" is none',
     )
     add("--quick", action="store_true", help="fewer and smaller cases")
     add(
@@ -56,14 +58,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--json", type=Path, metavar="FILE", help="write everything measured here")
     given = parser.parse_args(arguments)
+    for name, revision in (("BASE", given.base), ("--head", given.head)):
+        if revision is not None and not revision.strip():
+            parser.error(f"{name} is empty: give a branch, a tag, a hash or HEAD~1")
     if given.check and given.head:
         parser.error("--check compares BASE with itself: leave out --head")
-    if not given.threshold > 1:
-        parser.error(f"--threshold {given.threshold:g}: give a ratio above 1")
-    if not given.seconds_per_case > 0:
-        parser.error(f"--seconds-per-case {given.seconds_per_case:g}: give seconds above 0")
+    if not 1 < given.threshold < math.inf:
+        parser.error(f"--threshold {given.threshold:g}: give a finite ratio above 1")
+    if not 0 < given.seconds_per_case < math.inf:
+        parser.error(f"--seconds-per-case {given.seconds_per_case:g}: give finite seconds above 0")
     if given.threads is not None and given.threads < 1:
         parser.error(f"--threads {given.threads}: give a positive whole number")
-    if given.json and (given.json.is_dir() or not given.json.absolute().parent.is_dir()):
-        parser.error(f"--json {given.json}: give a file in a folder that is there")
+    json_file.check(given.json)
     return given

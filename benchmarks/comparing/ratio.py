@@ -21,6 +21,10 @@ class Ratio:
     The interval is that of the sign test (Conover, Practical Nonparametric Statistics, 3rd edition, section 3.2): two
     of the ordered ratios, chosen by the binomial distribution. It asks nothing of how times are distributed, which
     have long tails on a busy machine, only that pairs do not depend on each other.
+
+    95 % is nominal: rounds end once the interval looks decided (optional stopping), so intervals that happen to be
+    narrow are ended at more often than others, and the true coverage is lower. That is one reason why what is slower or
+    faster counts only when two new processes find it again.
     """
 
     median: float

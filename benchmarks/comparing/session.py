@@ -92,7 +92,8 @@ def _cases(given: argparse.Namespace, base: Side, head: Side) -> tuple[list[Case
         before, after = base.ask("cases"), head.ask("cases")
     except Ended as error:
         raise UserError(f"the benchmarks cannot be listed: {error}") from error
-    words = given.only.lower().split()
+    # Without "and", the words are those of an expression that `benchmarks.run --only` takes.
+    words = [word for word in given.only.lower().split() if word != "and"]
 
     def chosen(case: Case) -> bool:
         return all(word in f"{case.module} {case.name}".lower() for word in words)

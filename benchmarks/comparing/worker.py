@@ -29,17 +29,32 @@ def main() -> None:
     options = json.loads(sys.argv[1])
     try:
         _take_packages(Path(options["tree"]))
-        from benchmarks.comparing.bench import Bench
-
-        bench = Bench(options["device"], options["threads"], options["quick"])
+        bench = _bench(options)
     except Exception as error:
-        answer("refusal", f"{type(error).__name__}: {error}".partition("\n")[0])
+        known = isinstance(error, _Refusal)
+        said = str(error) if known else f"{type(error).__name__}: {error}"
+        answer("refusal", said.partition("\n")[0])
         return
     answer("value", bench.machine)
     for line in requests:
         request = json.loads(line)
         do = getattr(bench, request.pop("do"))
         answer("value", do(**request))
+
+
+class _Refusal(Exception):
+    """The text is for the user."""
+
+
+def _bench(options: dict[str, Any]) -> Any:
+    # Their packages are known only now.
+    from benchmarks.comparing.bench import Bench
+    from benchmarks.contest import Unavailable
+
+    try:
+        return Bench(options["device"], options["threads"], options["quick"])
+    except Unavailable as error:
+        raise _Refusal(str(error)) from error
 
 
 def _channel() -> tuple[TextIO, TextIO]:

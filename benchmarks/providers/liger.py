@@ -130,7 +130,7 @@ LINEAR_LOSS = [
         "Liger, LigerFusedLinearGRPOLoss",
         _linear_loss,
         _PACKAGE,
-        "no entropy; products of the backward pass in fp32",
+        "no entropy; products of the backward pass in fp32, without TF32, as PyTorch has it by default",
         NO_ENTROPY,
     ),
     Provider(

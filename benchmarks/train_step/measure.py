@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.attention.varlen  # Registers the operators named below.
@@ -134,22 +134,75 @@ def gradients(model: torch.nn.Module, device: torch.device | None = None) -> Gra
     }
 
 
-def relative_differences(got: Gradients, reference: Gradients, eps: float) -> dict[str, float]:
-    """max|got - reference| / max|reference| of each parameter.
+class Difference(NamedTuple):
+    """Of a gradient `got` from `reference`, relative, or how much of it is allowed.
+
+    `most` is max|got - reference| / max|reference|; `norm` is |got - reference| / |reference| in Euclidean norms; `scale`
+    is |<got, reference> / <reference, reference> - 1|, which roundings hardly move, as they point anywhere.
+    """
+
+    most: float
+    norm: float
+    scale: float
+
+    def excess(self, allowed: Difference) -> str:
+        """What is more than allowed, as in "2.0e-02 of its norm, 1.0e-02 allowed"; empty if nothing is."""
+        of = ("of its maximum", "of its norm", "in scale")
+        for found, most, what in zip(self, allowed, of, strict=True):
+            if not found <= most:  # Nor is NaN.
+                return f"{found:.2e} {what}, {most:.2e} allowed"
+        return ""
+
+
+def relative_differences(got: Gradients, reference: Gradients, eps: float) -> dict[str, Difference]:
+    """Of each parameter's gradient.
 
     A parameter whose whole gradient is below `eps` times the largest of the model has noise for a gradient, as a bias
-    that a softmax cancels; its difference is divided by that bound instead.
+    that a softmax cancels; its difference is divided by what a gradient of that bound throughout would have instead.
 
     Args:
         eps: of the precision that forwards run in.
     """
     if got.keys() != reference.keys():
         raise AssertionError(f"gradients of other parameters: {sorted(got.keys() ^ reference)[:3]}")
-    largest = {name: float(g.abs().max()) for name, g in reference.items()}
-    noise = max(largest.values()) * eps
+    noise = max(float(g.abs().max()) for g in reference.values()) * eps
+    return {name: _difference(got[name].to(g.device), g, noise) for name, g in reference.items()}
+
+
+def _difference(got: torch.Tensor, reference: torch.Tensor, noise: float) -> Difference:
+    error = got - reference
+    largest, square = float(reference.abs().max()), float(reference.square().sum())
+    if largest < noise:
+        largest, square = noise, noise**2 * reference.numel()
+    return Difference(
+        float(error.abs().max()) / largest,
+        math.sqrt(float(error.square().sum()) / square),
+        abs(float((error * reference).sum())) / square,
+    )
+
+
+def allowances(
+    lost: Mapping[str, Difference], reference: Gradients, eps: float
+) -> dict[str, Difference]:
+    """What a gradient may differ by from another one in the same low precision.
+
+    Three times what that precision costs the other one against float32, and a floor: 16 eps of the largest element,
+    0.004 of norm and scale. In bfloat16 the first floor is an eighth, and only the other two refuse a factor of 1.03.
+    Roundings in n elements also move the scale by chance, by their norm over the square root of n, which is little but
+    for small parameters, and in which the other one may have been lucky.
+
+    Args:
+        lost: what the precision costs the other one.
+        reference: its gradients.
+        eps: of the precision.
+    """
     return {
-        name: float((got[name].to(g.device) - g).abs().max()) / max(largest[name], noise)
-        for name, g in reference.items()
+        name: Difference(
+            most=3 * d.most + 16 * eps,
+            norm=3 * d.norm + 0.004,
+            scale=3 * d.scale + 3 * d.norm / math.sqrt(reference[name].numel()) + 0.004,
+        )
+        for name, d in lost.items()
     }
 
 

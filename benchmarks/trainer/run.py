@@ -68,12 +68,12 @@ def _measured(start: Start, folder: Path, display: Display) -> dict[str, Any]:
     sides: dict[str, Make] = {"trl": TrlTrainer, "perl": PerlTrainer}
     setting = start.setting
     display.say("counting a step of each trainer")
-    counted = {name: _count(make, start, folder / name) for name, make in sides.items()}
+    counted = {name: count(make, start, folder / name) for name, make in sides.items()}
     display.stage("timing", setting.rounds, unit="rounds")
     times: dict[str, list[list[StepTime]]] = {name: [] for name in sides}
     for number in range(setting.rounds):
-        # Both in every round, so that a busy machine is busy for both.
-        for name in ("perl", "trl"):
+        # Both in every round, so that a busy machine is busy for both, and each as often the first.
+        for name in sorted(sides, reverse=number % 2 == 1):
             own = folder / f"{name}-{number}"
             times[name].append(_time(sides[name], start, own, setting.seed + number))
         display.advance()
@@ -82,15 +82,19 @@ def _measured(start: Start, folder: Path, display: Display) -> dict[str, Any]:
     return {"trainers": trainers, "ratios": _ratios(trainers)}
 
 
-def _count(make: Make, start: Start, folder: Path) -> dict[str, Any]:
-    """What enters the model in a step, and the most memory it takes beyond the weights: it is not timed."""
+def count(make: Make, start: Start, folder: Path, steps: int = 2) -> dict[str, Any]:
+    """What enters the model in the first step, and the most memory that all take beyond the weights: none is timed.
+
+    The optimiser's state is made at the end of the first step, so only from the second on it lies beside activations.
+    """
     forget_trainers()
-    side = make(start, folder, 1, start.setting.seed)
-    with counting(side.core) as counts:
+    side = make(start, folder, steps, start.setting.seed)
+    with counting(side.core, lambda: not side.clock.ended) as counts:
         _, most = peak(side.train, torch.device(start.setting.device))
     return {
         "lm_tokens": sum(counts.lm_tokens.values()),
         "lm_tokens_by_part": counts.lm_tokens,
+        "micro_batch_tokens": counts.largest,
         "images_encoded": sum(counts.images.values()),
         "images_encoded_by_part": counts.images,
         "peak_bytes": most,

@@ -35,6 +35,8 @@ class StepClock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.steps: list[StepTime] = []
+        self.ended = 0
+        """Steps that are over, the first one too."""
         self._spent: defaultdict[str, float] = defaultdict(float)
         self._inner = 0.0
         self._last: float | None = None
@@ -58,6 +60,7 @@ class StepClock:
             self.steps.append(StepTime(seconds, {**parts, "rest": seconds - sum(parts.values())}))
         self._spent.clear()
         self._last = now
+        self.ended += 1
 
     def _now(self) -> float:
         if self.device.type == "cuda":

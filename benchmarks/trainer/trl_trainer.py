@@ -38,7 +38,7 @@ class TrlTrainer:
         folder: for whatever it writes.
         steps: optimiser steps of the run.
         clip_gradients: off for a look at the gradients.
-        half: bfloat16 autocast; left out, as the setting says.
+        half: bfloat16 autocast; left out, as the setting says. Without it flash attention cannot run: SDPA does.
         replay: micro-batches to train on instead of sampling new ones.
     """
 
@@ -53,18 +53,23 @@ class TrlTrainer:
         replay: list[dict[str, Any]] | None = None,
     ) -> None:
         setting = start.setting
+        half = setting.half if half is None else half
+        flash = setting.trl_attention == "flash_attention_2"
+        attention = "sdpa" if flash and not half else setting.trl_attention
         auto: Any = AutoModelForImageTextToText
         model = auto.from_pretrained(
-            start.model, dtype=torch.float32, attn_implementation=setting.trl_attention
+            start.model, dtype=torch.float32, attn_implementation=attention
         )
+        processor = AutoProcessor.from_pretrained(start.processor, padding_side="left")
+        unsampled = {*start.unsampled, *_ends(model, processor)}
         self.clock = StepClock(torch.device(setting.device))
         self.seen = Seen()
         self.trainer = _Trainer(
             model=model,
             reward_funcs=text_hash,
-            args=_config(start, folder, steps, seed, clip_gradients, half),
+            args=_config(start, folder, steps, seed, clip_gradients, half, sorted(unsampled)),
             train_dataset=Dataset.from_list(trl_rows(setting, steps, seed)),
-            processing_class=AutoProcessor.from_pretrained(start.processor, padding_side="left"),
+            processing_class=processor,
             callbacks=[_Clocked(self.clock), _Gradients(self.seen)],
         )
         self.trainer.remove_callback(PrinterCallback)
@@ -94,7 +99,11 @@ class Seen:
 
 
 class _Trainer(GRPOTrainer):
-    """TRL's trainer, looked at from outside: every method does what TRL's does."""
+    """TRL's trainer, looked at from outside: every method does what TRL's does.
+
+    One autocast around the whole of sampling, as PeRL has it: in that of each forward alone, bfloat16 copies of the
+    weights would be made anew for every token.
+    """
 
     clock: StepClock
     seen: Seen
@@ -106,7 +115,7 @@ class _Trainer(GRPOTrainer):
         return super()._prepare_inputs(generation_batch)
 
     def _generate_single_turn(self, *arguments: Any, **options: Any) -> Any:
-        with self.clock.part("generation"):
+        with self.clock.part("generation"), self.accelerator.autocast():
             return super()._generate_single_turn(*arguments, **options)
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
@@ -156,8 +165,21 @@ class _Gradients(TrainerCallback):
             self.seen.gradients = copied_gradients(model)
 
 
+def _ends(model: Any, processor: Any) -> list[int]:
+    """What ends a completion by itself."""
+    ends = model.generation_config.eos_token_id
+    several = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    return [processor.tokenizer.eos_token_id, *several]
+
+
 def _config(
-    start: Start, folder: Path, steps: int, seed: int, clip_gradients: bool, half: bool | None
+    start: Start,
+    folder: Path,
+    steps: int,
+    seed: int,
+    clip_gradients: bool,
+    half: bool,
+    unsampled: list[int],
 ) -> Any:
     setting = start.setting
     size = setting.padded_micro_batch(start.longest)
@@ -165,7 +187,7 @@ def _config(
         output_dir=str(folder),
         seed=seed,
         use_cpu=setting.device == "cpu",
-        bf16=setting.half if half is None else half,
+        bf16=half,
         gradient_checkpointing=False,
         # One batch of completions for each optimiser step, all sampled at once.
         per_device_train_batch_size=size,
@@ -175,9 +197,10 @@ def _config(
         shuffle_dataset=False,
         max_steps=steps,
         temperature=1.0,
+        # Without an end token no processor of logits has to keep it away until the length is reached.
         generation_kwargs={
-            "min_new_tokens": setting.completion,
-            "suppress_tokens": list(start.unsampled),
+            "eos_token_id": None,
+            "suppress_tokens": unsampled,
             "use_cache": True,
         },
         loss_type="dapo",
