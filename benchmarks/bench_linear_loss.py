@@ -33,7 +33,7 @@ def contests(cuda: bool, quick: bool) -> list[Contest]:
     ]
     if quick:
         return first
-    whole = [] if cuda else [_contest(head("Qwen3-0.6B", 256, 4))]
+    whole = [] if cuda else [_contest(head("Qwen3-0.6B", 64, 4))]
     return [*first, *[_contest(size) for size in models if size != main], *whole]
 
 

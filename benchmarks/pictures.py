@@ -147,7 +147,7 @@ def _draw_ratios(figure: Figure, rows: Sequence[Row], looks: Mapping[str, _Look]
     for axes, (op, cases) in zip(panels, ops.items(), strict=True):
         _draw_cases(axes, cases, providers[op], looks)
         references = dict.fromkeys(c.reference.provider for c in cases if c.reference)
-        axes.set_title(f"{op}: time over {' or '.join(references)}", fontsize=10)
+        axes.set_title(f"{op}: time over {' or '.join(references)}", fontsize=10, loc="right")
     axes = panels[-1]
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, 0.6), max(high, 1.7))

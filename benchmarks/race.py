@@ -27,6 +27,13 @@ _SHORT = 2e-3
 _LONG = 0.2
 """Seconds of a call from which on no round is spent on warming up."""
 
+_VERY_LONG = 2.0
+"""Seconds of a call from which on one turn is all."""
+
+_OVER = "the time for all benchmarks was over; give --minutes more"
+_GRACE = 30.0
+"""Seconds within which a case that has begun goes on with further providers when time is over."""
+
 _PEERS_SLACK = 4.0
 """A peer may round more than this repository lets itself; the table has every error."""
 
@@ -68,7 +75,12 @@ class Race:
             self._enter(contest)
         lane = self.lanes.get(provider.name)
         if lane is None:
+            # A case that began in time may be a long one.
+            if self._over(_GRACE) and not self.obstacle:
+                self.obstacle = ("left out", _OVER)
             lane = self.lanes[provider.name] = self._line_up(contest, provider)
+        elif lane.row.turns and (self._over() or lane.seconds > _VERY_LONG):
+            pytest.skip("timed in an earlier turn")
         if lane.run is not None and not self.unusable:
             benchmark.group = contest.id
             if not benchmark.enabled:
@@ -97,9 +109,8 @@ class Race:
         self.contest, self.obstacle = contest, None
         if self.unusable:
             self.obstacle = ("left out", self.unusable)
-        elif self.end is not None and time.monotonic() >= self.end:
-            over = "the time for all benchmarks was over; give --minutes more"
-            self.obstacle = ("left out", over)
+        elif self._over():
+            self.obstacle = ("left out", _OVER)
         if self.obstacle:
             return
         try:
@@ -114,6 +125,9 @@ class Race:
             self.obstacle = ("left out", f"inputs and truth: {_line(error)}")
         except Exception as error:
             self.obstacle = ("failed", f"inputs and truth: {type(error).__name__}: {_line(error)}")
+
+    def _over(self, grace: float = 0.0) -> bool:
+        return self.end is not None and time.monotonic() >= self.end + grace
 
     def _line_up(self, contest: Contest, provider: Provider) -> _Lane:
         lane = _Lane(self.results.row(contest, provider))

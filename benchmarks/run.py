@@ -262,7 +262,7 @@ def _microbenchmarks(
         # The last case may start when time is nearly over.
         code = subprocess.run(command, cwd=ROOT, env=environment, timeout=seconds + 120).returncode
     except subprocess.TimeoutExpired:
-        print("the microbenchmarks were stopped: a case hangs", file=sys.stderr)
+        print("the microbenchmarks were stopped: a case did not end in time", file=sys.stderr)
         return
     if code == _USAGE_ERROR:
         raise UserError(f"--only {given.only}: pytest's -k cannot read that")
