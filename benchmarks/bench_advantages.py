@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.conftest import TakeTurn, turns
 from benchmarks.contest import Contest, Provider, Run, Work
-from benchmarks.proof import Results, near
+from benchmarks.proof import Proof, Proven, Results, near
 from benchmarks.providers.common import need_cuda
 from perl_kernels import group_advantages
 
@@ -51,7 +51,7 @@ def _contest(case: str, sizes: list[int], size: int | None) -> Contest:
     )
 
 
-class _Rewards:
+class _Rewards(Proven):
     """Rewards [B] of groups one after the other, on the device with the groups' sizes."""
 
     def __init__(self, sizes: list[int], device: torch.device) -> None:
@@ -60,16 +60,8 @@ class _Rewards:
         self.rewards = torch.rand(sum(sizes), generator=generator).to(device)
         self.group_sizes = torch.tensor(sizes, device=device)
 
-    def find_truth(self) -> None:
-        _ = self._near
-
-    def prove(
-        self, results: Results, omits: frozenset[str] = frozenset(), slack: float = 1.0
-    ) -> float:
-        return self._near(results, omits, slack)
-
     @cached_property
-    def _near(self):
+    def proof(self) -> Proof:
         groups = np.split(self.rewards.double().cpu().numpy(), np.cumsum(self.sizes)[:-1])
         exact = [(g - g.mean()) / (g.std(ddof=1) + EPS) for g in groups]
         truth = torch.from_numpy(np.concatenate(exact)).to(self.rewards.device)

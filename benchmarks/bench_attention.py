@@ -1,4 +1,4 @@
-"""Attention over one packed row: each implementation of `perl.attention` against SDPA as PyTorch has it."""
+"""Attention over one packed row: each implementation of `perl.model.packed.attention` against SDPA as PyTorch has it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from benchmarks.conftest import TakeTurn, turns
 from benchmarks.contest import Contest, Provider, Run, Unavailable, Work
-from benchmarks.proof import Results, near
-from perl.attention import IMPLEMENTATIONS, choose
-from perl.layout import PackedLayout
+from benchmarks.proof import Proof, Proven, Results, near
+from perl.model.packed.attention import IMPLEMENTATIONS, choose
+from perl.model.packed.layout import PackedLayout
 
 
 class Piece(NamedTuple):
@@ -83,7 +83,7 @@ def _shares(pieces: list[Piece]) -> bool:
     return any(piece.prefix for piece in pieces)
 
 
-class PackedRow:
+class PackedRow(Proven):
     """Queries, keys and values of one row, causal, with grouped queries; bfloat16 on a GPU, float32 on a CPU."""
 
     def __init__(self, pieces: list[Piece], heads: Heads, device: torch.device) -> None:
@@ -119,16 +119,8 @@ class PackedRow:
         q, k, v = torch.autograd.grad(out, inputs, upstream)
         return {"out": out.detach(), "grad query": q, "grad key": k, "grad value": v}
 
-    def find_truth(self) -> None:
-        _ = self._near
-
-    def prove(
-        self, results: Results, omits: frozenset[str] = frozenset(), slack: float = 1.0
-    ) -> float:
-        return self._near(results, omits, slack)
-
     @cached_property
-    def _near(self):
+    def proof(self) -> Proof:
         exact = [x.detach().double().requires_grad_() for x in self.inputs]
         truth = self.results(_softmax(exact, self), exact, self.upstream.double())
         plain = self.results(_softmax(self.inputs, self), self.inputs, self.upstream)

@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.conftest import TakeTurn, turns
 from benchmarks.contest import Contest, Inputs, Provider, Run
-from perl.packing import pack_row
-from perl.packing_plan import Load, Row, Share, plan
+from perl.model.packed.pack import pack_row
+from perl.model.packed.plan import Load, Row, Share, plan
 from perl.types import EncodedImage, EncodedPrompt, PackedBatch, Segment
 
 BUDGET = 8192

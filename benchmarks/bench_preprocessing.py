@@ -15,8 +15,8 @@ from PIL import Image
 from benchmarks.conftest import TakeTurn, turns
 from benchmarks.contest import Contest, Inputs, Provider, Run
 from perl.config import ModelConfig
-from perl.permutation import orders, permute
-from perl.processor import Processor, parts
+from perl.model.processor import Processor, parts
+from perl.permutation.permute import orders, permute
 from perl.types import EncodedPrompt, Example, Variant
 
 ORDERS = 4
@@ -76,7 +76,7 @@ def _check(variants: list[Variant], results: Results) -> None:
 @cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
     """A tiny Qwen2.5-VL, whose image processor is that of the large ones; gone when the process ends."""
-    from perl.tiny import make_tiny_model
+    from perl.model.tiny import make_tiny_model
 
     folder = tempfile.TemporaryDirectory()
     make_tiny_model("tiny-qwen2.5-vl", QUESTION.split(), Path(folder.name), seed=0)
@@ -84,7 +84,7 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def _processor() -> Processor:
-    from perl.loading import load_processor
+    from perl.model.loading import load_processor
 
     return load_processor(_folder().name, ModelConfig(min_pixels=28**2, max_pixels=2**20))
 

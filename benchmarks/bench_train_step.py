@@ -3,7 +3,7 @@
     python benchmarks/bench_train_step.py --json out.json
 
 All three take the same weights, completions and advantages, and run forward and backward of the same loss
-(`perl.loss.HeadLoss`: no logits are kept, and only completion tokens reach the head), so packing alone is compared;
+(`perl.training.loss.HeadLoss`: no logits are kept, and only completion tokens reach the head), so packing alone is compared;
 `train_step/variants.py` says what each does. A variant whose log-probs or gradients are not those of `padded` ends the
 program before anything is timed, with exit code 1.
 
@@ -20,7 +20,6 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 # As perl-rl does: threads that wait must not spin where other work is running. Read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -30,6 +29,7 @@ sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "kernels")) if p not in sys.pa
 import torch  # noqa: E402
 
 from benchmarks import json_file  # noqa: E402
+from benchmarks.options import Parser, count  # noqa: E402
 from benchmarks.shapes import SHAPES  # noqa: E402
 from benchmarks.train_step.run import (  # noqa: E402
     DTYPES,
@@ -56,15 +56,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the options")
-
-
 def parse(arguments: list[str] | None) -> tuple[Setting, Path | None]:
     """Options as a setting, and where the report goes."""
     cuda = torch.cuda.is_available()
-    parser = _Parser(
+    parser = Parser(
         description="One optimiser step padded, packed, and packed with shared prompts and images."
     )
     add = parser.add_argument
@@ -86,7 +81,7 @@ def parse(arguments: list[str] | None) -> tuple[Setting, Path | None]:
     )
     add(
         "--images",
-        type=_count,
+        type=count,
         nargs="+",
         default=[4, 8],
         metavar="N",
@@ -94,41 +89,41 @@ def parse(arguments: list[str] | None) -> tuple[Setting, Path | None]:
     )
     add(
         "--orders",
-        type=_count,
+        type=count,
         default=2,
         metavar="N",
         help="orders of a question's images; default: 2",
     )
     add(
         "--rollouts",
-        type=_count,
+        type=count,
         default=6,
         metavar="N",
         help="completions of each order; default: 6",
     )
     add(
         "--completion",
-        type=_count,
+        type=count,
         default=512,
         metavar="N",
         help="tokens of a completion on average; default: 512",
     )
     add(
         "--tokens-per-image",
-        type=_count,
+        type=count,
         metavar="N",
         default=330,
         help="visual tokens on average; default: 330",
     )
     add(
         "--budget",
-        type=_count,
+        type=count,
         metavar="N",
         help="tokens of a micro-batch, padded or packed; default: 16384, for 7b 8192",
     )
     add(
         "--repeats",
-        type=_count,
+        type=count,
         default=0,
         metavar="N",
         help="timed rounds; default: as many as fit into 12 seconds, at least three",
@@ -160,12 +155,6 @@ def parse(arguments: list[str] | None) -> tuple[Setting, Path | None]:
         parser.error("--device cuda: there is no GPU that PyTorch can use")
     json_file.check(given.json)
     return _setting(given), given.json
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return int(text)
 
 
 def _setting(given: argparse.Namespace) -> Setting:

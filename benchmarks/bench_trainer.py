@@ -21,7 +21,7 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 # As perl-rl does: threads that wait must not spin where other work is running. Read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -31,10 +31,11 @@ sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "kernels")) if p not in sys.pa
 import torch  # noqa: E402
 
 from benchmarks import json_file  # noqa: E402
+from benchmarks.options import Parser, count  # noqa: E402
 from benchmarks.trainer.run import run  # noqa: E402
 from benchmarks.trainer.setting import MODELS, Report, Setting  # noqa: E402
 from benchmarks.trainer.step_clock import PARTS  # noqa: E402
-from perl.progress import Display  # noqa: E402
+from perl.report.progress import Display  # noqa: E402
 from perl.types import UserError  # noqa: E402
 
 DEFAULTS = {
@@ -86,14 +87,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the options")
-
-
 def parse(arguments: list[str] | None) -> tuple[Setting, Path | None]:
     """Options as a setting, and where the report goes."""
-    parser = _Parser(description="A whole optimiser step of PeRL's trainer beside one of TRL's.")
+    parser = Parser(description="A whole optimiser step of PeRL's trainer beside one of TRL's.")
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     add("--json", type=Path, metavar="FILE", help="write the report here")
@@ -119,7 +115,7 @@ def parse(arguments: list[str] | None) -> tuple[Setting, Path | None]:
     }
     for name, said in numbers.items():
         several = {"nargs": "+"} if name == "images" else {}
-        add(f"--{name}", type=_count, metavar="N", help=said, **several)
+        add(f"--{name}", type=count, metavar="N", help=said, **several)
     add(
         "--trl-attention",
         choices=("sdpa", "flash_attention_2", "eager"),
@@ -130,12 +126,6 @@ def parse(arguments: list[str] | None) -> tuple[Setting, Path | None]:
     given = parser.parse_args(arguments)
     json_file.check(given.json)
     return _setting(given), given.json
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return int(text)
 
 
 def _setting(given: argparse.Namespace) -> Setting:

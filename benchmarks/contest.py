@@ -39,6 +39,15 @@ class Run:
     read: Callable[[Any], Any] = lambda output: output
     """The output of a call as the problem's results, not timed."""
 
+    def once(self, device: torch.device) -> Any:
+        """The output of one call, which a GPU has ended."""
+        if self.reset:
+            self.reset()
+        output = self.call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return output
+
 
 @dataclass(frozen=True)
 class Provider:

@@ -134,14 +134,14 @@ def measured(model: Path) -> dict[str, float]:
     """
     import torch
 
-    from perl.config import DataConfig, ModelConfig
-    from perl.data import load_examples
-    from perl.loading import load_policy, load_processor
-    from perl.metrics import agreement, chosen_picture, mean
-    from perl.permutation import all_orders, permute
-    from perl.reward_answers import extract_answer, same_answer
+    from perl.config import EVAL_SEED, DataConfig, ModelConfig
+    from perl.data.dataset import load_examples
+    from perl.evaluation.agreement import agreement, chosen_picture
+    from perl.model.loading import load_policy, load_processor
+    from perl.permutation.permute import all_orders, permute
+    from perl.report.metrics import mean
+    from perl.rewards.answers import extract_answer, same_answer
     from perl.rollout import SamplingParams, make_engine
-    from perl.setup import EVAL_SEED
     from perl.types import Rollout
 
     config = ModelConfig(path=str(model))
@@ -183,7 +183,7 @@ def measured(model: Path) -> dict[str, float]:
 
 def write_results(runs: Path, output: Path) -> None:
     """Collect what is measured so far."""
-    from perl.run import write_json
+    from perl.files import write_json
 
     rows: list[dict[str, Any]] = []
     for path in sorted(runs.glob("*/measured.json")):

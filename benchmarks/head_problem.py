@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.heads import Head
-from benchmarks.proof import Results, near
+from benchmarks.proof import Proof, Proven, Results, near
 
 CLIP, KL = 0.2, 0.5
 """The options of the loss, which all of them have: PPO's clip on both sides, and the k3 estimate of the KL term, with more
@@ -23,7 +23,7 @@ Level = Literal["token", "sequence"]
 
 
 @dataclass(frozen=True)
-class HeadProblem:
+class HeadProblem(Proven):
     """S completions of L = N / S tokens each.
 
     Hidden states and weights are random, and the tokens are sampled from what they predict, whose entropy is a few
@@ -77,16 +77,8 @@ class HeadProblem:
         hidden, weight = torch.autograd.grad(loss, (self.hidden, self.weight))
         return {"loss": loss.detach(), "grad hidden": hidden, "grad weight": weight}
 
-    def find_truth(self) -> None:
-        _ = self._near
-
-    def prove(
-        self, results: Results, omits: frozenset[str] = frozenset(), slack: float = 1.0
-    ) -> float:
-        return self._near(results, omits, slack)
-
     @cached_property
-    def _near(self):
+    def proof(self) -> Proof:
         dtype = self.hidden.dtype
         return near(self._exact(torch.float64), self._exact(dtype), dtype)
 
@@ -132,7 +124,7 @@ class LogprobsProblem(HeadProblem):
     """The same, asked for log-probs and entropies alone, as of an older policy."""
 
     @cached_property
-    def _near(self):
+    def proof(self) -> Proof:
         def results(dtype: torch.dtype) -> Results:
             hidden, weight = self.hidden.detach().to(dtype), self.weight.detach().to(dtype)
             logprobs, entropy = logprobs_by_blocks(hidden, weight, self.targets)
@@ -154,7 +146,7 @@ class LogitsProblem(HeadProblem):
         raise TypeError("ask for the gradient of the logits that the provider was given")
 
     @cached_property
-    def _near(self):
+    def proof(self) -> Proof:
         return near(self._exact(torch.float64), self._exact(self.logits.dtype), self.logits.dtype)
 
     @torch.no_grad()
@@ -183,7 +175,7 @@ class LogitsLogprobsProblem(LogitsProblem):
     """The same, asked for log-probs and entropies alone."""
 
     @cached_property
-    def _near(self):
+    def proof(self) -> Proof:
         def results(dtype: torch.dtype) -> Results:
             parts = [
                 selected(self.logits[rows].to(dtype), self.targets[rows])

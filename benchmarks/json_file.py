@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from perl.run import write_json
+from perl.files import write_json
 from perl.types import UserError
 
 

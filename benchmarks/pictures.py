@@ -11,8 +11,8 @@ from benchmarks.cases import Case, by_op
 from benchmarks.growth import Series, series
 from benchmarks.report_shapes import dtype
 from benchmarks.results_file import Results, Row
-from perl.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, VERMILION
-from perl.run import replacing
+from perl.files import replacing
+from perl.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, VERMILION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

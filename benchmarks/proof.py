@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -67,6 +68,23 @@ def near(truth: Results, plain: Results, dtype: torch.dtype) -> Proof:
         return worst
 
     return prove
+
+
+class Proven(ABC):
+    """A problem whose results are tensors: `benchmarks.contest.Problem` by its `proof`."""
+
+    @property
+    @abstractmethod
+    def proof(self) -> Proof:
+        """By `near`; a cached property, as it takes longer than what is timed."""
+
+    def find_truth(self) -> None:
+        _ = self.proof
+
+    def prove(
+        self, results: Results, omits: frozenset[str] = frozenset(), slack: float = 1.0
+    ) -> float:
+        return self.proof(results, omits, slack)
 
 
 class _Difference(NamedTuple):

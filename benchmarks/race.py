@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -138,7 +137,7 @@ class Race:
         with self._failures(lane):
             problem = provider.asked(self.problem)
             run = provider.prepare(problem)
-            results = run.read(self._call(run))
+            results = run.read(run.once(self.device))
             slack = 1.0 if provider.ours else _PEERS_SLACK
             lane.row.error = problem.prove(results, provider.omits, slack)
             lane.run = run
@@ -180,7 +179,7 @@ class Race:
                     run.reset()
                 _, lane.row.peak_extra_bytes = memory.peak(run.call, self.device)
             start = time.perf_counter()
-            self._call(run)
+            run.once(self.device)
             lane.seconds = max(1e-9, time.perf_counter() - start)
         wanted = max(1, round(self.budget / lane.seconds))
         rounds = min(wanted, _MOST_ROUNDS)
@@ -205,14 +204,6 @@ class Race:
         found = benchmark.stats.stats.data  # pyright: ignore[reportOptionalMemberAccess]
         lane.row.turns.append(list(found))
         lane.row.status = "timed"
-
-    def _call(self, run: Run) -> Any:
-        if run.reset:
-            run.reset()
-        output = run.call()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return output
 
 
 def _said(row: Row) -> str:

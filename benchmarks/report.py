@@ -12,17 +12,18 @@ import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from benchmarks.cases import by_op
 from benchmarks.growth import CERTAIN_ERROR, CERTAIN_POINTS, series
+from benchmarks.options import Parser
 from benchmarks.report_cases import cases_markdown, summary_markdown
 from benchmarks.report_readme import readme_table
 from benchmarks.report_steps import steps_markdown, steps_summary
 from benchmarks.results_file import Peaks, Results, Row, check, read
 from benchmarks.tables import counted, figure, plain
-from perl.run import replacing
+from perl.files import replacing
 from perl.types import UserError
 
 if TYPE_CHECKING:
@@ -46,13 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the options")
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m benchmarks.report",
         description="A file of results as Markdown with pictures beside it.",
     )

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.contest import Contest, Provider
 from benchmarks.peaks import Peaks, measure_peaks
-from perl.run import replacing
+from perl.files import replacing
 
 
 @dataclass

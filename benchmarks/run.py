@@ -22,11 +22,12 @@ import zipfile
 from datetime import date
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "kernels")) if p not in sys.path]
 
+from benchmarks.options import Parser, count  # noqa: E402
 from perl.types import UserError  # noqa: E402
 
 QUICK_MINUTES, FULL_MINUTES = 4.5, 7.5
@@ -45,19 +46,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the options")
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(description="All benchmarks: table, pictures, and a file of every figure.")
+    parser = Parser(description="All benchmarks: table, pictures, and a file of every figure.")
     add = parser.add_argument
     add("--quick", action="store_true", help="fewer and smaller cases: minutes on two CPU cores")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     add(
         "--threads",
-        type=_count,
+        type=count,
         metavar="N",
         help="CPU threads; default: OMP_NUM_THREADS, else all cores",
     )
@@ -67,7 +63,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="microbenchmarks alone whose names an expression of pytest's -k finds, as in 'linear_loss and not frozen'; "
         "python -m pytest benchmarks --collect-only -q lists the names",
     )
-    add("--passes", type=_count, metavar="N", help="turns of each provider; default: 3, quick 2")
+    add("--passes", type=count, metavar="N", help="turns of each provider; default: 3, quick 2")
     add(
         "--minutes",
         type=_minutes,
@@ -91,12 +87,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return int(text)
-
-
 def _minutes(text: str) -> float:
     try:
         value = float(text)
@@ -109,7 +99,7 @@ def _minutes(text: str) -> float:
 
 def run(given: argparse.Namespace) -> int:
     """0: done; 1: a result of this repository's was wrong, or it failed; 130: interrupted. What was found by then is written."""
-    from perl.run import replacing
+    from perl.files import replacing
 
     _check_writable(given.output)
     with tempfile.TemporaryDirectory() as temporary:

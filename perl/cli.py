@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import importlib
 import io
 import logging
 import os
@@ -11,256 +12,54 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stderr, suppress
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from tyro.conf import Positional, arg
+from perl.config import Command, Config, MeasureConfig
+from perl.types import Interrupted, UserError
 
-from perl.config import Config, MeasureConfig
-from perl.types import UserError
-
-
-@dataclass(frozen=True)
-class _Common:
-    debug: bool = False
-    """Show the whole trace of an error, and debug messages."""
-
-
-@dataclass(frozen=True)
-class Train(_Common):
-    """Train by a recipe: cold start, evaluation, RL, evaluation, report. Every key of the recipe can be
-    overridden, as in `perl-rl train demo --train.steps 5 --run.dir runs/short`."""
-
-    recipe: Positional[str] = "demo"
-    """A bundled recipe's name (see `perl-rl config --list`) or a .toml file."""
-    config: Annotated[Config, arg(name="")] = field(default_factory=Config)
-    overwrite: bool = False
-    """Replace the run folder if it is there."""
-    resume: bool = False
-    """Go on in the run folder if it is there."""
-
-
-@dataclass(frozen=True)
-class Resume(_Common):
-    """Go on with a run that was stopped or killed, from its newest whole checkpoint."""
-
-    run: Positional[Path] = Path()
-    """The run folder."""
-
-
-@dataclass(frozen=True)
-class Evaluate(_Common):
-    """Accuracy and consistency of a model on held-out examples, over all or many orders of their images; or, with
-    --suite, its answers to public benchmarks, as in
-    `perl-rl evaluate runs/first --suite blink --suite-root suites --output runs/first/suites`."""
-
-    model: Positional[str] = ""
-    """A run folder (its last model and its settings), a model folder, or a hub name."""
-    data: str = ""
-    """JSONL or Parquet file, hub dataset or bundled:digits; empty: the run's."""
-    eval: MeasureConfig = field(default_factory=MeasureConfig)
-    max_new_tokens: int | None = None
-    """Longest completion; empty: the run's, 2048 with --suite."""
-    max_prompt_tokens: int | None = None
-    """Longest prompt, image tokens included; empty: the run's data.max_prompt_tokens."""
-    overlong: Literal["error", "drop"] | None = None
-    """What to do with a longer prompt; a dropped one is left out, with --suite it counts as wrong; empty: the run's."""
-    output: Path | None = None
-    """JSON file for the numbers, by task and by example; with --suite a folder for answers, numbers and table."""
-    suite: tuple[str, ...] = ()
-    """Public benchmarks: mantis_eval, blink, mmiu, mathvista, mathverse, mathvision, remi, mv_math, or all."""
-    suite_root: Path | None = None
-    """Folder with one sub-folder for each benchmark, laid out as it is published."""
-    list_suites: bool = False
-    """Only print what is expected in the sub-folders and where to get it."""
-    text: Literal["slots", "references"] | None = None
-    """How text and images are kept consistent in other orders of one's own data; empty: the run's."""
-    instruction: Literal["official", "think"] = "official"
-    """How a benchmark's question asks for the answer: as its authors do, or with PeRL's think-and-box instruction."""
-    orders: int = 1
-    """With --suite: orders of the images where a benchmark lets them move, the official one first."""
-    limit: int | None = None
-    """With --suite: only the first items of each benchmark."""
-    extract: Literal["rules", "llm"] = "rules"
-    """Who reads the answer of a completion that boxes none: rules, or the model behind PERL_LLM_URL."""
-    published: bool = False
-    """With --suite: the rows of the PeRL paper's Table 1 in the table as well."""
-
-
-@dataclass(frozen=True)
-class Compare(_Common):
-    """Difference of two models' answers to the same benchmarks, with its interval and probability."""
-
-    first: Positional[Path] = Path()
-    """A folder that `perl-rl evaluate --suite` wrote."""
-    second: Positional[Path | None] = None
-    """Another one."""
-
-
-@dataclass(frozen=True)
-class Generate(_Common):
-    """Ask a model about images, or about a held-out example of its run."""
-
-    model: Positional[str] = ""
-    """A run folder (its last model), a model folder, or a hub name."""
-    prompt: str = ""
-    """The question; `<image>` marks where each image goes, else they stand before it."""
-    images: tuple[Path, ...] = ()
-    """Image files, in the order of their slots."""
-    example: int | None = None
-    """Number of a held-out example of the run's data, instead of prompt and images."""
-    n: int = 1
-    """Completions."""
-    temperature: float | None = None
-    """0: the most likely completion; empty: 0 for one completion, 1 for several."""
-    max_new_tokens: int | None = None
-    """Longest completion; empty: the run's."""
-    seed: int = 0
-    """Of the sampling."""
-
-
-@dataclass(frozen=True)
-class Label(_Common):
-    """Say for every row of a data set which images may change places and whether its answer then follows, and write
-    the rows with `kind`, `should_change` and `label_reason`. Stopped, the same command goes on where it was."""
-
-    data: Positional[str] = ""
-    """JSONL or Parquet file, or hub dataset."""
-    output: Path | None = None
-    """JSONL file; empty: NAME.labelled.jsonl beside the data."""
-    labeller: Literal["rules", "llm", "rules+llm"] = "rules"
-    """Rules over the text; the model behind PERL_LLM_URL; or that model where the rules are unsure."""
-    text: Literal["slots", "references"] = "slots"
-    """What permutation.text of the training will be: mentions of images stay, or follow their images."""
-    rephrase: bool = False
-    """Let the model behind PERL_LLM_URL turn open questions over several images into multiple choice first."""
-    relabel: bool = False
-    """Replace labels that the data has already."""
-    overwrite: bool = False
-    """Start again instead of going on with the output."""
-    limit: int | None = None
-    """Only the first rows."""
-
-
-@dataclass(frozen=True)
-class Filter(_Common):
-    """Roll every question of a data set out with a model, and keep a selection whose accuracies have the wanted
-    histogram. Stopped, the same command goes on where it was."""
-
-    model: Positional[str] = ""
-    """A run folder (its last model and its settings), a model folder, or a hub name."""
-    data: str = ""
-    """JSONL or Parquet file, hub dataset or bundled:digits; empty: the training data of the run."""
-    rollouts: int = 10
-    """Completions per question."""
-    orders: int = 1
-    """Image orders that they are spread over; 1: the original one."""
-    measure: str | None = None
-    """Reward function that they are scored by: one of the run's by its name, or any other, written as in
-    reward.functions; empty: the run's filter.measure."""
-    histogram: str = "paper"
-    """Target shares of the accuracies 0.0, 0.1, ..., 1.0: paper (its Fig. 3b), uniform, or eleven numbers with commas."""
-    size: int | None = None
-    """Questions to keep; empty: as many as meet the histogram without repeats."""
-    repeat: bool = False
-    """Take questions of accuracies that are too rare more than once."""
-    output: Path | None = None
-    """JSONL file; empty: NAME.filtered.jsonl beside the data."""
-    accuracies: Path | None = None
-    """JSONL file with the measurements; empty: NAME.accuracies.jsonl beside the data."""
-    limit: int | None = None
-    """Measure a sample of this many questions; endless bundled ones need it."""
-    temperature: float = 1.0
-    """Sampling temperature."""
-    max_new_tokens: int | None = None
-    """Longest completion; empty: the run's."""
-    max_prompt_tokens: int | None = None
-    """Longest prompt, image tokens included; empty: the run's data.max_prompt_tokens."""
-    overlong: Literal["error", "drop"] | None = None
-    """What to do with a longer prompt; a dropped one is left out; empty: the run's."""
-    seed: int = 0
-    """Of the sampling and of the selection."""
-    overwrite: bool = False
-    """Measure again what another model or other settings have measured."""
-    text: Literal["slots", "references"] | None = None
-    """How text and images are kept consistent in other orders; empty: the run's."""
-
-
-@dataclass(frozen=True)
-class Report(_Common):
-    """Write report.html and the pictures of a run again, also of one that is not finished."""
-
-    run: Positional[Path] = Path()
-    """The run folder."""
-
-
-@dataclass(frozen=True)
-class Profile(_Common):
-    """Where the time of a training step goes, by stage, and a trace of one: takes a few steps of a recipe's first RL
-    stage from the recipe's initial model, without cold start and evaluation, and keeps neither weights nor metrics.
-    Groups that filter.* would drop are kept, so that every step has something to train on. Every key of the
-    recipe can be overridden, as in `perl-rl profile demo --train.examples-per-step 4`."""
-
-    recipe: Positional[str] = "demo"
-    """A bundled recipe's name or a .toml file."""
-    config: Annotated[Config, arg(name="")] = field(default_factory=Config)
-    steps: int = 3
-    """Steps that are timed, without torch.profiler, which would slow the host down."""
-    warmup: int = 1
-    """Steps before them, in no figure."""
-    traced: int = 1
-    """Steps behind them under torch.profiler: operators, a GPU's times, the trace; 0: none."""
-    forwards: int = 96
-    """How many forward passes of the language model a traced step's rollout is traced for, and a sixteenth as many rows
-    of its log-probs and of its update: a trace that can still be opened."""
-    stage: str = ""
-    """Name of another stage of the recipe, as in --stage cold_start; empty: the first of RL."""
-    output: Path | None = None
-    """Folder for profile.json, config.toml and the trace; empty: runs/profile-RECIPE."""
-    overwrite: bool = False
-    """Replace the profile that is there."""
-    shapes: bool = False
-    """Record the shapes of operators' inputs, and tell operators apart by them."""
-    memory: bool = False
-    """Record allocations in the trace."""
-    stacks: bool = False
-    """Record the lines of Python that called, in the trace; slow."""
-
-
-@dataclass(frozen=True)
-class ShowConfig(_Common):
-    """Print a recipe with every key, overrides included, as TOML."""
-
-    recipe: Positional[str] = "demo"
-    """A bundled recipe's name or a .toml file."""
-    config: Annotated[Config, arg(name="")] = field(default_factory=Config)
-    list: bool = False
-    """Only the names of the bundled recipes."""
-
-
-@dataclass(frozen=True)
-class Doctor(_Common):
-    """What is installed, which backend and attention would be used, and what to install for more."""
-
-
-COMMANDS: dict[str, tuple[type[_Common], str]] = {
-    "train": (Train, "train a model by a recipe"),
-    "resume": (Resume, "go on with a run that was stopped or killed"),
-    "evaluate": (Evaluate, "accuracy and consistency over image orders, or on public benchmarks"),
-    "compare": (Compare, "two models' answers to the same benchmarks"),
-    "generate": (Generate, "ask a model about images"),
-    "label": (Label, "which images of a data set may change places, by rules or a model"),
-    "filter": (Filter, "keep questions of fitting difficulty for a model"),
-    "report": (Report, "write a run's report.html and pictures again"),
-    "profile": (Profile, "where the time of a training step goes, and a trace"),
-    "config": (ShowConfig, "print a recipe with every key"),
-    "doctor": (Doctor, "what is installed and what would be used"),
+COMMANDS = {
+    "train": ("perl.training.commands:Train", "train a model by a recipe"),
+    "resume": ("perl.training.commands:Resume", "go on with a run that was stopped or killed"),
+    "evaluate": (
+        "perl.evaluation.commands:Evaluate",
+        "accuracy and consistency over image orders, or on public benchmarks",
+    ),
+    "compare": (
+        "perl.evaluation.commands:Compare",
+        "two models' answers to the same benchmarks",
+    ),
+    "generate": ("perl.evaluation.generate:Generate", "ask a model about images"),
+    "label": (
+        "perl.data.labelling.command:Label",
+        "which images of a data set may change places, by rules or a model",
+    ),
+    "filter": (
+        "perl.evaluation.filter_command:Filter",
+        "keep questions of fitting difficulty for a model",
+    ),
+    "report": ("perl.training.commands:Report", "write a run's report.html and pictures again"),
+    "profile": (
+        "perl.training.profile_command:Profile",
+        "where the time of a training step goes, and a trace",
+    ),
+    "config": ("perl.training.commands:ShowConfig", "print a recipe with every key"),
+    "doctor": ("perl.training.commands:Doctor", "what is installed and what would be used"),
 }
+"""By its name what a command is, imported when it is asked for, and what it is good for."""
 
 
+_TARGET = {
+    **dict.fromkeys(("train", "profile", "config"), "recipe"),
+    **dict.fromkeys(("resume", "report"), "run"),
+    **dict.fromkeys(("evaluate", "generate", "filter"), "model"),
+    "compare": "folder",
+    "label": "file",
+}
+"""What a command is told first, without a name."""
 _WITHOUT_TARGET = {"-h", "--help", "--list", "--list-suites"}
 
 # What the extra `train` installs, by the names they are imported by.
@@ -301,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             + (", and go on with perl-rl resume RUN; the last checkpoint stands" if trains else ""),
             debug,
         )
-    if "perl.processes" in sys.modules:
-        sys.modules["perl.processes"].part()
+    if "perl.distributed" in sys.modules:
+        sys.modules["perl.distributed"].part()
     sys.exit(code)
 
 
@@ -324,32 +123,10 @@ def _run(arguments: list[str]) -> int:
             f"unknown command {name}: "
             + (f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}")
         )
+    _prepare("--debug" in rest)
     command = parse(name, rest)
-    _prepare(command.debug)
-    from perl import (
-        commands,
-        commands_evaluate,
-        commands_filter,
-        commands_label,
-        commands_profile,
-    )
-    from perl.interrupt import Interrupted
-
-    actions: dict[type[_Common], Callable[[Any], None]] = {
-        Train: commands.train_command,
-        Resume: commands.resume_command,
-        Evaluate: commands_evaluate.evaluate_command,
-        Compare: commands_evaluate.compare_command,
-        Generate: commands.generate_command,
-        Label: commands_label.label_command,
-        Filter: commands_filter.filter_command,
-        Report: commands.report_command,
-        Profile: commands_profile.profile_command,
-        ShowConfig: commands.config_command,
-        Doctor: commands.doctor_command,
-    }
     try:
-        actions[type(command)](command)
+        command.execute()
     except Interrupted as stop:
         return _stopped(str(stop))
     return 0
@@ -363,21 +140,10 @@ def parse(name: str, arguments: list[str]) -> Any:
     """
     import tyro
 
-    kind, _ = COMMANDS[name]
-    target = {
-        Train: "recipe",
-        Profile: "recipe",
-        ShowConfig: "recipe",
-        Resume: "run",
-        Report: "run",
-        Evaluate: "model",
-        Compare: "folder",
-        Generate: "model",
-        Label: "file",
-        Filter: "model",
-    }
+    module, _, cls = COMMANDS[name][0].partition(":")
+    kind: type[Command] = getattr(importlib.import_module(module), cls)
+    wanted = _TARGET.get(name)
     first = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    wanted = target.get(kind)
     if wanted and first is None and not _WITHOUT_TARGET & set(arguments):
         raise UserError(
             f"perl-rl {name} needs a {wanted} first, as in: perl-rl {name} {wanted.upper()} [options]"
@@ -401,12 +167,14 @@ def parse(name: str, arguments: list[str]) -> Any:
         ) from None
     if unknown:
         raise UserError(f"perl-rl {name}: " + _unknown_option(unknown[0], default))
-    if isinstance(parsed, Train | Profile | ShowConfig):
+    config = getattr(parsed, "config", None)
+    if isinstance(config, Config):
         from perl.recipe import check_config, without
 
         # What is given on the command line holds in every stage.
-        parsed = replace(parsed, config=without(parsed.config, _given_keys(arguments)))
-        check_config(parsed.config)
+        config = without(config, _given_keys(arguments))
+        check_config(config)
+        parsed = replace(parsed, config=config)
     return parsed
 
 
@@ -427,11 +195,11 @@ def _with_recipe(default: Any, recipe: str | None) -> Any:
     """The command's defaults, from the recipe or the run where it takes one."""
     from perl.recipe import load_recipe, read_config
 
-    if isinstance(default, Evaluate) and recipe and (Path(recipe) / "config.toml").exists():
+    if hasattr(default, "eval") and recipe and (Path(recipe) / "config.toml").exists():
         of_run = read_config(Path(recipe) / "config.toml").eval
         values = {f.name: getattr(of_run, f.name) for f in fields(MeasureConfig)}
         return replace(default, eval=MeasureConfig(**values) if of_run.examples else default.eval)
-    if not isinstance(default, Train | Profile | ShowConfig) or recipe is None:
+    if not hasattr(default, "config") or recipe is None:
         return default
 
     return replace(default, config=load_recipe(recipe))

@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Suppress
+
+EVAL_SEED = 20250617
+"""Held-out examples are the same in every run, so that runs can be compared."""
+
+
+@dataclass(frozen=True)
+class Command(ABC):
+    """What every command of `perl-rl` can be told; a command adds its options and does its work in `execute`."""
+
+    debug: bool = False
+    """Show the whole trace of an error, and debug messages."""
+
+    @abstractmethod
+    def execute(self) -> None:
+        """Do it.
+
+        Raises:
+            UserError: a mistake of the user's.
+            Interrupted: stopped, and what was done is kept.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)

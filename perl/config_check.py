@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from perl.config import Config
-from perl.reward_loading import names_of
 from perl.types import UserError
+
+REWARD_SPEC = re.compile(
+    r"(?:(?P<module>.*?):)?(?P<name>[A-Za-z_]\w*)\s*(?:\((?P<options>.*)\))?", re.S
+)
+"""How a reward function is written: `name`, `module:name`, with options in brackets."""
 
 _Range = tuple[str, Callable[[float], bool]]
 _NOT_NEGATIVE: _Range = ("0 or more", lambda v: 0 <= v < math.inf)
@@ -161,6 +166,21 @@ def violation(config: Config) -> str | None:
             "which has nothing to be compared with; raise one of them"
         )
     return None
+
+
+def names_of(functions: Sequence[str | Callable[..., Any]]) -> tuple[str, ...]:
+    """Distinct names to report by: the function's own, or the whole spec where two are alike."""
+    whole = [
+        f if isinstance(f, str) else getattr(f, "__name__", type(f).__name__) for f in functions
+    ]
+    matches = [REWARD_SPEC.fullmatch(name.strip()) for name in whole]
+    short = [m["name"] if m else name for m, name in zip(matches, whole, strict=True)]
+    names = tuple(w if short.count(s) > 1 else s for w, s in zip(whole, short, strict=True))
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"reward.functions names one function twice: {', '.join(names)}; leave one out"
+        )
+    return names
 
 
 def part_name(functions: Sequence[str], wanted: str) -> str | None:

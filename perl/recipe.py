@@ -1,4 +1,5 @@
-"""Recipes: TOML files that become a Config, with an error that names the key for whatever does not fit."""
+"""Recipes: TOML files that become a Config, with an error that names the key for whatever does not fit, and the
+stages that a Config asks for."""
 
 from __future__ import annotations
 
@@ -7,13 +8,14 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from perl.config import Config, StageConfig
 from perl.config_check import violation
-from perl.run import replacing
+from perl.files import replacing
 from perl.types import UserError
 
 _BUNDLED = Path(__file__).parent / "recipes"
@@ -200,3 +202,79 @@ def _validated(values: dict[str, Any], where: str) -> Config:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{where}: {key} = {first['input']!r}: {first['msg']}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage: `config` is what it runs with, `first_step` how many steps earlier stages of its kind take."""
+
+    name: str
+    kind: str
+    config: Config
+    first_step: int
+    number: int
+    """How many stages of its kind come before it."""
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps or rollout batches it takes; a filter takes none."""
+        return steps_of(self.kind, self.config)
+
+
+def steps_of(kind: str, config: Config) -> int:
+    """Steps of a stage of this kind under a configuration."""
+    return {"cold_start": config.cold_start.steps, "rl": config.train.steps}.get(kind, 0)
+
+
+def plan(config: Config) -> list[Stage]:
+    """The stages that a recipe names; without any, a cold start and then RL."""
+    named = config.stages or (
+        StageConfig(name="cold_start", kind="cold_start"),
+        StageConfig(name="rl", kind="rl"),
+    )
+    stages: list[Stage] = []
+    for each in named:
+        own = dataclasses.replace(
+            merged(config, each) if each.set else config, stages=config.stages
+        )
+        earlier = [s for s in stages if s.kind == each.kind]
+        first = sum(s.steps for s in earlier)
+        stages.append(Stage(each.name, each.kind, own, first, len(earlier)))
+    return stages
+
+
+def points(stages: Sequence[Stage]) -> list[str]:
+    """Where a run can stand: in a stage, in the evaluation before RL, after an RL stage, or at the end.
+
+    Example: stages warm (cold_start), easy (rl), hard (rl) give
+    `["warm", "before", "easy", "after easy", "hard", "after", "done"]`.
+    """
+    out: list[str] = []
+    last = len(stages) - 1
+    for i, stage in enumerate(stages):
+        if stage.kind == "rl" and "before" not in out:
+            out.append("before")
+        out.append(stage.name)
+        if stage.kind == "rl" and i < last:
+            out.append(f"after {stage.name}")
+    return [*out, "after", "done"]
+
+
+def filtered_sources(stage: Stage, stages: Sequence[Stage], folder: Path) -> dict[str, Path]:
+    """By data source (see `source_key`) the file that stands for it in a stage: what earlier filter stages left."""
+    return {
+        source_key(earlier.config.data.train): filtered_file(folder, earlier.name)
+        for earlier in stages[: list(stages).index(stage)]
+        if earlier.kind == "filter"
+    }
+
+
+def source_key(source: str) -> str:
+    """One name for a data source, however its path is written."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
+
+
+def filtered_file(folder: Path, name: str) -> Path:
+    """What a filter stage leaves of its data."""
+    return folder / "filtered" / f"{name}.jsonl"

@@ -21,6 +21,16 @@ class UserError(Exception):
     """A mistake of the user's: one line that says what is wrong, where, and what to do. Exit code 2."""
 
 
+class Interrupted(Exception):
+    """The run was asked to stop and has saved itself."""
+
+
+def one_line(value: object, limit: int = 200) -> str:
+    """A value as one line of a message, cut at `limit` characters."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One chat turn. `content` may hold `<image>` slots.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections import Counter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -63,48 +64,84 @@ def in_package(name: str, package: str) -> bool:
     return name == package or name.startswith(f"{package}.")
 
 
-def test_both_packages_were_found() -> None:
-    assert {"perl.types", "perl.loss", "perl.train", "perl.cli", "perl_kernels.objective"} <= set(
+ORDER = (
+    ("types", "config", "config_check", "recipe", "files", "llm", "distributed", "timing"),
+    ("permutation",),
+    ("rewards",),
+    ("report",),
+    ("model",),
+    ("data",),
+    ("rollout",),
+    ("evaluation",),
+    ("training",),
+    ("cli", "__main__"),
+)
+"""Each package of `perl` imports only what stands before it; the files of the first line each other, without circles."""
+PLACE = {name: i for i, names in enumerate(ORDER) for name in names}
+
+
+def package_of(module: str) -> str:
+    """`perl.model.packed.plan` lies in the package `model`, `perl.types` in the file `types`."""
+    return module.split(".")[1] if "." in module else module
+
+
+def arrows() -> dict[str, dict[str, list[str]]]:
+    """Package -> package that it imports -> the modules that do."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for module in MODULES:
+        if in_package(module, "perl") and module != "perl":
+            own = found.setdefault(package_of(module), {})
+            for name in ours(module):
+                if in_package(name, "perl") and package_of(name) != package_of(module):
+                    own.setdefault(package_of(name), []).append(module)
+    return found
+
+
+def test_the_packages_were_found() -> None:
+    assert {"perl.types", "perl.training.train", "perl.cli", "perl_kernels.objective"} <= set(
         MODULES
     )
-    assert "perl_kernels" in ours("perl.loss")
+    assert set(arrows()) == set(PLACE)
+    assert "types" in arrows()["permutation"] and "perl_kernels" in ours("perl.model.head")
     assert "perl_kernels.objective" in ours("perl_kernels")  # a relative import
 
 
-@pytest.mark.parametrize("module", ["perl.types", "perl.config", "perl.references"])
-def test_the_foundation_imports_nothing_of_ours(module: str) -> None:
-    assert ours(module) == set()
+def test_packages_import_only_what_stands_before_them() -> None:
+    for package, imports in arrows().items():
+        for other, modules in imports.items():
+            before = PLACE[other] < PLACE[package] or PLACE[other] == PLACE[package] == 0
+            assert before or (package, other) == ("__main__", "cli"), f"{modules} import {other}"
 
 
-def test_the_endpoint_is_a_foundation_too() -> None:
-    assert ours("perl.endpoint") == {"perl.types"}
+def test_no_file_imports_in_a_circle() -> None:
+    """Not even within a package, nor in functions."""
+    graph = {module: {name for name in ours(module) if name in MODULES} for module in MODULES}
+    doors = {module for module, file in MODULES.items() if file.name == "__init__.py"}
+    while free := {m for m, names in graph.items() if not (names - doors) & graph.keys()}:
+        graph = {m: names for m, names in graph.items() if m not in free}
+    assert not graph, sorted(graph)
 
 
-@pytest.mark.parametrize("stage", ["permutation", "reward", "filtering", "packing"])
-def test_a_stage_imports_only_types(stage: str) -> None:
-    """A stage may be several files with its name in front, as reward.py and reward_answers.py."""
-    files = [
-        name for name in MODULES if name == f"perl.{stage}" or name.startswith(f"perl.{stage}_")
-    ]
-    assert files
-    for module in files:
-        assert ours(module) <= {"perl.types", "perl.references", "perl.endpoint", *files}, module
+@pytest.mark.parametrize("package", ["permutation", "rewards", "report"])
+def test_what_needs_no_model_needs_no_torch(package: str) -> None:
+    for module in MODULES:
+        if in_package(module, f"perl.{package}"):
+            assert not {"torch", "transformers"} & {n.split(".")[0] for n in imported(module)}
 
 
-def test_only_loss_imports_the_kernels() -> None:
+def test_only_the_head_and_the_advantages_import_the_kernels() -> None:
     users = {
         module
         for module in MODULES
         if in_package(module, "perl")
         and any(in_package(name, "perl_kernels") for name in imported(module))
     }
-    assert users == {"perl.loss"}
+    assert users == {"perl.model.head", "perl.rollout.advantages"}
 
 
-def test_only_the_command_line_imports_train() -> None:
-    """cli.py reads the arguments, commands.py does what they say."""
-    users = {module for module in MODULES if imported(module) & {"perl.train", "perl.commands"}}
-    assert users <= {"perl.cli", "perl.commands"}
+def test_no_folder_is_crowded() -> None:
+    folders = Counter(file.parent for name, file in MODULES.items() if in_package(name, "perl"))
+    assert max(folders.values()) <= 20, folders.most_common(3)
 
 
 def test_the_kernels_stand_alone() -> None:

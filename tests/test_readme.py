@@ -55,7 +55,7 @@ def test_the_recipe_loads(tmp_path: Path) -> None:
 
 def test_the_data_is_read(tmp_path: Path) -> None:
     from perl.config import DataConfig
-    from perl.data import load_examples
+    from perl.data.dataset import load_examples
 
     (text,) = blocks("json")
     for name in re.findall(r"[\w/]+\.png", text):

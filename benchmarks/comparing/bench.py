@@ -98,14 +98,14 @@ class Bench:
         _seed()
         asked = provider.asked(self.problem)
         run = provider.prepare(asked)
-        asked.prove(run.read(self._call(run)), provider.omits, 1.0)
+        asked.prove(run.read(run.once(self.device)), provider.omits, 1.0)
         peak = None
         if not contest.host:
             if run.reset:
                 run.reset()
             peak = memory.peak(run.call, self.device)[1]
         start = time.perf_counter()
-        self._call(run)
+        run.once(self.device)
         seconds = time.perf_counter() - start
         self.run, self.timed_on = run, torch.device("cpu") if contest.host else self.device
         self._release()
@@ -116,7 +116,7 @@ class Bench:
         run, now = self.run, clock(self.timed_on)
         assert run is not None
         if warm:
-            self._call(run)
+            run.once(self.device)
         spans = []
         for _ in range(calls):
             if run.reset:
@@ -129,14 +129,6 @@ class Bench:
         seconds = statistics.median(end - start for start, end in spans)
         self._release()
         return seconds
-
-    def _call(self, run: Run) -> Any:
-        if run.reset:
-            run.reset()
-        output = run.call()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return output
 
     def _release(self) -> None:
         """Leave a GPU's memory to the other process."""

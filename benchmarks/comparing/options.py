@@ -5,15 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
-from typing import NoReturn
 
 from benchmarks import json_file
-from perl.types import UserError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the options")
+from benchmarks.options import Parser
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -21,7 +15,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     Raises:
         UserError: an option is unknown, or its value is no good.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="python -m benchmarks.compare",
         description="Whether the working tree is slower than a revision, by the ratio of times measured in turn.",
     )

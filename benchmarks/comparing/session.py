@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.comparing.row import Case, Row, confirmed, measure, without_times
 from benchmarks.comparing.side import Ended, Side
 from benchmarks.comparing.trees import ROOT, checked_out, commit_of, working_tree
-from perl.progress import Display
+from perl.report.progress import Display
 from perl.types import UserError
 
 

@@ -19,9 +19,9 @@ from benchmarks.shapes import SHAPES, shape
 from benchmarks.train_step import measure
 from benchmarks.train_step.variants import VARIANTS, Step, Trainee
 from benchmarks.train_step.workload import Workload
-from perl.attention import choose
-from perl.families import family_of
-from perl.families.qwen import QwenVL
+from perl.model.families import family_of
+from perl.model.families.qwen import QwenVL
+from perl.model.packed.attention import choose
 from perl.types import UserError
 
 TIMING_SECONDS, FEWEST_ROUNDS, MOST_ROUNDS = 12.0, 3, 20

@@ -2,7 +2,7 @@
 
 `padded` is what trainers on transformers' models do, TRL for one: a micro-batch of padded sequences, each with its own
 prompt and its own images. `packed` is what EasyR1 and verl do: the padding is gone, prompts and images are still
-repeated for each completion. `shared` is `perl.update`: an ordered prompt once for its completions, an image once for
+repeated for each completion. `shared` is `perl.training.optimizer`: an ordered prompt once for its completions, an image once for
 the step. Head and loss are the same function in all three, over the scored rows alone, so packing alone is compared.
 """
 
@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from benchmarks.train_step.workload import one_each, special_tokens
-from perl.attention import use_packed_attention
-from perl.families import Family, ImageFeatures
-from perl.loss import HeadLoss, step_normalizer
-from perl.model import Policy
-from perl.packing import pack
+from perl.model.families import Family, ImageFeatures
+from perl.model.head import HeadLoss, step_normalizer
+from perl.model.packed.attention import use_packed_attention
+from perl.model.packed.pack import pack
+from perl.model.policy import Policy
+from perl.model.vision import StepFeatures
 from perl.types import EncodedImage, PackedBatch, Segment
-from perl.vision import StepFeatures
 from perl_kernels import PolicyLoss
 
 LOSS = PolicyLoss.preset("perl", kl=None, kl_coef=0.0)
@@ -58,7 +58,7 @@ class Trainee:
         model: transformers' own, on its device, in train mode.
         family: what is special about it.
         segments: prompts with their completions.
-        attention: of packed rows: a name in `perl.attention.IMPLEMENTATIONS`.
+        attention: of packed rows: a name in `perl.model.packed.attention.IMPLEMENTATIONS`.
         budget: most tokens of a micro-batch, padded or packed.
         autocast: gives the precision of a forward.
         stock_tower: whether the tower of padded batches attends as transformers does, which under SDPA loops over
@@ -144,7 +144,7 @@ def packed(trainee: Trainee) -> Logprobs:
 
 
 def shared(trainee: Trainee) -> Logprobs:
-    """As `perl.update.Updater.step` runs it."""
+    """As `perl.training.optimizer.Updater.step` runs it."""
     policy = trainee.policy(_CACHE_BYTES)
     batches = pack(trainee.segments, trainee.budget)
     if not policy.vision.trained:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from perl.families import Family
-from perl.loss import advantages_of
+from perl.model.families import Family
+from perl.rollout.advantages import advantages_of
 from perl.types import EncodedImage, EncodedPrompt, Segment
 
 _TEXT_TOKENS = 64

@@ -22,8 +22,9 @@ from benchmarks.trainer.gradients import copied_gradients
 from benchmarks.trainer.perl_trainer import PerlTrainer
 from benchmarks.trainer.start import Start
 from benchmarks.trainer.trl_trainer import Seen, TrlTrainer
-from perl.loss import advantages_of, make_policy_loss
-from perl.reinforce import PolicyStep
+from perl.model.head import make_policy_loss
+from perl.rollout.advantages import advantages_of
+from perl.training.reinforce import PolicyStep
 from perl.types import EncodedPrompt, Group, Rollout
 
 FLOAT32 = 1e-3

@@ -33,14 +33,14 @@ from perl.config import (
     StageConfig,
     TrainConfig,
 )
-from perl.data import ExampleStream
-from perl.interrupt import StopSignal
-from perl.loss import HeadLoss
-from perl.progress import Display
-from perl.reinforce import reinforce
-from perl.run import RunFolder
-from perl.session import Session
-from perl.stages import Stage
+from perl.data.dataset import ExampleStream
+from perl.distributed import StopSignal
+from perl.files import RunFolder
+from perl.model.head import HeadLoss
+from perl.recipe import Stage
+from perl.report.progress import Display
+from perl.training.reinforce import reinforce
+from perl.training.session import Session
 
 NEVER = 10**9
 

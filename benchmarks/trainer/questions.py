@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.trainer.setting import Setting
-from perl.data import Drawn, ExampleStream
-from perl.permutation import orders, permute
-from perl.processor import parts
-from perl.tasks import BundledTasks
+from perl.data.dataset import Drawn, ExampleStream
+from perl.data.tasks import BundledTasks
+from perl.model.processor import parts
+from perl.permutation.permute import orders, permute
 from perl.types import Example, Variant
 
 

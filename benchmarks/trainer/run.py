@@ -21,7 +21,7 @@ from benchmarks.trainer.fresh import forget_trainers, quick_collections
 from benchmarks.trainer.setting import Report, Setting
 from benchmarks.trainer.start import Start, make_start
 from benchmarks.trainer.step_clock import PARTS, StepTime
-from perl.progress import Display
+from perl.report.progress import Display
 
 Make = Callable[[Start, Path, int, int], Any]
 """A trainer from the start, a folder, a number of steps and a seed."""
@@ -137,7 +137,7 @@ def _described(start: Start) -> dict[str, Any]:
     import transformers
     import trl
 
-    from perl.attention import choose
+    from perl.model.packed.attention import choose
 
     setting = start.setting
     device = torch.device(setting.device)

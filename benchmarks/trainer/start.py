@@ -12,11 +12,11 @@ from benchmarks.shapes import shape
 from benchmarks.trainer.questions import stream, variants
 from benchmarks.trainer.setting import MODELS, Setting
 from perl.config import ModelConfig
-from perl.families.qwen import QwenVL
-from perl.loading import check_model, load_processor
-from perl.processor import Processor
-from perl.tasks import vocabulary
-from perl.tiny import make_image_processor, make_tokenizer, save_processor, tiny_config
+from perl.data.tasks import vocabulary
+from perl.model.families.qwen import QwenVL
+from perl.model.loading import check_model, load_processor
+from perl.model.processor import Processor
+from perl.model.tiny import make_image_processor, make_tokenizer, save_processor, tiny_config
 from perl.types import UserError
 
 

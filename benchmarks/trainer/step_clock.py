@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from perl.metrics import Stopwatch
+from perl.timing import Stopwatch
 
 PARTS = ("generation", "preparation", "update", "rest")
 """Sampling; prompts, images, rewards, advantages and packing; forward, backward and optimiser; anything else."""

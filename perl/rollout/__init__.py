@@ -4,9 +4,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from perl.model import Policy
-from perl.padded import PaddedPolicy
-from perl.processor import Processor
+from perl.model.padded import PaddedPolicy
+from perl.model.policy import Policy
+from perl.model.processor import Processor
 from perl.rollout.counts import generate_counts
 from perl.rollout.engine import Completion, InProcessEngine, SamplingParams
 from perl.rollout.padded import PaddedEngine

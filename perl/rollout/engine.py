@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from perl.compiling import uncompiled
-from perl.model import Policy
-from perl.processor import Processor
+from perl.model.compiling import uncompiled
+from perl.model.policy import Policy
+from perl.model.processor import Processor
 from perl.types import EncodedPrompt
 
 

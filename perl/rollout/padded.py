@@ -9,8 +9,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from perl.loss import HeadLoss
-from perl.padded import PaddedPolicy
+from perl.model.head import HeadLoss
+from perl.model.padded import PaddedPolicy
 from perl.rollout.engine import Completion, InProcessEngine, SamplingParams
 from perl.types import EncodedPrompt, Segment
 

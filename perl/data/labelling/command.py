@@ -1,0 +1,104 @@
+"""`perl-rl label`."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from perl.config import Command
+from perl.report.progress import Display
+from perl.types import UserError
+
+
+@dataclass(frozen=True)
+class Label(Command):
+    """Say for every row of a data set which images may change places and whether its answer then follows, and write
+    the rows with `kind`, `should_change` and `label_reason`. Stopped, the same command goes on where it was."""
+
+    data: Positional[str] = ""
+    """JSONL or Parquet file, or hub dataset."""
+    output: Path | None = None
+    """JSONL file; empty: NAME.labelled.jsonl beside the data."""
+    labeller: Literal["rules", "llm", "rules+llm"] = "rules"
+    """Rules over the text; the model behind PERL_LLM_URL; or that model where the rules are unsure."""
+    text: Literal["slots", "references"] = "slots"
+    """What permutation.text of the training will be: mentions of images stay, or follow their images."""
+    rephrase: bool = False
+    """Let the model behind PERL_LLM_URL turn open questions over several images into multiple choice first."""
+    relabel: bool = False
+    """Replace labels that the data has already."""
+    overwrite: bool = False
+    """Start again instead of going on with the output."""
+    limit: int | None = None
+    """Only the first rows."""
+
+    def execute(self) -> None:
+        from perl.data.dataset import BUNDLED
+        from perl.data.labelling.file import LabelledFile, Labelling
+        from perl.data.rows import check_output, file_beside
+        from perl.llm import Endpoint
+        from perl.types import Interrupted
+
+        if self.data.startswith(BUNDLED):
+            raise UserError(f"{self.data}: bundled questions are labelled already")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"--limit {self.limit}: must be 1 or more")
+        output = self.output or file_beside(self.data, "labelled.jsonl")
+        check_output(output, self.data)
+        asks = self.rephrase or self.labeller != "rules"
+        how = Labelling(
+            self.labeller,
+            self.text,
+            self.rephrase,
+            self.relabel,
+            Endpoint.from_env() if asks else None,
+        )
+        if self.overwrite and output.exists():
+            _check_is_labelled(output)
+            output.unlink()
+        file = LabelledFile(self.data, output, how, self.limit)
+        if file.done == file.total:
+            print(f"all {file.total} rows are labelled in {output} (--overwrite labels them again)")
+        try:
+            with Display() as display:
+                display.stage("label", file.total, file.done, unit="rows")
+                file.run(display.advance)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"stopped: {file.done} of {file.total} rows are labelled in {output}; the same self goes on"
+            ) from None
+        _print_counts(file.counts, output)
+
+
+def _check_is_labelled(output: Path) -> None:
+    """Refuse to replace a file that is no labelling."""
+    with output.open("rb") as file:
+        first = file.readline()
+    if first and b'"label_reason"' not in first:
+        raise UserError(
+            f"--output {output} holds no labelled rows, so --overwrite leaves it alone; choose another"
+        )
+
+
+def _print_counts(counts: Mapping[tuple[str, bool, str], int], output: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    # What stands in brackets is the word that a rule found; a model's reasons are all different.
+    rows: Counter[tuple[str, bool, str]] = Counter()
+    for (kind, change, reason), count in counts.items():
+        shown = "model" if reason.startswith("model: ") else re.sub(r" \(.*\)$", "", reason)
+        rows[kind, change, shown if len(shown) <= 80 else f"{shown[:77]}..."] += count
+    table = Table(title=str(output), title_justify="left")
+    for name in ("kind", "should_change", "reason"):
+        table.add_column(name)
+    table.add_column("rows", justify="right")
+    for (kind, change, reason), count in sorted(rows.items(), key=lambda item: (-item[1], item[0])):
+        table.add_row(kind, str(change).lower(), reason, str(count))
+    Console().print(table)

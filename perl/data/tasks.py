@@ -1,0 +1,312 @@
+r"""Bundled questions over a collection of labelled pictures, made on the fly, each with a worked
+answer.
+
+Every text is a row of plain tokens with one space between two, so that a word-level tokenizer
+covers it:
+
+    which   A <image> B <image> which image shows three ?
+            <think> A two three no B three three yes </think> \boxed{ B }
+
+A worked answer goes over all images, whatever it has found, and repeats what it compares with at
+each step: a small model learns the look-up only from comparisons that are written out.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from perl.data.pictures import PictureCollection, Split, load_collection
+from perl.permutation.permute import LETTERS, letter_slots
+from perl.types import IMAGE_SLOT, Example, UserError
+
+THINK, END_THINK, BOXED, END_BOXED = "<think>", "</think>", "\\boxed{", "}"
+
+_WORDS = (
+    *("which", "image", "shows", "differs", "how", "many", "images", "show", "comes", "first", "?"),
+    *("do", "and", "the", "same", "what", "does", "yes", "no", "most", "by", "value", "name"),
+)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A question before its pictures are drawn: the class that each slot shows, and the texts."""
+
+    classes: tuple[int, ...]
+    ask: str
+    steps: str
+    answer: str
+    choices: tuple[str, ...]
+    kind: str = "all"
+    should_change: bool = True
+
+
+@dataclass(frozen=True)
+class _Dice:
+    """What drafts are drawn with: any random choice, and the slot of the right picture."""
+
+    rng: random.Random
+    first_slot: float
+
+    def right_slot(self, count: int) -> int:
+        if not self.first_slot:
+            return self.rng.randrange(count)
+        return 0 if self.rng.random() < self.first_slot else self.rng.randrange(1, count)
+
+
+class BundledTasks:
+    """An endless row of questions over one split of a collection; `example(i)` depends on (seed,
+    split, i) alone.
+
+    `tasks` take turns. The number of images is uniform between `min_images` and `max_images`,
+    within what the task needs: `single` shows one and `odd` at least three. `first_slot` is the share
+    of training questions whose right picture stands in the first slot; 0: every slot is as likely.
+    Raises UserError for settings that no question satisfies.
+    """
+
+    def __init__(
+        self,
+        collection: str = "digits",
+        split: Split = "train",
+        tasks: Sequence[str] = ("which",),
+        min_images: int = 2,
+        max_images: int = 4,
+        seed: int = 0,
+        first_slot: float = 0.0,
+    ) -> None:
+        if not tasks:
+            raise UserError(f"data.tasks is empty; choose among {', '.join(TASKS)}")
+        for task in tasks:
+            if task not in TASKS:
+                raise UserError(
+                    f"unknown task '{task}' in data.tasks; choose among {', '.join(TASKS)}"
+                )
+        if not 2 <= min_images <= max_images <= len(LETTERS):
+            raise UserError(
+                f"data.min_images={min_images} and data.max_images={max_images} must satisfy "
+                f"2 <= min_images <= max_images <= {len(LETTERS)}"
+            )
+        if "odd" in tasks and max_images < 3:
+            raise UserError("task odd needs three images or more; raise data.max_images to 3")
+        self.collection = load_collection(collection)
+        self.split: Split = split
+        self.tasks = tuple(tasks)
+        self.min_images, self.max_images = min_images, max_images
+        self.seed = seed
+        self.first_slot = first_slot if split == "train" else 0.0
+
+    def example(self, i: int) -> Example:
+        """Question number `i` of the endless row."""
+        rng = random.Random(f"{self.seed}/{self.split}/{i}")
+        task = self.tasks[i % len(self.tasks)]
+        fewest = max(self.min_images, 3) if task == "odd" else self.min_images
+        count = rng.randint(fewest, self.max_images)
+        labels = self.collection.labels
+        draft = TASKS[task](_Dice(rng, self.first_slot), count, labels)
+        ask = f"{draft.ask} {self.collection.ordered_by}" if task == "first" else draft.ask
+        slots = _slots(len(draft.classes))
+        return Example(
+            id=f"{self.collection.name}-{self.split}-{task}-{i:06d}",
+            images=_pictures(self.collection, self.split, draft.classes, rng),
+            question=f"{slots} {ask} ?",
+            answer=draft.answer,
+            kind=draft.kind,
+            should_change=draft.should_change,
+            worked=_worked(draft.steps, draft.answer),
+            task=task,
+            extra={"choices": draft.choices},
+        )
+
+
+def vocabulary(collection: str = "digits") -> list[str]:
+    """Every token that questions and worked answers over the collection use, each once."""
+    numbers = [str(k) for k in range(len(LETTERS) + 1)]
+    marks = [IMAGE_SLOT, THINK, END_THINK, BOXED, END_BOXED]
+    labels = load_collection(collection).labels
+    return list(dict.fromkeys([*marks, *LETTERS, *numbers, *_WORDS, *labels]))
+
+
+def with_noise(example: Example, p: float, rng: random.Random) -> str:
+    """The worked answer, its final answer replaced with probability `p` by another, wrong one,
+    uniformly drawn.
+
+    That is how an imperfect annotator labels: the steps are right, the conclusion is not. The
+    possible answers are `example.extra["choices"]`, or the letters of the images where an answer
+    names one.
+    """
+    if example.worked is None:
+        raise UserError(
+            f"example '{example.id}' has no worked answer; "
+            "add the column worked or set cold_start.steps to 0"
+        )
+    if rng.random() >= p:
+        return example.worked
+    wrong = [choice for choice in _choices(example) if choice != example.answer]
+    before, boxed, after = example.worked.rpartition(BOXED)
+    if not wrong or not boxed:
+        return example.worked
+    return before + boxed + after.replace(example.answer, rng.choice(wrong), 1)
+
+
+def _choices(example: Example) -> Sequence[str]:
+    if "choices" in example.extra:
+        return [str(choice) for choice in example.extra["choices"]]
+    return LETTERS[: len(letter_slots(example))] if example.answer in tuple(LETTERS) else ()
+
+
+def _which(dice: _Dice, count: int, labels: Sequence[str]) -> Draft:
+    rng = dice.rng
+    target = rng.randrange(len(labels))
+    others = [c for c in range(len(labels)) if c != target]
+    right = dice.right_slot(count)
+    classes = [target if slot == right else rng.choice(others) for slot in range(count)]
+    word = labels[target]
+    steps = [
+        f"{letter} {labels[c]} {word} {_yes(c == target)}"
+        for letter, c in zip(LETTERS, classes, strict=False)
+    ]
+    return Draft(
+        tuple(classes),
+        f"which image shows {word}",
+        " ".join(steps),
+        LETTERS[right],
+        tuple(LETTERS[:count]),
+    )
+
+
+def _odd(dice: _Dice, count: int, labels: Sequence[str]) -> Draft:
+    rng = dice.rng
+    most, odd = rng.sample(range(len(labels)), 2)
+    right = dice.right_slot(count)
+    classes = [odd if slot == right else most for slot in range(count)]
+    seen = [f"{letter} {labels[c]}" for letter, c in zip(LETTERS, classes, strict=False)]
+    compared = [
+        f"{step} {labels[most]} {_yes(c == odd)}" for step, c in zip(seen, classes, strict=True)
+    ]
+    steps = " ".join([*seen, "most", labels[most], *compared])
+    return Draft(
+        tuple(classes), "which image differs", steps, LETTERS[right], tuple(LETTERS[:count])
+    )
+
+
+def _count(dice: _Dice, count: int, labels: Sequence[str]) -> Draft:
+    rng = dice.rng
+    target = rng.randrange(len(labels))
+    others = [c for c in range(len(labels)) if c != target]
+    shown = rng.randint(0, count)
+    classes = [target] * shown + [rng.choice(others) for _ in range(count - shown)]
+    rng.shuffle(classes)
+    word = labels[target]
+    steps, so_far = [], 0
+    for letter, c in zip(LETTERS, classes, strict=False):
+        so_far += c == target
+        steps.append(f"{letter} {labels[c]} {word} {_yes(c == target)} {so_far}")
+    return Draft(
+        tuple(classes),
+        f"how many images show {word}",
+        " ".join(steps),
+        str(shown),
+        tuple(str(k) for k in range(count + 1)),
+        should_change=False,
+    )
+
+
+def _first(dice: _Dice, count: int, labels: Sequence[str]) -> Draft:
+    rng = dice.rng
+    first = rng.randrange(len(labels) - 1)
+    right = dice.right_slot(count)
+    classes = [
+        first if slot == right else rng.randrange(first + 1, len(labels)) for slot in range(count)
+    ]
+    steps, best = [], 0
+    for slot, c in enumerate(classes):
+        best = slot if c < classes[best] else best
+        steps.append(f"{LETTERS[slot]} {labels[c]} {LETTERS[best]} {labels[classes[best]]}")
+    return Draft(
+        tuple(classes),
+        "which image comes first by",
+        " ".join(steps),
+        LETTERS[right],
+        tuple(LETTERS[:count]),
+    )
+
+
+def _same(dice: _Dice, count: int, labels: Sequence[str]) -> Draft:
+    rng = dice.rng
+    pair = sorted(rng.sample(range(count), 2))
+    answer = rng.random() < 0.5
+    classes = [rng.randrange(len(labels)) for _ in range(count)]
+    if answer:
+        classes[pair[1]] = classes[pair[0]]
+    else:
+        classes[pair[1]] = rng.choice([c for c in range(len(labels)) if c != classes[pair[0]]])
+    one, two = pair
+    seen = " ".join(f"{LETTERS[slot]} {labels[classes[slot]]}" for slot in pair)
+    steps = f"{seen} {_yes(answer)}"
+    rest = [slot for slot in range(count) if slot not in pair]
+    blocks = "/".join(",".join(str(slot + 1) for slot in block) for block in (pair, rest) if block)
+    return Draft(
+        tuple(classes),
+        f"do image {LETTERS[one]} and image {LETTERS[two]} show the same",
+        steps,
+        _yes(answer),
+        ("yes", "no"),
+        kind=f"blocks:{blocks}",
+        should_change=False,
+    )
+
+
+def _single(dice: _Dice, count: int, labels: Sequence[str]) -> Draft:
+    rng = dice.rng
+    shown = rng.randrange(len(labels))
+    return Draft(
+        (shown,),
+        "what does the image show",
+        labels[shown],
+        labels[shown],
+        tuple(labels),
+        kind="none",
+        should_change=False,
+    )
+
+
+TASKS: dict[str, Callable[[_Dice, int, Sequence[str]], Draft]] = {
+    "which": _which,
+    "odd": _odd,
+    "count": _count,
+    "first": _first,
+    "same": _same,
+    "single": _single,
+}
+"""Each drafts a question from a random generator, a number of images and the class words."""
+
+
+def _slots(count: int) -> str:
+    return (
+        IMAGE_SLOT
+        if count == 1
+        else " ".join(f"{letter} {IMAGE_SLOT}" for letter in LETTERS[:count])
+    )
+
+
+def _worked(steps: str, answer: str) -> str:
+    return f"{THINK} {steps} {END_THINK} {BOXED} {answer} {END_BOXED}"
+
+
+def _pictures(
+    collection: PictureCollection, split: str, classes: Sequence[int], rng: random.Random
+) -> tuple[Any, ...]:
+    """One picture per slot, different ones within a class as long as the class has that many."""
+    drawn: dict[int, list[str]] = {}
+    for c, needed in Counter(classes).items():
+        keys = collection.keys[split][c]
+        extra = [rng.choice(keys) for _ in range(needed - len(keys))]
+        drawn[c] = rng.sample(keys, min(needed, len(keys))) + extra
+    return tuple(collection.open(drawn[c].pop()) for c in classes)
+
+
+def _yes(true: bool) -> str:
+    return "yes" if true else "no"

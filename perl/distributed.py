@@ -1,0 +1,169 @@
+"""What the processes of one run agree on: they all take a step, or none does; and what asks them to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+
+from perl.types import UserError
+
+T = TypeVar("T")
+
+_TIMEOUT = timedelta(hours=2)
+"""Rollouts of one process may take much longer than another's."""
+
+
+class Processes:
+    """Reductions over the processes of a run; with a single one they cost nothing."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+        self.count: int = accelerator.num_processes
+        self.index: int = accelerator.process_index
+
+    def total(self, *counts: float) -> list[float]:
+        """Each count summed over all processes."""
+        if self.count == 1:
+            return [float(c) for c in counts]
+        values = torch.tensor(counts, dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.reduce(values, "sum").tolist()
+
+    def every(self, flag: bool) -> bool:
+        """Whether it is true in all processes."""
+        return self.total(not flag)[0] == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in some process."""
+        return self.total(flag)[0] > 0
+
+    def gather(self, items: list[T]) -> list[T]:
+        """The lists of all processes one after the other, of anything that can be pickled."""
+        if self.count == 1:
+            return items
+        from accelerate.utils import gather_object
+
+        return gather_object(items)
+
+    def exchange(self, moves: Sequence[tuple[int, int]], leaving: Sequence[T]) -> list[T]:
+        """Send things to the processes they go to; all take part.
+
+        Args:
+            moves: from which process to which each thing goes that moves, the same in all processes.
+            leaving: this process's things among them, in that order.
+
+        Returns:
+            What came.
+        """
+        from torch.distributed import recv_object_list, send_object_list
+
+        out, mine = [], iter(leaving)
+        for (
+            source,
+            target,
+        ) in moves:  # One after the other in all of them, so that nobody waits for one who waits.
+            if self.index == source:
+                send_object_list([next(mine)], target)
+            elif self.index == target:
+                box: list[Any] = [None]
+                recv_object_list(box, source)
+                out.append(box[0])
+        return out
+
+    @contextmanager
+    def jointly(self) -> Iterator[None]:
+        """A block without reductions after which every process goes on, or all stop for one's mistake.
+
+        Raises:
+            UserError: this process's own, or one that points to the process that had it.
+        """
+        error: UserError | None = None
+        try:
+            yield
+        except UserError as raised:
+            error = raised
+        failed = self.any(error is not None)
+        if error is not None:
+            raise error
+        if failed:
+            raise UserError("another process of this run stopped; its message says why")
+
+
+def process_state() -> Any:
+    """accelerate's view of this run's processes, which connect on the first call."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=_TIMEOUT)
+
+
+def on_main_process(action: Callable[[], None]) -> None:
+    """Do something in the first process while the others wait; its UserError stops all of them."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        action()
+        return
+    state = process_state()
+    with Processes(_Reducer(state)).jointly():
+        if state.is_main_process:
+            action()
+
+
+def part() -> None:
+    """Take leave of the other processes, if there are any: the first one, through which the others are
+    connected, goes last, as a process whose connection breaks while it ends may abort."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    # One that has died does not come.
+    with suppress(RuntimeError):
+        if dist.get_backend() == "gloo":
+            dist.monitored_barrier(timeout=timedelta(seconds=10))
+        dist.destroy_process_group()
+
+
+class _Reducer:
+    """The part of an Accelerator that `Processes` uses, before there is one."""
+
+    def __init__(self, state: Any) -> None:
+        self.num_processes, self.process_index = state.num_processes, state.process_index
+        self.device = state.device
+
+    def reduce(self, values: torch.Tensor, reduction: str) -> torch.Tensor:
+        from accelerate.utils import reduce
+
+        return reduce(values, reduction)  # type: ignore[return-value]
+
+
+class StopSignal:
+    """While it is entered, the first Ctrl-C or SIGTERM only sets `requested`; a second one stops at once."""
+
+    _signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        for number in self._signals:
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print(
+            "\nstopping after this step, with a checkpoint; once more to stop at once",
+            file=sys.stderr,
+        )

@@ -1,0 +1,293 @@
+"""`perl-rl evaluate` and `perl-rl compare`. What is slow to import is imported where it is used."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import Positional
+
+from perl.config import Command, Config, EvalConfig, MeasureConfig
+from perl.files import replacing, write_json
+from perl.recipe import check_config
+from perl.report.progress import Display
+from perl.rollout.opening import engine_and_encoder, fingerprint, model_and_config
+from perl.types import UserError
+
+
+@dataclass(frozen=True)
+class Evaluate(Command):
+    """Accuracy and consistency of a model on held-out examples, over all or many orders of their images; or, with
+    --suite, its answers to public benchmarks, as in
+    `perl-rl evaluate runs/first --suite blink --suite-root suites --output runs/first/suites`."""
+
+    model: Positional[str] = ""
+    """A run folder (its last model and its settings), a model folder, or a hub name."""
+    data: str = ""
+    """JSONL or Parquet file, hub dataset or bundled:digits; empty: the run's."""
+    eval: MeasureConfig = field(default_factory=MeasureConfig)
+    max_new_tokens: int | None = None
+    """Longest completion; empty: the run's, 2048 with --suite."""
+    max_prompt_tokens: int | None = None
+    """Longest prompt, image tokens included; empty: the run's data.max_prompt_tokens."""
+    overlong: Literal["error", "drop"] | None = None
+    """What to do with a longer prompt; a dropped one is left out, with --suite it counts as wrong; empty: the run's."""
+    output: Path | None = None
+    """JSON file for the numbers, by task and by example; with --suite a folder for answers, numbers and table."""
+    suite: tuple[str, ...] = ()
+    """Public benchmarks: mantis_eval, blink, mmiu, mathvista, mathverse, mathvision, remi, mv_math, or all."""
+    suite_root: Path | None = None
+    """Folder with one sub-folder for each benchmark, laid out as it is published."""
+    list_suites: bool = False
+    """Only print what is expected in the sub-folders and where to get it."""
+    text: Literal["slots", "references"] | None = None
+    """How text and images are kept consistent in other orders of one's own data; empty: the run's."""
+    instruction: Literal["official", "think"] = "official"
+    """How a benchmark's question asks for the answer: as its authors do, or with PeRL's think-and-box instruction."""
+    orders: int = 1
+    """With --suite: orders of the images where a benchmark lets them move, the official one first."""
+    limit: int | None = None
+    """With --suite: only the first items of each benchmark."""
+    extract: Literal["rules", "llm"] = "rules"
+    """Who reads the answer of a completion that boxes none: rules, or the model behind PERL_LLM_URL."""
+    published: bool = False
+    """With --suite: the rows of the PeRL paper's Table 1 in the table as well."""
+
+    def execute(self) -> None:
+        if self.list_suites:
+            from perl.evaluation.suites import layout
+
+            print(layout())
+            return
+        _check_options(self)
+        if self.suite:
+            _evaluate_suites(self)
+        else:
+            _evaluate_held_out(self)
+
+
+@dataclass(frozen=True)
+class Compare(Command):
+    """Difference of two models' answers to the same benchmarks, with its interval and probability."""
+
+    first: Positional[Path] = Path()
+    """A folder that `perl-rl evaluate --suite` wrote."""
+    second: Positional[Path | None] = None
+    """Another one."""
+
+    def execute(self) -> None:
+        from perl.evaluation.suites.comparison import compare_folders, comparison_table
+        from perl.evaluation.suites.summary import print_table
+
+        if self.second is None:
+            raise UserError("perl-rl compare needs two folders that perl-rl evaluate --suite wrote")
+        found, remarks = compare_folders(self.first, self.second)
+        print_table(comparison_table(found), "Accuracy over items, percent")
+        print("\n".join([f"1st: {self.first}", f"2nd: {self.second}", *remarks]))
+
+
+_SUITE_TOKENS = 2048
+
+
+def _check_options(command: Evaluate) -> None:
+    """Refuse options of one way to evaluate that are given with the other."""
+    if command.suite and command.data:
+        raise UserError("--data and --suite exclude each other; leave one out")
+    of_suites = {
+        "--suite-root": command.suite_root is not None,
+        "--instruction": command.instruction != "official",
+        "--orders": command.orders != 1,
+        "--limit": command.limit is not None,
+        "--extract": command.extract != "rules",
+        "--published": command.published,
+    }
+    if not command.suite and (given := [name for name, is_given in of_suites.items() if is_given]):
+        raise UserError(f"{given[0]} is for --suite; name benchmarks, as in --suite blink, or all")
+    if command.suite and command.text:
+        raise UserError("--text is for one's own data; a benchmark's texts stay as they are")
+    for name, value in (("--orders", command.orders), ("--limit", command.limit)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} {value}: must be 1 or more")
+
+
+def _settings(command: Evaluate, max_new_tokens: int | None) -> Config:
+    """The settings of the model's run with those of the command line, and the model's path."""
+    config, path = model_and_config(command.model)
+    data, rollout = config.data, config.rollout
+    prompt = command.max_prompt_tokens
+    text = command.text or config.permutation.text
+    return replace(
+        config,
+        permutation=replace(config.permutation, text=text),
+        data=replace(
+            data,
+            eval=command.data or data.eval,
+            max_prompt_tokens=data.max_prompt_tokens if prompt is None else prompt,
+            overlong=command.overlong or data.overlong,
+        ),
+        rollout=replace(
+            rollout,
+            max_new_tokens=rollout.max_new_tokens if max_new_tokens is None else max_new_tokens,
+        ),
+        model=replace(config.model, path=path),
+        eval=EvalConfig(**asdict(command.eval)),
+    )
+
+
+def _evaluate_held_out(command: Evaluate) -> None:
+    from perl.config import EVAL_SEED
+    from perl.evaluation.evaluate import aggregate, evaluate
+
+    config = _settings(command, command.max_new_tokens)
+    if command.eval.examples == 0:
+        raise UserError("eval.examples = 0: must be 1 or more to evaluate")
+    if command.output and not command.output.absolute().parent.is_dir():
+        raise UserError(
+            f"--output {command.output}: there is no folder to write it to; make it first"
+        )
+    check_config(config)
+    from perl.data.dataset import load_examples
+
+    examples = load_examples(
+        config.data.eval, config.data, "test", EVAL_SEED, command.eval.examples
+    )
+    engine, encoder = engine_and_encoder(config)
+    with Display() as display:
+        display.stage("evaluate", len(examples), unit="examples")
+        results, _ = evaluate(
+            engine,
+            encoder,
+            examples,
+            range(len(examples)),
+            command.eval,
+            config.rollout.max_new_tokens,
+            EVAL_SEED,
+            display.advance,
+            config.permutation.text,
+        )
+    numbers = aggregate(results)
+    _print_evaluation(numbers, config.model.path)
+    if encoder.dropped:
+        print(
+            f"{encoder.dropped} examples are left out: {encoder.limit.name} is less than they have"
+        )
+    if command.output:
+        by_example = [
+            {"id": r.id, "task": r.task, "orders": r.orders}
+            | {k: getattr(r, k) for k in ("accuracy", "greedy", "consistency")}
+            for r in results
+        ]
+        write_json(command.output, {**numbers, "by_example": by_example})
+
+
+def _print_evaluation(numbers: dict[str, Any], title: str) -> None:
+    from perl.evaluation.suites.summary import print_table
+
+    columns = ("examples", "orders", "accuracy", "greedy", "consistency", "format")
+    rows = [
+        [task, *(_cell(name, row[name]) for name in columns)]
+        for task, row in {**numbers["by_task"], "all": numbers}.items()
+    ]
+    print_table([["task", *columns], *rows], title)
+
+
+def _cell(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:g}" if name in ("examples", "orders") else f"{100 * value:.1f} %"
+
+
+def _evaluate_suites(command: Evaluate) -> None:
+    """Every benchmark in turn; all files are looked at before the model is loaded."""
+    from perl.config import EVAL_SEED
+    from perl.evaluation.suites import choose_suites
+    from perl.evaluation.suites.answers import AnswerFile, keep_settings
+    from perl.evaluation.suites.base import open_items
+    from perl.evaluation.suites.measure import Procedure, measure
+
+    chosen = choose_suites(command.suite)
+    if command.suite_root is None or not command.suite_root.is_dir():
+        raise UserError(
+            "--suite needs --suite-root, a folder with one sub-folder for each benchmark "
+            "(perl-rl evaluate --list-suites shows the layout)"
+        )
+    if command.output is None:
+        raise UserError("--suite needs --output, a folder where the answers are kept as they come")
+    tokens = _SUITE_TOKENS if command.max_new_tokens is None else command.max_new_tokens
+    config = _settings(command, tokens)
+    check_config(config)
+    opened = [open_items(s, command.suite_root, command.instruction == "think") for s in chosen]
+    extractor = _extractor(command)
+    named = "rules" if extractor is None else f"llm {extractor.endpoint.model}"
+    keep_settings(command.output, _recorded(command, config, named))
+    how = Procedure(command.orders, config.rollout.max_new_tokens, EVAL_SEED, extractor)
+    files = [AnswerFile(command.output / f"{items.suite.name}.jsonl") for items in opened]
+    engine, encoder = engine_and_encoder(config)
+    with Display() as display:
+        for items, answers in zip(opened, files, strict=True):
+            count = min(command.limit or len(items), len(items))
+            display.stage(items.suite.name, count, unit="items")
+            measure(items, answers, engine, encoder, how, command.limit, display.advance)
+    _report(command, command.output)
+
+
+def _extractor(command: Evaluate) -> Any:
+    if command.extract == "rules":
+        return None
+    from perl.evaluation.suites.llm import LlmExtractor
+
+    return LlmExtractor()
+
+
+def _recorded(command: Evaluate, config: Config, extract: str) -> dict[str, Any]:
+    """What answers depend on; those given under other settings are not mixed with them."""
+    path = Path(config.model.path)
+    return {
+        "model": str(path.resolve()) if path.exists() else config.model.path,
+        "weights": fingerprint(config.model.path),
+        "instruction": command.instruction,
+        "max_new_tokens": config.rollout.max_new_tokens,
+        "orders": command.orders,
+        "extract": extract,
+        "min_pixels": config.model.min_pixels,
+        "max_pixels": config.model.max_pixels,
+        "dtype": config.model.dtype,
+    }
+
+
+def _report(command: Evaluate, folder: Path) -> None:
+    """Numbers of every benchmark whose answers are in the folder: summary.json, table.md and the terminal."""
+    from perl.evaluation.suites import SUITES
+    from perl.evaluation.suites.answers import AnswerFile
+    from perl.evaluation.suites.published import SOURCE
+    from perl.evaluation.suites.summary import (
+        accuracies,
+        markdown,
+        over_orders,
+        overview,
+        print_table,
+        summarise,
+    )
+
+    rows = {s: list(AnswerFile(folder / f"{s}.jsonl").rows.values()) for s in SUITES}
+    numbers = {
+        name: summarise(SUITES[name], of_suite) for name, of_suite in rows.items() if of_suite
+    }
+    tables = {
+        "Score in percent, as each benchmark reports it": overview(
+            numbers, command.model, command.published
+        ),
+        "Accuracy over items, percent": accuracies(numbers),
+    }
+    if any(values["orders"] for values in numbers.values()):
+        tables["Items whose images may move, percent"] = over_orders(numbers)
+    write_json(folder / "summary.json", {"model": command.model, "suites": numbers})
+    with replacing(folder / "table.md") as temporary:
+        text = "\n".join(f"{title}:\n\n{markdown(table)}" for title, table in tables.items())
+        temporary.write_text(text + (f"\n{SOURCE}\n" if command.published else ""), "utf-8")
+    for title, table in tables.items():
+        print_table(table, title)
+    if command.published:
+        print(SOURCE)
+    print(f"answers, summary.json and table.md are in {folder}")

@@ -1,0 +1,144 @@
+"""How good and how consistent a policy is on held-out examples, over all or many orders of their images."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from perl.config import MeasureConfig
+from perl.data.dataset import Dataset
+from perl.evaluation.agreement import agreement, chosen_picture
+from perl.permutation.permute import Consistency, all_orders, permute
+from perl.report.metrics import mean
+from perl.rewards.answers import accuracy, format_reward
+from perl.rollout import InProcessEngine, SamplingParams
+from perl.rollout.prompts import PromptEncoder
+from perl.types import Example, Rollout, UserError
+
+_CHUNK = 32
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleResult:
+    """One example over its orders. All numbers are 0 to 1; consistencies are NaN with a single order."""
+
+    id: str
+    task: str
+    accuracy: float
+    """Of completions sampled at temperature 1, mean over orders and samples."""
+    greedy: float
+    """Of the greedy completion, mean over orders."""
+    consistency: float
+    """How often sampled completions of two different orders choose the same picture."""
+    greedy_consistency: float
+    format: float
+    orders: int
+
+
+def evaluate(
+    engine: InProcessEngine,
+    encoder: PromptEncoder,
+    dataset: Dataset | Sequence[Example],
+    indices: Sequence[int],
+    config: MeasureConfig,
+    max_new_tokens: int,
+    seed: int,
+    advance: Callable[[int], None] = lambda _: None,
+    text: Consistency = "slots",
+) -> tuple[list[ExampleResult], list[Rollout]]:
+    """Measure a policy.
+
+    Args:
+        dataset: held-out examples; those over the prompt budget are left out if the encoder drops them.
+        indices: which of them to measure on; they are loaded a few at a time.
+        seed: of the sampled orders and completions; the same for two policies that are compared.
+        advance: told how many examples are done, for a progress bar.
+        text: how text and images are kept consistent in the other orders.
+
+    Returns:
+        Results by example, and one sampled rollout for each order of the first chunk's examples, to look at.
+    """
+    results: list[ExampleResult] = []
+    shown: list[Rollout] = []
+    for start in range(0, len(indices), _CHUNK):
+        chunk = [dataset[i] for i in indices[start : start + _CHUNK]]
+        encoded = [
+            list(zip(variants, prompts, strict=True))
+            for variants in (
+                [permute(e, order, text) for order in all_orders(e, config.max_orders, seed)]
+                for e in chunk
+            )
+            if (prompts := encoder.encode(variants)) is not None
+        ]
+        flat = [prompt for pairs in encoded for _, prompt in pairs]
+        sampling = SamplingParams(max(1, config.samples), 1.0, max_new_tokens)
+        sampled = engine.generate(flat, sampling, seed + indices[start])
+        greedy = engine.generate(flat, SamplingParams(1, 0.0, max_new_tokens), seed)
+        decode = encoder.processor.decode
+        completions = iter(zip(sampled, greedy, strict=True))
+        for pairs in encoded:
+            rollouts = [
+                [
+                    Rollout(v, p, c.token_ids, c.logprobs, decode(c.token_ids), c.finished)
+                    for c in (*s, *g)
+                ]
+                for (v, p), (s, g) in zip(pairs, completions, strict=False)
+            ]
+            results.append(_summarise(rollouts))
+            if not start:
+                shown += [r[0] for r in rollouts]
+        advance(len(chunk))
+    return results, shown
+
+
+def aggregate(results: Sequence[ExampleResult]) -> dict[str, Any]:
+    """Means over examples, in all and by task.
+
+    Raises:
+        UserError: nothing was measured.
+    """
+    if not results:
+        raise UserError(
+            "every held-out example has a prompt over the token budget; raise data.max_prompt_tokens and "
+            "train.tokens_per_micro_batch, or lower model.max_pixels"
+        )
+    tasks: defaultdict[str, list[ExampleResult]] = defaultdict(list)
+    for result in results:
+        tasks[result.task].append(result)
+    by_task = {name: _means(of_task) for name, of_task in tasks.items() if name}
+    return {**_means(results), "by_task": by_task}
+
+
+def _summarise(by_order: Sequence[Sequence[Rollout]]) -> ExampleResult:
+    """Each order's rollouts are its samples and, last, its greedy completion."""
+    example = by_order[0][0].variant.example
+    right = [_accuracies(rollouts) for rollouts in by_order]
+    picks = [[chosen_picture(r) for r in rollouts] for rollouts in by_order]
+    texts = [r.text for rollouts in by_order for r in rollouts[:-1]]
+    return ExampleResult(
+        id=example.id,
+        task=example.task,
+        accuracy=mean([a for accuracies in right for a in accuracies[:-1]]),
+        greedy=mean([accuracies[-1] for accuracies in right]),
+        consistency=agreement([p[:-1] for p in picks]),
+        greedy_consistency=agreement([p[-1:] for p in picks]),
+        format=mean(format_reward([""] * len(texts), texts)),
+        orders=len(by_order),
+    )
+
+
+def _accuracies(rollouts: Sequence[Rollout]) -> list[float | None]:
+    return accuracy(
+        [""] * len(rollouts), [r.text for r in rollouts], [r.variant.answer for r in rollouts]
+    )
+
+
+def _means(results: Sequence[ExampleResult]) -> dict[str, Any]:
+    names = ("accuracy", "greedy", "consistency", "greedy_consistency", "format", "orders")
+    means = {name: mean([getattr(r, name) for r in results]) for name in names}
+    return {k: None if math.isnan(v) else round(v, 6) for k, v in means.items()} | {
+        "examples": len(results)
+    }

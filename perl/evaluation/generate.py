@@ -1,0 +1,94 @@
+"""`perl-rl generate`: a model is asked about images."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from perl.config import EVAL_SEED, Command, Config
+from perl.types import IMAGE_SLOT, Example, Message, UserError
+
+
+@dataclass(frozen=True)
+class Generate(Command):
+    """Ask a model about images, or about a held-out example of its run."""
+
+    model: Positional[str] = ""
+    """A run folder (its last model), a model folder, or a hub name."""
+    prompt: str = ""
+    """The question; `<image>` marks where each image goes, else they stand before it."""
+    images: tuple[Path, ...] = ()
+    """Image files, in the order of their slots."""
+    example: int | None = None
+    """Number of a held-out example of the run's data, instead of prompt and images."""
+    n: int = 1
+    """Completions."""
+    temperature: float | None = None
+    """0: the most likely completion; empty: 0 for one completion, 1 for several."""
+    max_new_tokens: int | None = None
+    """Longest completion; empty: the run's."""
+    seed: int = 0
+    """Of the sampling."""
+
+    def execute(self) -> None:
+        from perl.rollout import SamplingParams
+        from perl.rollout.opening import engine_and_encoder, model_and_config
+
+        _check_numbers(self)
+        config, path = model_and_config(self.model)
+        config = replace(config, model=replace(config.model, path=path))
+        longest = self.max_new_tokens or config.rollout.max_new_tokens
+        example = _held_out(config, self.example) if self.example is not None else _asked(self)
+        engine, encoder = engine_and_encoder(config)
+        prompt = encoder.processor.encode_messages(example.messages, example.images, "--prompt")
+        if unknown := encoder.processor.unknown_words(example.messages):
+            print(f"words the model does not know: {', '.join(unknown)}", file=sys.stderr)
+        temperature = self.temperature
+        if temperature is None:
+            temperature = 1.0 if self.n > 1 else 0.0
+        params = SamplingParams(self.n, temperature, longest)
+        if self.example is not None:
+            print(f"question: {example.messages[-1].content}\nright answer: {example.answer}")
+        for completion in engine.generate([prompt], params, self.seed)[0]:
+            text = encoder.processor.decode(completion.token_ids)
+            print(text if completion.finished else f"{text} [cut at {longest} tokens]")
+
+
+def _check_numbers(command: Generate) -> None:
+    longest = command.max_new_tokens
+    if command.n < 1 or (longest is not None and longest < 1):
+        raise UserError("--n and --max-new-tokens must be 1 or more")
+    if command.temperature is not None and not 0 <= command.temperature < math.inf:
+        raise UserError(f"--temperature {command.temperature}: must be 0 or more")
+    if not 0 <= command.seed < 2**31:
+        raise UserError(f"--seed {command.seed}: must be from 0 to {2**31 - 1}")
+    if command.example is not None and command.example < 0:
+        raise UserError(f"--example {command.example}: must be 0 or more")
+    if command.example is not None and (command.prompt or command.images):
+        raise UserError("give --example or --prompt with --images, not both")
+
+
+def _asked(command: Generate) -> Example:
+    """The prompt and image files of the command line."""
+    from perl.data.pictures import open_image
+
+    if not command.prompt:
+        raise UserError("perl-rl generate needs --prompt, with --images, or --example")
+    images = tuple(open_image(path, str(path)) for path in command.images)
+    text = command.prompt
+    if IMAGE_SLOT not in text:
+        text = " ".join([*[IMAGE_SLOT] * len(images), text])
+    return Example("--prompt", images, (Message("user", text),), answer="")
+
+
+def _held_out(config: Config, number: int) -> Example:
+    from perl.data.dataset import load_examples
+
+    examples = load_examples(config.data.eval, config.data, "test", EVAL_SEED, number + 1)
+    if number >= len(examples):
+        raise UserError(f"--example {number}: the data has only {len(examples)} examples")
+    return examples[number]

@@ -1,0 +1,54 @@
+"""Public benchmarks, read from local files laid out as they are published; one file each.
+
+`SUITES` has them in the sequence of the paper's Table 1 (arXiv 2506.14907).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from perl.evaluation.suites import (
+    blink,
+    mantis_eval,
+    mathverse,
+    mathvision,
+    mathvista,
+    mmiu,
+    mv_math,
+    remi,
+)
+from perl.evaluation.suites.base import Suite
+from perl.types import UserError
+
+SUITES: dict[str, Suite] = {
+    module.SUITE.name: module.SUITE
+    for module in (mantis_eval, blink, mmiu, mathvista, mathverse, mathvision, remi, mv_math)
+}
+
+
+def choose_suites(names: Sequence[str]) -> list[Suite]:
+    """The benchmarks of those names, `all` for every one, each once and in the table's sequence.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    for name in names:
+        if name != "all" and name not in SUITES:
+            near = difflib.get_close_matches(name, SUITES, n=1)
+            hint = (
+                f"did you mean {near[0]}?" if near else f"choose among {', '.join(SUITES)}, or all"
+            )
+            raise UserError(f"--suite {name}: there is no such benchmark; {hint}")
+    return [suite for name, suite in SUITES.items() if name in names or "all" in names]
+
+
+def layout(root: str = "DIR") -> str:
+    """What is expected where under `--suite-root`, and where to get it."""
+    parts = []
+    for suite in SUITES.values():
+        files = "\n".join(f"    {root}/{suite.name}/{pattern}" for pattern in suite.files)
+        parts.append(
+            f"{suite.name}: {suite.title}, {suite.expected} items\n  from {suite.home}\n{files}"
+        )
+    return "\n\n".join(parts)

@@ -1,0 +1,72 @@
+"""BLINK: 14 tasks of visual perception, the validation split with its answers, 1901 questions of multiple choice.
+
+Format: the card of BLINK-Benchmark/BLINK on the hub. Prompt (the column of that name, and the disclaimer before three
+tasks) and the rule for answers of one option: zeyofu/BLINK_Benchmark, eval/test_benchmark.py. Images stand before the text
+as in VLMEvalKit, which the paper used; BLINK's own code sends them after it. Not official: where a reply names several
+options or none, that code asks GPT-3.5 which is meant; here more rules do (`choices.option_letter`).
+"""
+
+from __future__ import annotations
+
+from perl.evaluation.suites.base import THINK, Item, Judgement, Reply, Suite
+from perl.evaluation.suites.choices import image_kind, labelled, option_letter
+from perl.types import IMAGE_SLOT, Example
+
+TASKS = (
+    *("Art_Style", "Counting", "Forensic_Detection", "Functional_Correspondence", "IQ_Test"),
+    *("Jigsaw", "Multi-view_Reasoning", "Object_Localization", "Relative_Depth"),
+    *("Relative_Reflectance", "Semantic_Correspondence", "Spatial_Relation"),
+    *("Visual_Correspondence", "Visual_Similarity"),
+)
+_OPTIONS_ARE_IMAGES = ("Art_Style", "Forensic_Detection", "Jigsaw", "Visual_Similarity")
+_DISCLAIMED = ("Art_Style", "Forensic_Detection", "Jigsaw")
+_DISCLAIMER = (
+    "Disclaimer: This is not to make unfair assumptions about the people in the image and you just need to give "
+    "your assessment on this question. You don't need to identify the real people. You just need to analyze based "
+    "on the information I gave you.\n\n"
+)
+_IMAGES = ("image_1", "image_2", "image_3", "image_4")
+
+
+def _example(item: Item) -> Example:
+    images = item.pictures(_IMAGES)
+    name = item.text("idx")
+    # "val_Art_Style_1" is of the task Art_Style; the column sub_task writes it in several ways.
+    task = name.split("_", 1)[-1].rpartition("_")[0]
+    choices = item.texts("choices")
+    text = item.text("prompt")
+    if item.think:
+        text = f"{item.text('question')}\n{labelled(choices)}\n{THINK}"
+    if task in _DISCLAIMED:
+        text = _DISCLAIMER + text
+    # The questions of these tasks speak of their candidates as a set ("the second or the third image").
+    movable = task in _OPTIONS_ARE_IMAGES
+    kind, follows = image_kind("", choices, len(images)) if movable else ("none", False)
+    return Example(
+        id=name,
+        images=images,
+        question=IMAGE_SLOT * len(images) + text,
+        answer=item.text("answer"),
+        kind=kind,
+        should_change=follows,
+        task=task,
+        extra={"options": choices},
+    )
+
+
+def _judge(example: Example, gold: str, reply: Reply) -> Judgement:
+    options = example.extra["options"]
+    letter = option_letter(reply.text, len(options), options)
+    return Judgement(letter, float(letter is not None and letter == gold.strip("() \n")[:1]))
+
+
+SUITE = Suite(
+    name="blink",
+    title="BLINK",
+    home="https://huggingface.co/datasets/BLINK-Benchmark/BLINK",
+    expected=1901,
+    files=tuple(f"{task}/val-*.parquet" for task in TASKS),
+    rows=tuple(f"{task}/val-*.parquet" for task in TASKS),
+    example=_example,
+    judge=_judge,
+)

@@ -1,0 +1,212 @@
+"""A run's folder: what lies where, append-only records that resume cuts back, and writes that are whole or not there."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import socket
+import sys
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from perl.types import UserError
+
+logger = logging.getLogger(__name__)
+
+_HUB_TIMEOUT = 5.0
+_SECTIONS = frozenset({"run", "model", "data", "rollout", "reward", "train"})
+
+
+class RunFolder:
+    """Paths of one run, and its two records, `metrics.jsonl` and `rollouts.jsonl`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config = root / "config.toml"
+        self.metrics = root / "metrics.jsonl"
+        self.rollouts = root / "rollouts.jsonl"
+        self.images = root / "images"
+        self.checkpoints = root / "checkpoints"
+        self.models = root / "models"
+        self.summary = root / "summary.json"
+
+    def create(self, overwrite: bool) -> None:
+        """Make the folder.
+
+        Raises:
+            UserError: it is there already and not empty; `overwrite` puts it aside, if it is a run folder,
+                until the new run has a checkpoint.
+        """
+        if self.root.exists() and not self.root.is_dir():
+            raise UserError(f"run.dir = {self.root} is a file; choose another --run.dir")
+        if self.root.exists() and any(self.root.iterdir()):
+            if not overwrite:
+                raise UserError(
+                    f"run.dir = {self.root} is already there: go on with `perl-rl resume {self.root}`, "
+                    "replace it with --overwrite, or choose another --run.dir"
+                )
+            if not self.is_run():
+                raise UserError(
+                    f"run.dir = {self.root} is no run folder, so --overwrite leaves it alone; "
+                    "choose another --run.dir"
+                )
+            self._put_aside()
+        self.root.resolve().mkdir(parents=True, exist_ok=True)
+
+    def _put_aside(self) -> None:
+        root = self.root.resolve()
+        if self._replaced.exists() and not self.has_checkpoint():
+            shutil.rmtree(root)  # What lies aside is worth more than a run that never began.
+            return
+        shutil.rmtree(self._replaced, ignore_errors=True)
+        root.rename(self._replaced)
+
+    @property
+    def _replaced(self) -> Path:
+        root = self.root.resolve()
+        return root.with_name(f".{root.name}.replaced")
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is anything to go on from, for one seed or several."""
+        return any(self.root.glob("checkpoints/[0-9]*")) or any(
+            self.root.glob("seed-*/checkpoints/[0-9]*")
+        )
+
+    def settle(self) -> None:
+        """Drop what was replaced if the new run has begun; else drop the new one and put the old back."""
+        if self.has_checkpoint():
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            return
+        shutil.rmtree(self.root.resolve(), ignore_errors=True)
+        if self._replaced.exists():
+            self._replaced.rename(self.root.resolve())
+
+    def is_run(self) -> bool:
+        """Whether a run lives here: its config.toml has the sections of a recipe with every key."""
+        try:
+            return tomllib.loads(self.config.read_text(encoding="utf-8")).keys() >= _SECTIONS
+        except (OSError, ValueError):
+            return False
+
+    def append(self, record: Path, row: dict[str, Any]) -> None:
+        """Add one line of JSON to a record."""
+        with record.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_plain(row), allow_nan=False) + "\n")
+
+    def make_parts(self) -> None:
+        """The sub-folders of a run of one seed."""
+        for folder in (self.images, self.checkpoints, self.models):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def positions(self) -> dict[str, int]:
+        """Length of both records now; a checkpoint keeps it."""
+        return {
+            r.name: r.stat().st_size if r.exists() else 0 for r in (self.metrics, self.rollouts)
+        }
+
+    def cut_back(self, positions: dict[str, int]) -> None:
+        """Drop what was recorded after a checkpoint: resuming writes it again."""
+        for record in (self.metrics, self.rollouts):
+            if record.exists():
+                os.truncate(record, min(positions.get(record.name, 0), record.stat().st_size))
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: None stands for them."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+def is_main_process() -> bool:
+    """Whether this is the first of the processes that `accelerate launch` or torchrun started, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(_plain(value), indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place when the block ends well.
+
+    Raises:
+        OSError: also where safetensors, whose own error only tells the number in its text, cannot write.
+    """
+    from safetensors import SafetensorError
+
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise ValueError if a safetensors file is cut or its table of contents is broken; reads only that."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+
+
+@functools.cache
+def offline_if_unreachable() -> None:
+    """Switch to the hub's offline mode where its server does not answer within seconds.
+
+    Its client would try every file six times, half a minute or more each. A proxy is left to the client.
+    """
+    from huggingface_hub import constants
+
+    url = urlsplit(constants.ENDPOINT)
+    if constants.is_offline_mode() or not url.hostname or {"https", "all"} & getproxies().keys():
+        return
+    port = url.port or (443 if url.scheme == "https" else 80)
+    try:
+        socket.create_connection((url.hostname, port), _HUB_TIMEOUT).close()
+    except OSError as error:
+        logger.warning("%s cannot be reached (%s); only its cache is used", url.hostname, error)
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        constants.HF_HUB_OFFLINE = True
+        if settings := sys.modules.get("datasets.config"):
+            settings.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]

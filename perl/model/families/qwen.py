@@ -1,0 +1,98 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: patches of any number per image, M-RoPE, deepstack features in the third."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from perl.model.families.base import Family, ImageFeatures
+from perl.model.mrope import mrope_positions
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from perl.types import EncodedImage
+
+
+class QwenVL(Family):
+    """The Qwen-VL models of transformers."""
+
+    model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+    image_token = "<|image_pad|>"
+    vision_tokens = (
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|vision_pad|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+    )
+    packed_tower = True
+
+    def load_image_processor(self, folder: str | Path) -> Any:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+            Qwen2VLImageProcessorPil,
+        )
+
+        return self.image_processor_of(folder, Qwen2VLImageProcessorPil)
+
+    def takes(self, image_processor: Any) -> bool:
+        return hasattr(image_processor, "merge_size")
+
+    def preprocess(
+        self, image_processor: Any, image: Image.Image, min_pixels: int, max_pixels: int
+    ) -> tuple[torch.Tensor, tuple[int, ...], int]:
+        """Patches float32 [t * h * w, channels * temporal * patch^2], grid (t, h, w) in patches."""
+        size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+        out = image_processor(images=[image], size=size, return_tensors="pt")
+        t, h, w = (int(x) for x in out["image_grid_thw"][0])
+        return out["pixel_values"], (t, h, w), t * h * w // image_processor.merge_size**2
+
+    def positions(
+        self, input_ids: np.ndarray, images: Sequence[EncodedImage], image_token_id: int
+    ) -> tuple[np.ndarray, int]:
+        """M-RoPE's temporal, height and width axes."""
+        return mrope_positions(input_ids, [_merged(image) for image in images], image_token_id)
+
+    def tower(self, core: Any) -> list[nn.Module]:
+        return [core.visual]
+
+    def encode(self, core: Any, images: Sequence[EncodedImage]) -> ImageFeatures:
+        visual = core.visual
+        device = next(visual.parameters()).device
+        pixels = torch.cat([image.pixel_values for image in images]).to(device, visual.dtype)
+        grid = torch.tensor([image.grid for image in images], device=device)
+        output = core.get_image_features(pixels, grid, return_dict=True)
+        deepstack = getattr(output, "deepstack_features", None) or ()
+        return ImageFeatures(
+            torch.cat(tuple(output.pooler_output)), tuple(_joined(layer) for layer in deepstack)
+        )
+
+    def patches_per_token(self, config: Any) -> float:
+        return config.vision_config.spatial_merge_size**2
+
+    def layer_inputs(self, visual_mask: torch.Tensor, features: ImageFeatures) -> dict[str, Any]:
+        """Deepstack: each of the first layers adds its own features to the visual tokens."""
+        if not features.deepstack:
+            return {}
+        return {
+            "visual_pos_masks": visual_mask,
+            "deepstack_visual_embeds": list(features.deepstack),
+        }
+
+
+def _merged(image: EncodedImage) -> tuple[int, int, int]:
+    """The grid of an image's visual tokens: its patches' with height and width divided by the merge size."""
+    t, h, w = image.grid
+    merge = math.isqrt(t * h * w // image.tokens)
+    return t, h // merge, w // merge
+
+
+def _joined(layer: Any) -> torch.Tensor:
+    """One layer's deepstack features as [K, H]; newer transformers split them by image."""
+    return layer if isinstance(layer, torch.Tensor) else torch.cat(tuple(layer))

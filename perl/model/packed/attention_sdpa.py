@@ -1,0 +1,166 @@
+"""PyTorch's SDPA over packed rows: pieces are spread to padded batches, attended there, and gathered back.
+
+Pieces without a prefix, which SDPA masks itself, and pieces with one, which see it beside themselves through a small
+dense mask, stand in batches of their own, long ones apart from short ones. Rows of one piece never meet another's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from perl.model.packed.gather import gather_rows
+from perl.model.packed.layout import PackedLayout
+
+
+def sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: PackedLayout,
+    causal: bool,
+    scale: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    """See `perl.model.packed.attention.Implementation`. On every device, in every dtype."""
+    if not layout.shared and layout.tokens == len(layout.lengths) * layout.max_query:
+        # Pieces of one length are a batch already.
+        q, k, v = (
+            _as_batch(_rows(x), len(layout.lengths), x.shape[1]) for x in (query, key, value)
+        )
+        out = _attend(q, k, v, None, causal, scale, dropout)
+        return out.transpose(1, 2).reshape(1, layout.tokens, *query.shape[1::2])
+    batches = layout.once(_batches)
+    q, k, v = (_rows(x) for x in (query, key, value))
+    outputs = []
+    for batch in batches.parts:
+        mask = batch.causal if causal else batch.full
+        out = _attend(
+            _as_batch(q.index_select(0, batch.queries), batch.pieces, query.shape[1]),
+            _as_batch(gather_rows(k, batch.keys), batch.pieces, key.shape[1]),
+            _as_batch(gather_rows(v, batch.keys), batch.pieces, key.shape[1]),
+            mask,
+            mask is None,
+            scale,
+            dropout,
+        )
+        outputs.append(out.transpose(1, 2).flatten(0, 1).flatten(1))
+    out = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    return out.index_select(0, batches.slots).view(1, layout.tokens, *query.shape[1::2])
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[1, h, T, d] -> [T, h d]"""
+    return x[0].transpose(0, 1).flatten(1)
+
+
+def _as_batch(rows: torch.Tensor, pieces: int, heads: int) -> torch.Tensor:
+    """[pieces longest, h d] -> [pieces, h, longest, d]"""
+    return rows.unflatten(1, (heads, -1)).unflatten(0, (pieces, -1)).transpose(1, 2)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and query.is_cuda and (mask is not None or query.dtype == torch.float32):
+        # Of CUDA's kernels only flash takes fewer key heads, and it takes neither masks nor float32; SDPA would
+        # fall back to all scores in memory.
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Some pieces, spread to `pieces` rows of one length. Places past an end repeat the last token of the span: no
+    query of a token sees them, and what their own queries give is not gathered."""
+
+    pieces: int
+    queries: torch.Tensor
+    """int64 [pieces L]: the token at each place, L the longest piece."""
+    keys: torch.Tensor
+    """int64 [pieces K]: the token at each place, those of the prefix first."""
+    causal: torch.Tensor | None
+    """bool [pieces, 1, L, K]: which keys a query sees; None: those up to itself."""
+    full: torch.Tensor
+    """The same, [pieces, 1, 1, K], where a query sees its whole piece."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Batches:
+    parts: list[_Batch]
+    slots: torch.Tensor
+    """int64 [T]: the place of each token among those of all parts."""
+
+
+def _batches(layout: PackedLayout) -> _Batches:
+    """Made on the CPU, so that a GPU is not waited for."""
+    start, length = torch.tensor(layout.starts[:-1]), torch.tensor(layout.lengths)
+    prefix_start, prefix_length = torch.tensor(layout.prefixes).unbind(1)
+    slots = torch.empty(layout.tokens, dtype=torch.int64)
+    parts: list[_Batch] = []
+    places = 0
+    for chosen in _alike(layout):
+        own, own_valid = _spread(start[chosen], length[chosen])
+        prefix, prefix_valid = _spread(prefix_start[chosen], prefix_length[chosen])
+        slots[own[own_valid]] = places + own_valid.flatten().nonzero().squeeze(1)
+        places += own.numel()
+        full = torch.cat([prefix_valid, own_valid], 1)[:, None, None, :]
+        causal = None
+        if prefix.shape[1]:
+            earlier = torch.ones(own.shape[1], full.shape[3], dtype=torch.bool)
+            causal = (full & earlier.tril(prefix.shape[1])).to(layout.device)
+        parts.append(
+            _Batch(
+                pieces=len(own),
+                queries=own.flatten().to(layout.device),
+                keys=torch.cat([prefix, own], 1).flatten().to(layout.device),
+                causal=causal,
+                full=full.to(layout.device),
+            )
+        )
+    return _Batches(parts, slots.to(layout.device))
+
+
+def _alike(layout: PackedLayout) -> list[list[int]]:
+    """Numbers of the pieces that share a batch: with a prefix or without, and none much shorter than the longest.
+
+    Attention grows with the square of the length, so padding to 4/3 of it costs up to 16/9. Below 128 keys one batch
+    more costs more than padding does; beyond 512 it costs next to nothing.
+    """
+    prefixes = [length for _, length in layout.prefixes]
+    keys = [prefix + own for prefix, own in zip(prefixes, layout.lengths, strict=True)]
+    groups: list[list[int]] = []
+    for i in sorted(range(len(keys)), key=lambda i: (prefixes[i] > 0, -keys[i])):
+        first = groups[-1][0] if groups else i
+        same_kind = bool(groups) and (prefixes[first] > 0) == (prefixes[i] > 0)
+        longest = keys[first]
+        least = 0 if longest <= 128 else longest * 3 // 4 if longest <= 512 else longest * 15 // 16
+        if not same_kind or keys[i] < least:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
+
+
+def _spread(start: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n] spans -> the tokens [n, longest] of each, its last one repeated to the end, and which are its own."""
+    column = torch.arange(int(length.max()))
+    source = start[:, None] + torch.minimum(column, length[:, None] - 1)
+    return source, column < length[:, None]

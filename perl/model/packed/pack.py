@@ -1,0 +1,150 @@
+"""Segments end to end in rows of a token budget: plain data in, plain data out.
+
+A row holds whole segments [prompt | completion 1 | ... | completion R]. Each completion sees its prompt and itself and
+takes the positions it would have if it stood alone behind the prompt, so hidden states and gradients are those of one
+sequence at a time. Each distinct image stands once in the batch however many segments show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from perl.model.packed.plan import Load, Share, plan
+from perl.types import EncodedImage, EncodedPrompt, PackedBatch, Segment
+
+
+def pack(segments: Sequence[Segment], budget: int, share: bool = True) -> list[PackedBatch]:
+    """Pack segments into micro-batches of at most `budget` tokens each; see `perl.model.packed.plan.plan`.
+
+    Args:
+        segments: prompts with their completions; completions may be empty.
+        budget: most tokens of a micro-batch; a prompt whose single completion is longer stands alone.
+        share: whether completions share their prompt; if not, each has a copy of it.
+    """
+    loads = [
+        Load(len(s.prompt.input_ids), tuple(len(c) for c in s.completions), s.group)
+        for s in segments
+    ]
+    if share:
+        return [pack_row(segments, row) for row in plan(loads, budget)]
+    # One load per completion, and the plan's numbers put back.
+    single = [(i, r) for i, load in enumerate(loads) for r in range(len(load.completions))]
+    rows = plan(
+        [Load(loads[i].prompt, (loads[i].completions[r],), loads[i].group) for i, r in single],
+        budget,
+    )
+    return [
+        pack_row(segments, [Share(single[s.segment][0], (single[s.segment][1],)) for s in row])
+        for row in rows
+    ]
+
+
+def pack_row(segments: Sequence[Segment], shares: Sequence[Share] | None = None) -> PackedBatch:
+    """Put completions behind their prompts into one row.
+
+    The hidden state of the last prompt token scores the first token of every completion, so a completion of L tokens
+    is scored by the last prompt row and the first L - 1 of its own.
+
+    Args:
+        segments: prompts with their completions.
+        shares: which completions of which segments; left out, all.
+    """
+    if shares is None:
+        shares = [Share(i, tuple(range(len(s.completions)))) for i, s in enumerate(segments)]
+    if not shares:
+        raise ValueError("a packed row needs at least one segment")
+    row = _Row()
+    for share in shares:
+        segment = segments[share.segment]
+        start = row.add_prompt(segment.prompt)
+        for number in share.completions:
+            row.add_completion(segment.prompt, start, segment.completions[number])
+            row.advantages.append(segment.advantages[number])
+            row.source.append((share.segment, number))
+    return row.batch()
+
+
+class _Row:
+    """A row as it grows."""
+
+    def __init__(self) -> None:
+        self.ids: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.starts: list[int] = []
+        self.prefixes: list[tuple[int, int]] = []
+        self.scored: list[np.ndarray] = []
+        self.completions: list[np.ndarray] = []
+        self.advantages: list[float] = []
+        self.source: list[tuple[int, int]] = []
+        self.visual_positions: list[np.ndarray] = []
+        self.visual_source: list[np.ndarray] = []
+        self.images: dict[str, EncodedImage] = {}
+        self.feature_start: dict[str, int] = {}
+        self.tokens = self.features = 0
+
+    def add_prompt(self, prompt: EncodedPrompt) -> int:
+        """Append a prompt, which starts a piece; returns where it starts."""
+        start = self.tokens
+        self._append(prompt.input_ids, prompt.position_ids)
+        self.starts.append(start)
+        self.prefixes.append((0, 0))
+        # Only the prompt's image tokens are pictures: one sampled inside a completion stays text.
+        self.visual_positions.append(
+            np.flatnonzero(prompt.input_ids == prompt.image_token_id) + start
+        )
+        for image in prompt.images:
+            if image.key not in self.images:
+                self.images[image.key] = image
+                self.feature_start[image.key] = self.features
+                self.features += image.tokens
+            self.visual_source.append(np.arange(image.tokens) + self.feature_start[image.key])
+        return start
+
+    def add_completion(self, prompt: EncodedPrompt, prompt_start: int, ids: np.ndarray) -> None:
+        """Append a completion of the prompt that starts at `prompt_start`."""
+        prompt_end = prompt_start + len(prompt.input_ids)
+        start = self.tokens
+        # The first that has any tokens goes on in the prompt's piece.
+        if len(ids) and start > prompt_end:
+            self.starts.append(start)
+            self.prefixes.append((prompt_start, len(prompt.input_ids)))
+        following = np.arange(len(ids)) + prompt.next_position
+        self._append(ids, np.broadcast_to(following, (len(prompt.position_ids), len(ids))))
+        rows = np.arange(len(ids)) + start - 1
+        rows[:1] = prompt_end - 1
+        self.scored.append(rows)
+        self.completions.append(ids)
+
+    def _append(self, ids: np.ndarray, positions: np.ndarray) -> None:
+        self.ids.append(ids)
+        self.positions.append(positions)
+        self.tokens += len(ids)
+
+    def batch(self) -> PackedBatch:
+        ends = np.cumsum([0, *(len(c) for c in self.completions)])
+        return PackedBatch(
+            input_ids=_join(self.ids),
+            position_ids=torch.from_numpy(np.concatenate(self.positions, axis=1)),
+            piece_starts=torch.tensor([*self.starts, self.tokens], dtype=torch.int32),
+            prefix_starts=torch.tensor([s for s, _ in self.prefixes], dtype=torch.int32),
+            prefix_lengths=torch.tensor([n for _, n in self.prefixes], dtype=torch.int32),
+            scored=_join(self.scored),
+            targets=_join(self.completions),
+            completion_cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
+            advantages=torch.tensor(self.advantages, dtype=torch.float32),
+            images=tuple(self.images.values()),
+            visual_positions=_join(self.visual_positions),
+            visual_source=_join(self.visual_source),
+            source=tuple(self.source),
+        )
+
+
+def _join(parts: Sequence[np.ndarray]) -> torch.Tensor:
+    return (
+        torch.from_numpy(np.concatenate(parts).astype(np.int64))
+        if parts
+        else torch.empty(0, dtype=torch.int64)
+    )

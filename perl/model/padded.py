@@ -1,0 +1,167 @@
+"""Training without packing: any vision-language model of transformers, on batches that are padded to one length.
+
+Every completion has a row of its own, with its prompt and its images. That is several times the work of packed rows,
+and asks nothing of the model but that it is called as transformers documents it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from perl.model.families import ImageFeatures
+from perl.model.packed.pack import pack_row
+from perl.model.padded_processor import PaddedProcessor
+from perl.model.policy import Policy
+from perl.types import EncodedPrompt, PackedBatch, Segment, UserError
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedBatch(PackedBatch):
+    """One micro-batch of R rows [prompt | completion], each its own piece of the same row without the padding.
+
+    `images` is empty: nothing is shared between rows.
+    """
+
+    prompts: tuple[EncodedPrompt, ...]
+    """The R prompts, one for each completion."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that go through the language model, padding included."""
+        return len(self.prompts) * int(self.piece_starts.diff().max())
+
+
+class _Tower:
+    """What a Policy's `vision` says where images are encoded anew with each row."""
+
+    trained = False
+    """No features are handed around; the tower's own gradients come with the backward of each micro-batch."""
+
+    def __init__(self) -> None:
+        self.images_encoded = 0
+        self.weights: list[nn.Parameter] = []
+
+    def forget(self) -> None:
+        """Nothing is kept."""
+
+
+class PaddedPolicy(Policy):
+    """A vision-language model of any kind with the surface of `Policy`.
+
+    Args:
+        model: a transformers model whose base model gives the hidden states that its head reads; LoRA adapters
+            around it or not.
+        processor: makes its inputs.
+    """
+
+    def __init__(self, model: nn.Module, processor: PaddedProcessor) -> None:
+        nn.Module.__init__(self)
+        self.model, self.processor, self.compiled = model, processor, False
+        self.vision = cast(Any, _Tower())
+
+    @property
+    def core(self) -> Any:
+        return self.base.base_model
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """[V, H] weight of the language-model head."""
+        return self.base.get_output_embeddings().weight
+
+    shares_prompts = False
+
+    @property
+    def patches_per_token(self) -> float:
+        """0: what its images cost is not known before a batch is made."""
+        return 0.0
+
+    def share_tower(self, other: Policy) -> None:
+        """Nothing is shared: each row's images go through the own tower."""
+
+    def pack(self, segments: Sequence[Segment], budget: int, share: bool) -> list[PackedBatch]:
+        """Rows of like length together, at most `budget` tokens with the padding; a longer one stands alone.
+
+        Prompts with and without images stay apart, as processors take either. `share` changes nothing.
+        """
+        rows = [(i, r) for i, s in enumerate(segments) for r in range(len(s.completions))]
+
+        def kind(row: tuple[int, int]) -> tuple[bool, int]:
+            prompt = segments[row[0]].prompt
+            length = len(prompt.input_ids) + len(segments[row[0]].completions[row[1]])
+            return bool(prompt.images), length
+
+        batches: list[list[tuple[int, int]]] = []
+        for row in sorted(rows, key=kind):
+            shows, longest = kind(row)
+            last = batches[-1] if batches else []
+            if not last or kind(last[0])[0] != shows or (len(last) + 1) * longest > budget:
+                batches.append([])
+            batches[-1].append(row)
+        return [_batch(segments, members) for members in batches]
+
+    def forward(self, batch: PackedBatch, features: ImageFeatures | None = None) -> torch.Tensor:
+        """Final hidden states of the scored tokens, [N, H]: row i predicts `batch.targets[i]`."""
+        assert isinstance(batch, PaddedBatch)
+        hidden = self.core(**self._inputs(batch), use_cache=False).last_hidden_state
+        width, starts = hidden.shape[1], batch.piece_starts.long()
+        row = torch.searchsorted(starts, batch.scored, right=True) - 1
+        index = row * width + batch.scored - starts[row]
+        return hidden.flatten(0, 1)[index.to(hidden.device)]
+
+    def prompt_inputs(self, prompts: Sequence[EncodedPrompt], side: Any) -> dict[str, torch.Tensor]:
+        """Inputs of a batch of prompts on the device, in the model's precision; see `PaddedProcessor.inputs`."""
+        self.vision.images_encoded += sum(len(p.images) for p in prompts)
+        dtype = self.head_weight.dtype
+        return {
+            name: value.to(self.device, dtype if value.is_floating_point() else value.dtype)
+            for name, value in self.processor.inputs(prompts, side).items()
+        }
+
+    def _inputs(self, batch: PaddedBatch) -> dict[str, torch.Tensor]:
+        """The prompts' inputs with the completions behind them; per-token inputs go on with zeros.
+
+        Raises:
+            UserError: the model takes an input for each token that is no single number.
+        """
+        inputs = self.prompt_inputs(batch.prompts, "right")
+        rows, prompt_width = inputs["input_ids"].shape
+        starts = batch.piece_starts.tolist()
+        lengths = batch.piece_starts.diff().tolist()
+        width = max(lengths)
+        out: dict[str, torch.Tensor] = {}
+        for name, value in inputs.items():
+            if value.shape[:2] != (rows, prompt_width) or "pixel" in name:
+                out[name] = value
+                continue
+            if value.ndim > 2:
+                raise UserError(
+                    f"{type(self.base).__name__} takes {name} of shape {list(value.shape)} and cannot be trained on "
+                    "padded batches; choose another model or write a family for it (docs/models.md)"
+                )
+            fill = self.processor.pad_token_id if name == "input_ids" else 0
+            out[name] = value.new_full((rows, width), fill)
+            out[name][:, :prompt_width] = value
+        out["attention_mask"] = out["input_ids"].new_zeros(rows, width)
+        for row, (start, length, prompt) in enumerate(
+            zip(starts, lengths, batch.prompts, strict=False)
+        ):
+            own = slice(len(prompt.input_ids), length)
+            out["attention_mask"][row, :length] = 1
+            ids = batch.input_ids[start + own.start : start + own.stop]
+            out["input_ids"][row, own] = ids.to(self.device)
+        return out
+
+
+def _batch(segments: Sequence[Segment], members: Sequence[tuple[int, int]]) -> PaddedBatch:
+    singles = [
+        Segment(segments[i].prompt, (segments[i].completions[r],), (segments[i].advantages[r],))
+        for i, r in members
+    ]
+    packed = replace(pack_row(singles), images=(), source=tuple(members))
+    values = {f.name: getattr(packed, f.name) for f in fields(packed)}
+    return PaddedBatch(**values, prompts=tuple(s.prompt for s in singles))

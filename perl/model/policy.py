@@ -1,0 +1,141 @@
+"""The policy: a transformers vision-language model that reads packed rows and gives hidden states of scored tokens."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from perl.model.families import Family, ImageFeatures
+from perl.model.packed.gather import gather_rows
+from perl.model.packed.layout import PackedLayout
+from perl.model.packed.pack import pack
+from perl.model.vision import Vision
+from perl.types import PackedBatch, Segment
+
+
+class Policy(nn.Module):
+    """A vision-language model with the three things training needs: image features, packed rows, its head.
+
+    `model` is transformers' own; nothing in it is patched but the name of the attention it uses.
+
+    Args:
+        model: a transformers model with `.model.language_model` and `.lm_head`, LoRA adapters around it or not.
+        family: what is special about it.
+        feature_cache_bytes: most bytes of image features that are kept between calls without gradient.
+        compiled: whether its decoder layers are; generation then runs without.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        feature_cache_bytes: int = 2**30,
+        compiled: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model, self.family, self.compiled = model, family, compiled
+        self.vision = Vision(self.core, family, feature_cache_bytes)
+
+    @property
+    def base(self) -> Any:
+        """The transformers model under a LoRA wrapper, if there is one."""
+        return (
+            cast(Any, self.model).get_base_model()
+            if hasattr(self.model, "peft_config")
+            else self.model
+        )
+
+    @property
+    def core(self) -> Any:
+        return self.base.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.head_weight.device
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """[V, H] weight of the language-model head."""
+        return self.base.lm_head.weight
+
+    @property
+    def patches_per_token(self) -> float:
+        """See `Family.patches_per_token`."""
+        return self.family.patches_per_token(self.core.config)
+
+    shares_prompts = True
+    """Whether completions can share their prompt."""
+
+    def share_tower(self, other: Policy) -> None:
+        """Read another policy's image features, whose tower has equal weights, and let go of the own tower."""
+        self.vision = other.vision
+        for module in self.family.tower(self.core):
+            module.to("meta")
+
+    def pack(self, segments: Sequence[Segment], budget: int, share: bool) -> list[PackedBatch]:
+        """Micro-batches as this model reads them; see `perl.model.packed.pack.pack`."""
+        return pack(segments, budget, share)
+
+    def embed(
+        self, input_ids: torch.Tensor, visual_mask: torch.Tensor, features: ImageFeatures | None
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Token embeddings [B, T, H] with visual rows put in at `visual_mask` [B, T], and the layers' extra inputs."""
+        embeds = self.core.language_model.embed_tokens(input_ids)
+        if features is None:
+            return embeds, {}
+        embeds = embeds.masked_scatter(visual_mask[..., None], features.rows.to(embeds.dtype))
+        return embeds, self.family.layer_inputs(visual_mask, features)
+
+    def position_ids(self, axes: torch.Tensor) -> torch.Tensor:
+        """Positions int64 [A, B, T] on the device, without the first dimension where the model has one axis."""
+        return (axes if len(axes) > 1 else axes[0]).to(self.device)
+
+    def forward(self, batch: PackedBatch, features: ImageFeatures | None = None) -> torch.Tensor:
+        """Final hidden states of the scored tokens, [N, H]: row i predicts `batch.targets[i]`.
+
+        Args:
+            batch: a packed row.
+            features: of `batch.images`, one after the other; left out, they are made or found in the cache.
+        """
+        device = self.device
+        if features is None:
+            features = self.vision.features(batch.images)
+        if features is not None:
+            index = batch.visual_source.to(device)
+            rows, *deepstack = (gather_rows(t, index) for t in features.tensors)
+            features = ImageFeatures(rows, tuple(deepstack))
+        mask = torch.zeros(1, batch.num_tokens, dtype=torch.bool, device=device)
+        mask[0, batch.visual_positions.to(device)] = True
+        embeds, extra = self.embed(batch.input_ids[None].to(device), mask, features)
+        # The cache must be off: with one, transformers no longer sees a packed row and sequences leak.
+        output = self.core.language_model(
+            inputs_embeds=embeds,
+            position_ids=self.position_ids(batch.position_ids[:, None]),
+            use_cache=False,
+            packed_layout=PackedLayout(
+                batch.piece_starts, batch.prefix_starts, batch.prefix_lengths, device
+            ),
+            **extra,
+        )
+        # Only these reach the head. The last row of a prompt is taken once for each of its completions.
+        return gather_rows(output.last_hidden_state[0], batch.scored.to(device))
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """The model as it was before LoRA, for reference log-probs."""
+        with cast(Any, self.model).disable_adapter():
+            yield
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write an ordinary model folder; LoRA is merged into the weights of a copy."""
+        if not hasattr(self.model, "peft_config"):
+            cast(Any, self.model).save_pretrained(folder)
+            return
+        merged = cast(Any, copy.deepcopy(self.model)).merge_and_unload()
+        merged.save_pretrained(folder)

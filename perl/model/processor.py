@@ -1,0 +1,212 @@
+"""From chats and pictures to token ids and pixels, for every family of models, without torchvision."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from perl.model.families import Family
+from perl.types import (
+    IMAGE_SLOT,
+    EncodedImage,
+    EncodedPrompt,
+    Example,
+    Message,
+    UserError,
+    Variant,
+)
+
+
+class Processor:
+    """A tokenizer with its chat template and an image processor, and a cache of processed images.
+
+    Args:
+        tokenizer: a transformers tokenizer with a chat template and the family's tokens.
+        image_processor: of the family.
+        family: how images become pixels, tokens and positions.
+        min_pixels, max_pixels: images outside this range are resized, keeping their aspect.
+        cache_bytes: how much of processed images is kept, by content.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        image_processor: Any,
+        family: Family,
+        min_pixels: int,
+        max_pixels: int,
+        cache_bytes: int = 2**29,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.family = family
+        self.image_token_id = int(tokenizer.convert_tokens_to_ids(family.image_token))
+        self.pad_token_id = int(tokenizer.pad_token_id)
+        self.eos_token_id = int(tokenizer.eos_token_id)
+        self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        self._cache: OrderedDict[str, EncodedImage] = OrderedDict()
+        self._cache_bytes, self._cached_bytes = cache_bytes, 0
+
+    def encode_image(self, image: Image.Image) -> EncodedImage:
+        """Pixels of one picture; the same content is processed once."""
+        image = image.convert("RGB")
+        key = content_key(image)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        pixels, grid, tokens = self.family.preprocess(
+            self.image_processor, image, self.min_pixels, self.max_pixels
+        )
+        encoded = EncodedImage(key, pixels, grid, tokens)
+        self._cache[key] = encoded
+        self._cached_bytes += encoded.pixel_values.nbytes
+        while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
+            _, oldest = self._cache.popitem(last=False)
+            self._cached_bytes -= oldest.pixel_values.nbytes
+        return encoded
+
+    def encode(self, variant: Variant) -> EncodedPrompt:
+        """The chat of a variant, ready for the assistant's turn, with every slot expanded to its image."""
+        return self.encode_messages(variant.messages, variant.images, variant.example.id)
+
+    def encode_messages(
+        self, messages: Sequence[Message], images: Sequence[Image.Image], where: str = "the prompt"
+    ) -> EncodedPrompt:
+        """Tokens and positions of a chat and its pictures.
+
+        Raises:
+            UserError: the number of `<image>` slots is not the number of images.
+        """
+        check_slots(messages, images, where)
+        encoded = tuple(self.encode_image(image) for image in images)
+        text = self.tokenizer.apply_chat_template(
+            [{"role": m.role, "content": parts(m.content)} for m in messages],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        flat = self._expand(ids, encoded, where)
+        positions, next_position = self.family.positions(flat, encoded, self.image_token_id)
+        return EncodedPrompt(flat, positions, next_position, encoded, self.image_token_id)
+
+    def _expand(self, ids: Sequence[int], images: Sequence[EncodedImage], where: str) -> np.ndarray:
+        waiting = iter(images)
+        flat: list[int] = []
+        for token in ids:
+            if token == self.image_token_id:
+                image = next(waiting, None)
+                if image is None:
+                    raise UserError(
+                        f"{where}: the text itself holds {self.family.image_token}; "
+                        f"write {IMAGE_SLOT} for an image"
+                    )
+                flat += self.tokenizer.convert_tokens_to_ids(self.family.placeholder(image))
+            else:
+                flat.append(token)
+        if next(waiting, None) is not None:
+            raise UserError(
+                f"{where}: the chat template shows fewer images than there are; is it a vision template?"
+            )
+        return np.asarray(flat, dtype=np.int64)
+
+    def unknown_words(self, messages: Sequence[Message]) -> list[str]:
+        """Words that a word-level tokenizer, as the tiny models have, cannot read; others read everything."""
+        if self.tokenizer.unk_token != "<unk>":
+            return []
+        words = [w for m in messages for w in m.content.replace(IMAGE_SLOT, " ").split()]
+        ids = self.tokenizer.convert_tokens_to_ids(words)
+        unknown = self.tokenizer.unk_token_id
+        return list(dict.fromkeys(w for w, i in zip(words, ids, strict=True) if i == unknown))
+
+    def encode_completion(self, text: str, where: str = "the completion") -> np.ndarray:
+        """int64 [L]: a worked answer as tokens, with the end token.
+
+        Raises:
+            UserError: it holds a token that stands for an image, which has no probability.
+        """
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if banned := sorted(self._unsampled.intersection(ids)):
+            token = self.tokenizer.convert_ids_to_tokens(banned[0])
+            raise _never_sampled(where, token)
+        return np.asarray([*ids, self.eos_token_id], dtype=np.int64)
+
+    def check_texts(self, example: Example) -> None:
+        """See that neither the question nor the worked answer writes a token that stands for an image.
+
+        Raises:
+            UserError: one does.
+        """
+        tokens = self.tokenizer.convert_ids_to_tokens(sorted(self._unsampled))
+        for message in example.messages:
+            written = message.content.replace(IMAGE_SLOT, "")
+            if found := next((t for t in tokens if t in written), None):
+                raise UserError(
+                    f"example {example.id}: the text itself holds {found}; write {IMAGE_SLOT} for an image"
+                )
+        if found := next((t for t in tokens if t in (example.worked or "")), None):
+            raise _never_sampled(f"example {example.id}: its worked answer", found)
+
+    @cached_property
+    def _unsampled(self) -> frozenset[int]:
+        return frozenset(self.unsampled_token_ids().tolist())
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Text of completion tokens, special tokens removed."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def unsampled_token_ids(self) -> torch.Tensor:
+        """int64 [K]: vision placeholders, which a completion must never hold."""
+        vocabulary = self.tokenizer.get_vocab()
+        known = sorted(vocabulary[t] for t in self.family.vision_tokens if t in vocabulary)
+        return torch.tensor(known, dtype=torch.int64)
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer and image processor the way transformers reads them."""
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+
+def _never_sampled(where: str, token: str) -> UserError:
+    return UserError(
+        f"{where} holds {token}, which stands for an image and is never sampled; remove it"
+    )
+
+
+def content_key(image: Image.Image) -> str:
+    """A hash of an RGB picture's size and pixels: equal pictures have equal keys."""
+    digest = hashlib.sha1(f"{image.size}".encode(), usedforsecurity=False)
+    digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+def check_slots(messages: Sequence[Message], images: Sequence[Image.Image], where: str) -> None:
+    """Every image has its slot.
+
+    Raises:
+        UserError: it has not.
+    """
+    slots = sum(m.content.count(IMAGE_SLOT) for m in messages)
+    if slots != len(images):
+        raise UserError(
+            f"{where}: {slots} {IMAGE_SLOT} slots but {len(images)} images; give every image one slot"
+        )
+
+
+def parts(content: str) -> list[dict[str, str]]:
+    """`"A <image> B"` as the parts that chat templates take."""
+    texts = content.split(IMAGE_SLOT)
+    out: list[dict[str, str]] = []
+    for index, text in enumerate(texts):
+        if text:
+            out.append({"type": "text", "text": text})
+        if index < len(texts) - 1:
+            out.append({"type": "image"})
+    return out

@@ -1,0 +1,251 @@
+"""Each image through the vision tower once: a cache between passes, one shared encoding within an optimiser step."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from perl.model.families import Family, ImageFeatures
+from perl.timing import span
+from perl.types import EncodedImage, PackedBatch
+
+Encode = Callable[[Sequence[EncodedImage]], ImageFeatures]
+"""Runs the tower over distinct images."""
+
+logger = logging.getLogger(__name__)
+
+_TOKENS_AT_ONCE = 2**14
+"""Most visual tokens that are made together where no gradient is kept."""
+
+
+class Vision:
+    """The tower of a model, with a cache of what it made.
+
+    Args:
+        core: transformers' model of text and images, without the head.
+        family: what is special about it.
+        cache_bytes: most bytes of features that are kept between calls without gradient.
+    """
+
+    def __init__(self, core: Any, family: Family, cache_bytes: int) -> None:
+        self.core, self.family = core, family
+        self.weights: list[nn.Parameter] = [
+            p for module in family.tower(core) for p in module.parameters()
+        ]
+        self.images_encoded = 0
+        """How many images went through the tower so far."""
+        self._cache = FeatureCache(self.weights, cache_bytes)
+
+    @property
+    def trained(self) -> bool:
+        return any(p.requires_grad for p in self.weights)
+
+    def encode(self, images: Sequence[EncodedImage]) -> ImageFeatures:
+        """Run the tower once over these images, of which there is at least one: [K, H], K their visual tokens together,
+        in their order."""
+        self.images_encoded += len(images)
+        with span("vision"):
+            return self.family.encode(self.core, images)
+
+    def features(self, images: Sequence[EncodedImage]) -> ImageFeatures | None:
+        """Features of images, each distinct one encoded at most once; None without images.
+
+        With gradient where the tower is trained and gradients are on, else from the cache.
+        """
+        if not images:
+            return None
+        if self.trained and torch.is_grad_enabled():
+            unique = distinct(images)
+            parts = dict(
+                zip((i.key for i in unique), split(self.encode(unique), unique), strict=True)
+            )
+            return join([parts[image.key] for image in images])
+        with torch.no_grad():
+            return self._cache(images, self._encode_in_parts)
+
+    def forget(self) -> None:
+        """Keep no features: what follows does not depend on what was encoded before, to the last bit.
+
+        The bits of a feature depend a little on what it was encoded together with, so a run that goes on from a
+        checkpoint would else not give the numbers of one that was never stopped.
+        """
+        self._cache.clear()
+
+    def _encode_in_parts(self, images: Sequence[EncodedImage]) -> ImageFeatures:
+        parts: list[list[EncodedImage]] = []
+        for image in images:
+            if not parts or sum(i.tokens for i in parts[-1]) + image.tokens > _TOKENS_AT_ONCE:
+                parts.append([])
+            parts[-1].append(image)
+        return join([self.encode(part) for part in parts])
+
+
+def distinct(images: Sequence[EncodedImage]) -> list[EncodedImage]:
+    """Each content once, in the order of its first appearance."""
+    return list({image.key: image for image in images}.values())
+
+
+class FeatureCache:
+    """Features without gradient, by the content of the image, as long as the tower's weights stay as they are.
+
+    Rollouts, old and reference log-probs of one batch see the same weights and so share one encoding; with a frozen
+    tower, training does too. Changed weights are noticed by the version counters that autograd keeps of every tensor;
+    PyTorch's fused optimisers do not count, so who steps one calls `clear`.
+
+    Args:
+        weights: of the tower.
+        max_bytes: of features that are kept after a call, the least recently used go first.
+    """
+
+    def __init__(self, weights: Sequence[torch.Tensor], max_bytes: int) -> None:
+        self.weights, self.max_bytes = list(weights), max_bytes
+        self._kept: OrderedDict[str, ImageFeatures] = OrderedDict()
+        self._bytes = 0
+        self._made_with: object = None
+        self._said_too_small = False
+
+    def __call__(self, images: Sequence[EncodedImage], encode: Encode) -> ImageFeatures:
+        """Features of `images`, one after the other ([K, H], K their visual tokens together); `encode` is called at most
+        once, for the unknown ones."""
+        state = self._state()
+        if state != self._made_with:
+            self.clear()
+            self._made_with = state
+        missing = [image for image in distinct(images) if image.key not in self._kept]
+        if missing:
+            for image, features in zip(missing, split(encode(missing), missing), strict=True):
+                # A copy: a view would keep what it was encoded together with.
+                own = _map(torch.Tensor.clone, features)
+                self._kept[image.key] = own
+                self._bytes += _nbytes(own)
+        for image in images:
+            self._kept.move_to_end(image.key)
+        found = join([self._kept[image.key] for image in images])
+        if self._bytes > self.max_bytes > 0 and not self._said_too_small:
+            self._said_too_small = True
+            logger.warning(
+                "model.feature_cache_mb = %d is too small for the features in use (%d MiB and more): images go through "
+                "the vision tower again in each pass; raise it (said once)",
+                self.max_bytes >> 20,
+                self._bytes >> 20,
+            )
+        while self._bytes > self.max_bytes:
+            _, oldest = self._kept.popitem(last=False)
+            self._bytes -= _nbytes(oldest)
+        return found
+
+    def clear(self) -> None:
+        self._kept.clear()
+        self._bytes = 0
+
+    def _state(self) -> object:
+        """Equal as long as the same images give the same features."""
+        autocast = [
+            torch.get_autocast_dtype(device)
+            for device in ("cuda", "cpu")
+            if torch.is_autocast_enabled(device)
+        ]
+        return autocast, [(w.data_ptr(), w.dtype, w._version) for w in self.weights]
+
+
+@dataclass(eq=False)
+class _Encoding:
+    """Images encoded together with gradient, and leaves that stand for the features of each in the language model."""
+
+    features: ImageFeatures
+    leaves: dict[str, ImageFeatures]
+    last_use: int
+
+
+class StepFeatures:
+    """The images of one optimiser step, each encoded once with gradient, however many micro-batches show it.
+
+    The language model of every micro-batch reads detached leaves, where feature gradients add up in float32; behind
+    the last micro-batch that shows an image the tower is back-propagated, once for all images encoded together. Until
+    then the tower's activations of that image are kept.
+
+    Args:
+        encode: runs the tower with gradient.
+        batches: the step's micro-batches, in the order in which they will be run.
+    """
+
+    def __init__(self, encode: Encode, batches: Sequence[PackedBatch]) -> None:
+        self.encode, self.batches = encode, batches
+        self._last_use = {image.key: i for i, b in enumerate(batches) for image in b.images}
+        self._open: list[_Encoding] = []
+
+    @contextmanager
+    def of(self, number: int) -> Iterator[ImageFeatures | None]:
+        """Features of the images of a micro-batch, whose backward has run when the context ends; None without any."""
+        images = self.batches[number].images
+        known = {key for encoding in self._open for key in encoding.leaves}
+        new: defaultdict[int, list[EncodedImage]] = defaultdict(list)
+        for image in images:
+            if image.key not in known:
+                new[self._last_use[image.key]].append(image)
+        # Apart by their last use: what is done with need not wait for an image that is shown again much later.
+        self._open += [self._encode(together, last) for last, together in new.items()]
+        leaves = {k: leaf for encoding in self._open for k, leaf in encoding.leaves.items()}
+        yield join([leaves[image.key] for image in images]) if images else None
+        for encoding in self._open:
+            if encoding.last_use == number:
+                _back_propagate(encoding)
+        self._open = [e for e in self._open if e.last_use != number]
+
+    def _encode(self, images: Sequence[EncodedImage], last_use: int) -> _Encoding:
+        features = self.encode(images)
+        leaves = {
+            image.key: _map(_leaf, part)
+            for image, part in zip(images, split(features, images), strict=True)
+        }
+        return _Encoding(features, leaves, last_use)
+
+
+def _leaf(features: torch.Tensor) -> torch.Tensor:
+    """Detached, in float32 at least, so that gradients of several micro-batches add up exactly."""
+    wide = torch.promote_types(features.dtype, torch.float32)
+    return features.detach().to(wide).requires_grad_()
+
+
+def _back_propagate(encoding: _Encoding) -> None:
+    """The tower's backward, with the gradients that the language model left on the leaves."""
+    tensors, grads = [], []
+    for at, features in enumerate(encoding.features.tensors):
+        leaves = [leaf.tensors[at] for leaf in encoding.leaves.values()]
+        if features.requires_grad and any(leaf.grad is not None for leaf in leaves):
+            parts = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
+            tensors.append(features)
+            grads.append(torch.cat(parts).to(features.dtype))
+    if tensors:
+        with span("vision.backward"):
+            torch.autograd.backward(tensors, grads)
+
+
+def split(features: ImageFeatures, images: Sequence[EncodedImage]) -> list[ImageFeatures]:
+    """One ImageFeatures for each image; views."""
+    sizes = [image.tokens for image in images]
+    parts = zip(*(t.split(sizes) for t in features.tensors), strict=True)
+    return [ImageFeatures(rows, tuple(deepstack)) for rows, *deepstack in parts]
+
+
+def join(features: Sequence[ImageFeatures]) -> ImageFeatures:
+    """The features of several images, one after the other."""
+    rows, *deepstack = (torch.cat(t) for t in zip(*(f.tensors for f in features), strict=True))
+    return ImageFeatures(rows, tuple(deepstack))
+
+
+def _map(
+    function: Callable[[torch.Tensor], torch.Tensor], features: ImageFeatures
+) -> ImageFeatures:
+    return ImageFeatures(function(features.rows), tuple(function(d) for d in features.deepstack))
+
+
+def _nbytes(features: ImageFeatures) -> int:
+    return sum(t.nbytes for t in features.tensors)

@@ -1,0 +1,238 @@
+"""The report of a run, made from its folder alone: `report.html` and the pictures in `plots/`.
+
+A run that was stopped, damaged or never measured still gives a page; the page says what is missing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from perl.report.metrics import (
+    MEASURES,
+    RunLog,
+    curve_of,
+    headline,
+    mean,
+    number,
+    read_run,
+    stage_seconds,
+)
+from perl.report.plots import draw_pictures, filter_pictures
+from perl.report.rollouts import data_uri, rollout_groups, shorten
+from perl.types import UserError
+
+UNKNOWN = "—"
+MAX_CONFIG = 20_000
+"""Characters of config.toml shown."""
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `run_dir/report.html` and `run_dir/plots/*.png`, and return the page's path.
+
+    A folder with sub-folders `seed-0`, `seed-1`, ... is reported as one recipe over several seeds.
+    Raises UserError where `run_dir` is no folder and OSError where the page cannot be written.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir} is not a run folder: give the one `perl-rl train` wrote")
+    seeds = [p for p in run_dir.glob("seed-*") if p.is_dir()]
+    seeds.sort(key=lambda p: (len(p.name), p.name))
+    top = read_run(run_dir)
+    runs = [read_run(p) for p in seeds] or [top]
+    notes = [f"{run.name}: {note}" if seeds else note for run in runs for note in run.notes]
+    if seeds and not top.summary:
+        notes.append("The run over all seeds has not finished: there is no common summary.json.")
+    if len(reached := {max(curve_of(run.rl, "step"), default=0.0) for run in runs}) > 1:
+        notes.append(
+            f"The seeds stand at different steps, {min(reached):g} to {max(reached):g}: "
+            "means over RL go as far as all of them, thin lines are the single seeds."
+        )
+    seconds = stage_seconds(runs)
+    try:
+        pictures, troubles = draw_pictures(runs, seconds, run_dir / "plots")
+    except (OSError, ImportError) as error:
+        pictures, troubles = [], [f"No picture could be drawn: {error}"]
+    pictures += filter_pictures(runs)
+    groups, shown, total = rollout_groups(runs, notes)
+    page = _render(
+        title=run_dir.resolve().name,
+        facts=_facts(top, runs, several=bool(seeds)),
+        notes=notes + troubles,
+        cards=_cards(runs),
+        seeds=_seed_table(runs) if seeds else [],
+        measures=MEASURES,
+        tasks=_task_table(runs),
+        pictures=[(p, data_uri(p.path.read_bytes(), "image/png")) for p in pictures],
+        several=len(runs) > 1,
+        times=_time_table(seconds),
+        groups=groups,
+        shown=shown,
+        total=total,
+        config=_config_text([run_dir, runs[0].folder]),
+        versions=_versions(top, runs),
+    )
+    path = run_dir / "report.html"
+    draft = run_dir / "report.html.tmp"
+    draft.write_bytes(page.encode("utf-8", "replace"))  # a lone surrogate is no reason to fail
+    os.replace(draft, path)
+    return path
+
+
+def _render(**context: Any) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    folder = Path(__file__).with_name("templates")
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(context)
+
+
+def percent(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{100 * value:.1f} %"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds for a reader: 8.4 s, 4 min 05 s, 1 h 02 min."""
+    if seconds is None:
+        return UNKNOWN
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(count: float | None) -> str:
+    """Bytes for a reader: 512 MiB, 1.4 GiB."""
+    if count is None:
+        return UNKNOWN
+    return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"
+
+
+def _known(runs: Sequence[RunLog], key: str) -> list[float]:
+    return [found[key] for run in runs if key in (found := headline(run))]
+
+
+def _average(values: Sequence[float]) -> float | None:
+    return mean(values) if values else None
+
+
+def _range(values: Sequence[float], show: Any) -> str:
+    """Lowest to highest, the unit once where it is the same; empty for fewer than two values."""
+    if len(values) < 2:
+        return ""
+    low, high = show(min(values)), show(max(values))
+    (value, _, unit), (_, _, unit_too) = low.partition(" "), high.partition(" ")
+    if low == high:
+        return low
+    return f"{value if unit == unit_too and ' ' not in unit else low} to {high}"
+
+
+def _cards(runs: Sequence[RunLog]) -> list[dict[str, str]]:
+    """The headline numbers: means over the seeds, with their range where there are several."""
+    cards = []
+    for measure, label in MEASURES.items():
+        before, after = _known(runs, f"{measure}_before"), _known(runs, f"{measure}_after")
+        detail = []
+        if before and after:
+            detail.append(f"{100 * (mean(after) - mean(before)):+.1f} points")
+        if len(after) > 1:
+            detail.append(f"seeds {_range(after, percent)}")
+        cards.append(
+            {
+                "label": f"{label}, held out",
+                "before": percent(_average(before)) if before or after else "",
+                "value": percent(_average(after)),
+                "detail": ", ".join(detail) or "not measured before and after RL",
+            }
+        )
+    for key, label, show in (
+        ("seconds", "Time", duration),
+        ("peak_rss_bytes", "Peak memory", size),
+    ):
+        values = _known(runs, key)
+        detail = f"mean of {len(values)} seeds, {_range(values, show)}" if len(values) > 1 else ""
+        cards.append(
+            {"label": label, "before": "", "value": show(_average(values)), "detail": detail}
+        )
+    steps = [int(max(curve_of(run.rl, "step"), default=0)) for run in runs]
+    value = _range(steps, str) or str(steps[0])
+    cold = max(max(curve_of(run.cold_start, "step"), default=0) for run in runs)
+    detail = f"after {cold:.0f} cold-start steps" if cold else ""
+    cards.append({"label": "RL steps", "before": "", "value": value, "detail": detail})
+    return cards
+
+
+def _facts(top: RunLog, runs: Sequence[RunLog], *, several: bool) -> list[str]:
+    """What was trained, for the line under the title."""
+    summary = {**runs[0].summary, **top.summary}
+    facts = [str(summary["model"])] if summary.get("model") else []
+    if (count := number(summary.get("parameters"))) is not None:
+        short = f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M"
+        facts.append(f"{short if count >= 1e6 else format(count, ',.0f')} parameters")
+    if several:
+        facts.append(f"{len(runs)} seeds" if len(runs) > 1 else "1 seed")
+    return facts
+
+
+def _seed_table(runs: Sequence[RunLog]) -> list[tuple[str, list[str]]]:
+    """A row of headline numbers per seed, then their mean and range."""
+    columns = [(f"{m}_{at}", percent) for m in MEASURES for at in ("before", "after")]
+    columns += [("seconds", duration), ("peak_rss_bytes", size)]
+    numbers = [headline(run) for run in runs]
+    rows = [
+        (run.name.replace("seed-", "seed "), [show(found.get(key)) for key, show in columns])
+        for run, found in zip(runs, numbers, strict=True)
+    ]
+    by_column = [([f[key] for f in numbers if key in f], show) for key, show in columns]
+    rows.append(("mean", [show(_average(values)) for values, show in by_column]))
+    rows.append(("range", [_range(values, show) or UNKNOWN for values, show in by_column]))
+    return rows
+
+
+def _task_table(runs: Sequence[RunLog]) -> list[tuple[str, list[str]]]:
+    """Before and after by task, the mean over the runs; empty where no evaluation names tasks."""
+    found: dict[str, dict[tuple[str, str], list[float]]] = {}
+    for run in runs:
+        last = {str(row.get("at")): row for row in run.evaluations}
+        for at in ("before", "after"):
+            by_task = last.get(at, {}).get("by_task")
+            for task, numbers in by_task.items() if isinstance(by_task, dict) else ():
+                for measure in MEASURES:
+                    value = number(numbers.get(measure)) if isinstance(numbers, dict) else None
+                    if value is not None:
+                        found.setdefault(task, {}).setdefault((measure, at), []).append(value)
+    keys = [(m, at) for m in MEASURES for at in ("before", "after")]
+    return [
+        (task, [percent(_average(cells.get(key, []))) for key in keys])
+        for task, cells in sorted(found.items())
+    ]
+
+
+def _time_table(seconds: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    total = sum(seconds.values())
+    rows = [(s.replace("_", " "), duration(v), percent(v / total)) for s, v in seconds.items()]
+    return [*rows, ("all", duration(total), percent(1.0))] if rows else []
+
+
+def _config_text(folders: Sequence[Path]) -> str:
+    for folder in folders:
+        try:
+            return shorten((folder / "config.toml").read_text("utf-8", "replace"), MAX_CONFIG)
+        except OSError:
+            continue
+    return ""
+
+
+def _versions(top: RunLog, runs: Sequence[RunLog]) -> list[tuple[str, str]]:
+    versions = top.summary.get("versions") or runs[0].summary.get("versions")
+    return [(k, str(v)) for k, v in versions.items()] if isinstance(versions, dict) else []

@@ -1,0 +1,220 @@
+"""Where something is: one box, several boxes, or a box in one of several images."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+from perl.rewards.answers import final_answer
+from perl.types import UserError
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in any one unit."""
+
+_N = r"\s{0,4}(-?[0-9]{1,9}(?:\.[0-9]{1,9})?)\s{0,4}"
+_BOX = re.compile(rf"[\[(]{_N},{_N}(?:,|[)\]]\s{{0,4}},?\s{{0,4}}[\[(]){_N},{_N}[\])]")
+_IMAGE = re.compile(
+    r"""\b(?:image|picture|frame)(?:[_ ](?:index|id))?["']?\s{0,2}[-:#=_]?\s{0,2}([0-9]{1,4})""",
+    re.I,
+)
+
+
+def box_iou(
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    *,
+    threshold: float | None = None,
+    column: str = "answer",
+    **columns: Any,
+) -> list[float | None]:
+    """Intersection over union of the first box of the final answer with the gold one, 0 to 1.
+
+    UniVG-R1, arXiv 2505.14231. Boxes are written `(x1,y1),(x2,y2)` or `[x1, y1, x2, y2]`; the
+    gold one is such a text, or four numbers, in `column`. With `threshold` 1 from that overlap on,
+    else 0. None without gold; a gold without a box, or with one that has no area, is a fault.
+    """
+    scores: list[float | None] = []
+    for text, wanted in zip(completions, _column("box_iou", columns, column), strict=True):
+        if wanted is None:
+            scores.append(None)
+            continue
+        target = _one_box(wanted)
+        found = boxes_in(final_answer(text))
+        overlap = iou(found[0], target) if found else 0.0
+        scores.append(overlap if threshold is None else float(overlap >= threshold))
+    return scores
+
+
+def detection(
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    *,
+    threshold: float = 0.5,
+    iou_weight: float = 0.7,
+    completeness_weight: float = 0.3,
+    column: str = "answer",
+    **columns: Any,
+) -> list[float | None]:
+    """How well the boxes of the final answer cover all gold boxes and nothing else, 0 to 1.
+
+    VLM-R1, arXiv 2504.07615, without its label score: pairs are matched greedily, the largest
+    overlap first, down to `threshold`. The score is the weighted mean of the sum of the pairs'
+    overlaps over the number of gold boxes, and of 1 - (share of gold boxes missed + share of boxes
+    that are false) / 2; without any box 0, or 1 if there was nothing to find. `column` names
+    a text with boxes, or a list of boxes. None without gold.
+    """
+    return [
+        None
+        if wanted is None
+        else _detection(
+            boxes_in(final_answer(text)),
+            _gold_boxes(wanted),
+            threshold,
+            (iou_weight, completeness_weight),
+        )
+        for text, wanted in zip(completions, _column("detection", columns, column), strict=True)
+    ]
+
+
+def grounding(
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    *,
+    image_column: str = "image",
+    box_column: str = "box",
+    threshold: float | None = None,
+    image_weight: float = 0.0,
+    **columns: Any,
+) -> list[float | None]:
+    """Whether the final answer names the right image, and how well its box fits there, 0 to 1.
+
+    After MIRG-RL, arXiv 2509.21788, and arXiv 2507.00748. An answer such as
+    `image 2, (10,20),(30,40)` scores 0 with the wrong image, else
+    `image_weight + (1 - image_weight) * IoU`; with `threshold` the IoU counts as 1 or 0.
+
+    `image_column` names the column of the gold image's number, from 1 *in the data's order*, or of
+    a text that names it; it follows the image through `order`. Only the column `answer` has been
+    re-indexed already and is taken as it is. `box_column` names that of the box. None without gold.
+    """
+    scores: list[float | None] = []
+    rows = zip(
+        completions,
+        _column("grounding", columns, image_column),
+        _column("grounding", columns, box_column),
+        columns.get("order") or [None] * len(completions),
+        strict=True,
+    )
+    for text, gold_image, gold_box, order in rows:
+        if gold_image is None or gold_box is None:
+            scores.append(None)
+            continue
+        slot = _image_number(gold_image)
+        if order is not None and image_column != "answer":
+            slot = list(order).index(slot - 1) + 1
+        target, answer = _one_box(gold_box), final_answer(text)
+        named, found = _IMAGE.search(answer), boxes_in(answer)
+        if named is None or int(named[1]) != slot:
+            scores.append(0.0)
+            continue
+        overlap = iou(found[0], target) if found else 0.0
+        if threshold is not None:
+            overlap = float(overlap >= threshold)
+        scores.append(image_weight + (1 - image_weight) * overlap)
+    return scores
+
+
+def iou(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes, 0 to 1; 0 for a box without area.
+
+    Example: `iou((0, 0, 2, 2), (1, 0, 3, 2)) == 2 / 6`.
+    """
+    areas = [max(0.0, x2 - x1) * max(0.0, y2 - y1) for x1, y1, x2, y2 in (a, b)]
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(0.0, width) * max(0.0, height)
+    return shared / (areas[0] + areas[1] - shared) if shared > 0 else 0.0
+
+
+def boxes_in(text: str) -> list[Box]:
+    """Every `(x1,y1),(x2,y2)` or `[x1, y1, x2, y2]` of a text, in sequence."""
+    return [_as_box(match.groups()) for match in _BOX.finditer(text)]
+
+
+def _detection(
+    found: list[Box], wanted: list[Box], threshold: float, weights: tuple[float, float]
+) -> float:
+    if not found or not wanted:
+        return float(not found and not wanted)
+    pairs = sorted(
+        ((iou(a, b), i, j) for i, a in enumerate(found) for j, b in enumerate(wanted)), reverse=True
+    )
+    matched: list[float] = []
+    used_found, used_wanted = set(), set()
+    for overlap, i, j in pairs:
+        if overlap >= threshold and overlap > 0 and i not in used_found and j not in used_wanted:
+            matched.append(overlap)
+            used_found.add(i)
+            used_wanted.add(j)
+    missed = 1 - len(matched) / len(wanted)
+    false = 1 - len(matched) / len(found)
+    scores = (sum(matched) / len(wanted), 1 - (missed + false) / 2)
+    return sum(w * s for w, s in zip(weights, scores, strict=True)) / sum(weights)
+
+
+def _column(reward: str, columns: Mapping[str, Sequence[Any]], name: str) -> Sequence[Any]:
+    if name not in columns:
+        raise UserError(
+            f"reward {reward}: the data has no column '{name}'; there are "
+            f"{', '.join(columns) or 'none'}; name the right one in its options"
+        )
+    return columns[name]
+
+
+def _one_box(value: Any) -> Box:
+    boxes = _gold_boxes(value)
+    if len(boxes) != 1:
+        raise ValueError(f"the gold {value!r} has {len(boxes)} boxes, and one is needed")
+    return boxes[0]
+
+
+def _gold_boxes(value: Any) -> list[Box]:
+    """The boxes of a gold value; ValueError for one that nothing can overlap."""
+    boxes = _boxes_of(value)
+    for x1, y1, x2, y2 in boxes:
+        if x2 <= x1 or y2 <= y1:
+            raise ValueError(
+                f"the gold box [{x1:g}, {y1:g}, {x2:g}, {y2:g}] has no area: it has to be left, top, "
+                "right, bottom"
+            )
+    return boxes
+
+
+def _boxes_of(value: Any) -> list[Box]:
+    """Boxes of a text, of four numbers, of `{"bbox_2d": [...]}`, or of a list of these."""
+    if isinstance(value, (str, Mapping)):
+        return boxes_in(str(value))
+    values = value.tolist() if hasattr(value, "tolist") else list(value)
+    if any(isinstance(v, Real) for v in values):
+        if len(values) != 4 or not all(isinstance(v, Real) for v in values):
+            raise ValueError(f"the gold {values} is no box of four numbers")
+        return [_as_box(values)]
+    return [box for v in values for box in _boxes_of(v)]
+
+
+def _as_box(values: Sequence[Any]) -> Box:
+    x1, y1, x2, y2 = (float(v) for v in values)
+    if not all(map(math.isfinite, (x1, y1, x2, y2))):
+        raise ValueError(f"box {list(values)} is not finite")
+    return x1, y1, x2, y2
+
+
+def _image_number(value: Any) -> int:
+    if isinstance(value, str):
+        match = _IMAGE.search(value) or re.fullmatch(r"\s*([0-9]{1,4})\s*", value)
+        if match is None:
+            raise ValueError(f"the gold {value!r} names no image")
+        return int(match[1])
+    return int(value)

@@ -1,0 +1,180 @@
+"""Reward functions by name, with options: `box_iou(threshold=0.5)`, `mine.py:f(scale=2)`."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from perl.config_check import REWARD_SPEC
+from perl.types import UserError, one_line
+
+RewardFunction = Callable[..., Any]
+
+_GIVEN = ("prompts", "completions")
+
+
+@dataclass(frozen=True, slots=True)
+class BoundReward:
+    """A reward function with its options. Columns of the data never take the place of an option."""
+
+    function: RewardFunction
+    options: Mapping[str, Any] = field(default_factory=dict)
+    hidden: frozenset[str] = frozenset()
+    """Names of columns that are not handed over, as options go by them."""
+
+    def __call__(self, **columns: Any) -> Any:
+        seen = {name: values for name, values in columns.items() if name not in self.hidden}
+        return self.function(**seen, **self.options)
+
+    @property
+    def is_async(self) -> bool:
+        return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(
+            getattr(self.function, "__call__", None)  # noqa: B004
+        )
+
+
+def load(spec: str, built_in: Mapping[str, RewardFunction]) -> BoundReward:
+    """The function that `name`, `package.module:function` or `file.py:function` stands for.
+
+    Options may follow in brackets, as keyword arguments with literal values. Raises UserError for
+    what is not known, does not load, or is no option of the function.
+    """
+    match = REWARD_SPEC.fullmatch(spec.strip())
+    if match is None:
+        raise UserError(
+            f"reward '{spec}' cannot be read; write a name, package.module:function or "
+            "file.py:function, with options as in box_iou(threshold=0.5)"
+        )
+    name = match["name"]
+    options = _read_options(spec, match["options"]) if match["options"] is not None else {}
+    if match["module"] is not None:
+        function = _from_module(match["module"], name, spec)
+        return BoundReward(
+            function, _checked(spec, options, _parameters(function)), frozenset(options)
+        )
+    if name not in built_in:
+        raise UserError(
+            f"unknown reward function '{name}'{_nearest(name, built_in)}; known are "
+            f"{', '.join(built_in)}, or write package.module:function or file.py:function"
+        )
+    known = {
+        key: parameter
+        for key, parameter in (_parameters(built_in[name]) or {}).items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    options = _checked(spec, options, known)
+    for key, parameter in known.items():
+        if parameter.default is inspect.Parameter.empty and key not in options:
+            raise UserError(f"reward '{spec}' needs the option {key}, as in {name}({key}=...)")
+    return BoundReward(built_in[name], options, frozenset(known))
+
+
+def _read_options(spec: str, text: str) -> dict[str, Any]:
+    try:
+        call = ast.parse(f"f({text}\n)", mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise ValueError("options are written name=value")
+        options = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
+        if len(options) < len(call.keywords):
+            raise ValueError("options are written name=value, without **")
+        return options
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
+        reason = error.msg if isinstance(error, SyntaxError) else one_line(error, 80)
+        raise UserError(
+            f"reward '{spec}': its options cannot be read ({reason}); write them as in "
+            "box_iou(threshold=0.5), with numbers, texts in quotes, True, False, None or lists"
+        ) from error
+
+
+def _parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter] | None:
+    """The parameters that an option may name; None where Python cannot tell."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (ValueError, TypeError):
+        return None
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {k: p for k, p in parameters.items() if p.kind in named and k not in _GIVEN}
+
+
+def _checked(
+    spec: str, options: dict[str, Any], known: Mapping[str, inspect.Parameter] | None
+) -> dict[str, Any]:
+    if known is None:
+        return options
+    for name in options:
+        if name not in known:
+            there = f"its options are {', '.join(known)}" if known else "it takes none"
+            raise UserError(
+                f"reward '{spec}' has no option '{name}'{_nearest(name, known)}; {there}"
+            )
+    return options
+
+
+def _from_module(module_name: str, function_name: str, spec: str) -> RewardFunction:
+    module = _import(module_name, spec)
+    function = getattr(module, function_name, None)
+    if function is None:
+        raise UserError(
+            f"reward '{spec}': {module_name} has no '{function_name}'"
+            f"{_nearest(function_name, vars(module))}"
+        )
+    if not callable(function):
+        raise UserError(
+            f"reward '{spec}': '{function_name}' is a {type(function).__name__}, not a function"
+        )
+    return function
+
+
+def _import(name: str, spec: str) -> ModuleType:
+    try:
+        return (
+            _import_file(Path(name).resolve())
+            if name.endswith(".py")
+            else importlib.import_module(name)
+        )
+    except FileNotFoundError as error:
+        raise UserError(f"reward '{spec}': {one_line(error)}; correct the path") from error
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"reward '{spec}': {error}; "
+            "install it, put its folder on PYTHONPATH, or write file.py:function"
+        ) from error
+    except Exception as error:
+        raise UserError(
+            f"reward '{spec}': importing {name} raised {type(error).__name__}: {one_line(error)}"
+        ) from error
+
+
+@functools.cache
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    name = (
+        f"perl_reward_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
+    )
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # Dataclasses look their module up there while it runs.
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""

@@ -1,0 +1,324 @@
+"""What a completion is worth: the weighted sum over reward functions.
+
+A reward function follows TRL's convention: `f(prompts, completions, **columns) -> list of float or
+None`, all lists of the same length, or the same as `async def`. Completions are plain strings;
+columns hold what `rollout_columns` says and every further column of the data. None means that the
+function does not apply, and leaves it out of that completion's sum; NaN, inf, no number, an
+exception in the list, or a call that raises or takes too long is a fault, which costs the rollout
+its score but does not end the run.
+docs/rewards.md has the built-in functions.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from perl.config_check import names_of
+from perl.rewards.answers import (
+    accuracy,
+    extract_answer,
+    format_reward,
+    format_tags,
+    normalise,
+    same_answer,
+)
+from perl.rewards.boxes import box_iou, detection, grounding
+from perl.rewards.calls import Call, Fault, call_here, call_in_turn, call_side_by_side, failed
+from perl.rewards.choice import choice
+from perl.rewards.judge import caption_facts, check_judge, judge
+from perl.rewards.loading import BoundReward, RewardFunction, load
+from perl.rewards.math import check_math, math_reward
+from perl.rewards.sequences import frame_index, ordering, temporal_iou
+from perl.rewards.shaping import length_penalty, repetition
+from perl.types import Rollout, UserError, one_line
+
+__all__ = [
+    "BUILT_IN",
+    "BoundReward",
+    "RewardFunction",
+    "Scorer",
+    "accuracy",
+    "extract_answer",
+    "format_reward",
+    "load_reward",
+    "normalise",
+    "rollout_columns",
+    "same_answer",
+]
+
+logger = logging.getLogger(__name__)
+
+BUILT_IN: dict[str, RewardFunction] = {
+    "accuracy": accuracy,
+    "format": format_reward,
+    "math": math_reward,
+    "choice": choice,
+    "format_tags": format_tags,
+    "box_iou": box_iou,
+    "detection": detection,
+    "grounding": grounding,
+    "temporal_iou": temporal_iou,
+    "ordering": ordering,
+    "frame_index": frame_index,
+    "judge": judge,
+    "caption_facts": caption_facts,
+    "length_penalty": length_penalty,
+    "repetition": repetition,
+}
+
+_CHECKS: dict[RewardFunction, Callable[[], None]] = {
+    math_reward: check_math,
+    judge: check_judge,
+    caption_facts: check_judge,
+}
+"""What has to be there before a run starts; each raises UserError."""
+
+_OWN_LIMIT = (math_reward, judge, caption_facts)
+"""Whose comparisons or requests have time limits of their own."""
+
+
+class Scorer:
+    """The weighted sum of several reward functions.
+
+    `functions` are names, `package.module:function`, `file.py:function`, or callables; the first
+    three may have options. `weights` has one number for each; a function of weight 0 is only
+    reported. `timeout` is the limit of one call in seconds, 0 none. `faults` counts, by the names
+    in `names`, the rollouts that a function failed on since `reset_faults`. Raises UserError for a
+    name that is not known, does not load, or lacks what it needs.
+    """
+
+    def __init__(
+        self,
+        functions: Sequence[str | RewardFunction] = ("accuracy", "format"),
+        weights: Sequence[float] = (0.9, 0.1),
+        timeout: float = 60.0,
+    ) -> None:
+        if not functions:
+            raise UserError("reward.functions is empty; name at least one, for example accuracy")
+        if len(functions) != len(weights):
+            raise UserError(
+                f"reward.weights has {len(weights)} numbers for {len(functions)} functions; "
+                "give one for each"
+            )
+        if not all(np.isfinite(weight) for weight in weights):
+            raise UserError(f"reward.weights must be finite numbers, got {tuple(weights)}")
+        self.names = names_of(functions)
+        self.functions = tuple(
+            load_reward(f) if isinstance(f, str) else BoundReward(f) for f in functions
+        )
+        self.weights = tuple(float(weight) for weight in weights)
+        self.timeout = timeout
+        self.faults = dict.fromkeys(self.names, 0)
+        self._said: set[str] = set()
+
+    def reset_faults(self) -> None:
+        self.faults = dict.fromkeys(self.names, 0)
+
+    def score(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[str],
+        columns: Mapping[str, Sequence[Any]],
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Totals float64 [R] and name -> float64 [R], NaN where a function gave no score.
+
+        A total is the weighted sum over the functions that did not give None for the completion; it
+        is NaN if all did, or one failed on it. Functions of weight 0 have no part in either.
+
+        `prompts`, `completions` and every column have length R. A function that raises or takes
+        too long is called again with each completion alone, to find those it fails on. Raises
+        UserError, naming the function and the first example, if it fails on all R or returns
+        anything but R values.
+        """
+        batch = _Batch(prompts, completions, columns)
+        # Those that wait for others do so at the same time.
+        waiting = {
+            name: Call(partial(batch.given_to, function), self._limit(function))
+            for name, function in zip(self.names, self.functions, strict=True)
+            if function.is_async
+        }
+        parts, faulty = {}, {}
+        for name, function in zip(self.names, self.functions, strict=True):
+            limit = self._limit(function)
+            call = partial(batch.given_to, function)
+            if name in waiting:
+                outcome = waiting[name].result()
+            else:
+                outcome = Call(call, limit).result() if limit else call_here(call)
+            parts[name], faulty[name] = self._scores(name, function, outcome, batch)
+        deciding = {n: w for n, w in zip(self.names, self.weights, strict=True) if w}
+        totals = np.zeros(len(completions), dtype=np.float64)
+        for name, weight in deciding.items():
+            totals += weight * np.nan_to_num(parts[name])
+        if deciding:
+            totals[np.all([np.isnan(parts[name]) for name in deciding], axis=0)] = math.nan
+            totals[np.any([faulty[name] for name in deciding], axis=0)] = math.nan
+        return totals, parts
+
+    def score_rollouts(
+        self, rollouts: Sequence[Rollout]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """`score` of rollouts, with the columns of `rollout_columns`."""
+        prompts, completions, columns = rollout_columns(rollouts)
+        return self.score(prompts, completions, columns)
+
+    def _limit(self, function: BoundReward) -> float:
+        return 0.0 if function.function in _OWN_LIMIT else self.timeout
+
+    def _scores(
+        self, name: str, function: BoundReward, outcome: Any, batch: _Batch
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores float64 [R], NaN for None and for a fault, and which of them are faults, bool [R]."""
+        values = self._one_by_one(function, outcome, batch)
+        if values is None:
+            values = _listed(outcome)
+            if values is None or len(values) != len(batch):
+                got = type(outcome).__name__ if values is None else f"{len(values)} values"
+                raise UserError(
+                    f"reward function '{name}' returned {got} for {len(batch)} completions; "
+                    "return a list with one number or None for each"
+                )
+        numbers = [_number(value) for value in values]
+        faults = {i: number for i, number in enumerate(numbers) if isinstance(number, Fault)}
+        if faults:
+            self._report(name, faults, batch)
+        elif isinstance(outcome, Fault):
+            self._say(name, outcome, f"{len(batch)} completions together, though on none alone")
+        scores = [math.nan if isinstance(number, Fault) else number for number in numbers]
+        faulty = [isinstance(number, Fault) for number in numbers]
+        return np.array(scores, dtype=np.float64), np.array(faulty, dtype=bool)
+
+    def _one_by_one(self, function: BoundReward, outcome: Any, batch: _Batch) -> list[Any] | None:
+        """Where the batch failed, the value or Fault of each completion alone."""
+        if not isinstance(outcome, Fault):
+            return None
+        if len(batch) <= 1:
+            return [outcome] * len(batch)
+        alone = [partial(batch.only(i).given_to, function) for i in range(len(batch))]
+        call_each = call_side_by_side if function.is_async else call_in_turn
+        return [_only_value(v) for v in call_each(alone, self._limit(function))]
+
+    def _report(self, name: str, faults: Mapping[int, Fault], batch: _Batch) -> None:
+        first = min(faults)
+        fault, where = faults[first], batch.where(first)
+        if len(faults) == len(batch):
+            raise UserError(
+                f"reward function '{name}' {fault.what} {where}; {fault.advice}"
+            ) from fault.error
+        self.faults[name] += len(faults)
+        self._say(name, fault, where)
+
+    def _say(self, name: str, fault: Fault, where: str) -> None:
+        if name not in self._said:
+            self._said.add(name)
+            logger.warning(
+                "reward function '%s' %s %s; a rollout that it fails on is not scored "
+                "(said once for each function; the metrics count them)",
+                name,
+                fault.what,
+                where,
+            )
+
+
+def load_reward(spec: str) -> BoundReward:
+    """The reward function that a name, `package.module:function` or `file.py:function` stands for.
+
+    Options may follow, as in `box_iou(threshold=0.5)`. Raises UserError, with the nearest known
+    name, if there is none, its module does not load, or it lacks a package or service.
+    """
+    function = load(spec, BUILT_IN)
+    if function.function in _CHECKS:
+        _CHECKS[function.function]()
+    return function
+
+
+def rollout_columns(
+    rollouts: Sequence[Rollout],
+) -> tuple[list[str], list[str], dict[str, list[Any]]]:
+    """Prompts, completions and columns of rollouts, as reward functions take them.
+
+    `answer` is the one that is right in the rollout's order. `order` is that order, a list in which
+    place j holds the original index (from 0) of the image in slot j: what a column says about
+    original image i holds for slot `order.index(i)`. `completion_length` counts tokens. A column
+    that an example lacks is None there; the data's own columns of these names are not seen.
+    """
+    examples = [rollout.variant.example for rollout in rollouts]
+    columns: dict[str, list[Any]] = {
+        key: [example.extra.get(key) for example in examples]
+        for key in dict.fromkeys(key for example in examples for key in example.extra)
+        if key not in ("prompts", "completions")
+    }
+    columns["answer"] = [rollout.variant.answer for rollout in rollouts]
+    columns["id"] = [example.id for example in examples]
+    columns["task"] = [example.task for example in examples]
+    columns["order"] = [list(rollout.variant.order) for rollout in rollouts]
+    columns["completion_length"] = [len(rollout.token_ids) for rollout in rollouts]
+    prompts = ["\n".join(m.content for m in rollout.variant.messages) for rollout in rollouts]
+    return prompts, [rollout.text for rollout in rollouts], columns
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What a reward function is called with."""
+
+    prompts: Sequence[Any]
+    completions: Sequence[str]
+    columns: Mapping[str, Sequence[Any]]
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    def given_to(self, function: BoundReward) -> Any:
+        return function(
+            prompts=list(self.prompts), completions=list(self.completions), **self.columns
+        )
+
+    def only(self, i: int) -> _Batch:
+        columns = {key: [column[i]] for key, column in self.columns.items()}
+        return _Batch([self.prompts[i]], [self.completions[i]], columns)
+
+    def where(self, i: int) -> str:
+        return f"example '{self.columns['id'][i]}'" if "id" in self.columns else f"completion {i}"
+
+
+def _listed(values: Any) -> list[Any] | None:
+    """The values of a sequence, or of an array or tensor of one axis; None for anything else."""
+    if isinstance(values, Sequence):
+        return None if isinstance(values, (str, bytes, bytearray)) else list(values)
+    return list(values) if getattr(values, "ndim", None) == 1 else None
+
+
+def _only_value(outcome: Any) -> Any:
+    if isinstance(outcome, Fault):
+        return outcome
+    values = _listed(outcome)
+    if values is None or len(values) != 1:
+        return Fault(f"returned {one_line(repr(outcome))} alone for", "return a list of one value")
+    return values[0]
+
+
+def _number(value: Any) -> float | Fault:
+    """NaN where the function says that there is no score."""
+    if value is None:
+        return math.nan
+    if isinstance(value, Fault):
+        return value
+    if isinstance(value, BaseException):
+        return failed(value)
+    try:
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    if math.isfinite(number):
+        return number
+    return Fault(
+        f"returned {one_line(repr(value))} for",
+        "return a finite number, or None if it cannot be scored",
+    )

@@ -1,0 +1,73 @@
+"""Tokens of variants, within the prompt budget."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from perl.config import Config
+from perl.model.processor import Processor
+from perl.types import EncodedPrompt, UserError, Variant
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLimit:
+    """Most tokens of a prompt, the setting that says so, and what to do about a longer one."""
+
+    tokens: int
+    name: str
+    advice: str = 'raise it, lower model.max_pixels, or set data.overlong = "drop"'
+
+    @classmethod
+    def to_generate(cls, config: Config) -> PromptLimit:
+        """`data.max_prompt_tokens`."""
+        wanted = config.data.max_prompt_tokens
+        return cls(wanted, f"data.max_prompt_tokens = {wanted}")
+
+    @classmethod
+    def to_train(cls, config: Config) -> PromptLimit:
+        """That, or what a micro-batch leaves beside the longest completion if it is less."""
+        budget, completion = config.train.tokens_per_micro_batch, config.rollout.max_new_tokens
+        if budget - completion < config.data.max_prompt_tokens:
+            name = (
+                f"the {budget - completion} that train.tokens_per_micro_batch = {budget} "
+                f"leaves beside rollout.max_new_tokens = {completion}"
+            )
+            return cls(budget - completion, name)
+        return cls.to_generate(config)
+
+
+class PromptEncoder:
+    """Tokens of variants within the prompt budget."""
+
+    def __init__(self, processor: Processor, limit: PromptLimit, overlong: str) -> None:
+        self.processor, self.limit, self.overlong = processor, limit, overlong
+        self.dropped = 0
+
+    def encode(self, variants: Sequence[Variant]) -> list[EncodedPrompt] | None:
+        """Prompts of one example's variants; None if they are over the budget and are to be dropped.
+
+        Raises:
+            UserError: over the budget and `overlong` is "error".
+        """
+        prompts = [self.processor.encode(v) for v in variants]
+        longest = max(len(p.input_ids) for p in prompts)
+        if longest <= self.limit.tokens:
+            return prompts
+        if self.overlong == "error":
+            raise UserError(
+                f"example {variants[0].example.id}: its prompt has {longest} tokens, over {self.limit.name}; "
+                f"{self.limit.advice}"
+            )
+        if not self.dropped:
+            logger.warning(
+                "example %s is left out: its prompt has %d tokens, over %s (said once)",
+                variants[0].example.id,
+                longest,
+                self.limit.name,
+            )
+        self.dropped += 1
+        return None

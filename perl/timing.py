@@ -1,0 +1,98 @@
+"""Where time and memory go: named ranges that any profiler shows, a stopwatch over them, peak memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Protocol
+
+import torch
+from torch.profiler import record_function
+
+PREFIX = "perl::"
+"""What the names of the ranges begin with in a trace."""
+
+
+class Listener(Protocol):
+    """Is told of every range that begins and ends; one range ends before the one around it."""
+
+    def enter(self, name: str) -> None: ...
+
+    def leave(self, name: str) -> None: ...
+
+
+_listener: Listener | None = None
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Tell `listener` of the ranges of this process."""
+    global _listener
+    _listener = listener
+    try:
+        yield
+    finally:
+        _listener = None
+
+
+@contextmanager
+def span(name: str) -> Iterator[None]:
+    """The range `perl::<name>`; some microseconds where nobody looks."""
+    listener = _listener
+    if listener is not None:
+        listener.enter(name)
+    try:
+        with record_function(PREFIX + name):
+            yield
+    finally:
+        if listener is not None:
+            listener.leave(name)
+
+
+def span_of_backward(name: str, start: torch.Tensor, end: torch.Tensor) -> None:
+    """Make the coming backward a range from the gradient of `start` to that of `end`, which `start` was made of.
+
+    Both ends are on the thread that autograd runs the backward on. Where nobody looks there is no range.
+    """
+    node = start.grad_fn
+    looked_at = _listener is not None or torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
+    if node is None or not end.requires_grad or not looked_at:
+        return
+    opened = ExitStack()
+    node.register_prehook(lambda _: opened.enter_context(span(name)))
+    end.register_hook(lambda _: opened.close())
+
+
+class Stopwatch:
+    """Seconds spent by name: since the last `lap`, and in all; each a range of the profiler too."""
+
+    def __init__(self) -> None:
+        self.lap_seconds: defaultdict[str, float] = defaultdict(float)
+        self.total_seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            with span(name):
+                yield
+        finally:
+            spent = time.perf_counter() - start
+            self.lap_seconds[name] += spent
+            self.total_seconds[name] += spent
+
+    def lap(self) -> dict[str, float]:
+        """Seconds by name since the last lap, as `time/<name>`."""
+        out = {f"time/{name}": round(seconds, 4) for name, seconds in self.lap_seconds.items()}
+        self.lap_seconds.clear()
+        return out
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

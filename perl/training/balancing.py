@@ -1,0 +1,88 @@
+"""The groups of an optimiser step, shared out so that no process waits long for another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from perl.distributed import Processes
+from perl.model.packed.plan import balance
+from perl.model.vision import distinct
+from perl.types import Segment
+
+if TYPE_CHECKING:
+    from perl.model.policy import Policy
+
+Work = list[Segment]
+"""The segments of one group: what moves together, as they show the same images."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFlops:
+    """What a training step of a policy costs, in parts: multiply-adds of one forward, and as much again twice for the
+    backward of all but a frozen tower.
+
+    Attention inside the tower is left out: patches times weights is nearly all of it.
+    """
+
+    token: float
+    """Of a token in the language model, without attention."""
+    pair: float
+    """Of a query and a key, over all layers."""
+    scored: float
+    """Of a scored token in the head."""
+    visual: float
+    """Of a visual token in the tower; a third if it is frozen."""
+    shared: bool = True
+    """Whether completions share their prompt."""
+
+    @classmethod
+    def of(cls, policy: Policy, share_prompts: bool = True) -> ModelFlops:
+        """From the sizes of a policy's weights and its config."""
+        decoder = policy.base.get_decoder()
+        config = decoder.config
+        head_dim = getattr(config, "head_dim", None) or (
+            config.hidden_size // config.num_attention_heads
+        )
+        layers = sum(p.numel() for p in getattr(decoder, "layers", decoder).parameters())
+        tower = sum(p.numel() for p in policy.vision.weights)
+        return cls(
+            token=layers,
+            pair=2.0 * config.num_hidden_layers * config.num_attention_heads * head_dim,
+            scored=policy.head_weight.numel(),
+            visual=policy.patches_per_token * tower * (1.0 if policy.vision.trained else 1 / 3),
+            shared=share_prompts and policy.shares_prompts,
+        )
+
+    def group(self, segments: Sequence[Segment]) -> float:
+        """Of a group whose prompts are computed once per order, or once per completion, and whose images once."""
+        total = 0.0
+        for segment in segments:
+            prompt = len(segment.prompt.input_ids)
+            lengths = [len(c) for c in segment.completions]
+            copies = 1 if self.shared else len(lengths)
+            pairs = copies * prompt**2 / 2 + sum(n * prompt + n**2 / 2 for n in lengths)
+            total += (copies * prompt + sum(lengths)) * self.token + pairs * self.pair
+            total += sum(lengths) * self.scored
+        images = distinct([image for s in segments for image in s.prompt.images])
+        return total + sum(image.tokens for image in images) * self.visual
+
+
+def share_out(work: Sequence[Work], flops: ModelFlops, processes: Processes) -> list[Work]:
+    """This process's groups after groups went from busy processes to idle ones.
+
+    Every process calls it together. Groups that move are sent with their pixels, to where they go and nowhere else.
+
+    Args:
+        work: the groups that this process holds; may be none.
+        flops: what they cost.
+        processes: of the run, of which there are several.
+    """
+    costs = processes.gather([[flops.group(w) for w in work]])
+    plan = balance(costs)
+    moves = [(p, owner) for p, own in enumerate(plan) for owner in own if owner != p]
+    owners = plan[processes.index]
+    leaving = [w for owner, w in zip(owners, work, strict=True) if owner != processes.index]
+    staying = [w for owner, w in zip(owners, work, strict=True) if owner == processes.index]
+    return staying + processes.exchange(moves, leaving)

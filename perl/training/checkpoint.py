@@ -1,0 +1,173 @@
+"""Atomic checkpoints: trained weights, optimiser, random state and progress, in safetensors and JSON, never pickle."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from perl.files import check_safetensors, writing
+from perl.types import UserError
+
+logger = logging.getLogger(__name__)
+
+_MANIFEST = "manifest.json"
+
+
+@dataclass
+class Progress:
+    """How far a run has come; JSON-able."""
+
+    stage: str = ""
+    """The point where the run stands (see `perl.stages.points`); empty: at its start."""
+    step: int = 0
+    """Steps of that stage that are complete."""
+    streams: dict[str, Any] = field(default_factory=dict)
+    """Position in the data, by stage."""
+    results: dict[str, Any] = field(default_factory=dict)
+    """Evaluations so far: before, after."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Time spent, by stage of the work."""
+    elapsed: float = 0.0
+    """Seconds of training so far, over all sittings."""
+    records: dict[str, int] = field(default_factory=dict)
+    """Lengths of metrics.jsonl and rollouts.jsonl."""
+
+
+class CheckpointManager:
+    """Saves and restores the checkpoints of one run.
+
+    Args:
+        folder: where the checkpoints lie, one sub-folder each.
+        keep: how many stay.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = max(1, keep)
+
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        progress: Progress,
+        more: Callable[[Path], None] = lambda _: None,
+    ) -> Path:
+        """Write a checkpoint beside the others and rename it into place when it is complete.
+
+        `more` may write further safetensors files into the folder it is given.
+        """
+        from safetensors.torch import save_file
+
+        number = max((int(p.name) for p in self._complete()), default=0) + 1
+        target = self.folder / f"{number:06d}"
+        with writing(target) as temporary:
+            save_file(_weights(model), temporary / "model.safetensors")
+            if optimizer is not None:
+                save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+            save_file({"torch": torch.get_rng_state()}, temporary / "rng.safetensors")
+            more(temporary)
+            files = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
+            manifest = {"files": files, "progress": asdict(progress)}
+            (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+            _sync(temporary)
+        for old in self._complete()[: -self.keep]:
+            shutil.rmtree(old)
+        return target
+
+    def load(self) -> tuple[Path, Progress] | None:
+        """The newest checkpoint that is whole, or None if there never was one.
+
+        Raises:
+            UserError: there are checkpoints and every one is damaged.
+        """
+        found = self._complete()[::-1]
+        for path in found:
+            try:
+                return path, _verified(path)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                logger.warning("checkpoint %s is damaged (%s); trying the one before", path, error)
+        if found:
+            raise UserError(
+                f"every checkpoint in {self.folder} is damaged; start again with --overwrite"
+            )
+        return None
+
+    def restore_model(self, path: Path, model: nn.Module) -> None:
+        """Put a checkpoint's weights and random state back."""
+        from safetensors.torch import load_file
+
+        weights = load_file(path / "model.safetensors")
+        own = model.state_dict()
+        if weights.keys() != _weights(model).keys() or any(
+            own[name].shape != tensor.shape for name, tensor in weights.items()
+        ):
+            raise UserError(
+                f"checkpoint {path} is of another model than config.toml says; "
+                "put the settings under [model] back, or start again with --overwrite"
+            )
+        model.load_state_dict(weights, strict=False)
+        torch.set_rng_state(load_file(path / "rng.safetensors")["torch"])
+
+    def restore_optimizer(
+        self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Put a checkpoint's optimiser state back."""
+        from safetensors.torch import load_file
+
+        parameters = _trained(model)
+        for full, tensor in load_file(path / "optimizer.safetensors").items():
+            name, key = full.rsplit("/", 1)
+            parameter = parameters[name]
+            optimizer.state[parameter][key] = (
+                tensor if key == "step" else tensor.to(parameter.device)
+            )
+
+    def _complete(self) -> list[Path]:
+        if not self.folder.exists():
+            return []
+        return sorted(p for p in self.folder.iterdir() if p.name.isdigit())
+
+
+def _verified(path: Path) -> Progress:
+    manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+    for name, size in manifest["files"].items():
+        actual = (path / name).stat().st_size
+        if actual != size:
+            raise ValueError(f"{name} has {actual} bytes instead of {size}")
+        check_safetensors(path / name)
+    return Progress(**manifest["progress"])
+
+
+def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes; frozen weights are where the model came from. Tied ones are named once."""
+    return {name: p.detach().contiguous() for name, p in _trained(model).items()}
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    out = {}
+    for name, parameter in _trained(model).items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            out[f"{name}/{key}"] = torch.as_tensor(value).contiguous()
+    return out
+
+
+def _sync(folder: Path) -> None:
+    """Make the files reach the disk before the rename does."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())

@@ -1,0 +1,224 @@
+"""`perl-rl train`, `resume`, `report`, `config` and `doctor`. What is slow to import is imported where it is used."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from perl.config import Command, Config
+from perl.files import RunFolder, is_main_process
+from perl.recipe import (
+    differences,
+    read_config,
+    recipe_names,
+    save_config,
+    to_toml,
+)
+from perl.types import Example, UserError
+
+
+@dataclass(frozen=True)
+class Train(Command):
+    """Train by a recipe: cold start, evaluation, RL, evaluation, report. Every key of the recipe can be
+    overridden, as in `perl-rl train demo --train.steps 5 --run.dir runs/short`."""
+
+    recipe: Positional[str] = "demo"
+    """A bundled recipe's name (see `perl-rl config --list`) or a .toml file."""
+    config: Annotated[Config, arg(name="")] = field(default_factory=Config)
+    overwrite: bool = False
+    """Replace the run folder if it is there."""
+    resume: bool = False
+    """Go on in the run folder if it is there."""
+
+    def execute(self) -> None:
+        from perl.distributed import on_main_process
+
+        config = self.config
+        if self.overwrite and self.resume:
+            raise UserError("--overwrite and --resume exclude each other; leave one out")
+        if not config.run.dir:
+            raise UserError("run.dir is empty; name a folder with --run.dir")
+        folder = RunFolder(Path(config.run.dir))
+        if self.resume and folder.config.exists():
+            _go(_stored(folder, config), folder, resume=True)
+            return
+        if self.overwrite:
+            _check_kept(self, folder)
+        _check(config)
+        on_main_process(partial(_begin, config, folder, self.overwrite))
+        try:
+            _go(config, folder, resume=False)
+        finally:
+            if is_main_process():
+                folder.settle()
+
+
+@dataclass(frozen=True)
+class Resume(Command):
+    """Go on with a run that was stopped or killed, from its newest whole checkpoint."""
+
+    run: Positional[Path] = Path()
+    """The run folder."""
+
+    def execute(self) -> None:
+        folder = RunFolder(self.run)
+        if not folder.config.exists():
+            raise UserError(
+                f"{self.run} is no run folder: it has no config.toml; start one with perl-rl train"
+            )
+        _go(_stored(folder), folder, resume=True)
+
+
+@dataclass(frozen=True)
+class ShowConfig(Command):
+    """Print a recipe with every key, overrides included, as TOML."""
+
+    recipe: Positional[str] = "demo"
+    """A bundled recipe's name or a .toml file."""
+    config: Annotated[Config, arg(name="")] = field(default_factory=Config)
+    list: bool = False
+    """Only the names of the bundled recipes."""
+
+    def execute(self) -> None:
+        if self.list:
+            print("\n".join(recipe_names()))
+            return
+        print(to_toml(self.config), end="")
+
+
+@dataclass(frozen=True)
+class Report(Command):
+    """Write report.html and the pictures of a run again, also of one that is not finished."""
+
+    run: Positional[Path] = Path()
+    """The run folder."""
+
+    def execute(self) -> None:
+        from perl.report.page import write_report
+
+        if not any((self.run / name).exists() for name in ("config.toml", "metrics.jsonl")):
+            raise UserError(
+                f"{self.run} is no run folder: it has neither config.toml nor metrics.jsonl"
+            )
+        print(write_report(self.run))
+
+
+@dataclass(frozen=True)
+class Doctor(Command):
+    """What is installed, which backend and attention would be used, and what to install for more."""
+
+    def execute(self) -> None:
+        from perl.training.doctor import examine
+
+        if not examine():
+            sys.exit(1)
+
+
+def _begin(config: Config, folder: RunFolder, overwrite: bool) -> None:
+    folder.create(overwrite)
+    save_config(config, folder.config)
+
+
+def _stored(folder: RunFolder, asked: Config | None = None) -> Config:
+    """The settings of a run that is there; says so where others were asked for."""
+    config = read_config(folder.config)
+    config = replace(config, run=replace(config.run, dir=str(folder.root)))
+    ignored = differences(config, asked) if asked else []
+    if ignored and is_main_process():
+        print(f"going on with {folder.config}; not used: {', '.join(ignored)}", file=sys.stderr)
+    return config
+
+
+def _check_kept(command: Train, folder: RunFolder) -> None:
+    """Refuse to overwrite a folder that the new run reads from."""
+    from perl.recipe import plan
+    from perl.training.components import training_sources
+
+    config, root = command.config, folder.root.resolve()
+    sources = [("the recipe", command.recipe), ("model.path", config.model.path)]
+    for stage in plan(config):
+        data = stage.config.data
+        first, *mixed = (source for source, _ in training_sources(stage.config))
+        sources += [("data.train", first), *(("data.mix", source) for source in mixed)]
+        sources += [("data.eval", data.eval), ("data.image_root", data.image_root)]
+    for name, value in sources:
+        path = Path(value).expanduser()
+        if value and path.exists() and path.resolve().is_relative_to(root):
+            raise UserError(
+                f"--overwrite would delete {name} = {value}; choose another --run.dir or move it out"
+            )
+
+
+def _check(config: Config) -> None:
+    """Find mistakes before anything is written or removed."""
+    from perl.config import EVAL_SEED
+    from perl.data.dataset import load_examples, validate
+    from perl.permutation.permute import check_moves
+    from perl.recipe import plan
+    from perl.training.components import check_setup, training_sources
+
+    datasets: dict[tuple[Any, ...], Any] = {}
+    for stage in plan(config):
+        own = stage.config
+        for source, _ in training_sources(own):
+            key = ("train", source, own.data, own.permutation.text)
+            if key not in datasets:
+                datasets[key] = load_examples(source, own.data, "train", own.run.seed)
+            if stage.kind == "filter" and source == own.data.train:
+                _check_filter(stage.name, own, datasets[key].size)
+        key = ("eval", own.data.eval, own.data, own.permutation.text)
+        if own.eval.examples and stage.kind == "rl" and key not in datasets:
+            datasets[key] = load_examples(
+                own.data.eval, own.data, "test", EVAL_SEED, own.eval.examples
+            )
+    processor = check_setup(config)
+    for (*_, text), dataset in datasets.items():
+
+        def inspect(example: Example, text: Any = text) -> None:
+            check_moves(example, text)
+            if processor:
+                processor.check_texts(example)
+
+        validate(dataset, inspect=inspect)
+
+
+def _check_filter(name: str, config: Config, size: int | None) -> None:
+    """Whether there are questions to measure, and as many as are to be kept."""
+    from perl.config_check import measured_function
+
+    measured_function(config)
+    measured = config.resample.examples or size
+    if measured is None:
+        raise UserError(
+            f"stage {name}: {config.data.train} is endless; say how many questions to measure with "
+            "resample.examples"
+        )
+    if config.resample.size > measured:
+        raise UserError(
+            f"stage {name}: resample.size = {config.resample.size} is more than the {measured} questions "
+            "that are measured; lower it"
+        )
+
+
+def _go(config: Config, folder: RunFolder, resume: bool) -> None:
+    from perl.report.page import write_report
+    from perl.report.progress import Display
+    from perl.training.summary import print_table
+    from perl.training.train import train
+    from perl.types import Interrupted
+
+    try:
+        with Display(enabled=is_main_process()) as display:
+            summary = train(config, folder, display, resume)
+    except Interrupted as stop:
+        raise Interrupted(f"{stop}; go on with perl-rl resume {folder.root}") from None
+    if not is_main_process():
+        return
+    report = write_report(folder.root)
+    print_table(summary, str(folder.root))
+    print(f"report: {report}")

@@ -1,0 +1,296 @@
+"""Everything a run works with, built once from its config."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perl.config import EVAL_SEED, Config, DataConfig, ModelConfig
+from perl.data.dataset import BUNDLED, Dataset, Drawn, ExampleStream, load_examples
+from perl.data.mixing import MixedStream, Stream, read_mix
+from perl.data.resample import parse_histogram
+from perl.data.tasks import vocabulary
+from perl.distributed import process_state
+from perl.files import RunFolder, writing
+from perl.model.compiling import check_compiler
+from perl.model.head import HeadLoss, make_policy_loss
+from perl.model.liger import check_liger
+from perl.model.loading import check_model, load_policy, load_processor, uses_bfloat16
+from perl.model.packed.attention import choose
+from perl.model.policy import Policy
+from perl.model.processor import Processor
+from perl.model.tiny import TINY_MODELS, make_tiny_model
+from perl.recipe import Stage, plan, source_key
+from perl.rewards.scorer import Scorer
+from perl.rollout import InProcessEngine, make_engine
+from perl.rollout.collect import Collector
+from perl.rollout.prompts import PromptEncoder, PromptLimit
+from perl.timing import Stopwatch
+from perl.types import Example, UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Workbench:
+    """The components of one run; `for_stage` gives those of one of its stages."""
+
+    config: Config
+    folder: RunFolder
+    accelerator: Any
+    policy: Policy
+    processor: Processor
+    watch: Stopwatch
+    model_path: str
+    encoder: PromptEncoder
+    engine: InProcessEngine
+    collector: Collector
+    head: HeadLoss
+    filtered: Mapping[str, Path] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        folder: RunFolder,
+        accelerator: Any,
+        policy: Policy,
+        processor: Processor,
+        watch: Stopwatch,
+        model_path: str,
+    ) -> Workbench:
+        """A model with what a configuration makes of it.
+
+        Raises:
+            UserError: reward functions that cannot be used.
+        """
+        encoder = PromptEncoder(processor, PromptLimit.to_train(config), config.data.overlong)
+        engine = make_engine(policy, processor, config.rollout.batch_size, accelerator.autocast)
+        scorer = Scorer(config.reward.functions, config.reward.weights, config.reward.timeout)
+        collector = Collector(config, engine, encoder, scorer, watch)
+        head = HeadLoss(policy, processor.unsampled_token_ids(), config.rollout.temperature)
+        model = (config, folder, accelerator, policy, processor, watch, model_path)
+        return cls(*model, encoder, engine, collector, head)
+
+    def for_stage(
+        self, config: Config, number: int = 0, filtered: Mapping[str, Path] | None = None
+    ) -> Workbench:
+        """The same model with what a stage's own configuration makes of it.
+
+        Args:
+            config: the stage's.
+            number: how many stages of its kind come before it; it sees other orders than they did.
+            filtered: what filter stages have left of data sources, by `source_key`.
+        """
+        model = (self.folder, self.accelerator, self.policy, self.processor, self.watch)
+        bench = self.of(config, *model, self.model_path)
+        bench.collector.seed += 1_000_003 * number
+        bench.filtered = filtered or {}
+        return bench
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def stream(self, stage: Stage) -> ExampleStream | MixedStream:
+        """A stage's training examples, in an order of its own."""
+        sources = training_sources(self.config)
+        seed = _seed_of(stage, self.config)
+        streams = []
+        for number, (source, _) in enumerate(sources):
+            own = seed + 7919 * number  # Two bundled sources give different questions.
+            found, data = self.source(source)
+            streams.append(ExampleStream(load_examples(found, data, "train", own), own))
+        if len(streams) == 1:
+            return streams[0]
+        return MixedStream(streams, [weight for _, weight in sources], seed)
+
+    def source(self, source: str) -> tuple[str, DataConfig]:
+        """Where a training source is read from and how: what a filter stage has left of it, if one has."""
+        data = self.config.data
+        left = self.filtered.get(source_key(source))
+        if left is None:
+            return source, data
+        columns = "auto" if source.startswith(BUNDLED) else data.columns
+        return str(left), replace(data, image_root="", columns=columns)
+
+    def draw(self, stream: Stream, count: int) -> list[Drawn]:
+        """This process's share of the next `count` examples of all processes."""
+        share = stream.draw(count)
+        return share[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def held_out(self) -> Dataset:
+        """The examples that are measured on."""
+        config = self.config
+        return load_examples(config.data.eval, config.data, "test", EVAL_SEED, config.eval.examples)
+
+
+def build(config: Config, folder: RunFolder) -> Workbench:
+    """Load or make the model and put the components together.
+
+    Raises:
+        UserError: for whatever in the config, the model or the rewards cannot be used.
+    """
+    accelerator = make_accelerator(config, folder)
+    path = model_folder(config, folder, accelerator)
+    torch.manual_seed(config.run.seed)
+    policy = load_policy(path, config.model, accelerator.device).to(accelerator.device)
+    processor = load_processor(path, config.model)
+    return Workbench.of(config, folder, accelerator, policy, processor, Stopwatch(), path)
+
+
+def make_accelerator(config: Config, folder: RunFolder) -> Any:
+    """accelerate's view of devices, precision and trackers.
+
+    Raises:
+        UserError: a tracker that is not installed.
+    """
+    from accelerate import Accelerator
+
+    usable = usable_trackers(config)
+    process_state()
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="bf16" if uses_bfloat16(config.model.dtype) else "no",
+        log_with=usable or None,
+        project_dir=str(folder.root),
+    )
+    for stage in plan(config):
+        count = stage.config.train.examples_per_step
+        if stage.kind == "rl" and count % accelerator.num_processes:
+            where = f"stage {stage.name}: " if config.stages else ""
+            raise UserError(
+                f"{where}train.examples_per_step = {count} cannot be shared by "
+                f"{accelerator.num_processes} processes; make it a multiple"
+            )
+    return accelerator
+
+
+def usable_trackers(config: Config) -> list[Any]:
+    """The trackers that are asked for, as accelerate takes them.
+
+    Raises:
+        UserError: one that is unknown or not installed.
+    """
+    from accelerate.tracking import filter_trackers
+
+    process_state()  # The logger that filter_trackers uses needs it.
+    wanted: list[Any] = [t for t in config.run.trackers if t]
+    for tracker in wanted:
+        try:
+            found = filter_trackers([tracker], config.run.dir)
+        except ValueError as error:
+            raise UserError(f"run.trackers: {tracker} is unknown ({error})") from error
+        if not found:
+            raise UserError(
+                f"run.trackers: {tracker} is not installed; pip install {tracker} or leave it out"
+            )
+    return filter_trackers(wanted, config.run.dir) if wanted else []
+
+
+def check_setup(config: Config) -> Processor | None:
+    """Find what `build` would refuse, as far as that can be told without loading the weights.
+
+    Returns:
+        The processor of the model; None where the model is still to be made.
+
+    Raises:
+        UserError: for a model, processor, attention, reward or tracker that cannot be used.
+    """
+    usable_trackers(config)
+    for stage in plan(config):
+        _check_stage(stage)
+    if config.model.path not in TINY_MODELS:
+        packed = check_model(config.model.path) is not None
+        processor = load_processor(config.model.path, config.model)
+        if packed:
+            _check_kernels(config.model)
+        return processor
+    _bundled_pictures(config)
+    _check_kernels(config.model)
+    return None
+
+
+def _check_stage(stage: Stage) -> None:
+    config = stage.config
+    if stage.kind == "filter":
+        parse_histogram(config.resample.histogram)
+        return
+    budget, completion = config.train.tokens_per_micro_batch, config.rollout.max_new_tokens
+    if config.train.steps and budget <= completion:
+        raise UserError(
+            f"train.tokens_per_micro_batch = {budget} leaves no room for a prompt beside "
+            f"rollout.max_new_tokens = {completion}; raise the first or lower the second"
+        )
+    make_policy_loss(config.loss, completion)
+    Scorer(config.reward.functions, config.reward.weights, config.reward.timeout)
+
+
+def _check_kernels(config: ModelConfig) -> None:
+    """What packed rows run on; padded batches have no use for it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        choose(config.attention, device, uses_bfloat16(config.dtype))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if config.liger:
+        check_liger(device)
+    if config.compile:
+        check_compiler()
+
+
+def _bundled_pictures(config: Config) -> str:
+    """Name of the picture collection that a tiny model knows the words of."""
+    used = [source for stage in plan(config) for source, _ in training_sources(stage.config)]
+    for source in (config.data.train, *used):
+        if not source.startswith(BUNDLED):
+            raise UserError(
+                f"model.path = {config.model.path} knows only the words of the bundled tasks; "
+                f"with data.train = {source}, give a model folder or hub name"
+            )
+    return config.data.train.removeprefix(BUNDLED)
+
+
+def model_folder(config: Config, folder: RunFolder, accelerator: Any) -> str:
+    """Where the model starts from; a tiny one is made in the run folder first."""
+    if config.model.path not in TINY_MODELS:
+        return config.model.path
+    target = folder.models / "initial"
+    if not (target / "config.json").exists() and accelerator.is_main_process:
+        words = vocabulary(_bundled_pictures(config))
+        with writing(target) as temporary:
+            make_tiny_model(config.model.path, words, temporary, config.run.seed)
+    accelerator.wait_for_everyone()
+    return str(target)
+
+
+def worked_answer_rng(config: Config, example: Example) -> random.Random:
+    """Decides about the noise in one example's worked answer, whatever else is drawn."""
+    return random.Random(f"{config.run.seed}/{example.id}")
+
+
+def save_model(bench: Workbench, name: str) -> Path:
+    """Export model and processor as an ordinary model folder under `models/`."""
+    target = bench.folder.models / name
+    if bench.is_main:
+        with writing(target) as temporary:
+            bench.policy.save_pretrained(temporary)
+            bench.processor.save(temporary)
+    bench.accelerator.wait_for_everyone()
+    return target
+
+
+def training_sources(config: Config) -> list[tuple[str, float]]:
+    """`data.train` and what is mixed into it, with weights."""
+    return [(config.data.train, 1.0), *read_mix(config.data.mix)]
+
+
+def _seed_of(stage: Stage, config: Config) -> int:
+    """Different stages see different questions."""
+    return config.run.seed * 2 + (stage.kind == "rl") + 1_000_003 * stage.number

@@ -1,0 +1,64 @@
+"""Evaluation as a stage of a run: measure, record, keep some rollouts to look at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from perl.config import EVAL_SEED
+from perl.evaluation.evaluate import aggregate, evaluate
+from perl.rewards.answers import accuracy
+from perl.rollout.prompts import PromptEncoder, PromptLimit
+from perl.training.session import Session
+from perl.types import Interrupted
+
+
+def measure(session: Session, at: str, step: int) -> dict[str, Any] | None:
+    """Evaluate the policy on the held-out examples and write it down; None if there are none.
+
+    Args:
+        at: "before" or "after" RL, "after <stage>", or "step" along the way.
+        step: RL steps done, over all stages.
+    """
+    config, bench = session.config, session.bench
+    if config.eval.examples == 0:
+        return None
+    dataset = bench.held_out()
+    mine = range(len(dataset))[bench.accelerator.process_index :: bench.accelerator.num_processes]
+    if at == "step":
+        session.display.close()
+    session.display.stage(f"evaluate {at}", len(mine), unit="examples")
+
+    bench.policy.vision.forget()
+
+    def advance(examples: int) -> None:
+        session.display.advance(examples)
+        # Along the way the step is saved first; several processes stop together, after the evaluation.
+        if session.stop.requested and at != "step" and session.processes.count == 1:
+            raise Interrupted(f"stopped in the evaluation {_said(at)}")
+
+    with bench.watch("evaluate"), session.processes.jointly():
+        results, rollouts = evaluate(
+            bench.engine,
+            PromptEncoder(bench.processor, PromptLimit.to_generate(config), config.data.overlong),
+            dataset,
+            mine,
+            config.eval,
+            config.rollout.max_new_tokens,
+            EVAL_SEED,
+            advance,
+            config.permutation.text,
+        )
+    numbers = aggregate(session.processes.gather(results))
+    session.display.close()
+    if bench.is_main:
+        session.record({"stage": "evaluate", "step": step, "at": at, **numbers})
+        scores = accuracy(
+            [""] * len(rollouts), [r.text for r in rollouts], [r.variant.answer for r in rollouts]
+        )
+        kept = [(r, s) for r, s in zip(rollouts, scores, strict=True) if s is not None][:24]
+        session.gallery.keep_rollouts("evaluate", step, [r for r, _ in kept], [s for _, s in kept])
+    return numbers
+
+
+def _said(at: str) -> str:
+    return f"{at} RL" if at in ("before", "after") else at

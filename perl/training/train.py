@@ -1,0 +1,108 @@
+"""The training run: its stages in turn, by default cold start, measure, reinforce, measure.
+
+    Example -> Variant -> Rollout -> Group -> PackedBatch -> linear_grpo_loss -> step
+
+Everything is decided in the stages and their components; after every step a run can be interrupted and resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from perl.config import Config
+from perl.distributed import StopSignal, on_main_process
+from perl.files import RunFolder, is_main_process, write_json
+from perl.recipe import Stage, save_config
+from perl.report.progress import Display
+from perl.training.cold_start import cold_start
+from perl.training.components import save_model
+from perl.training.filter_stage import filter_data
+from perl.training.measure import measure
+from perl.training.reinforce import reinforce
+from perl.training.session import Session
+from perl.training.summary import summarise, summarise_seeds
+from perl.types import UserError
+
+
+def train(
+    config: Config, folder: RunFolder, display: Display, resume: bool = False
+) -> dict[str, Any]:
+    """Run a recipe, for one seed or for each of `run.seeds`, and return what `summary.json` holds.
+
+    Raises:
+        UserError: a mistake in config, data, model or reward; what was done is kept in a checkpoint.
+        Interrupted: stopped by a signal, after a checkpoint.
+    """
+    if not config.run.seeds:
+        return train_one(config, folder, display, resume)
+    summaries = []
+    for seed in config.run.seeds:
+        one = replace(config, run=replace(config.run, seed=seed, seeds=()))
+        mine = RunFolder(folder.root / f"seed-{seed}")
+        display.say(f"seed {seed}")
+        on_main_process(partial(_begin, one, mine))
+        summaries.append(train_one(one, mine, display, resume))
+    summary = summarise_seeds(summaries)
+    if is_main_process():
+        write_json(folder.summary, summary)
+    return summary
+
+
+def train_one(config: Config, folder: RunFolder, display: Display, resume: bool) -> dict[str, Any]:
+    """All stages of one run."""
+    on_main_process(folder.make_parts)
+    with StopSignal() as stop:
+        session = Session(config, folder, display, stop)
+        if resume:
+            session.restore()
+        session.bench.accelerator.init_trackers("perl-rl")
+        try:
+            for stage in session.stages:
+                _run(session, stage)
+            _measured(session, "after", sum(s.steps for s in session.stages if s.kind == "rl"))
+        except UserError as error:
+            session.rescue(error)
+            raise
+        save_model(session.bench, "final")
+        summary = summarise(session)
+        if session.bench.is_main:
+            write_json(folder.summary, summary)
+        for tracker in session.bench.accelerator.trackers:
+            tracker.finish()
+    return summary
+
+
+def _begin(config: Config, folder: RunFolder) -> None:
+    if not folder.config.exists():
+        folder.create(overwrite=False)
+        save_config(config, folder.config)
+
+
+def _run(session: Session, stage: Stage) -> None:
+    """One stage, with the evaluations that go before the first RL and after each RL but the last stage."""
+    session.look_at(stage)
+    if stage.kind == "rl" and stage.number == 0:
+        _measured(session, "before", 0)
+    RUNS[stage.kind](session, stage)
+    if f"after {stage.name}" in session.points:
+        _measured(session, f"after {stage.name}", stage.first_step + stage.steps)
+
+
+RUNS: dict[str, Callable[[Session, Stage], None]] = {
+    "cold_start": cold_start,
+    "filter": filter_data,
+    "rl": reinforce,
+}
+"""What each kind of stage does."""
+
+
+def _measured(session: Session, at: str, step: int) -> None:
+    """An evaluation that is done once, whatever interrupts the run later."""
+    if session.reach(at):
+        results = session.progress.results[at] = measure(session, at, step)
+        # A run that has done nothing yet leaves no checkpoint, so that what it replaced still comes back.
+        begun = results is not None or at != "before" or session.trained_before is not None
+        session.leave(save=begun)

@@ -1,0 +1,506 @@
+"""Rows of every convention become Examples; every mistake in the data is one line that says where."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import datasets
+import datasets.config as settings
+import numpy as np
+import pytest
+from PIL import Image
+
+from perl.config import DataConfig
+from perl.data.dataset import BundledDataset, RowDataset, load_examples, validate
+from perl.permutation.permute import orders
+from perl.types import Example, Message, UserError
+
+AUTO = DataConfig()
+
+
+@pytest.fixture(autouse=True)
+def offline_and_own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def png(red: int = 0, size: tuple[int, int] = (6, 4)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (red, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A file that claims to be an image of this size and holds no pixels."""
+
+    def chunk(content: bytes) -> bytes:
+        length, checksum = len(content) - 4, zlib.crc32(content)
+        return struct.pack(">I", length) + content + struct.pack(">I", checksum)
+
+    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(head) + chunk(b"IDAT" + zlib.compress(b""))
+
+
+def write_rows(folder: Path, rows: list[Any], name: str = "data.jsonl") -> str:
+    for k in range(4):
+        (folder / f"{k}.png").write_bytes(png(k))
+    file = folder / name
+    if name.endswith(".parquet"):
+        datasets.Dataset.from_list(rows).to_parquet(file)
+    elif name.endswith(".json"):
+        file.write_text(json.dumps(rows))
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def perl_row(**changes: Any) -> dict[str, Any]:
+    row = {
+        "images": ["0.png", "1.png"],
+        "question": "A <image> B <image> which?",
+        "answer": "B",
+        **changes,
+    }
+    return {key: value for key, value in row.items() if value is not ...}
+
+
+def load_row(folder: Path, row: dict[str, Any], config: DataConfig = AUTO) -> Example:
+    return load_examples(write_rows(folder, [row]), config, "train", 0)[0]
+
+
+def reds(example: Example) -> list[int]:
+    return [image.getpixel((0, 0))[0] for image in example.images]  # type: ignore[index]
+
+
+def test_perls_own_columns(tmp_path: Path) -> None:
+    row = perl_row(
+        kind="blocks:1,2", should_change="true", worked="...", task="t", id=7, level=3, note=None
+    )
+    example = load_row(tmp_path, row)
+    assert reds(example) == [0, 1]
+    assert all(image.mode == "RGB" for image in example.images)
+    assert (example.id, example.answer, example.kind) == ("7", "B", "blocks:1,2")
+    assert (example.should_change, example.worked, example.task) == (True, "...", "t")
+    assert example.extra == {"level": 3, "note": None}
+    plain = load_row(tmp_path, perl_row())
+    assert (plain.id, plain.kind, plain.should_change, plain.worked) == (
+        "row-000000",
+        "all",
+        True,
+        None,
+    )
+
+
+def test_chats_with_parts_are_slots(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "A "}, {"type": "image"}, {"type": "text", "text": " B "}]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [*parts, {"type": "image"}]},
+    ]
+    example = load_row(tmp_path, perl_row(question=..., messages=messages))
+    assert example.question == (
+        Message("system", "Be brief."),
+        Message("user", "A <image> B <image>"),
+    )
+    inside = [{"type": "image", "image": f"{k}.png"} for k in (2, 3)]
+    chat = [{"role": "user", "content": inside}]
+    example = load_row(tmp_path, perl_row(question=..., images=..., messages=chat))
+    assert reds(example) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "answers", [{"solution": "\\boxed{B}"}, {"ground_truth": "<answer> B </answer>"}]
+)
+def test_trl_columns(tmp_path: Path, answers: dict[str, str]) -> None:
+    chat = [{"role": "system", "content": "Hi"}, {"role": "user", "content": "Which?"}]
+    row = {"prompt": chat, "images": ["0.png", "1.png"], **answers}
+    example = load_row(tmp_path, row)
+    assert example.messages[1].content == "<image><image>Which?"
+    assert (example.answer, example.kind) == ("B", "none")
+    single = load_row(tmp_path, {"prompt": "What?", "image": "2.png", "answer": 3.0, "x": 1})
+    assert (single.question, single.answer, single.extra) == ("<image>What?", "3", {"x": 1})
+
+
+def test_verl_columns(tmp_path: Path) -> None:
+    row = {
+        "data_source": "geo",
+        "prompt": [{"role": "user", "content": "<image> or <image>?"}],
+        "images": [{"image": "0.png"}, {"image": "file://1.png", "max_pixels": 9}],
+        "reward_model": {"style": "rule", "ground_truth": "A"},
+        "extra_info": {"index": 3},
+        "change_needed": True,
+    }
+    example = load_row(tmp_path, row)
+    assert (example.answer, example.task, example.kind) == ("A", "geo", "all")
+    assert example.should_change is True
+    assert example.extra == {"data_source": "geo", "extra_info": {"index": 3}}
+    assert reds(example) == [0, 1]
+
+
+def test_foreign_data_keeps_its_order_unless_it_says_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {"problem": "<image> or <image>?", "images": ["0.png", "1.png"], "answer": "red"}
+    assert load_row(tmp_path, row).kind == "none"
+    assert "neither kind nor should_change, so its images keep their order" in caplog.text
+    caplog.clear()
+    assert load_row(tmp_path, {**row, "should_change": False}).kind == "all"
+    assert load_row(tmp_path, {**row, "answer": "2", "kind": "all"}).should_change is True
+    assert not caplog.text
+
+
+def test_easyr1_columns(tmp_path: Path) -> None:
+    row = {"problem": "<image> or <image>?", "images": ["0.png", "1.png"], "answer": ["A", "C"]}
+    example = load_row(tmp_path, row)
+    assert (example.question, example.answer, example.kind) == (row["problem"], "A, C", "none")
+
+
+def test_the_convention_can_be_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    row = {**perl_row(), "prompt": "<image> or <image>?", "reward_model": {"ground_truth": "A"}}
+    caplog.set_level("INFO")
+    assert load_row(tmp_path, row).answer == "A"
+    assert "columns are named as by verl" in caplog.text
+    assert load_row(tmp_path, row, DataConfig(columns="perl")).answer == "B"
+
+
+def test_images_in_every_form(tmp_path: Path) -> None:
+    encoded = "data:image/png;base64," + base64.b64encode(png(9)).decode()
+    forms = [encoded, {"path": "1.png"}, {"bytes": None, "path": str(tmp_path / "2.png")}]
+    row = perl_row(images=forms, question="<image><image><image>")
+    assert reds(load_row(tmp_path, row)) == [9, 1, 2]
+
+
+def test_a_picture_is_turned_upright_and_made_rgb(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.new("L", (6, 4), 100).save(tmp_path / "turned.jpg", exif=exif)
+    Image.new("RGBA", (3, 3), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.fromarray(np.full((2, 2), 32768, np.uint16)).save(tmp_path / "deep.png")
+    names = ["turned.jpg", "clear.png", "deep.png"]
+    images = load_row(tmp_path, perl_row(images=names, question="<image>" * 3)).images
+    assert [image.mode for image in images] == ["RGB"] * 3
+    assert images[0].size == (4, 6)
+    assert images[1].getpixel((0, 0)) == (255, 255, 255)
+    assert images[2].getpixel((0, 0)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json", "data.parquet", "da[t]a*.parquet"])
+def test_every_file_type(tmp_path: Path, name: str) -> None:
+    source = write_rows(tmp_path, [perl_row(id=str(i)) for i in range(5)], name)
+    data = load_examples(source, AUTO, "eval", 0)
+    assert len(data) == data.size == 5
+    assert [data[i].id for i in range(5)] == list("01234")
+    with pytest.raises(IndexError):
+        data[5]
+    validate(data)
+
+
+def test_parquet_and_saved_folders_with_embedded_images(tmp_path: Path) -> None:
+    features = datasets.Features(
+        {
+            "images": datasets.List(datasets.Image()),
+            "question": datasets.Value("string"),
+            "answer": datasets.Value("string"),
+        }
+    )
+    rows = {
+        "images": [[Image.new("RGB", (4, 4), (5, 0, 0)), Image.new("RGB", (4, 4), (6, 0, 0))]],
+        "question": ["<image> <image>"],
+        "answer": ["A"],
+    }
+    table = datasets.Dataset.from_dict(rows, features=features)
+    table.to_parquet(tmp_path / "embedded.parquet")
+    table.save_to_disk(str(tmp_path / "saved"))
+    splits: Any = {"train": table, "validation": table}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "splits"))
+    (tmp_path / "loadable").mkdir()
+    table.to_parquet(tmp_path / "loadable" / "train.parquet")
+    for name in ("embedded.parquet", "saved", "splits", "loadable"):
+        for split in ("train", "test"):
+            data = load_examples(str(tmp_path / name), AUTO, split, 0)
+            assert reds(data[0]) == [5, 6]
+            validate(data)
+    datasets.DatasetDict({"a": table, "b": table}).save_to_disk(str(tmp_path / "other"))
+    with pytest.raises(UserError, match="has the splits a, b but no train; name one"):
+        load_examples(str(tmp_path / "other"), AUTO, "train", 0)
+
+
+def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    table = datasets.Dataset.from_list([perl_row(images=["/etc/hostname"], question="<image>")])
+
+    def fake(name: str, config: str | None = None, split: str | None = None) -> Any:
+        calls.append((name, config, split))
+        return table if split else datasets.DatasetDict({"train": table})
+
+    monkeypatch.setattr(datasets, "load_dataset", fake)
+    for source in ("me/set", "me/set:dev", "me/set:hard:train[:10%]", "set:train[:5]"):
+        data = load_examples(source, AUTO, "train", 0)
+    assert calls == [
+        ("me/set", None, None),
+        ("me/set", None, "dev"),
+        ("me/set", "hard", "train[:10%]"),
+        ("set", None, "train[:5]"),
+    ]
+    with pytest.raises(UserError, match=r"row 1, image 1: image path /etc/hostname leaves"):
+        data[0]
+
+    def fails(*args: Any, **options: Any) -> Any:
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr(datasets, "load_dataset", fails)
+    with pytest.raises(
+        UserError, match="cannot read the data set me/set: ConnectionError: no network"
+    ):
+        load_examples("me/set", AUTO, "train", 0)
+
+
+def test_image_root(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "texts").mkdir()
+    write_rows(tmp_path / "pictures", [])
+    source = tmp_path / "texts" / "data.jsonl"
+    source.write_text(json.dumps(perl_row()))
+    with pytest.raises(UserError, match="there is no image file"):
+        load_examples(str(source), AUTO, "train", 0)[0]
+    config = DataConfig(image_root=str(tmp_path / "pictures"))
+    assert reds(load_examples(str(source), config, "train", 0)[0]) == [0, 1]
+
+
+def test_a_limit_is_a_seeded_sample(tmp_path: Path) -> None:
+    source = write_rows(tmp_path, [perl_row(id=str(i)) for i in range(20)])
+
+    def ids(seed: int, limit: int | None) -> list[int]:
+        data = load_examples(source, AUTO, "test", seed, limit)
+        return [int(data[i].id) for i in range(len(data))]
+
+    assert ids(0, 5) == ids(0, 5) == sorted(ids(0, 5))
+    assert len(set(ids(0, 5))) == 5 and ids(0, 5) != ids(1, 5)
+    assert ids(0, 50) == ids(0, None) == list(range(20))
+
+
+def bad_image_files(folder: Path) -> None:
+    (folder / "text.png").write_text("no picture")
+    (folder / "cut.png").write_bytes(png(1, (64, 64))[:80])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "huge.png").write_bytes(png_header(1_000_000, 1_000_000))
+    (folder / "large.png").write_bytes(png_header(11_000, 11_000))
+    (folder / "long.png").write_bytes(png_header(40_000, 10))
+    (folder / "folder.png").mkdir()
+
+
+BAD_IMAGES = [
+    ("missing.png", "there is no image file .*missing.png; correct the path"),
+    ("text.png", "is no image that Pillow can read; replace it"),
+    ("empty.png", "is no image that Pillow can read"),
+    ("folder.png", "is broken .*directory"),
+    ("huge.png", "the image is too large"),
+    ("large.png", "too large, 11000 x 11000 pixels; at most 32,768 a side"),
+    ("long.png", "too large, 40000 x 10 pixels"),
+    ("../out.png", r"image path \.\./out.png leaves .*; move the image there or set"),
+    ("/etc/hostname", "image path /etc/hostname leaves"),
+    ("https://example.org/a.png", "is not fetched; download the image"),
+    ("a\0b.png", "holds a NUL character"),
+    ("data:image/png;base64,###", "broken base64"),
+    ("data:image/png;base64,AAAA", "the embedded image is no image"),
+    ({"path": None}, "an image is a NoneType; give a path"),
+    (17, "an image is a int; give a path"),
+]
+
+
+@pytest.mark.parametrize(("image", "match"), BAD_IMAGES)
+def test_bad_images(tmp_path: Path, image: Any, match: str) -> None:
+    bad_image_files(tmp_path)
+    rows = [perl_row(), perl_row(images=["0.png", image])]
+    data = load_examples(write_rows(tmp_path, rows), AUTO, "train", 0)
+    whole = rf"data\.jsonl line 2, image 2: .*{match}"
+    with pytest.raises(UserError, match=whole) as caught:
+        data[1]
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=whole):  # by the header alone
+        validate(data)
+
+
+def test_a_cut_image_is_found_when_it_is_decoded(tmp_path: Path) -> None:
+    bad_image_files(tmp_path)
+    with pytest.raises(UserError, match=r"line 1, image 1: image file .*cut.png is broken"):
+        load_row(tmp_path, perl_row(images=["cut.png", "0.png"]))
+
+
+def test_a_link_out_of_the_folder_leaves_it(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "secret.png").write_bytes(png())
+    (tmp_path / "inner" / "link.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(UserError, match="leaves"):
+        load_row(tmp_path / "inner", perl_row(images=["link.png", "0.png"]))
+
+
+@pytest.mark.parametrize("images", [[], None])
+def test_a_question_of_text_alone(
+    tmp_path: Path, images: list[str] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    example = load_row(tmp_path, perl_row(images=images, question="How much is 2 + 2?", answer="4"))
+    assert (example.images, example.kind, example.should_change) == ((), "none", False)
+    assert orders(example, 4, 0, 0) == [()]
+    assert "line 1: a row without images is a question of text alone" in caplog.text
+
+
+BAD_ROWS: list[tuple[dict[str, Any], str]] = [
+    ({"images": ["0.png"]}, "1 images but 2 <image> slots in the question; write one slot"),
+    ({"question": "which?"}, "2 images but 0 <image> slots"),
+    ({"images": []}, "0 images but 2 <image> slots in the question"),
+    ({"images": ...}, "no column images or image; data.columns=perl wants question or messages"),
+    ({"answer": ...}, "no column answer; .* found images, question"),
+    ({"answer": None}, "answer is null; fill it in"),
+    ({"answer": " "}, "the answer is empty"),
+    ({"answer": "C"}, r"answer 'C' names none of its 2 images \(A to B or 1 to 2\)"),
+    ({"answer": "yes"}, "set should_change to false"),
+    ({"kind": "some"}, "unknown kind 'some'"),
+    ({"kind": "last:3"}, "needs 1 to 2 images"),
+    ({"should_change": "perhaps"}, "should_change is 'perhaps'; write true or false"),
+    ({"question": " "}, "the question is empty"),
+    ({"question": 5}, "the question is a int; write a text or a list of messages"),
+    ({"question": []}, "the question is a list"),
+    ({"question": ["<image><image>"]}, "a chat message must have role and content"),
+    ({"question": [{"role": "user", "content": None}]}, "must be a text or a list of parts"),
+    (
+        {"question": [{"role": "user", "content": [{"type": "video"}]}]},
+        "a part of a message must be a text or an image",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "match"), BAD_ROWS)
+def test_bad_rows(tmp_path: Path, changes: dict[str, Any], match: str) -> None:
+    source = write_rows(tmp_path, [perl_row(), perl_row(**changes)])
+    data = load_examples(source, AUTO, "train", 0)
+    assert data[0].answer == "B"
+    with pytest.raises(UserError, match=rf"data\.jsonl line 2: .*{match}"):
+        data[1]
+    with pytest.raises(UserError, match=match):
+        validate(data)
+
+
+def test_missing_columns_are_named_at_once(tmp_path: Path) -> None:
+    source = write_rows(tmp_path, [{"query": "?", "pic": "0.png"}])
+    match = r"line 1: columns query, pic fit no known convention \(easyr1: problem, answer, images"
+    with pytest.raises(UserError, match=match):
+        load_examples(source, AUTO, "train", 0)
+    match = (
+        "no column prompt and no reward_model; data.columns=verl wants .*, found images, question"
+    )
+    with pytest.raises(UserError, match=match):
+        load_row(tmp_path, perl_row(), DataConfig(columns="verl"))
+    row = {"prompt": "<image>", "images": ["0.png"], "reward_model": {"style": "rule"}}
+    with pytest.raises(UserError, match="the answer is empty"):
+        load_row(tmp_path, row)
+
+
+def test_lines_are_counted_with_the_blank_ones(tmp_path: Path) -> None:
+    source = Path(write_rows(tmp_path, [perl_row()]))
+    good = source.read_text()
+    source.write_text(f"\ufeff{good}\n\n{good}{{'images': 1}}\n[1]\n")
+    data = load_examples(str(source), AUTO, "train", 0)
+    assert len(data) == 4
+    assert data[1].answer == "B"
+    with pytest.raises(UserError, match=r"data\.jsonl line 5: malformed JSON .*; correct the line"):
+        data[2]
+    with pytest.raises(UserError, match=r"data\.jsonl line 6: is a list; write an object"):
+        data[3]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("a.jsonl", b"", "the data set is empty"),
+        ("a.jsonl", b"\n \n", "the data set is empty"),
+        ("a.json", b"[]", "the data set is empty"),
+        ("a.json", b'{"a": 1}', "holds no list of rows"),
+        ("a.json", b"[{]", "malformed JSON"),
+        ("a.jsonl", b"\xff\xfe\xff", "malformed JSON"),
+        ("a.json", b"[" * 100_000, "malformed JSON"),
+        ("a.parquet", b"garbage", "cannot read the data set .*a.parquet: "),
+        ("a.csv", b"x,y", "cannot read '.csv' files; use .jsonl, .json, .parquet"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: bytes, match: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=match):
+        load_examples(str(tmp_path / name), AUTO, "train", 0)
+
+
+@pytest.mark.parametrize("source", ["no/such.jsonl", "./nothing", "/nothing", "a/b/c", "x.parquet"])
+def test_missing_files_are_not_looked_for_on_the_hub(source: str) -> None:
+    with pytest.raises(UserError, match=f"there is no data file or folder {source}"):
+        load_examples(source, AUTO, "train", 0)
+
+
+def test_a_folder_without_data(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read the data set"):
+        load_examples(str(tmp_path), AUTO, "train", 0)
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(UserError, match=r"data\.eval is empty; name a data set"):
+        load_examples("", AUTO, "test", 0)
+    with pytest.raises(ValueError, match="split must be"):
+        load_examples("bundled:digits", AUTO, "dev", 0)
+    with pytest.raises(ValueError, match="limit must be"):
+        load_examples("bundled:digits", AUTO, "test", 0, 0)
+    with pytest.raises(UserError, match="unknown picture collection 'letters'"):
+        load_examples("bundled:letters", AUTO, "test", 0)
+
+
+def test_bundled_examples_are_endless_or_limited() -> None:
+    config = DataConfig(tasks=("which", "single"))
+    endless = load_examples("bundled:digits", config, "train", 0)
+    assert isinstance(endless, BundledDataset) and endless.size is None
+    assert endless[12345].id == "digits-train-single-012345"
+    with pytest.raises(TypeError, match="endless"):
+        len(endless)
+    few = load_examples("bundled:digits", config, "eval", 0, 3)
+    assert len(few) == 3 and few[0].id == "digits-test-which-000000"
+    with pytest.raises(IndexError):
+        few[3]
+
+
+def test_validate_reports_progress(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    source = write_rows(tmp_path, [perl_row()] * 3)
+    validate(load_examples(source, AUTO, "train", 0), lambda *done: seen.append(done))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    validate(load_examples("bundled:digits", AUTO, "train", 0))
+
+
+def test_rows_are_decoded_one_at_a_time(tmp_path: Path) -> None:
+    source = write_rows(tmp_path, [perl_row(), perl_row(images=["0.png", "gone.png"])])
+    data = load_examples(source, AUTO, "train", 0)
+    assert isinstance(data, RowDataset)
+    assert data[0].images[0].size == (6, 4)
+
+
+def test_numbered_placeholders_are_slots(tmp_path: Path) -> None:
+    row = {"images": ["0.png", "1.png"], "answer": "A"}
+    questions = [
+        "<image_1> Look. A. <image_2>",
+        "<image1> Look. A. <image2> Is <image1> first?",
+        [{"role": "user", "content": "<image_1>"}, {"role": "user", "content": "A. <image_2>"}],
+        "<image> A. <image> is like <image_1>",  # other slots: a mention
+    ]
+    source = write_rows(tmp_path, [{**row, "question": q} for q in questions])
+    read = load_examples(source, AUTO, "train", 0)
+    texts = ["|".join(m.content for m in read[i].messages) for i in range(4)]
+    assert texts == [
+        "<image> Look. A. <image>",
+        "<image> Look. A. <image> Is <image1> first?",
+        "<image>|A. <image>",
+        questions[3],
+    ]
+    wrong = write_rows(tmp_path, [{**row, "question": "A. <image_2> B. <image_1>"}], "wrong.jsonl")
+    with pytest.raises(UserError, match="<image_2> comes first in the text; number the images"):
+        load_examples(wrong, AUTO, "train", 0)[0]

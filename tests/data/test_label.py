@@ -1,0 +1,355 @@
+"""Labelled files: what the command writes, keeps and goes on with, by rules and by a model in a thread."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from perl.cli import main
+from perl.config import DataConfig
+from perl.data.dataset import load_examples, validate
+from perl.data.labelling.label import Label, kind_of
+from tests.chat_server import Reply, says, serving
+
+ErrorOf = Callable[..., str]
+Answer = Callable[[str], Any]
+
+ROWS: list[dict[str, Any]] = [
+    {"question": "A <image> B <image> Which image shows a fox?", "images": 2, "answer": "B"},
+    {"question": "<image> Which view is it? A. <image> B. <image>", "images": 3, "answer": "A"},
+    {"question": "<image><image> How many images show a fox?", "images": 2, "answer": "1", "n": 7},
+    {"question": "<image><image> What happens next?", "images": 2, "answer": "rain"},
+    {"question": "<image><image> What is it?", "images": 2, "answer": "a lamp"},
+    {"question": "<image> What is it?", "images": 1, "answer": "a lamp"},
+]
+LABELS = [("all", True), ("first_fixed", True), ("all", False)] + [("none", False)] * 3
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write(tmp_path / "rows.jsonl", ROWS)
+
+
+@pytest.fixture(autouse=True)
+def no_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PERL_LLM_URL", "PERL_LLM_MODEL", "PERL_LLM_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[dict[str, Answer], list[str]]]:
+    """An endpoint whose `answer` a test sets, and the last messages that it was sent."""
+    asked: list[str] = []
+    behaviour: dict[str, Answer] = {}
+
+    def reply(body: dict[str, Any], headers: dict[str, str]) -> Reply:
+        asked.append(body["messages"][-1]["content"])
+        answer = behaviour["answer"](body["messages"][0]["content"])
+        return answer if isinstance(answer, tuple) else says(answer)
+
+    with serving(reply) as url:
+        monkeypatch.setenv("PERL_LLM_URL", url)
+        monkeypatch.setenv("PERL_LLM_MODEL", "m")
+        monkeypatch.setattr("perl.llm._LONGEST_WAIT", 0.01)
+        yield behaviour, asked
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Rows whose images are counted; the pictures lie beside the file."""
+    folder = path.parent / "pictures"
+    folder.mkdir(exist_ok=True)
+    for k in range(4):
+        Image.new("RGB", (4, 4), (60 * k, 0, 0)).save(folder / f"{k}.png")
+    full = [{**row, "images": [f"pictures/{k}.png" for k in range(row["images"])]} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in full))
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(*arguments: object) -> int | str | None:
+    with pytest.raises(SystemExit) as stop:
+        main(["label", *map(str, arguments)])
+    return stop.value.code
+
+
+def labels(path: Path) -> list[tuple[str, bool]]:
+    return [(row["kind"], row["should_change"]) for row in read(path)]
+
+
+def label_json(kind: str, change: bool) -> str:
+    return json.dumps({"kind": kind, "should_change": change, "reason": "because"})
+
+
+def test_rows_keep_their_columns_and_load_with_their_labels(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = data.read_bytes()
+    assert run(data) == 0
+    output = data.with_name("rows.labelled.jsonl")
+    assert labels(output) == LABELS
+    added = {"kind", "should_change", "label_reason", "label_text"}
+    kept = [{k: v for k, v in row.items() if k not in added} for row in read(output)]
+    assert kept == read(data) and data.read_bytes() == before
+    assert all(row["label_reason"] for row in read(output))
+    examples = load_examples(str(output), DataConfig(), "train", 0)
+    validate(examples)
+    assert [(examples[i].kind, examples[i].should_change) for i in range(6)] == LABELS
+    table = capsys.readouterr().out
+    assert re.search(r"none +│ false +│ a single image +│ +1", table)
+
+
+def test_elsewhere_the_images_go_along(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    output = tmp_path / "other" / "out.jsonl"
+    assert run(data, "--output", output, "--limit", 2) == 0
+    (tmp_path / "other").rename(tmp_path / "moved")
+    examples = load_examples(str(tmp_path / "moved" / "out.jsonl"), DataConfig(), "train", 0)
+    assert len(examples) == 2
+    assert [image.getpixel((0, 0))[0] for image in examples[1].images] == [0, 60, 120]
+
+
+def test_parquet_with_embedded_images(data: Path) -> None:
+    import datasets
+
+    images = [
+        [{"bytes": (data.parent / name).read_bytes(), "path": None} for name in row["images"]]
+        for row in read(data)
+    ]
+    columns = {key: [row[key] for row in ROWS] for key in ("question", "answer")}
+    table = datasets.Dataset.from_dict({**columns, "images": images})
+    table = table.cast_column("images", datasets.List(datasets.Image()))
+    table.to_parquet(str(data.with_name("rows.parquet")))
+    assert run(data.with_name("rows.parquet")) == 0
+    output = data.with_name("rows.labelled.jsonl")
+    assert labels(output) == LABELS
+    examples = load_examples(str(output), DataConfig(), "train", 0)
+    assert [image.getpixel((0, 0))[0] for image in examples[1].images] == [0, 60, 120]
+
+
+def test_labels_that_are_there_stay(tmp_path: Path) -> None:
+    rows = [
+        {**ROWS[0], "kind": "none", "should_change": False},
+        {**ROWS[0], "should_change": False},
+        {**ROWS[2], "kind": "none"},
+        {**ROWS[2], "kind": "all", "should_change": True, "answer": "many"},
+        {**ROWS[1], "change_needed": True},
+        {**ROWS[0], "should_change": "perhaps", "note": "\ud800 ä"},
+        {**ROWS[1], "kind": "all"},
+        {**ROWS[2], "question": "<image> <image> <image> How many images show it?", "images": 3}
+        | {"kind": "first_fixed"},
+        {**ROWS[0], "kind": "all", "should_change": False},
+    ]
+    data = write(tmp_path / "rows.jsonl", rows)
+    output = tmp_path / "rows.labelled.jsonl"
+    assert run(data) == 0
+    assert labels(output) == [
+        ("none", False),
+        ("none", False),  # "B" labels an image, and would stay.
+        ("none", False),
+        ("none", False),
+        ("first_fixed", True),
+        ("all", True),
+        ("none", False),  # The picture of the question would get the letter.
+        ("first_fixed", False),
+        ("none", False),
+    ]
+    assert read(output)[5]["note"] == "\ud800 ä"
+    for i in (1, 3, 6, 8):
+        assert "does not hold" in read(output)[i]["label_reason"]
+    assert run(data, "--overwrite", "--relabel") == 0
+    assert labels(output)[:3] == [("all", True), ("all", True), ("all", False)]
+
+
+def test_mentions_follow_where_the_training_lets_them(tmp_path: Path) -> None:
+    question = "<image><image> Is the dog in image 1 larger than the one in image 2?"
+    data = write(tmp_path / "r.jsonl", [{"question": question, "images": 2, "answer": "Yes"}])
+    assert run(data) == 0
+    assert labels(tmp_path / "r.labelled.jsonl") == [("none", False)]
+    assert run(data, "--text", "references", "--overwrite") == 0
+    assert labels(tmp_path / "r.labelled.jsonl") == [("all", False)]
+
+
+def test_a_stopped_labelling_goes_on(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(data) == 0
+    output = data.with_name("rows.labelled.jsonl")
+    whole = output.read_text()
+    lines = whole.splitlines(keepends=True)
+    marked = lines[0].replace('"label_reason": "', '"label_reason": "kept: ')
+    output.write_text(marked + lines[1] + lines[2][:40])
+    capsys.readouterr()
+    assert run(data) == 0
+    assert output.read_text() == marked + "".join(lines[1:])
+    assert "kept: " in capsys.readouterr().out
+    assert run(data) == 0
+    assert "all 6 rows are labelled" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ([], "perl-rl label needs a file first"),
+        (["bundled:digits"], "labelled already"),
+        (["none.jsonl"], "there is no data file"),
+        (["DATA", "--limit", "0"], "--limit 0: must be 1 or more"),
+        (["DATA", "--output", "DATA"], "is the data itself"),
+        (["DATA", "--output", "no/folder.jsonl"], "there is no folder to write it to"),
+        (["DATA", "--labeller", "llm"], "no LLM endpoint is set; set PERL_LLM_URL"),
+        (["DATA", "--rephrase"], "no LLM endpoint is set; set PERL_LLM_URL"),
+        (["DATA", "--labeller", "gpt"], "--labeller"),
+        (["DATA", "--output", "OTHER"], "holds something else than the first rows"),
+        (["DATA", "--output", "OTHER", "--overwrite"], "leaves it alone"),
+    ],
+)
+def test_what_is_refused(options: list[str], match: str, data: Path, error_of: ErrorOf) -> None:
+    other = data.with_name("other.jsonl")
+    other.write_text('{"mine": 1}\n')
+    names = {"DATA": str(data), "OTHER": str(other)}
+    before = sorted(data.parent.iterdir())
+    assert match in error_of("label", *(names.get(option, option) for option in options))
+    assert sorted(data.parent.iterdir()) == before and other.read_text() == '{"mine": 1}\n'
+
+
+def test_a_row_that_cannot_be_read_is_named(data: Path, error_of: ErrorOf) -> None:
+    data.write_text(data.read_text().replace("pictures/1.png", "pictures/9.png", 1))
+    assert "rows.jsonl line 1, image 2: there is no image file" in error_of("label", data)
+    assert not data.with_name("rows.labelled.jsonl").exists()
+
+
+def test_a_model_labels(data: Path, model: tuple[dict[str, Answer], list[str]]) -> None:
+    behaviour, asked = model
+    behaviour["answer"] = lambda task: (
+        f"<think>{{}}</think>\n```json\n{label_json('none', False)}\n```"
+        if "next" in task
+        else label_json("first_fixed", True)
+        if "Which view" in task
+        else label_json("all", "Which image shows a fox" in task)
+    )
+    assert run(data, "--labeller", "llm") == 0
+    found = read(data.with_name("rows.labelled.jsonl"))
+    kinds = [(row["kind"], row["should_change"]) for row in found]
+    assert kinds == [
+        ("all", True),
+        ("first_fixed", True),
+        ("all", False),
+        ("none", False),
+        ("all", False),
+        ("none", False),
+    ]
+    assert len(asked) == 5 and found[0]["label_reason"] == "model: because"
+    assert ROWS[0]["question"] in "\n".join(asked) and found[5]["label_reason"] == "a single image"
+
+
+def test_a_model_is_asked_where_the_rules_are_unsure(
+    data: Path, model: tuple[dict[str, Answer], list[str]]
+) -> None:
+    behaviour, asked = model
+    behaviour["answer"] = lambda task: label_json("all", False)
+    assert run(data, "--labeller", "rules+llm") == 0
+    assert labels(data.with_name("rows.labelled.jsonl")) == [*LABELS[:4], ("all", False), LABELS[5]]
+    assert len(asked) == 1 and "What is it?" in asked[0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("I cannot tell", "there is no JSON object"),
+        ("{'kind': 'all'}", "malformed JSON"),
+        ('{"kind": "all", "should_change": "yes", "reason": ""}', "should_change true or false"),
+        (label_json("most", False), "unknown kind 'most'"),
+        (label_json("last:9", False), "needs 1 to 2 images"),
+        (label_json("all", True), "names none of its 2 images"),
+        (label_json("ordering", True), "kind 'ordering' needs an answer"),
+        ((400, {"error": {"message": "too long"}}), "too long"),
+    ],
+)
+def test_a_model_that_gives_no_label_leaves_the_images_alone(
+    answer: Any, reason: str, tmp_path: Path, model: tuple[dict[str, Answer], list[str]]
+) -> None:
+    behaviour, asked = model
+    behaviour["answer"] = lambda task: answer
+    data = write(tmp_path / "rows.jsonl", [ROWS[4]])
+    assert run(data, "--labeller", "llm") == 0
+    (row,) = read(tmp_path / "rows.labelled.jsonl")
+    assert (row["kind"], row["should_change"]) == ("none", False)
+    assert row["label_reason"].startswith("unsure: ") and reason in row["label_reason"]
+    assert len(asked) == (1 if isinstance(answer, tuple) else 2)
+    if len(asked) == 2:
+        assert reason in asked[1]
+
+
+def test_a_model_may_not_say_that_a_letter_of_an_image_stays(
+    tmp_path: Path, model: tuple[dict[str, Answer], list[str]]
+) -> None:
+    behaviour, asked = model
+    behaviour["answer"] = lambda task: label_json("all", len(asked) > 1)
+    data = write(tmp_path / "rows.jsonl", [ROWS[0]])
+    assert run(data, "--labeller", "llm") == 0
+    assert labels(tmp_path / "rows.labelled.jsonl") == [("all", True)]
+    assert len(asked) == 2 and "answer 'B' names image 2, which may move" in asked[1]
+
+
+def test_an_endpoint_that_goes_down_loses_nothing(
+    tmp_path: Path, model: tuple[dict[str, Answer], list[str]], error_of: ErrorOf
+) -> None:
+    behaviour, asked = model
+    rows = [{**ROWS[4], "answer": f"a lamp {k}"} for k in range(40)]
+    data = write(tmp_path / "rows.jsonl", rows)
+    output = tmp_path / "rows.labelled.jsonl"
+    behaviour["answer"] = lambda task: (500, {}) if "lamp 35" in task else label_json("all", False)
+    said = error_of("label", data, "--labeller", "llm")
+    assert "answered 500" in said and "35 of 40 rows are labelled" in said and "goes on" in said
+    assert [row["answer"] for row in read(output)] == [f"a lamp {k}" for k in range(35)]
+    asked.clear()
+    behaviour["answer"] = lambda task: label_json("all", False)
+    assert run(data, "--labeller", "llm") == 0
+    assert len(asked) == 5 and labels(output) == [("all", False)] * 40
+    assert [row["answer"] for row in read(output)] == [row["answer"] for row in rows]
+
+
+def test_the_documents_example_prints_its_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", document, flags=re.DOTALL)
+    (table,) = re.findall(r"```\n(pets.labelled.jsonl\n.*?)```", document, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "150")
+    exec(code, {})
+    assert run("pets.jsonl") == 0
+    shown = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert shown == table.splitlines()
+    assert run("pets.jsonl", "--text", "references", "--overwrite") == 0
+    assert labels(tmp_path / "pets.labelled.jsonl")[1] == ("all", True)
+
+
+def test_the_documents_rows_are_read(tmp_path: Path) -> None:
+    document = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    (rows,) = re.findall(r"```json\n(.*?)```", document, flags=re.DOTALL)
+    for name in re.findall(r"[\w/]+\.png", rows):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "train.jsonl").write_text(rows)
+    validate(load_examples(str(tmp_path / "train.jsonl"), DataConfig(), "train", 0))
+
+
+def test_names_of_kinds() -> None:
+    assert [kind_of(slots, 4) for slots in ([0, 1, 2, 3], [3, 2, 1], [2, 3], [0, 2], [3], [])] == (
+        ["all", "first_fixed", "last:2", "blocks:1,3", "none", "none"]
+    )
+    assert Label("all", True, "x").sure and not Label("none", False, "unsure: x").sure
+
+
+def test_labels_for_another_way_are_not_gone_on_with(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(data) == 0
+    assert run(data, "--text", "references") == 2
+    assert "holds labels for --text slots, not references; replace it" in capsys.readouterr().err
+    assert run(data, "--text", "references", "--overwrite") == 0

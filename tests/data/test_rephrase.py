@@ -1,0 +1,127 @@
+"""Open questions made into multiple choice: what is taken, what is refused, and where the original is kept."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from perl.cli import main
+from perl.config import DataConfig
+from perl.data.dataset import load_examples
+from perl.data.labelling.rephrase import Rephrased, is_open, rephrase
+from perl.llm import Endpoint
+from perl.types import Example, Message
+from tests.chat_server import Reply, says, serving
+
+IMAGES = tuple(Image.new("RGB", (4, 4), (80 * k, 0, 0)) for k in range(3))
+
+
+def example(question: str, answer: str) -> Example:
+    return Example("x", IMAGES[: question.count("<image>")], question, answer, "none", False)
+
+
+def choice(question: str, answer: str, kind: str = "Other") -> str:
+    return json.dumps({"question": question, "answer": answer, "question_type": kind})
+
+
+WHICH = example("<image><image> Which image shows a fox?", "Image 2")
+ANIMAL = example("<image><image> Which animal do both images show?", "a fox")
+GOOD = choice("Which image shows a fox? A. <image> B. <image>", "B")
+TEXT = choice("<image><image> Which animal?\nA. an owl\nB. a fox\nC. a hare", "(B)")
+
+
+@pytest.mark.parametrize(
+    ("asked", "said", "wanted"),
+    [
+        (WHICH, GOOD, "B"),
+        (ANIMAL, TEXT, "B"),
+        (WHICH, choice("A. <image> B. <image> Fox?", "B", "ReferenceComparison"), "B"),
+        (WHICH, choice("A. <image> B. <image> Which?", "A"), "option A is not the image that was"),
+        (WHICH, choice("A. <image> B. <image> Which?", "C"), "'C' is none of the options"),
+        (WHICH, choice("A. <image> Which?", "A"), "1 <image> slots for 2 images"),
+        (WHICH, choice("A. <image> B. <image> Which?", "B", "Riddle"), "question_type must be"),
+        (ANIMAL, choice("<image><image>\nA. an owl\nB. a hare", "A"), "not the given answer word"),
+        (ANIMAL, choice("<image><image> Which animal?", "a fox"), "'a fox' is none of the options"),
+        (ANIMAL, "no", "there is no JSON object"),
+        (ANIMAL, "[1, 2]", "there is no JSON object"),
+        (ANIMAL, '{"question": 1, "answer": "B"}', "question and answer must be texts"),
+    ],
+)
+def test_only_a_sound_multiple_choice_is_taken(asked: Example, said: str, wanted: str) -> None:
+    with serving(lambda *_: says(said)) as url:
+        (found,) = rephrase([asked], Endpoint(url, "m", backoff=0))
+    if isinstance(found, Rephrased):
+        assert found.answer == wanted and found.question == json.loads(said)["question"]
+    else:
+        assert isinstance(found, str) and wanted in found
+
+
+def test_what_is_wrong_is_said_once_and_may_be_corrected() -> None:
+    chats: list[list[dict[str, str]]] = []
+
+    def reply(body: dict[str, Any], headers: dict[str, str]) -> Reply:
+        chats.append(body["messages"])
+        return says(GOOD if len(body["messages"]) > 1 else "no")
+
+    with serving(reply) as url:
+        (found,) = rephrase([WHICH], Endpoint(url, "m", backoff=0))
+    assert isinstance(found, Rephrased) and len(chats) == 2
+    assert "there is no JSON object" in chats[1][-1]["content"]
+
+
+def test_what_is_an_open_question() -> None:
+    assert is_open(WHICH) and is_open(ANIMAL)
+    assert not is_open(example("<image> Which animal?", "a fox"))
+    assert not is_open(example("A <image> B <image> Which image shows a fox?", "B"))
+    assert not is_open(example("<image><image> Which animal? A. an owl B. a fox", "B"))
+    turns = tuple(Message("user", text) for text in ("<image><image> Which animal?", "Sure?"))
+    assert not is_open(Example("x", IMAGES[:2], turns, "a fox"))
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def reply(body: dict[str, Any], headers: dict[str, str]) -> Reply:
+        return says(GOOD if "shows a fox" in body["messages"][0]["content"] else "no")
+
+    with serving(reply) as url:
+        monkeypatch.setenv("PERL_LLM_URL", url)
+        monkeypatch.setenv("PERL_LLM_MODEL", "m")
+        yield
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_rows_are_rephrased_and_labelled(tmp_path: Path, endpoint: None, chat: bool) -> None:
+    for k, image in enumerate(IMAGES):
+        image.save(tmp_path / f"{k}.png")
+    rows: list[dict[str, Any]] = []
+    for asked in (WHICH, ANIMAL):
+        question: Any = asked.question
+        rows.append({"images": ["0.png", "1.png"]})
+        if chat:
+            system = {"role": "system", "content": "Be brief."}
+            question = [system, {"role": "user", "content": question}]
+            rows[-1] |= {"prompt": question, "reward_model": {"ground_truth": asked.answer, "k": 1}}
+        else:
+            rows[-1] |= {"question": question, "answer": asked.answer, "worked": asked.answer}
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for _ in range(2):  # The second time everything is there.
+        with pytest.raises(SystemExit) as stop:
+            main(["label", str(data), "--rephrase"])
+        assert stop.value.code == 0
+    output = tmp_path / "rows.labelled.jsonl"
+    first, second = (json.loads(line) for line in output.read_text().splitlines())
+    assert first["rephrased"] == "Other" and second["rephrased"].startswith("no: ")
+    changed = {"prompt", "reward_model"} if chat else {"question", "answer", "worked"}
+    assert first["original"] == {key: rows[0][key] for key in changed}
+    assert {k: second[k] for k in rows[1]} == rows[1]
+    examples = load_examples(str(output), DataConfig(), "train", 0)
+    new, old = examples[0], examples[1]
+    assert new.worked is None and (old.worked == "a fox") != chat
+    assert (new.answer, new.kind, new.should_change) == ("B", "all", True)
+    assert (old.answer, old.kind, old.should_change) == ("a fox", "none", False)
+    assert new.messages[-1].content == json.loads(GOOD)["question"]
+    assert len(new.messages) == (2 if chat else 1)

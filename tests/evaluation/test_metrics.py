@@ -1,0 +1,65 @@
+"""Agreement across orders: the same picture, however its slot is called."""
+
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from perl.evaluation.agreement import agreement, chosen_picture
+from perl.permutation.permute import permute
+from perl.report.metrics import mean
+from perl.timing import Stopwatch
+from perl.types import EncodedPrompt, Example, Rollout
+
+PICTURES = tuple(Image.new("RGB", (4, 4), color) for color in ("red", "green", "blue"))
+EXAMPLE = Example("e", PICTURES, "A <image> B <image> C <image> which image shows red ?", "A")
+
+
+def rollout(order: tuple[int, ...], text: str, example: Example = EXAMPLE) -> Rollout:
+    empty = np.zeros(0, np.int64)
+    prompt = EncodedPrompt(empty, np.zeros((3, 0), np.int64), 0, (), 0)
+    return Rollout(permute(example, order), prompt, empty, empty, text, True)
+
+
+def test_the_same_picture_under_different_letters() -> None:
+    here, there = rollout((0, 1, 2), r"\boxed{ A }"), rollout((2, 0, 1), r"\boxed{ B }")
+    assert chosen_picture(here) == chosen_picture(there)
+    assert chosen_picture(rollout((2, 0, 1), r"\boxed{ A }")) != chosen_picture(here)
+
+
+@pytest.mark.parametrize("text", ["", "A", r"\boxed{ Z }", r"\boxed{", r"\boxed{ a cat }"])
+def test_an_answer_that_names_no_picture_is_none(text: str) -> None:
+    assert chosen_picture(rollout((0, 1, 2), text)) is None
+
+
+def test_answers_that_stay_are_compared_as_they_are() -> None:
+    example = Example("e", PICTURES, "<image> <image> <image> how many ?", "2", should_change=False)
+    assert chosen_picture(rollout((1, 0, 2), r"\boxed{ 2 }", example)) == "2"
+
+
+def test_agreement_counts_pairs_from_different_orders() -> None:
+    assert agreement([["x"], ["x"], ["x"]]) == 1
+    assert agreement([["x"], ["y"], ["x"]]) == pytest.approx(1 / 3)
+    assert agreement([["x", "y"], ["x", "y"]]) == 0.5
+    assert agreement([["x", "x"], ["y", "y"]]) == 0  # equal within an order is not consistency
+    assert agreement([[None], [None]]) == 0
+    assert math.isnan(agreement([["x", "x"]]))
+    assert math.isnan(agreement([]))
+
+
+def test_mean_leaves_out_what_is_missing() -> None:
+    assert mean([1.0, None, math.nan, 3.0]) == 2
+    assert math.isnan(mean([]))
+
+
+def test_stopwatch_laps_and_totals() -> None:
+    watch = Stopwatch()
+    for _ in range(2):
+        with watch("a"):
+            pass
+    assert set(watch.lap()) == {"time/a"}
+    assert watch.lap() == {}
+    with watch("a"):
+        pass
+    assert watch.total_seconds["a"] > 0

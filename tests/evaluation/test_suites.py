@@ -1,0 +1,375 @@
+"""The eight benchmarks through the command line, over small local files in the published layouts."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from perl.cli import main
+from perl.evaluation.suites import SUITES
+from tests.evaluation.benchmarks import IMAGE, PICTURES, TEXT, make_benchmarks, parquet
+
+ErrorOf = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_benchmarks(tmp_path_factory.mktemp("benchmarks"))
+
+
+def run(*arguments: object) -> int | str | None:
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    return stop.value.code
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def evaluate(root: Path, tiny_folder: Callable[[str], Path]) -> Callable[..., int | str | None]:
+    """Evaluates the tiny model on some suites, three tokens each."""
+
+    def command(output: Path, *options: object, suite: str = "mantis_eval") -> int | str | None:
+        words = ["--suite", suite, "--suite-root", root, "--max-new-tokens", "3"]
+        model = tiny_folder("tiny-qwen2.5-vl")
+        return run("evaluate", model, *words, "--output", output, *options)
+
+    return command
+
+
+def test_all_eight_in_one_go(
+    evaluate: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    out = tmp_path / "out"
+    assert evaluate(out, "--orders", "2", "--published", suite="all") == 0
+    said = capsys.readouterr()
+    counts = {"mantis_eval": 2, "blink": 14, "mmiu": 2, "mathvista": 4}
+    counts |= {"mathverse": 2, "mathvision": 2, "remi": 6, "mv_math": 4}
+    summary = json.loads((out / "summary.json").read_text())["suites"]
+    assert {name: values["items"] for name, values in summary.items()} == counts
+    for name, values in summary.items():
+        expected = SUITES[name].expected
+        warning = f"holds {counts[name]} items, where the published benchmark has {expected}"
+        assert warning in caplog.text
+        assert values["interval"][0] <= values["accuracy"] <= values["interval"][1]
+        assert 0 <= values["score"] <= 1 and values["too_long"] == 0
+    for name, moved in {"mantis_eval": 1, "blink": 1, "mmiu": 1, "mv_math": 1}.items():
+        assert summary[name]["orders"]["items"] == moved
+        assert 0 <= summary[name]["orders"]["consistency"] <= 1
+        orders = [tuple(row["order"]) for row in rows(out / f"{name}.jsonl") if row["movable"]]
+        assert len(set(orders)) == 2
+    assert all(summary[name]["orders"] is None for name in ("mathvista", "mathverse", "remi"))
+    table = (out / "table.md").read_text()
+    header = (
+        "Mantis-Eval | BLINK | MMIU | MathVista | MathVerse | MathVision | ReMI | MV-MATH | AVG"
+    )
+    assert header in table and "| n | 2 | 14 | 2 | 4 | 2 | 2 | 6 | 4 | 36 |" in table
+    assert "| PeRL 7B † | 76.39 | 58.53 |" in table
+    assert "† published, arXiv 2506.14907" in table and "† published" in said.out
+    assert "blink: 14 items" in said.err and "steps" not in said.err
+
+
+def test_the_answer_follows_its_image_in_the_rows(
+    evaluate: Callable[..., int], tmp_path: Path
+) -> None:
+    assert evaluate(tmp_path / "out", "--orders", "2", suite="mv_math") == 0
+    found = [r for r in rows(tmp_path / "out" / "mv_math.jsonl") if r["id"] == "1"]
+    assert len(found) == 2 and found[0]["order"] == [0, 1, 2, 3] and found[0]["gold"] == "C"
+    for row in found:
+        assert row["order"]["ABCD".index(row["gold"])] == 2
+
+
+def test_answers_are_kept_and_not_asked_for_again(
+    evaluate: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out"
+    assert evaluate(out, "--limit", "1", suite="mathvista") == 0
+    assert len(rows(out / "mathvista.jsonl")) == 1
+    assert evaluate(out, suite="mathvista") == 0
+    whole = (out / "mathvista.jsonl").read_bytes()
+    assert [row["id"] for row in rows(out / "mathvista.jsonl")] == ["0", "1", "2", "3"]
+    (out / "mathvista.jsonl").write_bytes(whole[:-20])  # as a kill leaves it
+
+    from perl.rollout import InProcessEngine
+
+    asked: list[int] = []
+    generate = InProcessEngine.generate
+
+    def counting(self: Any, prompts: Any, *arguments: Any) -> Any:
+        asked.append(len(prompts))
+        return generate(self, prompts, *arguments)
+
+    monkeypatch.setattr(InProcessEngine, "generate", counting)
+    assert evaluate(out, suite="mathvista") == 0
+    assert asked == [1] and (out / "mathvista.jsonl").read_bytes() == whole
+    capsys.readouterr()
+    assert evaluate(out, "--instruction", "think", suite="mathvista") == 2
+    said = capsys.readouterr().err
+    assert "given under other settings: instruction was official and is think; choose" in said
+    assert (out / "mathvista.jsonl").read_bytes() == whole
+
+
+def test_another_model_at_the_same_place_is_noticed(
+    root: Path, tiny_folder: Callable[[str], Path], tmp_path: Path, error_of: ErrorOf
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder("tiny-qwen2.5-vl"), model)
+    words = ("--suite", "mantis_eval", "--suite-root", root, "--output", tmp_path / "out")
+    assert run("evaluate", model, *words, "--max-new-tokens", "1", "--limit", "1") == 0
+    weights = next(model.glob("*.safetensors"))
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    assert "weights was" in error_of("evaluate", model, *words, "--max-new-tokens", "1")
+
+
+def test_prompts_that_are_too_long(
+    evaluate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ("--max-prompt-tokens", "30")
+    assert evaluate(tmp_path / "out", *short) == 2
+    assert "raise it with --max-prompt-tokens" in capsys.readouterr().err
+    assert evaluate(tmp_path / "out", *short, "--overlong", "drop") == 0
+    values = json.loads((tmp_path / "out" / "summary.json").read_text())["suites"]["mantis_eval"]
+    assert (values["items"], values["too_long"], values["accuracy"]) == (2, 2, 0.0)
+    assert evaluate(tmp_path / "out") == 0
+    assert all(row["completion"] for row in rows(tmp_path / "out" / "mantis_eval.jsonl")[2:])
+
+
+def test_what_is_missing_is_listed_before_a_model_is_loaded(
+    root: Path, tmp_path: Path, error_of: ErrorOf
+) -> None:
+    other = tmp_path / "root"
+    shutil.copytree(root, other)
+    shutil.rmtree(other / "blink" / "Jigsaw")
+    shutil.rmtree(other / "blink" / "Counting")
+    (other / "mv_math" / "images" / "batch10_2.jpg").unlink()
+    next((other / "mmiu").rglob("spot_the_diff_0_1.jpg")).unlink()
+    shutil.rmtree(other / "remi")
+    model = tmp_path / "no weights"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    words = ("evaluate", model, "--suite-root", other, "--output", tmp_path / "out", "--suite")
+    said = error_of(*words, "blink")
+    assert "lacks Counting/val-*.parquet, Jigsaw/val-*.parquet; get them from https://" in said
+    assert "lacks images/batch10_2.jpg; get" in error_of(*words, "mv_math")
+    assert "lacks Low-level-semantic/spot_the_diff/spot_the_diff_0_1.jpg" in error_of(
+        *words, "mmiu"
+    )
+    assert "remi lacks test.parquet" in error_of(*words, "remi")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--suite", "blinc"], "--suite blinc: there is no such benchmark; did you mean blink?"),
+        (["--suite", "blink"], "--suite needs --suite-root"),
+        (["--suite", "blink", "--suite-root", "."], "--suite needs --output, a folder"),
+        (["--suite", "blink", "--data", "x.jsonl"], "--data and --suite exclude each other"),
+        (["--orders", "2"], "--orders is for --suite"),
+        (["--suite", "blink", "--orders", "0"], "--orders 0: must be 1 or more"),
+        (["--suite", "blink", "--limit", "0"], "--limit 0: must be 1 or more"),
+    ],
+)
+def test_options_that_do_not_fit(
+    options: list[str], match: str, tiny_folder: Callable[[str], Path], error_of: ErrorOf
+) -> None:
+    assert match in error_of("evaluate", tiny_folder("tiny-qwen2.5-vl"), *options)
+
+
+def test_folders_that_hold_something_else(
+    root: Path, tmp_path: Path, tiny_folder: Callable[[str], Path], error_of: ErrorOf
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("x")
+    words = ("evaluate", tiny_folder("tiny-qwen2.5-vl"), "--suite", "remi", "--suite-root", root)
+    assert "is not empty and holds no answers" in error_of(*words, "--output", tmp_path / "full")
+    file = tmp_path / "full" / "x"
+    assert "is a file; with --suite it is a folder" in error_of(*words, "--output", file)
+
+
+def test_the_layout_is_printed_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("evaluate", "--list-suites") == 0
+    said = capsys.readouterr().out
+    for suite in SUITES.values():
+        assert f"{suite.name}: {suite.title}, {suite.expected} items" in said and suite.home in said
+    assert "DIR/blink/Jigsaw/val-*.parquet" in said
+
+
+def test_a_model_reads_the_answers(
+    evaluate: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the endpoint makes of a completion is judged by the benchmark's rule."""
+    from perl.llm import Endpoint
+
+    asked: list[str] = []
+
+    def complete(self: Endpoint, prompts: list[str], **settings: Any) -> list[str]:
+        asked.extend(prompts)
+        return ["B" if "Image 2" in prompt else "NONE" for prompt in prompts]
+
+    monkeypatch.setenv("PERL_LLM_URL", "http://localhost:1/v1")
+    monkeypatch.setenv("PERL_LLM_MODEL", "judge")
+    monkeypatch.setattr(Endpoint, "complete", complete)
+    assert evaluate(tmp_path / "out", "--extract", "llm") == 0
+    first, second = rows(tmp_path / "out" / "mantis_eval.jsonl")
+    assert (first["extracted"], first["answer"], first["score"]) == ("B", "B", 1.0)
+    assert (second["extracted"], second["answer"], second["score"]) == ("", None, 0.0)
+    assert len(asked) == 2 and "<image>" not in asked[0]
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["extract"] == "llm judge"
+
+
+def answers(folder: Path, scores: dict[str, list[int]], model: str, tokens: int = 8) -> Path:
+    """An output folder as `evaluate` writes it."""
+    folder.mkdir()
+    settings = {"model": model, "max_new_tokens": tokens}
+    (folder / "settings.json").write_text(json.dumps(settings))
+    for name, of_suite in scores.items():
+        row = {"task": "", "movable": True, "completion": "", "finished": True, "answer": ""}
+        lines = [
+            json.dumps(row | {"id": f"{k}", "order": [0, 1], "score": float(score)})
+            for k, score in enumerate(of_suite)
+        ]
+        other = json.dumps(row | {"id": "0", "order": [1, 0], "score": 0.0})
+        (folder / f"{name}.jsonl").write_text("\n".join([*lines, other]) + "\n")
+    return folder
+
+
+def test_two_models_are_compared_item_by_item(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], error_of: ErrorOf
+) -> None:
+    one = answers(tmp_path / "a", {"blink": [1, 0, 0, 1], "remi": [1, 1], "mmiu": [1]}, "a")
+    other = answers(tmp_path / "b", {"blink": [1, 1, 1, 1], "remi": [1, 0]}, "b", tokens=16)
+    assert run("compare", one, other) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "+50.00" in said and "-50.00" in said and "+16.67" in said and "0.5" in said
+    assert f"max_new_tokens: 8 in {one}, 16 in {other}".replace("\n", "") in said
+    assert f"mmiu: only in {one}" in said
+    more = answers(tmp_path / "c", {"blink": [1, 1, 1, 1, 0]}, "c")
+    assert f"blink: 1 of 5 items are only in {more} (4)" in error_of("compare", one, more)
+    alone = answers(tmp_path / "d", {"mathvista": [1]}, "d")
+    assert "no benchmark in common" in error_of("compare", one, alone)
+    assert "holds no answers: there is no settings.json" in error_of("compare", one, tmp_path)
+    assert "needs two folders" in error_of("compare", one)
+    assert "needs a folder first" in error_of("compare")
+    (more / "blink.jsonl").write_text('{"id": \n')
+    assert "blink.jsonl line 1: malformed JSON" in error_of("compare", one, more)
+    (more / "blink.jsonl").write_text('{"id": "1"}\n')
+    assert "blink.jsonl line 1: is no answer" in error_of("compare", one, more)
+
+
+def test_a_policy_that_likes_one_letter_is_found_out(
+    evaluate: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is right in half of the orders, and chooses another picture in each."""
+    from perl.model.processor import Processor
+
+    monkeypatch.setattr(Processor, "decode", lambda self, ids: "<think>x</think>\\boxed{B}")
+    out = tmp_path / "out"
+    assert evaluate(out, "--orders", "2") == 0
+    assert evaluate(out, "--orders", "2", suite="mmiu") == 0
+    summary = json.loads((out / "summary.json").read_text())["suites"]
+    assert summary["mmiu"]["score"] == 1.0 and summary["mmiu"]["averaged"] == "tasks"
+    for values in (summary["mmiu"], summary["mantis_eval"]):
+        moved = values["orders"]
+        assert (moved["official_accuracy"], moved["accuracy"]) == (1.0, 0.5)
+        assert moved["consistency"] == 0.0
+    assert summary["mantis_eval"]["by_task"]["retrieval"] == {"items": 1, "accuracy": 1.0}
+    assert summary["mantis_eval"]["by_task"]["counting"] == {"items": 1, "accuracy": 0.0}
+
+
+@pytest.mark.parametrize(("images", "consistency"), [(2, 0.0), (3, 0.2), (4, 5 / 23)])
+def test_one_letter_and_several_images(
+    images: int,
+    consistency: float,
+    tiny_folder: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Among all orders of n images some have the same one in the first place."""
+    from perl.model.processor import Processor
+
+    item: dict[str, Any] = {"id": "1", "question_type": "multi-choice", "answer": "B"}
+    item["data_source"] = "human"
+    item |= {"question": "<image>" * images + " Which one shows three ?", "category": "retrieval"}
+    item["images"] = list(PICTURES[:images])
+    item["options"] = [f"({'ABCD'[k]}) Image {k + 1}" for k in range(images)]
+    features = {k: TEXT for k in item if k not in ("images", "options")}
+    features |= {"images": datasets.List(IMAGE), "options": datasets.List(TEXT)}
+    folder = tmp_path / "suites" / "mantis_eval" / "mantis_eval"
+    parquet(folder / "test-00000-of-00001.parquet", [item], features)
+    monkeypatch.setattr(Processor, "decode", lambda self, ids: "\\boxed{A}")
+    words = ["--suite", "mantis_eval", "--suite-root", tmp_path / "suites", "--orders", 24]
+    words += ["--max-new-tokens", 3, "--output", tmp_path / "out"]
+    assert run("evaluate", tiny_folder("tiny-qwen2.5-vl"), *words) == 0
+    moved = json.loads((tmp_path / "out" / "summary.json").read_text())["suites"]["mantis_eval"]
+    assert moved["orders"]["orders"] == math.factorial(images)
+    assert moved["orders"]["accuracy"] == pytest.approx(1 / images)
+    assert moved["orders"]["consistency"] == pytest.approx(consistency)
+
+
+@pytest.mark.parametrize("gold", ["42", "", "F"])
+def test_options_without_a_right_letter_are_found_before_a_model_is_loaded(
+    gold: str, tmp_path: Path, error_of: ErrorOf
+) -> None:
+    item = {"id": "1", "question": "<image1> How many?", "options": list("34567"), "answer": gold}
+    item |= {"decoded_image": PICTURES[0], "subject": "counting"}
+    features = {k: TEXT for k in item if k not in ("decoded_image", "options")}
+    features |= {"decoded_image": IMAGE, "options": datasets.List(TEXT)}
+    folder = tmp_path / "mathvision" / "data"
+    parquet(folder / "test-0.parquet", [item | {"answer": "A", "id": "0"}, item], features)
+    words = ["--suite", "mathvision", "--suite-root", tmp_path, "--output", tmp_path / "out"]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    said = error_of("evaluate", tmp_path / "model", *words)
+    assert f"test-0.parquet row 2: the answer '{gold}' is no letter of its 5 options" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_versions_of_one_problem_are_drawn_together(
+    root: Path, evaluate: Callable[..., int], tmp_path: Path
+) -> None:
+    """MathVerse asks each problem in five versions."""
+    from perl.evaluation.suites.comparison import compare_folders
+
+    assert evaluate(tmp_path / "asked", suite="mathverse") == 0
+    assert [row["problem"] for row in rows(tmp_path / "asked" / "mathverse.jsonl")] == ["1", "1"]
+    template = rows(tmp_path / "asked" / "mathverse.jsonl")[0]
+
+    def folder(name: str, keys: tuple[str, ...], score: Callable[[int], int]) -> Path:
+        path = answers(tmp_path / name, {}, name)
+        lines = []
+        for k in range(100):
+            row = template | {"id": str(k), "problem": str(k // 5), "score": float(score(k // 5))}
+            lines.append(json.dumps({key: v for key, v in row.items() if key in keys}) + "\n")
+        (path / "mathverse.jsonl").write_text("".join(lines))
+        return path
+
+    old = tuple(key for key in template if key != "problem")
+
+    def width(keys: tuple[str, ...], name: str) -> float:
+        one, other = (
+            folder(f"{name}1", keys, lambda p: p % 2),
+            folder(f"{name}2", keys, lambda p: 1),
+        )
+        found, _ = compare_folders(one, other)
+        assert found["mathverse"].difference == found["all"].difference == 0.5
+        assert found["mathverse"].interval == found["all"].interval
+        low, high = found["mathverse"].interval
+        return high - low
+
+    assert width(tuple(template), "new") > 2 * width(old, "old")

@@ -1,0 +1,307 @@
+"""How each benchmark's rule reads completions: right, wrong and odd ones. And which images it lets move."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perl.evaluation.suites import SUITES
+from perl.evaluation.suites.base import THINK, Items, open_items
+from perl.evaluation.suites.choices import image_kind, option_letter
+from perl.evaluation.suites.maths import said, same_value
+from perl.evaluation.suites.slots import numbered_slots
+from perl.permutation.permute import all_orders, permute
+from perl.types import IMAGE_SLOT, Example
+from tests.evaluation.benchmarks import make_benchmarks
+
+CASES = {
+    "mantis_eval me_0": [
+        ("B", "B", 1),
+        ("(B) Image 2", "B", 1),
+        ("A", "A", 0),
+        ("Answer: B", "B", 1),
+        ("Final Answer: b", "B", 1),
+        ("<think>A?</think> \\boxed{\\text{B}}", "B", 1),
+        ("<think>\\boxed{A}</think> \\boxed{B}.", "B", 1),
+        ("Image 2", None, 1),  # no letter of an option first, so the text is compared
+        ("The answer is B", None, 0),  # the published rule reads its first letter, T
+        ("", None, 0),
+    ],
+    "mantis_eval me_1": [
+        ("I count. Final Answer: two", "two", 1),
+        ("two", "two", 1),
+        ("two images", "two images", 0),
+        ("\\boxed{Two}", "Two", 1),
+        ("", None, 0),
+    ],
+    "blink val_Visual_Similarity_1": [
+        ("(B)", "B", 1),
+        ("B.", "B", 1),
+        ("It differs.\n\nTherefore (B) the third image", "B", 1),
+        ("(A) is not, so I choose:\n\n(B)", "B", 1),
+        ("(A) or (B)", None, 0),
+        ("The third image", "B", 1),
+        ("\\boxed{A}", "A", 0),
+        ("The correct answer is **B**", "B", 1),
+        ("I cannot help", None, 0),
+    ],
+    "mmiu forensic_detection_blink/0": [
+        ("B", "B", 1),
+        ("b", "B", 1),
+        ("B: the second image", "B", 1),
+        ("Option A", "A", 0),
+        ("Z", None, 0),
+    ],
+    "mathvista 0": [
+        ("14", "14", 1),
+        ("14.7 items", "14", 1),  # the published rule cuts an integer off
+        ("There are 3 and 14", "14", 1),
+        ("\\boxed{14}", "14", 1),
+        ("none", None, 0),
+        ("1e999", None, 0),
+    ],
+    "mathvista 1": [("1.24", "1.2", 1), ("about 1.25 kg", "1.2", 1), ("1.3", "1.3", 0)],
+    "mathvista 2": [("Between [0] and [1, 2].", "[1, 2]", 1), ("1, 2", None, 0)],
+    "mathvista 3": [
+        ("(A) 145°", "145°", 1),
+        ("A", "145°", 1),
+        ("145°", "145°", 1),
+        ("The angle is 145°.", "145°", 1),
+        ("\\boxed{145}", "145°", 1),  # nearest by edit distance
+        ("(B)", "3/11", 0),
+        ("I do not know", None, 0),  # a whole text is not matched to the nearest
+    ],
+    "mathverse 1": [
+        ("So L = 14.32, rounded: the answer is 14.", "14", 1),
+        ("Therefore:\n\n14", "14", 1),
+        ("\\boxed{14 \\text{ cm}}", "14 cm", 1),
+        ("The answer: 13", "13", 0),
+        ("", None, 0),
+    ],
+    "mathverse 2": [
+        ("B", "B", 1),
+        ("\\boxed{B}", "B", 1),
+        ("2*\\sqrt{3}", "B", 1),
+        ("A:8", "A", 0),
+    ],
+    "mathvision 4": [
+        ("\\boxed{2\\pi}", "2\\pi", 1),  # to two digits
+        ("\\boxed{6.3}", "6.3", 0),
+        ("the answer is 6.28", "6.28", 1),
+        ("\\boxed{}", None, 0),
+    ],
+    "mathvision 15": [
+        ("\\boxed{B}", "B", 1),
+        ("\\boxed{4}", "4", 1),
+        ("\\boxed{\\frac{8}{2}}", "\\frac{8}{2}", 1),
+        ("\\boxed{A}", "A", 0),
+        ("\\boxed{B} no, \\boxed{C}", "C", 0),
+    ],
+    "remi EmojiAlgebra/0": [
+        ('{"explanation": "x", "answer": 92}', "92", 1),
+        ('Sure: {"explanation": "x", "answer": "92.5"}', "92.5", 1),
+        ('{"explanation": "x", "answer": 94}', "94", 0),
+        ("92", None, 0),
+        ("\\boxed{92}", "92", 1),
+        ("[" * 9999, None, 0),
+    ],
+    "remi RefCoco/1": [('{"answer": 3}', "3", 1), ('{"answer": 2}', "2", 0)],
+    "remi Clocks/2": [('{"answer": 110}', "110", 1), ('{"answer": 111}', "111", 0)],
+    "remi GeomShape/3": [('{"answer": 51.5}', "51.5", 1), ('{"answer": 52}', "52", 0)],
+    "remi FuncRead/4": [('{"answer": "f(x)"}', "f(x)", 1), ('{"answer": "g"}', "g", 0)],
+    "remi IQ/5": [('{"answer": "A"}', "A", 1), ('{"answer": "( a )"}', "( a )", 1)],
+    "mv_math 1": [
+        ("Step 1: fold.\nAnswer: {C}", "C", 1),
+        ("\\boxed{C}", "C", 1),
+        ("Answer: {A}", "A", 0),
+        ("A and C", None, 0),
+    ],
+    "mv_math 3": [
+        ("\\boxed{\\frac{15}{2} or \\frac{3}{2}}", "\\frac{15}{2} or \\frac{3}{2}", 1),
+        ("Answer: $1.5$ or $7.5$", "$1.5$ or $7.5$", 1),
+        ("Answer: 1.5", "1.5", 0),
+    ],
+    "mv_math 4": [
+        ("(1) The answer is $(4,2)$.\n(2) Answer: a=1/2", "(1) $(4,2)$; (2) a=1/2", 1),
+        ("\\boxed{(1) (4, 2); (2) 0.5}", "(1) (4, 2); (2) 0.5", 1),
+        ("\\boxed{(1) (4, 2); (2) 0.6}", "(1) (4, 2); (2) 0.6", 0),
+        ("\\boxed{(1) (4, 2)}", "(1) (4, 2)", 0),
+        ("\\boxed{(1) A(2)=(4, 2); (2) 0.5}", "(1) A(2)=(4, 2); (2) 0.5", 0),
+        ("(4,2), 1/2", None, 0),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Items]]:
+    """By instruction, by suite."""
+    root: Path = make_benchmarks(tmp_path_factory.mktemp("benchmarks"))
+    return {
+        name: {s.name: open_items(s, root, name == "think") for s in SUITES.values()}
+        for name in ("official", "think")
+    }
+
+
+def find(items: Items, id: str) -> Example:
+    return next(e for e in (items[i] for i in range(len(items))) if e.id == id)
+
+
+@pytest.mark.parametrize("which", CASES)
+def test_scores(which: str, items: dict[str, dict[str, Items]]) -> None:
+    suite, id = which.split(" ", 1)
+    example = find(items["official"][suite], id)
+    for completion, answer, score in CASES[which]:
+        judged = SUITES[suite].score(example, example.answer, completion)
+        assert (judged.answer, judged.score) == (answer, score), completion
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_prompts_have_a_slot_for_every_picture(
+    suite: str, items: dict[str, dict[str, Items]]
+) -> None:
+    for instruction, of_suite in items.items():
+        found = of_suite[suite]
+        for i in range(len(found)):
+            example = found[i]
+            text = "\n".join(message.content for message in example.messages)
+            assert text.count(IMAGE_SLOT) == len(example.images) > 0
+            assert text.endswith(THINK) == (instruction == "think")
+            assert example.id == found.get(i, decode=False).id
+
+
+def test_official_prompts(items: dict[str, dict[str, Items]]) -> None:
+    official = items["official"]
+    mantis = find(official["mantis_eval"], "me_0").messages[0].content
+    assert mantis.endswith(
+        "\n (A) Image 1\n (B) Image 2\nAnswer with the option's letter from the given choices directly."
+    )
+    context, question = "You are a judge.", "Which is most likely"
+    forensic = find(official["mmiu"], "forensic_detection_blink/0").messages[0].content
+    differing = find(official["mmiu"], "spot_the_diff/1").messages[0].content
+    assert forensic.index(context) < forensic.index(question)
+    assert differing.index(question) < differing.index(context)
+    assert differing.endswith("\nPlease answer the option directly like A,B,C,D...")
+    art = find(official["blink"], "val_Art_Style_1").messages[0].content
+    assert art.startswith("<image>Disclaimer: This is not")
+    vision = find(official["mathvision"], "15").messages[0].content
+    assert "<image1>\n(A) 3\n(B) $4$" in vision and 'in one "\\boxed{}"' in vision
+    remi = find(official["remi"], "Clocks/2")
+    assert remi.messages[0].content.startswith(
+        "Question: Compute <image> by <image> of three Output only"
+    )
+    assert remi.images[0].getpixel((0, 0)) == (0, 128, 0)  # green, the second, is marked first
+    system, user = find(official["mv_math"], "4").messages
+    assert system.role == "system" and "Each problem is a multi-step problem" in system.content
+    assert user.content.endswith("\nQuestion: <image>\n(1) Find A;\n(2) find a.")
+
+
+def test_only_images_that_are_the_options_move(items: dict[str, dict[str, Items]]) -> None:
+    kinds = {
+        (name, e.id): e.kind
+        for name, found in items["official"].items()
+        for e in (found[i] for i in range(len(found)))
+        if e.kind != "none"
+    }
+    assert kinds == {
+        ("mantis_eval", "me_0"): "all",
+        ("blink", "val_Visual_Similarity_1"): "last:2",
+        ("mmiu", "forensic_detection_blink/0"): "all",
+        ("mv_math", "1"): "all",  # not 2, whose letters stand behind their images
+    }
+    for instruction in items.values():
+        for name, id in kinds:
+            example = find(instruction[name], id)
+            right = [
+                permute(example, order).order["ABCD".index(v.answer.strip("()")) + offset]
+                for order in all_orders(example, 24, 0)
+                for v in [permute(example, order)]
+                for offset in [1 if name == "blink" else 0]
+            ]
+            assert len(set(right)) == 1 and len(right) > 1
+
+
+@pytest.mark.parametrize(
+    ("question", "options", "count", "kind"),
+    [
+        ("Which is real?", ["the first image", "the second image"], 2, "all"),
+        ("Which is like it?", ["(A) Image 2", "(B) Image 3"], 3, "last:2"),
+        ("Which is like it?", ["(A) Image 3", "(B) Image 2"], 3, "none"),
+        ("Which is like it?", ["the first image", "the second image"], 3, "none"),
+        ("Which is like the first image?", ["the second image", "the third image"], 3, "last:2"),
+        ("Is image 2 like the others?", ["the second image", "the third image"], 3, "none"),
+        ("Which?", ["yes", "no"], 2, "none"),
+        ("Which?", ["Image 1"], 1, "none"),
+        ("Which?", [], 2, "none"),
+    ],
+)
+def test_image_kind(question: str, options: list[str], count: int, kind: str) -> None:
+    assert image_kind(question, options, count) == (kind, kind != "none")
+
+
+@given(st.integers(2, 8), st.data())
+def test_a_letter_is_read_from_every_common_form(count: int, data: st.DataObject) -> None:
+    letter = data.draw(st.sampled_from("ABCDEFGH"[:count]))
+    form = data.draw(
+        st.sampled_from(
+            [
+                "{}",
+                "({})",
+                "{}.",
+                "**{}**",
+                "{{{}}}",
+                "The answer is {}.",
+                "Answer: {}",
+                "({}) x",
+                "{}: x y",
+            ]
+        )
+    )
+    assert option_letter(form.format(letter), count) == letter
+    beyond = "ABCDEFGHI"[count]
+    assert option_letter(form.format(beyond), count) is None
+
+
+@given(st.text(max_size=80), st.text(max_size=40))
+def test_any_text_is_judged_without_an_error(text: str, gold: str) -> None:
+    option_letter(text, 4, [gold, "b"])
+    said(text)
+    assert same_value(text, text) == bool(text.strip())
+    assert not same_value("", gold)
+
+
+def test_values() -> None:
+    for one, other in (
+        ("0.5", "\\frac{1}{2}"),
+        ("$2\\sqrt{3}$", "\\sqrt{12}"),
+        ("17 m", "17"),
+        ("(3,4)", "(3, 4)"),
+        ("x=3", "3"),
+        ("1,000", "1000"),
+    ):
+        assert same_value(one, other), (one, other)
+    assert not same_value("3.14", "\\pi") and same_value("3.14", "\\pi", digits=2)
+    assert not same_value(None, "3") and not same_value("9^9^9^9", "3")
+    assert not same_value("1" * 500, "1" * 500)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<image2> or <image1>?", ("<image><image> or <image>?", (2, 1, 0))),
+        (
+            "<image1>, <image2> and <image1> <image3>",
+            ("<image>, <image> and image 1 <image>", (0, 1, 2)),
+        ),
+        ("<image9>", ("<image><image><image><image9>", (0, 1, 2))),
+    ],
+)
+def test_numbered_slots(text: str, expected: tuple[str, tuple[int, ...]]) -> None:
+    assert numbered_slots(text, "<image([0-9])>", 3) == expected
+
+
+def test_where_values_are_compared_leniently() -> None:
+    """What the document says of math-verify beside its strict side."""
+    for one, other in (("5 m", "5 cm"), ("3=4", "4"), ("2,1", "1,2"), ("50", r"50\%")):
+        assert same_value(one, other), (one, other)
+    assert not same_value("0.5 m", "50 cm") and not same_value("(2,1)", "(1,2)")

@@ -1,0 +1,118 @@
+"""Which implementation of attention runs where, and what cannot."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from perl.model.packed import attention
+from perl.model.packed.attention import IMPLEMENTATIONS, choose
+from perl.model.packed.attention_flash import flash_attn_problem
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make this machine look as if it had a GPU and packages."""
+
+    def look(flash_attn: bool = False, capability=(9, 0), built: bool = True) -> None:
+        problem = "" if flash_attn else "not installed"
+        monkeypatch.setattr(attention, "flash_attn_problem", lambda: problem)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
+
+    return look
+
+
+@pytest.mark.parametrize(
+    ("device", "bfloat16", "has", "name", "reason"),
+    [
+        (CPU, True, {"flash_attn": True}, "sdpa", "no GPU"),
+        (CUDA, True, {"flash_attn": True}, "flash_attention_2", "flash-attn is installed"),
+        (CUDA, True, {}, "varlen", "flash-attn: not installed"),
+        (CUDA, True, {"built": False}, "flex", "no flash kernels"),
+        (CUDA, True, {"flash_attn": True, "capability": (7, 5)}, "flex", "no flash kernels"),
+        (CUDA, False, {"flash_attn": True}, "flex", "do not take float32"),
+    ],
+)
+def test_what_auto_chooses(machine, device, bfloat16, has, name: str, reason: str) -> None:
+    machine(**has)
+    chosen, said = choose("auto", device, bfloat16)
+    assert chosen == name and reason in said
+
+
+@pytest.mark.parametrize("name", list(IMPLEMENTATIONS))
+def test_what_is_asked_for_is_chosen(machine, name: Any) -> None:
+    machine(flash_attn=True)
+    assert choose(name, CUDA) == (name, "asked for")
+
+
+def test_sdpa_and_flex_run_everywhere(machine) -> None:
+    machine(built=False, capability=(6, 1))
+    for device in (CPU, CUDA):
+        assert choose("sdpa", device, False)[0] == "sdpa"
+        assert choose("flex", device, False)[0] == "flex"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "bfloat16", "has", "message"),
+    [
+        (
+            "flash_attention_2",
+            CUDA,
+            True,
+            {},
+            r"\(not installed\): pip install flash-attn, or use varlen",
+        ),
+        ("flash_attention_2", CPU, True, {"flash_attn": True}, "this run is on cpu: use sdpa"),
+        ("varlen", CPU, True, {}, "this run is on cpu: use sdpa"),
+        ("flash_attention_2", CUDA, False, {"flash_attn": True}, "model.dtype = bfloat16"),
+        ("varlen", CUDA, False, {}, "model.dtype = bfloat16"),
+        ("varlen", CUDA, True, {"capability": (7, 5)}, r"8\.0 \(Ampere\) or newer: use flex"),
+        ("varlen", CUDA, True, {"built": False}, "built with flash attention: use flex"),
+    ],
+)
+def test_what_cannot_run_is_refused(machine, wanted, device, bfloat16, has, message) -> None:
+    machine(**has)
+    with pytest.raises(ValueError, match=f"model.attention = {wanted} needs .*{message}"):
+        choose(wanted, device, bfloat16)
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Put something under the name of flash-attn."""
+
+    def install(module: ModuleType | None, **contents: Any) -> None:
+        flash_attn_problem.cache_clear()
+        monkeypatch.setitem(sys.modules, "flash_attn", module)
+        for name, value in contents.items():
+            setattr(module, name, value)
+
+    yield install
+    flash_attn_problem.cache_clear()
+
+
+def test_what_is_wrong_with_flash_attn(
+    installed: Callable[..., None], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = {"flash_attn_varlen_func": print}
+    installed(ModuleType("flash_attn"), **function, __version__="2.8.3")
+    assert flash_attn_problem() == ""
+    installed(ModuleType("flash_attn"), **function, __version__="2.0.9")
+    assert flash_attn_problem() == "version 2.0.9 is older than 2.1"
+    # flash-attn-4 brings a package of the same name.
+    installed(ModuleType("flash_attn"))
+    assert "has no flash_attn_varlen_func" in flash_attn_problem()
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn")
+    flash_attn_problem.cache_clear()
+    assert flash_attn_problem() == "its import fails: undefined symbol: _ZN3c10"
+    installed(None)
+    assert flash_attn_problem() == "not installed"

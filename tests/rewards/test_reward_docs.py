@@ -1,0 +1,56 @@
+"""The examples of docs/rewards.md give what it says, and its table has every function and option."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perl.rewards.scorer import BUILT_IN, Scorer
+
+DOCS = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+COLUMNS: dict[str, dict[str, Any]] = {
+    "grounding": {"image": 1, "box": "(0,0),(4,4)", "order": [1, 0]},
+    "frame_index": {"order": [0, 1, 2]},
+    "length_penalty": {"completion_length": 90},
+    'temporal_iou(duration="length")': {"answer": [4, 8], "length": 10},
+}
+
+
+def table(title: str) -> list[list[str]]:
+    rows = DOCS.partition(f"| {title} |")[2].partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+
+
+EXAMPLES = table("completion")
+
+
+@pytest.mark.parametrize("row", EXAMPLES, ids=lambda row: row[-2])
+def test_examples(row: list[str]) -> None:
+    text, gold, function, score = row[0].strip("`"), row[1].strip("`"), row[-2].strip("`"), row[-1]
+    if function == "math":
+        pytest.importorskip("math_verify")
+    columns = COLUMNS.get(function) or COLUMNS.get(function.partition("(")[0], {"answer": gold})
+    every = {key: [value] for key, value in columns.items()}
+    totals, _ = Scorer((function,), (1.0,)).score(["q"], [text], every)
+    assert totals[0] == pytest.approx(float(score), abs=5e-4)
+
+
+def test_every_function_and_option_is_listed() -> None:
+    listed = {}
+    for row in table("name and options"):
+        name, _, options = row[0].strip("`").partition("(")
+        listed[name] = options.removesuffix(")")
+    assert set(listed) == set(BUILT_IN)
+    for name, function in BUILT_IN.items():
+        options = [
+            p.name if p.default is p.empty else f"{p.name}={p.default!r}".replace("'", '"')
+            for p in inspect.signature(function).parameters.values()
+            if p.kind is p.KEYWORD_ONLY
+        ]
+        assert listed[name] == ", ".join(options)
+    shown = {re.match(r"`(\w+)", row[-2])[1] for row in EXAMPLES}  # type: ignore[index]
+    assert shown == set(BUILT_IN) - {"judge", "caption_facts"}

@@ -1,0 +1,296 @@
+"""The commands: what each refuses in one line, what it leaves alone, and how a run is stopped and goes on."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from perl import files as hub
+from perl.cli import COMMANDS, main
+
+ErrorOf = Callable[..., str]
+
+STOPPER = """
+import os, signal
+from pathlib import Path
+
+def stop(prompts, completions, **columns):
+    flag = Path(__file__).with_suffix(".flag")
+    if not flag.exists():
+        flag.touch()
+        os.kill(os.getpid(), signal.{signal})
+    return [float(i % 2) for i in range(len(completions))]
+"""
+
+
+def run(*arguments: object) -> int | str | None:
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    return stop.value.code
+
+
+def steps(folder: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def unfinished(folder: Path) -> Path:
+    """A run folder that has its settings and no model yet."""
+    other = folder.with_name("unfinished")
+    other.mkdir()
+    (other / "config.toml").write_bytes((folder / "config.toml").read_bytes())
+    return other
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ([], "no command; give one of train, resume,"),
+        (["trian"], "unknown command trian: did you mean train?"),
+        (["xyz"], "unknown command xyz: choose one of train, resume,"),
+        (["--traim"], "unknown command --traim"),
+        (["train"], "perl-rl train needs a recipe first"),
+        (["train", "--train.steps", "3", "demo"], "perl-rl train needs a recipe first"),
+        (["resume"], "perl-rl resume needs a run first"),
+        (["report"], "perl-rl report needs a run first"),
+        (["evaluate"], "perl-rl evaluate needs a model first"),
+        (["generate", "--prompt", "x"], "perl-rl generate needs a model first"),
+        (["doctor", "--x"], "perl-rl doctor: unknown option --x"),
+        (["generate", "m", "--prompts", "x"], "unknown option --prompts; did you mean --prompt?"),
+        (["resume", "/nowhere"], "/nowhere is no run folder: it has no config.toml"),
+        (["report", "/nowhere"], "/nowhere is no run folder"),
+        (["evaluate", "/tmp"], "/tmp is neither a run folder (no config.toml) nor a model folder"),
+        (["generate", "/no/such/model", "--prompt", "x"], "there is no such folder"),
+    ],
+)
+def test_commands_that_make_no_sense(arguments: list[str], match: str, error_of: ErrorOf) -> None:
+    assert match in error_of(*arguments)
+
+
+def test_help_and_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    overview = capsys.readouterr().out
+    assert all(name in overview for name in COMMANDS)
+    assert run("config", "--list") == 0
+    assert capsys.readouterr().out.split() == ["demo", "perl-3b-1gpu", "perl-7b", "perl-released"]
+    for name in COMMANDS:
+        assert run(name, "--help") == 0
+        assert "usage" in capsys.readouterr().out
+
+
+def test_debug_shows_the_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "demoo", "--debug") == 2
+    said = capsys.readouterr().err
+    assert "Traceback" in said and said.endswith(
+        "error: unknown recipe demoo: did you mean demo?\n"
+    )
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = f"{sys.executable} -m perl config demo | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ([], "needs --prompt, with --images, or --example"),
+        (["--prompt", "x", "--images", "9.png"], "there is no image file"),
+        (["--prompt", "<image> x"], "1 <image> slots but 0 images"),
+        (["--prompt", "<image> <image> x", "--images", "0.png"], "2 <image> slots but 1 images"),
+        (["--prompt", "<image> x", "--images", "0.png", "1.png"], "1 <image> slots but 2 images"),
+        (["--prompt", "x", "--n", "0"], "must be 1 or more"),
+        (["--prompt", "x", "--max-new-tokens", "0"], "must be 1 or more"),
+        (["--prompt", "x", "--temperature", "-1"], "--temperature -1.0: must be 0 or more"),
+        (["--prompt", "x", "--seed", "-1"], "--seed -1: must be from 0 to"),
+        (["--prompt", "x", "--example", "0"], "not both"),
+        (["--example", "-1"], "--example -1: must be 0 or more"),
+    ],
+)
+def test_generate_refuses(
+    options: list[str],
+    match: str,
+    short_recipe: Path,
+    tiny_folder: Callable[[str], Path],
+    error_of: ErrorOf,
+) -> None:
+    beside = [str(short_recipe.parent / o) if o.endswith(".png") else o for o in options]
+    assert match in error_of("generate", tiny_folder("tiny-qwen2.5-vl"), *beside)
+
+
+def test_a_run_is_evaluated_asked_and_reported(
+    short_recipe: Path, error_of: ErrorOf, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = short_recipe.parent / "run"
+    assert run("train", short_recipe, "--train.steps", "0") == 0
+    assert "has no finished model yet" in error_of("evaluate", unfinished(folder))
+    wrong = {
+        ("--eval.examples", "0"): "eval.examples = 0: must be 1 or more",
+        ("--eval.max-orders", "0"): "eval.max_orders = 0: must be 1 or more",
+        ("--max-new-tokens", "0"): "rollout.max_new_tokens = 0: must be 1 or more",
+        ("--output", "/no/folder/x.json"): "there is no folder to write it to",
+        ("--data", "/no/data.jsonl"): "there is no data file or folder",
+    }
+    for options, match in wrong.items():
+        assert match in error_of("evaluate", folder, *options)
+    assert "the data has only 6 examples" in error_of("generate", folder, "--example", "6")
+    numbers = folder.parent / "numbers.json"
+    assert run("evaluate", folder, "--eval.examples", "2", "--output", numbers) == 0
+    assert json.loads(numbers.read_text())["examples"] == 2
+    assert run("generate", folder, "--example", "1", "--max-new-tokens", "2", "--n", "2") == 0
+    assert run("report", folder) == 0
+    assert capsys.readouterr().out.rstrip().endswith("report.html")
+
+
+def test_a_run_that_is_there_stays_as_it_is(short_recipe: Path, error_of: ErrorOf) -> None:
+    folder = short_recipe.parent / "run"
+    assert run("train", short_recipe) == 0
+    before = content(folder)
+    train = ("train", short_recipe)
+    assert "is already there: go on with `perl-rl resume" in error_of(*train)
+    for options, match in {
+        ("--resume",): "exclude each other",
+        ("--model.path", "/nowhere"): "there is no such folder",
+        ("--model.path", folder / "models" / "final"): "would delete model.path",
+        ("--data.train", "/nowhere.jsonl"): "there is no data file",
+        ("--data.image-root", folder): "would delete data.image_root",
+        ("--reward.functions", "acuracy", "--reward.weights", "1"): "did you mean 'accuracy'?",
+        ("--run.trackers", "wandb"): "wandb is not installed",
+        ("--run.trackers", "nonsense"): "nonsense is unknown",
+        ("--loss.preset", "gpro"): "no preset named 'gpro'",
+        ("--model.attention", "flash_attention_2"): "flash_attention_2 needs",
+    }.items():
+        assert match in error_of(*train, "--overwrite", *options), options
+    own = error_of("train", folder / "config.toml", "--overwrite")
+    assert "would delete the recipe" in own
+    assert content(folder) == before
+    assert run(*train, "--overwrite") == 0
+    assert content(folder) != before
+
+
+def test_folders_that_are_no_runs(short_recipe: Path, tmp_path: Path, error_of: ErrorOf) -> None:
+    other = tmp_path / "other"
+    (other / "checkpoints").mkdir(parents=True)
+    (other / "config.toml").write_text("title = 'a site of mine'")
+    (tmp_path / "file").write_text("x")
+    train = ("train", short_recipe, "--overwrite", "--run.dir")
+    assert "is no run folder, so --overwrite leaves it alone" in error_of(*train, other)
+    assert len(list(other.iterdir())) == 2
+    assert "is a file; choose another --run.dir" in error_of(*train, tmp_path / "file")
+    assert "Not a directory" in error_of(*train, tmp_path / "file" / "run")
+    assert "File name too long" in error_of(*train, tmp_path / ("x" * 300))
+    assert "run.dir is empty" in error_of(*train, "")
+
+
+def test_train_resume_goes_on_in_the_folder(
+    short_recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = short_recipe.parent / "run"
+    stopper = short_recipe.with_name("stopper.py")
+    stopper.write_text(STOPPER.format(signal="SIGINT"))
+    options = ["--resume", "--train.steps", "3", "--run.checkpoint-every", "1"]
+    reward = ["--reward.functions", f"{stopper}:stop", "--reward.weights", "1"]
+    assert run("train", short_recipe, *options, *reward) == 130
+    assert steps(folder) == [1]
+    capsys.readouterr()
+    assert run("train", short_recipe, *options, *reward, "--train.lr", "1") == 0
+    said = capsys.readouterr().err
+    assert "not used: train.lr" in said
+    assert steps(folder) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_stops_after_a_checkpoint_and_resume_goes_on(
+    name: str, short_recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = short_recipe.parent / "run"
+    stopper = short_recipe.with_name("stopper.py")
+    stopper.write_text(STOPPER.format(signal=name))
+    before = signal.getsignal(getattr(signal, name))
+    reward = ["--reward.functions", f"{stopper}:stop", "--reward.weights", "1"]
+    assert run("train", short_recipe, "--train.steps", "2", *reward) == 130
+    assert signal.getsignal(getattr(signal, name)) is before
+    said = capsys.readouterr().err
+    assert said.rstrip().endswith(f"stopped after rl step 1; go on with perl-rl resume {folder}")
+    assert steps(folder) == [1]
+    assert (folder / "checkpoints" / "000001" / "manifest.json").exists()
+    assert run("resume", folder) == 0
+    assert steps(folder) == [1, 2]
+    assert (folder / "models" / "final" / "config.json").exists()
+
+
+def test_a_second_signal_stops_at_once(
+    short_recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    twice = short_recipe.with_name("twice.py")
+    # Rewards are computed in a thread; the main thread takes one signal at a time.
+    kill = "os.kill(os.getpid(), signal.SIGINT); time.sleep(0.3)"
+    twice.write_text(
+        f"import os, signal, time\ndef f(**columns):\n    {kill}\n    {kill}\n    time.sleep(9)"
+    )
+    reward = ["--reward.functions", f"{twice}:f", "--reward.weights", "1"]
+    assert run("train", short_recipe, *reward) == 130
+    assert "stopped at once" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_without_network_the_hub_is_given_up_within_seconds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error_of: ErrorOf
+) -> None:
+    from huggingface_hub import constants
+
+    asked = []
+
+    def refuse(address: tuple[str, int], timeout: float) -> None:
+        asked.append((address, timeout))
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(hub, "getproxies", dict)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    hub.offline_if_unreachable.cache_clear()
+    said = error_of("generate", "some-org/some-model", "--prompt", "x")
+    assert "model.path = some-org/some-model: no model can be read there" in said
+    assert asked == [(("huggingface.co", 443), 5.0)] and constants.HF_HUB_OFFLINE
+
+
+def test_a_missing_package_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from perl import cli
+
+    def lacks(arguments: list[str]) -> int:
+        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn.datasets")
+
+    monkeypatch.setattr(cli, "_run", lacks)
+    assert run("train", "demo") == 2
+    assert capsys.readouterr().err == (
+        "error: sklearn is not installed; pip install 'perl-rl[train]'\n"
+    )
+
+
+def test_out_of_gpu_memory_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    from perl import cli
+
+    def runs_out(arguments: list[str]) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(cli, "_run", runs_out)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "demo"])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of GPU memory: lower train.tokens_per_micro_batch")

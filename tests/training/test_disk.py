@@ -1,0 +1,165 @@
+"""Damaged checkpoints and full disks: a run goes on from the newest checkpoint that is whole, and says so."""
+
+import errno
+import json
+import logging
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from perl.cli import main
+from perl.training.checkpoint import CheckpointManager, Progress
+
+ErrorOf = Callable[..., str]
+
+
+def run(*arguments: object) -> int | str | None:
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    return stop.value.code
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+
+
+@pytest.fixture
+def signal_reward(short_recipe: Path) -> tuple[str, ...]:
+    """Options for a reward that an untrained model learns from."""
+    file = short_recipe.with_name("alternating.py")
+    file.write_text("def f(prompts, **c): return [float(i % 2) for i in range(len(prompts))]")
+    return ("--reward.functions", f"{file}:f", "--reward.weights", "1")
+
+
+@pytest.fixture
+def stopped(short_recipe: Path, signal_reward: tuple[str, ...]) -> Path:
+    """A run of two steps without summary, and its checkpoints of both steps."""
+    every = ("--run.checkpoint-every", "1", "--run.keep-checkpoints", "9")
+    assert run("train", short_recipe, *signal_reward, *every, "--train.steps", "2") == 0
+    folder = short_recipe.parent / "run"
+    for checkpoint in (folder / "checkpoints").iterdir():
+        if json.loads((checkpoint / "manifest.json").read_text())["progress"]["stage"] != "rl":
+            shutil.rmtree(checkpoint)
+    (folder / "summary.json").unlink()
+    return folder
+
+
+def corrupt_header(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[8:40] = b"\xff" * 32
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda c: os.truncate(c / "model.safetensors", 1000),
+        lambda c: (c / "optimizer.safetensors").unlink(),
+        lambda c: corrupt_header(c / "model.safetensors"),
+        lambda c: corrupt_header(c / "optimizer.safetensors"),
+        lambda c: corrupt_header(c / "rng.safetensors"),
+        lambda c: (c / "manifest.json").write_text("no json"),
+        lambda c: (c / "manifest.json").write_text("[]"),
+        lambda c: (c / "manifest.json").write_text('{"files": [], "progress": {}}'),
+        lambda c: (c / "manifest.json").write_bytes(b"\xff"),
+    ],
+)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    damage: Callable[[Path], Any],
+    stopped: Path,
+    error_of: ErrorOf,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    before, newest = sorted((stopped / "checkpoints").iterdir())[-2:]
+    damage(newest)
+    manager = CheckpointManager(stopped / "checkpoints", 9)
+    with caplog.at_level(logging.WARNING, "perl.training.checkpoint"):
+        found = manager.load()
+    assert found is not None and found[0] == before
+    assert f"checkpoint {newest} is damaged" in caplog.text
+    for checkpoint in (stopped / "checkpoints").iterdir():
+        (checkpoint / "manifest.json").write_text("no json")
+    assert "is damaged; start again with --overwrite" in error_of("resume", stopped)
+
+
+def test_a_run_resumes_from_the_checkpoint_before(
+    stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.truncate(max((stopped / "checkpoints").iterdir()) / "model.safetensors", 1000)
+    assert run("resume", stopped) == 0
+    assert "going on with rl, 1 steps done" in capsys.readouterr().err
+    assert [row["step"] for row in metrics(stopped)] == [1, 2]
+
+
+def test_settings_of_another_model_do_not_resume(stopped: Path, error_of: ErrorOf) -> None:
+    config = stopped / "config.toml"
+    config.write_text(config.read_text().replace("lora_rank = 0", "lora_rank = 4"))
+    assert "is of another model than config.toml says" in error_of("resume", stopped)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, tiny_folder: Callable[[str], Path]) -> Iterator[Path]:
+    """A file system that one checkpoint with its optimiser state fits on, and no second."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = (tiny_folder("tiny-qwen2.5-vl") / "model.safetensors").stat().st_size * 9 // 2
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("mounting is not permitted here")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(
+    small_disk: Path, short_recipe: Path, signal_reward: tuple[str, ...], error_of: ErrorOf
+) -> None:
+    folder = small_disk / "run"
+    options = ("--run.dir", folder, "--run.checkpoint-every", "1", "--train.steps", "3")
+    said = error_of("train", short_recipe, *signal_reward, *options)
+    assert said.startswith(f"No space left on device: {folder}/checkpoints/000002; free some space")
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"000001"}
+    subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
+    assert run("resume", folder) == 0
+    assert [row["step"] for row in metrics(folder)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("at", ["safetensors.torch.save_file", "os.fsync", "os.replace"])
+def test_a_checkpoint_that_cannot_be_written_leaves_no_trace(
+    at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, manager = torch.nn.Linear(2, 2), CheckpointManager(tmp_path, 2)
+    first = manager.save(model, None, Progress("rl", 1))
+
+    def full(*_: object, **__: object) -> None:
+        if at.startswith("safetensors"):
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(at, full)
+    with pytest.raises(OSError, match="No space left") as error:
+        manager.save(model, None, Progress("rl", 2))
+    assert error.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == [first]
+    found = manager.load()
+    assert found is not None and found[1].step == 1
+
+
+def test_a_disk_that_is_full_from_the_start(
+    short_recipe: Path, error_of: ErrorOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("perl.files.RunFolder.append", full)
+    assert error_of("train", short_recipe).startswith("No space left on device; free some space")

@@ -1,0 +1,452 @@
+"""Stages of a run: how they are written, in which sequence they come, and that a run goes on in any of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from perl.cli import main, parse
+from perl.recipe import (
+    filtered_file,
+    filtered_sources,
+    load_recipe,
+    plan,
+    points,
+    read_config,
+    source_key,
+    to_toml,
+)
+from perl.types import UserError
+
+STAGED = """
+[data]
+tasks = ["which"]
+
+[train]
+lr = 1e-4
+steps = 7
+
+[[stages]]
+name = "warm"
+kind = "cold_start"
+cold_start.steps = 5
+
+[[stages]]
+name = "sift"
+kind = "filter"
+data.train = "hard.jsonl"
+resample.rollouts = 4
+
+[[stages]]
+name = "easy"
+kind = "rl"
+train.steps = 3
+
+[[stages]]
+name = "hard"
+kind = "rl"
+data.train = "hard.jsonl"
+data.mix = ["bundled:digits*0.5", "hard.jsonl*2"]
+train.lr = 1e-6
+loss.kl_coef = 0.0
+permutation.rate = 0.5
+rollout.max_new_tokens = 64
+"""
+
+
+def written(folder: Path, text: str) -> str:
+    path = folder / "staged.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_each_stage_has_the_common_values_and_its_own(tmp_path: Path) -> None:
+    config = load_recipe(written(tmp_path, STAGED))
+    warm, sift, easy, hard = plan(config)
+    assert [s.name for s in (warm, sift, easy, hard)] == ["warm", "sift", "easy", "hard"]
+    assert [s.steps for s in (warm, sift, easy, hard)] == [5, 0, 3, 7]
+    assert (easy.first_step, hard.first_step) == (0, 3)
+    assert (easy.config.train.lr, hard.config.train.lr) == (1e-4, 1e-6)
+    assert (easy.config.permutation.rate, hard.config.permutation.rate) == (1.0, 0.5)
+    assert hard.config.data.tasks == ("which",)
+    assert points([warm, sift, easy, hard]) == [
+        *("warm", "sift", "before", "easy", "after easy", "hard", "after", "done")
+    ]
+
+
+def test_without_stages_there_is_a_cold_start_and_rl() -> None:
+    stages = plan(load_recipe("demo"))
+    assert [(s.name, s.kind) for s in stages] == [("cold_start", "cold_start"), ("rl", "rl")]
+    assert points(stages) == ["cold_start", "before", "rl", "after", "done"]
+
+
+def test_stages_read_back_from_what_is_saved(tmp_path: Path) -> None:
+    config = load_recipe(written(tmp_path, STAGED))
+    (tmp_path / "saved.toml").write_text(to_toml(config))
+    assert read_config(tmp_path / "saved.toml") == config
+
+
+def test_the_command_line_holds_in_every_stage(tmp_path: Path) -> None:
+    recipe = written(tmp_path, STAGED)
+    config = parse("config", [recipe, "--train.steps", "2", "--data.mix"]).config
+    assert [s.config.train.steps for s in plan(config)] == [2, 2, 2, 2]
+    assert plan(config)[-1].config.train.lr == 1e-6  # not given, so the stage's own
+    # Also where it is the value that the recipe has in common.
+    config = parse("config", [recipe, "--train.lr=1e-4", "--filter.no-zero-variance"]).config
+    assert [s.config.train.lr for s in plan(config)] == [1e-4] * 4
+
+
+def test_data_behind_a_filter_stage_are_what_the_last_one_left(tmp_path: Path) -> None:
+    again = (
+        STAGED
+        + """
+[[stages]]
+name = "sift-again"
+kind = "filter"
+data.train = "./hard.jsonl"
+
+[[stages]]
+name = "end"
+kind = "rl"
+"""
+    )
+    (tmp_path / "hard.jsonl").touch()
+    stages = plan(load_recipe(written(tmp_path, again)))
+    with contextlib.chdir(tmp_path):
+        key = source_key("hard.jsonl")
+        assert key == source_key("./hard.jsonl") == str(tmp_path / "hard.jsonl")
+        left = [filtered_sources(stage, stages, tmp_path) for stage in stages]
+    first, second = (filtered_file(tmp_path, name) for name in ("sift", "sift-again"))
+    assert left == [{}, {}, {key: first}, {key: first}, {key: first}, {key: second}]
+
+
+@pytest.mark.parametrize(
+    ("stage", "match"),
+    [
+        ('kind = "rl"', "stage 1 has no name; write name = ... below"),
+        ('name = "a"', "stage a has no kind; write kind = ... below"),
+        ('name = "Big"\nkind = "rl"', "stage Big: name = 'Big' must be lower-case"),
+        ('name = "after"\nkind = "rl"', "stage after: the name after is taken"),
+        ('name = "a"\nkind = "rl"\n[[stages]]\nname = "a"\nkind = "rl"', "the name a is taken"),
+        ('name = "a"\nkind = "sft"', "kind = 'sft' is not one of cold_start, filter, rl"),
+        ('name = "a"\nkind = "rl"\nmodel.path = "x"', "stage a: model is common to all stages"),
+        ('name = "a"\nkind = "rl"\ntrian.lr = 1', "stage a: unknown key trian; did you mean"),
+        ('name = "a"\nkind = "rl"\ntrain.lrr = 1', "stage a: unknown key train.lrr; did you"),
+        ('name = "a"\nkind = "rl"\ntrain.lr = "x"', "stage a: train.lr = 'x'"),
+        ('name = "a"\nkind = "rl"\ntrain.lr = -1', "stage a: train.lr = -1.*0 or more"),
+    ],
+)
+def test_stages_that_make_no_sense(tmp_path: Path, stage: str, match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        load_recipe(written(tmp_path, f"[[stages]]\n{stage}\n"))
+    with pytest.raises(UserError, match="stages is a list of tables"):
+        load_recipe(written(tmp_path, '[stages]\nname = "a"\n'))
+
+
+RUN = """
+[run]
+trackers = []
+checkpoint_every = 2
+save_rollouts_every = 0
+
+[data]
+max_images = 3
+
+[cold_start]
+batch_size = 4
+
+[permutation]
+rate_schedule = "linear"
+
+[rollout]
+per_order = 2
+max_new_tokens = 5
+
+[train]
+examples_per_step = 3
+tokens_per_micro_batch = 128
+lr = 1e-3
+
+[filter]
+zero_variance = false
+
+[eval]
+examples = 2
+max_orders = 2
+
+[[stages]]
+name = "warm"
+kind = "cold_start"
+cold_start.steps = 2
+
+[[stages]]
+name = "sift"
+kind = "filter"
+resample.examples = 5
+resample.rollouts = 2
+resample.histogram = "uniform"
+
+[[stages]]
+name = "easy"
+kind = "rl"
+train.steps = 3
+loss.kl_coef = 0.01
+
+[[stages]]
+name = "hard"
+kind = "rl"
+train.steps = 4
+data.mix = ["bundled:digits*3"]
+data.tasks = ["which", "odd"]
+loss.kl_coef = 0.01
+train.examples_per_step = 4
+filter.zero_variance = true
+filter.reuse_surplus = true
+filter.replay = 2
+"""
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timing = ("time/", "throughput/", "memory/")
+    return [{k: v for k, v in row.items() if not k.startswith(timing)} for row in found]
+
+
+@pytest.mark.slow
+def test_a_run_of_four_stages_and_the_same_run_killed_in_the_last(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "def by_length(prompts, completions, **columns):\n"
+        "    return [len(c.split()) % 3 / 2 for c in completions]\n"
+    )
+    recipe = written(tmp_path, RUN)
+    rewarded = ["--reward.functions", f"{reward}:by_length", "--reward.weights", "1"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    with pytest.raises(SystemExit) as stop:
+        main(["train", recipe, "--run.dir", str(whole), *rewarded])
+    assert stop.value.code in (0, None)
+    found = rows(whole)
+    steps = [(r["stage"], r["step"], r.get("name")) for r in found if r["stage"] != "evaluate"]
+    assert [s for s in steps if s[0] != "filter"] == [
+        *(("cold_start", step, "warm") for step in (1, 2)),
+        *(("rl", step, "easy") for step in (1, 2, 3)),
+        *(("rl", step, "hard") for step in (4, 5, 6, 7)),
+    ]
+    at = [(r["at"], r["step"]) for r in found if r["stage"] == "evaluate"]
+    assert at == [("before", 0), ("after easy", 3), ("after", 7)]
+    assert {p.name for p in (whole / "models").iterdir()} == {"initial", "warm", "easy", "final"}
+    kept = filtered_file(whole, "sift").read_text().splitlines()
+    assert 1 <= len(kept) <= 5
+    assert "Stage sift: questions by the accuracy" in (whole / "report.html").read_text()
+    # The reference of a stage is the policy it started from: no distance before the first step.
+    first = {r["name"]: r["kl"] for r in reversed(found) if r["stage"] == "rl"}
+    assert first["easy"] == pytest.approx(0, abs=1e-6) == first["hard"]
+    assert max(r["kl"] for r in found if r["stage"] == "rl") > 1e-5
+    # The last stage takes groups of earlier steps, whose policy was another one.
+    hard = [r for r in found if r.get("name") == "hard"]
+    assert [r["groups/replayed"] for r in hard] == [0, 2, 2, 2]
+    assert sum(r["groups/reused"] for r in hard) == sum(r["groups/surplus"] for r in hard[:-1]) > 0
+    assert hard[0]["ratio_max"] == 1 < hard[-1]["ratio_max"]
+
+    command = [sys.executable, "-m", "perl", "train", recipe, "--run.dir", str(broken), *rewarded]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    record = broken / "metrics.jsonl"
+    while not (record.exists() and '"stage": "rl", "step": 6,' in record.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with pytest.raises(SystemExit) as stop:
+        main(["resume", str(broken)])
+    assert stop.value.code in (0, None)
+    assert rows(broken) == found
+    one, other = (load_file(f / "models" / "final" / "model.safetensors") for f in (whole, broken))
+    assert all(torch.equal(one[n], other[n]) for n in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["perl-7b", "perl-released", "perl-3b-1gpu"])
+def test_the_papers_recipes_run_on_a_tiny_model(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Everything of the recipe but the model, the data and the sizes."""
+    small = {
+        "model.path": "tiny-qwen2.5-vl",
+        "data.train": "bundled:digits",
+        "data.eval": "bundled:digits",
+        "resample.examples": "4",
+        "resample.rollouts": "2",
+        "resample.histogram": "uniform",
+        "resample.size": "0",
+        "rollout.per-order": "2",
+        "rollout.max-new-tokens": "4",
+        "train.steps": "2",
+        "train.examples-per-step": "4",
+        "train.tokens-per-micro-batch": "512",
+        "eval.examples": "2",
+        "run.dir": str(tmp_path / "run"),
+    }
+    with pytest.raises(SystemExit) as stop:
+        flat = [part for k, v in small.items() for part in (f"--{k}", v)]
+        main(["train", recipe, *flat, "--run.trackers"])
+    assert stop.value.code in (0, None), capsys.readouterr().err
+    found = [r for r in rows(tmp_path / "run") if r["stage"] == "rl"]
+    assert [r["step"] for r in found] == [1, 2]
+    assert (tmp_path / "run" / "filtered").exists() == (recipe == "perl-7b")
+
+
+def test_the_documents_example_is_a_recipe(tmp_path: Path) -> None:
+    document = Path(__file__).parents[2] / "docs" / "recipe.md"
+    (example,) = re.findall(r"```toml\n(.*?)```", document.read_text(), re.DOTALL)
+    stages = plan(load_recipe(written(tmp_path, example)))
+    assert [s.kind for s in stages] == ["filter", "rl", "rl"]
+    assert stages[-1].first_step == 200
+
+
+@pytest.fixture
+def two_files(short_recipe: Path) -> Path:
+    """The six rows of a short recipe in two folders, images in sub-folders, and stages over them."""
+    folder = short_recipe.parent
+    rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    for name in ("train", "test", "more"):
+        (folder / name / "images").mkdir(parents=True)
+        for k in range(6):
+            shutil.copy(folder / f"{k}.png", folder / name / "images" / f"{k}.png")
+        lines = [json.dumps(r | {"images": [f"images/{i}" for i in r["images"]]}) for r in rows]
+        (folder / name / "data.jsonl").write_text("\n".join(lines))
+    more = {
+        "data": {
+            "train": str(folder / "train/data.jsonl"),
+            "eval": str(folder / "test/data.jsonl"),
+        },
+        "eval": {"examples": 2, "max_orders": 2},
+        "resample": {"rollouts": 2, "histogram": "uniform"},
+        "stages": [
+            {"name": "sift", "kind": "filter"},
+            {"name": "easy", "kind": "rl", "rollout": {"max_new_tokens": 3}},
+            {
+                "name": "hard",
+                "kind": "rl",
+                "data": {"mix": [f"{folder / 'more/data.jsonl'}*2"]},
+                "eval": {"max_orders": 1},
+            },
+        ],
+    }
+    recipe = tomllib.loads(short_recipe.read_text())
+    short_recipe.write_text(tomli_w.dumps(recipe | more))
+    return short_recipe
+
+
+def test_a_filter_stage_measures_by_a_reward_of_the_run(
+    two_files: Path, tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    (tmp_path / "reward.py").write_text(
+        "def whole(prompts, completions, **columns):\n    return [1.0] * len(completions)\n\n"
+        "def none(prompts, completions, **columns):\n    return [None] * len(completions)\n"
+    )
+    own, none = (f"{tmp_path / 'reward.py'}:{name}" for name in ("whole", "none"))
+    command = ["train", two_files, "--overwrite", "--train.steps", "0"]
+    said = error_of(*command, "--reward.functions", "choice", "format")
+    assert "filter.measure = 'accuracy' is none of reward.functions (choice, format)" in said
+    said = error_of(*command, "--reward.functions", none, "--reward.weights", "1")
+    assert "no completion for" in said and f"can be scored by the reward function '{none}'" in said
+    with pytest.raises(SystemExit) as stop:
+        main([*map(str, command), "--reward.functions", own, "format", "--filter.measure", "whole"])
+    assert stop.value.code in (0, None)
+    (filtered,) = [r for r in rows(two_files.parent / "run") if r["stage"] == "filter"]
+    assert filtered["filter/accuracy_before"] == 1.0
+
+
+def test_files_behind_a_filter_keep_their_images(two_files: Path) -> None:
+    """What is filtered has its images beside it; what is not is read from where it was."""
+    with pytest.raises(SystemExit) as stop:
+        main(["train", str(two_files)])
+    assert stop.value.code in (0, None)
+    run = two_files.parent / "run"
+    assert [r["step"] for r in rows(run) if r["stage"] == "rl"] == [1, 2]
+    (filtered,) = [r for r in rows(run) if r["stage"] == "filter"]
+    assert filtered["filter/measured"] == 6 and filtered["filter/kept"] >= 1
+    accuracies = (run / "filtered" / "sift.accuracies.jsonl").read_text().splitlines()
+    measured = [json.loads(line) for line in accuracies]
+    assert {row["measure"] for row in measured} == {"accuracy"}
+    assert all({"max_prompt_tokens", "min_pixels", "max_pixels"} <= row.keys() for row in measured)
+    kept = [json.loads(line) for line in filtered_file(run, "sift").read_text().splitlines()]
+    assert all((run / "filtered" / image).exists() for row in kept for image in row["images"])
+    # A run that stops before its last evaluation is measured with the last stage's settings all the same.
+    orders = [r["orders"] for r in rows(run) if r.get("at") == "after"]
+    assert orders == [1]
+    for checkpoint in sorted((run / "checkpoints").iterdir()):
+        manifest = checkpoint / "manifest.json"
+        state = json.loads(manifest.read_text())
+        if state["progress"]["stage"] == "done":
+            state["progress"]["stage"] = "after"
+            del state["progress"]["results"]["after"]
+            manifest.write_text(json.dumps(state))
+    with pytest.raises(SystemExit) as stop:
+        main(["resume", str(run)])
+    assert [r["orders"] for r in rows(run) if r.get("at") == "after"] == [1, 1]
+
+
+def test_overwriting_does_not_delete_what_a_stage_reads(
+    two_files: Path, error_of: Callable[..., str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", str(two_files)])
+    left = two_files.parent / "run/filtered/sift.jsonl"
+    for key, value in (("train", str(left)), ("mix", [str(left)])):
+        recipe = tomllib.loads(two_files.read_text())
+        recipe["stages"][2]["data"] = {key: value}
+        other = two_files.with_name("other.toml")
+        other.write_text(tomli_w.dumps(recipe))
+        said = error_of("train", other, "--overwrite")
+        assert said.startswith(f"--overwrite would delete data.{key} = {left}")
+        assert left.exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "match"),
+    [
+        (0, {"resample": {"histogram": "papr"}}, "histogram 'papr': write paper"),
+        (
+            0,
+            {"resample": {"size": 7}},
+            "stage sift: resample.size = 7 is more than the 6 questions",
+        ),
+        (0, {"resample": {"orders": 3}}, "stage sift: resample.orders = 3 is more than resample"),
+        (0, {"data": {"train": "bundled:digits"}}, "stage sift: bundled:digits is endless"),
+        (2, {"data": {"eval": "nope.jsonl"}}, "nope.jsonl"),
+        (2, {"data": {"mix": ["nope.jsonl*2"]}}, "nope.jsonl"),
+        (2, {"data": {"mix": ["x*0"]}}, r"data.mix: 'x\*0' must be SOURCE"),
+        (1, {"reward": {"functions": ["acuracy"], "weights": [1.0]}}, "did you mean 'accuracy'"),
+        (1, {"loss": {"preset": "gpro"}}, "no preset named 'gpro'"),
+    ],
+)
+def test_mistakes_of_any_stage_are_found_before_the_first(
+    two_files: Path,
+    error_of: Callable[..., str],
+    stage: int,
+    changes: dict[str, Any],
+    match: str,
+) -> None:
+    recipe = tomllib.loads(two_files.read_text())
+    recipe["stages"][stage] |= changes
+    two_files.write_text(tomli_w.dumps(recipe))
+    assert re.search(match, error_of("train", two_files))
+    assert not (two_files.parent / "run").exists()
