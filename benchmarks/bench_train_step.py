@@ -1,4 +1,4 @@
-"""One optimiser step of GRPO three ways: padded, packed, and packed with shared prompts and images.
+"""One optimizer step of GRPO three ways: padded, packed, and packed with shared prompts and images.
 
     python benchmarks/bench_train_step.py --json out.json
 
@@ -60,7 +60,7 @@ def parse(arguments: list[str] | None) -> tuple[Setting, Path | None]:
     """Options as a setting, and where the report goes."""
     cuda = torch.cuda.is_available()
     parser = Parser(
-        description="One optimiser step padded, packed, and packed with shared prompts and images."
+        description="One optimizer step padded, packed, and packed with shared prompts and images."
     )
     add = parser.add_argument
     add(

@@ -1,8 +1,8 @@
-"""A whole optimiser step of PeRL's trainer beside one of TRL's GRPOTrainer.
+"""A whole optimizer step of PeRL's trainer beside one of TRL's GRPOTrainer.
 
     python benchmarks/bench_trainer.py --json out.json
 
-Both start from the same weights and take the same questions over several images, the same reward, loss, optimiser and
+Both start from the same weights and take the same questions over several images, the same reward, loss, optimizer and
 number of completions of the same length; `trainer/differences.py` says where their work differs. Each runs its own
 code: PeRL's reinforcement stage, and `GRPOTrainer.train`. Before anything is timed, one step of TRL's is repeated by
 PeRL on the completions that TRL sampled; if loss or gradients differ, the program ends with exit code 1.
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> tuple[Setting, Path | None]:
     """Options as a setting, and where the report goes."""
-    parser = Parser(description="A whole optimiser step of PeRL's trainer beside one of TRL's.")
+    parser = Parser(description="A whole optimizer step of PeRL's trainer beside one of TRL's.")
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     add("--json", type=Path, metavar="FILE", help="write the report here")
@@ -220,7 +220,7 @@ def table(report: Report) -> str:
         "",
         f"Seconds: median of {setting['rounds']} interleaved rounds of {setting['steps']} steps each; TRL/PeRL by round "
         f"{low:.2f} to {high:.2f}. Micro-batch tokens: of the largest that is trained on. Peak: of two steps, beyond the "
-        "weights, with gradients and the optimiser's state; its ratio follows from the budget.",
+        "weights, with gradients and the optimizer's state; its ratio follows from the budget.",
         f"Proof: on {proof['completions']} completions of TRL's the gradients of {proof['parameters']} parameters agree to "
         f"{proof['max_rel_grad_diff']:.0e} of their maxima ({proof['allowed_rel_grad_diff']:.0e} allowed).",
     ]

@@ -2,7 +2,7 @@
 
     python benchmarks/experiment_permutation.py --runs runs/permutation --jobs 2
 
-A tiny Qwen2.5-VL learns the bundled task from imperfect worked answers (240 steps, 40 % wrong
+A tiny Qwen2.5-VL learns the bundled task from imperfect demonstrations (240 steps, 40 % wrong
 conclusions), once from data whose right picture stands in any slot ("fair") and once from data where
 it stands in the first one 60 % of the time ("biased"). From each start RL goes on over data of the
 same kind, with 12 rollouts per question spread over 1, 2, 3 or 4 image orders, with groups of equal
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def cold_start(runs: Path, start: str, seed: int) -> None:
-    """Supervised training on imperfect worked answers."""
+    """Supervised training on imperfect demonstrations."""
     folder = runs / f"{start}-start-seed{seed}"
     options = ["--train.steps", "0", "--cold-start.steps", "240"]
     train(folder, seed, STARTS[start], options)

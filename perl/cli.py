@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             debug,
         )
     if "perl.distributed" in sys.modules:
-        sys.modules["perl.distributed"].part()
+        sys.modules["perl.distributed"].shutdown()
     sys.exit(code)
 
 

@@ -42,7 +42,7 @@ class RunConfig:
     log_every: int = 1
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: int = 50
-    """Optimiser steps between two checkpoints; 0: only at the end of a stage."""
+    """Optimizer steps between two checkpoints; 0: only at the end of a stage."""
     keep_checkpoints: int = 2
     """How many checkpoints stay; the older one serves if the newest is damaged."""
     save_rollouts_every: int = 10
@@ -118,10 +118,10 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ColdStartConfig:
-    """Supervised fine-tuning on worked answers before RL; it gives RL something to reinforce."""
+    """Supervised fine-tuning on demonstrations before RL; it gives RL something to reinforce."""
 
     steps: int = 0
-    """Optimiser steps; 0: no cold start."""
+    """Optimizer steps; 0: no cold start."""
     batch_size: int = 64
     """Examples per step."""
     lr: float = 2e-3
@@ -131,7 +131,7 @@ class ColdStartConfig:
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Learning rate after the warm-up."""
     noise: float = 0.0
-    """Share of worked answers whose final answer is replaced by a random one (imperfect annotators)."""
+    """Share of demonstrations whose final answer is replaced by a random one (imperfect annotators)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +195,7 @@ class RewardConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FilterConfig:
-    """Which groups are worth an optimiser step."""
+    """Which groups are worth an optimizer step."""
 
     zero_variance: bool = True
     """Drop groups whose rollouts all got the same reward, and refill the batch."""
@@ -259,7 +259,7 @@ class TrainConfig:
     examples_per_step: int = 16
     """Groups per rollout batch."""
     updates_per_batch: int = 1
-    """Optimiser steps per rollout batch; with more than one, old log-probs are computed and clipping acts."""
+    """Optimizer steps per rollout batch; with more than one, old log-probs are computed and clipping acts."""
     tokens_per_micro_batch: int = 16384
     """Most tokens of one packed row; one forward and backward each."""
     share_prompts: bool = True
@@ -270,7 +270,7 @@ class TrainConfig:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up."""
     warmup_steps: int = 0
-    """Optimiser steps of linear warm-up."""
+    """Optimizer steps of linear warm-up."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -322,7 +322,7 @@ class StageConfig:
     name: str
     """Name in metrics, and of the model it leaves under models/."""
     kind: Literal["cold_start", "filter", "rl"]
-    """Supervised fine-tuning on worked answers, offline rollout filtering, or reinforcement."""
+    """Supervised fine-tuning on demonstrations, offline rollout filtering, or reinforcement."""
     set: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Section -> key -> value for this stage alone."""
 

@@ -114,7 +114,7 @@ def on_main_process(action: Callable[[], None]) -> None:
             action()
 
 
-def part() -> None:
+def shutdown() -> None:
     """Take leave of the other processes, if there are any: the first one, through which the others are
     connected, goes last, as a process whose connection breaks while it ends may abort."""
     import torch.distributed as dist

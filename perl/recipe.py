@@ -217,7 +217,7 @@ class Stage:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps or rollout batches it takes; a filter takes none."""
+        """Optimizer steps or rollout batches it takes; a filter takes none."""
         return steps_of(self.kind, self.config)
 
 

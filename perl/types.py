@@ -61,8 +61,8 @@ class Example:
     the options are sequences of images, and the images are arranged so that another one is right."""
     should_change: bool = True
     """True: the answer names an image and is re-indexed when images move. False: it stays."""
-    worked: str | None = None
-    """A worked answer (the whole completion) for the cold start, in the original order."""
+    demonstration: str | None = None
+    """A demonstration (the whole completion) for the cold start, in the original order."""
     task: str = ""
     """A name to report accuracies by."""
     extra: dict[str, Any] = field(default_factory=dict)

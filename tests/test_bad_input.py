@@ -158,8 +158,8 @@ def test_an_image_cut_short_stops_a_run_that_keeps_its_last_step(
             "example row-3: the text itself holds <|image_pad|>; write <image> for an image",
         ),
         (
-            {"worked": "<answer> A </answer> <|vision_start|>"},
-            "example row-3: its worked answer holds <|vision_start|>, which stands for an image",
+            {"demonstration": "<answer> A </answer> <|vision_start|>"},
+            "example row-3: its demonstration holds <|vision_start|>, which stands for an image",
         ),
     ],
 )

@@ -52,7 +52,7 @@ class Step:
 
 
 class Trainee:
-    """A model, and the completions of one optimiser step.
+    """A model, and the completions of one optimizer step.
 
     Args:
         model: transformers' own, on its device, in train mode.

@@ -1,4 +1,4 @@
-"""What one optimiser step is made of: questions over images, in several orders, each continued several times."""
+"""What one optimizer step is made of: questions over images, in several orders, each continued several times."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TEXT_TOKENS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One optimiser step; the defaults are the paper's.
+    """One optimizer step; the defaults are the paper's.
 
     `images` of each question; `orders` of them; `rollouts` of each order; `completion` tokens of one on
     average, `tokens_per_image` likewise; both are uniform from 70 % to 130 % of that.

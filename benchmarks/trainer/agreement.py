@@ -107,16 +107,16 @@ def _perl_step(
     step = PolicyStep(session, make_policy_loss(config.loss, config.rollout.max_new_tokens))
     gradients: dict[str, torch.Tensor] = {}
     step.updater.optimizer.register_step_pre_hook(
-        lambda *_: gradients.update(copied_gradients(session.bench.policy.model))
+        lambda *_: gradients.update(copied_gradients(session.components.policy.model))
     )
     return step(0, groups), gradients
 
 
 def _sampled(trainer: PerlTrainer) -> list[Group]:
     """PeRL's own rollouts of the first step."""
-    bench, setting = trainer.session.bench, trainer.session.start.setting
-    drawn = bench.draw(trainer.session.stream(), len(setting.images))
-    return bench.collector.roll_out(drawn, setting.seed)
+    components, setting = trainer.session.components, trainer.session.start.setting
+    drawn = components.draw(trainer.session.stream(), len(setting.images))
+    return components.collector.roll_out(drawn, setting.seed)
 
 
 def _with_completions(groups: list[Group], seen: Seen, length: int) -> list[Group]:
@@ -185,17 +185,17 @@ def _check_advantages(trainer: PerlTrainer, groups: list[Group], seen: Seen) -> 
     Raises:
         AssertionError: they are not those of TRL.
     """
-    bench, setting = trainer.session.bench, trainer.session.start.setting
-    decode = bench.processor.decode
+    components, setting = trainer.session.components, trainer.session.start.setting
+    decode = components.processor.decode
     rollouts = [replace(r, text=decode(r.token_ids)) for g in groups for r in g.rollouts]
-    rewards, _ = bench.collector.scorer.score_rollouts(rollouts)
+    rewards, _ = components.collector.scorer.score_rollouts(rollouts)
     wrong = float(np.abs(rewards - np.concatenate([g.rewards for g in groups])).max())
     assert wrong < 1e-6, f"PeRL's rewards differ from TRL's by up to {wrong:.2e}"
 
     per_group = setting.orders * setting.per_order
     orders = [np.repeat(np.arange(setting.orders), setting.per_order)] * len(groups)
     split = rewards.reshape(-1, per_group)
-    ours = np.concatenate(advantages_of(list(split), orders, bench.config.advantage))
+    ours = np.concatenate(advantages_of(list(split), orders, components.config.advantage))
     theirs = np.concatenate([g.advantages for g in groups])
     deviation = rewards.reshape(-1, setting.per_order).std(1, ddof=1).repeat(setting.per_order)
     # Where both divide by the same: what is left is rounding.

@@ -20,7 +20,7 @@ DIFFERENCES = (
     "CPU it scores every position, on a GPU those of completions alone. PeRL's makes loss and gradients in one pass "
     "over the scored positions.",
     "Softmax: PeRL leaves tokens that are never sampled out of it. Here it does not, as TRL cannot.",
-    "Optimiser: AdamW in both, transformers' default (fused where PyTorch has that) in TRL, PyTorch's in PeRL.",
+    "Optimizer: AdamW in both, transformers' default (fused where PyTorch has that) in TRL, PyTorch's in PeRL.",
     "Advantages: both divide by the standard deviation within the ordered prompt, TRL adds 1e-4 to it, PeRL 1e-6.",
     "Micro-batches: of equally many tokens at most, padded in TRL, where their number of sequences also has to divide "
     "the step's. The budget is the same, what it holds is not: a step that fits one micro-batch of PeRL's may be several "

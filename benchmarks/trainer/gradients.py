@@ -1,4 +1,4 @@
-"""Gradients as they stand before an optimiser's step."""
+"""Gradients as they stand before an optimizer's step."""
 
 from __future__ import annotations
 

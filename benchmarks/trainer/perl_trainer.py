@@ -50,7 +50,7 @@ class PerlTrainer:
 
     Args:
         folder: of the run.
-        steps: optimiser steps of the stage.
+        steps: optimizer steps of the stage.
         clip_gradients: off for a look at the gradients.
     """
 
@@ -61,7 +61,7 @@ class PerlTrainer:
         run.make_parts()
         self.session = _Session(start, _config(start, run, steps, seed, clip_gradients), run)
         self.clock = self.session.clock
-        self.core: Any = self.session.bench.policy.core
+        self.core: Any = self.session.components.policy.core
 
     def train(self) -> None:
         """All steps."""
@@ -74,17 +74,19 @@ class _Session(Session):
     def __init__(self, start: Start, config: Config, folder: RunFolder) -> None:
         self.start = start
         super().__init__(config, folder, Display(enabled=False), StopSignal())
-        self.clock = StepClock(self.bench.policy.device)
-        self.bench.watch = PartWatch(self.clock)
+        self.clock = StepClock(self.components.policy.device)
+        self.components.watch = PartWatch(self.clock)
         self.look_at(self.stages[0])
 
     def look_at(self, stage: Stage) -> None:
         super().look_at(stage)
-        engine = self.bench.engine
+        engine = self.components.engine
         engine.banned = torch.cat([engine.banned, engine.ends.cpu()])
         # TRL scores with all tokens in the softmax; PeRL leaves out those that are never sampled.
         every = torch.empty(0, dtype=torch.int64)
-        self.bench.head = HeadLoss(self.bench.policy, every, self.config.rollout.temperature)
+        self.components.head = HeadLoss(
+            self.components.policy, every, self.config.rollout.temperature
+        )
 
     def stream(self) -> ExampleStream:
         return stream(self.start.setting, self.config.run.seed)

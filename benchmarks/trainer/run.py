@@ -85,7 +85,7 @@ def _measured(start: Start, folder: Path, display: Display) -> dict[str, Any]:
 def count(make: Make, start: Start, folder: Path, steps: int = 2) -> dict[str, Any]:
     """What enters the model in the first step, and the most memory that all take beyond the weights: none is timed.
 
-    The optimiser's state is made at the end of the first step, so only from the second on it lies beside activations.
+    The optimizer's state is made at the end of the first step, so only from the second on it lies beside activations.
     """
     forget_trainers()
     side = make(start, folder, steps, start.setting.seed)

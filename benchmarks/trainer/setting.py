@@ -14,7 +14,7 @@ MODELS = ("tiny", "0.6b", "3b", "7b")
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One optimiser step, where it runs and how often; see the options of `bench_trainer.py`.
+    """One optimizer step, where it runs and how often; see the options of `bench_trainer.py`.
 
     `images` of each question, one question for each number; `orders` of them; `per_order` completions of each
     order, all of `completion` tokens; `tokens_per_image` visual tokens; `budget` most tokens of a micro-batch,

@@ -13,7 +13,7 @@ import torch
 from perl.timing import Stopwatch
 
 PARTS = ("generation", "preparation", "update", "rest")
-"""Sampling; prompts, images, rewards, advantages and packing; forward, backward and optimiser; anything else."""
+"""Sampling; prompts, images, rewards, advantages and packing; forward, backward and optimizer; anything else."""
 _PERL = {"rollout": "generation", "update": "update"}
 """By the names of PeRL's stopwatch; others are preparation."""
 

@@ -36,7 +36,7 @@ class TrlTrainer:
 
     Args:
         folder: for whatever it writes.
-        steps: optimiser steps of the run.
+        steps: optimizer steps of the run.
         clip_gradients: off for a look at the gradients.
         half: bfloat16 autocast; left out, as the setting says. Without it flash attention cannot run: SDPA does.
         replay: micro-batches to train on instead of sampling new ones.
@@ -189,7 +189,7 @@ def _config(
         use_cpu=setting.device == "cpu",
         bf16=half,
         gradient_checkpointing=False,
-        # One batch of completions for each optimiser step, all sampled at once.
+        # One batch of completions for each optimizer step, all sampled at once.
         per_device_train_batch_size=size,
         gradient_accumulation_steps=setting.sequences // size,
         num_generations=setting.per_order,

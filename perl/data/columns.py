@@ -13,7 +13,7 @@ from perl.types import IMAGE_SLOT, Message, UserError
 _TRL_ANSWERS = ("answer", "solution", "ground_truth", "target", "label")
 _IMAGES = ("images", "image")
 _SHOULD_CHANGE = ("should_change", "change_needed")
-_OPTIONAL = (*_SHOULD_CHANGE, "kind", "worked", "task", "id")
+_OPTIONAL = (*_SHOULD_CHANGE, "kind", "demonstration", "task", "id")
 _ANSWER_TAG = re.compile(r"\s*<answer>(.*)</answer>\s*", re.DOTALL)
 _BOXED = re.compile(r"[\s$]*\\boxed\s*\{([^{}]*)\}[\s$]*")
 _NUMBERED = re.compile(r"<image[_ ]?([0-9]{1,2})>")
@@ -32,7 +32,7 @@ class Row:
     answer: str
     kind: str
     should_change: bool
-    worked: str | None
+    demonstration: str | None
     task: str
     id: str | None
     extra: dict[str, Any]
@@ -138,7 +138,7 @@ def read_row(row: Mapping[str, Any], name: str, where: str) -> Row:
         answer=_answer(present[answer_key], where),
         kind=kind,
         should_change=should_change,
-        worked=str(present["worked"]) if "worked" in present else None,
+        demonstration=str(present["demonstration"]) if "demonstration" in present else None,
         task=str(present.get("task", present.get(convention.task, ""))),
         id=str(present["id"]) if "id" in present else None,
         extra={key: value for key, value in row.items() if key not in used},

@@ -167,7 +167,7 @@ class RowDataset:
             answer=row.answer,
             kind=row.kind,
             should_change=row.should_change,
-            worked=row.worked,
+            demonstration=row.demonstration,
             task=row.task,
             extra=row.extra,
         )

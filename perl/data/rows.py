@@ -105,7 +105,7 @@ class RowWriter:
             "answer": example.answer,
             "kind": example.kind,
             "should_change": example.should_change,
-            "worked": example.worked,
+            "demonstration": example.demonstration,
             "task": example.task,
             **example.extra,
         }

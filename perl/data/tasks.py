@@ -1,5 +1,5 @@
-r"""Bundled questions over a collection of labelled pictures, made on the fly, each with a worked
-answer.
+r"""Bundled questions over a collection of labelled pictures, made on the fly, each with a
+demonstration.
 
 Every text is a row of plain tokens with one space between two, so that a word-level tokenizer
 covers it:
@@ -7,7 +7,7 @@ covers it:
     which   A <image> B <image> which image shows three ?
             <think> A two three no B three three yes </think> \boxed{ B }
 
-A worked answer goes over all images, whatever it has found, and repeats what it compares with at
+A demonstration goes over all images, whatever it has found, and repeats what it compares with at
 each step: a small model learns the look-up only from comparisons that are written out.
 """
 
@@ -115,14 +115,14 @@ class BundledTasks:
             answer=draft.answer,
             kind=draft.kind,
             should_change=draft.should_change,
-            worked=_worked(draft.steps, draft.answer),
+            demonstration=_demonstration(draft.steps, draft.answer),
             task=task,
             extra={"choices": draft.choices},
         )
 
 
 def vocabulary(collection: str = "digits") -> list[str]:
-    """Every token that questions and worked answers over the collection use, each once."""
+    """Every token that questions and demonstrations over the collection use, each once."""
     numbers = [str(k) for k in range(len(LETTERS) + 1)]
     marks = [IMAGE_SLOT, THINK, END_THINK, BOXED, END_BOXED]
     labels = load_collection(collection).labels
@@ -130,24 +130,24 @@ def vocabulary(collection: str = "digits") -> list[str]:
 
 
 def with_noise(example: Example, p: float, rng: random.Random) -> str:
-    """The worked answer, its final answer replaced with probability `p` by another, wrong one,
+    """The demonstration, its final answer replaced with probability `p` by another, wrong one,
     uniformly drawn.
 
     That is how an imperfect annotator labels: the steps are right, the conclusion is not. The
     possible answers are `example.extra["choices"]`, or the letters of the images where an answer
     names one.
     """
-    if example.worked is None:
+    if example.demonstration is None:
         raise UserError(
-            f"example '{example.id}' has no worked answer; "
-            "add the column worked or set cold_start.steps to 0"
+            f"example '{example.id}' has no demonstration; "
+            "add the column demonstration or set cold_start.steps to 0"
         )
     if rng.random() >= p:
-        return example.worked
+        return example.demonstration
     wrong = [choice for choice in _choices(example) if choice != example.answer]
-    before, boxed, after = example.worked.rpartition(BOXED)
+    before, boxed, after = example.demonstration.rpartition(BOXED)
     if not wrong or not boxed:
-        return example.worked
+        return example.demonstration
     return before + boxed + after.replace(example.answer, rng.choice(wrong), 1)
 
 
@@ -292,7 +292,7 @@ def _slots(count: int) -> str:
     )
 
 
-def _worked(steps: str, answer: str) -> str:
+def _demonstration(steps: str, answer: str) -> str:
     return f"{THINK} {steps} {END_THINK} {BOXED} {answer} {END_BOXED}"
 
 

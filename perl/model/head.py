@@ -63,7 +63,7 @@ def needs_reference(loss: PolicyLoss) -> bool:
 
 
 def step_normalizer(loss: PolicyLoss, tokens: float, sequences: float) -> float:
-    """The denominator of a whole optimiser step: scored tokens, or sequences, as the aggregation divides."""
+    """The denominator of a whole optimizer step: scored tokens, or sequences, as the aggregation divides."""
     return max(1.0, tokens if loss.aggregation == "token-mean" else sequences)
 
 
@@ -92,7 +92,7 @@ class HeadLoss:
         old_logprobs: torch.Tensor | None = None,
         ref_logprobs: torch.Tensor | None = None,
     ) -> LossOutput:
-        """Loss of a micro-batch as its share of the optimiser step's (`normalizer`).
+        """Loss of a micro-batch as its share of the optimizer step's (`normalizer`).
 
         `features` are those of the batch's images where several micro-batches share them.
         """

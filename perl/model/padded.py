@@ -46,7 +46,7 @@ class _Tower:
         self.images_encoded = 0
         self.weights: list[nn.Parameter] = []
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Nothing is kept."""
 
 

@@ -127,7 +127,7 @@ class Processor:
         return list(dict.fromkeys(w for w, i in zip(words, ids, strict=True) if i == unknown))
 
     def encode_completion(self, text: str, where: str = "the completion") -> np.ndarray:
-        """int64 [L]: a worked answer as tokens, with the end token.
+        """int64 [L]: a demonstration as tokens, with the end token.
 
         Raises:
             UserError: it holds a token that stands for an image, which has no probability.
@@ -139,7 +139,7 @@ class Processor:
         return np.asarray([*ids, self.eos_token_id], dtype=np.int64)
 
     def check_texts(self, example: Example) -> None:
-        """See that neither the question nor the worked answer writes a token that stands for an image.
+        """See that neither the question nor the demonstration writes a token that stands for an image.
 
         Raises:
             UserError: one does.
@@ -151,8 +151,8 @@ class Processor:
                 raise UserError(
                     f"example {example.id}: the text itself holds {found}; write {IMAGE_SLOT} for an image"
                 )
-        if found := next((t for t in tokens if t in (example.worked or "")), None):
-            raise _never_sampled(f"example {example.id}: its worked answer", found)
+        if found := next((t for t in tokens if t in (example.demonstration or "")), None):
+            raise _never_sampled(f"example {example.id}: its demonstration", found)
 
     @cached_property
     def _unsampled(self) -> frozenset[int]:

@@ -1,4 +1,4 @@
-"""Each image through the vision tower once: a cache between passes, one shared encoding within an optimiser step."""
+"""Each image through the vision tower once: a cache between passes, one shared encoding within an optimizer step."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Vision:
         with torch.no_grad():
             return self._cache(images, self._encode_in_parts)
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Keep no features: what follows does not depend on what was encoded before, to the last bit.
 
         The bits of a feature depend a little on what it was encoded together with, so a run that goes on from a
@@ -97,7 +97,7 @@ class FeatureCache:
 
     Rollouts, old and reference log-probs of one batch see the same weights and so share one encoding; with a frozen
     tower, training does too. Changed weights are noticed by the version counters that autograd keeps of every tensor;
-    PyTorch's fused optimisers do not count, so who steps one calls `clear`.
+    PyTorch's fused optimizers do not count, so who steps one calls `clear`.
 
     Args:
         weights: of the tower.
@@ -165,7 +165,7 @@ class _Encoding:
 
 
 class StepFeatures:
-    """The images of one optimiser step, each encoded once with gradient, however many micro-batches show it.
+    """The images of one optimizer step, each encoded once with gradient, however many micro-batches show it.
 
     The language model of every micro-batch reads detached leaves, where feature gradients add up in float32; behind
     the last micro-batch that shows an image the tower is back-propagated, once for all images encoded together. Until

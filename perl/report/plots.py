@@ -108,7 +108,7 @@ PANELS = (
           "Tokens and images if each completion had its own prompt, over those that were computed.",
           (("packing/token_sharing", "tokens"), ("packing/image_sharing", "images"))),
     Panel("cold_start", "Cold-start loss", "nats per token",
-          "Loss of the supervised steps on worked answers.",
+          "Loss of the supervised steps on demonstrations.",
           (("loss", "loss"),), (), "zero", "cold_start"),
 )  # fmt: skip
 GROUPS = ("groups", "Groups kept and filtered",

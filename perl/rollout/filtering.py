@@ -1,4 +1,4 @@
-"""Which groups of rollouts an optimiser step can learn from."""
+"""Which groups of rollouts an optimizer step can learn from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The groups of an optimiser step, shared out so that no process waits long for another."""
+"""The groups of an optimizer step, shared out so that no process waits long for another."""
 
 from __future__ import annotations
 

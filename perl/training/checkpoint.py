@@ -1,4 +1,4 @@
-"""Atomic checkpoints: trained weights, optimiser, random state and progress, in safetensors and JSON, never pickle."""
+"""Atomic checkpoints: trained weights, optimizer, random state and progress, in safetensors and JSON, never pickle."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class CheckpointManager:
     def restore_optimizer(
         self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Put a checkpoint's optimiser state back."""
+        """Put a checkpoint's optimizer state back."""
         from safetensors.torch import load_file
 
         parameters = _trained(model)

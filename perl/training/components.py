@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Workbench:
+class Components:
     """The components of one run; `for_stage` gives those of one of its stages."""
 
     config: Config
@@ -64,7 +64,7 @@ class Workbench:
         processor: Processor,
         watch: Stopwatch,
         model_path: str,
-    ) -> Workbench:
+    ) -> Components:
         """A model with what a configuration makes of it.
 
         Raises:
@@ -80,7 +80,7 @@ class Workbench:
 
     def for_stage(
         self, config: Config, number: int = 0, filtered: Mapping[str, Path] | None = None
-    ) -> Workbench:
+    ) -> Components:
         """The same model with what a stage's own configuration makes of it.
 
         Args:
@@ -89,10 +89,10 @@ class Workbench:
             filtered: what filter stages have left of data sources, by `source_key`.
         """
         model = (self.folder, self.accelerator, self.policy, self.processor, self.watch)
-        bench = self.of(config, *model, self.model_path)
-        bench.collector.seed += 1_000_003 * number
-        bench.filtered = filtered or {}
-        return bench
+        components = self.of(config, *model, self.model_path)
+        components.collector.seed += 1_000_003 * number
+        components.filtered = filtered or {}
+        return components
 
     @property
     def is_main(self) -> bool:
@@ -131,7 +131,7 @@ class Workbench:
         return load_examples(config.data.eval, config.data, "test", EVAL_SEED, config.eval.examples)
 
 
-def build(config: Config, folder: RunFolder) -> Workbench:
+def build(config: Config, folder: RunFolder) -> Components:
     """Load or make the model and put the components together.
 
     Raises:
@@ -142,7 +142,7 @@ def build(config: Config, folder: RunFolder) -> Workbench:
     torch.manual_seed(config.run.seed)
     policy = load_policy(path, config.model, accelerator.device).to(accelerator.device)
     processor = load_processor(path, config.model)
-    return Workbench.of(config, folder, accelerator, policy, processor, Stopwatch(), path)
+    return Components.of(config, folder, accelerator, policy, processor, Stopwatch(), path)
 
 
 def make_accelerator(config: Config, folder: RunFolder) -> Any:
@@ -270,19 +270,19 @@ def model_folder(config: Config, folder: RunFolder, accelerator: Any) -> str:
     return str(target)
 
 
-def worked_answer_rng(config: Config, example: Example) -> random.Random:
-    """Decides about the noise in one example's worked answer, whatever else is drawn."""
+def demonstration_rng(config: Config, example: Example) -> random.Random:
+    """Decides about the noise in one example's demonstration, whatever else is drawn."""
     return random.Random(f"{config.run.seed}/{example.id}")
 
 
-def save_model(bench: Workbench, name: str) -> Path:
+def save_model(components: Components, name: str) -> Path:
     """Export model and processor as an ordinary model folder under `models/`."""
-    target = bench.folder.models / name
-    if bench.is_main:
+    target = components.folder.models / name
+    if components.is_main:
         with writing(target) as temporary:
-            bench.policy.save_pretrained(temporary)
-            bench.processor.save(temporary)
-    bench.accelerator.wait_for_everyone()
+            components.policy.save_pretrained(temporary)
+            components.processor.save(temporary)
+    components.accelerator.wait_for_everyone()
     return target
 
 

@@ -31,14 +31,14 @@ def filter_data(session: Session, stage: Stage) -> None:
     """
     if not session.reach(stage.name):
         return
-    config, bench = session.config, session.bench
+    config, components = session.config, session.components
     output = filtered_file(session.folder.root, stage.name)
     on_main_process(partial(output.parent.mkdir, exist_ok=True))
-    source, data = bench.source(config.data.train)
+    source, data = components.source(config.data.train)
     rows = QuestionRows(source, data, config.run.seed)
     indices = list(range(_count(config.resample.examples, rows.dataset.size)))
-    bench.policy.vision.forget()
-    with bench.watch("filter"), session.processes.jointly():
+    components.policy.vision.clear_cache()
+    with components.watch("filter"), session.processes.jointly():
         mine = _measure(
             session, stage, rows, indices[session.processes.index :: session.processes.count]
         )
@@ -46,7 +46,7 @@ def filter_data(session: Session, stage: Stage) -> None:
     accuracies = {i: accuracy for i, accuracy, _ in found}
     session.display.close()
     with session.processes.jointly():
-        if bench.is_main:
+        if components.is_main:
             _check_measured(session, any(sampled for *_, sampled in found), accuracies.values())
             numbers = _resample(session, rows, output, [accuracies[i] for i in indices])
             session.record({"stage": "filter", "step": 0, "name": stage.name, **numbers})
@@ -64,7 +64,7 @@ def _measure(
     session: Session, stage: Stage, rows: QuestionRows, indices: list[int]
 ) -> list[tuple[int, float, int]]:
     """Of this process's questions the index, the accuracy, and how many completions were sampled."""
-    config, bench, processes = session.config, session.bench, session.processes
+    config, components, processes = session.config, session.components, session.processes
     own = f"-{processes.index}" if processes.count > 1 else ""
     measure = measured_function(config)
     sampling: dict[str, Any] = {
@@ -87,12 +87,12 @@ def _measure(
         settings,
         lambda i: rows.dataset.check(i).id,
         advice="go on with as many processes and the data of before, or delete it to measure again",
-        limit=bench.encoder.limit.tokens,
+        limit=components.encoder.limit.tokens,
     )
     session.display.stage(stage.name, len(indices), file.done, unit="questions")
     for chunk in measure_chunks(
-        bench.engine,
-        bench.encoder,
+        components.engine,
+        components.encoder,
         rows.dataset,
         indices,
         scorer=measuring(measure, config.reward.timeout),
@@ -110,7 +110,7 @@ def _measure(
 
 def _check_measured(session: Session, any_sampled: bool, accuracies: Iterable[float]) -> None:
     """Raise UserError if there is no number at all, and warn where all are 0."""
-    config, limit = session.config, session.bench.encoder.limit
+    config, limit = session.config, session.components.encoder.limit
     if not any_sampled:
         raise UserError(
             f"every question of {config.data.train} has a prompt over {limit.name}; {limit.advice}"

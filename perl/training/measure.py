@@ -19,16 +19,18 @@ def measure(session: Session, at: str, step: int) -> dict[str, Any] | None:
         at: "before" or "after" RL, "after <stage>", or "step" along the way.
         step: RL steps done, over all stages.
     """
-    config, bench = session.config, session.bench
+    config, components = session.config, session.components
     if config.eval.examples == 0:
         return None
-    dataset = bench.held_out()
-    mine = range(len(dataset))[bench.accelerator.process_index :: bench.accelerator.num_processes]
+    dataset = components.held_out()
+    mine = range(len(dataset))[
+        components.accelerator.process_index :: components.accelerator.num_processes
+    ]
     if at == "step":
         session.display.close()
     session.display.stage(f"evaluate {at}", len(mine), unit="examples")
 
-    bench.policy.vision.forget()
+    components.policy.vision.clear_cache()
 
     def advance(examples: int) -> None:
         session.display.advance(examples)
@@ -36,10 +38,12 @@ def measure(session: Session, at: str, step: int) -> dict[str, Any] | None:
         if session.stop.requested and at != "step" and session.processes.count == 1:
             raise Interrupted(f"stopped in the evaluation {_said(at)}")
 
-    with bench.watch("evaluate"), session.processes.jointly():
+    with components.watch("evaluate"), session.processes.jointly():
         results, rollouts = evaluate(
-            bench.engine,
-            PromptEncoder(bench.processor, PromptLimit.to_generate(config), config.data.overlong),
+            components.engine,
+            PromptEncoder(
+                components.processor, PromptLimit.to_generate(config), config.data.overlong
+            ),
             dataset,
             mine,
             config.eval,
@@ -50,7 +54,7 @@ def measure(session: Session, at: str, step: int) -> dict[str, Any] | None:
         )
     numbers = aggregate(session.processes.gather(results))
     session.display.close()
-    if bench.is_main:
+    if components.is_main:
         session.record({"stage": "evaluate", "step": step, "at": at, **numbers})
         scores = accuracy(
             [""] * len(rollouts), [r.text for r in rollouts], [r.variant.answer for r in rollouts]

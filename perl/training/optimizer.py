@@ -1,4 +1,4 @@
-"""One optimiser step over packed micro-batches."""
+"""One optimizer step over packed micro-batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from perl.types import EncodedImage, PackedBatch, UserError
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Learning rate over optimiser steps: linear warm-up, then constant, linear or cosine decay to zero."""
+    """Learning rate over optimizer steps: linear warm-up, then constant, linear or cosine decay to zero."""
 
     peak: float
     kind: str
@@ -29,7 +29,7 @@ class Schedule:
     steps: int
 
     def __call__(self, step: int) -> float:
-        """Learning rate of the optimiser step number `step`, from 0."""
+        """Learning rate of the optimizer step number `step`, from 0."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
         left = 1 - (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
@@ -47,7 +47,7 @@ class Updater:
     Args:
         accelerator: device, precision and processes.
         policy: whose weights with `requires_grad` are trained.
-        schedule: learning rate by optimiser step.
+        schedule: learning rate by optimizer step.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Updater:
         """Forward, backward, clip, step.
 
         Args:
-            number: of the optimiser step, for the schedule.
+            number: of the optimizer step, for the schedule.
             batches: this process's micro-batches; may be empty, other processes' gradients still arrive.
             loss_of: loss of the i-th batch, its share of the whole step's, given the features of its images or
                 None where the model is to look them up itself.
@@ -115,23 +115,23 @@ class Updater:
                     totals[name] += value.float() * batch.num_scored
         with span("sync"):
             self._sum_over_processes()
-        with span("optimiser"):
+        with span("optimizer"):
             clipped = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         with span("sync"):  # Here the host waits for the device.
             norm = float(clipped)
         if not math.isfinite(norm):
             self.optimizer.zero_grad(set_to_none=True)
             raise UserError(
-                f"the gradient of optimiser step {number + 1} is not finite ({norm}); "
+                f"the gradient of optimizer step {number + 1} is not finite ({norm}); "
                 "lower the learning rate or lengthen the warm-up, and start from the last checkpoint"
             )
         lr = self.schedule(number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        with span("optimiser"):
+        with span("optimizer"):
             self.optimizer.step()
         if self.policy.vision.trained:
-            self.policy.vision.forget()
+            self.policy.vision.clear_cache()
         self.optimizer.zero_grad(set_to_none=True)
         with span("sync"):
             return {**self._reduced(totals), "grad_norm": norm, "lr": lr}

@@ -168,10 +168,10 @@ def run_profile(
     )
     session = _Session(config, RunFolder(folder), display, steps)
     session.tracer = Tracer(
-        folder, suffix, session.bench.accelerator.device.type == "cuda", **options
+        folder, suffix, session.components.accelerator.device.type == "cuda", **options
     )
     session.look_at(session.stages[0])
-    collector = session.bench.collector
+    collector = session.components.collector
     session.groups = collector.filter = _KeepingFilter(dropping, collector.filter.measure)
     with listening(session), _watching(session):
         try:
@@ -193,11 +193,11 @@ class _Session(Session):
 
     def __init__(self, config: Config, folder: RunFolder, display: Display, steps: Plan) -> None:
         super().__init__(config, folder, display, StopSignal())
-        self.processes = _Processes(self.bench.accelerator)
+        self.processes = _Processes(self.components.accelerator)
         self.wanted = steps
         self.clock = StageClock()
         self.found = Profile(
-            shares_images=not isinstance(self.bench.policy, PaddedPolicy),
+            shares_images=not isinstance(self.components.policy, PaddedPolicy),
             processes=self.processes.count,
         )
         self._done = 0
@@ -312,7 +312,7 @@ class _Processes(Processes):
 @contextmanager
 def _watching(session: _Session) -> Iterator[None]:
     """Tell prompts from tokens in rollouts, and the tower of a model on padded batches from its language model."""
-    policy = session.bench.policy
+    policy = session.components.policy
     padded = isinstance(policy, PaddedPolicy)
     reader = policy.base.get_decoder() if padded else policy.core.language_model
     opened = ExitStack()
@@ -336,7 +336,7 @@ def _watching(session: _Session) -> Iterator[None]:
 
 def _tower(session: _Session) -> list[nn.Module]:
     try:
-        return tower_of(session.bench.policy.base, session.bench.model_path)
+        return tower_of(session.components.policy.base, session.components.model_path)
     except UserError:
         session.display.say("vision tower and language model cannot be told apart in this model")
         return []

@@ -31,7 +31,7 @@ def reinforce(session: Session, stage: Stage) -> None:
     """Roll out, reward, filter, pack, step; `train.steps` times."""
     if not session.reach(stage.name):
         return
-    config, bench = session.config, session.bench
+    config, components = session.config, session.components
     loss = make_policy_loss(config.loss, config.rollout.max_new_tokens)
     if config.train.steps == 0:
         session.leave(save=False)
@@ -39,12 +39,12 @@ def reinforce(session: Session, stage: Stage) -> None:
     session.display.stage(_title(stage), config.train.steps, session.progress.step)
     step_of = PolicyStep(session, loss)
     stream = session.stream()
-    per_process = config.train.examples_per_step // bench.accelerator.num_processes
+    per_process = config.train.examples_per_step // components.accelerator.num_processes
     for step in range(session.progress.step, config.train.steps):
-        bench.policy.vision.forget()
-        started, encoded = time.perf_counter(), bench.policy.vision.images_encoded
-        collected = bench.collector.collect(
-            lambda: bench.draw(stream, config.train.examples_per_step),
+        components.policy.vision.clear_cache()
+        started, encoded = time.perf_counter(), components.policy.vision.images_encoded
+        collected = components.collector.collect(
+            lambda: components.draw(stream, config.train.examples_per_step),
             stream.find,
             per_process,
             step,
@@ -56,20 +56,20 @@ def reinforce(session: Session, stage: Stage) -> None:
         seconds = time.perf_counter() - started
         tokens_per_second = (row["tokens/prompt"] + row["tokens/completion"]) / seconds
         row |= {"time/step": seconds, "throughput/tokens_per_second": tokens_per_second}
-        row["throughput/images_encoded"] = bench.policy.vision.images_encoded - encoded
+        row["throughput/images_encoded"] = components.policy.vision.images_encoded - encoded
         _show_rollouts(session, step, collected)
         shown = {"reward": row["reward/mean"], "tokens/s": tokens_per_second}
         session.after_step(step, row, stream, shown, partial(_measure_if_due, session, step))
     if stage != session.stages[-1]:
-        save_model(bench, stage.name)
+        save_model(components, stage.name)
     session.leave()
 
 
 class PolicyStep:
-    """Optimiser steps on the groups of one rollout batch."""
+    """Optimizer steps on the groups of one rollout batch."""
 
     def __init__(self, session: Session, loss: Any) -> None:
-        self.session, self.loss, self.head = session, loss, session.bench.head
+        self.session, self.loss, self.head = session, loss, session.components.head
         config = session.config.train
         self.updates = config.updates_per_batch
         steps = config.steps * self.updates
@@ -81,11 +81,11 @@ class PolicyStep:
     def __call__(
         self, step: int, groups: Sequence[Group], late: Sequence[Group] = ()
     ) -> dict[str, float]:
-        """Metrics of the step, means over its optimiser steps, and what packing saved in this process.
+        """Metrics of the step, means over its optimizer steps, and what packing saved in this process.
 
         `late` are those of `groups` that an earlier policy sampled.
         """
-        session, watch = self.session, self.session.bench.watch
+        session, watch = self.session, self.session.components.watch
         if self.reference:
             self.reference.begin_step()
         with watch("pack"):
@@ -94,7 +94,7 @@ class PolicyStep:
                 self._share(groups[k :: self.updates], earlier) for k in range(self.updates)
             ]
             parts = [session.pack(s) for s in segments]
-        with watch("logprobs"), session.bench.accelerator.autocast():
+        with watch("logprobs"), session.components.accelerator.autocast():
             old = [self._old(p, s) for p, s in zip(parts, segments, strict=True)]
             ref = [[self.reference(b) for b in p] if self.reference else None for p in parts]
         report = packing_report(
@@ -145,7 +145,9 @@ class PolicyStep:
     @cached_property
     def flops(self) -> ModelFlops:
         """What groups cost this policy."""
-        return ModelFlops.of(self.session.bench.policy, self.session.config.train.share_prompts)
+        return ModelFlops.of(
+            self.session.components.policy, self.session.config.train.share_prompts
+        )
 
     def _update(
         self,
@@ -180,22 +182,22 @@ class _Reference:
     """Log-probs of the policy that this stage started from, on the same prompts."""
 
     def __init__(self, session: Session) -> None:
-        config, bench = session.config, session.bench
+        config, components = session.config, session.components
         self.adapters_off = nullcontext
         self.own_tower = False
-        trained = (name for name, p in bench.policy.named_parameters() if p.requires_grad)
+        trained = (name for name, p in components.policy.named_parameters() if p.requires_grad)
         start = session.trained_before
         if start is None and all("lora_" in name for name in trained):
-            self.head, self.adapters_off = bench.head, bench.policy.without_adapters
+            self.head, self.adapters_off = components.head, components.policy.without_adapters
             return
-        path = str(session.folder.models / start) if start else bench.model_path
-        plain = load_policy(path, replace(config.model, lora_rank=0), bench.accelerator.device)
-        plain = plain.to(bench.accelerator.device).requires_grad_(False).eval()
+        path = str(session.folder.models / start) if start else components.model_path
+        plain = load_policy(path, replace(config.model, lora_rank=0), components.accelerator.device)
+        plain = plain.to(components.accelerator.device).requires_grad_(False).eval()
         self.own_tower = not config.model.freeze_vision
         if not self.own_tower:
-            plain.share_tower(bench.policy)
+            plain.share_tower(components.policy)
         self.head = HeadLoss(
-            plain, bench.processor.unsampled_token_ids(), config.rollout.temperature
+            plain, components.processor.unsampled_token_ids(), config.rollout.temperature
         )
 
     def __call__(self, batch: PackedBatch) -> torch.Tensor:
@@ -205,7 +207,7 @@ class _Reference:
     def begin_step(self) -> None:
         """Keep no features of earlier steps; where the tower is the policy's, they have gone already."""
         if self.own_tower:
-            self.head.policy.vision.forget()
+            self.head.policy.vision.clear_cache()
 
 
 def segments_of(group: Group, condition: str, late: bool = False) -> list[Segment]:
@@ -232,7 +234,7 @@ def segments_of(group: Group, condition: str, late: bool = False) -> list[Segmen
 
 def _show_rollouts(session: Session, step: int, collected: Collected) -> None:
     every = session.config.run.save_rollouts_every
-    if every and step % every == 0 and session.bench.is_main:
+    if every and step % every == 0 and session.components.is_main:
         session.gallery.keep_groups("rl", session.stage.first_step + step + 1, collected.seen[:2])
 
 
@@ -286,7 +288,7 @@ def _group_metrics(collected: Collected) -> dict[str, float]:
 
 def _sampling_seed(session: Session, step: int) -> int:
     """Different in every step, process and run seed."""
-    accelerator = session.bench.accelerator
+    accelerator = session.components.accelerator
     return (
         session.config.run.seed * 1_000_003 + session.stage.first_step + step
     ) * accelerator.num_processes + accelerator.process_index

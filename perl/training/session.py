@@ -17,7 +17,7 @@ from perl.report.progress import Display
 from perl.rollout.reuse import load_reuse, save_reuse
 from perl.timing import peak_rss_bytes
 from perl.training.checkpoint import CheckpointManager, Progress
-from perl.training.components import Workbench, build
+from perl.training.components import Components, build
 from perl.training.optimizer import Schedule, Updater
 from perl.types import Interrupted, PackedBatch, Segment, UserError
 
@@ -34,8 +34,8 @@ class Session:
         self.stages = plan(config)
         self.points = points(self.stages)
         self.stage = self.stages[0]
-        self.bench: Workbench = build(self.stage.config, folder)
-        self.processes = Processes(self.bench.accelerator)
+        self.components: Components = build(self.stage.config, folder)
+        self.processes = Processes(self.components.accelerator)
         self.checkpoints = CheckpointManager(folder.checkpoints, config.run.keep_checkpoints)
         self.gallery = Gallery(folder)
         self.progress = Progress(stage=self.points[0])
@@ -48,8 +48,8 @@ class Session:
     def restore(self) -> None:
         """Go on from the newest whole checkpoint; without any, from the start."""
         found = self.checkpoints.load()
-        self.bench.accelerator.wait_for_everyone()
-        if self.bench.is_main:
+        self.components.accelerator.wait_for_everyone()
+        if self.components.is_main:
             self.folder.cut_back(found[1].records if found else {})
         if found is None:
             return
@@ -59,8 +59,8 @@ class Session:
                 f"the checkpoint stands in stage {self.progress.stage}, which config.toml does not have "
                 f"({', '.join(s.name for s in self.stages)}); restore its stages or start a new run"
             )
-        self.checkpoints.restore_model(self._checkpoint, self.bench.policy)
-        self.bench.watch.total_seconds.update(self.progress.seconds)
+        self.checkpoints.restore_model(self._checkpoint, self.components.policy)
+        self.components.watch.total_seconds.update(self.progress.seconds)
         self._started = time.perf_counter() - self.progress.elapsed
         self._saved_step = (self.progress.stage, self.progress.step)
         self.display.say(
@@ -75,13 +75,13 @@ class Session:
     @property
     def config(self) -> Config:
         """What the present stage runs with."""
-        return self.bench.config
+        return self.components.config
 
     def look_at(self, stage: Stage) -> None:
         """Work with a stage's configuration."""
         self.stage, self._waiting = stage, None
         filtered = filtered_sources(stage, self.stages, self.folder.root)
-        self.bench = self.bench.for_stage(stage.config, stage.number, filtered)
+        self.components = self.components.for_stage(stage.config, stage.number, filtered)
 
     def reach(self, point: str) -> bool:
         """Move on to a point of the run; False if it lies behind."""
@@ -107,11 +107,11 @@ class Session:
         return next((s.name for s in reversed(earlier) if s.steps), None)
 
     def make_updater(self, schedule: Schedule) -> Updater:
-        """The stage's optimiser, with its state and the waiting groups where the run goes on inside the stage."""
+        """The stage's optimizer, with its state and the waiting groups where the run goes on inside the stage."""
         train = self.config.train
         self.updater = Updater(
-            self.bench.accelerator,
-            self.bench.policy,
+            self.components.accelerator,
+            self.components.policy,
             schedule,
             train.weight_decay,
             train.betas,
@@ -119,16 +119,16 @@ class Session:
         )
         if self._checkpoint is not None and self.progress.step > 0:
             self.checkpoints.restore_optimizer(
-                self._checkpoint, self.bench.policy, self.updater.optimizer
+                self._checkpoint, self.components.policy, self.updater.optimizer
             )
             if state := load_reuse(self._checkpoint, self.processes.index):
-                self.bench.collector.reuse.load_state_dict(state)
+                self.components.collector.reuse.load_state_dict(state)
         self._checkpoint = None
         return self.updater
 
     def stream(self) -> Stream:
         """The stage's examples, from where it stopped."""
-        stream = self.bench.stream(self.stage)
+        stream = self.components.stream(self.stage)
         if self.stage.name in self.progress.streams:
             stream.load_state_dict(self.progress.streams[self.stage.name])
         return stream
@@ -136,7 +136,9 @@ class Session:
     def pack(self, segments: Sequence[Segment]) -> list[PackedBatch]:
         """Micro-batches of the segments, within the token budget."""
         train = self.config.train
-        return self.bench.policy.pack(segments, train.tokens_per_micro_batch, train.share_prompts)
+        return self.components.policy.pack(
+            segments, train.tokens_per_micro_batch, train.share_prompts
+        )
 
     def after_step(
         self,
@@ -152,13 +154,13 @@ class Session:
         """
         self.progress.step = step + 1
         self.progress.streams[self.stage.name] = stream.state_dict()
-        lap = self.bench.watch.lap()
-        if self.bench.is_main and (step + 1) % self.config.run.log_every == 0:
+        lap = self.components.watch.lap()
+        if self.components.is_main and (step + 1) % self.config.run.log_every == 0:
             number = self.stage.first_step + step + 1
             here = {"stage": self.stage.kind, "step": number, "name": self.stage.name}
             self.record({**here, **row, **lap})
         self.display.advance(numbers=shown)
-        reuse = self.bench.collector.reuse
+        reuse = self.components.collector.reuse
         # As it is between steps: a step that fails has taken groups, and is done again.
         self._waiting = reuse.state_dict() if reuse.active else None
         before_saving()
@@ -182,7 +184,7 @@ class Session:
         before = sum(s.steps for s in self.stages[: self.stages.index(self.stage)])
         trained = row["stage"] == self.stage.kind or self.stage.kind == "rl"
         here = row["step"] - self.stage.first_step if trained else self.stage.steps
-        self.bench.accelerator.log(numbers, step=before + here)
+        self.components.accelerator.log(numbers, step=before + here)
 
     def save(self) -> None:
         """A checkpoint of the last complete step."""
@@ -190,19 +192,19 @@ class Session:
         if here == self._saved_step:
             return
         states = self.processes.gather([self._waiting]) if self._waiting is not None else []
-        with self.bench.watch("checkpoint"):
-            if self.bench.is_main:
+        with self.components.watch("checkpoint"):
+            if self.components.is_main:
                 self.progress.elapsed = self.elapsed
-                self.progress.seconds = dict(self.bench.watch.total_seconds)
+                self.progress.seconds = dict(self.components.watch.total_seconds)
                 self.progress.records = self.folder.positions()
                 optimizer = self.updater.optimizer if self.updater is not None else None
                 self.checkpoints.save(
-                    self.bench.policy,
+                    self.components.policy,
                     optimizer,
                     self.progress,
                     lambda folder: save_reuse(folder, states),
                 )
-            self.bench.accelerator.wait_for_everyone()
+            self.components.accelerator.wait_for_everyone()
         self._saved_step = here
 
     def rescue(self, error: UserError) -> None:

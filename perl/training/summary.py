@@ -23,12 +23,14 @@ def summarise(session: Session) -> dict[str, Any]:
     return out | {
         "seconds": round(session.elapsed, 1),
         "peak_rss_bytes": peak_rss_bytes(),
-        "seconds_by_stage": {k: round(v, 1) for k, v in session.bench.watch.total_seconds.items()},
+        "seconds_by_stage": {
+            k: round(v, 1) for k, v in session.components.watch.total_seconds.items()
+        },
         "seed": session.config.run.seed,
         "model": session.config.model.path,
-        "parameters": sum(p.numel() for p in session.bench.policy.parameters()),
+        "parameters": sum(p.numel() for p in session.components.policy.parameters()),
         "processes": session.processes.count,
-        "device": str(session.bench.accelerator.device),
+        "device": str(session.components.accelerator.device),
         "versions": versions(),
     }
 

@@ -58,7 +58,7 @@ def train_one(config: Config, folder: RunFolder, display: Display, resume: bool)
         session = Session(config, folder, display, stop)
         if resume:
             session.restore()
-        session.bench.accelerator.init_trackers("perl-rl")
+        session.components.accelerator.init_trackers("perl-rl")
         try:
             for stage in session.stages:
                 _run(session, stage)
@@ -66,11 +66,11 @@ def train_one(config: Config, folder: RunFolder, display: Display, resume: bool)
         except UserError as error:
             session.rescue(error)
             raise
-        save_model(session.bench, "final")
+        save_model(session.components, "final")
         summary = summarise(session)
-        if session.bench.is_main:
+        if session.components.is_main:
             write_json(folder.summary, summary)
-        for tracker in session.bench.accelerator.trackers:
+        for tracker in session.components.accelerator.trackers:
             tracker.finish()
     return summary
 

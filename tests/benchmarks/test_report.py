@@ -117,7 +117,7 @@ def trainer() -> dict[str, Any]:
         "available": True,
         "setting": {"model": "tiny", "dtype": "float32", "trl": "1.16.0", "images": [4, 8]},
         "trainers": {"trl": side(3.0), "perl": side(1.5)},
-        "differences": ["Padding: TRL pads.", "Optimiser: none."],
+        "differences": ["Padding: TRL pads.", "Optimizer: none."],
     }
 
 
@@ -384,7 +384,7 @@ def test_training_steps() -> None:
         "](#a-step-of-two-trainers-trl-and-perl), TRL over PeRL: seconds 2.0x "
         "(2.0x to 2.0x by round, median of 2 rounds), memory 1.0x."
     ) in short
-    assert "What differs:\n\n- Padding: TRL pads.\n- Optimiser: none." in text
+    assert "What differs:\n\n- Padding: TRL pads.\n- Optimizer: none." in text
 
     found = results()
     found["steps"] = {"train_step": {"failed": "no\nmodel"}, "trainer": {"available": False}}

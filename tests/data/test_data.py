@@ -79,16 +79,22 @@ def reds(example: Example) -> list[int]:
 
 def test_perls_own_columns(tmp_path: Path) -> None:
     row = perl_row(
-        kind="blocks:1,2", should_change="true", worked="...", task="t", id=7, level=3, note=None
+        kind="blocks:1,2",
+        should_change="true",
+        demonstration="...",
+        task="t",
+        id=7,
+        level=3,
+        note=None,
     )
     example = load_row(tmp_path, row)
     assert reds(example) == [0, 1]
     assert all(image.mode == "RGB" for image in example.images)
     assert (example.id, example.answer, example.kind) == ("7", "B", "blocks:1,2")
-    assert (example.should_change, example.worked, example.task) == (True, "...", "t")
+    assert (example.should_change, example.demonstration, example.task) == (True, "...", "t")
     assert example.extra == {"level": 3, "note": None}
     plain = load_row(tmp_path, perl_row())
-    assert (plain.id, plain.kind, plain.should_change, plain.worked) == (
+    assert (plain.id, plain.kind, plain.should_change, plain.demonstration) == (
         "row-000000",
         "all",
         True,

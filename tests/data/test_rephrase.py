@@ -105,7 +105,11 @@ def test_rows_are_rephrased_and_labelled(tmp_path: Path, endpoint: None, chat: b
             question = [system, {"role": "user", "content": question}]
             rows[-1] |= {"prompt": question, "reward_model": {"ground_truth": asked.answer, "k": 1}}
         else:
-            rows[-1] |= {"question": question, "answer": asked.answer, "worked": asked.answer}
+            rows[-1] |= {
+                "question": question,
+                "answer": asked.answer,
+                "demonstration": asked.answer,
+            }
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for _ in range(2):  # The second time everything is there.
@@ -115,12 +119,12 @@ def test_rows_are_rephrased_and_labelled(tmp_path: Path, endpoint: None, chat: b
     output = tmp_path / "rows.labelled.jsonl"
     first, second = (json.loads(line) for line in output.read_text().splitlines())
     assert first["rephrased"] == "Other" and second["rephrased"].startswith("no: ")
-    changed = {"prompt", "reward_model"} if chat else {"question", "answer", "worked"}
+    changed = {"prompt", "reward_model"} if chat else {"question", "answer", "demonstration"}
     assert first["original"] == {key: rows[0][key] for key in changed}
     assert {k: second[k] for k in rows[1]} == rows[1]
     examples = load_examples(str(output), DataConfig(), "train", 0)
     new, old = examples[0], examples[1]
-    assert new.worked is None and (old.worked == "a fox") != chat
+    assert new.demonstration is None and (old.demonstration == "a fox") != chat
     assert (new.answer, new.kind, new.should_change) == ("B", "all", True)
     assert (old.answer, old.kind, old.should_change) == ("a fox", "none", False)
     assert new.messages[-1].content == json.loads(GOOD)["question"]

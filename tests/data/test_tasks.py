@@ -74,11 +74,11 @@ def test_answers_are_right_in_every_order(made: list[Example], label_of: dict[by
 def test_worked_answers_get_the_full_reward_and_use_known_words(made: list[Example]) -> None:
     words = set(vocabulary())
     for example in made:
-        assert example.worked is not None
-        assert words.issuperset(f"{example.question} {example.worked}".split(" "))
-        assert extract_answer(example.worked) == example.answer
-        assert accuracy([""], [example.worked], [example.answer]) == [1.0]
-        assert format_reward([""], [example.worked]) == [1.0]
+        assert example.demonstration is not None
+        assert words.issuperset(f"{example.question} {example.demonstration}".split(" "))
+        assert extract_answer(example.demonstration) == example.answer
+        assert accuracy([""], [example.demonstration], [example.answer]) == [1.0]
+        assert format_reward([""], [example.demonstration]) == [1.0]
         assert example.answer in example.extra["choices"]
 
 
@@ -87,7 +87,7 @@ def test_worked_answers_go_over_all_images(made: list[Example]) -> None:
     lengths: dict[tuple[str, int], set[int]] = {}
     for example in made:
         key = example.task, len(example.images)
-        lengths.setdefault(key, set()).add(len((example.worked or "").split(" ")))
+        lengths.setdefault(key, set()).add(len((example.demonstration or "").split(" ")))
     assert all(len(found) == 1 for found in lengths.values())
 
 
@@ -105,7 +105,7 @@ def test_the_documented_form() -> None:
     words = str(example.question).split()
     assert words[:9] == ["A", "<image>", "B", "<image>", "C", "<image>", "which", "image", "shows"]
     assert words[10:] == ["?"]
-    steps = str(example.worked).split()
+    steps = str(example.demonstration).split()
     assert steps[0] == "<think>" and steps[1::4][:3] == ["A", "B", "C"]
     assert set(steps[3:13:4]) == {words[9]}
     assert steps[-4:] == ["</think>", "\\boxed{", example.answer, "}"]
@@ -176,23 +176,26 @@ def test_pictures_of_a_class_differ_within_an_example() -> None:
 def test_noise_replaces_the_final_answer_by_a_wrong_one(made: list[Example]) -> None:
     rng = random.Random(0)
     for example in made:
-        assert with_noise(example, 0.0, rng) == example.worked
+        assert with_noise(example, 0.0, rng) == example.demonstration
         noisy = with_noise(example, 1.0, rng)
         answer = extract_answer(noisy)
         assert answer != example.answer and answer in example.extra["choices"]
-        assert noisy.rpartition("\\boxed{")[0] == (example.worked or "").rpartition("\\boxed{")[0]
-    share = sum(with_noise(e, 0.4, rng) != e.worked for e in made) / len(made)
+        assert (
+            noisy.rpartition("\\boxed{")[0]
+            == (example.demonstration or "").rpartition("\\boxed{")[0]
+        )
+    share = sum(with_noise(e, 0.4, rng) != e.demonstration for e in made) / len(made)
     assert 0.33 < share < 0.47
 
 
 def test_noise_on_data_without_choices() -> None:
     images: Any = (0, 0, 0)
-    example = Example("q", images, "<image><image><image>", "B", worked="so \\boxed{B}")
+    example = Example("q", images, "<image><image><image>", "B", demonstration="so \\boxed{B}")
     found = {with_noise(example, 1.0, random.Random(i)) for i in range(20)}
     assert found == {"so \\boxed{A}", "so \\boxed{C}"}
-    word = Example("q", images, "<image><image><image>", "blue", worked="so \\boxed{blue}")
+    word = Example("q", images, "<image><image><image>", "blue", demonstration="so \\boxed{blue}")
     assert with_noise(word, 1.0, random.Random(0)) == "so \\boxed{blue}"
-    with pytest.raises(UserError, match="example 'q' has no worked answer"):
+    with pytest.raises(UserError, match="example 'q' has no demonstration"):
         with_noise(Example("q", images, "", "B"), 1.0, random.Random(0))
 
 
@@ -218,7 +221,9 @@ def test_a_folder_is_a_collection(tmp_path: Path) -> None:
     for i in range(60):
         example = tasks.example(i)
         assert example.id.startswith("pets-train-")
-        assert set(f"{example.question} {example.worked}".split(" ")) <= set(vocabulary(source))
+        assert set(f"{example.question} {example.demonstration}".split(" ")) <= set(
+            vocabulary(source)
+        )
 
 
 @pytest.mark.parametrize(

@@ -384,7 +384,7 @@ def test_images_from_nowhere_are_written(
         example = filtered[i]
         original = next(e for e in (bundled[k] for k in range(6)) if e.id == row["id"])
         assert (example.question, example.answer) == (original.question, original.answer)
-        assert (example.kind, example.worked) == (original.kind, original.worked)
+        assert (example.kind, example.demonstration) == (original.kind, original.demonstration)
         for image, other in zip(example.images, original.images, strict=True):
             assert image.tobytes() == other.tobytes()
 

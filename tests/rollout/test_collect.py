@@ -23,7 +23,7 @@ from perl.config import (
 from perl.data.dataset import Drawn
 from perl.distributed import Processes
 from perl.files import RunFolder
-from perl.training.components import Workbench, build
+from perl.training.components import Components, build
 from perl.training.reinforce import segments_of
 from perl.types import Group, UserError
 
@@ -37,15 +37,15 @@ CONFIG = Config(
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Workbench:
+def components(tmp_path: Path) -> Components:
     folder = RunFolder(tmp_path)
     folder.make_parts()
     return build(CONFIG, folder)
 
 
-def groups(bench: Workbench, progress: float = 0.0, **permutation: Any) -> list[Group]:
+def groups(components: Components, progress: float = 0.0, **permutation: Any) -> list[Group]:
     config = replace(CONFIG, permutation=PermutationConfig(**permutation))
-    own = bench.for_stage(config)
+    own = components.for_stage(config)
     examples = [own.held_out()[i] for i in range(12)]
     return own.collector.roll_out([Drawn((i,), 0, e) for i, e in enumerate(examples)], 7, progress)
 
@@ -54,18 +54,18 @@ def groups(bench: Workbench, progress: float = 0.0, **permutation: Any) -> list[
 def few_examples(monkeypatch: pytest.MonkeyPatch) -> None:
     from perl.data.dataset import load_examples
 
-    def held_out(self: Workbench) -> Any:
+    def held_out(self: Components) -> Any:
         return load_examples("bundled:digits", self.config.data, "test", 0, 12)
 
-    monkeypatch.setattr(Workbench, "held_out", held_out)
+    monkeypatch.setattr(Components, "held_out", held_out)
 
 
 def orders_of(group: Group) -> Counter[tuple[int, ...]]:
     return Counter(r.variant.order for r in group.rollouts)
 
 
-def test_every_question_gets_equally_many_rollouts(bench: Workbench) -> None:
-    found = groups(bench, orders=4)
+def test_every_question_gets_equally_many_rollouts(components: Components) -> None:
+    found = groups(components, orders=4)
     assert {len(g.rollouts) for g in found} == {8}
     for group in found:
         images = len(group.example.images)
@@ -75,32 +75,32 @@ def test_every_question_gets_equally_many_rollouts(bench: Workbench) -> None:
     assert {len(g.example.images) for g in found} == {1, 2, 3}
 
 
-def test_completions_belong_to_their_prompts(bench: Workbench) -> None:
-    for group in groups(bench, orders=3):
+def test_completions_belong_to_their_prompts(components: Components) -> None:
+    for group in groups(components, orders=3):
         for rollout in group.rollouts:
             assert rollout.variant.example is group.example
-            keys = [bench.processor.encode_image(i).key for i in rollout.variant.images]
+            keys = [components.processor.encode_image(i).key for i in rollout.variant.images]
             assert [image.key for image in rollout.prompt.images] == keys
 
 
-def test_an_example_that_is_not_permuted_keeps_its_order(bench: Workbench) -> None:
-    for group in groups(bench, orders=2, rate=0.0):
+def test_an_example_that_is_not_permuted_keeps_its_order(components: Components) -> None:
+    for group in groups(components, orders=2, rate=0.0):
         assert orders_of(group) == {tuple(range(len(group.example.images))): 4}
-    late = groups(bench, progress=0.999, orders=2, rate_schedule="linear")
+    late = groups(components, progress=0.999, orders=2, rate_schedule="linear")
     assert all(len(orders_of(g)) == 1 for g in late)
-    early = groups(bench, progress=0.0, orders=2, rate_schedule="linear")
+    early = groups(components, progress=0.0, orders=2, rate_schedule="linear")
     assert [len(orders_of(g)) for g in early] == [
         2 if len(g.example.images) > 1 else 1 for g in early
     ]
 
 
-def test_the_released_draw_is_one_order(bench: Workbench) -> None:
-    drawn = {o for g in groups(bench, orders=2, draw="released") for o in orders_of(g)}
+def test_the_released_draw_is_one_order(components: Components) -> None:
+    drawn = {o for g in groups(components, orders=2, draw="released") for o in orders_of(g)}
     assert drawn == {(0,), (0, 1), (1, 0), (0, 1, 2), (1, 0, 2)}
 
 
-def test_what_loss_and_kl_are_conditioned_on(bench: Workbench) -> None:
-    group = next(g for g in groups(bench, orders=2) if len(g.example.images) == 3)
+def test_what_loss_and_kl_are_conditioned_on(components: Components) -> None:
+    group = next(g for g in groups(components, orders=2) if len(g.example.images) == 3)
     permuted, original = segments_of(group, "permuted"), segments_of(group, "original")
     assert [len(s.completions) for s in permuted] == [2, 2]
     assert [s.prompt for s in permuted] == [group.rollouts[0].prompt, group.rollouts[2].prompt]
@@ -115,13 +115,13 @@ def test_what_loss_and_kl_are_conditioned_on(bench: Workbench) -> None:
     assert len(segments_of(group, "permuted")) == 1
 
 
-def test_texts_follow_where_the_recipe_says_so(bench: Workbench) -> None:
+def test_texts_follow_where_the_recipe_says_so(components: Components) -> None:
     config = replace(
         CONFIG,
         data=replace(CONFIG.data, tasks=("same",), min_images=3),
         permutation=PermutationConfig(orders=2, text="references"),
     )
-    own = bench.for_stage(config)
+    own = components.for_stage(config)
     example = replace(own.held_out()[0], kind="all")
     (group,) = own.collector.roll_out([Drawn((0,), 0, example)], 0)
     for rollout in group.rollouts:
@@ -133,21 +133,21 @@ def test_texts_follow_where_the_recipe_says_so(bench: Workbench) -> None:
         assert shown.answer == example.answer
 
 
-def collect(bench: Workbench, reward: Path, tries: int) -> Any:
+def collect(components: Components, reward: Path, tries: int) -> Any:
     config = replace(
         CONFIG,
         reward=RewardConfig(functions=(f"{reward}:f",), weights=(1.0,)),
         filter=FilterConfig(max_tries=tries),
     )
-    own = bench.for_stage(config)
+    own = components.for_stage(config)
     drawn = iter([Drawn((i,), 0, own.held_out()[i]) for i in range(12)])
-    processes = Processes(bench.accelerator)
+    processes = Processes(components.accelerator)
     return own.collector.collect(
         lambda: [next(drawn), next(drawn)], lambda _: own.held_out()[0], 2, 0, 0, processes
     )
 
 
-def test_a_step_without_a_single_reward_is_an_error(bench: Workbench, tmp_path: Path) -> None:
+def test_a_step_without_a_single_reward_is_an_error(components: Components, tmp_path: Path) -> None:
     """One try may have none; a whole step without any means that rewards and data do not fit."""
     never, late = tmp_path / "never.py", tmp_path / "late.py"
     never.write_text("def f(completions, **columns):\n    return [None] * len(completions)\n")
@@ -156,6 +156,6 @@ def test_a_step_without_a_single_reward_is_an_error(bench: Workbench, tmp_path: 
         "    return [None if calls == 1 else i % 2 for i in range(len(completions))]\n"
     )
     with pytest.raises(UserError, match="no rollout of 4 groups can be scored"):
-        collect(bench, never, 2)
-    found = collect(bench, late, 2)
+        collect(components, never, 2)
+    found = collect(components, late, 2)
     assert (found.tries, len(found.groups), found.counts["unscorable"]) == (2, 2, 2)

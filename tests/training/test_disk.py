@@ -106,7 +106,7 @@ def test_settings_of_another_model_do_not_resume(stopped: Path, error_of: ErrorO
 
 @pytest.fixture
 def small_disk(tmp_path: Path, tiny_folder: Callable[[str], Path]) -> Iterator[Path]:
-    """A file system that one checkpoint with its optimiser state fits on, and no second."""
+    """A file system that one checkpoint with its optimizer state fits on, and no second."""
     disk = tmp_path / "disk"
     disk.mkdir()
     size = (tiny_folder("tiny-qwen2.5-vl") / "model.safetensors").stat().st_size * 9 // 2

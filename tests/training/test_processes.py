@@ -106,7 +106,7 @@ def test_every_seed_is_shared(tmp_path: Path, launch: Callable[..., Any]) -> Non
     for seed in ("seed-0", "seed-1"):
         rl = rows(shared / seed, "rl")
         assert len(rl) == 2 and all(r["grad_norm"] > 0 for r in rl)
-        # The first process rolled out its half: the optimiser step scored the tokens of both.
+        # The first process rolled out its half: the optimizer step scored the tokens of both.
         assert all(r["groups/seen"] == 2 * r["groups/tries"] for r in rl)
     assert json.loads((shared / "summary.json").read_text())["per_seed"][0]["processes"] == 2
 

@@ -38,7 +38,7 @@ kind = "rl"
 """
 UPDATE = {
     *("vision", "vision.backward", "language_model", "language_model.backward"),
-    *("loss", "loss.backward", "optimiser", "sync"),
+    *("loss", "loss.backward", "optimizer", "sync"),
 }
 
 

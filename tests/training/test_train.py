@@ -265,14 +265,16 @@ def test_the_reference_of_lora_does_not_move_with_the_tower(
     with StopSignal() as stop:
         session = Session(config, folder, Display(enabled=False), stop)
     step = PolicyStep(session, make_policy_loss(config.loss, 4))
-    groups = session.bench.collector.roll_out(session.bench.draw(session.stream(), 2), seed=0)
+    groups = session.components.collector.roll_out(
+        session.components.draw(session.stream(), 2), seed=0
+    )
     groups = [replace(g, advantages=np.linspace(-1, 1, len(g.rollouts))) for g in groups]
     (batch,) = pack([s for g in groups for s in segments_of(g, "permuted")], 10_000)
     before = step.reference(batch)
     for number in range(3):
         step(number, groups)
     assert torch.equal(step.reference(batch), before)
-    assert not torch.allclose(session.bench.head.logprobs(batch).logprobs, before, atol=1e-3)
+    assert not torch.allclose(session.components.head.logprobs(batch).logprobs, before, atol=1e-3)
 
 
 FAILS_ONCE = """

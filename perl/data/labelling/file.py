@@ -183,8 +183,8 @@ class LabelledFile:
         if isinstance(row[answer], Mapping):
             gold = {**row[answer], "ground_truth": new.answer}
         changes: dict[str, Any] = {question: text, answer: gold}
-        if row.get("worked") is not None:
-            changes["worked"] = None  # It concludes with the old answer.
+        if row.get("demonstration") is not None:
+            changes["demonstration"] = None  # It concludes with the old answer.
         original = {key: row[key] for key in changes}
         return {**changes, "rephrased": new.question_type, "original": original}
 
