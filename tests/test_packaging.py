@@ -81,7 +81,7 @@ def test_packages_are_typed_and_complete() -> None:
     for folder in folders:
         assert (folder / "py.typed").exists()
     assert (ROOT / "perl" / "recipes" / "demo.toml").exists()
-    assert any((ROOT / "perl" / "templates").iterdir())
+    assert any((ROOT / "perl" / "report" / "templates").iterdir())
 
 
 def test_a_wheel_with_native_code_names_its_platform() -> None:
