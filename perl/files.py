@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import logging
@@ -12,8 +13,9 @@ import shutil
 import socket
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,6 +26,7 @@ from perl.types import UserError
 logger = logging.getLogger(__name__)
 
 _HUB_TIMEOUT = 5.0
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 _SECTIONS = frozenset({"run", "model", "data", "rollout", "reward", "train"})
 
 
@@ -141,6 +144,48 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(_plain(value), indent=2) + "\n", encoding="utf-8")
+
+
+def to_line(row: Mapping[str, Any]) -> str:
+    """One line of JSON; bytes become base64, and dates and the like their text."""
+    line = json.dumps(row, default=_as_text, ensure_ascii=False)
+    # Half of a surrogate pair is valid JSON only as an escape.
+    return (json.dumps(row, default=_as_text) if _HALF_PAIR.search(line) else line) + "\n"
+
+
+def _as_text(value: Any) -> str:
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
+
+
+def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add rows to a JSON Lines file; they are with the operating system when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(to_line(row) for row in rows)
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a JSON Lines file, if it is there; `{}` for a line that is no JSON object.
+
+    A last line without its end does not count: the process that wrote it was killed.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = {}
+            yield row if isinstance(row, dict) else {}
+
+
+def keep_rows(path: Path, count: int) -> None:
+    """Cut a JSON Lines file back to its first `count` lines, so that rows can be appended to it again."""
+    with path.open("rb") as file:
+        end = sum(len(line) for line in islice(file, count))
+    os.truncate(path, end)
 
 
 @contextmanager

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -21,7 +18,6 @@ from perl.files import replacing
 from perl.types import Example, UserError
 
 _AS_IS = {b"\x89PNG\r\n\x1a\n": ".png", b"\xff\xd8\xff": ".jpg"}
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 def file_beside(data: str, ending: str) -> Path:
@@ -171,17 +167,6 @@ def _suffix_of(data: bytes) -> str | None:
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return ".webp"
     return next((suffix for magic, suffix in _AS_IS.items() if data.startswith(magic)), None)
-
-
-def to_line(row: Mapping[str, Any]) -> str:
-    """One line of JSON; bytes become base64, and dates and the like their text."""
-    line = json.dumps(row, default=_as_text, ensure_ascii=False)
-    # Half of a surrogate pair is valid JSON only as an escape.
-    return (json.dumps(row, default=_as_text) if _HALF_PAIR.search(line) else line) + "\n"
-
-
-def _as_text(value: Any) -> str:
-    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 
 def _with_images(row: Mapping[str, Any], names: Sequence[str | None]) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from typing import Any
 from perl.config import DataConfig
 from perl.data.columns import read_row
 from perl.data.dataset import BUNDLED, Dataset, RowDataset, load_examples
-from perl.data.rows import RowWriter, to_line
+from perl.data.rows import RowWriter
 from perl.data.sources import Source, open_source
 from perl.evaluation.difficulty import CHUNK, Difficulty
-from perl.files import replacing
+from perl.files import replacing, to_line
 from perl.types import UserError
 
 logger = logging.getLogger(__name__)

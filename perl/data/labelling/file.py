@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +15,9 @@ from perl.data.labelling.label import Label, checked, unsure
 from perl.data.labelling.llm import label_by_llm
 from perl.data.labelling.rephrase import Rephrased, is_open, rephrase
 from perl.data.labelling.rules import label_by_rules
-from perl.data.rows import RowWriter, to_line
+from perl.data.rows import RowWriter
 from perl.data.sources import Source, open_source
+from perl.files import append_rows, keep_rows, read_rows
 from perl.llm import Endpoint, EndpointError
 from perl.permutation.permute import Consistency
 from perl.types import Example, UserError
@@ -82,19 +81,17 @@ class LabelledFile:
             UserError: a row that cannot be read, or an endpoint that is down; every row before is written.
         """
         try:
-            with self.output.open("a", encoding="utf-8") as file:
-                for drafts in self._batches():
-                    self._label(drafts)
-                    for draft in drafts:
-                        if draft.failure is not None:
-                            raise UserError(
-                                f"{draft.failure} ({self.done} of {self.total} rows are labelled in "
-                                f"{self.output}; the same command goes on from there)"
-                            )
-                        file.write(to_line(self._written(draft)))
-                        self.done += 1
-                    file.flush()
-                    advance(len(drafts))
+            for drafts in self._batches():
+                self._label(drafts)
+                for draft in drafts:
+                    if draft.failure is not None:
+                        raise UserError(
+                            f"{draft.failure} ({self.done} of {self.total} rows are labelled in "
+                            f"{self.output}; the same command goes on from there)"
+                        )
+                    append_rows(self.output, [self._written(draft)])
+                    self.done += 1
+                advance(len(drafts))
         finally:
             if self.done == 0:
                 self.output.unlink(missing_ok=True)
@@ -217,25 +214,21 @@ class LabelledFile:
 
     def _resume(self) -> int:
         """How many rows the output has already; one that was cut by a kill is taken back."""
-        done, end = 0, 0
-        with self.output.open("rb") as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                if done == self.total or not self._is_row(line, done):
-                    raise UserError(
-                        f"--output {self.output} holds something else than the first rows of this data "
-                        "with labels; replace it with --overwrite, or choose another --output"
-                    )
-                done, end = done + 1, end + len(line)
-        os.truncate(self.output, end)
+        done = 0
+        for written in read_rows(self.output):
+            if done == self.total or not self._is_row(written, done):
+                raise UserError(
+                    f"--output {self.output} holds something else than the first rows of this data "
+                    "with labels; replace it with --overwrite, or choose another --output"
+                )
+            done += 1
+        keep_rows(self.output, done)
         return done
 
-    def _is_row(self, line: bytes, i: int) -> bool:
+    def _is_row(self, written: Mapping[str, Any], i: int) -> bool:
         try:
-            written = json.loads(line)
             label = written["kind"], written["should_change"], written["label_reason"]
-        except (ValueError, LookupError, TypeError):
+        except LookupError:
             return False
         if (mode := written.get("label_text")) != self.how.text:
             raise UserError(
