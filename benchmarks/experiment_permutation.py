@@ -141,7 +141,8 @@ def measured(model: Path) -> dict[str, float]:
     from perl.permutation.permute import all_orders, permute
     from perl.report.metrics import mean
     from perl.rewards.answers import extract_answer, same_answer
-    from perl.rollout import SamplingParams, make_engine
+    from perl.rollout.engine import SamplingParams
+    from perl.rollout.padded import make_engine
     from perl.types import Rollout
 
     config = ModelConfig(path=str(model))

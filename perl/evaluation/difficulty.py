@@ -14,8 +14,9 @@ from perl.permutation.orders import shares
 from perl.permutation.permute import Consistency, orders, permute
 from perl.report.metrics import mean
 from perl.rewards.scorer import Scorer
-from perl.rollout import InProcessEngine, generate_counts
+from perl.rollout.engine import InProcessEngine
 from perl.rollout.prompts import PromptEncoder
+from perl.rollout.sample import sample_counts
 from perl.types import EncodedPrompt, Example, Rollout, UserError, Variant
 
 logger = logging.getLogger(__name__)
@@ -127,21 +128,18 @@ def measure_chunks(
                 pairs, shares(rollouts, len(pairs)) if pairs else [], strict=True
             )
         ]
-        sampled = generate_counts(
+        sampled = sample_counts(
             engine,
-            [prompt for _, _, prompt, _ in tasks],
+            encoder.processor,
+            [(variant, prompt) for _, variant, prompt, _ in tasks],
             [count for *_, count in tasks],
             temperature,
             max_new_tokens,
             lambda _, count, start=start: _seed(seed, start, count),
         )
         completed: list[list[Rollout]] = [[] for _ in chunk]
-        decode = encoder.processor.decode
-        for (number, variant, prompt, _), completions in zip(tasks, sampled, strict=True):
-            completed[number] += [
-                Rollout(variant, prompt, c.token_ids, c.logprobs, decode(c.token_ids), c.finished)
-                for c in completions
-            ]
+        for (number, *_), rollouts_of in zip(tasks, sampled, strict=True):
+            completed[number] += rollouts_of
         scores = _scores(scorer, completed)
         yield [
             Difficulty(i, e.id, _mean(of_question, e, scorer), len(of_question))
@@ -184,8 +182,7 @@ def _encode(
     encoder: PromptEncoder, example: Example, count: int, text: Consistency, seed: int
 ) -> list[tuple[Variant, EncodedPrompt]]:
     variants = [permute(example, order, text) for order in orders(example, count, seed, 0)]
-    prompts = encoder.encode(variants)
-    return [] if prompts is None else list(zip(variants, prompts, strict=True))
+    return encoder.encode(variants)
 
 
 def _seed(seed: int, start: int, count: int) -> int:

@@ -14,8 +14,9 @@ from perl.evaluation.agreement import agreement, chosen_picture
 from perl.permutation.permute import Consistency, all_orders, permute
 from perl.report.metrics import mean
 from perl.rewards.answers import accuracy, format_reward
-from perl.rollout import InProcessEngine, SamplingParams
+from perl.rollout.engine import InProcessEngine, SamplingParams
 from perl.rollout.prompts import PromptEncoder
+from perl.rollout.sample import sample
 from perl.types import Example, Rollout, UserError
 
 _CHUNK = 32
@@ -66,27 +67,17 @@ def evaluate(
     for start in range(0, len(indices), _CHUNK):
         chunk = [dataset[i] for i in indices[start : start + _CHUNK]]
         encoded = [
-            list(zip(variants, prompts, strict=True))
-            for variants in (
-                [permute(e, order, text) for order in all_orders(e, config.max_orders, seed)]
-                for e in chunk
-            )
-            if (prompts := encoder.encode(variants)) is not None
+            encoder.encode([permute(e, o, text) for o in all_orders(e, config.max_orders, seed)])
+            for e in chunk
         ]
-        flat = [prompt for pairs in encoded for _, prompt in pairs]
+        flat = [pair for pairs in encoded for pair in pairs]
         sampling = SamplingParams(max(1, config.samples), 1.0, max_new_tokens)
-        sampled = engine.generate(flat, sampling, seed + indices[start])
-        greedy = engine.generate(flat, SamplingParams(1, 0.0, max_new_tokens), seed)
-        decode = encoder.processor.decode
-        completions = iter(zip(sampled, greedy, strict=True))
-        for pairs in encoded:
-            rollouts = [
-                [
-                    Rollout(v, p, c.token_ids, c.logprobs, decode(c.token_ids), c.finished)
-                    for c in (*s, *g)
-                ]
-                for (v, p), (s, g) in zip(pairs, completions, strict=False)
-            ]
+        processor = encoder.processor
+        sampled = sample(engine, processor, flat, sampling, seed + indices[start])
+        greedy = sample(engine, processor, flat, SamplingParams(1, 0.0, max_new_tokens), seed)
+        both = iter(zip(sampled, greedy, strict=True))
+        for pairs in filter(None, encoded):
+            rollouts = [[*s, *g] for _, (s, g) in zip(pairs, both, strict=False)]
             results.append(_summarise(rollouts))
             if not start:
                 shown += [r[0] for r in rollouts]

@@ -35,7 +35,7 @@ class Generate(Command):
     """Of the sampling."""
 
     def execute(self) -> None:
-        from perl.rollout import SamplingParams
+        from perl.rollout.engine import SamplingParams
         from perl.rollout.opening import engine_and_encoder, model_and_config
 
         _check_numbers(self)

@@ -1,32 +1,7 @@
-"""Rollout engines: prompts in, sampled completions out."""
+"""From examples to groups of scored rollouts.
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
-
-from perl.model.padded import PaddedPolicy
-from perl.model.policy import Policy
-from perl.model.processor import Processor
-from perl.rollout.counts import generate_counts
-from perl.rollout.engine import Completion, InProcessEngine, SamplingParams
-from perl.rollout.padded import PaddedEngine
-
-__all__ = [
-    "Completion",
-    "InProcessEngine",
-    "PaddedEngine",
-    "SamplingParams",
-    "generate_counts",
-    "make_engine",
-]
-
-
-def make_engine(
-    policy: Policy,
-    processor: Processor,
-    batch_size: int,
-    autocast: Callable[[], AbstractContextManager[Any]],
-) -> InProcessEngine:
-    """The engine that can sample from this policy; see `InProcessEngine`."""
-    engine = PaddedEngine if isinstance(policy, PaddedPolicy) else InProcessEngine
-    return engine(policy, processor, batch_size, autocast)
+`prompts.py` makes prompts of variants, `sample.py` rollouts of prompts, `collect.py` groups with signal of examples, with the
+help of `filtering.py` (which groups are kept), `advantages.py` and `replay.py` (groups of earlier steps). Engines
+(`engine.py`, `padded.py`) answer `generate(prompts, params, seed)`; another one needs that method alone, and a line in
+`make_engine`. `opening.py` finds a trained model and makes it ready to generate.
+"""

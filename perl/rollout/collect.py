@@ -16,11 +16,12 @@ from perl.distributed import Processes
 from perl.permutation.orders import is_permuted, rate_at, shares
 from perl.permutation.permute import Order, orders, permute, released_orders
 from perl.rewards.scorer import Scorer
-from perl.rollout import InProcessEngine, generate_counts
 from perl.rollout.advantages import advantages_of, group_mean, group_weight
+from perl.rollout.engine import InProcessEngine
 from perl.rollout.filtering import GroupFilter, unscorable
 from perl.rollout.prompts import PromptEncoder
 from perl.rollout.reuse import Reuse
+from perl.rollout.sample import sample_counts
 from perl.timing import Stopwatch, span
 from perl.types import EncodedPrompt, Example, Group, Rollout, UserError, Variant
 
@@ -163,8 +164,7 @@ class Collector:
         """The variants of an example that was rolled out before, with their prompts."""
         example = find(key)
         variants = [permute(example, order, self.config.permutation.text) for order in orders]
-        prompts = self.encoder.encode(variants)
-        return None if prompts is None else list(zip(variants, prompts, strict=True))
+        return self.encoder.encode(variants) or None
 
     def _rate(self, progress: float) -> float:
         permutation = self.config.permutation
@@ -180,14 +180,15 @@ class Collector:
                 for _, epoch, e in examples
             ]
         with self.watch("preprocess"):
-            encoded = [(v, p) for v in per_example if (p := self.encoder.encode(v)) is not None]
+            encoded = [shown for v in per_example if (shown := self.encoder.encode(v))]
         rollouts_of = config.permutation.orders * config.rollout.per_order
-        counts = [n for variants, _ in encoded for n in shares(rollouts_of, len(variants))]
+        counts = [n for shown in encoded for n in shares(rollouts_of, len(shown))]
         with self.watch("rollout"):
-            completions = iter(
-                generate_counts(
+            sampled = iter(
+                sample_counts(
                     self.engine,
-                    [prompt for _, prompts in encoded for prompt in prompts],
+                    self.encoder.processor,
+                    [pair for shown in encoded for pair in shown],
                     counts,
                     config.rollout.temperature,
                     config.rollout.max_new_tokens,
@@ -195,16 +196,7 @@ class Collector:
                     lambda number, _: seed + (number << 56),
                 )
             )
-        decode = self.encoder.processor.decode
-        rollouts = [
-            [
-                Rollout(v, p, c.token_ids, c.logprobs, decode(c.token_ids), c.finished)
-                for v, p in zip(variants, prompts, strict=True)
-                for c in next(completions)
-            ]
-            for variants, prompts in encoded
-        ]
-        return self._score(rollouts)
+        return self._score([[r for _ in shown for r in next(sampled)] for shown in encoded])
 
     def _orders(self, example: Example, epoch: int, rate: float) -> list[Order]:
         permutation, seed = self.config.permutation, self.seed

@@ -50,7 +50,7 @@ def engine_and_encoder(config: Config) -> tuple[Any, Any]:
     import torch
 
     from perl.model.loading import load_policy, load_processor, uses_bfloat16
-    from perl.rollout import make_engine
+    from perl.rollout.padded import make_engine
     from perl.rollout.prompts import PromptEncoder, PromptLimit
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

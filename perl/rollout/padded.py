@@ -1,9 +1,10 @@
-"""Sampling from a model that is trained on padded batches, by transformers' own `generate`."""
+"""Sampling from a model that is trained on padded batches, by transformers' own `generate`; and which engine a policy
+takes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 
 from perl.model.head import HeadLoss
 from perl.model.padded import PaddedPolicy
+from perl.model.policy import Policy
+from perl.model.processor import Processor
 from perl.rollout.engine import Completion, InProcessEngine, SamplingParams
 from perl.types import EncodedPrompt, Segment
 
@@ -99,3 +102,14 @@ class PaddedEngine(InProcessEngine):
             parts = flat.split(batch.completion_cu_seqlens.diff().tolist())
             out.update((s, p.numpy()) for s, p in zip(batch.source, parts, strict=True))
         return out
+
+
+def make_engine(
+    policy: Policy,
+    processor: Processor,
+    batch_size: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> InProcessEngine:
+    """The engine that can sample from this policy; see `InProcessEngine`."""
+    engine = PaddedEngine if isinstance(policy, PaddedPolicy) else InProcessEngine
+    return engine(policy, processor, batch_size, autocast)

@@ -1,4 +1,4 @@
-"""Tokens of variants, within the prompt budget."""
+"""Prompts of variants, within the token budget."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from perl.config import Config
 from perl.model.processor import Processor
 from perl.types import EncodedPrompt, UserError, Variant
+
+Shown = tuple[Variant, EncodedPrompt]
+"""A variant with its prompt."""
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +50,8 @@ class PromptEncoder:
         self.processor, self.limit, self.overlong = processor, limit, overlong
         self.dropped = 0
 
-    def encode(self, variants: Sequence[Variant]) -> list[EncodedPrompt] | None:
-        """Prompts of one example's variants; None if they are over the budget and are to be dropped.
+    def encode(self, variants: Sequence[Variant]) -> list[Shown]:
+        """One example's variants with their prompts; none if one is over the budget and they are to be dropped.
 
         Raises:
             UserError: over the budget and `overlong` is "error".
@@ -56,7 +59,7 @@ class PromptEncoder:
         prompts = [self.processor.encode(v) for v in variants]
         longest = max(len(p.input_ids) for p in prompts)
         if longest <= self.limit.tokens:
-            return prompts
+            return list(zip(variants, prompts, strict=True))
         if self.overlong == "error":
             raise UserError(
                 f"example {variants[0].example.id}: its prompt has {longest} tokens, over {self.limit.name}; "
@@ -70,4 +73,4 @@ class PromptEncoder:
                 self.limit.name,
             )
         self.dropped += 1
-        return None
+        return []

@@ -61,8 +61,8 @@ def _demonstration_segment(session: Session, example: Example) -> list[Segment]:
         )
     text = with_noise(example, config.noise, demonstration_rng(session.config, example))
     variant = Variant(example, tuple(range(len(example.images))), example.images, example.answer)
-    prompts = components.encoder.encode([variant])
+    shown = components.encoder.encode([variant])
     completion = components.processor.encode_completion(
         text, f"example {example.id}: its demonstration"
     )
-    return [Segment(p, (completion,), (1.0,)) for p in prompts or ()]
+    return [Segment(p, (completion,), (1.0,)) for _, p in shown]

@@ -28,8 +28,9 @@ from perl.model.processor import Processor
 from perl.model.tiny import TINY_MODELS, make_tiny_model
 from perl.recipe import Stage, plan, source_key
 from perl.rewards.scorer import Scorer
-from perl.rollout import InProcessEngine, make_engine
 from perl.rollout.collect import Collector
+from perl.rollout.engine import InProcessEngine
+from perl.rollout.padded import make_engine
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.timing import Stopwatch
 from perl.types import Example, UserError

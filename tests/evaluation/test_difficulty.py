@@ -14,7 +14,7 @@ from PIL import Image
 from perl.evaluation import difficulty
 from perl.evaluation.difficulty import CHUNK, measure_chunks, measure_difficulty, measuring
 from perl.rewards.scorer import Scorer
-from perl.rollout import Completion, InProcessEngine, SamplingParams
+from perl.rollout.engine import Completion, InProcessEngine, SamplingParams
 from perl.rollout.prompts import PromptEncoder
 from perl.types import Example, UserError, Variant
 
@@ -33,8 +33,8 @@ class Stub:
     def processor(self) -> Any:
         return self
 
-    def encode(self, variants: Sequence[Variant]) -> list[Variant] | None:
-        return None if variants[0].example.id == "long" else list(variants)
+    def encode(self, variants: Sequence[Variant]) -> list[tuple[Variant, Variant]]:
+        return [] if variants[0].example.id == "long" else [(v, v) for v in variants]
 
     def generate(
         self, prompts: Sequence[Variant], params: SamplingParams, seed: int

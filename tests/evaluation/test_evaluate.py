@@ -11,7 +11,7 @@ from perl.cli import main
 from perl.config import EvalConfig, ModelConfig
 from perl.evaluation.evaluate import aggregate, evaluate
 from perl.model.loading import load_policy, load_processor
-from perl.rollout import InProcessEngine
+from perl.rollout.engine import InProcessEngine
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.types import Example, UserError
 

@@ -103,7 +103,7 @@ def test_answers_are_kept_and_not_asked_for_again(
     assert [row["id"] for row in rows(out / "mathvista.jsonl")] == ["0", "1", "2", "3"]
     (out / "mathvista.jsonl").write_bytes(whole[:-20])  # as a kill leaves it
 
-    from perl.rollout import InProcessEngine
+    from perl.rollout.engine import InProcessEngine
 
     asked: list[int] = []
     generate = InProcessEngine.generate

@@ -14,7 +14,7 @@ from perl.config import ModelConfig
 from perl.model.compiling import check_compiler, compile_layers
 from perl.model.loading import load_policy, load_processor
 from perl.model.policy import Policy
-from perl.rollout import InProcessEngine, SamplingParams
+from perl.rollout.engine import InProcessEngine, SamplingParams
 from perl.types import EncodedPrompt, Message, PackedBatch, Segment, UserError
 
 CONFIG = ModelConfig()

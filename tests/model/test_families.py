@@ -17,7 +17,7 @@ from perl.model.loading import check_model, load_policy, load_processor
 from perl.model.policy import Policy
 from perl.model.processor import Processor
 from perl.model.tiny import TINY_INTERNVL
-from perl.rollout import InProcessEngine, SamplingParams
+from perl.rollout.engine import InProcessEngine, SamplingParams
 from perl.types import Message, Segment, UserError
 from tests.model.steps import (
     completions_of,

@@ -18,7 +18,7 @@ from perl.model.loading import load_policy, load_processor
 from perl.model.packed.attention_flash import flash_attn_problem
 from perl.model.packed.pack import pack_row
 from perl.model.tiny import TINY_QWEN
-from perl.rollout import InProcessEngine, SamplingParams
+from perl.rollout.engine import InProcessEngine, SamplingParams
 from perl.types import Message, Segment
 from tests.model.steps import picture, shared_step
 

@@ -18,7 +18,7 @@ from perl.model.policy import Policy
 from perl.model.processor import Processor
 from perl.model.tiny import TINY_QWEN
 from perl.model.vision import FeatureCache, Vision
-from perl.rollout import InProcessEngine, SamplingParams
+from perl.rollout.engine import InProcessEngine, SamplingParams
 from perl.types import (
     EncodedImage,
     EncodedPrompt,

@@ -20,7 +20,8 @@ from perl.model.loading import check_model, load_policy, load_processor
 from perl.model.padded import PaddedBatch, PaddedPolicy
 from perl.model.padded_loading import check_head, warn
 from perl.model.padded_processor import PaddedProcessor
-from perl.rollout import PaddedEngine, SamplingParams, make_engine
+from perl.rollout.engine import SamplingParams
+from perl.rollout.padded import PaddedEngine, make_engine
 from perl.types import Message, Segment, UserError
 from tests.model.steps import furthest_gradient, picture
 

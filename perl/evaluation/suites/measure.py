@@ -10,7 +10,7 @@ from perl.evaluation.suites.answers import AnswerFile
 from perl.evaluation.suites.base import Items, Judgement, Reply
 from perl.permutation.permute import all_orders, num_orders, original_answer, permute
 from perl.rewards.answers import normalise
-from perl.rollout import InProcessEngine, SamplingParams
+from perl.rollout.engine import InProcessEngine, SamplingParams
 from perl.rollout.prompts import PromptEncoder
 from perl.types import EncodedPrompt, Example, UserError, Variant
 
@@ -64,11 +64,11 @@ def measure(
             variants = _waiting(items, i, answers, how, seen)
             if not variants:
                 continue
-            prompts = encoder.encode(_with_pixels(items, i, variants))
-            if prompts is None:
+            shown = encoder.encode(_with_pixels(items, i, variants))
+            if not shown:
                 rows += [_row(v, None, False, Judgement(None, 0.0)) for v in variants]
             else:
-                asked += zip(variants, prompts, strict=True)
+                asked += [(v, prompt) for v, (_, prompt) in zip(variants, shown, strict=True)]
         answers.add(rows + _answered(asked, items, engine, encoder, how))
         advance(len(chunk))
 

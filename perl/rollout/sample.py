@@ -1,0 +1,56 @@
+"""Prompts in, rollouts out: the one place where completions are asked for and become rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from perl.model.processor import Processor
+from perl.rollout.engine import InProcessEngine, SamplingParams
+from perl.rollout.prompts import Shown
+from perl.types import Rollout
+
+
+def sample(
+    engine: InProcessEngine,
+    processor: Processor,
+    shown: Sequence[Shown],
+    params: SamplingParams,
+    seed: int,
+) -> list[list[Rollout]]:
+    """`params.n` rollouts of each variant; the same seed gives the same ones."""
+    sampled = engine.generate([prompt for _, prompt in shown], params, seed)
+    return [
+        [
+            Rollout(
+                variant, prompt, c.token_ids, c.logprobs, processor.decode(c.token_ids), c.finished
+            )
+            for c in completions
+        ]
+        for (variant, prompt), completions in zip(shown, sampled, strict=True)
+    ]
+
+
+def sample_counts(
+    engine: InProcessEngine,
+    processor: Processor,
+    shown: Sequence[Shown],
+    counts: Sequence[int],
+    temperature: float,
+    max_new_tokens: int,
+    seed_of: Callable[[int, int], int],
+) -> list[list[Rollout]]:
+    """`counts[i]` rollouts of variant i; those that want equally many are sampled together.
+
+    Args:
+        seed_of: the seed of a batch, given its number from 0 (the smallest count first) and its count.
+    """
+    out: list[list[Rollout]] = [[] for _ in shown]
+    for number, count in enumerate(sorted({count for count in counts if count})):
+        members = [i for i, n in enumerate(counts) if n == count]
+        params = SamplingParams(count, temperature, max_new_tokens)
+        rollouts = sample(
+            engine, processor, [shown[i] for i in members], params, seed_of(number, count)
+        )
+        for i, own in zip(members, rollouts, strict=True):
+            out[i] = own
+    return out
