@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from perl.timing import span
 from perl.types import UserError
 
 T = TypeVar("T")
@@ -34,7 +35,8 @@ class Processes:
         if self.count == 1:
             return [float(c) for c in counts]
         values = torch.tensor(counts, dtype=torch.float64, device=self.accelerator.device)
-        return self.accelerator.reduce(values, "sum").tolist()
+        with span("sync"):  # The wait for the slowest of them.
+            return self.accelerator.reduce(values, "sum").tolist()
 
     def every(self, flag: bool) -> bool:
         """Whether it is true in all processes."""

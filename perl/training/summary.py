@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
+from perl.report.metrics import MEASURES
 from perl.timing import peak_rss_bytes
 from perl.training.session import Session
-
-MEASURES = ("accuracy", "greedy", "consistency")
 
 
 def summarise(session: Session) -> dict[str, Any]:
