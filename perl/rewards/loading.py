@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from perl.config_check import REWARD_SPEC
+from perl.config import REWARD_SPEC
 from perl.types import UserError, one_line
 
 RewardFunction = Callable[..., Any]

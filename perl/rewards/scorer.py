@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from perl.config_check import names_of
+from perl.config import names_of
 from perl.rewards.answers import (
     accuracy,
     extract_answer,

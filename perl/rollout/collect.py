@@ -9,8 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from perl.config import Config
-from perl.config_check import part_name
+from perl.config import Config, part_name
 from perl.data.dataset import Drawn
 from perl.distributed import Processes
 from perl.permutation.orders import is_permuted, rate_at, shares

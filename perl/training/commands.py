@@ -189,7 +189,7 @@ def _check(config: Config) -> None:
 
 def _check_filter(name: str, config: Config, size: int | None) -> None:
     """Whether there are questions to measure, and as many as are to be kept."""
-    from perl.config_check import measured_function
+    from perl.recipe import measured_function
 
     measured_function(config)
     measured = config.resample.examples or size

@@ -8,13 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from perl.config_check import measured_function
 from perl.data.resample import parse_histogram, resample
 from perl.distributed import on_main_process
 from perl.evaluation.difficulty import measure_chunks, measuring, warn_if_all_wrong
 from perl.evaluation.difficulty_file import MeasuredFile, QuestionRows
 from perl.evaluation.difficulty_plot import draw_difficulty
-from perl.recipe import Stage, filtered_file
+from perl.recipe import Stage, filtered_file, measured_function
 from perl.report.metrics import mean
 from perl.training.session import Session
 from perl.types import Interrupted, UserError

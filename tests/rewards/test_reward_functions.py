@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
 from perl.config import Config, RewardConfig
-from perl.config_check import violation
 from perl.permutation.permute import permute
+from perl.recipe import check_config
 from perl.rewards import math as reward_math
 from perl.rewards.boxes import boxes_in, iou
 from perl.rewards.scorer import Scorer
@@ -440,12 +440,16 @@ def test_a_group_without_scores_weighs_one() -> None:
 
 
 def test_group_weights_name_a_reward_that_there_is() -> None:
-    def wrong(**keys: Any) -> str | None:
-        return violation(Config(reward=RewardConfig(**keys)))
+    def wrong(**keys: Any) -> str:
+        try:
+            check_config(Config(reward=RewardConfig(**keys)))
+        except UserError as error:
+            return str(error)
+        return ""
 
     functions = ("box_iou(column='a:b')", "mine.py:f(scale=2)")
     for of in ("box_iou", "f"):
-        assert wrong(functions=functions, group_weight="exp", group_weight_of=of) is None
+        assert wrong(functions=functions, group_weight="exp", group_weight_of=of) == ""
     said = wrong(functions=functions, group_weight="exp", group_weight_of="accuracy")
-    assert said is not None and "'accuracy' is none of reward.functions (box_iou, f)" in said
-    assert wrong(timeout=-1.0) == "reward.timeout = -1.0: must be 0 or more"
+    assert "'accuracy' is none of reward.functions (box_iou, f)" in said
+    assert wrong(timeout=-1.0).startswith("reward.timeout = -1.0: must be")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perl.config import Config, FilterConfig, RewardConfig
-from perl.config_check import violation
+from perl.recipe import check_config
 from perl.rollout.filtering import GroupFilter, has_signal, shortfall, unscorable
 from perl.types import Example, Group, UserError
 
@@ -152,7 +152,11 @@ def test_the_commonest_reason_is_named(counts: dict[str, int], match: str) -> No
 def test_settings_that_do_not_fit() -> None:
     def wrong(reward: tuple[str, ...] = ("accuracy", "format"), **keys: Any) -> str:
         config = Config(filter=FilterConfig(**keys), reward=RewardConfig(functions=reward))
-        return violation(config) or ""
+        try:
+            check_config(config)
+        except UserError as error:
+            return str(error)
+        return ""
 
     assert wrong(min_accuracy=0.1, max_accuracy=0.9) == wrong(("choice", "format")) == ""
     assert wrong(("accuracy(tags=True)", "m.py:f"), min_accuracy=0.1) == ""
@@ -160,5 +164,5 @@ def test_settings_that_do_not_fit() -> None:
         ("choice(unordered=True)", "m.py:f"), min_accuracy=0.1
     )
     assert "is more than filter.max_accuracy" in wrong(min_accuracy=0.6, max_accuracy=0.5)
-    assert "must be from 0 to 1" in wrong(max_accuracy=1.5)
+    assert "filter.max_accuracy = 1.5: must be" in wrong(max_accuracy=1.5)
     assert "filter.replay = 9 is more than filter.replay_size = 8" in wrong(replay=9, replay_size=8)
