@@ -146,7 +146,7 @@ kind = "rl"
         ('name = "a"\nkind = "rl"\ntrian.lr = 1', "stage a: unknown key trian; did you mean"),
         ('name = "a"\nkind = "rl"\ntrain.lrr = 1', "stage a: unknown key train.lrr; did you"),
         ('name = "a"\nkind = "rl"\ntrain.lr = "x"', "stage a: train.lr = 'x'"),
-        ('name = "a"\nkind = "rl"\ntrain.lr = -1', "stage a: train.lr = -1.*0 or more"),
+        ('name = "a"\nkind = "rl"\ntrain.lr = -1', "stage a: train.lr = -1.*must be"),
     ],
 )
 def test_stages_that_make_no_sense(tmp_path: Path, stage: str, match: str) -> None:
