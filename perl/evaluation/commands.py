@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -9,9 +10,10 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from perl.config import Command, Config, EvalConfig, MeasureConfig
-from perl.files import replacing, write_json
+from perl.files import write_json
 from perl.recipe import check_config
 from perl.report.progress import Display
+from perl.report.tables import print_table
 from perl.rollout.opening import engine_and_encoder, fingerprint, model_and_config
 from perl.types import UserError
 
@@ -78,7 +80,6 @@ class Compare(Command):
 
     def execute(self) -> None:
         from perl.evaluation.suites.comparison import compare_folders, comparison_table
-        from perl.evaluation.suites.summary import print_table
 
         if self.second is None:
             raise UserError("perl-rl compare needs two folders that perl-rl evaluate --suite wrote")
@@ -111,28 +112,30 @@ def _check_options(command: Evaluate) -> None:
             raise UserError(f"{name} {value}: must be 1 or more")
 
 
+def override(config: Config, **sections: Mapping[str, Any]) -> Config:
+    """The settings with keys of some sections replaced, those that are None left as they are."""
+    changed = {
+        name: replace(getattr(config, name), **{k: v for k, v in keys.items() if v is not None})
+        for name, keys in sections.items()
+    }
+    return replace(config, **changed)
+
+
 def _settings(command: Evaluate, max_new_tokens: int | None) -> Config:
     """The settings of the model's run with those of the command line, and the model's path."""
     config, path = model_and_config(command.model)
-    data, rollout = config.data, config.rollout
-    prompt = command.max_prompt_tokens
-    text = command.text or config.permutation.text
-    return replace(
+    config = override(
         config,
-        permutation=replace(config.permutation, text=text),
-        data=replace(
-            data,
-            eval=command.data or data.eval,
-            max_prompt_tokens=data.max_prompt_tokens if prompt is None else prompt,
-            overlong=command.overlong or data.overlong,
-        ),
-        rollout=replace(
-            rollout,
-            max_new_tokens=rollout.max_new_tokens if max_new_tokens is None else max_new_tokens,
-        ),
-        model=replace(config.model, path=path),
-        eval=EvalConfig(**asdict(command.eval)),
+        model={"path": path},
+        permutation={"text": command.text},
+        data={
+            "eval": command.data or None,
+            "max_prompt_tokens": command.max_prompt_tokens,
+            "overlong": command.overlong,
+        },
+        rollout={"max_new_tokens": max_new_tokens},
     )
+    return replace(config, eval=EvalConfig(**asdict(command.eval)))
 
 
 def _evaluate_held_out(command: Evaluate) -> None:
@@ -182,8 +185,6 @@ def _evaluate_held_out(command: Evaluate) -> None:
 
 
 def _print_evaluation(numbers: dict[str, Any], title: str) -> None:
-    from perl.evaluation.suites.summary import print_table
-
     columns = ("examples", "orders", "accuracy", "greedy", "consistency", "format")
     rows = [
         [task, *(_cell(name, row[name]) for name in columns)]
@@ -205,6 +206,8 @@ def _evaluate_suites(command: Evaluate) -> None:
     from perl.evaluation.suites.answers import AnswerFile, keep_settings
     from perl.evaluation.suites.base import open_items
     from perl.evaluation.suites.measure import Procedure, measure
+    from perl.evaluation.suites.summary import SOURCE, write_summary
+    from perl.llm import Endpoint
 
     chosen = choose_suites(command.suite)
     if command.suite_root is None or not command.suite_root.is_dir():
@@ -218,10 +221,10 @@ def _evaluate_suites(command: Evaluate) -> None:
     config = _settings(command, tokens)
     check_config(config)
     opened = [open_items(s, command.suite_root, command.instruction == "think") for s in chosen]
-    extractor = _extractor(command)
-    named = "rules" if extractor is None else f"llm {extractor.endpoint.model}"
+    reader = Endpoint.from_env() if command.extract == "llm" else None
+    named = "rules" if reader is None else f"llm {reader.model}"
     keep_settings(command.output, _recorded(command, config, named))
-    how = Procedure(command.orders, config.rollout.max_new_tokens, EVAL_SEED, extractor)
+    how = Procedure(command.orders, config.rollout.max_new_tokens, EVAL_SEED, reader)
     files = [AnswerFile(command.output / f"{items.suite.name}.jsonl") for items in opened]
     engine, encoder = engine_and_encoder(config)
     with Display() as display:
@@ -229,15 +232,12 @@ def _evaluate_suites(command: Evaluate) -> None:
             count = min(command.limit or len(items), len(items))
             display.stage(items.suite.name, count, unit="items")
             measure(items, answers, engine, encoder, how, command.limit, display.advance)
-    _report(command, command.output)
-
-
-def _extractor(command: Evaluate) -> Any:
-    if command.extract == "rules":
-        return None
-    from perl.evaluation.suites.llm import LlmExtractor
-
-    return LlmExtractor()
+    tables = write_summary(command.output, command.model, command.published)
+    for title, table in tables.items():
+        print_table(table, title)
+    if command.published:
+        print(SOURCE)
+    print(f"answers, summary.json and table.md are in {command.output}")
 
 
 def _recorded(command: Evaluate, config: Config, extract: str) -> dict[str, Any]:
@@ -254,40 +254,3 @@ def _recorded(command: Evaluate, config: Config, extract: str) -> dict[str, Any]
         "max_pixels": config.model.max_pixels,
         "dtype": config.model.dtype,
     }
-
-
-def _report(command: Evaluate, folder: Path) -> None:
-    """Numbers of every benchmark whose answers are in the folder: summary.json, table.md and the terminal."""
-    from perl.evaluation.suites import SUITES
-    from perl.evaluation.suites.answers import AnswerFile
-    from perl.evaluation.suites.published import SOURCE
-    from perl.evaluation.suites.summary import (
-        accuracies,
-        markdown,
-        over_orders,
-        overview,
-        print_table,
-        summarise,
-    )
-
-    rows = {s: list(AnswerFile(folder / f"{s}.jsonl").rows.values()) for s in SUITES}
-    numbers = {
-        name: summarise(SUITES[name], of_suite) for name, of_suite in rows.items() if of_suite
-    }
-    tables = {
-        "Score in percent, as each benchmark reports it": overview(
-            numbers, command.model, command.published
-        ),
-        "Accuracy over items, percent": accuracies(numbers),
-    }
-    if any(values["orders"] for values in numbers.values()):
-        tables["Items whose images may move, percent"] = over_orders(numbers)
-    write_json(folder / "summary.json", {"model": command.model, "suites": numbers})
-    with replacing(folder / "table.md") as temporary:
-        text = "\n".join(f"{title}:\n\n{markdown(table)}" for title, table in tables.items())
-        temporary.write_text(text + (f"\n{SOURCE}\n" if command.published else ""), "utf-8")
-    for title, table in tables.items():
-        print_table(table, title)
-    if command.published:
-        print(SOURCE)
-    print(f"answers, summary.json and table.md are in {folder}")

@@ -267,7 +267,7 @@ def test_two_models_are_compared_item_by_item(
     assert "needs two folders" in error_of("compare", one)
     assert "needs a folder first" in error_of("compare")
     (more / "blink.jsonl").write_text('{"id": \n')
-    assert "blink.jsonl line 1: malformed JSON" in error_of("compare", one, more)
+    assert "blink.jsonl line 1: is no answer" in error_of("compare", one, more)
     (more / "blink.jsonl").write_text('{"id": "1"}\n')
     assert "blink.jsonl line 1: is no answer" in error_of("compare", one, more)
 

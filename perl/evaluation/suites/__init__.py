@@ -45,10 +45,13 @@ def choose_suites(names: Sequence[str]) -> list[Suite]:
 
 def layout(root: str = "DIR") -> str:
     """What is expected where under `--suite-root`, and where to get it."""
-    parts = []
-    for suite in SUITES.values():
-        files = "\n".join(f"    {root}/{suite.name}/{pattern}" for pattern in suite.files)
-        parts.append(
-            f"{suite.name}: {suite.title}, {suite.expected} items\n  from {suite.home}\n{files}"
+    return "\n\n".join(
+        "\n".join(
+            (
+                f"{suite.name}: {suite.title}, {suite.expected} items",
+                f"  from {suite.home}",
+                *(f"    {root}/{suite.name}/{p}" for p in (*suite.files, *suite.folders)),
+            )
         )
-    return "\n\n".join(parts)
+        for suite in SUITES.values()
+    )

@@ -3,45 +3,39 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from perl.files import write_json
+from perl.files import append_rows, keep_rows, read_rows, write_json
 from perl.types import UserError
 
 SETTINGS = "settings.json"
 
 _KEYS = frozenset({"id", "task", "order", "movable", "completion", "finished", "answer", "score"})
 
-Key = tuple[str, tuple[int, ...]]
+Row = dict[str, Any]
+"""One answer: `id`, `task`, `problem` (the same for versions of one question), `order` (0-based original images by
+slot), `movable`, `completion` (None where the prompt was too long to be asked), `finished`, `answer`, `gold`, `score`
+and `chosen`."""
 
 
 class AnswerFile:
     """The answers to one benchmark, by item and order of its images.
 
-    A line that was being written when a process was killed is dropped, and its item is asked again. A row is a
-    dictionary with `id`, `task`, `problem` (the same for versions of one question), `order` (0-based original images by slot), `movable`, `completion` (None where the
-    prompt was too long to be asked), `finished`, `answer`, `gold`, `score` and `chosen`.
+    A line that was being written when a process was killed does not count, and its item is asked again. Of two
+    lines for one item and order the later one counts.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: dict[Key, dict[str, Any]] = {}
-        self._whole = 0
-        if not path.exists():
-            return
-
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    break
-                self._whole += len(line)
-                row = _parse(line, f"{path} line {number}")
-                if not row.keys() >= _KEYS:
-                    raise UserError(f"{path} line {number}: is no answer; remove the line")
-                self.rows[_key(row)] = row
+        self.rows: dict[tuple[str, tuple[int, ...]], Row] = {}
+        self._lines = 0
+        for row in read_rows(path):
+            self._lines += 1
+            if not row.keys() >= _KEYS:
+                raise UserError(f"{path} line {self._lines}: is no answer; remove the line")
+            self.rows[_key(row)] = row
 
     def has(self, id: str, order: Sequence[int]) -> bool:
         """Whether there is an answer; a prompt that was too long is none, as the limit may have been raised."""
@@ -51,14 +45,18 @@ class AnswerFile:
     def cut(self) -> None:
         """Drop a last line that was not written to its end."""
         if self.path.exists():
-            os.truncate(self.path, self._whole)
+            keep_rows(self.path, self._lines)
 
-    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+    def add(self, rows: Sequence[Row]) -> None:
         """Append rows, on disk when this returns; a row that is there already is not written again."""
         new = [row for row in rows if self.rows.get(_key(row)) != row]
         self.rows |= {_key(row): row for row in new}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
+        append_rows(self.path, new)
+
+
+def official(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the order in which the benchmark shows its images."""
+    return [row for row in rows if row["order"] == sorted(row["order"])]
 
 
 def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -67,14 +65,13 @@ def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
     Raises:
         UserError: it holds something else, or answers given under other settings.
     """
-    path = folder / SETTINGS
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder} is a file; with --suite it is a folder for the answers")
-    if path.exists():
+    if (folder / SETTINGS).exists():
         if wrong := different(read_settings(folder), settings):
-            said = "; ".join(f"{key} was {old} and is {new}" for key, old, new in wrong)
+            changes = "; ".join(f"{key} was {old} and is {new}" for key, old, new in wrong)
             raise UserError(
-                f"--output {folder} holds answers given under other settings: {said}; "
+                f"--output {folder} holds answers given under other settings: {changes}; "
                 "choose another folder, or the same settings"
             )
         return
@@ -83,7 +80,7 @@ def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
             f"--output {folder} is not empty and holds no answers ({SETTINGS} is missing); choose another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
+    write_json(folder / SETTINGS, settings)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -93,7 +90,13 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder} holds no answers: there is no {SETTINGS}; give a folder that perl-rl evaluate --suite wrote"
         )
-    return _parse(path.read_bytes(), str(path))
+    try:
+        settings = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: malformed JSON ({error}); correct or remove the file") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: is no JSON object; correct or remove the file")
+    return settings
 
 
 def different(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -101,17 +104,5 @@ def different(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, Any
     return [(k, one.get(k), other.get(k)) for k in {**one, **other} if one.get(k) != other.get(k)]
 
 
-def _parse(text: bytes, place: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UserError(
-            f"{place}: malformed JSON ({error}); correct it, or remove the file"
-        ) from error
-    if not isinstance(value, dict):
-        raise UserError(f"{place}: is no JSON object; correct it, or remove the file")
-    return value
-
-
-def _key(row: dict[str, Any]) -> Key:
+def _key(row: Row) -> tuple[str, tuple[int, ...]]:
     return row["id"], tuple(row["order"])

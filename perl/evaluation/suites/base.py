@@ -3,53 +3,26 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from perl.data.pictures import open_image
+from perl.evaluation.suites.reading import Judgement, Reply, check_math_verify
 from perl.permutation.permute import check_moves, letter_slots, movable, named_images
-from perl.rewards.answers import extract_answer
-from perl.types import Example, UserError
+from perl.types import IMAGE_SLOT, Example, Message, UserError
 
 if TYPE_CHECKING:
     from PIL import Image
 
 logger = logging.getLogger(__name__)
 
-_WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}")
-
 THINK = (
     "You first think about the reasoning process as an internal monologue and then provide the final answer. "
     "The reasoning process must be enclosed within <think> </think> tags. The final answer must be put in \\boxed{}."
 )
 """The instruction PeRL is trained and evaluated with (arXiv 2506.14907, appendix A.3.2)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Judgement:
-    """The answer read out of a completion, None where there is none to be read, and its score from 0 to 1."""
-
-    answer: str | None
-    score: float
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What a completion answers with: the content of its last `\\boxed{}`, or else what follows its thinking."""
-
-    text: str
-    boxed: bool
-
-    @classmethod
-    def of(cls, completion: str) -> Reply:
-        boxed = extract_answer(completion)
-        if boxed is None:
-            return cls(completion.rpartition("</think>")[2].strip(), False)
-        return cls(" ".join(_WRAPPED.sub(r"\1", boxed).split()), True)
 
 
 @dataclass(frozen=True)
@@ -98,11 +71,33 @@ class Item:
         return tuple(self.picture(self.row[c]) for c in columns if self.row.get(c) is not None)
 
 
+def make_example(
+    id: str,
+    images: Sequence[Image.Image],
+    question: str | tuple[Message, ...],
+    answer: str,
+    task: str,
+    kind: str = "none",
+    **extra: Any,
+) -> Example:
+    """An item as an Example: images without a slot stand before the text, and where images move the answer follows.
+
+    They stay in place if the answer or its letter could not follow. `extra` is for the judge.
+    """
+    if isinstance(question, str):
+        question = IMAGE_SLOT * (len(images) - question.count(IMAGE_SLOT)) + question
+    example = Example(
+        id, tuple(images), question, answer, kind, kind != "none", task=task, extra=extra
+    )
+    if kind == "none" or _can_move(example):
+        return example
+    return replace(example, kind="none", should_change=False)
+
+
 @dataclass(frozen=True)
 class Suite:
     """One public benchmark.
 
-    `files` are patterns relative to its folder, each of which must match; those of `rows` hold the items.
     `judge(example, gold, reply)` scores what a completion answers; `gold` is right in the order that was shown.
     """
 
@@ -113,25 +108,18 @@ class Suite:
     expected: int
     """Items in the published split."""
     files: tuple[str, ...]
-    rows: tuple[str, ...]
+    """Patterns relative to the benchmark's folder, each of which must match; the first ones hold the items."""
     example: Callable[[Item], Example]
     judge: Callable[[Example, str, Reply], Judgement]
+    folders: tuple[str, ...] = ()
+    """Patterns of folders with pictures, each of which must match too."""
     averaged: Literal["items", "tasks"] = "items"
     """What the benchmark's own score is a mean over."""
-    check: Callable[[], None] = lambda: None
-    """Raises UserError where a package that its rules use is not installed."""
+    uses_math_verify: bool = False
     check_item: Callable[[Item], None] | None = None
     """Raises UserError for an item that could be asked but not judged."""
-    needs: Callable[[Item], Sequence[Path]] | None = None
-    """Picture files that an item needs, where they are not stored in the rows."""
-
-    def missing(self, folder: Path) -> list[str]:
-        """Patterns of `files` that match nothing in the folder."""
-        return [pattern for pattern in self.files if not any(folder.glob(pattern))]
-
-    def score(self, example: Example, gold: str, completion: str) -> Judgement:
-        """What a completion answers, and whether that is right."""
-        return self.judge(example, gold, Reply.of(completion))
+    picture_files: Callable[[Item], Sequence[Path]] | None = None
+    """Those that an item needs, where pictures are not stored in the rows."""
 
 
 class Items:
@@ -141,7 +129,7 @@ class Items:
         from perl.data.sources import open_source
 
         self.suite, self.folder, self.think = suite, folder, think
-        paths = [path for pattern in suite.rows for path in sorted(folder.glob(pattern))]
+        paths = [path for pattern in suite.files for path in sorted(folder.glob(pattern))]
         sources = [open_source(str(path), "test") for path in paths]
         self._where = [(source, i) for source in sources for i in range(len(source))]
         if len(self) != suite.expected:
@@ -157,29 +145,28 @@ class Items:
         return len(self._where)
 
     def __getitem__(self, i: int) -> Example:
-        return self.get(i)
+        return self.suite.example(self._item(i, decode=True))
 
-    def get(self, i: int, decode: bool = True) -> Example:
-        """Example i; with `decode=False` only the headers of its pictures are read."""
-        return checked(self.suite.example(self._item(i, decode)))
+    def without_pixels(self, i: int) -> Example:
+        """Example i, of whose pictures only the headers are read."""
+        return self.suite.example(self._item(i))
 
-    def missing(self) -> list[Path]:
+    def missing_pictures(self) -> list[Path]:
         """Picture files that items need and that are not there."""
-        if self.suite.needs is None:
+        if self.suite.picture_files is None:
             return []
-        needed = (p for i in range(len(self)) for p in self.suite.needs(self._item(i, False)))
+        needed = (p for i in range(len(self)) for p in self.suite.picture_files(self._item(i)))
         return [path for path in dict.fromkeys(needed) if not path.is_file()]
 
     def check(self) -> None:
         """Raise UserError for the first item that could be asked but not judged."""
         if self.suite.check_item is not None:
             for i in range(len(self)):
-                self.suite.check_item(self._item(i, False))
+                self.suite.check_item(self._item(i))
 
-    def _item(self, i: int, decode: bool) -> Item:
+    def _item(self, i: int, decode: bool = False) -> Item:
         source, row = self._where[i]
-        place = source.place(row)
-        return Item(source.row(row), i, self.folder, place, self.think, decode)
+        return Item(source.row(row), i, self.folder, source.place(row), self.think, decode)
 
 
 def open_items(suite: Suite, root: Path, think: bool) -> Items:
@@ -189,12 +176,14 @@ def open_items(suite: Suite, root: Path, think: bool) -> Items:
         UserError: its folder, or files in it, are missing; the message lists them and where they come from. Or an
             item could be asked but not judged.
     """
-    suite.check()
+    if suite.uses_math_verify:
+        check_math_verify()
     folder = root / suite.name
-    missing = suite.missing(folder)
+    patterns = (*suite.files, *suite.folders)
+    missing = [pattern for pattern in patterns if not any(folder.glob(pattern))]
     if not missing:
         items = Items(suite, folder, think)
-        missing = [str(path.relative_to(folder)) for path in items.missing()]
+        missing = [str(path.relative_to(folder)) for path in items.missing_pictures()]
         if not missing:
             items.check()
             return items
@@ -205,15 +194,15 @@ def open_items(suite: Suite, root: Path, think: bool) -> Items:
     )
 
 
-def checked(example: Example) -> Example:
-    """The example; its images stay in place if its answer or its letters would not follow those that may move."""
-    if example.kind == "none":
-        return example
+def _can_move(example: Example) -> bool:
+    """Whether the answer is one image, labelled by a letter as all that may move, and can follow in every order."""
     count, letters = len(example.images), letter_slots(example)
     moving = movable(example.kind, count)[0]
     named = named_images(example.answer, count, letters)
-    if letters[: len(moving)] == moving and named and len(named) == 1:
-        with suppress(UserError):
-            check_moves(example, "slots")
-            return example
-    return replace(example, kind="none", should_change=False)
+    if letters[: len(moving)] != moving or not named or len(named) != 1:
+        return False
+    try:
+        check_moves(example, "slots")
+    except UserError:
+        return False
+    return True

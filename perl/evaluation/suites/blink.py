@@ -3,14 +3,14 @@
 Format: the card of BLINK-Benchmark/BLINK on the hub. Prompt (the column of that name, and the disclaimer before three
 tasks) and the rule for answers of one option: zeyofu/BLINK_Benchmark, eval/test_benchmark.py. Images stand before the text
 as in VLMEvalKit, which the paper used; BLINK's own code sends them after it. Not official: where a reply names several
-options or none, that code asks GPT-3.5 which is meant; here more rules do (`choices.option_letter`).
+options or none, that code asks GPT-3.5 which is meant; here more rules do (`option_letter`).
 """
 
 from __future__ import annotations
 
-from perl.evaluation.suites.base import THINK, Item, Judgement, Reply, Suite
-from perl.evaluation.suites.choices import image_kind, labelled, option_letter
-from perl.types import IMAGE_SLOT, Example
+from perl.evaluation.suites.base import THINK, Item, Suite, make_example
+from perl.evaluation.suites.reading import Judgement, Reply, image_kind, judge_option, labelled
+from perl.types import Example
 
 TASKS = (
     *("Art_Style", "Counting", "Forensic_Detection", "Functional_Correspondence", "IQ_Test"),
@@ -40,24 +40,12 @@ def _example(item: Item) -> Example:
     if task in _DISCLAIMED:
         text = _DISCLAIMER + text
     # The questions of these tasks speak of their candidates as a set ("the second or the third image").
-    movable = task in _OPTIONS_ARE_IMAGES
-    kind, follows = image_kind("", choices, len(images)) if movable else ("none", False)
-    return Example(
-        id=name,
-        images=images,
-        question=IMAGE_SLOT * len(images) + text,
-        answer=item.text("answer"),
-        kind=kind,
-        should_change=follows,
-        task=task,
-        extra={"options": choices},
-    )
+    kind = image_kind("", choices, len(images)) if task in _OPTIONS_ARE_IMAGES else "none"
+    return make_example(name, images, text, item.text("answer"), task, kind, options=choices)
 
 
 def _judge(example: Example, gold: str, reply: Reply) -> Judgement:
-    options = example.extra["options"]
-    letter = option_letter(reply.text, len(options), options)
-    return Judgement(letter, float(letter is not None and letter == gold.strip("() \n")[:1]))
+    return judge_option(reply, gold.strip("() \n")[:1], example.extra["options"])
 
 
 SUITE = Suite(
@@ -66,7 +54,6 @@ SUITE = Suite(
     home="https://huggingface.co/datasets/BLINK-Benchmark/BLINK",
     expected=1901,
     files=tuple(f"{task}/val-*.parquet" for task in TASKS),
-    rows=tuple(f"{task}/val-*.parquet" for task in TASKS),
     example=_example,
     judge=_judge,
 )

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from perl.evaluation.statistics import Comparison, compare_scores
 from perl.evaluation.suites import SUITES
-from perl.evaluation.suites.answers import AnswerFile, different, read_settings
-from perl.evaluation.suites.clusters import cluster_bootstrap
-from perl.evaluation.suites.summary import Row, Table, official, percent
+from perl.evaluation.suites.answers import AnswerFile, Row, different, official, read_settings
+from perl.evaluation.suites.summary import Table, percent
 from perl.types import UserError
 
-Pairs = list[tuple[float, float, str]]
-"""For each item the scores of both models and its problem."""
+Pair = tuple[str, Row, Row]
+"""A benchmark and both models' answers to one item of it."""
 
 _SAME = frozenset({"model", "weights"})
 
@@ -35,28 +33,23 @@ def compare_folders(first: Path, second: Path) -> tuple[dict[str, Comparison], l
         for key, old, new in different(*settings)
         if key not in _SAME
     ]
-    pairs: dict[str, Pairs] = {}
+    pairs: dict[str, list[Pair]] = {}
     for name in SUITES:
-        one, other = (_scores(folder / f"{name}.jsonl") for folder in (first, second))
+        one, other = (_answers(folder / f"{name}.jsonl") for folder in (first, second))
         if one and other:
             _check_same_items(name, one, other, first, second)
-            pairs[name] = [
-                (row["score"], other[id]["score"], _problem(name, row, other[id]))
-                for id, row in one.items()
-            ]
+            pairs[name] = [(name, row, other[id]) for id, row in one.items()]
         elif one or other:
             remarks.append(f"{name}: only in {first if one else second}, so it is left out")
     if not pairs:
         raise UserError(f"{first} and {second} have no benchmark in common; nothing is compared")
-    found = {name: _compared(of_suite) for name, of_suite in pairs.items()}
     together = [pair for of_suite in pairs.values() for pair in of_suite]
-    return {**found, "all": _compared(together)}, remarks
+    return {name: _compared(found) for name, found in {**pairs, "all": together}.items()}, remarks
 
 
 def comparison_table(found: dict[str, Comparison]) -> Table:
     """Accuracies over items in percent, their difference in points, and the items that one alone got right."""
-    header = ["", "n", "1st", "2nd", "2nd - 1st", "95 % interval", "p", "only 1st", "only 2nd"]
-    rows = [header]
+    rows = [["", "n", "1st", "2nd", "2nd - 1st", "95 % interval", "p", "only 1st", "only 2nd"]]
     for name, c in found.items():
         low, high = c.interval
         rows.append(
@@ -75,24 +68,17 @@ def comparison_table(found: dict[str, Comparison]) -> Table:
     return rows
 
 
-def _compared(pairs: Pairs) -> Comparison:
-    first, second, problems = zip(*pairs, strict=True)
-    found = compare_scores(first, second)
-    if len(set(problems)) == len(problems):
-        return found
-    differences = [b - a for a, b, _ in pairs]
-    return replace(found, interval=cluster_bootstrap(differences, problems))
+def _compared(pairs: list[Pair]) -> Comparison:
+    return compare_scores(
+        [one["score"] for _, one, _ in pairs],
+        [other["score"] for *_, other in pairs],
+        # Answers of older versions do not have the problem.
+        [(name, a.get("problem", b.get("problem", a["id"]))) for name, a, b in pairs],
+    )
 
 
-def _problem(name: str, one: Row, other: Row) -> str:
-    """What says that two items are versions of one problem; answers of older versions may not have it."""
-    problem = one.get("problem", other.get("problem", one["id"]))
-    return f"{name} {problem}"
-
-
-def _scores(path: Path) -> dict[str, Row]:
-    rows = official(list(AnswerFile(path).rows.values()))
-    return {row["id"]: row for row in rows}
+def _answers(path: Path) -> dict[str, Row]:
+    return {row["id"]: row for row in official(list(AnswerFile(path).rows.values()))}
 
 
 def _check_same_items(

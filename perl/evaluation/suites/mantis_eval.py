@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 
-from perl.evaluation.suites.base import THINK, Item, Judgement, Reply, Suite
-from perl.evaluation.suites.choices import image_kind, without_label
+from perl.evaluation.suites.base import THINK, Item, Suite, make_example
+from perl.evaluation.suites.reading import Judgement, Reply, image_kind, without_label
 from perl.permutation.permute import LETTERS
-from perl.types import IMAGE_SLOT, Example
+from perl.types import Example
 
 _CHOICE = "{question}\nAnswer with the option's letter from the given choices directly."
 _SHORT = (
@@ -31,17 +31,15 @@ def _example(item: Item) -> Example:
             marked = any(f"{letter}{mark}" in option.upper() for mark in "):.")
             question += f"\n {option}" if marked else f"\n ({letter}) {option}"
     template = "{question}\n" + THINK if item.think else _CHOICE if choice else _SHORT
-    text = template.replace("{question}", question)
-    kind, follows = image_kind(asked, options, len(images)) if choice else ("none", False)
-    return Example(
-        id=item.text("id"),
-        images=images,
-        question=IMAGE_SLOT * (len(images) - text.count(IMAGE_SLOT)) + text,
-        answer=item.text("answer").strip("()\n "),
-        kind=kind,
-        should_change=follows,
-        task=item.text("category"),
-        extra={"options": options, "choice": choice},
+    return make_example(
+        item.text("id"),
+        images,
+        template.replace("{question}", question),
+        item.text("answer").strip("()\n "),
+        item.text("category"),
+        image_kind(asked, options, len(images)) if choice else "none",
+        options=options,
+        choice=choice,
     )
 
 
@@ -65,7 +63,6 @@ SUITE = Suite(
     home="https://huggingface.co/datasets/TIGER-Lab/Mantis-Eval",
     expected=217,
     files=("mantis_eval/test-*.parquet",),
-    rows=("mantis_eval/test-*.parquet",),
     example=_example,
     judge=_judge,
 )

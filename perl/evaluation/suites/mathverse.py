@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import re
 
-from perl.evaluation.suites.base import THINK, Item, Judgement, Reply, Suite
-from perl.evaluation.suites.choices import option_letter
-from perl.evaluation.suites.maths import check_maths, said, same_value
-from perl.types import IMAGE_SLOT, Example
+from perl.evaluation.suites.base import THINK, Item, Suite, make_example
+from perl.evaluation.suites.reading import Judgement, Reply, judge_option, judge_value
+from perl.types import Example
 
-_CHOICE = re.compile(r"^\s*\(?([A-H])\)?\s*[:.)]\s*(.*?)\s*$", re.MULTILINE)
+_CHOICE = re.compile(r"^\s*\(?[A-H]\)?\s*[:.)]\s*(.*?)\s*$", re.MULTILINE)
 
 
 def _example(item: Item) -> Example:
@@ -26,30 +25,23 @@ def _example(item: Item) -> Example:
         text = f"{question}\n{THINK}"
     # The version Vision Only has its question in the picture; this column has it as text for the judge.
     asked = item.text("question_for_eval") or item.text("question")
-    options = [text for _, text in _CHOICE.findall(asked)]
-    return Example(
-        id=item.text("sample_index"),
-        images=(item.picture(item.value("image")),),
-        question=IMAGE_SLOT + text,
-        answer=item.text("answer"),
-        kind="none",
-        should_change=False,
-        task=item.text("problem_version"),
-        extra={
-            "options": options,
-            "choice": item.text("question_type") == "multi-choice",
-            "problem": item.text("problem_index"),
-        },
+    return make_example(
+        item.text("sample_index"),
+        [item.picture(item.value("image"))],
+        text,
+        item.text("answer"),
+        item.text("problem_version"),
+        options=_CHOICE.findall(asked),
+        choice=item.text("question_type") == "multi-choice",
+        problem=item.text("problem_index"),
     )
 
 
 def _judge(example: Example, gold: str, reply: Reply) -> Judgement:
-    if example.extra["choice"]:
-        options = example.extra["options"]
-        letter = option_letter(reply.text, len(options) or 5, options)
-        return Judgement(letter, float(letter is not None and letter == gold.strip()[:1].upper()))
-    answer = reply.text if reply.boxed else said(reply.text)
-    return Judgement(answer or None, float(same_value(answer, gold)))
+    if not example.extra["choice"]:
+        return judge_value(reply, gold)
+    options = example.extra["options"]
+    return judge_option(reply, gold.strip()[:1].upper(), options, len(options) or 5)
 
 
 SUITE = Suite(
@@ -58,8 +50,7 @@ SUITE = Suite(
     home="https://huggingface.co/datasets/AI4Math/MathVerse",
     expected=3940,
     files=("testmini.parquet",),
-    rows=("testmini.parquet",),
     example=_example,
     judge=_judge,
-    check=check_maths,
+    uses_math_verify=True,
 )

@@ -8,11 +8,10 @@ compared by the library math-verify, not by evaluating what latex2sympy makes of
 
 from __future__ import annotations
 
-from perl.evaluation.suites.base import THINK, Item, Judgement, Reply, Suite
-from perl.evaluation.suites.choices import labelled, option_letter
-from perl.evaluation.suites.maths import check_maths, said, same_value
+from perl.evaluation.suites.base import THINK, Item, Suite, make_example
+from perl.evaluation.suites.reading import Judgement, Reply, judge_option, judge_value, labelled
 from perl.permutation.permute import LETTERS
-from perl.types import IMAGE_SLOT, Example, UserError
+from perl.types import Example, UserError
 
 _PROMPT = (
     'Please solve the problem step by step and put your answer in one "\\boxed{}". If it is a multiple choice '
@@ -25,28 +24,25 @@ def _example(item: Item) -> Example:
     text = item.text("question") + "\n"
     if "".join(options) not in ("", "ABCDE"):
         text += labelled(options) + "\n"
-    return Example(
-        id=item.text("id"),
-        images=(item.picture(item.value("decoded_image")),),
-        question=IMAGE_SLOT + (text + THINK if item.think else _PROMPT + text),
-        answer=item.text("answer"),
-        kind="none",
-        should_change=False,
-        task=item.text("subject"),
-        extra={"options": options},
+    return make_example(
+        item.text("id"),
+        [item.picture(item.value("decoded_image"))],
+        text + THINK if item.think else _PROMPT + text,
+        item.text("answer"),
+        item.text("subject"),
+        options=options,
     )
 
 
 def _judge(example: Example, gold: str, reply: Reply) -> Judgement:
     options = example.extra["options"]
-    answer = reply.text if reply.boxed else said(reply.text)
     if not options:
-        return Judgement(answer or None, float(same_value(answer, gold, digits=2)))
-    letter = option_letter(reply.text, len(options), options)
-    if letter is None:
-        value = options[LETTERS.index(_letter(gold, len(options)))]
-        return Judgement(answer or None, float(same_value(answer, value, digits=2)))
-    return Judgement(letter, float(letter == _letter(gold, len(options))))
+        return judge_value(reply, gold, digits=2)
+    right = _letter(gold, len(options))
+    judged = judge_option(reply, right, options)
+    if judged.answer is None:
+        return judge_value(reply, options[LETTERS.index(right)], digits=2)
+    return judged
 
 
 def _check(item: Item) -> None:
@@ -71,9 +67,8 @@ SUITE = Suite(
     home="https://huggingface.co/datasets/MathLLMs/MathVision",
     expected=3040,
     files=("data/test-*.parquet",),
-    rows=("data/test-*.parquet",),
     example=_example,
     judge=_judge,
-    check=check_maths,
+    uses_math_verify=True,
     check_item=_check,
 )

@@ -13,11 +13,10 @@ import math
 import re
 from collections.abc import Sequence
 
-from perl.evaluation.suites.base import THINK, Item, Judgement, Reply, Suite
-from perl.evaluation.suites.choices import labelled, option_letter
-from perl.evaluation.suites.maths import last_number
+from perl.evaluation.suites.base import THINK, Item, Suite, make_example
+from perl.evaluation.suites.reading import Judgement, Reply, labelled, last_number, option_letter
 from perl.permutation.permute import LETTERS
-from perl.types import IMAGE_SLOT, Example
+from perl.types import Example
 
 _LONGEST_CHOICE = 100
 
@@ -28,20 +27,15 @@ def _example(item: Item) -> Example:
         unit = f" (Unit: {item.text('unit')})" if item.text("unit") else ""
         options = f"\nChoices:\n{labelled(choices)}" if choices else ""
         text = f"Question: {item.text('question')}{unit}{options}\n{THINK}"
-    metadata = item.value("metadata") or {}
-    return Example(
-        id=item.text("pid"),
-        images=(item.picture(item.value("decoded_image")),),
-        question=IMAGE_SLOT + text,
-        answer=item.text("answer"),
-        kind="none",
-        should_change=False,
-        task=str(metadata.get("task", "")),
-        extra={
-            "choices": choices,
-            "answer_type": item.text("answer_type"),
-            "precision": item.value("precision"),
-        },
+    return make_example(
+        item.text("pid"),
+        [item.picture(item.value("decoded_image"))],
+        text,
+        item.text("answer"),
+        str((item.value("metadata") or {}).get("task", "")),
+        choices=choices,
+        answer_type=item.text("answer_type"),
+        precision=item.value("precision"),
     )
 
 
@@ -95,7 +89,6 @@ SUITE = Suite(
     home="https://huggingface.co/datasets/AI4Math/MathVista",
     expected=1000,
     files=("data/testmini-*.parquet",),
-    rows=("data/testmini-*.parquet",),
     example=_example,
     judge=_judge,
 )

@@ -4,36 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
-from perl.evaluation.suites.answers import AnswerFile
-from perl.evaluation.suites.base import Items, Judgement, Reply
+from perl.evaluation.suites.answers import AnswerFile, Row
+from perl.evaluation.suites.base import Items
+from perl.evaluation.suites.reading import Judgement, Reply
+from perl.llm import Endpoint
 from perl.permutation.permute import all_orders, num_orders, original_answer, permute
 from perl.rewards.answers import normalise
 from perl.rollout.engine import InProcessEngine, SamplingParams
-from perl.rollout.prompts import PromptEncoder
-from perl.types import EncodedPrompt, Example, UserError, Variant
+from perl.rollout.prompts import PromptEncoder, Shown
+from perl.rollout.sample import sample
+from perl.types import IMAGE_SLOT, Rollout, UserError, Variant
 
 _CHUNK = 16
+_EXTRACTION = """Below are a question and a response to it. Write only the final answer that the response gives: \
+the letter if the question has lettered options, else the value, the list, or one "(k) answer" for each numbered \
+part. Do not solve the question and do not correct the response. Write NONE if the response gives no final answer.
 
+Question:
+{question}
 
-class Extractor(Protocol):
-    """Reads the final answers out of completions; see `LlmExtractor`."""
+Response:
+{response}
 
-    def __call__(self, asked: Sequence[tuple[Example, str]]) -> list[str]: ...
+Final answer:"""
+_LONGEST_EXTRACT = 256
 
 
 @dataclass(frozen=True)
 class Procedure:
     """How every item is asked: `orders` of its images at most, and the longest completion in tokens.
 
-    `seed` draws the orders where there are more than that. `extractor` reads completions without a boxed answer.
+    `seed` draws the orders where there are more than that. A model behind `reader` reads the answers of completions
+    without a box; None: the rules of the benchmark do.
     """
 
     orders: int
     max_new_tokens: int
     seed: int
-    extractor: Extractor | None = None
+    reader: Endpoint | None = None
 
 
 def measure(
@@ -58,76 +67,66 @@ def measure(
     count = len(items) if limit is None else min(limit, len(items))
     for start in range(0, count, _CHUNK):
         chunk = range(start, min(start + _CHUNK, count))
-        asked: list[tuple[Variant, EncodedPrompt]] = []
-        rows: list[dict[str, Any]] = []
+        asked: list[Shown] = []
+        rows: list[Row] = []
         for i in chunk:
-            variants = _waiting(items, i, answers, how, seen)
+            # A variant that waits for its answer has its pictures undecoded: those of a whole chunk may fill the memory.
+            bare = items.without_pixels(i)
+            if bare.id in seen:
+                raise UserError(f"suite {items.suite.name}: two items have the id {bare.id}")
+            seen.add(bare.id)
+            variants = [
+                permute(bare, order)
+                for order in all_orders(bare, how.orders, how.seed)
+                if not answers.has(bare.id, order)
+            ]
             if not variants:
                 continue
-            shown = encoder.encode(_with_pixels(items, i, variants))
-            if not shown:
-                rows += [_row(v, None, False, Judgement(None, 0.0)) for v in variants]
-            else:
+            example = items[i]
+            if shown := encoder.encode([permute(example, v.order) for v in variants]):
                 asked += [(v, prompt) for v, (_, prompt) in zip(variants, shown, strict=True)]
-        answers.add(rows + _answered(asked, items, engine, encoder, how))
+            else:
+                rows += [_row(v, None, False, Judgement(None, 0.0)) for v in variants]
+        if asked:
+            params = SamplingParams(1, 0.0, how.max_new_tokens)
+            sampled = sample(engine, encoder.processor, asked, params, how.seed)
+            rows += _judged([rollout for (rollout,) in sampled], items, how.reader)
+        answers.add(rows)
         advance(len(chunk))
 
 
-def _waiting(
-    items: Items, i: int, answers: AnswerFile, how: Procedure, seen: set[str]
-) -> list[Variant]:
-    """Item i in the orders that have no answer yet, of its pictures only the headers."""
-    example = items.get(i, decode=False)
-    if example.id in seen:
-        raise UserError(f"suite {items.suite.name}: two items have the id {example.id}")
-    seen.add(example.id)
-    orders = all_orders(example, how.orders, how.seed)
-    return [permute(example, order) for order in orders if not answers.has(example.id, order)]
-
-
-def _with_pixels(items: Items, i: int, variants: Sequence[Variant]) -> list[Variant]:
-    """The same variants with their pictures decoded, which are not kept while others are asked."""
-    example = items.get(i)
-    return [permute(example, variant.order) for variant in variants]
-
-
-def _answered(
-    asked: Sequence[tuple[Variant, EncodedPrompt]],
-    items: Items,
-    engine: InProcessEngine,
-    encoder: PromptEncoder,
-    how: Procedure,
-) -> list[dict[str, Any]]:
-    if not asked:
-        return []
-    params = SamplingParams(1, 0.0, how.max_new_tokens)
-    completions = [c for (c,) in engine.generate([p for _, p in asked], params, how.seed)]
-    texts = [encoder.processor.decode(c.token_ids) for c in completions]
-    variants = [variant for variant, _ in asked]
-    extracted = _extracted(variants, texts, how.extractor)
+def _judged(rollouts: Sequence[Rollout], items: Items, reader: Endpoint | None) -> list[Row]:
+    replies = [Reply.of(rollout.text) for rollout in rollouts]
+    unread = [i for i, reply in enumerate(replies) if reader is not None and not reply.boxed]
+    extracted: dict[int, str] = {}
+    if reader is not None and unread:
+        texts = _extract(reader, [rollouts[i] for i in unread])
+        extracted = dict(zip(unread, texts, strict=True))
     rows = []
-    for i, (variant, text) in enumerate(zip(variants, texts, strict=True)):
-        reply = Reply(extracted[i], True) if i in extracted else Reply.of(text)
+    for i, (rollout, reply) in enumerate(zip(rollouts, replies, strict=True)):
+        if i in extracted:
+            reply = Reply(extracted[i], True)
+        variant = rollout.variant
         judgement = items.suite.judge(variant.example, variant.answer, reply)
-        row = _row(variant, text, completions[i].finished, judgement)
-        rows.append({**row, "extracted": extracted[i]} if i in extracted else row)
+        row = _row(variant, rollout.text, rollout.finished, judgement)
+        rows.append(row | {"extracted": extracted[i]} if i in extracted else row)
     return rows
 
 
-def _extracted(
-    variants: Sequence[Variant], texts: Sequence[str], extractor: Extractor | None
-) -> dict[int, str]:
-    """What the extractor reads, for the completions that box nothing."""
-    if extractor is None:
-        return {}
-    unread = [i for i, text in enumerate(texts) if not Reply.of(text).boxed]
-    replies = extractor([(variants[i].example, texts[i]) for i in unread])
-    return dict(zip(unread, replies, strict=True))
+def _extract(reader: Endpoint, rollouts: Sequence[Rollout]) -> list[str]:
+    """The final answer of each rollout, empty where it gives none."""
+    prompts = [
+        _EXTRACTION.format(
+            question=r.variant.example.messages[-1].content.replace(IMAGE_SLOT, "").strip(),
+            response=r.text,
+        )
+        for r in rollouts
+    ]
+    replies = reader.complete(prompts, max_tokens=_LONGEST_EXTRACT, temperature=0.0)
+    return ["" if r.strip().upper() == "NONE" else r.strip() for r in replies]
 
 
-def _row(
-    variant: Variant, text: str | None, finished: bool, judgement: Judgement
-) -> dict[str, Any]:
+def _row(variant: Variant, text: str | None, finished: bool, judgement: Judgement) -> Row:
     example = variant.example
     chosen = original_answer(variant, judgement.answer)
     return {

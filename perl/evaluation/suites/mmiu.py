@@ -3,7 +3,7 @@
 Format: the card of FanqingM/MMIU-Benchmark on the hub; all.parquet names pictures as ./FOLDER/TASK/NAME, from seven
 archives. Prompt (for 23 tasks the question before the context, else after it) and the closing line: OpenGVLab/MMIU,
 VLMEvalKit/test_*.py; the score is the mean over tasks of evaluate_correct.py. Not official: a reply that is more than a
-letter is matched to an option by gpt-4o-mini in evaluate.py, here by rules (`choices.option_letter`).
+letter is matched to an option by gpt-4o-mini in evaluate.py, here by rules (`option_letter`).
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from perl.evaluation.suites.base import THINK, Item, Judgement, Reply, Suite
-from perl.evaluation.suites.choices import image_kind, option_letter
+from perl.evaluation.suites.base import THINK, Item, Suite, make_example
+from perl.evaluation.suites.reading import Judgement, Reply, image_kind, judge_option
 from perl.permutation.permute import LETTERS
-from perl.types import IMAGE_SLOT, Example
+from perl.types import Example
 
 _FOLDERS = (
     *("2D-spatial", "3D-spatial", "Continuous-temporal", "Discrete-temporal"),
@@ -59,25 +59,15 @@ def _example(item: Item) -> Example:
     asked = text
     for option in options:
         asked = asked.replace(option, "")
-    candidates = task in _CANDIDATES
-    kind, follows = image_kind(asked, options, len(images)) if candidates else ("none", False)
-    return Example(
-        id=f"{task}/{item.index}",
-        images=images,
-        question=IMAGE_SLOT * len(images) + text,
-        answer=item.text("output").strip(),
-        kind=kind,
-        should_change=follows,
-        task=task,
-        extra={"options": options},
-    )
+    kind = image_kind(asked, options, len(images)) if task in _CANDIDATES else "none"
+    name, answer = f"{task}/{item.index}", item.text("output").strip()
+    return make_example(name, images, text, answer, task, kind, options=options)
 
 
 def _judge(example: Example, gold: str, reply: Reply) -> Judgement:
     options = example.extra["options"]
-    letter = option_letter(reply.text, len(options) or len(LETTERS), options)
     right = next((c.upper() for c in gold if c.isalpha()), None)
-    return Judgement(letter, float(letter is not None and letter == right))
+    return judge_option(reply, right, options, len(options) or len(LETTERS))
 
 
 SUITE = Suite(
@@ -85,10 +75,10 @@ SUITE = Suite(
     title="MMIU",
     home="https://huggingface.co/datasets/FanqingM/MMIU-Benchmark (unpack the seven archives)",
     expected=11698,
-    files=("all.parquet", *_FOLDERS),
-    rows=("all.parquet",),
+    files=("all.parquet",),
+    folders=_FOLDERS,
     example=_example,
     judge=_judge,
     averaged="tasks",
-    needs=_paths,
+    picture_files=_paths,
 )

@@ -13,10 +13,16 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from perl.evaluation.suites.base import THINK, Item, Judgement, Reply, Suite
-from perl.evaluation.suites.choices import option_letter
-from perl.evaluation.suites.maths import check_maths, said, same_value
-from perl.evaluation.suites.slots import numbered_slots
+from perl.evaluation.suites.base import THINK, Item, Suite, make_example
+from perl.evaluation.suites.reading import (
+    Judgement,
+    Reply,
+    judge_option,
+    judge_value,
+    numbered_slots,
+    said,
+    same_value,
+)
 from perl.permutation.permute import LETTERS
 from perl.types import IMAGE_SLOT, Example, Message
 
@@ -61,15 +67,14 @@ def _example(item: Item) -> Example:
         instruction = _INSTRUCTION.get(kind, _INSTRUCTION["single-step"])
         system = Message("system", _SYSTEM.get(kind, _ASSISTANT))
         messages = (system, Message("user", f"{instruction}\nQuestion: {text}"))
-    return Example(
-        id=item.text("problem_id"),
-        images=tuple(pictures[i] for i in order),
-        question=messages,
-        answer=item.text("answer").strip(),
-        kind="none" if not moving else "all" if moving == len(pictures) else f"last:{moving}",
-        should_change=moving > 0,
-        task=item.text("subject"),
-        extra={"type": kind},
+    return make_example(
+        item.text("problem_id"),
+        [pictures[i] for i in order],
+        messages,
+        item.text("answer").strip(),
+        item.text("subject"),
+        "none" if not moving else "all" if moving == len(pictures) else f"last:{moving}",
+        type=kind,
     )
 
 
@@ -85,17 +90,15 @@ def _option_images(text: str) -> int:
 def _judge(example: Example, gold: str, reply: Reply) -> Judgement:
     kind = example.extra["type"]
     if kind == "choice":
-        letter = option_letter(reply.text, 4)
-        return Judgement(letter, float(letter is not None and letter == gold[:1].upper()))
-    if kind == "multi-step":
-        given, wanted = _parts(reply.text), _parts(gold)
-        right = bool(wanted) and all(
-            same_value(said(given.get(part, "")), value) for part, value in wanted.items()
-        )
-        written = "; ".join(f"({part}) {said(value)}" for part, value in given.items())
-        return Judgement(written or None, float(right))
-    answer = reply.text if reply.boxed else said(reply.text)
-    return Judgement(answer or None, float(same_value(answer, gold)))
+        return judge_option(reply, gold[:1].upper(), (), 4)
+    if kind != "multi-step":
+        return judge_value(reply, gold)
+    given, wanted = _parts(reply.text), _parts(gold)
+    right = bool(wanted) and all(
+        same_value(said(given.get(part, "")), value) for part, value in wanted.items()
+    )
+    written = "; ".join(f"({part}) {said(value)}" for part, value in given.items())
+    return Judgement(written or None, float(right))
 
 
 def _parts(text: str) -> dict[str, str]:
@@ -109,10 +112,10 @@ SUITE = Suite(
     title="MV-MATH",
     home="https://github.com/eternal8080/MV-MATH (its page links the images)",
     expected=2009,
-    files=("data/MV-MATH.json", "images"),
-    rows=("data/MV-MATH.json",),
+    files=("data/MV-MATH.json",),
+    folders=("images",),
     example=_example,
     judge=_judge,
-    check=check_maths,
-    needs=_paths,
+    uses_math_verify=True,
+    picture_files=_paths,
 )

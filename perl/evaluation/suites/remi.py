@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 
-from perl.evaluation.suites.base import THINK, Item, Judgement, Reply, Suite
-from perl.evaluation.suites.slots import numbered_slots
+from perl.evaluation.suites.base import THINK, Item, Suite, make_example
+from perl.evaluation.suites.reading import Judgement, Reply, numbered_slots
 from perl.types import Example
 
 _IMAGES = tuple(f"image_{k}" for k in range(1, 7))
@@ -42,14 +42,12 @@ def _example(item: Item) -> Example:
     images, task = item.pictures(_IMAGES), item.text("task")
     text, order = numbered_slots(item.text("question"), "<image([0-9])>", len(images))
     closing = f"\n{THINK}" if item.think else _JSON + _CLOSING.get(task, _STRING)
-    return Example(
-        id=f"{task}/{item.index}",
-        images=tuple(images[i] for i in order),
-        question=f"Question: {text}{closing}",
-        answer=item.text("label"),
-        kind="none",
-        should_change=False,
-        task=task,
+    return make_example(
+        f"{task}/{item.index}",
+        [images[i] for i in order],
+        f"Question: {text}{closing}",
+        item.text("label"),
+        task,
     )
 
 
@@ -105,7 +103,6 @@ SUITE = Suite(
     home="https://huggingface.co/datasets/mehrankazemi/ReMI",
     expected=2600,
     files=("test.parquet",),
-    rows=("test.parquet",),
     example=_example,
     judge=_judge,
     averaged="tasks",

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from perl.evaluation.statistics import compare_scores, mcnemar, paired_bootstrap, wilson
-from perl.evaluation.suites.clusters import cluster_bootstrap
+from perl.evaluation.statistics import bootstrap_interval, compare_scores, mcnemar, wilson
 
 ITEMS = st.integers(1, 400)
 
@@ -46,13 +45,13 @@ def test_mcnemar_is_the_sign_test_of_the_discordant(one: int, other: int) -> Non
 
 def test_the_bootstrap_is_scipys() -> None:
     rng = np.random.default_rng(0)
-    one, other = rng.integers(0, 2, 300), rng.integers(0, 2, 300)
-    ours = paired_bootstrap(one.tolist(), other.tolist(), resamples=20_000)
+    differences = rng.integers(0, 2, 300) - rng.integers(0, 2, 300)
+    ours = bootstrap_interval(differences.tolist(), range(300), resamples=20_000)
     theirs = stats.bootstrap(
-        (other - one,), np.mean, n_resamples=20_000, method="percentile", rng=1, batch=1000
+        (differences,), np.mean, n_resamples=20_000, method="percentile", rng=1, batch=1000
     ).confidence_interval
     assert np.allclose(ours, theirs, atol=0.006)
-    assert ours == paired_bootstrap(one.tolist(), other.tolist(), resamples=20_000)
+    assert ours == bootstrap_interval(differences.tolist(), range(300), resamples=20_000)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=80))
@@ -75,30 +74,24 @@ def test_equal_answers_do_not_differ() -> None:
             compare_scores(*pair)
 
 
-@given(st.lists(st.integers(-1, 1), min_size=1, max_size=60))
-def test_items_that_are_clusters_of_their_own(differences: list[int]) -> None:
-    zeros = [0.0] * len(differences)
-    alone = cluster_bootstrap(differences, range(len(differences)), resamples=500)
-    assert np.allclose(alone, paired_bootstrap(zeros, differences, resamples=500))
-    assert cluster_bootstrap(differences, zeros) == pytest.approx([np.mean(differences)] * 2)
-
-
 def test_versions_of_one_problem_are_no_further_evidence() -> None:
     """Five equal versions give the interval of the problems alone; items taken as independent one too narrow."""
     rng = np.random.default_rng(0)
     problems = rng.integers(-1, 2, 200)
     versions, owner = np.repeat(problems, 5).tolist(), np.repeat(np.arange(200), 5).tolist()
-    low, high = cluster_bootstrap(versions, owner)
-    few = paired_bootstrap([0.0] * 200, problems.tolist())
-    many = paired_bootstrap([0.0] * 1000, versions)
+    low, high = bootstrap_interval(versions, owner)
+    few = bootstrap_interval(problems.tolist(), range(200))
+    many = bootstrap_interval(versions, range(1000))
     assert np.allclose((low, high), few, atol=0.006)
     assert (high - low) / (many[1] - many[0]) == pytest.approx(math.sqrt(5), rel=0.05)
+    one_problem = bootstrap_interval(versions, [0] * 1000)
+    assert one_problem == pytest.approx([np.mean(problems)] * 2)
 
 
 def test_clusters_of_different_sizes_weigh_by_their_items() -> None:
     """A large one whose items the second model won, and small ones that it lost: the mean over items is above 0."""
     differences, owner = [1] * 50 + [-1] * 10, [0] * 50 + list(range(1, 11))
-    low, high = cluster_bootstrap(differences, owner)
+    low, high = bootstrap_interval(differences, owner)
     assert low == -1 and high > 50 / 60
     with pytest.raises(ValueError, match="give one each"):
-        cluster_bootstrap([1, 0], [0])
+        bootstrap_interval([1, 0], [0])

@@ -1,0 +1,206 @@
+"""Reading a benchmark's texts: which option or value a completion answers with, and where a question shows its images."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from perl.permutation.permute import LETTERS
+from perl.rewards.answers import extract_answer, same_answer
+from perl.types import IMAGE_SLOT, UserError
+
+_WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}")
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+_IMAGE = re.compile(
+    rf"(?:the\s+)?(?:({'|'.join(_ORDINALS)})\s+(?:image|picture|photo)|(?:image|picture)\s*([0-9]{{1,2}}))\b",
+    re.IGNORECASE,
+)
+_LABEL = re.compile(r"\s*[(\[]?([A-Z])[)\].:]\s*")
+_NUMBER = re.compile(r"-?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
+_CUE = re.compile(r"(?i:answer)\s*(?:is|should be|=|:)\s*:?\s*([^\n]+)")
+_LONGEST_VALUE = 400
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """The answer read out of a completion, None where there is none to be read, and its score from 0 to 1."""
+
+    answer: str | None
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a completion answers with: the content of its last `\\boxed{}`, or else what follows its thinking."""
+
+    text: str
+    boxed: bool
+
+    @classmethod
+    def of(cls, completion: str) -> Reply:
+        boxed = extract_answer(completion)
+        if boxed is None:
+            return cls(completion.rpartition("</think>")[2].strip(), False)
+        return cls(" ".join(_WRAPPED.sub(r"\1", boxed).split()), True)
+
+    @property
+    def value(self) -> str:
+        """The free answer: all of a box, else what the text says that it is."""
+        return self.text if self.boxed else said(self.text)
+
+
+def judge_option(
+    reply: Reply, right: str | None, options: Sequence[str], count: int | None = None
+) -> Judgement:
+    """The option that a reply chooses, against the letter of the right one; see `option_letter`.
+
+    `count` is how many options there are, where the data does not list them.
+    """
+    letter = option_letter(reply.text, count or len(options), options)
+    return Judgement(letter, float(letter is not None and letter == right))
+
+
+def judge_value(reply: Reply, gold: str, digits: int = 6) -> Judgement:
+    """A free answer of mathematics; see `same_value`."""
+    return Judgement(reply.value or None, float(same_value(reply.value, gold, digits)))
+
+
+def option_letter(text: str, count: int, options: Sequence[str] = ()) -> str | None:
+    """The letter that a text chooses among `count` options; None if it chooses none or several.
+
+    In this order: a letter alone; the last "answer is X" or "Answer: X"; the only `(X)` of the last of several
+    paragraphs; a letter that opens the text (`B. because`); the only `(X)` of the whole; the only option whose text occurs.
+    """
+    one = f"[{LETTERS[:count]}]"
+    text = text.strip()
+    if alone := re.fullmatch(rf"[\W_]*({one}|{one.lower()})[\W_]*", text):
+        return alone[1].upper()
+    cue = rf"(?i:answer|option|choice)(?i:\s+is)?\s*[:=]?[\s*]*[(\[{{]?\s*({one})(?![A-Za-z'])"
+    if cued := re.findall(cue, text):
+        return cued[-1]
+    bracketed = [set(re.findall(rf"\(({one})\)", part)) for part in (text.split("\n\n")[-1], text)]
+    if "\n\n" in text and len(bracketed[0]) == 1:
+        return bracketed[0].pop()
+    if opening := re.match(rf"[(\[]?({one})[)\].:](?:\s|$)(?!\s*(?:or|and)\b)", text):
+        return opening[1]
+    if len(bracketed[1]) == 1:
+        return bracketed[1].pop()
+    return _by_text(text, [without_label(option) for option in options])
+
+
+def without_label(option: str) -> str:
+    """An option's text without a leading letter: `"(A) the first image"` gives `"the first image"`."""
+    return _LABEL.sub("", option, count=1).strip() if _LABEL.match(option) else option.strip()
+
+
+def labelled(options: Sequence[str]) -> str:
+    """One line `(A) text` for each option."""
+    return "\n".join(f"({letter}) {o}" for letter, o in zip(LETTERS, options, strict=False))
+
+
+def same_value(given: str, gold: str, digits: int = 6) -> bool:
+    """Whether two answers are equal as written (`same_answer`) or, by the library math-verify, in value.
+
+    `digits` after the point are compared. LaTeX need not stand between dollar signs. Longer texts than 400
+    characters are no answers.
+    """
+    if not given.strip() or len(given) > _LONGEST_VALUE:
+        return False
+    return same_answer(given, gold) or _equal(given, gold, digits)
+
+
+def last_number(text: str) -> str | None:
+    """The last number in a text, without thousands separators; None without one."""
+    found = _NUMBER.findall(text)
+    return found[-1].replace(",", "") if found else None
+
+
+def said(text: str) -> str:
+    """What a text gives as its answer: what follows its last "answer is" or "Answer:", else its last line."""
+    cued = _CUE.findall(text)
+    answer = cued[-1] if cued else text.strip().rpartition("\n")[2]
+    answer = re.split(r"\.\s", answer.strip(" *") + " ")[0].strip(" *")
+    return answer[1:-1].strip() if re.fullmatch(r"\{[^{}]*\}", answer) else answer
+
+
+def check_math_verify() -> None:
+    """Raise UserError if the library that compares values is not installed."""
+    if importlib.util.find_spec("math_verify") is None:
+        raise UserError(
+            "this benchmark compares values with math-verify; pip install 'perl-rl[rewards]'"
+        )
+
+
+def image_kind(question: str, options: Sequence[str], count: int) -> str:
+    """The `kind` of a question over `count` images; unless it is "none", the answer follows its image.
+
+    The images may move where every option names one of them, in their sequence, those are the last of all, and
+    the question (without its options) mentions none of them: then the right letter follows its image. Everything else keeps
+    its order.
+
+    Example: `image_kind("Which is real?", ["the first image", "the second image"], 2) == "all"`.
+    """
+    matches = [_IMAGE.fullmatch(without_label(o).rstrip(".").strip()) for o in options]
+    first = count - len(options)
+    named = [_slot(match) if match else None for match in matches]
+    if len(options) < 2 or first < 0 or named != list(range(first, count)):
+        return "none"
+    if any(_slot(match) >= first for match in _IMAGE.finditer(question)):
+        return "none"
+    return "all" if first == 0 else f"last:{len(options)}"
+
+
+def numbered_slots(text: str, mark: str, count: int) -> tuple[str, tuple[int, ...]]:
+    """The text with a slot where each image is first marked, and the 0-based images in the sequence of their slots.
+
+    `mark` is a pattern whose first group is the image's number from 1, as `<image_([0-9]+)>`. A later mark of an
+    image becomes the words "image k"; an image without a mark stands before the text; a mark of an image that is
+    not there is left as it is.
+
+    Example: `numbered_slots("<image2> or <image1>?", "<image([0-9])>", 3) == ("<image><image> or <image>?", (2, 1, 0))`.
+    """
+    seen: list[int] = []
+
+    def slot(match: re.Match[str]) -> str:
+        image = int(match[1]) - 1
+        if not 0 <= image < count:
+            return match[0]
+        if image in seen:
+            return f"image {image + 1}"
+        seen.append(image)
+        return IMAGE_SLOT
+
+    text = re.sub(mark, slot, text)
+    before = [image for image in range(count) if image not in seen]
+    return IMAGE_SLOT * len(before) + text, (*before, *seen)
+
+
+def _by_text(text: str, options: Sequence[str]) -> str | None:
+    low = text.casefold()
+    for fits in (
+        lambda option: option.casefold() == low.rstrip("."),
+        lambda option: re.search(rf"(?<!\w){re.escape(option.casefold())}(?!\w)", low),
+    ):
+        found = [i for i, option in enumerate(options) if option and fits(option)]
+        if len(found) == 1:
+            return LETTERS[found[0]]
+    return None
+
+
+def _slot(match: re.Match[str]) -> int:
+    return _ORDINALS.index(match[1].lower()) if match[1] else int(match[2]) - 1
+
+
+def _equal(given: str, gold: str, digits: int) -> bool:
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    kinds = (LatexExtractionConfig(), ExprExtractionConfig())
+    values = [
+        parse(t if "$" in t else f"${t}$", extraction_config=kinds, fallback_mode="no_fallback")
+        for t in (gold, given)
+    ]
+    return all(values) and bool(verify(*values, float_rounding=digits))
