@@ -86,7 +86,7 @@ def _segments(count: int, device: torch.device) -> Inputs:
         starts = [
             s for k in range(count) for s in (k * length, (k + 1) * length - COMPLETION_TOKENS)
         ]
-        assert batch.piece_starts.tolist() == [*starts, count * length]
+        assert batch.cu_seqlens_q.tolist() == [*starts, count * length]
         assert batch.prefix_lengths.tolist() == [0, length - 2 * COMPLETION_TOKENS] * count
         completions = np.concatenate([c for s in segments for c in s.completions]).tolist()
         assert batch.targets.tolist() == completions

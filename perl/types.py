@@ -100,14 +100,17 @@ class EncodedImage:
     """An image as the vision tower takes it.
 
     `pixel_values` float32: Qwen-VL's patches [t * h * w, channels * temporal_patch * patch^2], or tiles of a fixed
-    size; `grid` (t, h, w) in patches, or the number of tiles. It becomes `tokens` visual tokens. `key` is a hash of
-    the content: equal images have equal keys.
+    size; `grid` (t, h, w) in patches, or the number of tiles. It becomes `tokens` visual tokens, each of `merge` x `merge`
+    patches (1 for tiles). `key` is a hash of the content: equal images have equal keys.
+
+    Example: 56 x 112 pixels in patches of 14 that are merged 2 x 2: grid `(1, 4, 8)`, `merge=2`, `tokens=8`.
     """
 
     key: str
     pixel_values: torch.Tensor
     grid: tuple[int, ...]
     tokens: int
+    merge: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,11 +192,12 @@ class Segment:
 class PackedBatch:
     """One micro-batch: S segments [prompt | completion 1 | ... | completion R] end to end in one row of T tokens.
 
-    The row is cut into Q pieces. The first completion continues its prompt in one piece; each further completion is
-    a piece of its own whose prefix is the prompt. A token sees its piece up to itself, and all of the piece's prefix.
+    To attention the row is Q sequences, as flash-attn's varlen functions take them. The first completion continues its
+    prompt in one sequence; each further completion is a sequence of its own whose prefix, keys that it shares with
+    others, is the prompt. A token sees its sequence up to itself, and all of the sequence's prefix.
 
     Example: a prompt of 5 tokens with completions of 3 and 2, then a prompt of 4 with one of 1, give T = 15,
-    `piece_starts = [0, 8, 10, 15]`, `prefix_starts = [0, 0, 0]`, `prefix_lengths = [0, 5, 0]`,
+    `cu_seqlens_q = [0, 8, 10, 15]`, `prefix_starts = [0, 0, 0]`, `prefix_lengths = [0, 5, 0]`,
     `scored = [4, 5, 6, 4, 8, 13]`, `completion_cu_seqlens = [0, 3, 5, 6]`.
     """
 
@@ -201,12 +205,12 @@ class PackedBatch:
     """int64 [T]"""
     position_ids: torch.Tensor
     """int64 [A, T]: M-RoPE's three axes, or one axis; every completion goes on from the end of its prompt."""
-    piece_starts: torch.Tensor
-    """int32 [Q+1]: where pieces start, ending at T."""
+    cu_seqlens_q: torch.Tensor
+    """int32 [Q+1]: where the queries of each sequence start, ending at T."""
     prefix_starts: torch.Tensor
-    """int32 [Q]: where in the row each piece's prefix starts."""
+    """int32 [Q]: where in the row each sequence's prefix starts."""
     prefix_lengths: torch.Tensor
-    """int32 [Q]: tokens of each piece's prefix; 0: none."""
+    """int32 [Q]: tokens of each sequence's prefix; 0: none. It has as many keys more than queries."""
     scored: torch.Tensor
     """int64 [N]: rows of the hidden states whose *next* token is a completion token; a prompt's last row stands
     there once for each of its completions."""

@@ -24,7 +24,7 @@ def flops(run: Callable[[], T], core: Any) -> tuple[T, dict[str, int]]:
     """What `run` gives, and its floating-point operations of matrix products, convolutions and attention, in `tower`, `language_model`, `head`.
 
     Attention counts as queries times keys, whether a mask hides half of them or not: of `varlen_attn` piece by piece,
-    of SDPA with the padding of its batch, which `perl.model.packed.attention_sdpa` has too, as it spreads pieces to the longest. What
+    of SDPA with the padding of its batch, which `perl.model.packed.sdpa` has too, as it spreads pieces to the longest. What
     a checkpoint computes again counts again. PyTorch's counter has no formula for the operators below, and does not
     look into them.
 

@@ -63,7 +63,7 @@ class Workload:
         grid = (1, merge * height, merge * width)
         channels = 3 * vision.temporal_patch_size * vision.patch_size**2
         pixels = rng.normal(size=(math.prod(grid), channels)).astype(np.float32)
-        return EncodedImage(key, torch.from_numpy(pixels), grid, height * width)
+        return EncodedImage(key, torch.from_numpy(pixels), grid, height * width, merge)
 
     def _orders(self, number: int, rng: np.random.Generator) -> list[tuple[int, ...]]:
         """Different orders, the original one first."""

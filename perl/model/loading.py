@@ -11,9 +11,8 @@ from torch import nn
 
 from perl.config import ModelConfig
 from perl.files import check_safetensors, offline_if_unreachable
-from perl.model.compiling import check_compiler, compile_layers
 from perl.model.families import FAMILIES, Family, family_of
-from perl.model.liger import check_liger, use_liger
+from perl.model.layers import check_compiler, check_liger, compile_layers, use_liger
 from perl.model.packed.attention import announce, choose, use_packed_attention
 from perl.model.padded import PaddedPolicy
 from perl.model.padded_loading import (
@@ -240,11 +239,6 @@ def load_processor(folder: str, config: ModelConfig) -> Processor:
         raise UserError(
             f"model.path = {folder}: its tokenizer has no end or padding token; "
             f"the tokenizer of a {model_type} checkpoint is needed"
-        )
-    if not family.takes(image_processor):
-        raise UserError(
-            f"model.path = {folder}: {type(image_processor).__name__} does not fit a {model_type} model; "
-            "copy its preprocessor_config.json into the folder"
         )
     return Processor(tokenizer, image_processor, family, config.min_pixels, config.max_pixels)
 

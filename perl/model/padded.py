@@ -33,7 +33,7 @@ class PaddedBatch(PackedBatch):
     @property
     def num_tokens(self) -> int:
         """Tokens that go through the language model, padding included."""
-        return len(self.prompts) * int(self.piece_starts.diff().max())
+        return len(self.prompts) * int(self.cu_seqlens_q.diff().max())
 
 
 class _Tower:
@@ -108,7 +108,7 @@ class PaddedPolicy(Policy):
         """Final hidden states of the scored tokens, [N, H]: row i predicts `batch.targets[i]`."""
         assert isinstance(batch, PaddedBatch)
         hidden = self.core(**self._inputs(batch), use_cache=False).last_hidden_state
-        width, starts = hidden.shape[1], batch.piece_starts.long()
+        width, starts = hidden.shape[1], batch.cu_seqlens_q.long()
         row = torch.searchsorted(starts, batch.scored, right=True) - 1
         index = row * width + batch.scored - starts[row]
         return hidden.flatten(0, 1)[index.to(hidden.device)]
@@ -130,8 +130,8 @@ class PaddedPolicy(Policy):
         """
         inputs = self.prompt_inputs(batch.prompts, "right")
         rows, prompt_width = inputs["input_ids"].shape
-        starts = batch.piece_starts.tolist()
-        lengths = batch.piece_starts.diff().tolist()
+        starts = batch.cu_seqlens_q.tolist()
+        lengths = batch.cu_seqlens_q.diff().tolist()
         width = max(lengths)
         out: dict[str, torch.Tensor] = {}
         for name, value in inputs.items():

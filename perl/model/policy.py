@@ -119,7 +119,7 @@ class Policy(nn.Module):
             position_ids=self.position_ids(batch.position_ids[:, None]),
             use_cache=False,
             packed_layout=PackedLayout(
-                batch.piece_starts, batch.prefix_starts, batch.prefix_lengths, device
+                batch.cu_seqlens_q, batch.prefix_starts, batch.prefix_lengths, device
             ),
             **extra,
         )

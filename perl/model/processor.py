@@ -62,10 +62,9 @@ class Processor:
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        pixels, grid, tokens = self.family.preprocess(
-            self.image_processor, image, self.min_pixels, self.max_pixels
+        encoded = self.family.preprocess(
+            self.image_processor, image, key, self.min_pixels, self.max_pixels
         )
-        encoded = EncodedImage(key, pixels, grid, tokens)
         self._cache[key] = encoded
         self._cached_bytes += encoded.pixel_values.nbytes
         while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from perl.model.compiling import uncompiled
+from perl.model.layers import uncompiled
 from perl.model.policy import Policy
 from perl.model.processor import Processor
 from perl.types import EncodedPrompt

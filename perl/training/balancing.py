@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from perl.distributed import Processes
-from perl.model.packed.plan import balance
 from perl.model.vision import distinct
 from perl.types import Segment
 
@@ -86,3 +86,45 @@ def share_out(work: Sequence[Work], flops: ModelFlops, processes: Processes) -> 
     leaving = [w for owner, w in zip(owners, work, strict=True) if owner != processes.index]
     staying = [w for owner, w in zip(owners, work, strict=True) if owner == processes.index]
     return staying + processes.exchange(moves, leaving)
+
+
+def balance(costs: Sequence[Sequence[float]], tolerance: float = 1.05) -> list[list[int]]:
+    """Assign work to processes so that the busiest one has little more than the others, and little of it moves.
+
+    The longest work first, each to the process that has least so far (R. L. Graham, "Bounds on multiprocessing timing
+    anomalies", 1969): at most 4/3 times the best possible maximum. Nothing moves where the busiest process has at
+    most `tolerance` times the mean.
+
+    Args:
+        costs: `costs[p]` of the pieces of work that process p holds.
+        tolerance: 1 or more.
+
+    Returns:
+        In the same form, the process that each piece goes to.
+    """
+    held = [sum(own) for own in costs]
+    stay = [[p] * len(own) for p, own in enumerate(costs)]
+    if max(held) <= tolerance * sum(held) / len(held):
+        return stay
+    work = sorted((-cost, p, i) for p, own in enumerate(costs) for i, cost in enumerate(own))
+    loads = [(0.0, part) for part in range(len(costs))]
+    parts: list[list[tuple[int, int]]] = [[] for _ in costs]
+    for cost, p, i in work:
+        load, part = loads.pop(0)
+        parts[part].append((p, i))
+        insort(loads, (load - cost, part))
+    if loads[-1][0] >= max(held):
+        return stay
+    overlap = sorted(
+        (-sum(costs[p][i] for p, i in members if p == owner), part, owner)
+        for part, members in enumerate(parts)
+        for owner in range(len(costs))
+    )
+    owners: dict[int, int] = {}
+    for _, part, owner in overlap:
+        if part not in owners and owner not in owners.values():
+            owners[part] = owner
+    for part, members in enumerate(parts):
+        for p, i in members:
+            stay[p][i] = owners[part]
+    return stay

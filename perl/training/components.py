@@ -18,9 +18,8 @@ from perl.data.resample import parse_histogram
 from perl.data.tasks import vocabulary
 from perl.distributed import process_state
 from perl.files import RunFolder, writing
-from perl.model.compiling import check_compiler
 from perl.model.head import HeadLoss, make_policy_loss
-from perl.model.liger import check_liger
+from perl.model.layers import check_compiler, check_liger
 from perl.model.loading import check_model, load_policy, load_processor, uses_bfloat16
 from perl.model.packed.attention import choose
 from perl.model.policy import Policy

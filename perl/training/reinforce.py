@@ -15,7 +15,7 @@ import torch
 from perl.evaluation.agreement import group_agreement
 from perl.model.head import HeadLoss, make_policy_loss, needs_reference, step_normalizer
 from perl.model.loading import load_policy
-from perl.model.packed.report import packing_report
+from perl.model.packed.pack import packing_report
 from perl.recipe import Stage
 from perl.report.metrics import mean
 from perl.rollout.collect import Collected

@@ -34,12 +34,12 @@ import pytest
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection():
-    import perl.model.packed.attention_sdpa, perl.model.packed.plan, perl.permutation.permute, perl.model.vision, perl_kernels
+    import perl.model.packed.sdpa, perl.model.packed.plan, perl.permutation.permute, perl.model.vision, perl_kernels
     import torch
     from perl.model.packed.layout import PackedLayout
 
     loss, plan = perl_kernels.linear_grpo_loss, perl.model.packed.plan.plan
-    attention, permute = perl.model.packed.attention_sdpa.sdpa, perl.permutation.permute.permute
+    attention, permute = perl.model.packed.sdpa.sdpa, perl.permutation.permute.permute
     advantages, chunked = perl_kernels.group_advantages, torch.nn.functional.linear_cross_entropy
 
     def scaled_loss(*args, **kwargs):
@@ -47,7 +47,7 @@ def pytest_collection():
         return output._replace(loss=output.loss * 1.001)
 
     def across_pieces(query, key, value, layout, **kwargs):
-        whole = PackedLayout.of_segments(torch.tensor([0, layout.tokens]))
+        whole = PackedLayout.from_cu_seqlens(torch.tensor([0, layout.tokens]))
         return attention(query, key, value, whole, **kwargs)
 
     def population(*args, **kwargs):
@@ -55,7 +55,7 @@ def pytest_collection():
 
     perl_kernels.linear_grpo_loss = scaled_loss
     perl_kernels.group_advantages = population
-    perl.model.packed.attention_sdpa.sdpa = across_pieces
+    perl.model.packed.sdpa.sdpa = across_pieces
     perl.model.packed.plan.plan = lambda lengths, budget: plan(lengths, budget)[:-1]
     perl.permutation.permute.permute = lambda example, order: permute(example, range(len(order)))
     torch.nn.functional.linear_cross_entropy = lambda *args, **kwargs: (

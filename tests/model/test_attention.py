@@ -16,10 +16,10 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import varlen as torch_varlen
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from perl.model.packed import attention_flash
+from perl.model.packed import flash
 from perl.model.packed.attention import IMPLEMENTATIONS, attention_function, use_packed_attention
-from perl.model.packed.attention_flash import flash_attn_problem
-from perl.model.packed.attention_flex import causal_mask, full_mask, run_compiled
+from perl.model.packed.flash import flash_attn_problem
+from perl.model.packed.flex import causal_mask, full_mask, run_compiled
 from perl.model.packed.gather import gather_rows
 from perl.model.packed.layout import PackedLayout
 
@@ -189,7 +189,7 @@ def varlen_attn_of_2_11(
 @pytest.fixture(params=["sdpa", "flex", "flash_attention_2", "varlen", "varlen of torch 2.11"])
 def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """An implementation that runs on this CPU, by a stand-in where it must."""
-    monkeypatch.setattr(attention_flash, "_flash_attn_kernel", lambda: flash_attn_varlen_func)
+    monkeypatch.setattr(flash, "_flash_attn_kernel", lambda: flash_attn_varlen_func)
     old = request.param.endswith("2.11")
     monkeypatch.setattr(torch_varlen, "varlen_attn", varlen_attn_of_2_11 if old else varlen_attn)
     return request.param.split()[0]
@@ -255,7 +255,7 @@ def test_segments_of_a_vision_tower(name: str, lengths: list[int]) -> None:
     got = with_gradients(attend(name, qkv, None, **how), qkv, upstream)
     want = with_gradients(dense(*qkv, sees, DIM**-0.5), qkv, upstream)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
-    layout = PackedLayout.of_segments(cu_seqlens)
+    layout = PackedLayout.from_cu_seqlens(cu_seqlens)
     check_poison(lambda qkv: attend(name, qkv, **how), qkv, layout, sees)
 
 
@@ -304,8 +304,10 @@ def test_what_a_layout_needs_is_made_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert layout.once(full_mask) is not layout.once(causal_mask)
     cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32)
     made = []
-    of_segments = PackedLayout.of_segments
-    monkeypatch.setattr(PackedLayout, "of_segments", lambda x: made.append(x) or of_segments(x))
+    from_cu_seqlens = PackedLayout.from_cu_seqlens
+    monkeypatch.setattr(
+        PackedLayout, "from_cu_seqlens", lambda x: made.append(x) or from_cu_seqlens(x)
+    )
     for _ in range(3):
         attend("sdpa", inputs(7), cu_seq_lens_q=cu_seqlens)
     assert len(made) == 1

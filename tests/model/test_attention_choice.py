@@ -12,7 +12,7 @@ import torch
 
 from perl.model.packed import attention
 from perl.model.packed.attention import IMPLEMENTATIONS, choose
-from perl.model.packed.attention_flash import flash_attn_problem
+from perl.model.packed.flash import flash_attn_problem
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from perl.config import ModelConfig
-from perl.model.compiling import check_compiler, compile_layers
+from perl.model.layers import check_compiler, compile_layers
 from perl.model.loading import load_policy, load_processor
 from perl.model.policy import Policy
 from perl.rollout.engine import InProcessEngine, SamplingParams

@@ -245,7 +245,7 @@ def test_an_image_processor_that_does_not_fit(folder: Path, tmp_path: Path) -> N
     copy = Path(shutil.copytree(folder, tmp_path / "model"))
     CLIPImageProcessorPil(size={"height": 28, "width": 28}).save_pretrained(copy)
     # Older transformers without torchvision cannot make what the folder names.
-    with pytest.raises(UserError, match=r"does not fit a internvl model|it names CLIPImage"):
+    with pytest.raises(UserError, match=r"does not fit an internvl model|it names CLIPImage"):
         load_processor(str(copy), CONFIG)
 
 

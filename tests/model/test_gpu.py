@@ -15,7 +15,7 @@ from perl.cli import main
 from perl.config import ModelConfig
 from perl.model.head import HeadLoss
 from perl.model.loading import load_policy, load_processor
-from perl.model.packed.attention_flash import flash_attn_problem
+from perl.model.packed.flash import flash_attn_problem
 from perl.model.packed.pack import pack_row
 from perl.model.tiny import TINY_QWEN
 from perl.rollout.engine import InProcessEngine, SamplingParams

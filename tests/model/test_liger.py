@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perl.model.liger import check_liger, use_liger
+from perl.model.layers import check_liger, use_liger
 from perl.model.tiny import TINY_MODELS
 from perl.types import UserError
 

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from perl.config import ModelConfig
 from perl.model.loading import load_policy, load_processor
-from perl.training.balancing import ModelFlops, Work, share_out
+from perl.training.balancing import ModelFlops, Work, balance, share_out
 from perl.types import EncodedImage, EncodedPrompt, Segment
 
 PICTURE = Image.new("RGB", (112, 56))
@@ -143,3 +145,28 @@ def test_flops_come_from_the_model(
     weights = sum(p.numel() for p in policy.vision.weights)
     assert flops.visual == pytest.approx(patches * weights / (3 if frozen else 1))
     assert not ModelFlops.of(policy, share_prompts=False).shared
+
+
+COSTS = st.lists(st.lists(st.floats(0, 100), max_size=8), min_size=1, max_size=5)
+
+
+@given(COSTS)
+def test_work_is_balanced_within_grahams_bound(costs: list[list[float]]) -> None:
+    owners = balance(costs, tolerance=1.0)
+    assert [len(o) for o in owners] == [len(c) for c in costs]
+    pieces = [
+        (o, c) for os, cs in zip(owners, costs, strict=True) for o, c in zip(os, cs, strict=True)
+    ]
+    loads = [sum(c for o, c in pieces if o == p) for p in range(len(costs))]
+    longest = max((c for _, c in pieces), default=0)
+    # What giving each piece to the least busy never exceeds.
+    assert max(loads) <= sum(loads) / len(loads) + longest + 1e-9
+    assert max(loads) <= max(sum(c) for c in costs) + 1e-9
+
+
+def test_little_work_moves() -> None:
+    assert balance([[3.0, 3.0], [3.0, 3.1]]) == [[0, 0], [1, 1]]
+    # The second process keeps what it has and gets one piece more.
+    assert balance([[4.0, 4.0, 1.0], [1.0]]) == [[0, 1, 0], [1]]
+    assert balance([[], [5.0, 4.0]]) == [[], [1, 0]]
+    assert balance([[], []]) == [[], []]

@@ -36,8 +36,7 @@ class ImageFeatures:
 class Family(ABC):
     """A family of transformers vision-language models: a language model over text and visual tokens, and a tower.
 
-    To add one, write such a class, put it into `perl.model.families.FAMILIES`, and add its tiny model to `perl.model.tiny`: the
-    tests then hold it to the stock model's log-probs and gradients. It has to be a model whose visual tokens are
+    docs/models.md says how to add one. It has to be a model whose visual tokens are
     attended to causally like text, and whose images are encoded independently of each other.
     """
 
@@ -54,7 +53,11 @@ class Family(ABC):
 
     @abstractmethod
     def load_image_processor(self, folder: str | Path) -> Any:
-        """The image processor of a checkpoint; raises whatever transformers raises for a broken one."""
+        """The image processor of a checkpoint; raises whatever transformers raises for a broken one.
+
+        Raises:
+            ValueError: `preprocess` cannot work with it.
+        """
 
     @staticmethod
     def image_processor_of(folder: str | Path, pil: Any) -> Any:
@@ -76,14 +79,10 @@ class Family(ABC):
             return pil.from_pretrained(folder)
 
     @abstractmethod
-    def takes(self, image_processor: Any) -> bool:
-        """Whether `preprocess` works with this image processor."""
-
-    @abstractmethod
     def preprocess(
-        self, image_processor: Any, image: Image.Image, min_pixels: int, max_pixels: int
-    ) -> tuple[torch.Tensor, tuple[int, ...], int]:
-        """One RGB picture as the tower's input, its grid, and the number of its visual tokens."""
+        self, image_processor: Any, image: Image.Image, key: str, min_pixels: int, max_pixels: int
+    ) -> EncodedImage:
+        """One RGB picture as the tower's input; `key` is the hash of its content."""
 
     def placeholder(self, image: EncodedImage) -> list[str]:
         """The tokens that the template's one image token becomes."""

@@ -11,23 +11,18 @@ import torch
 from torch import nn
 
 from perl.model.families.base import Family, ImageFeatures
+from perl.types import EncodedImage
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from perl.types import EncodedImage
-
 
 @dataclass(frozen=True, slots=True)
 class TileProcessor:
-    """GotOcr2's image processor, and what its tiles become in the model.
-
-    `height`, `width` of a tile in pixels; `tokens` visual tokens of a tile, 0 where the two do not fit.
-    """
+    """GotOcr2's image processor, whose tiles of `area` pixels become `tokens` visual tokens each in the model."""
 
     images: Any
-    height: int
-    width: int
+    area: int
     tokens: int
 
     def save_pretrained(self, folder: Path) -> None:
@@ -61,22 +56,27 @@ class InternVL(Family):
             pixels // patch * config.downsample_ratio
             for pixels, patch in zip((height, width), config.vision_config.patch_size, strict=True)
         ]
-        fits = hasattr(images, "max_patches") and height == width and float(sides[0]).is_integer()
-        return TileProcessor(images, height, width, int(sides[0] * sides[1]) if fits else 0)
-
-    def takes(self, image_processor: TileProcessor) -> bool:
-        return image_processor.tokens > 0
+        if not (
+            hasattr(images, "max_patches") and height == width and float(sides[0]).is_integer()
+        ):
+            raise ValueError(f"{type(images).__name__} does not fit an internvl model")
+        return TileProcessor(images, height * width, int(sides[0] * sides[1]))
 
     def preprocess(
-        self, image_processor: TileProcessor, image: Image.Image, min_pixels: int, max_pixels: int
-    ) -> tuple[torch.Tensor, tuple[int, ...], int]:
+        self,
+        image_processor: TileProcessor,
+        image: Image.Image,
+        key: str,
+        min_pixels: int,
+        max_pixels: int,
+    ) -> EncodedImage:
         """Tiles float32 [tiles, 3, size, size], grid (tiles,).
 
         The picture is resized to the arrangement of tiles that is closest to its aspect, of at most
         `max_pixels // pixels of a tile` tiles but at least one and no more than the checkpoint's `max_patches`, and
         of at least `min_pixels // pixels of a tile`. Where that is several, the picture as a whole is one more tile.
         """
-        stock, area = image_processor.images, image_processor.height * image_processor.width
+        stock, area = image_processor.images, image_processor.area
         most = max(1, min(int(stock.max_patches), max_pixels // area))
         out = stock(
             images=[image],
@@ -86,7 +86,7 @@ class InternVL(Family):
             return_tensors="pt",
         )
         tiles = int(out["num_patches"][0])
-        return out["pixel_values"], (tiles,), tiles * image_processor.tokens
+        return EncodedImage(key, out["pixel_values"], (tiles,), tiles * image_processor.tokens)
 
     def placeholder(self, image: EncodedImage) -> list[str]:
         return ["<img>", *[self.image_token] * image.tokens, "</img>"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +11,10 @@ import torch
 from torch import nn
 
 from perl.model.families.base import Family, ImageFeatures
-from perl.model.mrope import mrope_positions
+from perl.types import EncodedImage
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from perl.types import EncodedImage
 
 
 class QwenVL(Family):
@@ -39,25 +36,45 @@ class QwenVL(Family):
             Qwen2VLImageProcessorPil,
         )
 
-        return self.image_processor_of(folder, Qwen2VLImageProcessorPil)
-
-    def takes(self, image_processor: Any) -> bool:
-        return hasattr(image_processor, "merge_size")
+        processor = self.image_processor_of(folder, Qwen2VLImageProcessorPil)
+        if not hasattr(processor, "merge_size"):
+            raise ValueError(f"{type(processor).__name__} does not fit a Qwen-VL model")
+        return processor
 
     def preprocess(
-        self, image_processor: Any, image: Image.Image, min_pixels: int, max_pixels: int
-    ) -> tuple[torch.Tensor, tuple[int, ...], int]:
+        self, image_processor: Any, image: Image.Image, key: str, min_pixels: int, max_pixels: int
+    ) -> EncodedImage:
         """Patches float32 [t * h * w, channels * temporal * patch^2], grid (t, h, w) in patches."""
         size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
         out = image_processor(images=[image], size=size, return_tensors="pt")
         t, h, w = (int(x) for x in out["image_grid_thw"][0])
-        return out["pixel_values"], (t, h, w), t * h * w // image_processor.merge_size**2
+        merge = image_processor.merge_size
+        return EncodedImage(key, out["pixel_values"], (t, h, w), t * h * w // merge**2, merge)
 
     def positions(
         self, input_ids: np.ndarray, images: Sequence[EncodedImage], image_token_id: int
     ) -> tuple[np.ndarray, int]:
-        """M-RoPE's temporal, height and width axes."""
-        return mrope_positions(input_ids, [_merged(image) for image in images], image_token_id)
+        """M-RoPE's temporal, height and width axes (arXiv 2409.12191 §2.1): int64 [3, P], and the next position.
+
+        Text advances all axes by one a token. The axes of an image of t x h x w tokens count inside it from the
+        position it starts at; the text after it goes on from its largest position + 1.
+        """
+        positions = np.empty((3, len(input_ids)), dtype=np.int64)
+        is_image = input_ids == image_token_id
+        index = next_position = 0
+        for image in images:
+            t, h, w = image.grid
+            shape = (t, h // image.merge, w // image.merge)
+            start = index + int(np.argmax(is_image[index:]))
+            end = start + image.tokens
+            positions[:, index:start] = np.arange(next_position, next_position + start - index)
+            next_position += start - index
+            positions[:, start:end] = np.indices(shape).reshape(3, -1) + next_position
+            next_position += max(shape)
+            index = end
+        rest = len(input_ids) - index
+        positions[:, index:] = np.arange(next_position, next_position + rest)
+        return positions, next_position + rest
 
     def tower(self, core: Any) -> list[nn.Module]:
         return [core.visual]
@@ -84,13 +101,6 @@ class QwenVL(Family):
             "visual_pos_masks": visual_mask,
             "deepstack_visual_embeds": list(features.deepstack),
         }
-
-
-def _merged(image: EncodedImage) -> tuple[int, int, int]:
-    """The grid of an image's visual tokens: its patches' with height and width divided by the merge size."""
-    t, h, w = image.grid
-    merge = math.isqrt(t * h * w // image.tokens)
-    return t, h // merge, w // merge
 
 
 def _joined(layer: Any) -> torch.Tensor:

@@ -1,9 +1,8 @@
 """Attention over packed rows: which implementation runs, and how transformers' models come to call it.
 
-A packed row is cut into pieces, and a piece may see a prefix that it shares with others (`PackedLayout`). Four
-implementations compute that, each in a file of its own: `flash_attention_2` and `varlen` (attention_flash.py), `flex`
-(attention_flex.py) and `sdpa` (attention_sdpa.py). transformers' models take any attention registered by name, so no
-model code is patched: `use_packed_attention` puts the chosen name into the configs.
+Each implementation has a file of its own: `flash_attention_2` and `varlen` (flash.py), `flex` (flex.py), `sdpa` (sdpa.py).
+transformers' models take any attention that is registered by name, so no model code is patched:
+`use_packed_attention` puts the chosen name into the configs.
 """
 
 from __future__ import annotations
@@ -11,54 +10,37 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from functools import cache, partial
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from perl.model.packed.attention_flash import flash_attention_2, flash_attn_problem, varlen
-from perl.model.packed.attention_flex import flex
-from perl.model.packed.attention_sdpa import sdpa
+from perl.model.packed.flash import flash_attention_2, flash_attn_problem, varlen
+from perl.model.packed.flex import flex
 from perl.model.packed.layout import PackedLayout
+from perl.model.packed.sdpa import sdpa
 
 logger = logging.getLogger(__name__)
 
 Attention = Literal["auto", "flash_attention_2", "varlen", "flex", "sdpa"]
 
-
-class Implementation(Protocol):
-    """What each of the four is: softmax(scale q k^T) v over the keys that each query sees.
-
-    Args:
-        query: [1, heads, T, d]; key, value: [1, kv_heads, T, d], of one dtype.
-        layout: which tokens see which.
-        causal: whether a token sees its own piece only up to itself.
-        scale: None: 1 / sqrt(d).
-        dropout: probability.
-
-    Returns:
-        [1, T, heads, d] of the dtype of `query`.
-    """
-
-    def __call__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        layout: PackedLayout,
-        causal: bool,
-        scale: float | None,
-        dropout: float,
-    ) -> torch.Tensor: ...
-
-
-IMPLEMENTATIONS: dict[str, Implementation] = {
+IMPLEMENTATIONS: dict[str, Callable[..., torch.Tensor]] = {
     "flash_attention_2": flash_attention_2,
     "varlen": varlen,
     "flex": flex,
     "sdpa": sdpa,
 }
+"""Each computes softmax(scale q k^T) v over the keys that each query sees, called as
+
+    f(query [1, heads, T, d], key [1, kv_heads, T, d], value [1, kv_heads, T, d], layout, causal, scale, dropout)
+
+-> [1, T, heads, d], all of one dtype. `causal`: a token sees its own sequence only up to itself; `scale` None:
+1 / sqrt(d); `dropout` is a probability.
+"""
+
+WITHOUT_DROPOUT = ("varlen", "flex")
+"""Implementations whose kernels have no dropout."""
 
 
 def choose(wanted: Attention, device: torch.device, bfloat16: bool = True) -> tuple[str, str]:
@@ -72,10 +54,8 @@ def choose(wanted: Attention, device: torch.device, bfloat16: bool = True) -> tu
     Raises:
         ValueError: what is asked for cannot run here.
     """
-    if wanted == "sdpa":
-        return wanted, "asked for"
-    if wanted == "flex":
-        return wanted, "asked for" if device.type == "cuda" else "asked for; slow without a GPU"
+    if wanted == "flex" and device.type != "cuda":
+        return wanted, "asked for; slow without a GPU"
     if wanted != "auto":
         if problem := _obstacle(wanted, device, bfloat16):
             raise ValueError(f"model.attention = {wanted} needs {problem}")
@@ -92,7 +72,9 @@ def choose(wanted: Attention, device: torch.device, bfloat16: bool = True) -> tu
 
 
 def _obstacle(name: str, device: torch.device, bfloat16: bool) -> str:
-    """What a flash kernel lacks here and what to do instead; empty if nothing."""
+    """What a flash kernel lacks here and what to do instead; empty if nothing, and for the others."""
+    if name not in ("flash_attention_2", "varlen"):
+        return ""
     if device.type != "cuda":
         return f"a CUDA device, this run is on {device.type}: use sdpa"
     if name == "flash_attention_2" and (problem := flash_attn_problem()):
@@ -113,7 +95,7 @@ def announce(name: str, reason: str) -> None:
 
 
 def use_packed_attention(language_model: nn.Module, tower: Iterable[nn.Module], name: str) -> None:
-    """Make a transformers language model and its vision tower attend inside pieces only.
+    """Make a transformers language model and its vision tower attend inside their sequences only.
 
     The language model must then be called with `packed_layout=PackedLayout(...)` and without a cache; a Qwen tower
     passes its own `cu_seq_lens_q`. Calls with neither (generation, towers that take a batch of images) are
@@ -140,11 +122,11 @@ def attention_function(name: str) -> Callable[..., tuple[torch.Tensor, None]]:
     Args:
         name: one of `IMPLEMENTATIONS`.
     """
-    return cast(Any, torch.compiler.disable(partial(_attend, IMPLEMENTATIONS[name])))
+    return cast(Any, torch.compiler.disable(partial(_attend, name)))
 
 
 def _attend(
-    implementation: Implementation,
+    name: str,
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -163,15 +145,19 @@ def _attend(
     Args:
         query: [1, heads, T, d]; key, value: [1, kv_heads, T, d].
         packed_layout: given to the language model.
-        cu_seq_lens_q: int [S+1], from a vision tower: where its segments start, ending at T.
+        cu_seq_lens_q: int [S+1], from a vision tower: where its sequences start, ending at T.
 
     Returns:
         [1, T, heads, d] in the dtype that autocast asks for, and None (no weights).
 
     Raises:
-        ValueError: a packed row with a sliding window.
+        ValueError: a packed row with a sliding window, or with dropout that the implementation does not have.
     """
-    if packed_layout is None and cu_seq_lens_q is None:
+    if cu_seq_lens_q is not None:
+        layout = _tower_layout(cu_seq_lens_q)
+    elif packed_layout is not None:
+        layout = packed_layout
+    else:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
@@ -188,11 +174,13 @@ def _attend(
         raise ValueError(
             f"packed rows cannot be attended with a sliding window (here {sliding_window} tokens)"
         )
-    layout = packed_layout if cu_seq_lens_q is None else _segments(cu_seq_lens_q)
-    assert layout is not None
+    if dropout and name in WITHOUT_DROPOUT:
+        raise ValueError(
+            f"{name} attention has no dropout; use model.attention = sdpa or flash_attention_2"
+        )
     causal = bool(module.is_causal if is_causal is None else is_causal)
     query, key, value = _one_dtype(query, key, value)
-    out = implementation(query, key, value, layout, causal, scaling, dropout)
+    out = IMPLEMENTATIONS[name](query, key, value, layout, causal, scaling, dropout)
     # The same memory, but no view to autograd: code compiled after this would else be bound to the sizes of the padded
     # batch under it, and be compiled again for another layout.
     return torch.ops.aten._unsafe_view(out, out.shape), None
@@ -211,10 +199,10 @@ def _one_dtype(*tensors: torch.Tensor) -> list[torch.Tensor]:
 _layouts = WeakTensorKeyDictionary()
 
 
-def _segments(cu_seqlens: torch.Tensor) -> PackedLayout:
-    """The layout of a tower's segments, made by its first layer; the device is waited for once, not by every layer."""
+def _tower_layout(cu_seqlens: torch.Tensor) -> PackedLayout:
+    """The layout of a tower's sequences, made by its first layer; the device is waited for once, not by every layer."""
     if cu_seqlens not in _layouts:
-        _layouts[cu_seqlens] = PackedLayout.of_segments(cu_seqlens)
+        _layouts[cu_seqlens] = PackedLayout.from_cu_seqlens(cu_seqlens)
     return _layouts[cu_seqlens]
 
 

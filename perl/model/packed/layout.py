@@ -7,50 +7,51 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
+from torch.nn import functional as F
 
 Made = TypeVar("Made")
 
 
 class PackedLayout:
-    """A row of T tokens cut into Q pieces, on one device; made once per forward, shared by all layers.
+    """A row of T tokens as Q sequences, some of which share a prefix; made once per forward, shared by all layers.
 
-    A token sees its own piece (up to itself where attention is causal) and all of the piece's prefix, a span of the
-    row before the piece. The sizes are known on the host, so that no layer waits for the device.
+    A token sees its own sequence (up to itself where attention is causal) and all of the sequence's prefix, a span of
+    the row before the sequence. Everything here is on the CPU, so that no layer waits for the device; what kernels
+    read (`cu_seqlens_q`, `cu_seqlens_k`, `key_index`) is on the device.
 
     Args:
-        piece_starts: int [Q+1] on the CPU, where pieces start, ending at T.
+        cu_seqlens_q: int [Q+1] on the CPU, where the sequences' own tokens start, ending at T.
         prefix_starts, prefix_lengths: int [Q] on the CPU; length 0: no prefix.
         device: of the queries.
     """
 
     def __init__(
         self,
-        piece_starts: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
         prefix_starts: torch.Tensor,
         prefix_lengths: torch.Tensor,
         device: torch.device,
     ) -> None:
         self.device = device
-        self.starts: list[int] = piece_starts.tolist()
-        self.prefixes: list[tuple[int, int]] = list(
-            zip(prefix_starts.tolist(), prefix_lengths.tolist(), strict=True)
-        )
-        self.lengths = [b - a for a, b in zip(self.starts, self.starts[1:], strict=False)]
-        self.tokens = self.starts[-1]
-        self.max_query = max(self.lengths)
-        self.max_key = max(
-            n + prefix for n, (_, prefix) in zip(self.lengths, self.prefixes, strict=True)
-        )
+        self.starts, self.lengths = cu_seqlens_q[:-1].long(), cu_seqlens_q.diff().long()
+        self.prefix_starts, self.prefix_lengths = prefix_starts.long(), prefix_lengths.long()
+        self.key_lengths = self.prefix_lengths + self.lengths
+        self.tokens = int(cu_seqlens_q[-1])
+        self.max_seqlen_q, self.max_seqlen_k = int(self.lengths.max()), int(self.key_lengths.max())
+        self.shared = bool(self.prefix_lengths.any())
+        """Whether any sequence has a prefix."""
+        self.cu_seqlens_q = cu_seqlens_q.int().to(device)
+        """int32 [Q+1]"""
         self._made: dict[Callable[[PackedLayout], Any], Any] = {}
 
     @classmethod
-    def of_segments(cls, cu_seqlens: torch.Tensor) -> PackedLayout:
-        """Pieces without a prefix.
+    def from_cu_seqlens(cls, cu_seqlens: torch.Tensor) -> PackedLayout:
+        """Sequences without a prefix.
 
         Args:
-            cu_seqlens: int [S+1] on any device, where segments start, ending at T; empty ones are left out.
+            cu_seqlens: int [S+1] on any device, where sequences start, ending at T; empty ones are left out.
         """
-        starts = torch.tensor(sorted(set(cu_seqlens.tolist())))
+        starts = cu_seqlens.cpu().unique()
         none = torch.zeros(len(starts) - 1, dtype=torch.int64)
         return cls(starts, none, none, cu_seqlens.device)
 
@@ -60,28 +61,19 @@ class PackedLayout:
             self._made[make] = make(self)
         return self._made[make]
 
-    @property
-    def shared(self) -> bool:
-        """Whether any piece has a prefix."""
-        return any(length for _, length in self.prefixes)
-
     @cached_property
-    def cu_query(self) -> torch.Tensor:
-        """int32 [Q+1]"""
-        return torch.tensor(self.starts, dtype=torch.int32, device=self.device)
-
-    @cached_property
-    def cu_key(self) -> torch.Tensor:
-        """int32 [Q+1]: where each piece's keys start among those of `key_index`."""
-        lengths = [n + p for n, (_, p) in zip(self.lengths, self.prefixes, strict=True)]
-        return torch.tensor([0, *lengths], device=self.device).cumsum(0).int()
+    def cu_seqlens_k(self) -> torch.Tensor:
+        """int32 [Q+1]: where each sequence's keys start among those of `key_index`."""
+        return F.pad(self.key_lengths.cumsum(0), (1, 0)).int().to(self.device)
 
     @cached_property
     def key_index(self) -> torch.Tensor:
-        """int64 [K]: for each piece the rows of its prefix, then its own."""
-        spans = []
-        for start, length, (prefix, size) in zip(
-            self.starts, self.lengths, self.prefixes, strict=False
-        ):
-            spans += [torch.arange(prefix, prefix + size), torch.arange(start, start + length)]
+        """int64 [K]: for each sequence the rows of its prefix, then its own."""
+        row = torch.arange(self.tokens)
+        own = row.split(self.lengths.tolist())
+        prefixes = zip(self.prefix_starts.tolist(), self.prefix_lengths.tolist(), strict=True)
+        spans = [
+            torch.cat([row[start : start + length], rows])
+            for (start, length), rows in zip(prefixes, own, strict=True)
+        ]
         return torch.cat(spans).to(self.device)

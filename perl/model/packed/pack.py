@@ -8,6 +8,7 @@ sequence at a time. Each distinct image stands once in the batch however many se
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,18 +29,7 @@ def pack(segments: Sequence[Segment], budget: int, share: bool = True) -> list[P
         Load(len(s.prompt.input_ids), tuple(len(c) for c in s.completions), s.group)
         for s in segments
     ]
-    if share:
-        return [pack_row(segments, row) for row in plan(loads, budget)]
-    # One load per completion, and the plan's numbers put back.
-    single = [(i, r) for i, load in enumerate(loads) for r in range(len(load.completions))]
-    rows = plan(
-        [Load(loads[i].prompt, (loads[i].completions[r],), loads[i].group) for i, r in single],
-        budget,
-    )
-    return [
-        pack_row(segments, [Share(single[s.segment][0], (single[s.segment][1],)) for s in row])
-        for row in rows
-    ]
+    return [pack_row(segments, row) for row in plan(loads, budget, share)]
 
 
 def pack_row(segments: Sequence[Segment], shares: Sequence[Share] | None = None) -> PackedBatch:
@@ -86,7 +76,7 @@ class _Row:
         self.tokens = self.features = 0
 
     def add_prompt(self, prompt: EncodedPrompt) -> int:
-        """Append a prompt, which starts a piece; returns where it starts."""
+        """Append a prompt, which starts a sequence; returns where it starts."""
         start = self.tokens
         self._append(prompt.input_ids, prompt.position_ids)
         self.starts.append(start)
@@ -107,7 +97,7 @@ class _Row:
         """Append a completion of the prompt that starts at `prompt_start`."""
         prompt_end = prompt_start + len(prompt.input_ids)
         start = self.tokens
-        # The first that has any tokens goes on in the prompt's piece.
+        # The first that has any tokens goes on in the prompt's sequence: nothing of it has to be gathered.
         if len(ids) and start > prompt_end:
             self.starts.append(start)
             self.prefixes.append((prompt_start, len(prompt.input_ids)))
@@ -128,7 +118,7 @@ class _Row:
         return PackedBatch(
             input_ids=_join(self.ids),
             position_ids=torch.from_numpy(np.concatenate(self.positions, axis=1)),
-            piece_starts=torch.tensor([*self.starts, self.tokens], dtype=torch.int32),
+            cu_seqlens_q=torch.tensor([*self.starts, self.tokens], dtype=torch.int32),
             prefix_starts=torch.tensor([s for s, _ in self.prefixes], dtype=torch.int32),
             prefix_lengths=torch.tensor([n for _, n in self.prefixes], dtype=torch.int32),
             scored=_join(self.scored),
@@ -147,4 +137,47 @@ def _join(parts: Sequence[np.ndarray]) -> torch.Tensor:
         torch.from_numpy(np.concatenate(parts).astype(np.int64))
         if parts
         else torch.empty(0, dtype=torch.int64)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PackingReport:
+    """What packing and sharing saved; see `packing_report`."""
+
+    rows: int
+    tokens: int
+    """Tokens that go through the language model."""
+    images: int
+    """Distinct images that go through the vision tower."""
+    fill: float
+    """Tokens over rows x budget: 1 means no room is left."""
+    token_sharing: float
+    """Tokens if every completion had its own prompt, over `tokens`."""
+    image_sharing: float
+    """Images if every completion had its own, over the distinct ones; 1 without images."""
+
+
+def packing_report(
+    batches: Sequence[PackedBatch], segments: Sequence[Segment], budget: int
+) -> PackingReport:
+    """How full the rows are and how much was shared.
+
+    Args:
+        batches: what `pack` made of `segments`.
+        budget: most tokens of a row.
+    """
+    repeated = sum(
+        len(s.prompt.input_ids) * len(s.completions) + sum(map(len, s.completions))
+        for s in segments
+    )
+    shown = sum(len(s.prompt.images) * len(s.completions) for s in segments)
+    distinct = len({image.key for b in batches for image in b.images})
+    tokens = sum(b.num_tokens for b in batches)
+    return PackingReport(
+        rows=len(batches),
+        tokens=tokens,
+        images=distinct,
+        fill=tokens / (len(batches) * budget) if batches else 0.0,
+        token_sharing=repeated / tokens if tokens else 1.0,
+        image_sharing=shown / distinct if distinct else 1.0,
     )

@@ -1,4 +1,4 @@
-"""Which completions share a row, and which process computes which group: plain numbers in, plain numbers out."""
+"""Which completions share a row: plain numbers in, plain numbers out."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Share:
 Row = list[Share]
 
 
-def plan(loads: Sequence[Load], budget: int) -> list[Row]:
+def plan(loads: Sequence[Load], budget: int, share: bool = True) -> list[Row]:
     """Assign segments to rows of at most `budget` tokens by best-fit decreasing.
 
     What belongs together stays together as far as it fits: all segments of a group in one row, else each segment
@@ -43,13 +43,17 @@ def plan(loads: Sequence[Load], budget: int) -> list[Row]:
     Args:
         loads: sizes of the segments.
         budget: most tokens of a row.
+        share: whether the completions of a segment share its prompt; if not, each has a copy of it.
 
     Returns:
         Rows; in each the shares are ordered by segment.
     """
     if budget < 1:
         raise ValueError(f"budget must be at least 1 token, got {budget}")
-    units = [unit for members in _groups(loads) for unit in _units(loads, members, budget)]
+    groups: defaultdict[int, list[int]] = defaultdict(list)
+    for index, load in enumerate(loads):
+        groups[load.group].append(index)
+    units = [unit for members in groups.values() for unit in _units(loads, members, budget, share)]
     sizes = [sum(_tokens(loads, share) for share in unit) for unit in units]
     rows = [[share for i in bin_ for share in units[i]] for bin_ in _best_fit(sizes, budget)]
     for row in rows:
@@ -57,70 +61,24 @@ def plan(loads: Sequence[Load], budget: int) -> list[Row]:
     return sorted(rows, key=lambda row: _place(row[0]))
 
 
-def balance(costs: Sequence[Sequence[float]], tolerance: float = 1.05) -> list[list[int]]:
-    """Assign work to processes so that the busiest one has little more than the others, and little of it moves.
-
-    The longest work first, each to the process that has least so far (R. L. Graham, "Bounds on multiprocessing timing
-    anomalies", 1969): at most 4/3 times the best possible maximum. Nothing moves where the busiest process has at
-    most `tolerance` times the mean.
-
-    Args:
-        costs: `costs[p]` of the pieces of work that process p holds.
-        tolerance: 1 or more.
-
-    Returns:
-        In the same form, the process that each piece goes to.
-    """
-    held = [sum(own) for own in costs]
-    stay = [[p] * len(own) for p, own in enumerate(costs)]
-    if max(held) <= tolerance * sum(held) / len(held):
-        return stay
-    work = sorted((-cost, p, i) for p, own in enumerate(costs) for i, cost in enumerate(own))
-    loads = [(0.0, part) for part in range(len(costs))]
-    parts: list[list[tuple[int, int]]] = [[] for _ in costs]
-    for cost, p, i in work:
-        load, part = loads.pop(0)
-        parts[part].append((p, i))
-        insort(loads, (load - cost, part))
-    if loads[-1][0] >= max(held):
-        return stay
-    overlap = sorted(
-        (-sum(costs[p][i] for p, i in members if p == owner), part, owner)
-        for part, members in enumerate(parts)
-        for owner in range(len(costs))
-    )
-    owners: dict[int, int] = {}
-    for _, part, owner in overlap:
-        if part not in owners and owner not in owners.values():
-            owners[part] = owner
-    for part, members in enumerate(parts):
-        for p, i in members:
-            stay[p][i] = owners[part]
-    return stay
-
-
-def _groups(loads: Sequence[Load]) -> list[list[int]]:
-    members: defaultdict[int, list[int]] = defaultdict(list)
-    for index, load in enumerate(loads):
-        members[load.group].append(index)
-    return list(members.values())
-
-
-def _units(loads: Sequence[Load], members: Sequence[int], budget: int) -> list[Row]:
+def _units(loads: Sequence[Load], members: Sequence[int], budget: int, share: bool) -> list[Row]:
     """What of a group has to stay together: everything, or as little as the budget demands."""
-    whole = [Share(i, tuple(range(len(loads[i].completions)))) for i in members]
-    if sum(loads[i].tokens for i in members) <= budget:
-        return [whole]
-    return [[share] for share in whole for share in _split(loads[share.segment], share, budget)]
+    shares: list[Share] = []
+    for i in members:
+        every = tuple(range(len(loads[i].completions)))
+        shares += [Share(i, every)] if share else [Share(i, (r,)) for r in every]
+    if shares and sum(_tokens(loads, s) for s in shares) <= budget:
+        return [shares]
+    return [[part] for s in shares for part in _split(loads, s, budget)]
 
 
-def _split(load: Load, share: Share, budget: int) -> list[Share]:
-    """A segment as it is, or its completions over as few copies of the prompt as best fit finds."""
-    if load.tokens <= budget:
+def _split(loads: Sequence[Load], share: Share, budget: int) -> list[Share]:
+    """A share as it is, or its completions over as few copies of the prompt as best fit finds."""
+    if len(share.completions) == 1 or _tokens(loads, share) <= budget:
         return [share]
-    return [
-        Share(share.segment, tuple(b)) for b in _best_fit(load.completions, budget - load.prompt)
-    ]
+    load = loads[share.segment]
+    bins = _best_fit(load.completions, budget - load.prompt)
+    return [Share(share.segment, tuple(b)) for b in bins]
 
 
 def _best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:

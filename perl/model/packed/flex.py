@@ -1,8 +1,8 @@
 """FlexAttention over packed rows: a kernel that PyTorch compiles for a mask, in any floating dtype.
 
-A token sees two spans of the row: its own piece, up to itself where attention is causal, and its prefix. So four
-numbers per token say it all, and the one compiled kernel reads them: another layout, causal or not, only changes
-numbers.
+A token sees two spans of the row: its own sequence, up to itself where attention is causal, and the sequence's prefix.
+So four numbers per token say it all, and the one compiled kernel reads them: another layout, causal or not, only
+changes numbers.
 """
 
 from __future__ import annotations
@@ -29,16 +29,8 @@ def flex(
     scale: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """FlexAttention, compiled on CUDA; see `perl.model.packed.attention.Implementation`. Elsewhere, where it has no gradients, the
-    same mask is made dense for SDPA.
-
-    Raises:
-        ValueError: dropout, which FlexAttention does not have.
-    """
-    if dropout:
-        raise ValueError(
-            "flex attention has no dropout; use model.attention = sdpa or flash_attention_2"
-        )
+    """FlexAttention, compiled on CUDA; elsewhere, where it has no gradients, the same mask is made dense for SDPA. It has
+    no dropout."""
     mask = layout.once(causal_mask if causal else full_mask)
     tokens = query.shape[2]
     q, k, v = (F.pad(x, (0, 0, 0, mask.seq_lengths[0] - tokens)) for x in (query, key, value))
@@ -77,23 +69,23 @@ def run_compiled(
         torch._dynamo.mark_static(x, 1)
         torch._dynamo.mark_static(x, 3)
     grouped = query.shape[1] != key.shape[1]
-    # Also where layers run uncompiled (`perl.model.compiling.uncompiled`): as written, it would make all scores.
+    # Also where layers run uncompiled (`perl.model.layers.uncompiled`): as written, it would make all scores.
     with torch.compiler.set_stance("default"):
         return kernel(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
 
 
 def causal_mask(layout: PackedLayout) -> BlockMask:
-    """The mask where a token sees its piece up to itself."""
+    """The mask where a token sees its sequence up to itself."""
     return _block_mask(layout, causal=True)
 
 
 def full_mask(layout: PackedLayout) -> BlockMask:
-    """The mask where a token sees its whole piece."""
+    """The mask where a token sees its whole sequence."""
     return _block_mask(layout, causal=False)
 
 
 def _block_mask(layout: PackedLayout, causal: bool) -> BlockMask:
-    """[1, 1, n, n] for the T tokens and a piece of padding, n a multiple of 128.
+    """[1, 1, n, n] for the T tokens and a sequence of padding, n a multiple of 128.
 
     At least two blocks: torch.compile makes a kernel of its own for sizes of one.
     """
@@ -126,11 +118,16 @@ def _block_mask(layout: PackedLayout, causal: bool) -> BlockMask:
 
 def _spans(layout: PackedLayout, n: int, causal: bool) -> list[torch.Tensor]:
     """Own start, own end, prefix start, prefix end of each of n tokens: int32 [n] on the CPU."""
-    starts = torch.tensor([*layout.starts, n])
-    prefix_starts, prefix_lengths = torch.tensor([*layout.prefixes, (0, 0)]).unbind(1)
-    lengths = starts.diff()
-    pieces = (starts[:-1], starts[1:], prefix_starts, prefix_starts + prefix_lengths)
-    spans = [x.repeat_interleave(lengths).int() for x in pieces]
+    # Behind the row there is padding: one more sequence, without a prefix.
+    starts = F.pad(layout.starts, (0, 1), value=layout.tokens)
+    ends = F.pad(starts[1:], (0, 1), value=n)
+    prefix_starts, prefix_lengths = (
+        F.pad(x, (0, 1)) for x in (layout.prefix_starts, layout.prefix_lengths)
+    )
+    spans = [
+        x.repeat_interleave(ends - starts).int()
+        for x in (starts, ends, prefix_starts, prefix_starts + prefix_lengths)
+    ]
     if causal:
         spans[1] = torch.arange(1, n + 1, dtype=torch.int32)
     return spans

@@ -1,7 +1,8 @@
-"""PyTorch's SDPA over packed rows: pieces are spread to padded batches, attended there, and gathered back.
+"""PyTorch's SDPA over packed rows: sequences are spread to padded batches, attended there, and gathered back.
 
-Pieces without a prefix, which SDPA masks itself, and pieces with one, which see it beside themselves through a small
-dense mask, stand in batches of their own, long ones apart from short ones. Rows of one piece never meet another's.
+Sequences without a prefix, which SDPA masks itself, and those with one, which see it beside themselves through a
+small dense mask, stand in batches of their own, long ones apart from short ones. Every sequence is a row of its batch,
+so that none can see another.
 """
 
 from __future__ import annotations
@@ -24,12 +25,11 @@ def sdpa(
     scale: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """See `perl.model.packed.attention.Implementation`. On every device, in every dtype."""
-    if not layout.shared and layout.tokens == len(layout.lengths) * layout.max_query:
-        # Pieces of one length are a batch already.
-        q, k, v = (
-            _as_batch(_rows(x), len(layout.lengths), x.shape[1]) for x in (query, key, value)
-        )
+    """On every device, in every dtype."""
+    sequences = len(layout.lengths)
+    if not layout.shared and layout.tokens == sequences * layout.max_seqlen_q:
+        # Sequences of one length are a batch already.
+        q, k, v = (_as_batch(_rows(x), sequences, x.shape[1]) for x in (query, key, value))
         out = _attend(q, k, v, None, causal, scale, dropout)
         return out.transpose(1, 2).reshape(1, layout.tokens, *query.shape[1::2])
     batches = layout.once(_batches)
@@ -38,9 +38,9 @@ def sdpa(
     for batch in batches.parts:
         mask = batch.causal if causal else batch.full
         out = _attend(
-            _as_batch(q.index_select(0, batch.queries), batch.pieces, query.shape[1]),
-            _as_batch(gather_rows(k, batch.keys), batch.pieces, key.shape[1]),
-            _as_batch(gather_rows(v, batch.keys), batch.pieces, key.shape[1]),
+            _as_batch(q.index_select(0, batch.queries), batch.sequences, query.shape[1]),
+            _as_batch(gather_rows(k, batch.keys), batch.sequences, key.shape[1]),
+            _as_batch(gather_rows(v, batch.keys), batch.sequences, key.shape[1]),
             mask,
             mask is None,
             scale,
@@ -56,9 +56,9 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x[0].transpose(0, 1).flatten(1)
 
 
-def _as_batch(rows: torch.Tensor, pieces: int, heads: int) -> torch.Tensor:
-    """[pieces longest, h d] -> [pieces, h, longest, d]"""
-    return rows.unflatten(1, (heads, -1)).unflatten(0, (pieces, -1)).transpose(1, 2)
+def _as_batch(rows: torch.Tensor, sequences: int, heads: int) -> torch.Tensor:
+    """[sequences longest, h d] -> [sequences, h, longest, d]"""
+    return rows.unflatten(1, (heads, -1)).unflatten(0, (sequences, -1)).transpose(1, 2)
 
 
 def _attend(
@@ -89,18 +89,18 @@ def _attend(
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """Some pieces, spread to `pieces` rows of one length. Places past an end repeat the last token of the span: no
+    """Some sequences, spread to rows of one length. Places past an end repeat the last token of the span: no
     query of a token sees them, and what their own queries give is not gathered."""
 
-    pieces: int
+    sequences: int
     queries: torch.Tensor
-    """int64 [pieces L]: the token at each place, L the longest piece."""
+    """int64 [sequences L]: the token at each place, L the longest sequence."""
     keys: torch.Tensor
-    """int64 [pieces K]: the token at each place, those of the prefix first."""
+    """int64 [sequences K]: the token at each place, those of the prefix first."""
     causal: torch.Tensor | None
-    """bool [pieces, 1, L, K]: which keys a query sees; None: those up to itself."""
+    """bool [sequences, 1, L, K]: which keys a query sees; None: those up to itself."""
     full: torch.Tensor
-    """The same, [pieces, 1, 1, K], where a query sees its whole piece."""
+    """The same, [sequences, 1, 1, K], where a query sees its whole sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +112,12 @@ class _Batches:
 
 def _batches(layout: PackedLayout) -> _Batches:
     """Made on the CPU, so that a GPU is not waited for."""
-    start, length = torch.tensor(layout.starts[:-1]), torch.tensor(layout.lengths)
-    prefix_start, prefix_length = torch.tensor(layout.prefixes).unbind(1)
     slots = torch.empty(layout.tokens, dtype=torch.int64)
     parts: list[_Batch] = []
     places = 0
     for chosen in _alike(layout):
-        own, own_valid = _spread(start[chosen], length[chosen])
-        prefix, prefix_valid = _spread(prefix_start[chosen], prefix_length[chosen])
+        own, own_valid = _spread(layout.starts[chosen], layout.lengths[chosen])
+        prefix, prefix_valid = _spread(layout.prefix_starts[chosen], layout.prefix_lengths[chosen])
         slots[own[own_valid]] = places + own_valid.flatten().nonzero().squeeze(1)
         places += own.numel()
         full = torch.cat([prefix_valid, own_valid], 1)[:, None, None, :]
@@ -129,7 +127,7 @@ def _batches(layout: PackedLayout) -> _Batches:
             causal = (full & earlier.tril(prefix.shape[1])).to(layout.device)
         parts.append(
             _Batch(
-                pieces=len(own),
+                sequences=len(own),
                 queries=own.flatten().to(layout.device),
                 keys=torch.cat([prefix, own], 1).flatten().to(layout.device),
                 causal=causal,
@@ -140,13 +138,12 @@ def _batches(layout: PackedLayout) -> _Batches:
 
 
 def _alike(layout: PackedLayout) -> list[list[int]]:
-    """Numbers of the pieces that share a batch: with a prefix or without, and none much shorter than the longest.
+    """Numbers of the sequences that share a batch: with a prefix or without, and none much shorter than the longest.
 
     Attention grows with the square of the length, so padding to 4/3 of it costs up to 16/9. Below 128 keys one batch
     more costs more than padding does; beyond 512 it costs next to nothing.
     """
-    prefixes = [length for _, length in layout.prefixes]
-    keys = [prefix + own for prefix, own in zip(prefixes, layout.lengths, strict=True)]
+    prefixes, keys = layout.prefix_lengths.tolist(), layout.key_lengths.tolist()
     groups: list[list[int]] = []
     for i in sorted(range(len(keys)), key=lambda i: (prefixes[i] > 0, -keys[i])):
         first = groups[-1][0] if groups else i

@@ -1,8 +1,8 @@
 """Flash kernels over packed rows: flash-attn's, and those that PyTorch brings.
 
-Both take queries and keys as segments of different lengths. Queries stay where they are. The keys of a piece are those
-of its prefix and then its own, gathered only if a piece has a prefix; causal attention aligned to the last query and
-the last key of each segment then lets a query see all of the prefix and its piece up to itself.
+Both take sequences whose queries and keys differ in number. Queries stay where they are. The keys of a sequence are
+those of its prefix and then its own, gathered only if any sequence has a prefix; causal attention aligned to the last
+query and the last key of each sequence then lets a query see all of the prefix, and its own sequence up to itself.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def flash_attention_2(
     scale: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """`flash_attn_varlen_func` of flash-attn 2.1 or newer, the first to align to the last query and key; see
-    `perl.model.packed.attention.Implementation`. On CUDA, in bfloat16 or float16."""
+    """`flash_attn_varlen_func` of flash-attn 2.1 or newer, the first to align to the last query and key. On CUDA, in
+    bfloat16 or float16."""
     out = _flash_attn_kernel()(
         *_rows(query, key, value, layout),
-        cu_seqlens_q=layout.cu_query,
-        cu_seqlens_k=layout.cu_key,
-        max_seqlen_q=layout.max_query,
-        max_seqlen_k=layout.max_key,
+        cu_seqlens_q=layout.cu_seqlens_q,
+        cu_seqlens_k=layout.cu_seqlens_k,
+        max_seqlen_q=layout.max_seqlen_q,
+        max_seqlen_k=layout.max_seqlen_k,
         dropout_p=dropout,
         softmax_scale=scale,
         causal=causal,
@@ -53,26 +53,20 @@ def varlen(
     scale: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """`torch.nn.attention.varlen.varlen_attn`; see `perl.model.packed.attention.Implementation`. On CUDA, in bfloat16 or float16.
+    """`torch.nn.attention.varlen.varlen_attn`, which has no dropout. On CUDA, in bfloat16 or float16.
 
     It aligns to the last query and key as flash-attn does: the window (-1, 0) becomes `is_causal`, `mha_varlen_fwd` in
     aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp sets `window_size_right = 0`, and the kernel, which
     is flash-attn's, masks columns from `row + 1 + seqlen_k - seqlen_q + window_size_right` on (`apply_mask` in mask.h).
-
-    Raises:
-        ValueError: dropout, which PyTorch's function does not have.
     """
-    if dropout:
-        raise ValueError(
-            "varlen attention has no dropout; use model.attention = sdpa or flash_attention_2"
-        )
     from torch.nn.attention import varlen as torch_varlen
 
     kernel = torch_varlen.varlen_attn
     q, k, v = _rows(query, key, value, layout)
     options: dict[str, Any] = {}
     if q.shape[1] != k.shape[1]:
-        if _takes_grouped_queries(kernel):
+        # PyTorch 2.11 wants as many key heads as query heads.
+        if "enable_gqa" in inspect.signature(kernel).parameters:
             options["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
@@ -80,10 +74,10 @@ def varlen(
         q,
         k,
         v,
-        cu_seq_q=layout.cu_query,
-        cu_seq_k=layout.cu_key,
-        max_q=layout.max_query,
-        max_k=layout.max_key,
+        cu_seq_q=layout.cu_seqlens_q,
+        cu_seq_k=layout.cu_seqlens_k,
+        max_q=layout.max_seqlen_q,
+        max_k=layout.max_seqlen_k,
         scale=scale,
         window_size=(-1, 0 if causal else -1),
         **options,
@@ -97,13 +91,13 @@ def flash_attn_problem() -> str:
     PyTorch, a version before the alignment that shared prompts need. Empty if it can."""
     try:
         module = importlib.import_module("flash_attn")
-        version = getattr(module, "__version__", "0")
-        if not hasattr(module, "flash_attn_varlen_func"):
-            return "what is installed under that name has no flash_attn_varlen_func"
     except ModuleNotFoundError:
         return "not installed"
     except Exception as error:  # A build for another PyTorch fails in many ways.
         return f"its import fails: {str(error).strip().partition(chr(10))[0]}"
+    if not hasattr(module, "flash_attn_varlen_func"):
+        return "what is installed under that name has no flash_attn_varlen_func"
+    version = getattr(module, "__version__", "0")
     if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < (2, 1):
         return f"version {version} is older than 2.1"
     return ""
@@ -121,9 +115,3 @@ def _rows(
     if layout.shared:
         k, v = (gather_rows(x, layout.key_index) for x in (k, v))
     return q, k, v
-
-
-@cache
-def _takes_grouped_queries(kernel: Callable[..., Any]) -> bool:
-    """PyTorch 2.11 wants as many key heads as query heads."""
-    return "enable_gqa" in inspect.signature(kernel).parameters

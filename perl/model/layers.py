@@ -1,0 +1,152 @@
+"""Faster decoder layers: through torch.compile without a graph per step, and with Liger's Triton kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from perl.types import UserError
+
+logger = logging.getLogger(__name__)
+
+_ROTARY = {
+    "apply_rotary_pos_emb": "liger_rope",
+    "apply_multimodal_rotary_pos_emb": "liger_qwen2vl_mrope",
+}
+"""Names of functions in transformers' model files, and of their replacements in Liger."""
+
+
+def check_compiler() -> None:
+    """See that torch.compile can build its code.
+
+    Raises:
+        UserError: there is no C++ compiler.
+    """
+    names = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    if not any(name and shutil.which(name) for name in names):
+        raise UserError(
+            "model.compile needs a C++ compiler (g++ or clang++ in the PATH): install one, or leave it off"
+        )
+
+
+def compile_layers(language_model: nn.Module, backend: Any = "inductor") -> None:
+    """Compile the forward of each decoder layer of a transformers language model, in place.
+
+    All layers run one compiled code: the length of the row is a symbol in it, and attention is a break in the graph
+    (see `perl.model.packed.attention.attention_function`), so that neither a new length nor a new layout compiles anew.
+    Checkpoints and names of parameters stay as they are.
+
+    Args:
+        language_model: with `layers`.
+        backend: of torch.compile.
+    """
+    layers: Any = language_model.layers
+    forward = type(layers[0]).forward
+    run = _run
+    if _checkpoints_in_forward():
+        # torch.compile skips a function that checkpoints code with a graph break: the checkpoint goes around it.
+        forward, run = forward.__wrapped__, _run_checkpointed
+    logger.info("compiling decoder layers: the first steps take longer")
+    compiled = torch.compile(forward, dynamic=True, backend=backend)
+    for layer in layers:
+        layer.forward = partial(run, compiled, layer)
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run what is compiled as it is written: generation grows its cache token by token, which would compile anew."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _checkpoints_in_forward() -> bool:
+    """Whether a layer checkpoints in its `forward`, which wraps the one that is written, or in `__call__`, as older
+    transformers do."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return "__call__" not in vars(GradientCheckpointingLayer)
+
+
+def _run(compiled: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
+    return compiled(layer, *args, **kwargs)
+
+
+def _run_checkpointed(compiled: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
+    if layer.gradient_checkpointing and layer.training:
+        return layer._gradient_checkpointing_func(partial(compiled, layer, **kwargs), *args)
+    return compiled(layer, *args, **kwargs)
+
+
+def check_liger(device: torch.device) -> None:
+    """See that Liger's kernels can run.
+
+    Raises:
+        UserError: liger-kernel is not installed, or there is no GPU.
+    """
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise UserError(
+            "model.liger needs liger-kernel: pip install 'perl-rl[liger]' or liger-kernel, or leave it off"
+        )
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError(f"model.liger needs a GPU, this run is on {device.type}: leave it off")
+
+
+def use_liger(language_model: nn.Module) -> list[str]:
+    """Put Liger's RMSNorm, SwiGLU and rotary embedding into a language model.
+
+    Liger's own `apply_liger_kernel_to_*` know each family by the names of one transformers version, and leave out what
+    a newer one has renamed. Here layers are recognised by what they hold, and Liger's public functions put behind them.
+    The rotary function is one of a Python module, so other models of the family in the process get it too.
+
+    Args:
+        language_model: a decoder of transformers, before LoRA.
+
+    Returns:
+        What was replaced, of `RMSNorm`, `SwiGLU`, `RoPE`.
+    """
+    from liger_kernel.transformers import functional
+
+    replaced: set[str] = set()
+    for module in language_model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(_rms_norm, functional.liger_rms_norm, module)
+            replaced.add("RMSNorm")
+        elif _is_swiglu(module):
+            module.forward = partial(_swiglu, functional.liger_swiglu, module)
+            replaced.add("SwiGLU")
+        elif type(module).__name__.endswith("Attention"):
+            file = sys.modules[type(module).__module__]
+            for name in _ROTARY.keys() & vars(file).keys():
+                setattr(file, name, getattr(functional, _ROTARY[name]))
+                replaced.add("RoPE")
+    names = [name for name in ("RMSNorm", "SwiGLU", "RoPE") if name in replaced]
+    logger.info("liger: %s of %s", ", ".join(names) or "nothing", type(language_model).__name__)
+    return names
+
+
+def _is_swiglu(module: Any) -> bool:
+    """down(silu(gate(x)) * up(x)), as the MLPs of Llama and Qwen."""
+    parts = ("gate_proj", "up_proj", "down_proj", "act_fn")
+    return all(hasattr(module, part) for part in parts) and "silu" in (
+        type(module.act_fn).__name__.lower()
+    )
+
+
+def _rms_norm(kernel: Any, module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    # "llama": the mean square in fp32, the rest in the dtype of the input, as transformers does. Not in place:
+    # the gradient that arrives may be needed by others.
+    return kernel(hidden_states, module.weight, module.variance_epsilon, 0.0, "llama", False)
+
+
+def _swiglu(kernel: Any, module: Any, x: torch.Tensor) -> torch.Tensor:
+    return module.down_proj(kernel(module.gate_proj(x), module.up_proj(x)))
