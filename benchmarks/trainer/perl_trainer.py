@@ -33,7 +33,7 @@ from perl.config import (
     StageConfig,
     TrainConfig,
 )
-from perl.data.dataset import ExampleStream
+from perl.data.streams import ExampleStream
 from perl.distributed import StopSignal
 from perl.files import RunFolder
 from perl.model.head import HeadLoss

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.trainer.setting import Setting
-from perl.data.dataset import Drawn, ExampleStream
+from perl.data.streams import Drawn, ExampleStream
 from perl.data.tasks import BundledTasks
 from perl.model.processor import parts
 from perl.permutation.permute import orders, permute
@@ -24,7 +24,7 @@ class Questions:
         raise TypeError("the questions are endless")
 
     def __getitem__(self, i: int) -> Example:
-        return self.tasks[i % len(self.tasks)].example(i)
+        return self.tasks[i % len(self.tasks)][i]
 
     def check(self, i: int) -> Example:
         return self[i]

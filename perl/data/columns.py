@@ -2,160 +2,155 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from perl.types import IMAGE_SLOT, Message, UserError
+from perl.types import IMAGE_SLOT, Example, Message, UserError, one_line
 
+log = logging.getLogger(__name__)
+
+IMAGES = ("images", "image")
+SHOULD_CHANGE = ("should_change", "change_needed")
 _TRL_ANSWERS = ("answer", "solution", "ground_truth", "target", "label")
-_IMAGES = ("images", "image")
-_SHOULD_CHANGE = ("should_change", "change_needed")
-_OPTIONAL = (*_SHOULD_CHANGE, "kind", "demonstration", "task", "id")
+_OPTIONAL = (*SHOULD_CHANGE, "kind", "demonstration", "task", "id")
 _ANSWER_TAG = re.compile(r"\s*<answer>(.*)</answer>\s*", re.DOTALL)
 _BOXED = re.compile(r"[\s$]*\\boxed\s*\{([^{}]*)\}[\s$]*")
 _NUMBERED = re.compile(r"<image[_ ]?([0-9]{1,2})>")
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
-
-@dataclass(frozen=True)
-class Row:
-    """A row's fields as an Example will have them, but for the images: paths, bytes, dicts or PIL.
-
-    `id` is None where the data has none.
-    """
-
-    question: str | tuple[Message, ...]
-    images: tuple[Any, ...]
-    answer: str
-    kind: str
-    should_change: bool
-    demonstration: str | None
-    task: str
-    id: str | None
-    extra: dict[str, Any]
+Messages = tuple[Message, ...]
 
 
 @dataclass(frozen=True)
 class Convention:
-    """One way of naming columns: `wants` lists the needed ones, each with its alternatives."""
+    """One way of naming columns: those that question and answer may stand in."""
 
-    wants: tuple[tuple[str, ...], ...]
+    name: str
     question: tuple[str, ...]
     answer: tuple[str, ...]
     task: str = "task"
     images_first: bool = False
     """Whether images without a slot in the text stand before it (TRL's rule)."""
 
+    def missing(self, columns: Iterable[str]) -> list[str]:
+        """The columns that are needed and not there."""
+        found = set(columns)
+        missing = [names for names in self._needed() if not found.intersection(names)]
+        # A chat may carry its images in its own parts.
+        if missing == [IMAGES] and found.intersection(("messages", "prompt")):
+            return []
+        return [" or ".join(names) for names in missing]
 
-CONVENTIONS: dict[str, Convention] = {
-    "verl": Convention(
-        wants=(("prompt",), ("reward_model",), _IMAGES),
-        question=("prompt",),
-        answer=("reward_model",),
-        task="data_source",
-    ),
-    "perl": Convention(
-        wants=(("question", "messages"), ("answer",), _IMAGES),
-        question=("question", "messages"),
-        answer=("answer",),
-    ),
-    "trl": Convention(
-        wants=(("prompt",), _TRL_ANSWERS, _IMAGES),
-        question=("prompt",),
-        answer=_TRL_ANSWERS,
-        images_first=True,
-    ),
-    "easyr1": Convention(
-        wants=(("problem",), ("answer",), _IMAGES),
-        question=("problem",),
-        answer=("answer",),
-    ),
-}
-"""By name, the most telling one first."""
+    def __str__(self) -> str:
+        return ", ".join(" or ".join(names) for names in self._needed())
+
+    def _needed(self) -> tuple[tuple[str, ...], ...]:
+        return self.question, self.answer, IMAGES
 
 
-def detect_convention(columns: Iterable[str], where: str) -> str:
-    """The name of the first convention whose needed columns are all there; UserError if none is."""
+CONVENTIONS = (
+    Convention("verl", ("prompt",), ("reward_model",), task="data_source"),
+    Convention("perl", ("question", "messages"), ("answer",)),
+    Convention("trl", ("prompt",), _TRL_ANSWERS, images_first=True),
+    Convention("easyr1", ("problem",), ("answer",)),
+)
+"""The most telling one first."""
+
+
+def choose_convention(name: str, columns: Iterable[str], where: str) -> Convention:
+    """The convention called `name`; for `auto` the first whose needed columns are all there.
+
+    Raises:
+        UserError: a needed column is missing, or no convention fits.
+    """
     columns = list(columns)
-    for name, convention in CONVENTIONS.items():
-        if not _missing(convention, columns):
-            return name
-    wanted = "; ".join(f"{name}: {_wanted(c)}" for name, c in sorted(CONVENTIONS.items()))
+    if name != "auto":
+        chosen = next(convention for convention in CONVENTIONS if convention.name == name)
+        _check_columns(chosen, columns, where)
+        return chosen
+    for convention in CONVENTIONS:
+        if not convention.missing(columns):
+            log.info("%s: columns are named as by %s", where, convention.name)
+            return convention
+    known = "; ".join(sorted(f"{convention.name}: {convention}" for convention in CONVENTIONS))
     raise UserError(
-        f"{where}: columns {', '.join(columns) or '(none)'} fit no known convention ({wanted}); "
+        f"{where}: columns {', '.join(columns) or '(none)'} fit no known convention ({known}); "
         "rename the columns, and give questions without images an empty list of them"
     )
 
 
-def check_columns(name: str, columns: Iterable[str], where: str) -> None:
-    """Raise UserError if a column that the convention `name` needs is not among `columns`."""
-    columns = list(columns)
-    if missing := _missing(CONVENTIONS[name], columns):
+def _check_columns(convention: Convention, columns: Iterable[str], where: str) -> None:
+    if missing := convention.missing(columns):
         raise UserError(
-            f"{where}: no column {' and no '.join(missing)}; data.columns={name} wants "
-            f"{_wanted(CONVENTIONS[name])}, found {', '.join(columns) or '(none)'}"
+            f"{where}: no column {' and no '.join(missing)}; data.columns={convention.name} wants "
+            f"{convention}, found {', '.join(columns) or '(none)'}"
         )
 
 
-def may_move(name: str, columns: Iterable[str]) -> bool:
-    """Whether data under the convention `name` says something about moving its images."""
-    return name == "perl" or not {"kind", *_SHOULD_CHANGE}.isdisjoint(columns)
+def may_move(convention: Convention, columns: Iterable[str]) -> bool:
+    """Whether data under a convention says something about moving its images."""
+    return convention.name == "perl" or not {"kind", *SHOULD_CHANGE}.isdisjoint(columns)
 
 
-def read_row(row: Mapping[str, Any], name: str, where: str) -> Row:
-    """What a row means under the convention `name`; raises UserError, `where` naming the row.
+def read_row(row: Mapping[str, Any], convention: Convention, where: str, id: str = "") -> Example:
+    """What a row means under a convention, its images as the data holds them: paths, bytes, dicts or PIL.
 
     Data that says neither `kind` nor `should_change` keeps its images in place unless it is in
     PeRL's own convention, since nothing tells whether its answers would still be right. A row whose
     images are empty and whose question has no slot is a question of text alone.
+
+    Args:
+        row: all columns.
+        convention: how they are named.
+        where: names the row in messages.
+        id: of the example, if the row has none.
+
+    Raises:
+        UserError: a row that is incomplete or contradicts itself.
     """
-    convention = CONVENTIONS[name]
-    check_columns(name, row, where)
+    _check_columns(convention, row, where)
+    if "worked" in row:
+        raise UserError(
+            f"{where}: the column worked is now called demonstration; rename it in the data"
+        )
     present = {key: value for key, value in row.items() if value is not None}
     question_key = _first(convention.question, present, where)
     answer_key = _first(convention.answer, present, where)
-    question, embedded = _question(present[question_key], where)
-    images_key = next((key for key in _IMAGES if key in present), None)
-    images = tuple(_as_list(present[images_key])) if images_key else ()
+    messages, embedded = _messages(present[question_key], where)
+    images_key = next((key for key in IMAGES if key in present), None)
+    images = present[images_key] if images_key else ()
+    images = tuple(images) if isinstance(images, (list, tuple)) else (images,)
     images = images or embedded
-    if _count_slots(question) == 0:
-        question = _numbered_slots(question, len(images), where)
-    if convention.images_first and _count_slots(question) == 0:
-        question = _prepend_slots(question, len(images))
-    _check_slots(question, len(images), where)
-    change_key = next((key for key in _SHOULD_CHANGE if key in present), None)
-    kind = str(present.get("kind", "all" if may_move(name, present) else "none")).strip()
+    messages = _with_slots(messages, len(images), convention.images_first, where)
+    change_key = next((key for key in SHOULD_CHANGE if key in present), None)
+    kind = str(present.get("kind", "all" if may_move(convention, present) else "none")).strip()
     should_change = _truth(present[change_key], change_key, where) if change_key else True
     if not images:  # A question of text alone: nothing can move.
         kind, should_change = "none", False
     used = {question_key, answer_key, images_key, *_OPTIONAL}
-    return Row(
-        question=question,
+    is_text = isinstance(present[question_key], str)
+    return Example(
+        id=str(present.get("id", id)),
         images=images,
+        question=messages[0].content if is_text else messages,
         answer=_answer(present[answer_key], where),
         kind=kind,
         should_change=should_change,
         demonstration=str(present["demonstration"]) if "demonstration" in present else None,
         task=str(present.get("task", present.get(convention.task, ""))),
-        id=str(present["id"]) if "id" in present else None,
         extra={key: value for key, value in row.items() if key not in used},
     )
 
 
-def _missing(convention: Convention, columns: Iterable[str]) -> list[str]:
-    found = set(columns)
-    missing = [options for options in convention.wants if not found.intersection(options)]
-    # A chat may carry its images in its own parts.
-    if missing == [_IMAGES] and found.intersection(("messages", "prompt")):
-        return []
-    return [" or ".join(options) for options in missing]
-
-
-def _wanted(convention: Convention) -> str:
-    return ", ".join(" or ".join(options) for options in convention.wants)
+def labels_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row says itself of `kind` and `should_change`."""
+    change = next((row[key] for key in SHOULD_CHANGE if row.get(key) is not None), None)
+    labels: dict[str, Any] = {"kind": str(row["kind"])} if row.get("kind") is not None else {}
+    truth = _TRUTH.get(str(change).strip().lower())
+    return labels if truth is None else {**labels, "should_change": truth}
 
 
 def _first(keys: tuple[str, ...], row: Mapping[str, Any], where: str) -> str:
@@ -165,36 +160,33 @@ def _first(keys: tuple[str, ...], row: Mapping[str, Any], where: str) -> str:
     raise UserError(f"{where}: {' or '.join(keys)} is null; fill it in or leave the row out")
 
 
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _question(value: Any, where: str) -> tuple[str | tuple[Message, ...], tuple[Any, ...]]:
-    """A text or a chat, and the images that stand inside the chat's parts."""
+def _messages(value: Any, where: str) -> tuple[Messages, tuple[Any, ...]]:
+    """A text or a chat as messages, and the images that stand inside the chat's parts."""
     if isinstance(value, str):
         if not value.strip():
             raise UserError(f"{where}: the question is empty; fill it in or leave the row out")
-        return value, ()
+        return (Message("user", value),), ()
     if not isinstance(value, (list, tuple)) or not value:
         raise UserError(
             f"{where}: the question is a {type(value).__name__}; write a text or a list of "
             "messages with role and content"
         )
     images: list[Any] = []
-    messages = tuple(_message(turn, images, where) for turn in value)
-    return messages, tuple(images)
+    return tuple(_message(turn, images, where) for turn in value), tuple(images)
 
 
 def _message(turn: Any, images: list[Any], where: str) -> Message:
     if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
-        raise UserError(f"{where}: a chat message must have role and content, got {_short(turn)}")
+        raise UserError(
+            f"{where}: a chat message must have role and content, got {one_line(turn, 80)}"
+        )
     content = turn.get("content")
     if isinstance(content, str):
         return Message(turn["role"], content)
     if not isinstance(content, (list, tuple)):
         raise UserError(
             f"{where}: the content of a chat message must be a text or a list of parts, "
-            f"got {_short(content)}"
+            f"got {one_line(content, 80)}"
         )
     return Message(turn["role"], "".join(_part(part, images, where) for part in content))
 
@@ -207,20 +199,32 @@ def _part(part: Any, images: list[Any], where: str) -> str:
         if part.get("image") is not None:
             images.append(part["image"])
         return IMAGE_SLOT
-    raise UserError(f"{where}: a part of a message must be a text or an image, got {_short(part)}")
+    raise UserError(
+        f"{where}: a part of a message must be a text or an image, got {one_line(part, 80)}"
+    )
 
 
-def _texts(question: str | tuple[Message, ...]) -> list[str]:
-    return [question] if isinstance(question, str) else [message.content for message in question]
+def _with_slots(messages: Messages, images: int, images_first: bool, where: str) -> Messages:
+    """The messages with one slot for each image."""
+    if _count_slots(messages) == 0:
+        messages = _numbered_slots(messages, images, where)
+    if images_first and _count_slots(messages) == 0:
+        at = next((i for i, message in enumerate(messages) if message.role == "user"), 0)
+        asked = Message(messages[at].role, IMAGE_SLOT * images + messages[at].content)
+        messages = (*messages[:at], asked, *messages[at + 1 :])
+    if (slots := _count_slots(messages)) != images:
+        raise UserError(
+            f"{where}: {images} images but {slots} {IMAGE_SLOT} slots in the question; "
+            "write one slot for each image"
+        )
+    return messages
 
 
-def _count_slots(question: str | tuple[Message, ...]) -> int:
-    return sum(text.count(IMAGE_SLOT) for text in _texts(question))
+def _count_slots(messages: Messages) -> int:
+    return sum(message.content.count(IMAGE_SLOT) for message in messages)
 
 
-def _numbered_slots(
-    question: str | tuple[Message, ...], count: int, where: str
-) -> str | tuple[Message, ...]:
+def _numbered_slots(messages: Messages, count: int, where: str) -> Messages:
     """`<image_1> ... <image_2>` as slots where the text has no others; what is named again stays a mention."""
     seen: list[int] = []
 
@@ -231,35 +235,15 @@ def _numbered_slots(
         seen.append(number)
         return IMAGE_SLOT
 
-    texts = [_NUMBERED.sub(replaced, text) for text in _texts(question)]
+    numbered = tuple(Message(m.role, _NUMBERED.sub(replaced, m.content)) for m in messages)
     if not seen or set(seen) != set(range(1, count + 1)):
-        return question  # They are mentions of images that stand elsewhere.
+        return messages  # They are mentions of images that stand elsewhere.
     if seen != sorted(seen):
         raise UserError(
             f"{where}: <image_{seen[0]}> comes first in the text; number the images in the sequence in which "
             f"they stand there, or write {IMAGE_SLOT} for each"
         )
-    if isinstance(question, str):
-        return texts[0]
-    return tuple(Message(m.role, text) for m, text in zip(question, texts, strict=True))
-
-
-def _prepend_slots(question: str | tuple[Message, ...], count: int) -> str | tuple[Message, ...]:
-    slots = IMAGE_SLOT * count
-    if isinstance(question, str):
-        return slots + question
-    at = next((i for i, message in enumerate(question) if message.role == "user"), 0)
-    asked = Message(question[at].role, slots + question[at].content)
-    return (*question[:at], asked, *question[at + 1 :])
-
-
-def _check_slots(question: str | tuple[Message, ...], images: int, where: str) -> None:
-    slots = _count_slots(question)
-    if slots != images:
-        raise UserError(
-            f"{where}: {images} images but {slots} {IMAGE_SLOT} slots in the question; "
-            "write one slot for each image"
-        )
+    return numbered
 
 
 def _answer(value: Any, where: str) -> str:
@@ -281,10 +265,5 @@ def _answer(value: Any, where: str) -> str:
 def _truth(value: Any, key: str, where: str) -> bool:
     truth = _TRUTH.get(str(value).strip().lower())
     if truth is None:
-        raise UserError(f"{where}: {key} is {_short(value)}; write true or false")
+        raise UserError(f"{where}: {key} is '{one_line(value, 80)}'; write true or false")
     return truth
-
-
-def _short(value: Any, limit: int = 80) -> str:
-    text = json.dumps(value, default=str) if not isinstance(value, str) else f"'{value}'"
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import functools
 import hashlib
 import io
@@ -13,7 +15,7 @@ from typing import Any, Literal
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from perl.types import UserError
+from perl.types import UserError, one_line
 
 Split = Literal["train", "test"]
 
@@ -56,20 +58,6 @@ def load_collection(source: str) -> PictureCollection:
     raise UserError(f"unknown picture collection '{source}'; use digits or folder:PATH")
 
 
-def check_size(size: tuple[int, int], where: str) -> None:
-    """Raise UserError for an image too large to decode; `where` names it in the message."""
-    width, height = size
-    if width < 1 or height < 1:
-        raise UserError(
-            f"{where}: the image has no pixels ({width} x {height}); replace or remove it"
-        )
-    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        raise UserError(
-            f"{where}: the image is too large, {width} x {height} pixels; "
-            f"at most {MAX_SIDE:,} a side and {MAX_PIXELS:,} in all are read, so shrink it"
-        )
-
-
 def open_image(
     source: Path | bytes | Image.Image, where: str, *, decode: bool = True
 ) -> Image.Image:
@@ -85,10 +73,10 @@ def open_image(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             if isinstance(source, Image.Image):
-                check_size(source.size, where)
+                _check_size(source.size, where)
                 return to_rgb(source) if decode else source
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                check_size(image.size, where)
+                _check_size(image.size, where)
                 return to_rgb(image) if decode else image
     except FileNotFoundError as error:
         raise UserError(f"{where}: there is no image file {source}; correct the path") from error
@@ -100,6 +88,61 @@ def open_image(
         ) from error
     except Exception as error:  # Pillow's decoders raise many types for broken files.
         raise UserError(f"{where}: {_describe(source)} is broken ({error}); replace it") from error
+
+
+def stored_image(value: Any) -> Any:
+    """An image as the data holds it, out of the objects that `datasets` and verl put around it."""
+    while isinstance(value, dict):
+        value = next((value[k] for k in ("bytes", "image", "path", "url") if value.get(k)), None)
+    return value
+
+
+def open_stored(value: Any, root: Path, where: str, *, decode: bool = True) -> Image.Image:
+    """`open_image` of what a row holds: a path inside `root`, a `data:` address, bytes, or a PIL image."""
+    image = stored_image(value)
+    if isinstance(image, str):
+        image = _locate(image, root, where)
+    elif not isinstance(image, bytes | Image.Image):
+        raise UserError(
+            f"{where}: an image is a {type(image).__name__}; give a path, "
+            "bytes, or an object with bytes or path"
+        )
+    return open_image(image, where, decode=decode)
+
+
+def _locate(text: str, root: Path, where: str) -> Path | bytes:
+    if text.startswith("data:"):
+        try:
+            return base64.b64decode(text.partition(",")[2], validate=True)
+        except binascii.Error as error:
+            raise UserError(
+                f"{where}: broken base64 in a data: image ({error}); replace it"
+            ) from error
+    if text.startswith(("http://", "https://")):
+        raise UserError(
+            f"{where}: {one_line(text, 80)} is not fetched; download the image and give its path"
+        )
+    if "\0" in text:
+        raise UserError(f"{where}: the image path holds a NUL character; correct it")
+    path = (root / text.removeprefix("file://")).resolve()
+    if not path.is_relative_to(root):
+        raise UserError(
+            f"{where}: image path {text} leaves {root}; move the image there or set data.image_root"
+        )
+    return path
+
+
+def _check_size(size: tuple[int, int], where: str) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise UserError(
+            f"{where}: the image has no pixels ({width} x {height}); replace or remove it"
+        )
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise UserError(
+            f"{where}: the image is too large, {width} x {height} pixels; "
+            f"at most {MAX_SIDE:,} a side and {MAX_PIXELS:,} in all are read, so shrink it"
+        )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,9 +14,11 @@ from typing import Any
 
 from PIL import Image
 
-from perl.data.dataset import BUNDLED
-from perl.data.pictures import SUFFIXES
-from perl.files import replacing
+from perl.data.columns import read_row
+from perl.data.dataset import BUNDLED, RowDataset
+from perl.data.pictures import SUFFIXES, stored_image
+from perl.data.tasks import BundledTasks
+from perl.files import replacing, to_line
 from perl.types import Example, UserError
 
 _AS_IS = {b"\x89PNG\r\n\x1a\n": ".png", b"\xff\xd8\xff": ".jpg"}
@@ -46,82 +50,111 @@ def check_output(output: Path, data: str) -> None:
         raise UserError(f"--output {output} is the data itself; choose another file")
 
 
-class RowWriter:
-    """Makes rows fit for a JSON Lines file `output`.
+def write_rows(
+    dataset: BundledTasks | RowDataset,
+    output: Path,
+    indices: Sequence[int],
+    accuracies: Sequence[float],
+) -> None:
+    """Write rows of a data set with a column `accuracy`, whole or not at all; images as `RowWriter` has them.
 
-    Relative image paths start from `root`, and stay where the image lies in the folder of `output`
-    or below. Every other image gets a file in `<output's stem>-images` beside it. A file becomes a
+    A question that comes again has the id `<id>#2`, `<id>#3`, ..., so that its image orders are drawn
+    anew. Where the data has no ids, rows go by their line in the new file.
+    """
+    writer, ids = RowWriter(output, dataset), _ids_of_copies(dataset, indices)
+    with replacing(output) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for place, (i, accuracy) in enumerate(zip(indices, accuracies, strict=True)):
+            row = {**writer.row(i), "accuracy": accuracy}
+            if place in ids:
+                row["id"] = ids[place]
+            file.write(to_line(row))
+
+
+def _ids_of_copies(dataset: BundledTasks | RowDataset, indices: Sequence[int]) -> dict[int, str]:
+    """The new ids, by the place in `indices` where a question comes again."""
+    if len(set(indices)) == len(indices):
+        return {}
+    given = {i: _own_id(dataset, i) for i in set(indices)}
+    taken, times = set(given.values()), Counter[int]()
+    out: dict[int, str] = {}
+    for place, i in enumerate(indices):
+        times[i] += 1
+        if times[i] > 1 and given[i] is not None:
+            names = (f"{given[i]}#{k}" for k in itertools.count(times[i]))
+            out[place] = next(name for name in names if name not in taken)
+            taken.add(out[place])
+    return out
+
+
+def _own_id(dataset: BundledTasks | RowDataset, i: int) -> str | None:
+    if isinstance(dataset, BundledTasks):
+        return dataset[i].id
+    value = dataset.source.row(i).get("id")
+    return None if value is None else str(value)
+
+
+class RowWriter:
+    """Makes rows of a data set fit for a JSON Lines file `output`.
+
+    Relative image paths stay where the image lies in the folder of `output` or below. Every other image gets a file in `<output's stem>-images` beside it. A file becomes a
     hard link, or a copy on another file system, named by a hash of its content, so that rows which
     show the same picture share it. PNG, JPEG and WebP bytes are written as they are, the rest as PNG.
     """
 
-    def __init__(self, output: Path, root: Path | None) -> None:
+    def __init__(self, output: Path, dataset: BundledTasks | RowDataset) -> None:
+        self._dataset = dataset
         self._folder = output.resolve().parent
-        self._root = None if root is None else root.resolve()
         self._images = self._folder / f"{output.stem}-images"
         self._linked: dict[Path, str] = {}
 
-    def portable(
-        self,
-        row: Mapping[str, Any],
-        images: Sequence[Any],
-        example: Callable[[], Example],
-        number: int,
-    ) -> dict[str, Any]:
-        """The row as JSON can hold it.
+    def row(self, i: int) -> dict[str, Any]:
+        """Row i of the data set as JSON can hold it; images that are no files are named by i.
 
-        Args:
-            row: all columns.
-            images: its images as the data holds them.
-            example: gives it with its images decoded; called only if one has to be encoded anew, or
-                cannot be found, which it raises a UserError for.
-            number: of the row, for the names of the images that are no files.
+        Raises:
+            UserError: an image that cannot be found or read.
         """
-        stems = _stems(number, len(images))
-        names = [self._name(image, stem) for image, stem in zip(images, stems, strict=True)]
+        dataset = self._dataset
+        if isinstance(dataset, BundledTasks):
+            return self._bundled(dataset[i], i)
+        row = dataset.source.row(i)
+        # Its labels do not matter here, and a labeller may be about to replace wrong ones.
+        labelled = {**row, "kind": "none", "should_change": False}
+        images = read_row(labelled, dataset.convention, dataset.source.place(i)).images
+        stems = _stems(i, len(images))
+        names = [
+            self._name(image, stem, dataset.root) for image, stem in zip(images, stems, strict=True)
+        ]
         if None in names:
-            decoded = zip(names, example().images, stems, strict=True)
+            decoded = zip(names, dataset.open_images(images, i, decode=True), stems, strict=True)
             names = [name or self._encode(image, stem) for name, image, stem in decoded]
         return dict(row) if list(images) == names else _with_images(row, names)
 
-    def bundled(self, example: Example, number: int) -> dict[str, Any]:
-        """A row for an example that comes from no file."""
-        if isinstance(example.question, str):
-            question: dict[str, Any] = {"question": example.question}
-        else:
-            turns = [{"role": m.role, "content": m.content} for m in example.messages]
-            question = {"messages": turns}
-        stems = _stems(number, len(example.images))
+    def _bundled(self, example: Example, number: int) -> dict[str, Any]:
+        names = zip(example.images, _stems(number, len(example.images)), strict=True)
         row = {
             "id": example.id,
-            **question,
-            "images": [
-                self._encode(image, stem) for image, stem in zip(example.images, stems, strict=True)
-            ],
+            "question": example.question,
+            "images": [self._encode(image, stem) for image, stem in names],
             "answer": example.answer,
             "kind": example.kind,
             "should_change": example.should_change,
             "demonstration": example.demonstration,
             "task": example.task,
-            **example.extra,
         }
-        return {key: value for key, value in row.items() if value is not None}
+        return row | example.extra
 
-    def _name(self, image: Any, stem: str) -> str | None:
+    def _name(self, image: Any, stem: str, root: Path) -> str | None:
         """What stands for the image in the new file; None if it must be encoded anew."""
-        while isinstance(image, dict):
-            image = next(
-                (image[k] for k in ("bytes", "image", "path", "url") if image.get(k)), None
-            )
+        image = stored_image(image)
         if isinstance(image, bytes):
             suffix = _suffix_of(image)
             return suffix and self._add(f"{stem}{suffix}", partial(Path.write_bytes, data=image))
-        if not isinstance(image, str) or self._root is None:
+        if not isinstance(image, str):
             return None
-        if image.startswith("data:") or self._root == self._folder:
+        if image.startswith("data:") or root == self._folder:
             return image
-        path = (self._root / image.removeprefix("file://")).resolve()
-        if not path.is_relative_to(self._root) or not path.is_file():
+        path = (root / image.removeprefix("file://")).resolve()
+        if not path.is_relative_to(root) or not path.is_file():
             return None
         if path.is_relative_to(self._folder):
             return str(path.relative_to(self._folder))

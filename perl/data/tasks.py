@@ -33,13 +33,16 @@ _WORDS = (
 
 @dataclass(frozen=True)
 class Draft:
-    """A question before its pictures are drawn: the class that each slot shows, and the texts."""
+    """A question before its pictures are drawn: the class that each slot shows, and the texts.
 
-    classes: tuple[int, ...]
+    `choices` are the possible answers; None: the letters of the images.
+    """
+
+    classes: Sequence[int]
     ask: str
     steps: str
     answer: str
-    choices: tuple[str, ...]
+    choices: Sequence[str] | None = None
     kind: str = "all"
     should_change: bool = True
 
@@ -58,8 +61,8 @@ class _Dice:
 
 
 class BundledTasks:
-    """An endless row of questions over one split of a collection; `example(i)` depends on (seed,
-    split, i) alone.
+    """Questions over one split of a collection, endless or the first `limit` of them; question i depends
+    on (seed, split, i) alone.
 
     `tasks` take turns. The number of images is uniform between `min_images` and `max_images`,
     within what the task needs: `single` shows one and `odd` at least three. `first_slot` is the share
@@ -76,6 +79,7 @@ class BundledTasks:
         max_images: int = 4,
         seed: int = 0,
         first_slot: float = 0.0,
+        limit: int | None = None,
     ) -> None:
         if not tasks:
             raise UserError(f"data.tasks is empty; choose among {', '.join(TASKS)}")
@@ -97,17 +101,29 @@ class BundledTasks:
         self.min_images, self.max_images = min_images, max_images
         self.seed = seed
         self.first_slot = first_slot if split == "train" else 0.0
+        self.size = limit
 
-    def example(self, i: int) -> Example:
-        """Question number `i` of the endless row."""
+    def __len__(self) -> int:
+        if self.size is None:
+            raise TypeError("bundled examples are endless; ask for `size`, or give a limit")
+        return self.size
+
+    def check(self, i: int) -> Example:
+        return self[i]
+
+    def __getitem__(self, i: int) -> Example:
+        if i < 0 or (self.size is not None and i >= self.size):
+            raise IndexError(i)
         rng = random.Random(f"{self.seed}/{self.split}/{i}")
         task = self.tasks[i % len(self.tasks)]
         fewest = max(self.min_images, 3) if task == "odd" else self.min_images
         count = rng.randint(fewest, self.max_images)
-        labels = self.collection.labels
-        draft = TASKS[task](_Dice(rng, self.first_slot), count, labels)
+        draft = TASKS[task](_Dice(rng, self.first_slot), count, self.collection.labels)
         ask = f"{draft.ask} {self.collection.ordered_by}" if task == "first" else draft.ask
-        slots = _slots(len(draft.classes))
+        letters = tuple(LETTERS[: len(draft.classes)])
+        slots = " ".join(f"{letter} {IMAGE_SLOT}" for letter in letters)
+        if len(letters) == 1:
+            slots = IMAGE_SLOT
         return Example(
             id=f"{self.collection.name}-{self.split}-{task}-{i:06d}",
             images=_pictures(self.collection, self.split, draft.classes, rng),
@@ -115,9 +131,9 @@ class BundledTasks:
             answer=draft.answer,
             kind=draft.kind,
             should_change=draft.should_change,
-            demonstration=_demonstration(draft.steps, draft.answer),
+            demonstration=f"{THINK} {draft.steps} {END_THINK} {BOXED} {draft.answer} {END_BOXED}",
             task=task,
-            extra={"choices": draft.choices},
+            extra={"choices": letters if draft.choices is None else tuple(draft.choices)},
         )
 
 
@@ -168,13 +184,7 @@ def _which(dice: _Dice, count: int, labels: Sequence[str]) -> Draft:
         f"{letter} {labels[c]} {word} {_yes(c == target)}"
         for letter, c in zip(LETTERS, classes, strict=False)
     ]
-    return Draft(
-        tuple(classes),
-        f"which image shows {word}",
-        " ".join(steps),
-        LETTERS[right],
-        tuple(LETTERS[:count]),
-    )
+    return Draft(classes, f"which image shows {word}", " ".join(steps), LETTERS[right])
 
 
 def _odd(dice: _Dice, count: int, labels: Sequence[str]) -> Draft:
@@ -187,9 +197,7 @@ def _odd(dice: _Dice, count: int, labels: Sequence[str]) -> Draft:
         f"{step} {labels[most]} {_yes(c == odd)}" for step, c in zip(seen, classes, strict=True)
     ]
     steps = " ".join([*seen, "most", labels[most], *compared])
-    return Draft(
-        tuple(classes), "which image differs", steps, LETTERS[right], tuple(LETTERS[:count])
-    )
+    return Draft(classes, "which image differs", steps, LETTERS[right])
 
 
 def _count(dice: _Dice, count: int, labels: Sequence[str]) -> Draft:
@@ -204,14 +212,9 @@ def _count(dice: _Dice, count: int, labels: Sequence[str]) -> Draft:
     for letter, c in zip(LETTERS, classes, strict=False):
         so_far += c == target
         steps.append(f"{letter} {labels[c]} {word} {_yes(c == target)} {so_far}")
-    return Draft(
-        tuple(classes),
-        f"how many images show {word}",
-        " ".join(steps),
-        str(shown),
-        tuple(str(k) for k in range(count + 1)),
-        should_change=False,
-    )
+    numbers = [str(k) for k in range(count + 1)]
+    ask = f"how many images show {word}"
+    return Draft(classes, ask, " ".join(steps), str(shown), numbers, should_change=False)
 
 
 def _first(dice: _Dice, count: int, labels: Sequence[str]) -> Draft:
@@ -225,13 +228,7 @@ def _first(dice: _Dice, count: int, labels: Sequence[str]) -> Draft:
     for slot, c in enumerate(classes):
         best = slot if c < classes[best] else best
         steps.append(f"{LETTERS[slot]} {labels[c]} {LETTERS[best]} {labels[classes[best]]}")
-    return Draft(
-        tuple(classes),
-        "which image comes first by",
-        " ".join(steps),
-        LETTERS[right],
-        tuple(LETTERS[:count]),
-    )
+    return Draft(classes, "which image comes first by", " ".join(steps), LETTERS[right])
 
 
 def _same(dice: _Dice, count: int, labels: Sequence[str]) -> Draft:
@@ -249,7 +246,7 @@ def _same(dice: _Dice, count: int, labels: Sequence[str]) -> Draft:
     rest = [slot for slot in range(count) if slot not in pair]
     blocks = "/".join(",".join(str(slot + 1) for slot in block) for block in (pair, rest) if block)
     return Draft(
-        tuple(classes),
+        classes,
         f"do image {LETTERS[one]} and image {LETTERS[two]} show the same",
         steps,
         _yes(answer),
@@ -262,15 +259,8 @@ def _same(dice: _Dice, count: int, labels: Sequence[str]) -> Draft:
 def _single(dice: _Dice, count: int, labels: Sequence[str]) -> Draft:
     rng = dice.rng
     shown = rng.randrange(len(labels))
-    return Draft(
-        (shown,),
-        "what does the image show",
-        labels[shown],
-        labels[shown],
-        tuple(labels),
-        kind="none",
-        should_change=False,
-    )
+    ask, word = "what does the image show", labels[shown]
+    return Draft((shown,), ask, word, word, labels, kind="none", should_change=False)
 
 
 TASKS: dict[str, Callable[[_Dice, int, Sequence[str]], Draft]] = {
@@ -282,18 +272,6 @@ TASKS: dict[str, Callable[[_Dice, int, Sequence[str]], Draft]] = {
     "single": _single,
 }
 """Each drafts a question from a random generator, a number of images and the class words."""
-
-
-def _slots(count: int) -> str:
-    return (
-        IMAGE_SLOT
-        if count == 1
-        else " ".join(f"{letter} {IMAGE_SLOT}" for letter in LETTERS[:count])
-    )
-
-
-def _demonstration(steps: str, answer: str) -> str:
-    return f"{THINK} {steps} {END_THINK} {BOXED} {answer} {END_BOXED}"
 
 
 def _pictures(

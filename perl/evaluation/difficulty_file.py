@@ -1,24 +1,17 @@
-"""Measured accuracies in a file that a measurement can go on from, and questions written out again."""
+"""Measured accuracies in a file that a measurement can go on from."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from perl.config import DataConfig
-from perl.data.columns import read_row
-from perl.data.dataset import BUNDLED, Dataset, RowDataset, load_examples
-from perl.data.rows import RowWriter
-from perl.data.sources import Source, open_source
 from perl.evaluation.difficulty import CHUNK, Difficulty
-from perl.files import replacing, to_line
+from perl.files import to_line
 from perl.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -147,65 +140,6 @@ class MeasuredFile:
             )
             return start
         return len(found) if len(found) == len(self.indices) else len(found) // CHUNK * CHUNK
-
-
-class QuestionRows:
-    """The questions of a source, and their rows written out again; see `load_examples` for sources."""
-
-    def __init__(self, data: str, config: DataConfig, seed: int) -> None:
-        self._source: Source | None = None
-        self._root: Path | None = None
-        if data.startswith(BUNDLED):
-            self.dataset: Dataset = load_examples(data, config, "train", seed)
-            return
-        self._source = open_source(data, "train")
-        rows = RowDataset(self._source, config)
-        self.dataset, self._convention = rows, rows.convention
-        self._root = (
-            Path(config.image_root).expanduser() if config.image_root else self._source.root
-        )
-
-    def write(self, output: Path, indices: Sequence[int], accuracies: Sequence[float]) -> None:
-        """Write rows with a column `accuracy`, whole or not at all; images as `RowWriter` has them.
-
-        A question that comes again has the id `<id>#2`, `<id>#3`, ..., so that its image orders are drawn
-        anew. Where the data has no ids, rows go by their line in the new file.
-        """
-        writer, ids = RowWriter(output, self._root), self._ids_of_copies(indices)
-        with replacing(output) as temporary, temporary.open("w", encoding="utf-8") as file:
-            for place, (i, accuracy) in enumerate(zip(indices, accuracies, strict=True)):
-                row = {**self._row(writer, i), "accuracy": accuracy}
-                if place in ids:
-                    row["id"] = ids[place]
-                file.write(to_line(row))
-
-    def _ids_of_copies(self, indices: Sequence[int]) -> dict[int, str]:
-        """The new ids, by the place in `indices` where a question comes again."""
-        if len(set(indices)) == len(indices):
-            return {}
-        given = {i: self._id(i) for i in set(indices)}
-        taken, times = set(given.values()), Counter[int]()
-        out: dict[int, str] = {}
-        for place, i in enumerate(indices):
-            times[i] += 1
-            if times[i] > 1 and given[i] is not None:
-                names = (f"{given[i]}#{k}" for k in itertools.count(times[i]))
-                out[place] = next(name for name in names if name not in taken)
-                taken.add(out[place])
-        return out
-
-    def _id(self, i: int) -> str | None:
-        if self._source is None:
-            return self.dataset.check(i).id
-        value = self._source.row(i).get("id")
-        return None if value is None else str(value)
-
-    def _row(self, writer: RowWriter, i: int) -> dict[str, Any]:
-        if self._source is None:
-            return writer.bundled(self.dataset[i], i)
-        row = self._source.row(i)
-        images = read_row(row, self._convention, self._source.place(i)).images
-        return writer.portable(row, images, lambda: self.dataset[i], i)
 
 
 def _object(line: bytes) -> dict[str, Any]:

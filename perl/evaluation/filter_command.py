@@ -62,10 +62,11 @@ class Filter(Command):
     def execute(self) -> None:
         import numpy as np
 
+        from perl.data.dataset import load_examples
         from perl.data.resample import parse_histogram, resample
-        from perl.data.rows import check_output, file_beside
+        from perl.data.rows import check_output, file_beside, write_rows
         from perl.evaluation.difficulty import measuring, warn_if_all_wrong
-        from perl.evaluation.difficulty_file import MeasuredFile, QuestionRows
+        from perl.evaluation.difficulty_file import MeasuredFile
         from perl.evaluation.difficulty_plot import draw_difficulty
         from perl.recipe import measured_function
         from perl.rollout.opening import fingerprint, model_and_config
@@ -81,8 +82,8 @@ class Filter(Command):
             check_output(file, data)
         if output.resolve() == record.resolve():
             raise UserError(f"--output and --accuracies are both {output}; choose two files")
-        rows = QuestionRows(data, config.data, config.run.seed)
-        indices = _indices(rows.dataset.size, self, data)
+        dataset = load_examples(data, config.data, "train", config.run.seed)
+        indices = _indices(dataset.size, self, data)
         measure = measured_function(config, self.measure)
         scorer = measuring(measure, config.reward.timeout)
         sampling = {
@@ -105,11 +106,11 @@ class Filter(Command):
             indices,
             self.rollouts,
             settings,
-            lambda i: rows.dataset.check(i).id,
+            lambda i: dataset.check(i).id,
             self.overwrite,
             limit=config.data.max_prompt_tokens,
         )
-        _measure(file, rows, config, scorer, sampling)
+        _measure(file, dataset, config, scorer, sampling)
         if not any(file.sampled):
             raise UserError(
                 f"every question of {data} has a prompt over data.max_prompt_tokens = "
@@ -122,7 +123,8 @@ class Filter(Command):
             )
         warn_if_all_wrong(file.accuracies, measure)
         chosen = resample(file.accuracies, histogram, self.size, self.seed, self.repeat)
-        rows.write(output, [indices[k] for k in chosen], [file.accuracies[k] for k in chosen])
+        kept = [indices[k] for k in chosen]
+        write_rows(dataset, output, kept, [file.accuracies[k] for k in chosen])
         picture, _ = draw_difficulty(
             file.accuracies, chosen, histogram, output.with_name(output.stem)
         )
@@ -178,7 +180,7 @@ def _indices(size: int | None, command: Filter, data: str) -> list[int]:
 
 
 def _measure(
-    file: Any, rows: Any, config: Config, scorer: Any, sampling: Mapping[str, Any]
+    file: Any, dataset: Any, config: Config, scorer: Any, sampling: Mapping[str, Any]
 ) -> None:
     from perl.evaluation.difficulty import measure_chunks
     from perl.rollout.opening import engine_and_encoder
@@ -191,7 +193,7 @@ def _measure(
     chunks = measure_chunks(
         engine,
         encoder,
-        rows.dataset,
+        dataset,
         file.indices,
         scorer=scorer,
         rollouts=file.rollouts,

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from perl.config import Config, part_name
-from perl.data.dataset import Drawn
+from perl.data.streams import Drawn
 from perl.distributed import Processes
 from perl.permutation.orders import is_permuted, rate_at, shares
 from perl.permutation.permute import Order, orders, permute, released_orders

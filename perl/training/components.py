@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from perl.config import EVAL_SEED, Config, DataConfig, ModelConfig
-from perl.data.dataset import BUNDLED, Dataset, Drawn, ExampleStream, load_examples
-from perl.data.mixing import MixedStream, Stream, read_mix
+from perl.data.dataset import BUNDLED, Dataset, load_examples
 from perl.data.resample import parse_histogram
+from perl.data.streams import Drawn, ExampleStream, MixedStream, Stream, read_mix
 from perl.data.tasks import vocabulary
 from perl.distributed import process_state
 from perl.files import RunFolder, writing

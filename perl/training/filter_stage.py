@@ -8,10 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from perl.data.dataset import RowDataset, load_examples
 from perl.data.resample import parse_histogram, resample
+from perl.data.rows import write_rows
+from perl.data.tasks import BundledTasks
 from perl.distributed import on_main_process
 from perl.evaluation.difficulty import measure_chunks, measuring, warn_if_all_wrong
-from perl.evaluation.difficulty_file import MeasuredFile, QuestionRows
+from perl.evaluation.difficulty_file import MeasuredFile
 from perl.evaluation.difficulty_plot import draw_difficulty
 from perl.recipe import Stage, filtered_file, measured_function
 from perl.report.metrics import mean
@@ -34,12 +37,12 @@ def filter_data(session: Session, stage: Stage) -> None:
     output = filtered_file(session.folder.root, stage.name)
     on_main_process(partial(output.parent.mkdir, exist_ok=True))
     source, data = components.source(config.data.train)
-    rows = QuestionRows(source, data, config.run.seed)
-    indices = list(range(_count(config.resample.examples, rows.dataset.size)))
+    dataset = load_examples(source, data, "train", config.run.seed)
+    indices = list(range(_count(config.resample.examples, dataset.size)))
     components.policy.vision.clear_cache()
     with components.watch("filter"), session.processes.jointly():
         mine = _measure(
-            session, stage, rows, indices[session.processes.index :: session.processes.count]
+            session, stage, dataset, indices[session.processes.index :: session.processes.count]
         )
     found = session.processes.gather(mine)
     accuracies = {i: accuracy for i, accuracy, _ in found}
@@ -47,7 +50,7 @@ def filter_data(session: Session, stage: Stage) -> None:
     with session.processes.jointly():
         if components.is_main:
             _check_measured(session, any(sampled for *_, sampled in found), accuracies.values())
-            numbers = _resample(session, rows, output, [accuracies[i] for i in indices])
+            numbers = _resample(session, dataset, output, [accuracies[i] for i in indices])
             session.record({"stage": "filter", "step": 0, "name": stage.name, **numbers})
     session.leave()
 
@@ -60,7 +63,7 @@ def _count(asked: int, size: int | None) -> int:
 
 
 def _measure(
-    session: Session, stage: Stage, rows: QuestionRows, indices: list[int]
+    session: Session, stage: Stage, dataset: BundledTasks | RowDataset, indices: list[int]
 ) -> list[tuple[int, float, int]]:
     """Of this process's questions the index, the accuracy, and how many completions were sampled."""
     config, components, processes = session.config, session.components, session.processes
@@ -84,7 +87,7 @@ def _measure(
         indices,
         config.resample.rollouts,
         settings,
-        lambda i: rows.dataset.check(i).id,
+        lambda i: dataset.check(i).id,
         advice="go on with as many processes and the data of before, or delete it to measure again",
         limit=components.encoder.limit.tokens,
     )
@@ -92,7 +95,7 @@ def _measure(
     for chunk in measure_chunks(
         components.engine,
         components.encoder,
-        rows.dataset,
+        dataset,
         indices,
         scorer=measuring(measure, config.reward.timeout),
         rollouts=config.resample.rollouts,
@@ -124,13 +127,13 @@ def _check_measured(session: Session, any_sampled: bool, accuracies: Iterable[fl
 
 
 def _resample(
-    session: Session, rows: QuestionRows, output: Path, accuracies: list[float]
+    session: Session, dataset: BundledTasks | RowDataset, output: Path, accuracies: list[float]
 ) -> dict[str, float]:
     """Write what is kept; counts and mean accuracies before and after."""
     config = session.config.resample
     histogram = parse_histogram(config.histogram)
     kept = resample(accuracies, histogram, config.size or None, session.config.run.seed)
-    rows.write(output, kept, [accuracies[i] for i in kept])
+    write_rows(dataset, output, kept, [accuracies[i] for i in kept])
     draw_difficulty(accuracies, kept, histogram, output.with_suffix(""))
     return {
         "filter/measured": sum(not math.isnan(a) for a in accuracies),

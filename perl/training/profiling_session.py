@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from perl.config import Config, FilterConfig, StageConfig
-from perl.data.mixing import Stream
+from perl.data.streams import Stream
 from perl.distributed import Processes, StopSignal
 from perl.files import RunFolder
 from perl.model.padded import PaddedPolicy

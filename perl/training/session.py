@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from perl.config import Config
-from perl.data.mixing import Stream
+from perl.data.streams import Stream
 from perl.distributed import Processes, StopSignal
 from perl.files import RunFolder
 from perl.recipe import Stage, filtered_sources, plan, points

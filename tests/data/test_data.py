@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from perl.config import DataConfig
-from perl.data.dataset import BundledDataset, RowDataset, load_examples, validate
+from perl.data.dataset import RowDataset, load_examples, validate
+from perl.data.tasks import BundledTasks
 from perl.permutation.permute import orders
 from perl.types import Example, Message, UserError
 
@@ -369,6 +370,7 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"kind": "some"}, "unknown kind 'some'"),
     ({"kind": "last:3"}, "needs 1 to 2 images"),
     ({"should_change": "perhaps"}, "should_change is 'perhaps'; write true or false"),
+    ({"worked": "<think>"}, "the column worked is now called demonstration; rename it"),
     ({"question": " "}, "the question is empty"),
     ({"question": 5}, "the question is a int; write a text or a list of messages"),
     ({"question": []}, "the question is a list"),
@@ -465,7 +467,7 @@ def test_bad_arguments() -> None:
 def test_bundled_examples_are_endless_or_limited() -> None:
     config = DataConfig(tasks=("which", "single"))
     endless = load_examples("bundled:digits", config, "train", 0)
-    assert isinstance(endless, BundledDataset) and endless.size is None
+    assert isinstance(endless, BundledTasks) and endless.size is None
     assert endless[12345].id == "digits-train-single-012345"
     with pytest.raises(TypeError, match="endless"):
         len(endless)

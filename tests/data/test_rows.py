@@ -16,7 +16,7 @@ from PIL import Image
 
 from perl.config import DataConfig
 from perl.data.dataset import load_examples, validate
-from perl.evaluation.difficulty_file import QuestionRows
+from perl.data.rows import write_rows
 from perl.types import UserError
 
 QUESTION = "A <image> B <image> Which image shows three ?"
@@ -46,7 +46,8 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 def rewrite(data: Path, output: Path, indices: Sequence[int]) -> list[dict[str, Any]]:
     """The rows after they have been written out, which load again."""
-    QuestionRows(str(data), DataConfig(), 0).write(output, indices, [0.5] * len(indices))
+    dataset = load_examples(str(data), DataConfig(), "train", 0)
+    write_rows(dataset, output, indices, [0.5] * len(indices))
     validate(load_examples(str(output), DataConfig(), "train", 0))
     return rows_of(output)
 
@@ -231,7 +232,7 @@ def test_copies_of_rows_without_ids_go_by_their_line(folders: tuple[Path, Path])
 
 
 def test_copies_of_bundled_questions(tmp_path: Path) -> None:
-    rows = QuestionRows("bundled:digits", DataConfig(), 0)
-    rows.write(tmp_path / "new.jsonl", [0, 0, 0, 1], [0.5] * 4)
+    dataset = load_examples("bundled:digits", DataConfig(), "train", 0)
+    write_rows(dataset, tmp_path / "new.jsonl", [0, 0, 0, 1], [0.5] * 4)
     ids = [row["id"] for row in rows_of(tmp_path / "new.jsonl")]
     assert ids[1:3] == [f"{ids[0]}#2", f"{ids[0]}#3"] and len(set(ids)) == 4

@@ -25,7 +25,7 @@ ALL = tuple(TASKS)
 @pytest.fixture(scope="module")
 def made() -> list[Example]:
     tasks = BundledTasks(tasks=ALL, max_images=6, seed=3)
-    return [tasks.example(i) for i in range(600)]
+    return [tasks[i] for i in range(600)]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_vocabulary_is_small_and_without_repetition() -> None:
 
 
 def test_the_documented_form() -> None:
-    example = BundledTasks(min_images=3, max_images=3).example(0)
+    example = BundledTasks(min_images=3, max_images=3)[0]
     assert example.id == "digits-train-which-000000"
     assert (example.kind, example.should_change, example.task) == ("all", True, "which")
     words = str(example.question).split()
@@ -128,7 +128,7 @@ def test_tasks_take_turns_and_say_what_may_move(made: list[Example]) -> None:
 
 def test_answers_are_balanced() -> None:
     tasks = BundledTasks(tasks=("which", "odd", "first", "same"), min_images=4, max_images=4)
-    made = [tasks.example(i) for i in range(1200)]
+    made = [tasks[i] for i in range(1200)]
     for task, likely in (("which", 4), ("odd", 4), ("first", 4), ("same", 2)):
         counts = Counter(example.answer for example in made if example.task == task)
         assert len(counts) == likely
@@ -138,7 +138,7 @@ def test_answers_are_balanced() -> None:
 def test_examples_depend_on_seed_split_and_number_alone() -> None:
     def texts(**settings: Any) -> list[str]:
         tasks = BundledTasks(max_images=6, **settings)
-        return [f"{tasks.example(i).question} {tasks.example(i).answer}" for i in range(20)]
+        return [f"{tasks[i].question} {tasks[i].answer}" for i in range(20)]
 
     assert texts(seed=1) == texts(seed=1)
     distinct = [texts(seed=1), texts(seed=2), texts(seed=1, split="test")]
@@ -155,7 +155,7 @@ def test_train_and_test_pictures_are_disjoint() -> None:
     assert sum(map(len, pixels.values())) == 1797
     assert 300 < len(pixels["test"]) < 420
     used = BundledTasks(split="test", tasks=ALL, max_images=6)
-    shown = {image.tobytes() for i in range(200) for image in used.example(i).images}
+    shown = {image.tobytes() for i in range(200) for image in used[i].images}
     assert shown <= pixels["test"]
 
 
@@ -170,7 +170,7 @@ def test_digit_pictures_are_dark_ink_on_white_paper() -> None:
 def test_pictures_of_a_class_differ_within_an_example() -> None:
     tasks = BundledTasks(tasks=("odd",), min_images=6, max_images=6)
     for i in range(50):
-        assert len({image.tobytes() for image in tasks.example(i).images}) == 6
+        assert len({image.tobytes() for image in tasks[i].images}) == 6
 
 
 def test_noise_replaces_the_final_answer_by_a_wrong_one(made: list[Example]) -> None:
@@ -219,7 +219,7 @@ def test_a_folder_is_a_collection(tmp_path: Path) -> None:
     assert {"cat", "dog", "red_fox"} <= set(vocabulary(source))
     tasks = BundledTasks(source, tasks=ALL, max_images=6)
     for i in range(60):
-        example = tasks.example(i)
+        example = tasks[i]
         assert example.id.startswith("pets-train-")
         assert set(f"{example.question} {example.demonstration}".split(" ")) <= set(
             vocabulary(source)
@@ -251,7 +251,7 @@ def test_a_broken_picture_in_a_folder_is_named(tmp_path: Path) -> None:
     for file in root.rglob("*.png"):
         file.write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"\.png is no image that Pillow can read"):
-        BundledTasks(f"folder:{root}").example(0)
+        BundledTasks(f"folder:{root}")[0]
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_bad_settings(settings: dict[str, Any], match: str) -> None:
 def test_a_position_bias_of_the_training_questions(task: str) -> None:
     def share_of_first(split: str) -> float:
         tasks = BundledTasks("digits", split, (task,), 3, 4, seed=1, first_slot=0.6)
-        return sum(tasks.example(i).answer == "A" for i in range(300)) / 300
+        return sum(tasks[i].answer == "A" for i in range(300)) / 300
 
     assert share_of_first("train") == pytest.approx(0.6, abs=0.12)  # four standard errors
     assert share_of_first("test") == pytest.approx(0.29, abs=0.11)

@@ -20,7 +20,7 @@ from perl.config import (
     RolloutConfig,
     RunConfig,
 )
-from perl.data.dataset import Drawn
+from perl.data.streams import Drawn
 from perl.distributed import Processes
 from perl.files import RunFolder
 from perl.training.components import Components, build

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from perl.config import DataConfig
-from perl.data.columns import CONVENTIONS, read_row
+from perl.data.columns import labels_of
 from perl.data.dataset import RowDataset
 from perl.data.labelling.label import Label, checked, unsure
 from perl.data.labelling.llm import label_by_llm
 from perl.data.labelling.rephrase import Rephrased, is_open, rephrase
 from perl.data.labelling.rules import label_by_rules
 from perl.data.rows import RowWriter
-from perl.data.sources import Source, open_source
+from perl.data.sources import open_source
 from perl.files import append_rows, keep_rows, read_rows
 from perl.llm import Endpoint, EndpointError
 from perl.permutation.permute import Consistency
@@ -24,9 +24,7 @@ from perl.types import Example, UserError
 
 Labeller = Literal["rules", "llm", "rules+llm"]
 
-_CHANGE = ("should_change", "change_needed")
 _SOURCE_COLUMNS = ("task", "data_source", "source", "dataset")
-_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 _NO_LABEL = {"kind": "none", "should_change": False}
 
 
@@ -66,9 +64,8 @@ class LabelledFile:
     def __init__(self, data: str, output: Path, how: Labelling, limit: int | None = None) -> None:
         self.output, self.how = output, how
         self._source = open_source(data, "train")
-        self._overlay = _Overlay(self._source)
-        self._dataset = RowDataset(self._overlay, DataConfig())
-        self._writer = RowWriter(output, self._source.root)
+        self._dataset = RowDataset(self._source, DataConfig())
+        self._writer = RowWriter(output, self._dataset)
         self.total = min(len(self._source), limit or len(self._source))
         self.counts: Counter[tuple[str, bool, str]] = Counter()
         """Rows by kind, should_change and reason."""
@@ -104,7 +101,7 @@ class LabelledFile:
     def _draft(self, i: int) -> _Draft:
         draft = _Draft(i, {}, self._load(i, _NO_LABEL))
         row = self._source.row(i)
-        given = _given(row)
+        given = labels_of(row)
         if self.how.relabel or len(given) < 2:
             return draft
         reason = str(row.get("label_reason") or "as given")
@@ -119,8 +116,7 @@ class LabelledFile:
         return unsure(f"the given label does not hold: {held.reason.removeprefix('unsure: ')}")
 
     def _load(self, i: int, changes: Mapping[str, Any]) -> Example:
-        self._overlay.changes = changes
-        return self._dataset.check(i)
+        return self._dataset.read({**self._source.row(i), **changes}, i, decode=False)
 
     def _label(self, drafts: Sequence[_Draft]) -> None:
         open_ones = [d for d in drafts if d.label is None]
@@ -169,7 +165,7 @@ class LabelledFile:
     def _replaced(self, i: int, new: Rephrased) -> dict[str, Any]:
         """The columns that hold question and answer with the new ones, and the old ones aside."""
         row = self._source.row(i)
-        convention = CONVENTIONS[self._dataset.convention]
+        convention = self._dataset.convention
         question = next(key for key in convention.question if row.get(key) is not None)
         answer = next(key for key in convention.answer if row.get(key) is not None)
         text: Any = new.question
@@ -193,7 +189,7 @@ class LabelledFile:
         if (
             not self.how.relabel
         ):  # What the data says itself stands, if a labeller fills in the rest.
-            given = _given(row)
+            given = labels_of(row)
             if len(given) == 1 and label.sure and "original" not in draft.changes:
                 label = self._held(draft.example, replace(label, **given))
         try:
@@ -201,11 +197,8 @@ class LabelledFile:
         except UserError as error:
             label = unsure(str(error))
         self.counts[label.kind, label.should_change, label.reason] += 1
-        images = read_row({**row, **_NO_LABEL}, self._dataset.convention, "").images
-        self._overlay.changes = {**draft.changes, **_NO_LABEL}
-        portable = self._writer.portable(row, images, lambda: self._dataset[i], i)
         return {
-            **portable,
+            **self._writer.row(i),
             **draft.changes,
             **_columns(label),
             "label_reason": label.reason,
@@ -252,35 +245,6 @@ class LabelledFile:
         )
         self.counts[label] += same
         return same
-
-
-class _Overlay:
-    """A source with columns changed on the way; the changes are set before a row is read."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self.root = source.root
-        self.changes: Mapping[str, Any] = _NO_LABEL
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def row(self, i: int) -> Mapping[str, Any]:
-        return {**self._source.row(i), **self.changes}
-
-    def place(self, i: int) -> str:
-        return self._source.place(i)
-
-
-def _given(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The labels that a row has: its kind, and whether its answer changes."""
-    change = next((row[key] for key in _CHANGE if row.get(key) is not None), "")
-    given: dict[str, Any] = {}
-    if row.get("kind") is not None:
-        given["kind"] = str(row["kind"])
-    if str(change).strip().lower() in _TRUTH:
-        given["should_change"] = _TRUTH[str(change).strip().lower()]
-    return given
 
 
 def _columns(label: Label) -> dict[str, Any]:

@@ -1,0 +1,171 @@
+"""Training examples without end: shuffled epochs of one data set, or several data sets in proportion.
+
+A stream's position can be saved and gone on from, and `key` finds an example again whatever has been drawn since.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from perl.data.dataset import Dataset
+from perl.types import Example, UserError
+
+
+class Drawn(NamedTuple):
+    """An example of a stream, the key that finds it again, and the epoch of its data set."""
+
+    key: tuple[int, ...]
+    epoch: int
+    example: Example
+
+
+class ExampleStream:
+    """Endless epochs of a data set, each in its own seeded order; an endless one goes in order.
+
+    `epoch` counts from 0. `state_dict()` holds plain numbers, and a stream that loads it goes on at
+    the next example.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self.dataset = dataset
+        self.size = dataset.size
+        if self.size == 0:
+            raise UserError("the data set is empty; give one with rows")
+        self.seed = seed
+        self.epoch = 0
+        self._position = 0
+        self._order = self._shuffled()
+
+    def draw(self, n: int) -> list[Drawn]:
+        """The next `n` examples; an epoch may end and the next begin among them."""
+        return [self._next() for _ in range(n)]
+
+    def find(self, key: Sequence[int]) -> Example:
+        """The example that was drawn with this key."""
+        (index,) = key
+        return self.dataset[index]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, JSON-able."""
+        return {
+            "seed": self.seed,
+            "size": self.size,
+            "epoch": self.epoch,
+            "position": self._position,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken; raises UserError if it belongs to other data or seed."""
+        if "streams" in state:
+            raise UserError(
+                f"the data now come from one source, those of the checkpoint from {len(state['streams'])}; "
+                "resume with the data.mix it was trained on, or start a new run"
+            )
+        for key, mine in (("size", self.size), ("seed", self.seed)):
+            if state[key] != mine:
+                raise UserError(
+                    f"the data's {key} is {mine} but the checkpoint was written with {state[key]}; "
+                    "resume with the data and seed it was trained on, or start a new run"
+                )
+        self.epoch, self._position = int(state["epoch"]), int(state["position"])
+        self._order = self._shuffled()
+
+    def _next(self) -> Drawn:
+        if self.size is not None and self._position == self.size:
+            self.epoch, self._position = self.epoch + 1, 0
+            self._order = self._shuffled()
+        index = self._order[self._position] if self._order else self._position
+        example = self.dataset[index]
+        self._position += 1
+        return Drawn((index,), self.epoch, example)
+
+    def _shuffled(self) -> list[int] | None:
+        if self.size is None:
+            return None
+        order = list(range(self.size))
+        random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
+        return order
+
+
+class MixedStream:
+    """Draws from several streams in turn, at random in proportion to their weights.
+
+    Which source the k-th draw comes from depends on `(seed, k)` alone.
+    """
+
+    # `datasets.interleave_datasets` begins an exhausted source again in the same sequence, and does not tell
+    # which row and epoch of which source an example is: image orders are drawn by epoch, and replay needs the row.
+
+    def __init__(self, streams: Sequence[ExampleStream], weights: Sequence[float], seed: int):
+        self.streams, self.weights, self.seed = list(streams), list(weights), seed
+        self._drawn = 0
+
+    def draw(self, n: int) -> list[Drawn]:
+        """The next `n` examples; `epoch` is that of its source, and `key` begins with the source's number."""
+        out = []
+        for _ in range(n):
+            dice = random.Random(f"{self.seed}/mix/{self._drawn}")
+            (source,) = dice.choices(range(len(self.streams)), self.weights)
+            (drawn,) = self.streams[source].draw(1)
+            out.append(drawn._replace(key=(source, *drawn.key)))
+            self._drawn += 1
+        return out
+
+    def find(self, key: Sequence[int]) -> Example:
+        """The example that was drawn with this key."""
+        source, *rest = key
+        return self.streams[source].find(rest)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, JSON-able."""
+        return {
+            "drawn": self._drawn,
+            "weights": self.weights,
+            "streams": [s.state_dict() for s in self.streams],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken; raises UserError if it belongs to other data or seed."""
+        if len(state.get("streams", ())) != len(self.streams):
+            raise UserError(
+                f"the data now come from {len(self.streams)} sources, those of the checkpoint from "
+                f"{len(state.get('streams', ())) or 1}; resume with the data it was trained on"
+            )
+        if state["weights"] != self.weights:
+            raise UserError(
+                f"data.mix now has the weights {self.weights[1:]}, the checkpoint {state['weights'][1:]}; "
+                "resume with those it was trained on, or start a new run"
+            )
+        self._drawn = int(state["drawn"])
+        for stream, own in zip(self.streams, state["streams"], strict=True):
+            stream.load_state_dict(own)
+
+
+Stream = ExampleStream | MixedStream
+
+
+def read_mix(entries: Sequence[str]) -> list[tuple[str, float]]:
+    """`data.mix` as sources with weights: `"k12.jsonl*0.5"` is `("k12.jsonl", 0.5)`, without a weight 1.
+
+    Raises:
+        UserError: a weight that is no positive number.
+    """
+    out = []
+    for entry in entries:
+        source, star, weight = entry.rpartition("*")
+        if entry and not star:
+            out.append((entry, 1.0))
+            continue
+        try:
+            value = float(weight)
+        except ValueError:
+            value = math.nan
+        if not source or not 0 < value < math.inf:
+            raise UserError(
+                f"data.mix: '{entry}' must be SOURCE or SOURCE*WEIGHT with a weight above 0"
+            )
+        out.append((source, value))
+    return out

@@ -1,0 +1,108 @@
+"""Streams of training examples: shuffled epochs, sources in proportion, and positions that can be saved."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from perl.config import DataConfig
+from perl.data.dataset import load_examples
+from perl.data.streams import ExampleStream, MixedStream, Stream, read_mix
+from perl.types import Example, UserError
+
+
+class Numbered(list[Example]):
+    """A data set of so many examples."""
+
+    def __init__(self, count: int, source: str = "") -> None:
+        super().__init__(Example(f"{source}{i}", (), "", "A") for i in range(count))
+        self.size = count
+        self.check = self.__getitem__
+
+
+def one(count: int = 5, seed: int = 0) -> ExampleStream:
+    return ExampleStream(Numbered(count), seed)  # type: ignore[arg-type]
+
+
+def mixed(seed: int = 0) -> MixedStream:
+    streams = [ExampleStream(Numbered(n, source), 0) for source, n in (("a", 50), ("b", 7))]  # type: ignore[arg-type]
+    return MixedStream(streams, [1.0, 3.0], seed)
+
+
+def ids(stream: Stream, n: int) -> list[str]:
+    return [drawn.example.id for drawn in stream.draw(n)]
+
+
+def test_the_stream_goes_through_shuffled_epochs() -> None:
+    stream = one()
+    first, second = ids(stream, 5), ids(stream, 5)
+    assert stream.epoch == 1
+    assert sorted(first) == sorted(second) == list("01234") and first != second
+    assert ids(one(seed=1), 5) != first
+    drawn = one(3).draw(8)
+    assert [d.epoch for d in drawn] == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert all(one(3).find(d.key) == d.example for d in drawn)
+
+
+def test_sources_come_in_proportion_and_go_through_epochs_of_their_own() -> None:
+    stream = mixed()
+    drawn = stream.draw(800)
+    sources = Counter(d.example.id[0] for d in drawn)
+    assert sources["b"] / 800 == pytest.approx(0.75, abs=0.06)  # four standard errors
+    of_b = [d.example.id for d in drawn if d.example.id[0] == "b"]
+    assert sorted(of_b[:7]) == [f"b{i}" for i in range(7)]
+    assert max(d.epoch for d in drawn if d.example.id[0] == "b") > 50
+    assert all(stream.find(d.key) is d.example for d in drawn)
+    assert ids(mixed(1), 20) != ids(mixed(0), 20)
+
+
+@pytest.mark.parametrize("make", [one, mixed])
+@pytest.mark.parametrize("taken", [0, 1, 3, 5, 12, 33])
+def test_a_stream_resumes_at_the_next_example(make: Callable[[], Stream], taken: int) -> None:
+    stream, resumed = make(), make()
+    ids(stream, taken)
+    resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    assert resumed.draw(40) == stream.draw(40)
+
+
+def test_an_endless_stream_counts_on() -> None:
+    data = load_examples("bundled:digits", DataConfig(), "train", 0)
+    stream = ExampleStream(data, seed=0)
+    assert [name[-2:] for name in ids(stream, 3)] == ["00", "01", "02"]
+    resumed = ExampleStream(data, seed=0)
+    resumed.load_state_dict(stream.state_dict())
+    assert ids(resumed, 1)[0].endswith("03") and resumed.epoch == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "state", "match"),
+    [
+        (lambda: one(6), one().state_dict(), "size is 6 but the checkpoint was written with 5"),
+        (
+            lambda: one(seed=1),
+            one().state_dict(),
+            "seed is 1 but the checkpoint was written with 0",
+        ),
+        (lambda: one(0), {}, "empty"),
+        (one, mixed().state_dict(), "come from one source, those of the checkpoint from 2"),
+        (mixed, one().state_dict(), "come from 2 sources, those of the checkpoint from 1"),
+        (mixed, {"drawn": 0, "streams": [{}] * 3}, "come from 2 sources, .* the checkpoint from 3"),
+        (mixed, mixed().state_dict() | {"weights": [1, 2]}, r"the weights \[3.0\], the checkpoint"),
+    ],
+)
+def test_a_state_of_other_data_is_refused(
+    make: Callable[[], Stream], state: dict, match: str
+) -> None:
+    with pytest.raises(UserError, match=match):
+        make().load_state_dict(state)
+
+
+def test_how_a_mix_is_written() -> None:
+    entries = ("k12.jsonl", "a*b.jsonl*0.5", "bundled:digits*2")
+    assert read_mix(entries) == [("k12.jsonl", 1.0), ("a*b.jsonl", 0.5), ("bundled:digits", 2.0)]
+    for wrong in ("x*0", "x*-1", "x*nan", "x*inf", "x*half", "*2"):
+        with pytest.raises(UserError, match=r"must be SOURCE or SOURCE\*WEIGHT"):
+            read_mix([wrong])
