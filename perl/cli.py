@@ -65,7 +65,7 @@ _WITHOUT_TARGET = {"-h", "--help", "--list", "--list-suites"}
 # What the extra `train` installs, by the names they are imported by.
 _TRAIN_PACKAGES = {
     *("transformers", "accelerate", "datasets", "huggingface_hub", "tokenizers", "peft"),
-    *("safetensors", "sklearn", "scipy", "tensorboard", "matplotlib", "jinja2"),
+    *("safetensors", "sklearn", "scipy", "tensorboard", "matplotlib", "jinja2", "openai"),
 }
 
 

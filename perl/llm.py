@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import http.client
+import asyncio
 import json
 import os
 import random
-import threading
-import time
-import urllib.error
-import urllib.request
-from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
 from perl.types import UserError
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """A text, or chat messages as the protocol has them. An image is a part of a message's content:
 `{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}`."""
 
+_FIRST_WAIT = 1.0
 _LONGEST_WAIT = 60.0
 _SHORTEST_SECRET = 6
 """Characters of a query's value from which on it is blotted out wherever it turns up."""
@@ -37,25 +35,28 @@ class Completion(str):
 class EndpointError(UserError):
     """A request that failed for good; `status` is the HTTP status, None if no answer came.
 
-    It is 200 for an answer that is no chat completion.
+    It is 200 for an answer that is no chat completion. `wait` is the number of seconds that the server asks for
+    before another try.
     """
 
-    def __init__(self, message: str, status: int | None) -> None:
+    def __init__(self, message: str, status: int | None, wait: float | None = None) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.wait = status, wait
 
     @property
     def of_request(self) -> bool:
         """True: the endpoint works and refuses this one prompt; others may fare better."""
         return self.status in (400, 413, 422)
 
+    @property
+    def of_endpoint(self) -> bool:
+        """True: it cannot be reached, or refuses the key or the model; no other prompt fares better."""
+        return self.status in (None, 401, 403, 404)
 
-class _Passing(Exception):
-    """A failure that another try may mend: the error to end with, and seconds to wait if asked to."""
-
-    def __init__(self, error: EndpointError, wait: float | None = None) -> None:
-        super().__init__(str(error))
-        self.error, self.wait = error, wait
+    @property
+    def passing(self) -> bool:
+        """True: another try may succeed."""
+        return self.status in (None, 200, 408, 409, 429) or self.status >= 500
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,8 +64,8 @@ class Endpoint:
     """Where requests go and how long to try.
 
     `url` is the base address, as in `http://localhost:8000/v1`; `timeout` in seconds, of each try
-    as a whole; a request is tried `1 + max_retries` times, `backoff * 2**k` seconds (with jitter)
-    after try k, or as long as the server asks for; `concurrency` requests are under way at a time.
+    as a whole; a request is tried `1 + max_retries` times, 1, 2, 4, ... seconds (with jitter) after
+    one another, or as long as the server asks for; `concurrency` requests are under way at a time.
     Raises UserError for values that cannot work.
     """
 
@@ -74,7 +75,6 @@ class Endpoint:
     timeout: float = 60.0
     max_retries: int = 3
     concurrency: int = 8
-    backoff: float = 1.0
 
     def __post_init__(self) -> None:
         if not all("!" <= character <= "~" for character in self.url):
@@ -103,10 +103,10 @@ class Endpoint:
             raise UserError(
                 f"no model is named for the LLM endpoint {self.shown}; set PERL_LLM_MODEL"
             )
-        if self.timeout <= 0 or self.max_retries < 0 or self.concurrency < 1 or self.backoff < 0:
+        if self.timeout <= 0 or self.max_retries < 0 or self.concurrency < 1:
             raise UserError(
                 f"LLM endpoint {self.shown}: timeout must be above 0, concurrency 1 or more, "
-                "max_retries and backoff 0 or more"
+                "max_retries 0 or more"
             )
         if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
             raise UserError(
@@ -148,155 +148,139 @@ class Endpoint:
         """One completion for each prompt, in their order; raises the first EndpointError."""
         answers = self.complete_each(prompts, max_tokens=max_tokens, temperature=temperature)
         for answer in answers:
-            if isinstance(answer, Exception):
+            if isinstance(answer, EndpointError):
                 raise answer
         return [answer for answer in answers if isinstance(answer, Completion)]
 
     def complete_each(
         self, prompts: Sequence[Prompt], *, max_tokens: int = 512, temperature: float = 0.0
-    ) -> list[Completion | Exception]:
+    ) -> list[Completion | EndpointError]:
+        """`ask` for code that is not async. An interrupt (Ctrl-C) waits for no request under way."""
+        return asyncio.run(self.ask(prompts, max_tokens=max_tokens, temperature=temperature))
+
+    async def ask(
+        self, prompts: Sequence[Prompt], *, max_tokens: int = 512, temperature: float = 0.0
+    ) -> list[Completion | EndpointError]:
         """For each prompt its completion, or the EndpointError that its request ended in.
 
         Once the endpoint cannot be reached or refuses the key or the model, the prompts that have
-        not been sent share that error. An interrupt (Ctrl-C) waits for no request under way.
+        not been sent share that error.
         """
         refused: list[EndpointError] = []
-        todo, over = deque(enumerate(prompts)), threading.Event()
-        answers: dict[int, Completion | Exception] = {}
-        broken: list[BaseException] = []
+        free = asyncio.Semaphore(self.concurrency)
 
-        def ask(prompt: Prompt) -> Completion | Exception:
-            if refused:
-                return refused[0]
+        async def ask_in_turn(client: AsyncOpenAI, prompt: Prompt) -> Completion | EndpointError:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            body = {
-                "model": self.model,
-                "messages": list(messages),
-                "max_tokens": max_tokens,
-                "temperature": temperature,
-            }
-            try:
-                return self._ask(json.dumps(body).encode(), over)
-            except EndpointError as error:
-                if error.status in (None, 401, 403, 404):
-                    refused.append(error)
-                return error
-
-        def work() -> None:
-            while True:
+            async with free:
+                if refused:
+                    return refused[0]
                 try:
-                    i, prompt = todo.popleft()
-                except IndexError:  # There are no more.
-                    return
-                try:
-                    answers[i] = ask(prompt)
-                except BaseException as error:
-                    todo.clear()
-                    broken.append(error)
+                    return await self._ask(client, list(messages), max_tokens, temperature)
+                except EndpointError as error:
+                    if error.of_endpoint:
+                        refused.append(error)
+                    return error
 
-        # Daemon threads: neither an interrupt nor the end of Python waits for them.
-        workers = min(self.concurrency, len(todo))
-        threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        finally:
-            todo.clear()
-            over.set()
-        if broken:
-            raise broken[0]
-        return [answers[i] for i in range(len(prompts))]
+        async with self._client() as client:
+            return await asyncio.gather(*(ask_in_turn(client, prompt) for prompt in prompts))
 
-    def _ask(self, body: bytes, over: threading.Event) -> Completion:
-        """The completion, after as many tries as it takes; none is begun once it is `over`."""
-        for failures in range(self.max_retries + 1):
-            try:
-                return self._try_in_time(body)
-            except _Passing as problem:
-                if failures == self.max_retries:
-                    raise problem.error from None
-                wait = problem.wait
-                if wait is None:
-                    wait = self.backoff * 2**failures * random.uniform(0.5, 1.0)
-                if over.wait(min(wait, _LONGEST_WAIT)):
-                    raise problem.error from None
-        raise AssertionError("the last failure is raised")
+    def _client(self) -> AsyncOpenAI:
+        from openai import AsyncOpenAI
 
-    def _try_in_time(self, body: bytes) -> Completion:
-        """One try in a thread: a socket's timeout starts again with each byte, this one does not."""
-        future: Future[Completion] = Future()
-        deadline = time.monotonic() + self.timeout
-
-        def work() -> None:
-            try:
-                future.set_result(self._try(body, deadline))
-            except BaseException as error:
-                future.set_exception(error)
-
-        threading.Thread(target=work, daemon=True).start()
-        try:
-            return future.result(self.timeout)
-        except TimeoutError:
-            raise self._late() from None
-
-    def _late(self) -> _Passing:
-        late = f"the LLM endpoint {self.shown} gave no answer within {self.timeout:g} s"
-        return _Passing(EndpointError(f"{late}; check its load, or ask it for less at a time", 408))
-
-    def _try(self, body: bytes, deadline: float) -> Completion:
-        content = bytearray()
-        try:
-            with urllib.request.urlopen(self._request(body), timeout=self.timeout) as response:
-                while piece := response.read1(65536):
-                    content += piece
-                    if time.monotonic() > deadline:
-                        raise TimeoutError
-            return _completion_of(json.loads(content))
-        except urllib.error.HTTPError as error:
-            with error:
-                said = self._without_key(_message_of(error))
-            refusal = EndpointError(
-                f"the LLM endpoint {self.shown} answered {error.code}: {said}; "
-                + _advice(error.code, self.model),
-                error.code,
-            )
-            if error.code in (408, 409, 429) or error.code >= 500:
-                raise _Passing(refusal, _seconds_asked_for(error)) from None
-            raise refusal from None
-        except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors.
-            cause = getattr(error, "reason", error)
-            if isinstance(cause, TimeoutError):
-                raise self._late() from None
-            said = self._without_key(f"{type(cause).__name__}: {cause}")
-            raise _Passing(
-                EndpointError(
-                    f"the LLM endpoint {self.shown} cannot be reached ({said}); "
-                    "start it, or correct PERL_LLM_URL",
-                    None,
-                )
-            ) from None
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            said = self._without_key(_said(content.decode("utf-8", "replace")))
-            raise _Passing(
-                EndpointError(
-                    f"the LLM endpoint {self.shown} answered with something that is no chat "
-                    f"completion ({said[:100]}); the address must be that of an OpenAI-compatible "
-                    "API, mostly ending in /v1",
-                    200,
-                )
-            ) from None
-
-    def _request(self, body: bytes) -> urllib.request.Request:
         parts = urlsplit(self.url)
-        path = parts.path.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        url = urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
-        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-        if self.api_key:
-            # Unredirected: another host that an answer points to is not given the key.
-            request.add_unredirected_header("Authorization", f"Bearer {self.api_key}")
-        return request
+        path = parts.path.rstrip("/").removesuffix("/chat/completions")
+        return AsyncOpenAI(
+            base_url=urlunsplit((parts.scheme, parts.netloc, path, "", "")),
+            api_key=self.api_key or "none",
+            default_query=dict(parse_qsl(parts.query, keep_blank_values=True)),
+            timeout=self.timeout,
+            # Its own retries limit each wait for a byte but not a try as a whole, and take any answer of status 200.
+            max_retries=0,
+        )
+
+    def _headers(self) -> dict[str, Any]:
+        """No endpoint but OpenAI's is told what the environment holds for OpenAI: key, organization and project."""
+        from openai import Omit
+
+        headers = {
+            name: Omit() for name in ("Authorization", "OpenAI-Organization", "OpenAI-Project")
+        }
+        return headers | ({"Authorization": f"Bearer {self.api_key}"} if self.api_key else {})
+
+    async def _ask(
+        self, client: AsyncOpenAI, messages: list[Any], max_tokens: int, temperature: float
+    ) -> Completion:
+        """The completion, after as many tries as it takes."""
+        failures = 0
+        while True:
+            try:
+                async with asyncio.timeout(self.timeout):
+                    answer = await client.chat.completions.with_raw_response.create(
+                        model=self.model,
+                        messages=messages,
+                        max_tokens=max_tokens,
+                        temperature=temperature,
+                        extra_headers=self._headers(),
+                    )
+                return self._read(answer.http_response.text)
+            except Exception as problem:
+                error = self._explain(problem)
+            if not error.passing or failures == self.max_retries:
+                raise error
+            wait = error.wait
+            if wait is None:
+                wait = _FIRST_WAIT * 2**failures * random.uniform(0.5, 1.0)
+            await asyncio.sleep(min(wait, _LONGEST_WAIT))
+            failures += 1
+
+    def _read(self, content: str) -> Completion:
+        try:
+            choice = json.loads(content)["choices"][0]
+            text = choice["message"].get("content") or ""
+            if not isinstance(text, str):
+                raise TypeError
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise EndpointError(
+                f"the LLM endpoint {self.shown} answered with something that is no chat "
+                f"completion ({self._without_key(_said(content))[:100]}); the address must be that "
+                "of an OpenAI-compatible API, mostly ending in /v1",
+                200,
+            ) from None
+        completion = Completion(text)
+        completion.cut = choice.get("finish_reason") == "length"
+        return completion
+
+    def _explain(self, problem: Exception) -> EndpointError:
+        """What went wrong with a request, and what to do; raises anew what is no matter of the endpoint's."""
+        import openai
+
+        if isinstance(problem, EndpointError):
+            return problem
+        if isinstance(problem, TimeoutError | openai.APITimeoutError):
+            late = f"the LLM endpoint {self.shown} gave no answer within {self.timeout:g} s"
+            return EndpointError(f"{late}; check its load, or ask it for less at a time", 408)
+        if isinstance(problem, openai.APIStatusError):
+            status, response = problem.status_code, problem.response
+            said = self._without_key(_said(response.text) or response.reason_phrase)
+            try:
+                wait = max(0.0, float(response.headers.get("Retry-After", "")))
+            except ValueError:
+                wait = None
+            return EndpointError(
+                f"the LLM endpoint {self.shown} answered {status}: {said}; "
+                + _advice(status, self.model),
+                status,
+                wait,
+            )
+        if isinstance(problem, openai.APIConnectionError):
+            cause = problem.__cause__ or problem
+            said = self._without_key(f"{type(cause).__name__}: {cause}")
+            return EndpointError(
+                f"the LLM endpoint {self.shown} cannot be reached ({said}); "
+                "start it, or correct PERL_LLM_URL",
+                None,
+            )
+        raise problem
 
     def _without_key(self, text: str) -> str:
         """A text of the server's, without the key and without what the address's query holds."""
@@ -311,25 +295,6 @@ class Endpoint:
         return text[:300]
 
 
-def _completion_of(answer: Any) -> Completion:
-    choice = answer["choices"][0]
-    text = choice["message"].get("content") or ""
-    if not isinstance(text, str):
-        raise TypeError
-    completion = Completion(text)
-    completion.cut = choice.get("finish_reason") == "length"
-    return completion
-
-
-def _message_of(error: urllib.error.HTTPError) -> str:
-    """What the body of a refusal says: the protocol's `error.message`, or its beginning."""
-    try:
-        body = error.read(10_000).decode("utf-8", "replace")
-    except (OSError, http.client.HTTPException):
-        return str(error.reason)
-    return _said(body) or str(error.reason)
-
-
 def _said(body: str) -> str:
     try:
         said = json.loads(body)
@@ -337,13 +302,6 @@ def _said(body: str) -> str:
         return str(said.get("message", said) if isinstance(said, dict) else said)
     except (ValueError, AttributeError, RecursionError):
         return body.strip()
-
-
-def _seconds_asked_for(error: urllib.error.HTTPError) -> float | None:
-    try:
-        return max(0.0, float(error.headers.get("Retry-After", "")))
-    except ValueError:
-        return None
 
 
 def _advice(status: int, model: str) -> str:

@@ -21,7 +21,8 @@ def serving(reply: Callable[[dict[str, Any], dict[str, str]], Reply]) -> Iterato
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
-            status, answer, *more = reply({**body, "path": self.path}, dict(self.headers))
+            headers = {name.title(): value for name, value in self.headers.items()}
+            status, answer, *more = reply({**body, "path": self.path}, headers)
             content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
             self.send_response(status)
             for name, value in (more[0] if more else {}).items():

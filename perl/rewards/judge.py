@@ -59,7 +59,7 @@ async def judge(
         for i, (prompt, text, gold) in enumerate(zip(prompts, completions, answer, strict=True))
         if gold is not None
     }
-    return _scores(
+    return await _scores(
         rows, len(completions), lambda i, reply: _yes_or_no(reply), concurrency, max_tokens
     )
 
@@ -93,7 +93,7 @@ async def caption_facts(
         for i, lines in known.items()
         if lines
     }
-    return _scores(
+    return await _scores(
         rows,
         len(completions),
         lambda i, reply: _share(reply, len(known[i])),
@@ -112,7 +112,7 @@ def _ask_for_a_sign(endpoint: Endpoint) -> None:
     endpoint.complete(["Reply with one word: yes"], max_tokens=8)
 
 
-def _scores(
+async def _scores(
     rows: dict[int, str],
     count: int,
     read: Callable[[int, str], float],
@@ -124,7 +124,7 @@ def _scores(
     Raises UserError if no request succeeds.
     """
     endpoint = replace(Endpoint.from_env(), concurrency=concurrency)
-    replies = endpoint.complete_each(list(rows.values()), max_tokens=max_tokens)
+    replies = await endpoint.ask(list(rows.values()), max_tokens=max_tokens)
     refused = [reply for reply in replies if isinstance(reply, UserError)]
     if refused and len(refused) == len(replies):
         raise refused[0]

@@ -52,7 +52,7 @@ TEXT = choice("<image><image> Which animal?\nA. an owl\nB. a fox\nC. a hare", "(
 )
 def test_only_a_sound_multiple_choice_is_taken(asked: Example, said: str, wanted: str) -> None:
     with serving(lambda *_: says(said)) as url:
-        (found,) = rephrase([asked], Endpoint(url, "m", backoff=0))
+        (found,) = rephrase([asked], Endpoint(url, "m"))
     if isinstance(found, Rephrased):
         assert found.answer == wanted and found.question == json.loads(said)["question"]
     else:
@@ -67,7 +67,7 @@ def test_what_is_wrong_is_said_once_and_may_be_corrected() -> None:
         return says(GOOD if len(body["messages"]) > 1 else "no")
 
     with serving(reply) as url:
-        (found,) = rephrase([WHICH], Endpoint(url, "m", backoff=0))
+        (found,) = rephrase([WHICH], Endpoint(url, "m"))
     assert isinstance(found, Rephrased) and len(chats) == 2
     assert "there is no JSON object" in chats[1][-1]["content"]
 

@@ -20,8 +20,13 @@ from tests.chat_server import Reply, says, serving
 KEY = "sk-very-secret"
 
 
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("perl.llm._FIRST_WAIT", 0.01)
+
+
 def endpoint(url: str, **values: Any) -> Endpoint:
-    return Endpoint(url, "m", **{"api_key": KEY, "backoff": 0.01, "max_retries": 2, **values})
+    return Endpoint(url, "m", **{"api_key": KEY, "max_retries": 2, **values})
 
 
 def test_completions_come_in_order_and_side_by_side() -> None:
@@ -123,7 +128,7 @@ def test_a_refusal_says_where_what_and_what_to_do(status: int, tries: int, advic
 def test_an_endpoint_that_is_down_is_not_asked_for_every_prompt() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    down = endpoint(f"http://127.0.0.1:{port}/v1", backoff=0.05, concurrency=1)
+    down = endpoint(f"http://127.0.0.1:{port}/v1", concurrency=1)
     start = time.monotonic()
     failures = down.complete_each(["x"] * 50)
     assert time.monotonic() - start < 2
@@ -232,8 +237,9 @@ def test_the_limit_is_of_the_whole_try(head: bytes) -> None:
 
 
 @pytest.mark.parametrize("status", [200, 503])
-def test_an_interrupt_waits_for_nobody(status: int) -> None:
+def test_an_interrupt_waits_for_nobody(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither for answers under way nor for the waits between tries, and nothing more is sent."""
+    monkeypatch.setattr("perl.llm._FIRST_WAIT", 5)
     asked, release = [], threading.Event()
 
     def reply(body: dict[str, Any], headers: dict[str, str]) -> Reply:
@@ -247,7 +253,7 @@ def test_an_interrupt_waits_for_nobody(status: int) -> None:
     with serving(reply) as url:
         start = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
-            endpoint(url, concurrency=2, backoff=5).complete(["x"] * 6)
+            endpoint(url, concurrency=2).complete(["x"] * 6)
         assert time.monotonic() - start < 1
         release.set()
         time.sleep(0.1)
