@@ -43,7 +43,7 @@ COMMANDS = {
     ),
     "report": ("perl.training.commands:Report", "write a run's report.html and pictures again"),
     "profile": (
-        "perl.training.profile_command:Profile",
+        "perl.training.profile:Profile",
         "where the time of a training step goes, and a trace",
     ),
     "config": ("perl.training.commands:ShowConfig", "print a recipe with every key"),

@@ -1,17 +1,20 @@
-"""Where time and memory go: named ranges that any profiler shows, a stopwatch over them, peak memory."""
+"""Where time and memory go: named ranges that any profiler shows, clocks over them, peak memory."""
 
 from __future__ import annotations
 
+import logging
 import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.profiler import record_function
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "perl::"
 """What the names of the ranges begin with in a trace."""
@@ -65,6 +68,65 @@ def span_of_backward(name: str, start: torch.Tensor, end: torch.Tensor) -> None:
     opened = ExitStack()
     node.register_prehook(lambda _: opened.enter_context(span(name)))
     end.register_hook(lambda _: opened.close())
+
+
+OTHER = "other"
+"""The stage of what no range covers."""
+
+
+def stage_of(ranges: Sequence[str]) -> str:
+    """The stage that nested ranges stand for: the outermost and the innermost of them.
+
+    Example: `update/loss` within update, language_model.backward, loss.
+    """
+    if not ranges:
+        return OTHER
+    return ranges[0] if len(ranges) == 1 else f"{ranges[0]}/{ranges[-1]}"
+
+
+class StageClock:
+    """A listener that gives every moment to one stage, so that the seconds of all stages add up to the step's.
+
+    Host and autograd's threads take turns, so that one stack of ranges serves all of them.
+
+    Args:
+        now: seconds on any clock that does not go back.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self.now = now
+        self.open: list[str] = []
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._calls: defaultdict[str, int] = defaultdict(int)
+        self._since: float | None = None
+
+    def enter(self, name: str) -> None:
+        self._spend()
+        self.open.append(name)
+        self._calls[stage_of(self.open)] += 1
+
+    def leave(self, name: str) -> None:
+        """End a range, and those inside it whose own end was not told: a gradient that never came, for example."""
+        self._spend()
+        if name not in self.open:  # It ended with the one around it.
+            return
+        while (last := self.open.pop()) != name:
+            logger.warning("the end of %s was not seen: its seconds are more than it took", last)
+
+    def lap(self) -> dict[str, Any]:
+        """Seconds of a step, in all and by stage, and calls of each stage. The next step begins with its first range."""
+        self._spend()
+        seconds, calls = dict(self._seconds), dict(self._calls)
+        self._seconds.clear()
+        self._calls.clear()
+        self._since = None
+        return {"seconds": sum(seconds.values()), "stages": seconds, "calls": calls}
+
+    def _spend(self) -> None:
+        now = self.now()
+        if self._since is not None:
+            self._seconds[stage_of(self.open)] += now - self._since
+        self._since = now
 
 
 class Stopwatch:

@@ -27,7 +27,7 @@ def print_table(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left", box=SIMPLE, pad_edge=False)
+    table = Table(box=SIMPLE, pad_edge=False)
     for number, heading in enumerate(rows[0]):
         justify = "left" if number < left else "right"
         table.add_column(heading, justify=justify, overflow="fold")
@@ -38,4 +38,6 @@ def print_table(
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = _WIDE
+    if title:
+        console.print(title)  # As a title of rich's it would be folded to the width of the table.
     console.print(table)

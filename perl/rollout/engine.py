@@ -16,6 +16,7 @@ import torch
 from perl.model.layers import uncompiled
 from perl.model.policy import Policy
 from perl.model.processor import Processor
+from perl.timing import span
 from perl.types import EncodedPrompt
 
 
@@ -84,7 +85,8 @@ class InProcessEngine:
     def _generate(
         self, prompts: Sequence[EncodedPrompt], params: SamplingParams, generator: torch.Generator
     ) -> list[Completion]:
-        state, logits = self._read(prompts, params.n)
+        with span("prefill"):
+            state, logits = self._read(prompts, params.n)
         rows = len(prompts) * params.n
         tokens: list[list[int]] = [[] for _ in range(rows)]
         logprobs: list[list[float]] = [[] for _ in range(rows)]
@@ -100,7 +102,8 @@ class InProcessEngine:
             if len(going) < len(alive):
                 alive, token = alive[going], token[going]
                 state.keep(going)
-            logits = state.advance(token)
+            with span("decode"):
+                logits = state.advance(token)
         ends = set(self.ends.tolist())
         return [
             Completion(np.asarray(t, np.int64), np.asarray(p, np.float32), t[-1] in ends)

@@ -15,6 +15,7 @@ from perl.model.padded import PaddedPolicy
 from perl.model.policy import Policy
 from perl.model.processor import Processor
 from perl.rollout.engine import Completion, InProcessEngine, SamplingParams
+from perl.timing import span
 from perl.types import EncodedPrompt, Segment
 
 _TOKENS_AT_ONCE = 2**14
@@ -56,7 +57,8 @@ class PaddedEngine(InProcessEngine):
         devices = [policy.device] if policy.device.type == "cuda" else []
         with torch.random.fork_rng(devices), self._settings(params):
             torch.manual_seed(int(seed))
-            out = policy.base.generate(**inputs)
+            with span("generate"):
+                out = policy.base.generate(**inputs)
         return [self._cut(row) for row in out[:, inputs["input_ids"].shape[1] :].cpu().numpy()]
 
     @contextmanager
