@@ -11,7 +11,7 @@ from PIL import Image
 from perl.cli import main
 from perl.config import DataConfig
 from perl.data.dataset import load_examples
-from perl.data.labelling.rephrase import Rephrased, is_open, rephrase
+from perl.data.labelling.llm import Rephrased, is_open, rephrase
 from perl.llm import Endpoint
 from perl.types import Example, Message
 from tests.chat_server import Reply, says, serving

@@ -13,7 +13,8 @@ from tyro.conf import Positional
 
 from perl.config import Command
 from perl.report.progress import Display
-from perl.types import UserError
+from perl.report.tables import print_table
+from perl.types import UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,10 @@ class Label(Command):
         output = self.output or file_beside(self.data, "labelled.jsonl")
         check_output(output, self.data)
         asks = self.rephrase or self.labeller != "rules"
-        how = Labelling(
-            self.labeller,
-            self.text,
-            self.rephrase,
-            self.relabel,
-            Endpoint.from_env() if asks else None,
-        )
+        endpoint = Endpoint.from_env() if asks else None
+        how = Labelling(self.labeller, self.text, self.rephrase, self.relabel, endpoint)
         if self.overwrite and output.exists():
-            _check_is_labelled(output)
-            output.unlink()
+            _remove_labelled(output)
         file = LabelledFile(self.data, output, how, self.limit)
         if file.done == file.total:
             print(f"all {file.total} rows are labelled in {output} (--overwrite labels them again)")
@@ -71,34 +66,29 @@ class Label(Command):
                 file.run(display.advance)
         except KeyboardInterrupt:
             raise Interrupted(
-                f"stopped: {file.done} of {file.total} rows are labelled in {output}; the same self goes on"
+                f"stopped: {file.done} of {file.total} rows are labelled in {output}; "
+                "the same command goes on"
             ) from None
         _print_counts(file.counts, output)
 
 
-def _check_is_labelled(output: Path) -> None:
-    """Refuse to replace a file that is no labelling."""
+def _remove_labelled(output: Path) -> None:
     with output.open("rb") as file:
         first = file.readline()
     if first and b'"label_reason"' not in first:
         raise UserError(
             f"--output {output} holds no labelled rows, so --overwrite leaves it alone; choose another"
         )
+    output.unlink()
 
 
 def _print_counts(counts: Mapping[tuple[str, bool, str], int], output: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     # What stands in brackets is the word that a rule found; a model's reasons are all different.
     rows: Counter[tuple[str, bool, str]] = Counter()
     for (kind, change, reason), count in counts.items():
         shown = "model" if reason.startswith("model: ") else re.sub(r" \(.*\)$", "", reason)
-        rows[kind, change, shown if len(shown) <= 80 else f"{shown[:77]}..."] += count
-    table = Table(title=str(output), title_justify="left")
-    for name in ("kind", "should_change", "reason"):
-        table.add_column(name)
-    table.add_column("rows", justify="right")
+        rows[kind, change, one_line(shown, 80)] += count
+    table = [("kind", "should_change", "reason", "rows")]
     for (kind, change, reason), count in sorted(rows.items(), key=lambda item: (-item[1], item[0])):
-        table.add_row(kind, str(change).lower(), reason, str(count))
-    Console().print(table)
+        table.append((kind, str(change).lower(), reason, str(count)))
+    print_table(table, str(output), left=3)

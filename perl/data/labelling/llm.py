@@ -1,7 +1,9 @@
-"""Labels by a language model: it is shown the text of a question, not its pictures, and asked for JSON.
+"""What a language model is asked for: labels, and open questions made into multiple choice.
 
-What the paper calls the check for semantic variation, by a model of one's own choice. An answer that
-is no label, or one that does not hold, is asked for once more; then the images stay.
+It is shown the text of a question, not its pictures, and replies with JSON. Labels by a model are what the paper
+calls the check for semantic variation; multiple choice is its first step with its data, since a choice among images
+can be checked and followed when images move, and a free answer cannot. An answer that cannot be used is asked for
+once more; then the images stay, or the question does.
 """
 
 from __future__ import annotations
@@ -9,17 +11,23 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from perl.data.labelling.label import Label, checked, unsure
 from perl.llm import Endpoint, EndpointError
-from perl.permutation.answers import text_of
+from perl.permutation.answers import lettering, named_images, option_lines, text_of
 from perl.permutation.permute import Consistency
-from perl.types import Example
+from perl.rewards.answers import normalise
+from perl.types import IMAGE_SLOT, Example
 
-_MAX_TOKENS = 1024  # A model that reasons first needs more than the label takes.
+TYPES = ("ReferenceComparison", "Other")
 
-_TASK = """\
+# Tokens of a reply: a model that reasons first needs more than the JSON takes.
+_LABEL_TOKENS = 1024
+_REPHRASE_TOKENS = 2048
+
+_LABEL = """\
 A question about {count} images is given below with its right answer. The {count} images fill its \
 <image> slots in sequence. We want to show the same images in another sequence and still know the right \
 answer. {text}
@@ -53,9 +61,41 @@ _TEXT = {
     "references": 'Mentions such as "Image 2" or "the second picture" will be rewritten to follow their image; '
     'other words, such as "the left one" or "the next", will not.',
 }
+_REPHRASE = """\
+Rewrite an open-ended question about {count} images as a multiple-choice question with one right option. The \
+images fill the <image> slots in sequence.
+
+Rules:
+- The new question holds exactly {count} <image> slots; the k-th slot is still the k-th image.
+- If the answer names one of the images, make the images the options, each behind a letter: "A. <image>".
+- Otherwise write two to six short text options, each on its own line behind a letter; one of them is \
+the given answer word for word, and the others are wrong but plausible.
+- Letters run A, B, C, ... without a gap. "answer" is the letter of the right option.
+- Ask the same thing; add nothing and give nothing away.
+
+"question_type" is "ReferenceComparison" if options are compared with a reference image in the question, else \
+"Other".
+
+Reply with one JSON object and nothing else:
+{{"question": "...", "answer": "B", "question_type": "ReferenceComparison" or "Other"}}
+
+Question:
+{question}
+
+Answer: {answer}
+"""
 _T = TypeVar("_T")
 _F = TypeVar("_F")
 _OBJECT = re.compile(r"\{.*\}", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Rephrased:
+    """A multiple-choice question in place of an open one; `answer` is a letter."""
+
+    question: str
+    answer: str
+    question_type: str
 
 
 def label_by_llm(
@@ -65,13 +105,59 @@ def label_by_llm(
 
     A prompt that the endpoint refuses by itself, or two answers that are no label, give `unsure`.
     """
-    tasks = [_task(example, text) for example in examples]
-    return ask_twice(
-        endpoint, tasks, lambda i, said: _read(said, examples[i], text), unsure, _MAX_TOKENS
+    tasks = [
+        _LABEL.format(
+            count=len(example.images),
+            text=_TEXT[text],
+            question=text_of(example),
+            answer=example.answer,
+        )
+        for example in examples
+    ]
+
+    def read(i: int, said: str) -> Label:
+        return _read_label(said, examples[i], text)
+
+    return _ask_twice(endpoint, tasks, read, unsure, _LABEL_TOKENS)
+
+
+def is_open(example: Example) -> bool:
+    """Whether a question over several images has no options: neither in words nor labelled images."""
+    only_asked = all(message.role in ("system", "user") for message in example.messages)
+    counted = tuple(range(len(example.images)))
+    options = option_lines(text_of(example))
+    return (
+        len(example.images) > 1
+        and only_asked
+        and sum(message.role == "user" for message in example.messages) == 1
+        and not options
+        and lettering(example, counted).source == "count"
     )
 
 
-def ask_twice(
+def rephrase(
+    examples: Sequence[Example], endpoint: Endpoint
+) -> list[Rephrased | str | EndpointError]:
+    """For each open question its multiple-choice form, or why it keeps its own.
+
+    An EndpointError stands where the endpoint is down or refuses everything.
+    """
+    tasks = [
+        _REPHRASE.format(
+            count=len(example.images),
+            question=next(m.content for m in example.messages if m.role == "user"),
+            answer=example.answer,
+        )
+        for example in examples
+    ]
+
+    def read(i: int, said: str) -> Rephrased:
+        return _read_rephrased(said, examples[i])
+
+    return _ask_twice(endpoint, tasks, read, str, _REPHRASE_TOKENS)
+
+
+def _ask_twice(
     endpoint: Endpoint,
     tasks: Sequence[str],
     read: Callable[[int, str], _T],
@@ -108,7 +194,7 @@ def ask_twice(
     return [out[i] for i in range(len(tasks))]
 
 
-def json_object(said: str) -> dict[str, object]:
+def _json_object(said: str) -> dict[str, object]:
     """The JSON object in an answer, which may stand in a code fence or behind reasoning.
 
     Raises ValueError if there is none.
@@ -123,17 +209,8 @@ def json_object(said: str) -> dict[str, object]:
     return value
 
 
-def _task(example: Example, text: Consistency) -> str:
-    return _TASK.format(
-        count=len(example.images),
-        text=_TEXT[text],
-        question=text_of(example),
-        answer=example.answer,
-    )
-
-
-def _read(said: str, example: Example, text: Consistency) -> Label:
-    value = json_object(said)
+def _read_label(said: str, example: Example, text: Consistency) -> Label:
+    value = _json_object(said)
     kind, change, reason = (value.get(key) for key in ("kind", "should_change", "reason"))
     if not isinstance(kind, str) or not isinstance(change, bool) or not isinstance(reason, str):
         raise ValueError("kind and reason must be texts and should_change true or false")
@@ -142,3 +219,32 @@ def _read(said: str, example: Example, text: Consistency) -> Label:
     if not held.sure:
         raise ValueError(held.reason.removeprefix("unsure: "))
     return held
+
+
+def _read_rephrased(said: str, example: Example) -> Rephrased:
+    """Raises ValueError for what is no multiple choice, or asks for something else."""
+    value = _json_object(said)
+    question, answer, kind = (value.get(key) for key in ("question", "answer", "question_type"))
+    if not isinstance(question, str) or not isinstance(answer, str):
+        raise ValueError("question and answer must be texts")
+    if kind not in TYPES:
+        raise ValueError(f"question_type must be {' or '.join(TYPES)}")
+    count = len(example.images)
+    if question.count(IMAGE_SLOT) != count:
+        raise ValueError(f"{question.count(IMAGE_SLOT)} {IMAGE_SLOT} slots for {count} images")
+    letter = answer.strip().strip("().").upper()
+    new = replace(example, question=question, answer=letter)
+    counted = tuple(range(count))
+    letters, options = lettering(new, counted), option_lines(question)
+    if letters.source == "slots":
+        named = named_images(letter, count, letters.slots)
+        before = named_images(example.answer, count, counted)
+        if named is None:
+            raise ValueError(f"the answer '{answer}' is none of the options")
+        if before != named:
+            raise ValueError(f"option {letter} is not the image that was the answer")
+    elif letter not in options:
+        raise ValueError(f"the answer '{answer}' is none of the options")
+    elif normalise(options[letter]) != normalise(example.answer):
+        raise ValueError(f"option {letter} is not the given answer word for word")
+    return Rephrased(question, letter, str(kind))

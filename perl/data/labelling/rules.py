@@ -11,7 +11,17 @@ from dataclasses import dataclass, replace
 
 from perl.data.labelling.label import Label, checked, kind_of, stays, unsure
 from perl.data.labelling.symmetry import asks_about_options, names_no_one, states_truth, stays_right
-from perl.data.labelling.text import Question, Slots
+from perl.data.labelling.text import (
+    ARRANGES,
+    ASKS_WHICH,
+    COUNTS,
+    SEQUENCE,
+    SINGULAR,
+    SPECIAL,
+    TOGETHER,
+    Question,
+    Slots,
+)
 from perl.permutation.answers import named_images
 from perl.permutation.permute import LETTERS, Consistency, letter_slots, movable
 from perl.types import IMAGE_SLOT, Example
@@ -70,10 +80,10 @@ def _label(question: Question, text: Consistency, source: str) -> Label:
     if word := question.place:
         return stays(f"the text speaks of images by their place ({word})")
     context = len(places.slots) < question.count
-    if (word := question.sequence) and not (context and (places.certain or places.options)):
+    if (word := question.words(SEQUENCE)) and not (context and (places.certain or places.options)):
         return stays(f"the text speaks of a sequence ({word})")
     kept = question.spoken_of
-    if (word := question.special) and not (context or kept or question.labelled):
+    if (word := question.words(SPECIAL)) and not (context or kept or question.labelled):
         return unsure(f"it does not say which image is the {word}")
     if text == "references":
         named = question.labelled and question.letters.slots
@@ -98,7 +108,7 @@ def _is_ordering(question: Question) -> bool:
         if sorted(named_images(line.replace("-", ","), question.count, ()) or ()) == every
     ]
     listed = len(sequences) >= 2 and not question.spoken_of
-    return listed and (question.count > 2 or question.asks_to_arrange)
+    return listed and (question.count > 2 or question.asks(ARRANGES))
 
 
 def _is_arrangement(question: Question) -> bool:
@@ -107,7 +117,7 @@ def _is_arrangement(question: Question) -> bool:
     return (
         not question.options
         and not question.spoken_of
-        and question.asks_to_arrange
+        and question.asks(ARRANGES)
         and named is not None
         and sorted(named) == list(range(question.count))
         and _in_one_run(question, tuple(range(question.count)))
@@ -172,7 +182,7 @@ def _with_options(question: Question, places: _Places, text: Consistency) -> Lab
         free = tuple(s for s in places.slots if s not in left)
         return stays(why) if len(free) < 2 else _moving(question, free, False, why)
     numbers = all(_NAMES_ONLY.fullmatch(line) for line in question.options.values())
-    if numbers and not question.asks_how_many:
+    if numbers and not question.asks(COUNTS):
         return unsure("the options may be images or something else")
     return _invariant(question, places, answer if not by_letter else question.options[letter])
 
@@ -193,7 +203,7 @@ def _without_options(question: Question, places: _Places) -> Label:
         return _moving(question, places.slots, True, f"{places.why}; the answer names one")
     if not _NAMES_ONLY.fullmatch(answer):
         return _invariant(question, places, answer)
-    if question.asks_how_many and answer.isdigit() and not question.asks_which:
+    if question.asks(COUNTS) and answer.isdigit() and not question.asks(ASKS_WHICH):
         return _invariant(question, places, answer)
     named = named_images(answer, question.count, range(len(LETTERS)), question.letters.numbers)
     letters = any(c.isalpha() for c in answer.replace("and", ""))
@@ -201,7 +211,7 @@ def _without_options(question: Question, places: _Places) -> Label:
         return _invariant(question, places, answer)
     if letters and question.labelled:
         return _moving(question, places.slots, True, f"{places.why}; the answer is a label")
-    if not (question.asks_which or places.certain) or question.asks_how_many:
+    if not (question.asks(ASKS_WHICH) or places.certain) or question.asks(COUNTS):
         return unsure("the answer may be an image or something else")
     whole = len(places.slots) == question.count
     if letters and question.spoken_of and not places.certain:
@@ -213,13 +223,13 @@ def _without_options(question: Question, places: _Places) -> Label:
 
 def _invariant(question: Question, places: _Places, answer: str) -> Label:
     """An answer that stays wherever the images are, if question and answer are of a form that says so."""
-    if question.asks_which and not (states_truth(answer) or question.options):
+    if question.asks(ASKS_WHICH) and not (states_truth(answer) or question.options):
         return unsure("it asks for an image and the answer names none")
-    if question.of_one:
+    if question.asks(SINGULAR) and not question.named(question.stem):
         return unsure("it speaks of one image and does not say which")
     # A data set of statements about all images alike; those that name one by its place are not here.
     statement = places.certain and len(places.slots) == question.count and states_truth(answer)
-    if not (statement or question.of_all or question.spoken_of):
+    if not (statement or question.asks(TOGETHER) or question.spoken_of):
         return unsure("it does not say that it is about all images")
     if not (statement or stays_right(question, answer)):
         return unsure("the answer may depend on the sequence of the images")

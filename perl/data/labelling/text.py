@@ -38,7 +38,8 @@ _JOINED = re.compile(rf"(?:[\s,&]|\b(?:and|or|vs|versus|the|{NOUN})\b)*", re.IGN
 _BARE = re.compile(
     rf"(?:[\s().,#:'\"_<>-]|\b(?:the|only|{NOUN}|img|one|number|no)\b)*", re.IGNORECASE
 )
-_SEQUENCE = re.compile(
+# Words of time or sequence.
+SEQUENCE = re.compile(
     r"\b(?:next|before|after|afterwards|then|earlier|later|latest|previous|previously|preceding|"
     r"consecutive|successive|sequence|sequential|chronological(?:ly)?|order(?:ed|ing)?|video|frames?|"
     r"clip|footage|time-?lapse|timeline|steps?|story|storyboard|happen(?:s|ed|ing)?|chang(?:e|es|ed|ing)|"
@@ -56,29 +57,32 @@ _PLACE = re.compile(
     re.IGNORECASE,
 )
 _NAKED_ORDINAL = re.compile(rf"\bthe\s+{_ORDINAL}\b(?:\s+ones?\b)?", re.IGNORECASE)
-_SINGULAR = re.compile(
+# "The image", though there are several.
+SINGULAR = re.compile(
     r"\b(?:the|this)\s+(?:image|picture|photo|photograph|figure)\b"
     r"(?!\s+(?:that|which|where|whose|with|without|of|in which|on which|showing|containing|depicting|most|least))",
     re.IGNORECASE,
 )
-_TOGETHER = re.compile(
+# Words for the images together.
+TOGETHER = re.compile(
     r"\b(?:images|pictures|photos|photographs|figures|panels|both|all|any|each|every|these|they|them|two|"
     r"three|four|five|six|same|common|total|altogether|alike|either|neither|none)\b",
     re.IGNORECASE,
 )
-_ASKS_WHICH = re.compile(
+ASKS_WHICH = re.compile(
     rf"\b(?:which|what)\s+(?:(?:of|one|ones|other|two|among|the|these|those|following|all|candidate|option)\s+)*"
     rf"(?:{NOUN}|one\b|ones\b|candidate|option)"
     rf"|\b(?:choose|select|pick|find|identify|name|point out|give the number of)\s+(?:(?:all|the|an?|one|of|these|other)\s+)*"
     rf"(?:{NOUN}|one\b|candidate|option)|\band which\b",
     re.IGNORECASE,
 )
-_COUNTS = re.compile(r"\b(?:how many|number of|how often|count)\b", re.IGNORECASE)
-_ARRANGES = re.compile(
+COUNTS = re.compile(r"\b(?:how many|number of|how often|count)\b", re.IGNORECASE)
+ARRANGES = re.compile(
     r"\b(?:order|sequence|chronological(?:ly)?|arrange|sort|rank|rearrange|earliest|oldest|sequential)",
     re.IGNORECASE,
 )
-_SPECIAL = re.compile(
+# Words for one image that is unlike the others, such as a reference.
+SPECIAL = re.compile(
     r"\b(?:reference|query|anchor|template|prototype|original|(?:source|target|given|main|test) (?:image|picture|photo))\b",
     re.IGNORECASE,
 )
@@ -169,15 +173,14 @@ class Question:
         rest = text[: found[0].start] + text[found[0].end :]
         return found[0].slot if _BARE.fullmatch(rest) else None
 
+    def asks(self, pattern: re.Pattern[str]) -> bool:
+        """Whether the question itself has words of a kind: `asks(COUNTS)`."""
+        return bool(pattern.search(self.stem))
+
     def words(self, pattern: re.Pattern[str]) -> str:
         """The first match in question or options, in lower case; empty if there is none."""
         match = pattern.search("\n".join([self.stem, *self.options.values()]))
         return " ".join(match[0].lower().split()) if match else ""
-
-    @property
-    def sequence(self) -> str:
-        """A word that speaks of time or sequence."""
-        return self.words(_SEQUENCE)
 
     @property
     def place(self) -> str:
@@ -195,30 +198,3 @@ class Question:
                 ):
                     return match[0].lower()
         return ""
-
-    @property
-    def of_one(self) -> bool:
-        """Whether it speaks of "the image" though there are several."""
-        return bool(_SINGULAR.search(self.stem)) and not self.named(self.stem)
-
-    @property
-    def special(self) -> str:
-        """A word for one image that is unlike the others, such as a reference."""
-        return self.words(_SPECIAL)
-
-    @property
-    def of_all(self) -> bool:
-        """Whether it speaks of the images together."""
-        return bool(_TOGETHER.search(self.stem))
-
-    @property
-    def asks_which(self) -> bool:
-        return bool(_ASKS_WHICH.search(self.stem))
-
-    @property
-    def asks_how_many(self) -> bool:
-        return bool(_COUNTS.search(self.stem))
-
-    @property
-    def asks_to_arrange(self) -> bool:
-        return bool(_ARRANGES.search(self.stem))
