@@ -1,28 +1,56 @@
-"""How hard questions are for a policy: the mean score of its sampled completions, 1 being right and 0 wrong."""
+"""How hard questions are for a policy: the mean score of its sampled completions, 1 being right and 0 wrong.
+
+`measure_chunks` measures, and a `MeasuredFile` keeps what was measured, so that a measurement that was stopped goes on.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from perl.data.dataset import Dataset
+from perl.files import append_rows, keep_rows, read_rows
 from perl.permutation.orders import shares
 from perl.permutation.permute import Consistency, orders, permute
 from perl.report.metrics import mean
 from perl.rewards.scorer import Scorer
 from perl.rollout.engine import InProcessEngine
-from perl.rollout.prompts import PromptEncoder
+from perl.rollout.prompts import PromptEncoder, Shown
 from perl.rollout.sample import sample_counts
-from perl.types import EncodedPrompt, Example, Rollout, UserError, Variant
+from perl.types import Example, UserError
 
 logger = logging.getLogger(__name__)
 
 CHUNK = 32
 """Questions rolled out together. A measurement that goes on must begin at a multiple of it."""
+
+_LIMIT = "max_prompt_tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """How questions are rolled out and scored; what was measured in another way is not mixed with it."""
+
+    rollouts: int
+    """Completions of each question, in all its orders together."""
+    measure: str
+    """The reward function, as it is written in `reward.functions`."""
+    min_pixels: int
+    max_pixels: int
+    orders: int
+    """Of the images, the original one first; fewer where fewer exist."""
+    text: Consistency
+    """How text and images are kept consistent in the other orders."""
+    temperature: float
+    max_new_tokens: int
+    seed: int
+    """Of orders and sampling; the same gives the same numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,134 +66,215 @@ class Difficulty:
     rollouts: int
 
 
-def measuring(function: str, timeout: float = 60.0) -> Scorer:
-    """The scores of one reward function alone, as in `reward.functions`; `timeout` is in seconds."""
-    return Scorer((function,), (1.0,), timeout)
-
-
-def measure_difficulty(
+def measure_chunks(
     engine: InProcessEngine,
     encoder: PromptEncoder,
     dataset: Dataset | Sequence[Example],
     indices: Sequence[int],
-    *,
-    scorer: Scorer | None = None,
-    rollouts: int = 10,
-    orders: int = 1,
-    text: Consistency = "slots",
-    temperature: float = 1.0,
-    max_new_tokens: int = 512,
-    seed: int = 0,
-    advance: Callable[[int], None] = lambda _: None,
-) -> list[Difficulty]:
-    """Roll questions out and score their completions by one reward function.
+    how: Measurement,
+    scorer: Scorer,
+    done: int = 0,
+) -> Iterator[list[Difficulty]]:
+    """Roll questions out and score their completions, a chunk at a time, beginning behind the first `done` indices.
+
+    The sampling of a chunk depends on the seed and its place alone, so that a measurement that goes on
+    at a multiple of `CHUNK` gives the numbers of one that was never stopped.
 
     Args:
         engine: samples with the policy to measure for.
         encoder: leaves out prompts over the budget, or raises, as it is set to.
         dataset: examples; loaded a chunk at a time.
         indices: which of them.
-        scorer: from `measuring`; None: accuracy.
-        rollouts: completions of each question, in all its orders together.
-        orders: of the images, the original one first; fewer where fewer exist.
-        text: how text and images are kept consistent in the other orders.
-        seed: of orders and sampling; the same gives the same numbers.
-        advance: told how many questions are done.
-
-    Returns:
-        One for each index, in their sequence.
+        scorer: of the one reward function.
 
     Raises:
         UserError: as `Scorer.score`, or a mean score is not from 0 to 1.
     """
-    out: list[Difficulty] = []
-    for chunk in measure_chunks(
-        engine,
-        encoder,
-        dataset,
-        indices,
-        scorer=scorer or measuring("accuracy"),
-        rollouts=rollouts,
-        orders=orders,
-        text=text,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-    ):
-        out += chunk
-        advance(len(chunk))
-    return out
-
-
-def measure_chunks(
-    engine: InProcessEngine,
-    encoder: PromptEncoder,
-    dataset: Dataset | Sequence[Example],
-    indices: Sequence[int],
-    *,
-    scorer: Scorer,
-    rollouts: int,
-    orders: int,
-    text: Consistency,
-    temperature: float,
-    max_new_tokens: int,
-    seed: int,
-    done: int = 0,
-) -> Iterator[list[Difficulty]]:
-    """As `measure_difficulty`, a chunk at a time, beginning behind the first `done` indices.
-
-    The sampling of a chunk depends on `seed` and its place alone, so that a measurement that goes on
-    at a multiple of `CHUNK` gives the numbers of one that was never stopped.
-    """
     for start in range(done, len(indices), CHUNK):
         chunk = indices[start : start + CHUNK]
         examples = [dataset[i] for i in chunk]
-        encoded = [_encode(encoder, e, orders, text, seed) for e in examples]
-        tasks = [
-            (number, variant, prompt, count)
-            for number, pairs in enumerate(encoded)
-            for (variant, prompt), count in zip(
-                pairs, shares(rollouts, len(pairs)) if pairs else [], strict=True
-            )
-        ]
+        shown: list[Shown] = []
+        counts: list[int] = []
+        asked: list[int] = []
+        for example in examples:
+            variants = [
+                permute(example, order, how.text)
+                for order in orders(example, how.orders, how.seed, 0)
+            ]
+            pairs = encoder.encode(variants)
+            shown += pairs
+            counts += shares(how.rollouts, len(pairs)) if pairs else []
+            asked.append(how.rollouts if pairs else 0)
         sampled = sample_counts(
             engine,
             encoder.processor,
-            [(variant, prompt) for _, variant, prompt, _ in tasks],
-            [count for *_, count in tasks],
-            temperature,
-            max_new_tokens,
-            lambda _, count, start=start: _seed(seed, start, count),
+            shown,
+            counts,
+            how.temperature,
+            how.max_new_tokens,
+            # Different for each call of a measurement; torch takes 64 bits.
+            lambda _, count, start=start: (how.seed * 1_000_003 + start) * 1_009 + count,
         )
-        completed: list[list[Rollout]] = [[] for _ in chunk]
-        for (number, *_), rollouts_of in zip(tasks, sampled, strict=True):
-            completed[number] += rollouts_of
-        scores = _scores(scorer, completed)
+        rollouts = [rollout for of_variant in sampled for rollout in of_variant]
+        totals = scorer.score_rollouts(rollouts)[0] if rollouts else np.zeros(0)
+        scores = np.split(totals, np.cumsum(asked)[:-1])
         yield [
             Difficulty(i, e.id, _mean(of_question, e, scorer), len(of_question))
             for i, e, of_question in zip(chunk, examples, scores, strict=True)
         ]
 
 
-def warn_if_all_wrong(accuracies: Sequence[float], measure: str) -> None:
-    """Say so if no question has an accuracy other than 0: the measure may not fit what the model writes."""
+class MeasuredFile:
+    """A JSON Lines file with one measured question a line: index, id, accuracy, rollouts, and how it was measured.
+
+    `accuracies` has what is measured so far, NaN where there is no number, and `sampled` how many
+    completions that took, 0 for a question that was left out. What is there already counts, up to the
+    last whole chunk.
+
+    Args:
+        indices: the questions, in the sequence in which they are measured.
+        id_of: gives the id of a question, to tell other data.
+        limit: most tokens of a prompt. Where it is higher than the one that a question was left out by,
+            the measurement goes on at that question's chunk.
+        model: what is known of the model: its name, and a fingerprint of its `weights`.
+        overwrite: begin again where other settings were used.
+        advice: what to do about other settings; None: what the options of `perl-rl filter` can do.
+
+    Raises:
+        UserError: the file is of other questions or settings, or of longer prompts than `limit`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        indices: Sequence[int],
+        how: Measurement,
+        id_of: Callable[[int], str],
+        *,
+        limit: int,
+        model: Mapping[str, str] | None = None,
+        overwrite: bool = False,
+        advice: str | None = None,
+    ) -> None:
+        self.path, self.indices, self.limit = path, list(indices), limit
+        settings = asdict(how)
+        self._settings = {"asked": settings.pop("rollouts"), **(model or {}), **settings}
+        self._advice = advice
+        self.accuracies: list[float] = []
+        self.sampled: list[int] = []
+        if path.exists():
+            self._read(id_of, overwrite)
+
+    @property
+    def done(self) -> int:
+        return len(self.accuracies)
+
+    def add(self, chunk: Sequence[Difficulty]) -> None:
+        """Append what was measured."""
+        rows = [
+            {
+                "index": d.index,
+                "id": d.id,
+                "accuracy": None if math.isnan(d.accuracy) else round(d.accuracy, 6),
+                "rollouts": d.rollouts,
+                **self._settings,
+                _LIMIT: self.limit,
+            }
+            for d in chunk
+        ]
+        append_rows(self.path, rows)
+        self._take(rows)
+
+    def _take(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.accuracies += [
+            math.nan if row["accuracy"] is None else float(row["accuracy"]) for row in rows
+        ]
+        self.sampled += [row["rollouts"] for row in rows]
+
+    def _read(self, id_of: Callable[[int], str], overwrite: bool) -> None:
+        rows = list(read_rows(self.path))
+        if any("accuracy" not in row or "index" not in row for row in rows):
+            advice = self._advice or "name another file with --accuracies"
+            raise UserError(f"{self.path} is there and holds no accuracies; {advice}")
+        if overwrite:
+            self.path.unlink()
+            return
+        advice = (
+            self._advice or "measure again with --overwrite, or into another file with --accuracies"
+        )
+        same = len(rows) <= len(self.indices)
+        for row, index in zip(rows, self.indices, strict=False):
+            self._check_settings(row, advice)
+            same = same and row["index"] == index and row.get("id") == id_of(index)
+        if not same:
+            raise UserError(f"{self.path} was measured on other questions; {advice}")
+        whole = self._whole(rows)
+        keep_rows(self.path, whole)
+        self._take(rows[:whole])
+
+    def _check_settings(self, row: Mapping[str, Any], advice: str) -> None:
+        wanted = dict(self._settings)
+        if wanted.get("weights"):  # They say what the model is, wherever it lies.
+            wanted.pop("model", None)
+        other = [key for key, value in wanted.items() if row.get(key, value) != value]
+        if row["accuracy"] is not None and row.get(_LIMIT, 0) > self.limit:
+            other.append(_LIMIT)
+        # A file of an older version lacks some; what is known to differ says more.
+        other = other or [key for key in (*wanted, "rollouts", _LIMIT) if key not in row]
+        if other:
+            raise UserError(
+                f"{self.path} was measured with {_shown(row, other)}, not "
+                f"{_shown({**wanted, _LIMIT: self.limit}, other)}; {advice}"
+            )
+
+    def _whole(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        """How many rows count: whole chunks, up to the first with a question that may fit now."""
+        again = [
+            i for i, row in enumerate(rows) if not row["rollouts"] and row[_LIMIT] < self.limit
+        ]
+        if again:
+            start = again[0] // CHUNK * CHUNK
+            logger.warning(
+                "%s: %d questions were left out with %s = %d; question %d and those behind it are "
+                "measured again, with %d",
+                self.path,
+                len(again),
+                _LIMIT,
+                rows[again[0]][_LIMIT],
+                start,
+                self.limit,
+            )
+            return start
+        return len(rows) if len(rows) == len(self.indices) else len(rows) // CHUNK * CHUNK
+
+
+def check_measured(
+    accuracies: Sequence[float], sampled: Sequence[int], data: str, measure: str, too_long: str
+) -> None:
+    """Raise UserError if no question has an accuracy, and warn where all are 0.
+
+    Args:
+        accuracies: 0 to 1, NaN where there is none.
+        sampled: completions of each question, 0 where its prompt was left out.
+        data: what was measured.
+        measure: by which reward function.
+        too_long: the limit of prompts, and what to do about it.
+    """
+    if not any(sampled):
+        raise UserError(f"every question of {data} has a prompt over {too_long}")
     measured = [a for a in accuracies if not math.isnan(a)]
-    if measured and not any(measured):
+    if not measured:
+        raise UserError(
+            f"no completion for {data} can be scored by the reward function '{measure}'; "
+            "check that it fits the data's answers"
+        )
+    if not any(measured):
         logger.warning(
             "all %d questions have an accuracy of 0 by the reward function '%s'; check that it reads answers "
             "in the form in which the model writes them",
             len(measured),
             measure,
         )
-
-
-def _scores(scorer: Scorer, completed: Sequence[Sequence[Rollout]]) -> list[np.ndarray]:
-    """float64 [rollouts] for each question, NaN where a completion cannot be scored."""
-    together = [rollout for of_question in completed for rollout in of_question]
-    if not together:
-        return [np.zeros(0) for _ in completed]
-    totals, _ = scorer.score_rollouts(together)
-    return np.split(totals, np.cumsum([len(of_question) for of_question in completed])[:-1])
 
 
 def _mean(scores: np.ndarray, example: Example, scorer: Scorer) -> float:
@@ -178,13 +287,6 @@ def _mean(scores: np.ndarray, example: Example, scorer: Scorer) -> float:
     return value
 
 
-def _encode(
-    encoder: PromptEncoder, example: Example, count: int, text: Consistency, seed: int
-) -> list[tuple[Variant, EncodedPrompt]]:
-    variants = [permute(example, order, text) for order in orders(example, count, seed, 0)]
-    return encoder.encode(variants)
-
-
-def _seed(seed: int, start: int, count: int) -> int:
-    """Different for each call of a measurement; torch takes 64 bits."""
-    return (seed * 1_000_003 + start) * 1_009 + count
+def _shown(row: Mapping[str, Any], keys: Sequence[str]) -> str:
+    names = {"asked": "rollouts", "weights": "the weights"}
+    return ", ".join(f"{names.get(key, key)} = {row.get(key)}" for key in keys)

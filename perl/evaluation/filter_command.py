@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from tyro.conf import Positional
 
 from perl.config import Command, Config
+from perl.evaluation.commands import override
 from perl.report.progress import Display
+from perl.report.tables import print_table
+from perl.rollout.opening import engine_and_encoder, model_and_config
 from perl.types import UserError
 
 
@@ -60,21 +63,18 @@ class Filter(Command):
     """How text and images are kept consistent in other orders; empty: the run's."""
 
     def execute(self) -> None:
-        import numpy as np
-
         from perl.data.dataset import load_examples
-        from perl.data.resample import parse_histogram, resample
-        from perl.data.rows import check_output, file_beside, write_rows
-        from perl.evaluation.difficulty import measuring, warn_if_all_wrong
-        from perl.evaluation.difficulty_file import MeasuredFile
-        from perl.evaluation.difficulty_plot import draw_difficulty
+        from perl.data.resample import parse_histogram
+        from perl.data.rows import check_output, file_beside
+        from perl.evaluation.difficulty import MeasuredFile, Measurement, check_measured
+        from perl.evaluation.selection import write_selection
         from perl.recipe import measured_function
-        from perl.rollout.opening import fingerprint, model_and_config
+        from perl.rewards.scorer import Scorer
+        from perl.rollout.opening import fingerprint
 
         _check_numbers(self)
         histogram = parse_histogram(self.histogram)
-        config, path = model_and_config(self.model)
-        config = _with_options(self, config, path)
+        config = _settings(self)
         data = config.data.train
         output = self.output or file_beside(data, "filtered.jsonl")
         record = self.accuracies or file_beside(data, "accuracies.jsonl")
@@ -84,53 +84,49 @@ class Filter(Command):
             raise UserError(f"--output and --accuracies are both {output}; choose two files")
         dataset = load_examples(data, config.data, "train", config.run.seed)
         indices = _indices(dataset.size, self, data)
-        measure = measured_function(config, self.measure)
-        scorer = measuring(measure, config.reward.timeout)
-        sampling = {
-            "orders": self.orders,
-            "text": config.permutation.text,
-            "temperature": self.temperature,
-            "max_new_tokens": config.rollout.max_new_tokens,
-            "seed": self.seed,
-        }
-        settings = {
-            "model": self.model,
-            "weights": fingerprint(path),
-            "measure": measure,
-            "min_pixels": config.model.min_pixels,
-            "max_pixels": config.model.max_pixels,
-            **sampling,
-        }
-        file = MeasuredFile(
+        how = Measurement(
+            rollouts=self.rollouts,
+            measure=measured_function(config, self.measure),
+            min_pixels=config.model.min_pixels,
+            max_pixels=config.model.max_pixels,
+            orders=self.orders,
+            text=config.permutation.text,
+            temperature=self.temperature,
+            max_new_tokens=config.rollout.max_new_tokens,
+            seed=self.seed,
+        )
+        scorer = Scorer((how.measure,), (1.0,), config.reward.timeout)
+        limit = config.data.max_prompt_tokens
+        model = {"model": self.model, "weights": fingerprint(config.model.path)}
+        measured = MeasuredFile(
             record,
             indices,
-            self.rollouts,
-            settings,
+            how,
             lambda i: dataset.check(i).id,
-            self.overwrite,
-            limit=config.data.max_prompt_tokens,
+            limit=limit,
+            model=model,
+            overwrite=self.overwrite,
         )
-        _measure(file, dataset, config, scorer, sampling)
-        if not any(file.sampled):
-            raise UserError(
-                f"every question of {data} has a prompt over data.max_prompt_tokens = "
-                f"{config.data.max_prompt_tokens}; raise it with --max-prompt-tokens"
-            )
-        if all(math.isnan(accuracy) for accuracy in file.accuracies):
-            raise UserError(
-                f"no completion for {data} can be scored by the reward function '{measure}'; "
-                "check that it fits the data's answers"
-            )
-        warn_if_all_wrong(file.accuracies, measure)
-        chosen = resample(file.accuracies, histogram, self.size, self.seed, self.repeat)
-        kept = [indices[k] for k in chosen]
-        write_rows(dataset, output, kept, [file.accuracies[k] for k in chosen])
-        picture, _ = draw_difficulty(
-            file.accuracies, chosen, histogram, output.with_name(output.stem)
+        _measure(measured, dataset, config, how, scorer)
+        check_measured(
+            measured.accuracies,
+            measured.sampled,
+            data,
+            how.measure,
+            f"data.max_prompt_tokens = {limit}; raise it with --max-prompt-tokens",
         )
-        _print_table(np.asarray(file.accuracies), chosen, histogram)
-        if self.size is None:
-            _print_limit(np.asarray(file.accuracies), chosen, histogram)
+        chosen = write_selection(
+            dataset,
+            indices,
+            measured.accuracies,
+            output,
+            histogram,
+            self.size,
+            self.seed,
+            self.repeat,
+        )
+        _print_selection(measured.accuracies, chosen, histogram, why_few=self.size is None)
+        picture = output.with_suffix(".png")
         print(f"measured: {record}\nfiltered: {output}\npicture: {picture}")
 
 
@@ -150,21 +146,20 @@ def _check_numbers(command: Filter) -> None:
         raise UserError(f"--seed {command.seed}: must be from 0 to {2**31 - 1}")
 
 
-def _with_options(command: Filter, config: Config, path: str) -> Config:
-    data, rollout = config.data, config.rollout
-    text = command.text or config.permutation.text
-    return replace(
+def _settings(command: Filter) -> Config:
+    """The settings of the model's run with those of the command line, and the model's path."""
+    config, path = model_and_config(command.model)
+    return override(
         config,
-        model=replace(config.model, path=path),
-        permutation=replace(config.permutation, text=text),
-        data=replace(
-            data,
-            train=command.data or data.train,
-            image_root="" if command.data else data.image_root,
-            max_prompt_tokens=command.max_prompt_tokens or data.max_prompt_tokens,
-            overlong=command.overlong or data.overlong,
-        ),
-        rollout=replace(rollout, max_new_tokens=command.max_new_tokens or rollout.max_new_tokens),
+        model={"path": path},
+        permutation={"text": command.text},
+        data={
+            "train": command.data or None,
+            "image_root": "" if command.data else None,
+            "max_prompt_tokens": command.max_prompt_tokens,
+            "overlong": command.overlong,
+        },
+        rollout={"max_new_tokens": command.max_new_tokens},
     )
 
 
@@ -179,27 +174,16 @@ def _indices(size: int | None, command: Filter, data: str) -> list[int]:
     return sorted(random.Random(f"{command.seed}/limit").sample(range(size), command.limit))
 
 
-def _measure(
-    file: Any, dataset: Any, config: Config, scorer: Any, sampling: Mapping[str, Any]
-) -> None:
+def _measure(file: Any, dataset: Any, config: Config, how: Any, scorer: Any) -> None:
+    """Measure what is not in the file yet."""
     from perl.evaluation.difficulty import measure_chunks
-    from perl.rollout.opening import engine_and_encoder
     from perl.types import Interrupted
 
     if file.done == len(file.indices):
         print(f"all {file.done} questions are measured in {file.path}")
         return
     engine, encoder = engine_and_encoder(config)
-    chunks = measure_chunks(
-        engine,
-        encoder,
-        dataset,
-        file.indices,
-        scorer=scorer,
-        rollouts=file.rollouts,
-        done=file.done,
-        **sampling,
-    )
+    chunks = measure_chunks(engine, encoder, dataset, file.indices, how, scorer, file.done)
     try:
         with Display() as display:
             display.stage("measure", len(file.indices), file.done, unit="questions")
@@ -213,44 +197,27 @@ def _measure(
         ) from None
 
 
-def _print_table(accuracies: Any, chosen: Sequence[int], histogram: Sequence[float]) -> None:
-    import numpy as np
-    from rich.console import Console
-    from rich.table import Table
-
-    from perl.data.resample import shares_of
-
-    table = Table()
-    columns = {
-        "before": shares_of(accuracies, len(histogram)),
-        "after": shares_of(accuracies[list(chosen)], len(histogram)),
-        "target": np.asarray(histogram),
-    }
-    for name in ("accuracy", *columns):
-        table.add_column(name, justify="right")
-    for level in range(len(histogram)):
-        shares = (f"{100 * values[level]:.1f} %" for values in columns.values())
-        table.add_row(f"{level / (len(histogram) - 1):.1f}", *shares)
-    table.add_section()
-    counts = int((~np.isnan(accuracies)).sum()), len(chosen)
-    table.add_row("questions", *map(str, counts), "")
-    means = np.nanmean(accuracies), np.mean(accuracies[list(chosen)])
-    table.add_row("mean", *(f"{mean:.3f}" for mean in means), "")
-    Console().print(table)
-
-
-def _print_limit(accuracies: Any, chosen: Sequence[int], histogram: Sequence[float]) -> None:
-    """What keeps the selection small, where it is less than half of what was measured."""
-    import numpy as np
-
+def _print_selection(
+    accuracies: Sequence[float], chosen: Sequence[int], histogram: Sequence[float], why_few: bool
+) -> None:
+    """Shares before and after; and what keeps the selection small where it is less than half of what was measured."""
     from perl.data.resample import scarce_level, shares_of
+    from perl.report.metrics import mean
 
-    measured = int((~np.isnan(accuracies)).sum())
-    if 2 * len(chosen) >= measured:
-        return
-    level, count = scarce_level(accuracies, histogram, chosen), len(histogram)
-    print(
-        f"kept {len(chosen)} of {measured}: of accuracy {level / (count - 1):.1f} there are only "
-        f"{100 * shares_of(accuracies, count)[level]:.1f} %, and {100 * histogram[level]:.1f} % are "
-        "wanted; --size and --repeat keep more"
-    )
+    count = len(histogram)
+    kept = [accuracies[k] for k in chosen]
+    before, after = shares_of(accuracies, count), shares_of(kept, count)
+    measured = sum(not math.isnan(a) for a in accuracies)
+    rows = [["accuracy", "before", "after", "target"]]
+    for level, shares in enumerate(zip(before, after, histogram, strict=True)):
+        rows.append([f"{level / (count - 1):.1f}", *(f"{100 * share:.1f} %" for share in shares)])
+    rows.append(["questions", str(measured), str(len(chosen)), ""])
+    rows.append(["mean", f"{mean(accuracies):.3f}", f"{mean(kept):.3f}", ""])
+    print_table(rows, rules=(count + 1,))
+    if why_few and 2 * len(chosen) < measured:
+        level = scarce_level(accuracies, histogram, chosen)
+        print(
+            f"kept {len(chosen)} of {measured}: of accuracy {level / (count - 1):.1f} there are only "
+            f"{100 * before[level]:.1f} %, and {100 * histogram[level]:.1f} % are "
+            "wanted; --size and --repeat keep more"
+        )

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from perl.data.dataset import RowDataset, load_examples
-from perl.data.resample import parse_histogram, resample
-from perl.data.rows import write_rows
+from perl.data.resample import parse_histogram
 from perl.data.tasks import BundledTasks
 from perl.distributed import on_main_process
-from perl.evaluation.difficulty import measure_chunks, measuring, warn_if_all_wrong
-from perl.evaluation.difficulty_file import MeasuredFile
-from perl.evaluation.difficulty_plot import draw_difficulty
+from perl.evaluation.difficulty import (
+    MeasuredFile,
+    Measurement,
+    check_measured,
+    measure_chunks,
+)
+from perl.evaluation.selection import write_selection
 from perl.recipe import Stage, filtered_file, measured_function
 from perl.report.metrics import mean
+from perl.rewards.scorer import Scorer
 from perl.training.session import Session
-from perl.types import Interrupted, UserError
+from perl.types import Interrupted
 
 
 def filter_data(session: Session, stage: Stage) -> None:
@@ -49,8 +51,15 @@ def filter_data(session: Session, stage: Stage) -> None:
     session.display.close()
     with session.processes.jointly():
         if components.is_main:
-            _check_measured(session, any(sampled for *_, sampled in found), accuracies.values())
-            numbers = _resample(session, dataset, output, [accuracies[i] for i in indices])
+            limit = components.encoder.limit
+            check_measured(
+                [accuracies[i] for i in indices],
+                [sampled for *_, sampled in found],
+                config.data.train,
+                measured_function(config),
+                f"{limit.name}; {limit.advice}",
+            )
+            numbers = _select(session, dataset, output, [accuracies[i] for i in indices])
             session.record({"stage": "filter", "step": 0, "name": stage.name, **numbers})
     session.leave()
 
@@ -68,39 +77,29 @@ def _measure(
     """Of this process's questions the index, the accuracy, and how many completions were sampled."""
     config, components, processes = session.config, session.components, session.processes
     own = f"-{processes.index}" if processes.count > 1 else ""
-    measure = measured_function(config)
-    sampling: dict[str, Any] = {
-        "orders": config.resample.orders,
-        "text": config.permutation.text,
-        "temperature": config.rollout.temperature,
-        "max_new_tokens": config.rollout.max_new_tokens,
-        "seed": config.run.seed * processes.count + processes.index,
-    }
-    settings = {
-        "measure": measure,
-        "min_pixels": config.model.min_pixels,
-        "max_pixels": config.model.max_pixels,
-        **sampling,
-    }
+    how = Measurement(
+        rollouts=config.resample.rollouts,
+        measure=measured_function(config),
+        min_pixels=config.model.min_pixels,
+        max_pixels=config.model.max_pixels,
+        orders=config.resample.orders,
+        text=config.permutation.text,
+        temperature=config.rollout.temperature,
+        max_new_tokens=config.rollout.max_new_tokens,
+        seed=config.run.seed * processes.count + processes.index,
+    )
     file = MeasuredFile(
         session.folder.root / "filtered" / f"{stage.name}.accuracies{own}.jsonl",
         indices,
-        config.resample.rollouts,
-        settings,
+        how,
         lambda i: dataset.check(i).id,
-        advice="go on with as many processes and the data of before, or delete it to measure again",
         limit=components.encoder.limit.tokens,
+        advice="go on with as many processes and the data of before, or delete it to measure again",
     )
     session.display.stage(stage.name, len(indices), file.done, unit="questions")
+    scorer = Scorer((how.measure,), (1.0,), config.reward.timeout)
     for chunk in measure_chunks(
-        components.engine,
-        components.encoder,
-        dataset,
-        indices,
-        scorer=measuring(measure, config.reward.timeout),
-        rollouts=config.resample.rollouts,
-        done=file.done,
-        **sampling,
+        components.engine, components.encoder, dataset, indices, how, scorer, file.done
     ):
         file.add(chunk)
         session.display.advance(len(chunk))
@@ -110,31 +109,15 @@ def _measure(
     return list(zip(indices, file.accuracies, file.sampled, strict=True))
 
 
-def _check_measured(session: Session, any_sampled: bool, accuracies: Iterable[float]) -> None:
-    """Raise UserError if there is no number at all, and warn where all are 0."""
-    config, limit = session.config, session.components.encoder.limit
-    if not any_sampled:
-        raise UserError(
-            f"every question of {config.data.train} has a prompt over {limit.name}; {limit.advice}"
-        )
-    found, measure = list(accuracies), measured_function(config)
-    if all(math.isnan(a) for a in found):
-        raise UserError(
-            f"no completion for {config.data.train} can be scored by the reward function '{measure}'; "
-            "check that it fits the data's answers"
-        )
-    warn_if_all_wrong(found, measure)
-
-
-def _resample(
+def _select(
     session: Session, dataset: BundledTasks | RowDataset, output: Path, accuracies: list[float]
 ) -> dict[str, float]:
     """Write what is kept; counts and mean accuracies before and after."""
-    config = session.config.resample
-    histogram = parse_histogram(config.histogram)
-    kept = resample(accuracies, histogram, config.size or None, session.config.run.seed)
-    write_rows(dataset, output, kept, [accuracies[i] for i in kept])
-    draw_difficulty(accuracies, kept, histogram, output.with_suffix(""))
+    config, seed = session.config.resample, session.config.run.seed
+    histogram, indices = parse_histogram(config.histogram), range(len(accuracies))
+    kept = write_selection(
+        dataset, indices, accuracies, output, histogram, config.size or None, seed
+    )
     return {
         "filter/measured": sum(not math.isnan(a) for a in accuracies),
         "filter/kept": len(kept),

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -11,14 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from perl.evaluation import difficulty
-from perl.evaluation.difficulty import CHUNK, measure_chunks, measure_difficulty, measuring
+from perl.evaluation.difficulty import CHUNK, Difficulty, MeasuredFile, Measurement, measure_chunks
 from perl.rewards.scorer import Scorer
 from perl.rollout.engine import Completion, InProcessEngine, SamplingParams
 from perl.rollout.prompts import PromptEncoder
 from perl.types import Example, UserError, Variant
-
-ErrorOf = Callable[..., str]
 
 
 @dataclass
@@ -57,9 +55,18 @@ def examples(count: int, images: int = 3) -> list[Example]:
     return [Example(f"q{i}", pictures, question, "A", "all", True) for i in range(count)]
 
 
-def measure(stub: Stub, asked: list[Example], **options: Any) -> list[difficulty.Difficulty]:
+HOW: dict[str, Any] = {"rollouts": 10, "orders": 1, "seed": 0, "measure": "accuracy"}
+HOW |= {"text": "slots", "temperature": 1.0, "max_new_tokens": 8, "min_pixels": 1, "max_pixels": 9}
+
+
+def measure(
+    stub: Stub, asked: list[Example], scorer: Scorer | None = None, done: int = 0, **how: Any
+) -> list[Difficulty]:
     engine, encoder = cast(InProcessEngine, stub), cast(PromptEncoder, stub)
-    return measure_difficulty(engine, encoder, asked, range(len(asked)), **options)
+    measurement = Measurement(**{**HOW, **how})
+    scorer = scorer or Scorer(("accuracy",), (1.0,))
+    chunks = measure_chunks(engine, encoder, asked, range(len(asked)), measurement, scorer, done)
+    return [difficulty for chunk in chunks for difficulty in chunk]
 
 
 def darkest(variant: Variant, draw: np.random.Generator) -> str:
@@ -68,16 +75,14 @@ def darkest(variant: Variant, draw: np.random.Generator) -> str:
 
 
 def test_the_share_of_right_completions() -> None:
-    told: list[int] = []
-
     def often_a(variant: Variant, draw: np.random.Generator) -> str:
         return "A" if len(stub.texts) % 10 < 7 else "B"
 
     stub = Stub(often_a)
-    found = measure(stub, examples(40), rollouts=10, advance=told.append)
+    found = measure(stub, examples(40))
     assert [d.accuracy for d in found] == pytest.approx([0.7] * 40)
     assert [(d.index, d.id, d.rollouts) for d in found] == [(i, f"q{i}", 10) for i in range(40)]
-    assert told == [32, 8] and stub.calls == [(32, 10), (8, 10)]
+    assert stub.calls == [(32, 10), (8, 10)]
 
 
 def test_completions_are_spread_over_orders_and_the_answer_follows() -> None:
@@ -100,16 +105,11 @@ def test_a_measurement_that_goes_on_gives_the_same_numbers() -> None:
     def guess(variant: Variant, draw: np.random.Generator) -> str:
         return "ABC"[draw.integers(3)]
 
-    settings: dict[str, Any] = {"rollouts": 5, "orders": 2, "seed": 3, "max_new_tokens": 8}
+    settings: dict[str, Any] = {"rollouts": 5, "orders": 2, "seed": 3}
     asked = examples(2 * CHUNK)
     whole = measure(Stub(guess), asked, **settings)
     again = measure(Stub(guess), asked, **settings)
-    stub: Any = Stub(guess)
-    settings |= {"text": "slots", "temperature": 1.0}
-    scorer = measuring("accuracy")
-    (rest,) = measure_chunks(
-        stub, stub, asked, range(len(asked)), scorer=scorer, done=CHUNK, **settings
-    )
+    rest = measure(Stub(guess), asked, done=CHUNK, **settings)
     assert whole == again and rest == whole[CHUNK:]
     one_order = [d.accuracy for d in measure(Stub(guess), asked, rollouts=5)]
     assert one_order[:CHUNK] != one_order[CHUNK:]  # Each chunk has draws of its own.
@@ -139,3 +139,19 @@ def test_a_measure_that_is_no_share_is_refused() -> None:
 
     with pytest.raises(UserError, match=r"question 'q0' has a mean of 5 by .* 'points'"):
         measure(Stub(darkest), examples(1), scorer=Scorer((points,), (1.0,)))
+
+
+def test_the_measurements_of_a_run_are_refused_with_its_own_advice(tmp_path: Path) -> None:
+    def measured(seed: int, advice: str | None = None) -> MeasuredFile:
+        how = Measurement(**{**HOW, "rollouts": 1, "seed": seed})
+        return MeasuredFile(tmp_path / "m.jsonl", [0], how, lambda i: "q", limit=9, advice=advice)
+
+    measured(0).add([Difficulty(0, "q", 0.5, 1)])
+    assert measured(0).accuracies == [0.5]
+    with pytest.raises(UserError, match=r"seed = 0, not seed = 1; delete it$"):
+        measured(1, advice="delete it")
+    with pytest.raises(UserError, match=r"measure again with --overwrite, or into another file"):
+        measured(1)
+    (tmp_path / "m.jsonl").write_text('{"mine": 1}\n')
+    with pytest.raises(UserError, match=r"holds no accuracies; delete it$"):
+        measured(0, advice="delete it")

@@ -17,12 +17,9 @@ from perl.cli import main
 from perl.config import Config, DataConfig, FilterConfig, ModelConfig, RewardConfig
 from perl.data.dataset import load_examples, validate
 from perl.data.resample import resample, scarce_level
-from perl.evaluation import difficulty
 from perl.evaluation.difficulty import CHUNK
-from perl.evaluation.difficulty_file import MeasuredFile
 from perl.recipe import save_config
 from perl.rewards.scorer import BUILT_IN
-from perl.types import UserError
 
 ErrorOf = Callable[..., str]
 
@@ -153,24 +150,6 @@ def test_more_questions_of_other_levels_do_not_help(found: list[int], shares: li
     others = [a for a, level in zip(accuracies, found, strict=True) if level != scarce]
     assert len(others) < len(found)
     assert len(resample(accuracies + 3 * others, shares)) == len(chosen)
-
-
-def test_the_measurements_of_a_run_are_refused_with_its_own_advice(tmp_path: Path) -> None:
-    def measured(seed: int, **options: Any) -> MeasuredFile:
-        settings = {"seed": seed}
-        return MeasuredFile(
-            tmp_path / "m.jsonl", [0], 1, settings, lambda i: "q", limit=9, **options
-        )
-
-    measured(0).add([difficulty.Difficulty(0, "q", 0.5, 1)])
-    assert measured(0).accuracies == [0.5]
-    with pytest.raises(UserError, match=r"seed = 0, not seed = 1; delete it$"):
-        measured(1, advice="delete it")
-    with pytest.raises(UserError, match=r"measure again with --overwrite, or into another file"):
-        measured(1)
-    (tmp_path / "m.jsonl").write_text('{"mine": 1}\n')
-    with pytest.raises(UserError, match=r"holds no accuracies; delete it$"):
-        measured(0, advice="delete it")
 
 
 def test_other_settings_are_refused(

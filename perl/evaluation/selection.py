@@ -1,4 +1,4 @@
-"""The picture of a filtered data set: accuracies before and after, and what was wanted."""
+"""A selection of measured questions: chosen by a histogram of accuracies, written out again, and drawn."""
 
 from __future__ import annotations
 
@@ -7,23 +7,42 @@ from pathlib import Path
 
 import numpy as np
 
-from perl.data.resample import levels_of, shares_of
+from perl.data.dataset import RowDataset
+from perl.data.resample import levels_of, resample, shares_of
+from perl.data.rows import write_rows
+from perl.data.tasks import BundledTasks
 from perl.report.plots import BLUE, GREY, INK, STYLE, VERMILION
 
 
-def draw_difficulty(
-    accuracies: Sequence[float] | np.ndarray,
-    chosen: Sequence[int],
-    histogram: Sequence[float] | np.ndarray,
-    path: Path,
-) -> tuple[Path, Path]:
-    """Write `path` with .png and .svg appended, and return both.
+def write_selection(
+    dataset: BundledTasks | RowDataset,
+    indices: Sequence[int],
+    accuracies: Sequence[float],
+    output: Path,
+    histogram: Sequence[float],
+    size: int | None,
+    seed: int,
+    repeat: bool = False,
+) -> list[int]:
+    """Write the questions that `resample` keeps to `output`, and a picture beside it; which ones those are.
 
     Args:
-        accuracies: float [Q], NaN where nothing was measured.
-        chosen: indices of the questions that are kept, with repeats.
-        histogram: float [L], the target's shares.
+        indices: the questions that were measured, `accuracies` being theirs.
+        histogram, size, seed, repeat: as `resample` has them.
+
+    Returns:
+        Places in `accuracies`.
     """
+    chosen = resample(accuracies, histogram, size, seed, repeat)
+    write_rows(dataset, output, [indices[k] for k in chosen], [accuracies[k] for k in chosen])
+    _draw(accuracies, chosen, histogram, output)
+    return chosen
+
+
+def _draw(
+    accuracies: Sequence[float], chosen: Sequence[int], histogram: Sequence[float], output: Path
+) -> None:
+    """Accuracies before and after, and what was wanted, as .png and .svg beside `output`."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -50,7 +69,5 @@ def draw_difficulty(
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
         axes.tick_params(colors=INK)
         figure.legend(loc="outside lower center", ncols=3)
-        files = path.with_name(f"{path.name}.png"), path.with_name(f"{path.name}.svg")
-        for file in files:
-            figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
-    return files
+        figure.savefig(output.with_suffix(".png"))
+        figure.savefig(output.with_suffix(".svg"), metadata={"Date": None})
