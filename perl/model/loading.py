@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,18 +15,19 @@ from perl.config import ModelConfig
 from perl.files import check_safetensors, offline_if_unreachable
 from perl.model.families import FAMILIES, Family, family_of
 from perl.model.layers import check_compiler, check_liger, compile_layers, use_liger
-from perl.model.packed.attention import announce, choose, use_packed_attention
-from perl.model.padded import PaddedPolicy
-from perl.model.padded_loading import (
-    check_head,
-    load_padded_processor,
-    lora_targets,
-    tower_of,
-    warn,
+from perl.model.packed.attention import (
+    WITHOUT_DROPOUT,
+    announce,
+    choose,
+    use_packed_attention,
 )
+from perl.model.padded import PaddedPolicy, check_head, lora_targets, tower_of
+from perl.model.padded_processor import PaddedProcessor
 from perl.model.policy import Policy
 from perl.model.processor import Processor
-from perl.types import UserError
+from perl.types import UserError, one_line
+
+logger = logging.getLogger(__name__)
 
 
 def load_policy(folder: str, config: ModelConfig, device: torch.device) -> Policy:
@@ -49,7 +52,7 @@ def load_policy(folder: str, config: ModelConfig, device: torch.device) -> Polic
     announce(name, reason)
     core = cast(Any, model).model
     tower = family.tower(core)
-    if name in ("varlen", "flex") and getattr(core.language_model.config, "attention_dropout", 0):
+    if name in WITHOUT_DROPOUT and getattr(core.language_model.config, "attention_dropout", 0):
         raise UserError(
             f"model.attention = {name} has no dropout, and {folder}/config.json has attention_dropout; "
             "set it to 0 there, or model.attention to sdpa"
@@ -79,7 +82,7 @@ def _load_weights(folder: str) -> Any:
         )
     except Exception as error:  # transformers raises many types for broken files.
         raise UserError(
-            f"model.path = {folder}: its weights cannot be loaded ({_first_line(error)})"
+            f"model.path = {folder}: its weights cannot be loaded ({_said(error)})"
         ) from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(
@@ -92,15 +95,27 @@ def _load_weights(folder: str) -> Any:
 def _padded_policy(model: Any, folder: str, config: ModelConfig) -> PaddedPolicy:
     """A model without a family, or with a language model that its family cannot pack."""
     warn(_obstacle(model.config))
-    processor = load_padded_processor(folder, config)
+    processor = load_processor(folder, config)
+    assert isinstance(processor, PaddedProcessor)
     check_head(model, folder, processor.eos_token_id)
     divided = config.freeze_vision or config.lora_rank
     tower = tower_of(model, folder) if divided else []
     try:
         model = _prepared(model, config, tower, lora_targets(model) if divided else "")
     except ValueError as error:
-        raise UserError(f"model.path = {folder}: {_first_line(error)}") from error
+        raise UserError(f"model.path = {folder}: {_said(error)}") from error
     return PaddedPolicy(model, processor)
+
+
+@cache
+def warn(reason: str) -> None:
+    """Say once a process why rows are padded and what that costs."""
+    logger.warning(
+        "training on padded batches, as %s: prompts are computed once per completion and images once per completion, "
+        "rows are padded; expect several times the work; a family class in perl/model/families would change that, see "
+        "docs/models.md",
+        reason,
+    )
 
 
 def _prepared(
@@ -140,7 +155,7 @@ def check_model(folder: str) -> Family | None:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False) if known else None
     except Exception as error:  # transformers raises many types for broken files.
         raise UserError(
-            f"model.path = {folder}: no model can be read there ({_first_line(error)})"
+            f"model.path = {folder}: no model can be read there ({_said(error)})"
         ) from error
     if config is None or config.is_encoder_decoder:
         exact = ", ".join(t for f in FAMILIES for t in f.model_types)
@@ -207,39 +222,50 @@ def _check_files(folder: str) -> None:
 
 
 def load_processor(folder: str, config: ModelConfig) -> Processor:
-    """Tokenizer and image processor of a checkpoint.
+    """Tokenizer and image processor of a checkpoint; without a family its own processor.
 
     Raises:
-        UserError: the folder has no tokenizer, no image processor or no chat template.
+        UserError: the folder has no tokenizer, no image processor or no chat template, or they do not fit the model.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
     family = check_model(folder)
-    if family is None:
-        return load_padded_processor(folder, config)
+    stock: Any = None
+    model_config: Any = None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        image_processor = family.load_image_processor(folder)
+        if family is None:
+            stock = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+            model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = getattr(stock, "tokenizer", None)
+            image_processor = getattr(stock, "image_processor", None)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            image_processor = family.load_image_processor(folder)
     except Exception as error:  # transformers raises many types for missing and broken files.
         raise UserError(
-            f"model.path = {folder}: no processor can be read there ({_first_line(error)}); "
-            "copy the tokenizer and preprocessor files of the original checkpoint into it"
+            f"model.path = {folder}: no processor can be read there ({_said(error)}); copy the tokenizer and "
+            "processor files of the original checkpoint into it, and install what they ask for"
         ) from error
-    model_type = family.model_types[0]
-    if family.image_token not in tokenizer.get_vocab():
+    if tokenizer is None or image_processor is None:
+        raise UserError(
+            f"model.path = {folder}: {type(stock).__name__} takes no texts with pictures; "
+            "copy the processor files of the original checkpoint into it"
+        )
+    if family and family.image_token not in tokenizer.get_vocab():
         raise UserError(
             f"model.path = {folder}: its tokenizer has no {family.image_token}; "
-            f"the tokenizer of a {model_type} checkpoint is needed"
+            f"the tokenizer of a {family.model_types[0]} checkpoint is needed"
         )
-    if not tokenizer.chat_template:
+    if not (getattr(stock, "chat_template", None) or tokenizer.chat_template):
         raise UserError(
             f"model.path = {folder}: its tokenizer has no chat template; add chat_template.jinja"
         )
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
         raise UserError(
-            f"model.path = {folder}: its tokenizer has no end or padding token; "
-            f"the tokenizer of a {model_type} checkpoint is needed"
+            f"model.path = {folder}: its tokenizer has no end or padding token; name them in tokenizer_config.json"
         )
+    if family is None:
+        return PaddedProcessor(stock, model_config, config.min_pixels, config.max_pixels)
     return Processor(tokenizer, image_processor, family, config.min_pixels, config.max_pixels)
 
 
@@ -267,5 +293,5 @@ def _add_lora(
     return wrapped
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _said(error: Exception) -> str:
+    return one_line(error) or type(error).__name__

@@ -6,6 +6,7 @@ and asks nothing of the model but that it is called as transformers documents it
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
@@ -165,3 +166,56 @@ def _batch(segments: Sequence[Segment], members: Sequence[tuple[int, int]]) -> P
     packed = replace(pack_row(singles), images=(), source=tuple(members))
     values = {f.name: getattr(packed, f.name) for f in fields(packed)}
     return PaddedBatch(**values, prompts=tuple(s.prompt for s in singles))
+
+
+@torch.no_grad()
+def check_head(model: Any, folder: str, token: int) -> None:
+    """Whether the logits are the head's weight times the last hidden states, which the loss takes them to be.
+
+    Args:
+        model: a transformers model on any device.
+        folder: for the message.
+        token: id of any text token.
+
+    Raises:
+        UserError: they are not, or the model does not show.
+    """
+    ids = torch.full((1, 2), token, device=model.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    try:
+        hidden = model.base_model(**inputs).last_hidden_state
+        theirs = model(**inputs).logits
+        ours = hidden @ model.get_output_embeddings().weight.T
+        fits = torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+    except Exception as error:  # Any model may be here, and it may fail in any way.
+        raise UserError(
+            f"model.path = {folder}: {type(model).__name__} cannot be called as a base model and a head ({error}); "
+            "choose another model or write a family for it (docs/models.md)"
+        ) from error
+    if not fits:
+        raise UserError(
+            f"model.path = {folder}: the logits of {type(model).__name__} are not its hidden states times the weight of "
+            "its head (a bias, a scale or a soft cap), which the loss needs; choose another model"
+        )
+
+
+def tower_of(model: Any, folder: str) -> list[nn.Module]:
+    """The modules of the base model beside its language model: towers and projectors.
+
+    Raises:
+        UserError: the two cannot be told apart.
+    """
+    decoder, children = model.get_decoder(), list(model.base_model.children())
+    if not any(child is decoder for child in children):
+        raise UserError(
+            f"model.path = {folder}: vision tower and language model of {type(model).__name__} cannot be told apart; "
+            "set model.freeze_vision = false and model.lora_rank = 0"
+        )
+    return [child for child in children if child is not decoder]
+
+
+def lora_targets(model: Any) -> str:
+    """A regular expression for the linear layers of the language model."""
+    decoder = model.get_decoder()
+    name = next(name for name, module in model.named_modules() if module is decoder)
+    return rf"{re.escape(name)}\..*\.(q|k|v|o|gate|up|down)_proj"

@@ -108,8 +108,7 @@ class Policy(nn.Module):
             features = self.vision.features(batch.images)
         if features is not None:
             index = batch.visual_source.to(device)
-            rows, *deepstack = (gather_rows(t, index) for t in features.tensors)
-            features = ImageFeatures(rows, tuple(deepstack))
+            features = features.map(lambda rows: gather_rows(rows, index))
         mask = torch.zeros(1, batch.num_tokens, dtype=torch.bool, device=device)
         mask[0, batch.visual_positions.to(device)] = True
         embeds, extra = self.embed(batch.input_ids[None].to(device), mask, features)

@@ -16,9 +16,6 @@ from perl.model.families import Family, ImageFeatures
 from perl.timing import span
 from perl.types import EncodedImage, PackedBatch
 
-Encode = Callable[[Sequence[EncodedImage]], ImageFeatures]
-"""Runs the tower over distinct images."""
-
 logger = logging.getLogger(__name__)
 
 _TOKENS_AT_ONCE = 2**14
@@ -26,22 +23,30 @@ _TOKENS_AT_ONCE = 2**14
 
 
 class Vision:
-    """The tower of a model, with a cache of what it made.
+    """The tower of a model, with a cache of the features that it made without gradient.
+
+    The cache goes by the content of the image and is valid as long as the tower's weights stay as they are: rollouts,
+    old and reference log-probs of one batch share one encoding; with a frozen tower, training does too. Changed weights
+    are noticed by the version counters that autograd keeps of every tensor; PyTorch's fused optimizers do not count, so
+    who steps one calls `clear_cache`.
 
     Args:
         core: transformers' model of text and images, without the head.
         family: what is special about it.
-        cache_bytes: most bytes of features that are kept between calls without gradient.
+        cache_bytes: most bytes of features that are kept after a call; the least recently used go first.
     """
 
     def __init__(self, core: Any, family: Family, cache_bytes: int) -> None:
-        self.core, self.family = core, family
+        self.core, self.family, self.cache_bytes = core, family, cache_bytes
         self.weights: list[nn.Parameter] = [
             p for module in family.tower(core) for p in module.parameters()
         ]
         self.images_encoded = 0
         """How many images went through the tower so far."""
-        self._cache = FeatureCache(self.weights, cache_bytes)
+        self._kept: OrderedDict[str, ImageFeatures] = OrderedDict()
+        self._bytes = 0
+        self._made_with: object = None
+        self._said_too_small = False
 
     @property
     def trained(self) -> bool:
@@ -63,12 +68,11 @@ class Vision:
             return None
         if self.trained and torch.is_grad_enabled():
             unique = distinct(images)
-            parts = dict(
-                zip((i.key for i in unique), split(self.encode(unique), unique), strict=True)
-            )
-            return join([parts[image.key] for image in images])
+            parts = self.encode(unique).split([image.tokens for image in unique])
+            made = {image.key: part for image, part in zip(unique, parts, strict=True)}
+            return ImageFeatures.join([made[image.key] for image in images])
         with torch.no_grad():
-            return self._cache(images, self._encode_in_parts)
+            return self._cached(images)
 
     def clear_cache(self) -> None:
         """Keep no features: what follows does not depend on what was encoded before, to the last bit.
@@ -76,74 +80,36 @@ class Vision:
         The bits of a feature depend a little on what it was encoded together with, so a run that goes on from a
         checkpoint would else not give the numbers of one that was never stopped.
         """
-        self._cache.clear()
-
-    def _encode_in_parts(self, images: Sequence[EncodedImage]) -> ImageFeatures:
-        parts: list[list[EncodedImage]] = []
-        for image in images:
-            if not parts or sum(i.tokens for i in parts[-1]) + image.tokens > _TOKENS_AT_ONCE:
-                parts.append([])
-            parts[-1].append(image)
-        return join([self.encode(part) for part in parts])
-
-
-def distinct(images: Sequence[EncodedImage]) -> list[EncodedImage]:
-    """Each content once, in the order of its first appearance."""
-    return list({image.key: image for image in images}.values())
-
-
-class FeatureCache:
-    """Features without gradient, by the content of the image, as long as the tower's weights stay as they are.
-
-    Rollouts, old and reference log-probs of one batch see the same weights and so share one encoding; with a frozen
-    tower, training does too. Changed weights are noticed by the version counters that autograd keeps of every tensor;
-    PyTorch's fused optimizers do not count, so who steps one calls `clear`.
-
-    Args:
-        weights: of the tower.
-        max_bytes: of features that are kept after a call, the least recently used go first.
-    """
-
-    def __init__(self, weights: Sequence[torch.Tensor], max_bytes: int) -> None:
-        self.weights, self.max_bytes = list(weights), max_bytes
-        self._kept: OrderedDict[str, ImageFeatures] = OrderedDict()
+        self._kept.clear()
         self._bytes = 0
-        self._made_with: object = None
-        self._said_too_small = False
 
-    def __call__(self, images: Sequence[EncodedImage], encode: Encode) -> ImageFeatures:
-        """Features of `images`, one after the other ([K, H], K their visual tokens together); `encode` is called at most
-        once, for the unknown ones."""
-        state = self._state()
-        if state != self._made_with:
-            self.clear()
-            self._made_with = state
-        missing = [image for image in distinct(images) if image.key not in self._kept]
-        if missing:
-            for image, features in zip(missing, split(encode(missing), missing), strict=True):
+    def _cached(self, images: Sequence[EncodedImage]) -> ImageFeatures:
+        made_with = self._state()
+        if made_with != self._made_with:
+            self.clear_cache()
+            self._made_with = made_with
+        for together in _parts([i for i in distinct(images) if i.key not in self._kept]):
+            features = self.encode(together).split([image.tokens for image in together])
+            for image, own in zip(together, features, strict=True):
                 # A copy: a view would keep what it was encoded together with.
-                own = _map(torch.Tensor.clone, features)
-                self._kept[image.key] = own
-                self._bytes += _nbytes(own)
+                self._kept[image.key] = own.map(torch.clone)
+                self._bytes += own.nbytes
         for image in images:
             self._kept.move_to_end(image.key)
-        found = join([self._kept[image.key] for image in images])
-        if self._bytes > self.max_bytes > 0 and not self._said_too_small:
+        found = ImageFeatures.join([self._kept[image.key] for image in images])
+        if self._bytes > self.cache_bytes > 0 and not self._said_too_small:
             self._said_too_small = True
             logger.warning(
                 "model.feature_cache_mb = %d is too small for the features in use (%d MiB and more): images go through "
                 "the vision tower again in each pass; raise it (said once)",
-                self.max_bytes >> 20,
+                self.cache_bytes >> 20,
                 self._bytes >> 20,
             )
-        while self._bytes > self.max_bytes:
+        # Only now: what one call needs together stays until it has been joined, even over the bound.
+        while self._bytes > self.cache_bytes:
             _, oldest = self._kept.popitem(last=False)
-            self._bytes -= _nbytes(oldest)
+            self._bytes -= oldest.nbytes
         return found
-
-    def clear(self) -> None:
-        self._kept.clear()
-        self._bytes = 0
 
     def _state(self) -> object:
         """Equal as long as the same images give the same features."""
@@ -153,6 +119,21 @@ class FeatureCache:
             if torch.is_autocast_enabled(device)
         ]
         return autocast, [(w.data_ptr(), w.dtype, w._version) for w in self.weights]
+
+
+def distinct(images: Sequence[EncodedImage]) -> list[EncodedImage]:
+    """Each content once, in the order of its first appearance."""
+    return list({image.key: image for image in images}.values())
+
+
+def _parts(images: Sequence[EncodedImage]) -> list[list[EncodedImage]]:
+    """Images in runs of at most `_TOKENS_AT_ONCE` visual tokens; a larger one alone."""
+    parts: list[list[EncodedImage]] = []
+    for image in images:
+        if not parts or sum(i.tokens for i in parts[-1]) + image.tokens > _TOKENS_AT_ONCE:
+            parts.append([])
+        parts[-1].append(image)
+    return parts
 
 
 @dataclass(eq=False)
@@ -172,11 +153,15 @@ class StepFeatures:
     then the tower's activations of that image are kept.
 
     Args:
-        encode: runs the tower with gradient.
+        encode: runs the tower with gradient over distinct images.
         batches: the step's micro-batches, in the order in which they will be run.
     """
 
-    def __init__(self, encode: Encode, batches: Sequence[PackedBatch]) -> None:
+    def __init__(
+        self,
+        encode: Callable[[Sequence[EncodedImage]], ImageFeatures],
+        batches: Sequence[PackedBatch],
+    ) -> None:
         self.encode, self.batches = encode, batches
         self._last_use = {image.key: i for i, b in enumerate(batches) for image in b.images}
         self._open: list[_Encoding] = []
@@ -193,7 +178,7 @@ class StepFeatures:
         # Apart by their last use: what is done with need not wait for an image that is shown again much later.
         self._open += [self._encode(together, last) for last, together in new.items()]
         leaves = {k: leaf for encoding in self._open for k, leaf in encoding.leaves.items()}
-        yield join([leaves[image.key] for image in images]) if images else None
+        yield ImageFeatures.join([leaves[image.key] for image in images]) if images else None
         for encoding in self._open:
             if encoding.last_use == number:
                 _back_propagate(encoding)
@@ -201,10 +186,8 @@ class StepFeatures:
 
     def _encode(self, images: Sequence[EncodedImage], last_use: int) -> _Encoding:
         features = self.encode(images)
-        leaves = {
-            image.key: _map(_leaf, part)
-            for image, part in zip(images, split(features, images), strict=True)
-        }
+        parts = features.split([image.tokens for image in images])
+        leaves = {image.key: part.map(_leaf) for image, part in zip(images, parts, strict=True)}
         return _Encoding(features, leaves, last_use)
 
 
@@ -226,26 +209,3 @@ def _back_propagate(encoding: _Encoding) -> None:
     if tensors:
         with span("vision.backward"):
             torch.autograd.backward(tensors, grads)
-
-
-def split(features: ImageFeatures, images: Sequence[EncodedImage]) -> list[ImageFeatures]:
-    """One ImageFeatures for each image; views."""
-    sizes = [image.tokens for image in images]
-    parts = zip(*(t.split(sizes) for t in features.tensors), strict=True)
-    return [ImageFeatures(rows, tuple(deepstack)) for rows, *deepstack in parts]
-
-
-def join(features: Sequence[ImageFeatures]) -> ImageFeatures:
-    """The features of several images, one after the other."""
-    rows, *deepstack = (torch.cat(t) for t in zip(*(f.tensors for f in features), strict=True))
-    return ImageFeatures(rows, tuple(deepstack))
-
-
-def _map(
-    function: Callable[[torch.Tensor], torch.Tensor], features: ImageFeatures
-) -> ImageFeatures:
-    return ImageFeatures(function(features.rows), tuple(function(d) for d in features.deepstack))
-
-
-def _nbytes(features: ImageFeatures) -> int:
-    return sum(t.nbytes for t in features.tensors)

@@ -17,7 +17,7 @@ from perl.model.packed.plan import Share
 from perl.model.policy import Policy
 from perl.model.processor import Processor
 from perl.model.tiny import TINY_QWEN
-from perl.model.vision import FeatureCache, Vision
+from perl.model.vision import Vision
 from perl.rollout.engine import InProcessEngine, SamplingParams
 from perl.types import (
     EncodedImage,
@@ -232,22 +232,35 @@ def test_a_reference_model_reads_the_features_of_an_equal_tower(load) -> None:
 
 
 def test_the_feature_cache_keeps_to_its_bound(caplog: pytest.LogCaptureFixture) -> None:
-    def encode(images: Sequence[EncodedImage]) -> ImageFeatures:
-        encoded.extend(image.key for image in images)
-        return ImageFeatures(torch.cat([torch.full((i.tokens, 8), float(i.key)) for i in images]))
+    weight, encoded = torch.nn.Linear(1, 1), []
+
+    class Blank:
+        def tower(self, core: object) -> list[torch.nn.Module]:
+            return [weight]
+
+        def encode(self, core: object, images: Sequence[EncodedImage]) -> ImageFeatures:
+            encoded.extend(image.key for image in images)
+            rows = [torch.full((i.tokens, 8), float(i.key)) for i in images]
+            return ImageFeatures(torch.cat(rows))
 
     images = [EncodedImage(str(k), torch.empty(0), (1, 2, 2), 1 + k % 2) for k in range(6)]
-    weight, encoded = torch.zeros(1), []
-    cache = FeatureCache([weight], max_bytes=32 * 4)
-    got = cache([images[0], images[1], images[0]], encode).rows[:, 0]
-    assert got.tolist() == [0, 1, 1, 0] and encoded == ["0", "1"]
-    cache(images[2:4], encode)
+    vision = Vision(None, Blank(), cache_bytes=32 * 4)  # type: ignore[arg-type]
+
+    def features(*images: EncodedImage) -> list[float]:
+        with torch.no_grad():
+            found = vision.features(images)
+        assert found is not None
+        return found.rows[:, 0].tolist()
+
+    assert features(images[0], images[1], images[0]) == [0, 1, 1, 0] and encoded == ["0", "1"]
+    features(*images[2:4])
     # Four tokens fit: the two oldest images went.
-    assert cache(images[2:4], encode).rows[:, 0].tolist() == [2, 3, 3]
-    assert cache([images[1]], encode).rows[:, 0].tolist() == [1, 1]
+    assert features(*images[2:4]) == [2, 3, 3]
+    assert features(images[1]) == [1, 1]
     assert encoded == ["0", "1", "2", "3", "1"]
-    weight += 1
-    cache([images[1]], encode)
+    with torch.no_grad():
+        weight.weight += 1
+    features(images[1])
     assert encoded[5:] == ["1"]
     warnings = [r.getMessage() for r in caplog.records]
     assert len(warnings) == 1 and "model.feature_cache_mb = 0 is too small" in warnings[0]

@@ -16,9 +16,8 @@ from perl.cli import main
 from perl.config import ModelConfig
 from perl.data.tasks import vocabulary
 from perl.model.head import HeadLoss
-from perl.model.loading import check_model, load_policy, load_processor
-from perl.model.padded import PaddedBatch, PaddedPolicy
-from perl.model.padded_loading import check_head, warn
+from perl.model.loading import check_model, load_policy, load_processor, warn
+from perl.model.padded import PaddedBatch, PaddedPolicy, check_head
 from perl.model.padded_processor import PaddedProcessor
 from perl.rollout.engine import SamplingParams
 from perl.rollout.padded import PaddedEngine, make_engine

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
     from torch import nn
 
@@ -31,6 +31,26 @@ class ImageFeatures:
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.rows, *self.deepstack)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> ImageFeatures:
+        """`function` of each tensor."""
+        return ImageFeatures(function(self.rows), tuple(function(d) for d in self.deepstack))
+
+    def split(self, sizes: Sequence[int]) -> list[ImageFeatures]:
+        """Consecutive rows of these numbers apart; views."""
+        parts = zip(*(t.split(list(sizes)) for t in self.tensors), strict=True)
+        return [ImageFeatures(rows, tuple(deepstack)) for rows, *deepstack in parts]
+
+    @staticmethod
+    def join(features: Sequence[ImageFeatures]) -> ImageFeatures:
+        """One after the other."""
+        tensors = zip(*(f.tensors for f in features), strict=True)
+        rows, *deepstack = (torch.cat(t) for t in tensors)
+        return ImageFeatures(rows, tuple(deepstack))
 
 
 class Family(ABC):
