@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
-import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.conftest import TakeTurn, turns
-from benchmarks.contest import Contest, Provider, Run, Work
-from benchmarks.proof import Proof, Proven, Results, near
+from benchmarks.conftest import TakeTurn
+from benchmarks.harness.contest import Contest, Provider, Run, Work
+from benchmarks.harness.proof import Proven, Results
 from benchmarks.providers.common import need_cuda
 from perl_kernels import group_advantages
 
@@ -60,14 +58,12 @@ class _Rewards(Proven):
         self.rewards = torch.rand(sum(sizes), generator=generator).to(device)
         self.group_sizes = torch.tensor(sizes, device=device)
 
-    @cached_property
-    def proof(self) -> Proof:
-        groups = np.split(self.rewards.double().cpu().numpy(), np.cumsum(self.sizes)[:-1])
-        exact = [(g - g.mean()) / (g.std(ddof=1) + EPS) for g in groups]
-        truth = torch.from_numpy(np.concatenate(exact)).to(self.rewards.device)
-        return near(
-            {"advantages": truth}, {"advantages": _by_group(self, self.rewards)}, torch.float32
-        )
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.rewards.dtype
+
+    def expected(self, dtype: torch.dtype) -> Results:
+        return {"advantages": _by_group(self, self.rewards.to(dtype))}
 
 
 def _ours(p: _Rewards, backend: Any) -> Run:
@@ -95,10 +91,6 @@ def _table(p: _Rewards) -> Run:
         return {"advantages": ((table - mean) / (std + EPS)).flatten()}
 
     return Run(call)
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    turns(metafunc, contests)
 
 
 def test_advantages(race: TakeTurn) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.conftest import TakeTurn, turns
-from benchmarks.contest import Contest, Provider, Run, Unavailable, Work
-from benchmarks.proof import Proof, Proven, Results, near
+from benchmarks.conftest import TakeTurn
+from benchmarks.harness.contest import Contest, Provider, Run, Unavailable, Work
+from benchmarks.harness.proof import Proven, Results
 from perl.model.packed.attention import IMPLEMENTATIONS, choose
 from perl.model.packed.layout import PackedLayout
 
@@ -64,7 +63,11 @@ def _contest(name: str, pieces: list[Piece], heads: Heads) -> Contest:
         partial(PackedRow, pieces, heads),
         [
             *[_ours(implementation) for implementation in IMPLEMENTATIONS],
-            *([Provider("PeRL, prompt repeated", _repeated)] if _shares(pieces) else []),
+            *(
+                [Provider("PeRL, prompt repeated", _repeated)]
+                if any(piece.prefix for piece in pieces)
+                else []
+            ),
             Provider("PyTorch, SDPA with a dense mask", _dense, "torch"),
             Provider("PyTorch, SDPA piece by piece", _by_piece, "torch"),
         ],
@@ -77,10 +80,6 @@ def _contest(name: str, pieces: list[Piece], heads: Heads) -> Contest:
             * sum(p.tokens * (p.tokens + 1 + 2 * p.prefix) for p in pieces)
         ),
     )
-
-
-def _shares(pieces: list[Piece]) -> bool:
-    return any(piece.prefix for piece in pieces)
 
 
 class PackedRow(Proven):
@@ -119,12 +118,13 @@ class PackedRow(Proven):
         q, k, v = torch.autograd.grad(out, inputs, upstream)
         return {"out": out.detach(), "grad query": q, "grad key": k, "grad value": v}
 
-    @cached_property
-    def proof(self) -> Proof:
-        exact = [x.detach().double().requires_grad_() for x in self.inputs]
-        truth = self.results(_softmax(exact, self), exact, self.upstream.double())
-        plain = self.results(_softmax(self.inputs, self), self.inputs, self.upstream)
-        return near(truth, plain, self.upstream.dtype)
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.upstream.dtype
+
+    def expected(self, dtype: torch.dtype) -> Results:
+        inputs = [x.detach().to(dtype).requires_grad_() for x in self.inputs]
+        return self.results(_softmax(inputs, self), inputs, self.upstream.to(dtype))
 
 
 def _pieces_of(inputs: list[Tensor], p: PackedRow) -> Any:
@@ -155,7 +155,7 @@ def _softmax(inputs: list[Tensor], p: PackedRow) -> Tensor:
 
 def _ours(name: str) -> Provider:
     def prepare(p: PackedRow) -> Run:
-        bfloat16 = p.upstream.dtype == torch.bfloat16
+        bfloat16 = p.dtype == torch.bfloat16
         if name == "flex" and not bfloat16:
             raise Unavailable("without a GPU it is SDPA with a dense mask")
         try:
@@ -227,7 +227,7 @@ def _repeated(p: PackedRow) -> Run:
     # The loss is taken of each token once.
     spread = p.upstream.index_select(1, index) * once[:, None, None]
     layout = _layout([Piece(piece.prefix + piece.tokens) for piece in p.pieces], p.device)
-    name, _ = choose("auto", p.device, p.upstream.dtype == torch.bfloat16)
+    name, _ = choose("auto", p.device, p.dtype == torch.bfloat16)
 
     def added_up(results: Results) -> Results:
         sums = {"out": results["out"][:, once]}
@@ -238,10 +238,6 @@ def _repeated(p: PackedRow) -> Run:
         return sums
 
     return Run(lambda: p.results(_packed(name, copies, layout), copies, spread), read=added_up)
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    turns(metafunc, contests)
 
 
 def test_attention(race: TakeTurn) -> None:

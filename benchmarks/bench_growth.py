@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
-import pytest
-
 from benchmarks.bench_linear_loss import OP
-from benchmarks.conftest import TakeTurn, turns
-from benchmarks.contest import Contest
-from benchmarks.head_problem import HeadProblem, make_problem
-from benchmarks.heads import Head, head
+from benchmarks.conftest import TakeTurn
+from benchmarks.harness.contest import Contest
+from benchmarks.harness.head_problem import Head, HeadProblem, head, make_problem
 from benchmarks.providers import LINEAR_LOSS
 
 _SHOWN = ("PeRL, Triton", "PeRL, PyTorch", "PyTorch, eager")
@@ -38,7 +36,7 @@ def contests(cuda: bool, quick: bool) -> list[Contest]:
 
 
 def _contest(start: Head, axis: str, value: int) -> Contest:
-    size = start.at(**{axis: value})
+    size = replace(start, **{axis: value})
     rest = ", ".join(f"{k} = {getattr(size, k)}" for k in "NHV" if k != axis)
     return Contest(
         OP,
@@ -49,10 +47,6 @@ def _contest(start: Head, axis: str, value: int) -> Contest:
         size.loss(),
         axis=axis,
     )
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    turns(metafunc, contests)
 
 
 def test_growth(race: TakeTurn) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-import pytest
-
-from benchmarks.conftest import TakeTurn, turns
-from benchmarks.contest import Contest, Provider
-from benchmarks.head_problem import HeadProblem, Level, make_problem
-from benchmarks.heads import MODELS, Head, head
+from benchmarks.conftest import TakeTurn
+from benchmarks.harness.contest import Contest, Provider
+from benchmarks.harness.head_problem import (
+    MODELS,
+    Head,
+    HeadProblem,
+    Level,
+    head,
+    make_problem,
+)
 from benchmarks.providers import LINEAR_LOSS, soon_ready
 
 OP = "Linear GRPO loss, forward and backward"
@@ -43,7 +47,7 @@ def _contest(
     level: Level = "token",
     frozen: bool = False,
 ) -> Contest:
-    """The loss is the same for all sizes: clipped ratios, with a KL term at the token level (see `head_problem.py`)."""
+    """The loss is the same for all sizes: clipped ratios, with a KL term at the token level (see `harness/head_problem.py`)."""
     what = ["sequence-level"] * (level == "sequence") + ["frozen head"] * frozen
     return Contest(
         OP,
@@ -53,10 +57,6 @@ def _contest(
         providers,
         size.loss(frozen),
     )
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    turns(metafunc, contests)
 
 
 def test_linear_loss(race: TakeTurn) -> None:

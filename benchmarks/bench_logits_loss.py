@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-import pytest
-
-from benchmarks.conftest import TakeTurn, turns
-from benchmarks.contest import Contest, Provider
-from benchmarks.head_problem import Level, LogitsProblem, make_problem
-from benchmarks.heads import Head, head
+from benchmarks.conftest import TakeTurn
+from benchmarks.harness.contest import Contest, Provider
+from benchmarks.harness.head_problem import Head, Level, LogitsProblem, head, make_problem
 from benchmarks.providers import LOGITS_LOSS, soon_ready
 
 
@@ -38,10 +35,6 @@ def _contest(size: Head, providers: Sequence[Provider], level: Level = "token") 
         providers,
         size.logits_loss(),
     )
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    turns(metafunc, contests)
 
 
 def test_logits_loss(race: TakeTurn) -> None:

@@ -6,11 +6,10 @@ import random
 from functools import partial
 
 import numpy as np
-import pytest
 import torch
 
-from benchmarks.conftest import TakeTurn, turns
-from benchmarks.contest import Contest, Inputs, Provider, Run
+from benchmarks.conftest import TakeTurn
+from benchmarks.harness.contest import Contest, Inputs, Provider, Run
 from perl.model.packed.pack import pack_row
 from perl.model.packed.plan import Load, Row, Share, plan
 from perl.types import EncodedImage, EncodedPrompt, PackedBatch, Segment
@@ -116,10 +115,6 @@ def _segment(group: int, seed: int) -> Segment:
     encoded = EncodedPrompt(ids, positions, len(ids), images, IMAGE_TOKEN)
     completions = tuple(rng.integers(100, 1000, COMPLETION_TOKENS) for _ in range(2))
     return Segment(encoded, completions, (1.0, 1.0), group)
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    turns(metafunc, contests)
 
 
 def test_packing(race: TakeTurn) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
-import pytest
 import torch
 from PIL import Image
 
-from benchmarks.conftest import TakeTurn, turns
-from benchmarks.contest import Contest, Inputs, Provider, Run
+from benchmarks.conftest import TakeTurn
+from benchmarks.harness.contest import Contest, Inputs, Provider, Run
 from perl.permutation.permute import Order, orders, permute
 from perl.types import Example, Variant
 
@@ -77,10 +76,6 @@ def _example(count: int) -> Example:
         question="<image>" * count + "Put the images in order.",
         answer=", ".join(str(slot + 1) for slot in range(count)),
     )
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    turns(metafunc, contests)
 
 
 def test_permutation(race: TakeTurn) -> None:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
-from benchmarks.conftest import TakeTurn, turns
-from benchmarks.contest import Contest, Inputs, Provider, Run
+from benchmarks.conftest import TakeTurn
+from benchmarks.harness.contest import Contest, Inputs, Provider, Run
 from perl.config import ModelConfig
 from perl.model.processor import Processor, parts
 from perl.permutation.permute import orders, permute
@@ -127,10 +126,6 @@ def _theirs(p: Inputs) -> Run:
         return [(e["input_ids"][0].tolist(), e["pixel_values"].numpy()) for e in encoded]
 
     return Run(lambda: [encode(variant) for variant in p.value], read=read)
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    turns(metafunc, contests)
 
 
 def test_preprocessing(race: TakeTurn) -> None:

@@ -9,13 +9,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-import pytest
 import torch
 
 from benchmarks.bench_train_step import parse
-from benchmarks.conftest import TakeTurn, turns
-from benchmarks.contest import Contest, Provider, Refused, Run
-from benchmarks.train_step.run import Reference, fresh, make_trainee
+from benchmarks.conftest import TakeTurn
+from benchmarks.harness.contest import Contest, Problem, Provider, Refused, Run
+from benchmarks.train_step.measure import Reference, fresh, make_trainee
 from benchmarks.train_step.variants import Step
 
 OP = "Training step"
@@ -42,19 +41,17 @@ def _contest(axis: str, images: tuple[int, ...], rollouts: int) -> Contest:
         shape,
         partial(StepProblem, images, rollouts),
         [
-            Provider(f"PeRL, {name}", partial(_run, name), note=NOTES[name])
-            for name in ("shared", "packed")
-        ]
-        + [
+            Provider("PeRL, shared", partial(_run, "shared"), note=NOTES["shared"]),
+            Provider("PeRL, packed", partial(_run, "packed"), note=NOTES["packed"]),
             Provider(
                 "transformers, padded", partial(_run, "padded"), "transformers", NOTES["padded"]
-            )
+            ),
         ],
         axis=axis,
     )
 
 
-class StepProblem:
+class StepProblem(Problem):
     """A model and the completions of one step; what padded computes of them is the truth."""
 
     def __init__(self, images: tuple[int, ...], rollouts: int, device: torch.device) -> None:
@@ -83,10 +80,6 @@ def _run(variant: str, p: StepProblem) -> Run:
     step: Callable[[], Step] = partial(p.trainee.step, variant)
     clear = partial(p.trainee.model.zero_grad, set_to_none=True)
     return Run(step, clear, lambda found: (variant, found))
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    turns(metafunc, contests)
 
 
 def test_step(race: TakeTurn) -> None:

@@ -3,7 +3,7 @@
     python benchmarks/bench_train_step.py --json out.json
 
 All three take the same weights, completions and advantages, and run forward and backward of the same loss
-(`perl.training.loss.HeadLoss`: no logits are kept, and only completion tokens reach the head), so packing alone is compared;
+(`perl.model.head.HeadLoss`: no logits are kept, and only completion tokens reach the head), so packing alone is compared;
 `train_step/variants.py` says what each does. A variant whose log-probs or gradients are not those of `padded` ends the
 program before anything is timed, with exit code 1.
 
@@ -26,108 +26,53 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "kernels")) if p not in sys.path]
 
-import torch  # noqa: E402
-
-from benchmarks import json_file  # noqa: E402
-from benchmarks.options import Parser, count  # noqa: E402
-from benchmarks.shapes import SHAPES  # noqa: E402
-from benchmarks.train_step.run import (  # noqa: E402
-    DTYPES,
-    Report,
-    Setting,
-    run,
+from benchmarks.harness.models import SHAPES  # noqa: E402
+from benchmarks.harness.options import (  # noqa: E402
+    busy_line,
+    check_writable,
+    device_of,
+    exit_code,
+    step_parser,
+    write_report,
 )
+from benchmarks.train_step.measure import Report, Setting, measure  # noqa: E402
 from benchmarks.train_step.workload import Workload  # noqa: E402
 from perl.types import UserError  # noqa: E402
 
+NUMBERS = {
+    "images": (4, "images of each question; default: 4 8"),
+    "orders": (2, "orders of a question's images; default: 2"),
+    "rollouts": (6, "completions of each order; default: 6"),
+    "completion": (512, "tokens of a completion on average; default: 512"),
+    "tokens-per-image": (330, "visual tokens on average; default: 330"),
+    "budget": (None, "tokens of a micro-batch, padded or packed; default: 16384, for 7b 8192"),
+    "repeats": (0, "timed rounds; default: as many as fit into 12 seconds, at least three"),
+}
+
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
+    def run() -> int:
         setting, file = parse(arguments)
-        report = run(setting)
+        report = measure(setting)
         print(table(report))
-        json_file.write(file, report)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except AssertionError as error:
-        print(f"error: {error}; nothing is timed", file=sys.stderr)
-        return 1
-    return 0
+        write_report(file, report)
+        return 0
+
+    return exit_code(run)
 
 
 def parse(arguments: list[str] | None) -> tuple[Setting, Path | None]:
     """Options as a setting, and where the report goes."""
-    cuda = torch.cuda.is_available()
-    parser = Parser(
-        description="One optimizer step padded, packed, and packed with shared prompts and images."
+    parser = step_parser(
+        "One optimizer step padded, packed, and packed with shared prompts and images.",
+        quick="questions of 2 and 4 images, completions of 128 tokens",
+        models=SHAPES,
+        default_models="3b on cuda, tiny on cpu",
+        numbers={name: said for name, (_, said) in NUMBERS.items()},
     )
+    defaults = {name.replace("-", "_"): value for name, (value, _) in NUMBERS.items()}
+    parser.set_defaults(**{**defaults, "images": [4, 8]})
     add = parser.add_argument
-    add(
-        "--device",
-        choices=("cpu", "cuda"),
-        default="cuda" if cuda else "cpu",
-        help="default: cuda if there is one",
-    )
-    add("--json", type=Path, metavar="FILE", help="write the report here")
-    add(
-        "--model",
-        help=f"{', '.join(SHAPES)} (random weights), or the folder of a Qwen-VL model; default: 3b on cuda, tiny on cpu",
-    )
-    add(
-        "--dtype",
-        choices=tuple(DTYPES),
-        help="of forward and backward, over float32 weights; default: bfloat16 on cuda, float32 on cpu",
-    )
-    add(
-        "--images",
-        type=count,
-        nargs="+",
-        default=[4, 8],
-        metavar="N",
-        help="images of each question; default: 4 8",
-    )
-    add(
-        "--orders",
-        type=count,
-        default=2,
-        metavar="N",
-        help="orders of a question's images; default: 2",
-    )
-    add(
-        "--rollouts",
-        type=count,
-        default=6,
-        metavar="N",
-        help="completions of each order; default: 6",
-    )
-    add(
-        "--completion",
-        type=count,
-        default=512,
-        metavar="N",
-        help="tokens of a completion on average; default: 512",
-    )
-    add(
-        "--tokens-per-image",
-        type=count,
-        metavar="N",
-        default=330,
-        help="visual tokens on average; default: 330",
-    )
-    add(
-        "--budget",
-        type=count,
-        metavar="N",
-        help="tokens of a micro-batch, padded or packed; default: 16384, for 7b 8192",
-    )
-    add(
-        "--repeats",
-        type=count,
-        default=0,
-        metavar="N",
-        help="timed rounds; default: as many as fit into 12 seconds, at least three",
-    )
     add("--checkpointing", action="store_true", help="recompute activations in the backward")
     add("--freeze-vision", action="store_true", help="do not train the vision tower")
     add(
@@ -136,24 +81,11 @@ def parse(arguments: list[str] | None) -> tuple[Setting, Path | None]:
         default="stock",
         help="attention in the tower of padded: transformers' SDPA, a loop over images and windows, or that of packed rows; default: stock",
     )
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="of weights, lengths and images; default: 0",
-    )
-    add(
-        "--quick",
-        action="store_true",
-        help="questions of 2 and 4 images, completions of 128 tokens",
-    )
     given = parser.parse_args(arguments)
     if given.quick:
         given.images, given.completion = [2, 4], 128
-    if given.device == "cuda" and not cuda:
-        parser.error("--device cuda: there is no GPU that PyTorch can use")
-    json_file.check(given.json)
+    given.device = device_of(given.device)
+    check_writable(given.json)
     return _setting(given), given.json
 
 
@@ -214,11 +146,9 @@ def table(report: Report) -> str:
         for name, found in report["variants"].items()
     ]
     rounds = len(report["variants"]["padded"]["seconds_by_round"])
-    load = os.getloadavg()[0]
-    if load > (os.cpu_count() or 1) + 1:
-        lines += ["", f"This machine is busy (load {load:.1f}): the seconds say little."]
     lines += [
         "",
+        *busy_line(),
         f"In brackets: how many times less than padded. Seconds: median of {rounds} interleaved round{'s' * (rounds > 1)} ({', '.join(spreads)}). Peak: beyond the "
         "weights. Gradients: largest difference from padded's, relative to each parameter's largest.",
     ]

@@ -3,8 +3,8 @@
     python benchmarks/bench_trainer.py --json out.json
 
 Both start from the same weights and take the same questions over several images, the same reward, loss, optimizer and
-number of completions of the same length; `trainer/differences.py` says where their work differs. Each runs its own
-code: PeRL's reinforcement stage, and `GRPOTrainer.train`. Before anything is timed, one step of TRL's is repeated by
+number of completions of the same length; `DIFFERENCES` in `trainer/measure.py` says where their work differs. Each runs its
+own code: PeRL's reinforcement stage, and `GRPOTrainer.train`. Before anything is timed, one step of TRL's is repeated by
 PeRL on the completions that TRL sampled; if loss or gradients differ, the program ends with exit code 1.
 
 PeRL rolls a question out in several orders of its images. TRL has no such thing: there each ordered prompt is a
@@ -30,36 +30,23 @@ sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "kernels")) if p not in sys.pa
 
 import torch  # noqa: E402
 
-from benchmarks import json_file  # noqa: E402
-from benchmarks.options import Parser, count  # noqa: E402
-from benchmarks.trainer.run import run  # noqa: E402
-from benchmarks.trainer.setting import MODELS, Report, Setting  # noqa: E402
-from benchmarks.trainer.step_clock import PARTS  # noqa: E402
+from benchmarks.harness.options import (  # noqa: E402
+    busy_line,
+    check_writable,
+    exit_code,
+    step_parser,
+    write_report,
+)
+from benchmarks.trainer.clock import PARTS  # noqa: E402
+from benchmarks.trainer.measure import Report, measure  # noqa: E402
+from benchmarks.trainer.start import MODELS, Setting  # noqa: E402
 from perl.report.progress import Display  # noqa: E402
 from perl.types import UserError  # noqa: E402
 
-DEFAULTS = {
-    "cpu": {
-        "model": "tiny",
-        "images": [4, 8],
-        "orders": 2,
-        "per_order": 6,
-        "completion": 64,
-        "tokens_per_image": 64,
-        "steps": 3,
-        "rounds": 3,
-    },
-    "cuda": {
-        "model": "0.6b",
-        "images": [4, 8],
-        "orders": 2,
-        "per_order": 6,
-        "completion": 128,
-        "tokens_per_image": 256,
-        "steps": 2,
-        "rounds": 2,
-    },
-}
+_PAPER = {"images": [4, 8], "orders": 2, "per_order": 6}
+_TINY = {"model": "tiny", "completion": 64, "tokens_per_image": 64, "steps": 3, "rounds": 3}
+_SMALL = {"model": "0.6b", "completion": 128, "tokens_per_image": 256, "steps": 2, "rounds": 2}
+DEFAULTS = {"cpu": {**_PAPER, **_TINY}, "cuda": {**_PAPER, **_SMALL}}
 QUICK = {
     "model": "tiny",
     "images": [2, 3],
@@ -70,61 +57,46 @@ QUICK = {
     "steps": 2,
     "rounds": 2,
 }
+NUMBERS = {
+    "images": "images of each question; default: 4 8",
+    "orders": "orders of a question's images; default: 2",
+    "per-order": "completions of each order; default: 6",
+    "completion": "tokens of a completion; default: 64 on cpu, 128 on cuda",
+    "tokens-per-image": "visual tokens, rounded up to a square; default: 64 on cpu, 256 on cuda",
+    "budget": "tokens of a micro-batch, padded or packed; default: 16384",
+    "steps": "timed steps of each trainer in a round, behind one to warm up; default: 3, on cuda 2",
+    "rounds": "rounds of both trainers; default: 3, on cuda 2",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
+    def run() -> int:
         setting, file = parse(arguments)
-        report = run(setting, Display())
+        report = measure(setting, Display())
         print(table(report))
-        json_file.write(file, report)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except AssertionError as error:
-        print(f"error: {error}; nothing is timed", file=sys.stderr)
-        return 1
-    return 0
+        write_report(file, report)
+        return 0
+
+    return exit_code(run)
 
 
 def parse(arguments: list[str] | None) -> tuple[Setting, Path | None]:
     """Options as a setting, and where the report goes."""
-    parser = Parser(description="A whole optimizer step of PeRL's trainer beside one of TRL's.")
-    add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    add("--json", type=Path, metavar="FILE", help="write the report here")
-    add("--quick", action="store_true", help="a small setting, for a look at whether all works")
-    add(
-        "--model",
-        help=f"{', '.join(MODELS)} (random weights), or the folder of a Qwen-VL model; default: 0.6b on cuda, tiny on cpu",
+    parser = step_parser(
+        "A whole optimizer step of PeRL's trainer beside one of TRL's.",
+        quick="a small setting, for a look at whether all works",
+        models=MODELS,
+        default_models="0.6b on cuda, tiny on cpu",
+        numbers=NUMBERS,
     )
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="of forward and backward, over float32 weights; default: bfloat16 on cuda, float32 on cpu",
-    )
-    numbers = {
-        "images": "images of each question; default: 4 8",
-        "orders": "orders of a question's images; default: 2",
-        "per-order": "completions of each order; default: 6",
-        "completion": "tokens of a completion; default: 64 on cpu, 128 on cuda",
-        "tokens-per-image": "visual tokens, rounded up to a square; default: 64 on cpu, 256 on cuda",
-        "budget": "tokens of a micro-batch, padded or packed; default: 16384",
-        "steps": "timed steps of each trainer in a round, behind one to warm up; default: 3, on cuda 2",
-        "rounds": "rounds of both trainers; default: 3, on cuda 2",
-    }
-    for name, said in numbers.items():
-        several = {"nargs": "+"} if name == "images" else {}
-        add(f"--{name}", type=count, metavar="N", help=said, **several)
-    add(
+    parser.add_argument(
         "--trl-attention",
         choices=("sdpa", "flash_attention_2", "eager"),
         help="of TRL's model, in tower and language model; default: flash_attention_2 in bfloat16 on cuda where flash-attn "
         "is installed, else sdpa",
     )
-    add("--seed", type=int, default=0, metavar="N", help="of weights, questions and sampling")
     given = parser.parse_args(arguments)
-    json_file.check(given.json)
+    check_writable(given.json)
     return _setting(given), given.json
 
 
@@ -133,7 +105,7 @@ def _setting(given: argparse.Namespace) -> Setting:
     dtype = given.dtype or ("bfloat16" if device == "cuda" else "float32")
     defaults = {**(QUICK if given.quick else DEFAULTS[device]), "budget": 16384}
     chosen = {k: v for k, v in vars(given).items() if k in defaults and v is not None}
-    values = {**defaults, **chosen}
+    values: dict[str, Any] = {**defaults, **chosen}
     setting = Setting(
         device=device,
         dtype=dtype,
@@ -184,6 +156,17 @@ def table(report: Report) -> str:
     if not report["available"]:
         return f"not compared: {report['reason']}"
     setting, trainers, ratios = report["setting"], report["trainers"], report["ratios"]
+
+    def line(name: str, form: str, ratio: float | None, values: list[float]) -> str:
+        cells = [form.format(value).rjust(16) for value in values]
+        return "".join([name.ljust(20), *cells, "" if ratio is None else f"{ratio:12.2f}"])
+
+    def both(key: str) -> list[Any]:
+        return [trainers[name][key] for name in ("trl", "perl")]
+
+    spreads = [f"{min(s):.3f}-{max(s):.3f}".rjust(16) for s in both("seconds_by_round")]
+    low, high = ratios["seconds_range"]
+    proof = report["proof"]
     lines = [
         f"{setting['model']} ({setting['parameters'] / 1e6:,.1f} M parameters, {setting['dtype']}) on "
         f"{setting['device_name']}, {setting['threads']} threads, torch {setting['torch']}, transformers "
@@ -193,48 +176,29 @@ def table(report: Report) -> str:
         f"longest sequence {setting['longest_sequence']}; micro-batches of {setting['budget']} tokens "
         f"({setting['padded_micro_batch']} padded sequences)",
         "",
-        "".join(
-            ["".ljust(20), *(head.rjust(16) for head in ("TRL", "PeRL")), "TRL/PeRL".rjust(12)]
+        f"{'':20}{'TRL':>16}{'PeRL':>16}{'TRL/PeRL':>12}",
+        line("seconds of a step", "{:.3f}", ratios["seconds"], both("seconds")),
+        "  by round".ljust(20) + "".join(spreads),
+        *(
+            line(f"  {p}", "{:.3f}", ratios["parts"].get(p), [found[p] for found in both("parts")])
+            for p in PARTS
         ),
-    ]
-
-    def line(name: str, form: str, ratio: float | None, values: list[float]) -> None:
-        cells = [form.format(value).rjust(16) for value in values]
-        lines.append("".join([name.ljust(20), *cells, "" if ratio is None else f"{ratio:12.2f}"]))
-
-    def both(key: str) -> list[Any]:
-        return [trainers[name][key] for name in ("trl", "perl")]
-
-    line("seconds of a step", "{:.3f}", ratios["seconds"], both("seconds"))
-    lines.append("".join(["  by round".ljust(20), *map(_range, both("seconds_by_round"))]))
-    for part in PARTS:
-        values = [found[part] for found in both("parts")]
-        line(f"  {part}", "{:.3f}", ratios["parts"].get(part), values)
-    line("LM tokens", "{:,}", ratios["lm_tokens"], both("lm_tokens"))
-    line("images encoded", "{:,}", ratios["images_encoded"], both("images_encoded"))
-    line("micro-batch tokens", "{:,}", None, both("micro_batch_tokens"))
-    line("peak MiB", "{:,.0f}", ratios["peak_bytes"], [b / 2**20 for b in both("peak_bytes")])
-    low, high = ratios["seconds_range"]
-    proof = report["proof"]
-    lines += [
+        line("LM tokens", "{:,}", ratios["lm_tokens"], both("lm_tokens")),
+        line("images encoded", "{:,}", ratios["images_encoded"], both("images_encoded")),
+        line("micro-batch tokens", "{:,}", None, both("micro_batch_tokens")),
+        line("peak MiB", "{:,.0f}", ratios["peak_bytes"], [b / 2**20 for b in both("peak_bytes")]),
         "",
         f"Seconds: median of {setting['rounds']} interleaved rounds of {setting['steps']} steps each; TRL/PeRL by round "
         f"{low:.2f} to {high:.2f}. Micro-batch tokens: of the largest that is trained on. Peak: of two steps, beyond the "
         "weights, with gradients and the optimizer's state; its ratio follows from the budget.",
         f"Proof: on {proof['completions']} completions of TRL's the gradients of {proof['parameters']} parameters agree to "
         f"{proof['max_rel_grad_diff']:.0e} of their maxima ({proof['allowed_rel_grad_diff']:.0e} allowed).",
+        *busy_line(),
+        "",
+        "What differs:",
+        *(f"- {text}" for text in report["differences"]),
     ]
-    load = os.getloadavg()[0]
-    if load > (os.cpu_count() or 1) + 1:
-        lines += [f"This machine is busy (load {load:.1f}): the seconds say little."]
-    return "\n".join(
-        [*lines, "", "What differs:", *(f"- {text}" for text in report["differences"])]
-    )
-
-
-def _range(seconds: list[float]) -> str:
-    """The least and the most."""
-    return f"{min(seconds):.3f}-{max(seconds):.3f}".rjust(16)
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

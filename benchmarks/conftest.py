@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -14,10 +14,10 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.clock import clock
-from benchmarks.contest import Contest, Provider
-from benchmarks.race import Race
-from benchmarks.results import Findings, machine
+from benchmarks.harness.contest import Contest, Provider
+from benchmarks.harness.device import clock, machine
+from benchmarks.harness.race import Race
+from benchmarks.harness.results import Findings
 
 TakeTurn = Callable[[], None]
 """What a benchmark calls; see the fixture `race`."""
@@ -109,17 +109,15 @@ class Turn:
         return re.sub(r"[^\w.]+", "-", words)
 
 
-def turns(metafunc: pytest.Metafunc, contests: Callable[[bool, bool], Iterable[Contest]]) -> None:
-    """Give a test function every provider of every contest, `--passes` times in turn.
-
-    Args:
-        contests: by whether there is a GPU, and whether little time is to be spent.
-    """
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give a benchmark every provider of every contest of its module, `--passes` times in turn."""
+    if "turn" not in metafunc.fixturenames:
+        return
     option = metafunc.config.getoption
-    found = contests(chosen_device(metafunc.config).type == "cuda", option("quick"))
+    cuda = chosen_device(metafunc.config).type == "cuda"
     every = [
         Turn(contest, place, provider, number)
-        for place, contest in enumerate(found)
+        for place, contest in enumerate(metafunc.module.contests(cuda, option("quick")))
         for number in range(option("passes"))
         for provider in contest.providers
     ]
@@ -148,13 +146,7 @@ def _race(pytestconfig: pytest.Config, request: pytest.FixtureRequest) -> Iterat
             with plugin("capturemanager").global_and_fixture_disabled():
                 print(f"[{next(told)}/{contests}] {line}", flush=True)
 
-    race = Race(
-        chosen_device(pytestconfig),
-        pytestconfig.stash[RESULTS],
-        option("budget"),
-        option("minutes"),
-        say,
-    )
+    race = Race(pytestconfig.stash[RESULTS], option("budget"), option("minutes"), say)
     yield race
     race.leave()
 

@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "kernels")) if p not in sys.path]
 
-from benchmarks.options import Parser, count  # noqa: E402
+from benchmarks.harness.options import Parser, count, environment, exit_code, positive  # noqa: E402
 from perl.types import UserError  # noqa: E402
 
 QUICK_MINUTES, FULL_MINUTES = 4.5, 7.5
@@ -39,11 +39,7 @@ STEPS = {"train_step": "bench_train_step.py", "trainer": "bench_trainer.py"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        return run(parse(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: run(parse(arguments)))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -66,7 +62,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--passes", type=count, metavar="N", help="turns of each provider; default: 3, quick 2")
     add(
         "--minutes",
-        type=_minutes,
+        type=positive,
         metavar="M",
         help="what has not started by then is left out, and named; default: "
         f"{FULL_MINUTES}, on a CPU 20, with --quick {QUICK_MINUTES}",
@@ -87,16 +83,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _minutes(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
 def run(given: argparse.Namespace) -> int:
     """0: done; 1: a result of this repository's was wrong, or it failed; 130: interrupted. What was found by then is written."""
     from perl.files import replacing
@@ -104,26 +90,20 @@ def run(given: argparse.Namespace) -> int:
     _check_writable(given.output)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        environment = dict(os.environ, GOMP_SPINCOUNT=os.environ.get("GOMP_SPINCOUNT", "1000"))
-        # What a case leaves behind would keep a larger one from its memory.
-        environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-        # glibc gives large blocks back to the system or keeps them, by what came before; a page fault for each page
-        # of them makes the difference of a CPU's times. Here they are kept.
-        environment.setdefault("MALLOC_MMAP_MAX_", "0")
-        environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**40))
+        variables = environment()
         if given.wheels:
             # QuACK looks for a folder of this name, and CUTLASS for what its .pth file would add.
             site = _unpacked(given.wheels, folder / "site-packages")
             added = [site, os.path.join(site, "nvidia_cutlass_dsl", "dsl_packages")]
             sys.path += added
-            environment["PYTHONPATH"] = os.pathsep.join(
-                filter(None, [environment.get("PYTHONPATH"), *added])
+            variables["PYTHONPATH"] = os.pathsep.join(
+                filter(None, [variables.get("PYTHONPATH"), *added])
             )
-        results = measure(given, folder, environment)
+        results = measure(given, folder, variables)
         file = _file(results, given.output)
         with replacing(file) as written:
             written.write_text(json.dumps(results, indent=1) + "\n")
-        from benchmarks.report import main as report
+        from benchmarks.report.__main__ import main as report
 
         code = report([str(file)])
     if results.get("interrupted"):
@@ -136,13 +116,13 @@ def run(given: argparse.Namespace) -> int:
     return code or int(bool(wrong))
 
 
-def measure(given: argparse.Namespace, folder: Path, environment: dict[str, str]) -> dict[str, Any]:
+def measure(given: argparse.Namespace, folder: Path, variables: dict[str, str]) -> dict[str, Any]:
     """Everything for the file."""
     started = time.monotonic()
-    cuda = _uses_cuda(given, environment)
+    cuda = _uses_cuda(given, variables)
     if not cuda:
         # TRL's trainer takes a GPU that it sees.
-        environment = {**environment, "CUDA_VISIBLE_DEVICES": ""}
+        variables = {**variables, "CUDA_VISIBLE_DEVICES": ""}
     seconds = 60 * (given.minutes or _default_minutes(cuda, given.quick))
     for_steps = 0.0 if given.only else min(seconds / 2, 60 if given.quick else 220)
     head = {
@@ -157,10 +137,10 @@ def measure(given: argparse.Namespace, folder: Path, environment: dict[str, str]
         print(f"this machine is busy (load {load:.1f}): its times will say little", file=sys.stderr)
     interrupted = False
     try:
-        _microbenchmarks(given, rows, environment, seconds - for_steps, cuda)
+        _microbenchmarks(given, rows, variables, seconds - for_steps, cuda)
         for waiting, name in zip((2, 1), () if given.only else STEPS, strict=False):
             left = max(30.0, seconds - (time.monotonic() - started))
-            steps[name] = _step(name, given, folder, environment, left / waiting, cuda)
+            steps[name] = _step(name, given, folder, variables, left / waiting, cuda)
     except KeyboardInterrupt:
         interrupted = True
     if not rows.exists():
@@ -217,9 +197,9 @@ def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _uses_cuda(given: argparse.Namespace, environment: dict[str, str]) -> bool:
+def _uses_cuda(given: argparse.Namespace, variables: dict[str, str]) -> bool:
     command = [sys.executable, "-c", "import torch; print(torch.cuda.is_available())"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"torch cannot be imported: {_last_line(done.stderr)}; run make setup")
     there = done.stdout.strip() == "True"
@@ -231,7 +211,7 @@ def _uses_cuda(given: argparse.Namespace, environment: dict[str, str]) -> bool:
 def _microbenchmarks(
     given: argparse.Namespace,
     file: Path,
-    environment: dict[str, str],
+    variables: dict[str, str],
     seconds: float,
     cuda: bool,
 ) -> None:
@@ -250,7 +230,7 @@ def _microbenchmarks(
     command = [sys.executable, "-m", "pytest", "benchmarks", *quiet, *plugins, *options]
     try:
         # The last case may start when time is nearly over.
-        code = subprocess.run(command, cwd=ROOT, env=environment, timeout=seconds + 120).returncode
+        code = subprocess.run(command, cwd=ROOT, env=variables, timeout=seconds + 120).returncode
     except subprocess.TimeoutExpired:
         print("the microbenchmarks were stopped: a case did not end in time", file=sys.stderr)
         return
@@ -266,7 +246,7 @@ def _step(
     name: str,
     given: argparse.Namespace,
     folder: Path,
-    environment: dict[str, str],
+    variables: dict[str, str],
     seconds: float,
     cuda: bool,
 ) -> dict[str, Any]:
@@ -276,7 +256,7 @@ def _step(
     command = [sys.executable, script, f"--json={file}", f"--device={'cuda' if cuda else 'cpu'}"]
     command += ["--quick"] * given.quick
     try:
-        done = subprocess.run(command, env=environment, timeout=seconds)
+        done = subprocess.run(command, env=variables, timeout=seconds)
     except subprocess.TimeoutExpired:
         return {"failed": f"not done within {seconds:.0f} s; give --minutes more"}
     if not file.exists():

@@ -1,42 +1,25 @@
-"""Who takes part in which contest."""
+"""Who takes part in which contest: one file a package, which adds its providers to the lists below.
+
+To add one: a function that takes the problem and returns a `Run` under `@takes_part(LINEAR_LOSS, ...)`, or one that gives
+log-probs alone under `@gives_logprobs(...)` (`common.py`), in a file that is imported here; the tables have them in this order.
+"""
 
 from collections.abc import Iterable
 
-from benchmarks.contest import Provider
-from benchmarks.providers import cut_cross_entropy, liger, ours, pytorch, quack, trl, verl
+from benchmarks.harness.contest import Provider
 
-LINEAR_LOSS = [
-    *ours.LINEAR_LOSS,
-    *pytorch.LINEAR_LOSS,
-    *liger.LINEAR_LOSS,
-    *trl.LINEAR_LOSS,
-    *verl.LINEAR_LOSS,
-    *cut_cross_entropy.LINEAR_LOSS,
-    *quack.LINEAR_LOSS,
-]
-LOGPROBS = [
-    *ours.LOGPROBS,
-    *pytorch.LOGPROBS,
-    *liger.LOGPROBS,
-    *trl.LOGPROBS,
-    *verl.LOGPROBS,
-    *cut_cross_entropy.LOGPROBS,
-    *quack.LOGPROBS,
-]
-LOGITS_LOSS = [
-    *ours.LOGITS_LOSS,
-    *pytorch.LOGITS_LOSS,
-    *liger.LOGITS_LOSS,
-    *trl.LOGITS_LOSS,
-    *quack.LOGITS_LOSS,
-]
-LOGITS_LOGPROBS = [
-    *ours.LOGITS_LOGPROBS,
-    *pytorch.LOGITS_LOGPROBS,
-    *liger.LOGITS_LOGPROBS,
-    *trl.LOGITS_LOGPROBS,
-    *quack.LOGITS_LOGPROBS,
-]
+from benchmarks.providers import (  # noqa: F401  # isort: skip
+    ours,
+    pytorch,
+    liger,
+    trl,
+    verl,
+    cut_cross_entropy,
+    quack,
+)
+from benchmarks.providers.common import LINEAR_LOSS, LOGITS_LOGPROBS, LOGITS_LOSS, LOGPROBS
+
+__all__ = ["LINEAR_LOSS", "LOGITS_LOGPROBS", "LOGITS_LOSS", "LOGPROBS", "soon_ready"]
 
 
 def soon_ready(providers: Iterable[Provider]) -> list[Provider]:

@@ -1,4 +1,4 @@
-"""What providers of different packages have in common."""
+"""The contests of heads, how a provider joins them, and what providers of different packages have in common."""
 
 from __future__ import annotations
 
@@ -10,13 +10,61 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.contest import Run, Unavailable
-from benchmarks.head_problem import HeadProblem, LogitsProblem
+from benchmarks.harness.contest import Provider, Run, Unavailable
+from benchmarks.harness.head_problem import HeadProblem, LogitsProblem
+
+LINEAR_LOSS: list[Provider] = []
+"""`HeadProblem`: hidden states to the loss and its gradients."""
+LOGPROBS: list[Provider] = []
+"""`LogprobsProblem`: hidden states to log-probs."""
+LOGITS_LOSS: list[Provider] = []
+"""`LogitsProblem`: logits to the loss and their gradient."""
+LOGITS_LOGPROBS: list[Provider] = []
+"""`LogitsLogprobsProblem`: logits to log-probs."""
 
 NO_ENTROPY = frozenset({"entropy"})
+EAGER = "log-probs alone: the loss behind them is eager PyTorch"
 
 Logprobs = Callable[[], tuple[Tensor, Tensor | None]]
 """Differentiable log-probs [N], and entropies [N] without a gradient or None."""
+
+
+def takes_part(contest: list[Provider], name: str, package: str, **options: Any) -> Any:
+    """Decorate the `prepare` of a provider; `options` are the other fields of `Provider`."""
+
+    def add(prepare: Callable[[Any], Run]) -> Callable[[Any], Run]:
+        contest.append(Provider(name, prepare, package, **options))
+        return prepare
+
+    return add
+
+
+def gives_logprobs(
+    name: str, package: str, *, entropy: bool = True, note: str = "", loss_note: str = ""
+) -> Any:
+    """Decorate what makes `Logprobs` of a HeadProblem: a provider of both contests of hidden states.
+
+    Args:
+        note: for both, `loss_note` for the loss.
+    """
+    omits = frozenset() if entropy else NO_ENTROPY
+    lack = "" if entropy else "no entropy"
+
+    def add(prepare: Callable[[HeadProblem], Logprobs]) -> Callable[[HeadProblem], Logprobs]:
+        notes = {"loss": joined(lack, EAGER, note, loss_note), "logprobs": joined(lack, note)}
+        LINEAR_LOSS.append(
+            Provider(name, lambda p: loss_behind(p, prepare(p)), package, notes["loss"], omits)
+        )
+        LOGPROBS.append(
+            Provider(name, lambda p: logprobs_alone(prepare(p)), package, notes["logprobs"], omits)
+        )
+        return prepare
+
+    return add
+
+
+def joined(*notes: str) -> str:
+    return "; ".join(filter(None, notes))
 
 
 def loss_behind(p: HeadProblem, logprobs: Logprobs) -> Run:
@@ -43,7 +91,9 @@ def logprobs_alone(logprobs: Logprobs) -> Run:
     return Run(call)
 
 
-def with_logits_gradient(logits: Tensor, loss: Tensor, entropy: Tensor | None) -> dict[str, Tensor]:
+def with_logits_gradient(
+    logits: Tensor, loss: Tensor, entropy: Tensor | None = None
+) -> dict[str, Tensor]:
     """Results of an implementation that takes logits, differentiated now.
 
     The gradient is taken as it is handed back: `loss.backward()` would copy one that lies in the logits' memory.

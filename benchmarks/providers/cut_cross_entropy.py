@@ -6,16 +6,21 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.contest import Provider, Unavailable
-from benchmarks.head_problem import HeadProblem
+from benchmarks.harness.contest import Unavailable
+from benchmarks.harness.head_problem import HeadProblem
 from benchmarks.providers.common import (
+    EAGER,
+    LINEAR_LOSS,
+    LOGPROBS,
     NO_ENTROPY,
     Logprobs,
     can_compile,
+    gives_logprobs,
     logprobs_alone,
     loss_behind,
     need_cuda,
     peer,
+    takes_part,
 )
 
 _PACKAGE = "cut-cross-entropy"
@@ -30,17 +35,44 @@ def _logprobs(p: HeadProblem, **options: Any) -> Logprobs:
     return logprobs
 
 
-def _filtered(p: HeadProblem) -> Logprobs:
-    """As it comes: blocks of the gradient without an element above 1/32 of the precision are left out."""
-    need_cuda(p.hidden)
-    return _logprobs(p, impl="cce")
-
-
 def _exact(p: HeadProblem) -> Logprobs:
     need_cuda(p.hidden)
     return _logprobs(p, impl="cce", filter_eps=None)
 
 
+@takes_part(
+    LINEAR_LOSS,
+    "Cut Cross-Entropy",
+    _PACKAGE,
+    note=f"no entropy; {EAGER}; negligible blocks of the gradient are left out",
+    omits=NO_ENTROPY,
+)
+def _filtered_loss(p: HeadProblem) -> Any:
+    """As it comes: blocks of the gradient without an element above 1/32 of the precision are left out."""
+    need_cuda(p.hidden)
+    return loss_behind(p, _logprobs(p, impl="cce"))
+
+
+@takes_part(
+    LINEAR_LOSS,
+    "Cut Cross-Entropy, every block",
+    _PACKAGE,
+    note=f"no entropy; {EAGER}",
+    omits=NO_ENTROPY,
+)
+def _exact_loss(p: HeadProblem) -> Any:
+    return loss_behind(p, _exact(p))
+
+
+@takes_part(LOGPROBS, "Cut Cross-Entropy", _PACKAGE, note="no entropy", omits=NO_ENTROPY)
+def _exact_logprobs(p: HeadProblem) -> Any:
+    """Without a gradient there is nothing to leave out."""
+    return logprobs_alone(_exact(p))
+
+
+@gives_logprobs(
+    "Cut Cross-Entropy, torch_compile", _PACKAGE, entropy=False, note="keeps all logits"
+)
 def _compiled(p: HeadProblem) -> Logprobs:
     """What it offers where its kernels do not run."""
     if p.hidden.device.type == "cuda":
@@ -48,26 +80,3 @@ def _compiled(p: HeadProblem) -> Logprobs:
     if not can_compile(p.hidden.device):
         raise Unavailable("torch.compile needs a C++ compiler")
     return _logprobs(p, impl="torch_compile")
-
-
-_NOTE = "no entropy; log-probs alone: the loss behind them is eager PyTorch"
-_WAYS = (
-    ("Cut Cross-Entropy", _filtered, "; negligible blocks of the gradient are left out"),
-    ("Cut Cross-Entropy, every block", _exact, ""),
-    ("Cut Cross-Entropy, torch_compile", _compiled, "; keeps all logits"),
-)
-
-LINEAR_LOSS = [
-    Provider(name, lambda p, way=way: loss_behind(p, way(p)), _PACKAGE, _NOTE + more, NO_ENTROPY)
-    for name, way, more in _WAYS
-]
-# Without a gradient there is nothing to leave out.
-LOGPROBS = [
-    Provider(
-        name, lambda p, way=way: logprobs_alone(way(p)), _PACKAGE, "no entropy" + more, NO_ENTROPY
-    )
-    for name, way, more in (
-        ("Cut Cross-Entropy", _exact, ""),
-        ("Cut Cross-Entropy, torch_compile", _compiled, "; keeps all logits"),
-    )
-]

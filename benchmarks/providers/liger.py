@@ -7,16 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.contest import Provider, Run
-from benchmarks.head_problem import CLIP, KL, HeadProblem, LogitsProblem
+from benchmarks.harness.contest import Run
+from benchmarks.harness.head_problem import CLIP, KL, HeadProblem, LogitsProblem
 from benchmarks.providers.common import (
+    LINEAR_LOSS,
+    LOGITS_LOGPROBS,
+    LOGITS_LOSS,
     NO_ENTROPY,
     Logprobs,
     can_compile,
+    gives_logprobs,
     logprobs_alone,
-    loss_behind,
     need_cuda,
     peer,
+    takes_part,
     with_logits_gradient,
 )
 
@@ -31,6 +35,13 @@ def _options(p: HeadProblem) -> dict[str, Any]:
     return {"beta": KL, "loss_type": "bnpo", "importance_sampling_level": "token"}
 
 
+@takes_part(
+    LINEAR_LOSS,
+    "Liger, LigerFusedLinearGRPOLoss",
+    _PACKAGE,
+    note="no entropy; products of the backward pass in fp32, without TF32, as PyTorch has it by default",
+    omits=NO_ENTROPY,
+)
 def _linear_loss(p: HeadProblem) -> Run:
     chunked_loss = peer("liger_kernel.chunked_loss", _PACKAGE)
     options = _options(p)
@@ -61,6 +72,7 @@ def _linear_loss(p: HeadProblem) -> Run:
     return Run(call)
 
 
+@gives_logprobs("Liger, fused linear scaled cross entropy", _PACKAGE)
 def _scaled_cross_entropy(p: HeadProblem) -> Logprobs:
     function = peer("liger_kernel.ops", _PACKAGE).LigerFusedLinearScaledCrossEntropyFunction
 
@@ -84,6 +96,13 @@ def _padded(p: LogitsProblem) -> tuple[Tensor, Any]:
     return logits, restore
 
 
+@takes_part(
+    LOGITS_LOSS,
+    "Liger, triton_grpo_loss",
+    _PACKAGE,
+    note="no entropy; writes the gradient over the logits, which have one row more for each sequence",
+    omits=NO_ENTROPY,
+)
 def _logits_loss(p: LogitsProblem) -> Run:
     need_cuda(p.logits)
     triton_grpo_loss = peer("liger_kernel.transformers.grpo_loss", _PACKAGE).triton_grpo_loss
@@ -104,7 +123,7 @@ def _logits_loss(p: LogitsProblem) -> Run:
             reduce=True,
             **options,
         )
-        return with_logits_gradient(logits, loss, None)
+        return with_logits_gradient(logits, loss)
 
     def read(results: dict[str, Tensor]) -> dict[str, Tensor]:
         return {**results, "grad logits": results["grad logits"][:, :-1].flatten(0, 1)}
@@ -112,6 +131,13 @@ def _logits_loss(p: LogitsProblem) -> Run:
     return Run(call, restore, read)
 
 
+@takes_part(
+    LOGITS_LOGPROBS,
+    "Liger, fused_selective_log_softmax",
+    _PACKAGE,
+    note="no entropy; the logits have one row more for each sequence",
+    omits=NO_ENTROPY,
+)
 def _logits_logprobs(p: LogitsProblem) -> Run:
     need_cuda(p.logits)
     module = peer("liger_kernel.ops.grpo_loss", _PACKAGE)
@@ -123,45 +149,3 @@ def _logits_logprobs(p: LogitsProblem) -> Run:
         return found.flatten(), None
 
     return logprobs_alone(logprobs)
-
-
-LINEAR_LOSS = [
-    Provider(
-        "Liger, LigerFusedLinearGRPOLoss",
-        _linear_loss,
-        _PACKAGE,
-        "no entropy; products of the backward pass in fp32, without TF32, as PyTorch has it by default",
-        NO_ENTROPY,
-    ),
-    Provider(
-        "Liger, fused linear scaled cross entropy",
-        lambda p: loss_behind(p, _scaled_cross_entropy(p)),
-        _PACKAGE,
-        "log-probs alone: the loss behind them is eager PyTorch",
-    ),
-]
-LOGPROBS = [
-    Provider(
-        "Liger, fused linear scaled cross entropy",
-        lambda p: logprobs_alone(_scaled_cross_entropy(p)),
-        _PACKAGE,
-    )
-]
-LOGITS_LOSS = [
-    Provider(
-        "Liger, triton_grpo_loss",
-        _logits_loss,
-        _PACKAGE,
-        "no entropy; writes the gradient over the logits, which have one row more for each sequence",
-        NO_ENTROPY,
-    )
-]
-LOGITS_LOGPROBS = [
-    Provider(
-        "Liger, fused_selective_log_softmax",
-        _logits_logprobs,
-        _PACKAGE,
-        "no entropy; the logits have one row more for each sequence",
-        NO_ENTROPY,
-    )
-]

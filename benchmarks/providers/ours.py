@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from benchmarks.contest import Provider, Run
-from benchmarks.head_problem import CLIP, KL, HeadProblem, LogitsProblem
-from benchmarks.providers.common import fresh_logits, need_cuda, with_logits_gradient
+from benchmarks.harness.contest import Provider, Run
+from benchmarks.harness.head_problem import CLIP, KL, HeadProblem, LogitsProblem
+from benchmarks.providers.common import (
+    LINEAR_LOSS,
+    LOGITS_LOGPROBS,
+    LOGITS_LOSS,
+    LOGPROBS,
+    fresh_logits,
+    need_cuda,
+    with_logits_gradient,
+)
 from perl_kernels import (
     PolicyLoss,
     grpo_loss,
@@ -26,38 +36,43 @@ _SEQUENCE = PolicyLoss(
 )
 
 
-def _each_backend(prepare: Callable[[Any, Any], Run], **options: Any) -> list[Provider]:
-    def torch_backend(p: Any) -> Run:
-        return prepare(p, "torch")
+def _on_each_backend(contest: list[Provider], note: str = "") -> Any:
+    def add(prepare: Callable[[Any, Any], Run]) -> Callable[[Any, Any], Run]:
+        def triton(p: Any) -> Run:
+            need_cuda(p.hidden)
+            return prepare(p, "triton")
 
-    def triton_backend(p: Any) -> Run:
-        need_cuda(p.hidden)
-        return prepare(p, "triton")
+        contest.append(Provider("PeRL, PyTorch", partial(prepare, backend="torch"), note=note))
+        contest.append(Provider("PeRL, Triton", triton, note=note))
+        return prepare
 
-    return [
-        Provider("PeRL, PyTorch", torch_backend, **options),
-        Provider("PeRL, Triton", triton_backend, **options),
-    ]
+    return add
 
 
+def _options(p: HeadProblem) -> dict[str, Any]:
+    """How the ops are told of the problem's loss, behind what they take it of."""
+    sequence = p.level == "sequence"
+    return {
+        "advantages": p.advantages,
+        "cu_seqlens": p.cu_seqlens,
+        "loss": _SEQUENCE if sequence else _TOKEN,
+        "old_logprobs": p.old,
+        "ref_logprobs": None if sequence else p.ref,
+    }
+
+
+@_on_each_backend(LINEAR_LOSS)
 def _linear_loss(p: HeadProblem, backend: Any) -> Run:
+    options = _options(p)
+
     def call() -> dict[str, Tensor]:
-        output = linear_grpo_loss(
-            p.hidden,
-            p.weight,
-            p.targets,
-            p.advantages,
-            p.cu_seqlens,
-            _SEQUENCE if p.level == "sequence" else _TOKEN,
-            old_logprobs=p.old,
-            ref_logprobs=None if p.level == "sequence" else p.ref,
-            backend=backend,
-        )
+        output = linear_grpo_loss(p.hidden, p.weight, p.targets, backend=backend, **options)
         return {**p.gradients(output.loss), "entropy": output.entropy}
 
     return Run(call)
 
 
+@_on_each_backend(LOGPROBS)
 def _logprobs(p: HeadProblem, backend: Any) -> Run:
     @torch.no_grad()
     def call() -> dict[str, Tensor]:
@@ -66,26 +81,19 @@ def _logprobs(p: HeadProblem, backend: Any) -> Run:
     return Run(call)
 
 
+@_on_each_backend(LOGITS_LOSS, note="writes the gradient over the logits")
 def _logits_loss(p: LogitsProblem, backend: Any) -> Run:
+    options = _options(p)
     logits, restore = fresh_logits(p)
 
     def call() -> dict[str, Tensor]:
-        output = grpo_loss(
-            logits,
-            p.targets,
-            p.advantages,
-            p.cu_seqlens,
-            _SEQUENCE if p.level == "sequence" else _TOKEN,
-            old_logprobs=p.old,
-            ref_logprobs=None if p.level == "sequence" else p.ref,
-            inplace=True,
-            backend=backend,
-        )
+        output = grpo_loss(logits, p.targets, inplace=True, backend=backend, **options)
         return with_logits_gradient(logits, output.loss, output.entropy)
 
     return Run(call, restore)
 
 
+@_on_each_backend(LOGITS_LOGPROBS)
 def _logits_logprobs(p: LogitsProblem, backend: Any) -> Run:
     @torch.no_grad()
     def call() -> dict[str, Tensor]:
@@ -95,24 +103,10 @@ def _logits_logprobs(p: LogitsProblem, backend: Any) -> Run:
 
 
 def _persistent(p: HeadProblem) -> Run:
-    """The kernel that makes the product itself, which nothing chooses yet: PERL_PERSISTENT=1."""
+    """The kernel that makes the product itself, which nothing chooses yet."""
     need_cuda(p.hidden)
     run = _logprobs(p, "triton")
-
-    def call() -> dict[str, Tensor]:
-        before = os.environ.get("PERL_PERSISTENT")
-        os.environ["PERL_PERSISTENT"] = "1"
-        try:
-            return run.call()
-        finally:
-            os.environ.pop("PERL_PERSISTENT")
-            if before is not None:
-                os.environ["PERL_PERSISTENT"] = before
-
-    return Run(call)
+    return Run(mock.patch.dict(os.environ, PERL_PERSISTENT="1")(run.call))
 
 
-LINEAR_LOSS = _each_backend(_linear_loss)
-LOGPROBS = [*_each_backend(_logprobs), Provider("PeRL, Triton persistent", _persistent)]
-LOGITS_LOSS = _each_backend(_logits_loss, note="writes the gradient over the logits")
-LOGITS_LOGPROBS = _each_backend(_logits_logprobs)
+LOGPROBS.append(Provider("PeRL, Triton persistent", _persistent))

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from benchmarks.contest import Provider, Run, Unavailable
-from benchmarks.head_problem import CrossEntropyProblem, HeadProblem, LogitsProblem
+from benchmarks.harness.contest import Run, Unavailable
+from benchmarks.harness.head_problem import CrossEntropyProblem, HeadProblem, LogitsProblem
 from benchmarks.providers.common import (
+    EAGER,
+    LINEAR_LOSS,
+    LOGITS_LOGPROBS,
+    LOGITS_LOSS,
     NO_ENTROPY,
     Logprobs,
     fresh_logits,
+    gives_logprobs,
     logprobs_alone,
-    loss_behind,
     need_cuda,
     peer,
+    takes_part,
     with_logits_gradient,
 )
 
 _PACKAGE = "quack-kernels"
 
 
+@gives_logprobs(
+    "QuACK, linear_cross_entropy_func",
+    _PACKAGE,
+    entropy=False,
+    note="keeps all logits",
+    loss_note="writes the gradient over them",
+)
 def _linear(p: HeadProblem) -> Logprobs:
     """With all logits at once: its chunks give a mean or a sum only."""
     need_cuda(p.hidden)
@@ -34,6 +46,14 @@ def _linear(p: HeadProblem) -> Logprobs:
     return logprobs
 
 
+@takes_part(
+    LINEAR_LOSS,
+    "QuACK, chunked_linear_cross_entropy",
+    _PACKAGE,
+    note="cross entropy alone, mean over tokens: no ratio, KL term or result of each token",
+    omits=NO_ENTROPY,
+    asked=CrossEntropyProblem.of,
+)
 def _chunked(p: HeadProblem) -> Run:
     need_cuda(p.hidden)
     if p.level == "sequence":
@@ -42,6 +62,13 @@ def _chunked(p: HeadProblem) -> Run:
     return Run(lambda: p.gradients(function(p.hidden, p.weight, p.targets)))
 
 
+@takes_part(
+    LOGITS_LOSS,
+    "QuACK, cross_entropy",
+    _PACKAGE,
+    note=f"no entropy; {EAGER}; writes the gradient over the logits",
+    omits=NO_ENTROPY,
+)
 def _logits_loss(p: LogitsProblem) -> Run:
     need_cuda(p.logits)
     cross_entropy = peer("quack", _PACKAGE).cross_entropy
@@ -49,53 +76,13 @@ def _logits_loss(p: LogitsProblem) -> Run:
 
     def call() -> dict[str, Tensor]:
         loss = cross_entropy(logits, p.targets, reduction="none", inplace_backward=True)
-        return with_logits_gradient(logits, p.loss(-loss.float()), None)
+        return with_logits_gradient(logits, p.loss(-loss.float()))
 
     return Run(call, restore)
 
 
+@takes_part(LOGITS_LOGPROBS, "QuACK, cross_entropy", _PACKAGE, note="no entropy", omits=NO_ENTROPY)
 def _logits_logprobs(p: LogitsProblem) -> Run:
     need_cuda(p.logits)
     cross_entropy = peer("quack", _PACKAGE).cross_entropy
     return logprobs_alone(lambda: (-cross_entropy(p.logits, p.targets, reduction="none"), None))
-
-
-_LINEAR, _LOGITS = "QuACK, linear_cross_entropy_func", "QuACK, cross_entropy"
-_EAGER = "no entropy; log-probs alone: the loss behind them is eager PyTorch"
-
-LINEAR_LOSS = [
-    Provider(
-        _LINEAR,
-        lambda p: loss_behind(p, _linear(p)),
-        _PACKAGE,
-        f"{_EAGER}; keeps all logits and writes the gradient over them",
-        NO_ENTROPY,
-    ),
-    Provider(
-        "QuACK, chunked_linear_cross_entropy",
-        _chunked,
-        _PACKAGE,
-        "cross entropy alone, mean over tokens: no ratio, KL term or result of each token",
-        NO_ENTROPY,
-        CrossEntropyProblem.of,
-    ),
-]
-LOGPROBS = [
-    Provider(
-        _LINEAR,
-        lambda p: logprobs_alone(_linear(p)),
-        _PACKAGE,
-        "no entropy; keeps all logits",
-        NO_ENTROPY,
-    )
-]
-LOGITS_LOSS = [
-    Provider(
-        _LOGITS,
-        _logits_loss,
-        _PACKAGE,
-        f"{_EAGER}; writes the gradient over the logits",
-        NO_ENTROPY,
-    )
-]
-LOGITS_LOGPROBS = [Provider(_LOGITS, _logits_logprobs, _PACKAGE, "no entropy", NO_ENTROPY)]

@@ -5,20 +5,26 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
-from benchmarks.contest import Provider, Run, Unavailable
-from benchmarks.head_problem import HeadProblem, LogitsProblem
+from benchmarks.harness.contest import Run, Unavailable
+from benchmarks.harness.head_problem import HeadProblem, LogitsProblem
 from benchmarks.providers.common import (
+    EAGER,
+    LOGITS_LOGPROBS,
+    LOGITS_LOSS,
     NO_ENTROPY,
     Logprobs,
+    gives_logprobs,
+    joined,
     logprobs_alone,
-    loss_behind,
     need_cuda,
     peer,
+    takes_part,
     with_logits_gradient,
 )
 
@@ -41,6 +47,7 @@ def _kernel(module: str, name: str) -> Any:
     return function
 
 
+@gives_logprobs("TRL, ChunkedLogProbFunction", _PACKAGE, loss_note="gradients are summed in fp32")
 def _chunked(p: HeadProblem) -> Logprobs:
     function = _kernel("chunked_logprob", "ChunkedLogProbFunction")
     softcap, scale, outputs = None, 1.0, ("log_probs", "entropy")
@@ -53,6 +60,30 @@ def _chunked(p: HeadProblem) -> Logprobs:
     return logprobs
 
 
+def _of_logits(name: str, **options: Any) -> Any:
+    """Decorate log-probs of logits: a provider of both contests of logits."""
+    lack = "no entropy" if options else ""
+
+    def add(prepare: Callable[[LogitsProblem, Tensor], Logprobs]) -> None:
+        @takes_part(LOGITS_LOSS, name, _PACKAGE, note=joined(lack, EAGER), **options)
+        def loss(p: LogitsProblem) -> Run:
+            logits = p.logits.detach().requires_grad_()
+            logprobs = prepare(p, logits)
+
+            def call() -> dict[str, Tensor]:
+                found, entropy = logprobs()
+                return with_logits_gradient(logits, p.loss(found.float()), entropy)
+
+            return Run(call)
+
+        @takes_part(LOGITS_LOGPROBS, name, _PACKAGE, note=lack, **options)
+        def alone(p: LogitsProblem) -> Run:
+            return logprobs_alone(prepare(p, p.logits))
+
+    return add
+
+
+@_of_logits("TRL, selective_log_softmax_and_entropy, Triton")
 def _triton(p: LogitsProblem, logits: Tensor) -> Logprobs:
     need_cuda(p.logits)
     function = _kernel("logprob_entropy", "selective_log_softmax_and_entropy")
@@ -74,6 +105,7 @@ def _torch(p: LogitsProblem) -> Any:
     return utils
 
 
+@_of_logits("TRL, selective_log_softmax_and_entropy, PyTorch")
 def _both(p: LogitsProblem, logits: Tensor) -> Logprobs:
     function = _torch(p).selective_log_softmax_and_entropy
 
@@ -85,54 +117,10 @@ def _both(p: LogitsProblem, logits: Tensor) -> Logprobs:
     return logprobs
 
 
+@_of_logits("TRL, selective_log_softmax, PyTorch", omits=NO_ENTROPY)
 def _one(p: LogitsProblem, logits: Tensor) -> Logprobs:
     function = _torch(p).selective_log_softmax
     return lambda: (
         function(logits.view(*p.shape, -1), p.targets.view(p.shape)).flatten(),
         None,
     )
-
-
-def _logits_loss(p: LogitsProblem, way: Any) -> Run:
-    logits = p.logits.detach().requires_grad_()
-    logprobs = way(p, logits)
-
-    def call() -> dict[str, Tensor]:
-        found, entropy = logprobs()
-        return with_logits_gradient(logits, p.loss(found.float()), entropy)
-
-    return Run(call)
-
-
-_EAGER = "log-probs alone: the loss behind them is eager PyTorch"
-_LOGITS = (
-    ("TRL, selective_log_softmax_and_entropy, Triton", _triton, "", frozenset[str]()),
-    ("TRL, selective_log_softmax_and_entropy, PyTorch", _both, "", frozenset[str]()),
-    ("TRL, selective_log_softmax, PyTorch", _one, "no entropy", NO_ENTROPY),
-)
-
-LINEAR_LOSS = [
-    Provider(
-        "TRL, ChunkedLogProbFunction",
-        lambda p: loss_behind(p, _chunked(p)),
-        _PACKAGE,
-        f"{_EAGER}; gradients are summed in fp32",
-    )
-]
-LOGPROBS = [
-    Provider("TRL, ChunkedLogProbFunction", lambda p: logprobs_alone(_chunked(p)), _PACKAGE)
-]
-LOGITS_LOSS = [
-    Provider(
-        name,
-        lambda p, way=way: _logits_loss(p, way),
-        _PACKAGE,
-        "; ".join(filter(None, (note, _EAGER))),
-        omits,
-    )
-    for name, way, note, omits in _LOGITS
-]
-LOGITS_LOGPROBS = [
-    Provider(name, lambda p, way=way: logprobs_alone(way(p, p.logits)), _PACKAGE, note, omits)
-    for name, way, note, omits in _LOGITS
-]

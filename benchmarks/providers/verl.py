@@ -9,18 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.contest import Provider, Unavailable
-from benchmarks.head_problem import HeadProblem
-from benchmarks.providers.common import (
-    Logprobs,
-    logprobs_alone,
-    loss_behind,
-    need_cuda,
-    peer,
-)
+from benchmarks.harness.contest import Unavailable
+from benchmarks.harness.head_problem import HeadProblem
+from benchmarks.providers.common import Logprobs, gives_logprobs, need_cuda, peer
 
 _PACKAGE = "verl"
 _INSTALL = "--no-deps verl==0.9.1"
+_NOTE = "the head's gradient also where it is frozen"
 
 
 def _module(name: str) -> Any:
@@ -35,6 +30,7 @@ def _module(name: str) -> Any:
     return peer(name, _INSTALL)
 
 
+@gives_logprobs("verl, linear_cross_entropy", _PACKAGE, loss_note=_NOTE)
 def _triton(p: HeadProblem) -> Logprobs:
     need_cuda(p.hidden)
     if p.hidden.shape[1] % 128:
@@ -43,6 +39,7 @@ def _triton(p: HeadProblem) -> Logprobs:
     return lambda: function(p.hidden, p.weight, p.targets, 1.0, "none")
 
 
+@gives_logprobs("verl, FusedLinearForPPO", _PACKAGE, loss_note=_NOTE)
 def _torch(p: HeadProblem) -> Logprobs:
     module = _module("verl.utils.experimental.torch_functional")
     head = module.FusedLinearForPPO(impl_backend="torch")
@@ -51,16 +48,3 @@ def _torch(p: HeadProblem) -> Logprobs:
         return head(p.hidden, p.weight, p.targets, temperature=1.0)
 
     return logprobs
-
-
-_TRITON, _TORCH = "verl, linear_cross_entropy", "verl, FusedLinearForPPO"
-_NOTE = "log-probs alone: the loss behind them is eager PyTorch; the head's gradient also where it is frozen"
-
-LINEAR_LOSS = [
-    Provider(_TRITON, lambda p: loss_behind(p, _triton(p)), _PACKAGE, _NOTE),
-    Provider(_TORCH, lambda p: loss_behind(p, _torch(p)), _PACKAGE, _NOTE),
-]
-LOGPROBS = [
-    Provider(_TRITON, lambda p: logprobs_alone(_triton(p)), _PACKAGE),
-    Provider(_TORCH, lambda p: logprobs_alone(_torch(p)), _PACKAGE),
-]

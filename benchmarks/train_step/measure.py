@@ -1,209 +1,191 @@
-"""Operations and agreement of training steps."""
+"""A benchmark of training steps from setting to report: nothing is timed that is not proven."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.attention.varlen  # Registers the operators named below.
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from perl_kernels import ops
+from benchmarks.harness.device import peak_memory, software, synchronize
+from benchmarks.harness.models import SHAPES, shape
+from benchmarks.harness.proof import GradientProof, copied_gradients, gradients
+from benchmarks.train_step.flops import flops
+from benchmarks.train_step.variants import VARIANTS, Step, Trainee
+from benchmarks.train_step.workload import Workload
+from perl.model.families import family_of
+from perl.model.families.qwen import QwenVL
+from perl.model.packed.attention import choose
+from perl.types import UserError
 
-T = TypeVar("T")
+TIMING_SECONDS, FEWEST_ROUNDS, MOST_ROUNDS = 12.0, 3, 20
 
-Gradients = Mapping[str, torch.Tensor]
-"""By the name of the parameter; those without a gradient are left out."""
+Report = dict[str, Any]
 
 
-def flops(run: Callable[[], T], core: Any) -> tuple[T, dict[str, int]]:
-    """What `run` gives, and its floating-point operations of matrix products, convolutions and attention, in `tower`, `language_model`, `head`.
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What is run, and where; see the options of `bench_train_step.py`."""
 
-    Attention counts as queries times keys, whether a mask hides half of them or not: of `varlen_attn` piece by piece,
-    of SDPA with the padding of its batch, which `perl.model.packed.sdpa` has too, as it spreads pieces to the longest. What
-    a checkpoint computes again counts again. PyTorch's counter has no formula for the operators below, and does not
-    look into them.
+    workload: Workload
+    device: str
+    model: str
+    dtype: str
+    budget: int
+    checkpointing: bool = False
+    freeze_vision: bool = False
+    padded_tower: str = "stock"
+    repeats: int = 0
 
-    Args:
-        core: transformers' model of text and images, without the head.
+
+def measure(setting: Setting) -> Report:
+    """Prove, count and time all variants.
+
+    Returns:
+        `variants`, `ratios` (what padded takes over what a variant takes), and `setting`.
+
+    Raises:
+        AssertionError: a variant's log-probs or gradients are not those of padded.
+        UserError: the model cannot be used.
     """
-    varlen: Any = torch.ops.torch_attn
-    head = ops.linear_grpo_loss.overloadpacket
-    formulas: dict[Any, Any] = {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward,
-        varlen._varlen_attn: _raw(_varlen),
-        varlen._varlen_attn_backward: _raw(_varlen_backward),
-        head: _head,
+    trainee = make_trainee(setting)
+    longest = max(len(s.prompt.input_ids) + max(map(len, s.completions)) for s in trainee.segments)
+    if longest > setting.budget:
+        raise UserError(f"--budget {setting.budget}: a sequence has {longest} tokens; raise it")
+    reference, variants = None, {}
+    for name in VARIANTS:
+        print(f"{name}: proving and counting", file=sys.stderr)
+        counted = partial(flops, fresh(trainee, name), trainee.model.model)
+        (step, operations), peak = peak_memory(counted, trainee.device)
+        reference = reference or Reference(trainee, step)
+        variants[name] = {
+            "lm_tokens": sum(step.counts.lm_tokens.values()),
+            "images_encoded": sum(step.counts.images.values()),
+            "flops": sum(operations.values()),
+            "flops_by_part": operations,
+            "peak_bytes": peak,
+            "max_rel_grad_diff": reference.check(name, step, trainee),
+        }
+    del reference
+    print("timing", file=sys.stderr)
+    for name, seconds in time_rounds(trainee, setting.repeats).items():
+        variants[name] |= {"seconds": statistics.median(seconds), "seconds_by_round": seconds}
+    ratios = {
+        name: {
+            key: variants["padded"][key] / max(1e-9, found[key])
+            for key in ("lm_tokens", "images_encoded", "flops", "seconds", "peak_bytes")
+        }
+        for name, found in variants.items()
     }
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        with _parts(core, counter.get_total_flops) as spent:
-            result = run()
-        in_head = counter.flop_counts["Global"][head]
-    return result, {
-        "tower": spent["tower"],
-        "language_model": spent["language_model"] - in_head,
-        "head": in_head,
-    }
+    return {"variants": variants, "ratios": ratios, "setting": described(setting, trainee)}
 
 
-@contextmanager
-def _parts(core: Any, total: Callable[[], int]) -> Iterator[dict[str, int]]:
-    """What of `total` was spent in the tower: in its forward, and from the gradient of its output to what follows.
-
-    The counter's own account by module does not hold for backwards that are run in two parts.
-    """
-    spent = {"tower": 0, "language_model": 0}
-    part, before = "language_model", 0
-
-    def enter(new: str) -> None:
-        nonlocal part, before
-        now = total()
-        spent[part] += now - before
-        part, before = new, now
-
-    def leave_tower(module: Any, args: Any, output: Any) -> None:
-        enter("language_model")
-        for x in tree_leaves(dict(output)):
-            if isinstance(x, torch.Tensor) and x.requires_grad:
-                x.register_hook(lambda grad: enter("tower"))
-
-    hooks = [
-        core.visual.register_forward_pre_hook(lambda *_: enter("tower")),
-        core.visual.register_forward_hook(leave_tower),
-        core.language_model.register_forward_pre_hook(lambda *_: enter("language_model")),
-    ]
+def make_trainee(setting: Setting) -> Trainee:
+    """The model on its device, with weights in float32, and the step's completions."""
+    device = torch.device(setting.device)
+    torch.manual_seed(setting.workload.seed)
+    model = make_model(setting.model, device)
+    family = family_of(model.config.model_type)
+    assert family is not None
+    if setting.freeze_vision:
+        for module in family.tower(model.model):
+            module.requires_grad_(False)
+    if setting.checkpointing:
+        # transformers 5.23 renamed it.
+        enable = getattr(
+            model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
+    half = setting.dtype == "bfloat16"
+    # Of the implementations those whose operations can be counted.
     try:
-        yield spent
-        enter("language_model")
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _sdpa(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, *_of_each_query(query, key, value))
-
-
-def _sdpa_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad, query, *_of_each_query(query, key, value))
-
-
-def _of_each_query(query: Any, *shapes: Any) -> Iterator[tuple[int, ...]]:
-    """Shapes of keys and values [B, heads, n, d] with as many heads as queries, which PyTorch 2.11's formula wants."""
-    return ((shape[0], query[1], *shape[2:]) for shape in shapes)
-
-
-def _varlen(
-    query: torch.Tensor, key: Any, value: Any, cu_query: Any, cu_key: Any, *_: Any, **__: Any
-) -> int:
-    """Two products: scores, and values."""
-    return 4 * _pairs(cu_query, cu_key) * query.shape[1:].numel()
-
-
-def _varlen_backward(grad: torch.Tensor, *arguments: Any, **_: Any) -> int:
-    """Five products: scores again, and the gradients of weights, values, queries and keys."""
-    return 10 * _pairs(*arguments[5:7]) * grad.shape[1:].numel()
-
-
-def _pairs(cu_query: torch.Tensor, cu_key: torch.Tensor) -> int:
-    return int((cu_query.diff().long() * cu_key.diff()).sum())
-
-
-def _raw(formula: Callable[..., int]) -> Callable[..., int]:
-    """Make the counter hand over tensors; it would hand over shapes."""
-    formula._get_raw = True  # pyright: ignore[reportFunctionMemberAccess]
-    return formula
-
-
-def _head(hidden: Any, weight: Any, *_: Any, **__: Any) -> int:
-    """6NHV: logits, and the gradients of hidden states and weight, which are made in the forward."""
-    return 6 * math.prod(hidden) * weight[0]
-
-
-def gradients(model: torch.nn.Module, device: torch.device | None = None) -> Gradients:
-    """The parameters' gradients, themselves or copied to a device."""
-    return {
-        name: p.grad if device is None else p.grad.to(device)
-        for name, p in model.named_parameters()
-        if p.grad is not None
-    }
-
-
-class Difference(NamedTuple):
-    """Of a gradient `got` from `reference`, relative, or how much of it is allowed.
-
-    `most` is max|got - reference| / max|reference|; `norm` is |got - reference| / |reference| in Euclidean norms; `scale`
-    is |<got, reference> / <reference, reference> - 1|, which roundings hardly move, as they point anywhere.
-    """
-
-    most: float
-    norm: float
-    scale: float
-
-    def excess(self, allowed: Difference) -> str:
-        """What is more than allowed, as in "2.0e-02 of its norm, 1.0e-02 allowed"; empty if nothing is."""
-        of = ("of its maximum", "of its norm", "in scale")
-        for found, most, what in zip(self, allowed, of, strict=True):
-            if not found <= most:  # Nor is NaN.
-                return f"{found:.2e} {what}, {most:.2e} allowed"
-        return ""
-
-
-def relative_differences(got: Gradients, reference: Gradients, eps: float) -> dict[str, Difference]:
-    """Of each parameter's gradient.
-
-    A parameter whose whole gradient is below `eps` times the largest of the model has noise for a gradient, as a bias
-    that a softmax cancels; its difference is divided by what a gradient of that bound throughout would have instead.
-
-    Args:
-        eps: of the precision that forwards run in.
-    """
-    if got.keys() != reference.keys():
-        raise AssertionError(f"gradients of other parameters: {sorted(got.keys() ^ reference)[:3]}")
-    noise = max(float(g.abs().max()) for g in reference.values()) * eps
-    return {name: _difference(got[name].to(g.device), g, noise) for name, g in reference.items()}
-
-
-def _difference(got: torch.Tensor, reference: torch.Tensor, noise: float) -> Difference:
-    error = got - reference
-    largest, square = float(reference.abs().max()), float(reference.square().sum())
-    if largest < noise:
-        largest, square = noise, noise**2 * reference.numel()
-    return Difference(
-        float(error.abs().max()) / largest,
-        math.sqrt(float(error.square().sum()) / square),
-        abs(float((error * reference).sum())) / square,
+        attention, _ = choose("varlen" if half and device.type == "cuda" else "sdpa", device, half)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return Trainee(
+        model.train(),
+        family,
+        setting.workload.segments(model.config, family),
+        attention=attention,
+        budget=setting.budget,
+        autocast=partial(torch.autocast, device.type, torch.bfloat16) if half else nullcontext,
+        stock_tower=setting.padded_tower == "stock",
     )
 
 
-def allowances(
-    lost: Mapping[str, Difference], reference: Gradients, eps: float
-) -> dict[str, Difference]:
-    """What a gradient may differ by from another one in the same low precision.
+def make_model(name: str, device: torch.device) -> Any:
+    """A shape with random weights, or a checkpoint's.
 
-    Three times what that precision costs the other one against float32, and a floor: 16 eps of the largest element,
-    0.004 of norm and scale. In bfloat16 the first floor is an eighth, and only the other two refuse a factor of 1.03.
-    Roundings in n elements also move the scale by chance, by their norm over the square root of n, which is little but
-    for small parameters, and in which the other one may have been lucky.
+    Raises:
+        UserError: no model of the Qwen-VL family can be read there.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    auto: Any = AutoModelForImageTextToText
+    if name in SHAPES:
+        with device:
+            return auto.from_config(shape(name), dtype=torch.float32)
+    if not (Path(name) / "config.json").is_file():
+        raise UserError(f"--model {name}: choose {', '.join(SHAPES)} or a model folder")
+    try:
+        kind = AutoConfig.from_pretrained(name).model_type
+        # The workload makes pixels itself, in the patches that these take.
+        if kind in QwenVL.model_types:
+            return auto.from_pretrained(name, dtype=torch.float32).to(device)
+    except Exception as error:  # transformers raises many types for broken files.
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"--model {name}: no model can be read there ({reason})") from error
+    raise UserError(f"--model {name}: {kind} is not one of {', '.join(QwenVL.model_types)}")
+
+
+def fresh(trainee: Trainee, name: str) -> Callable[[], Step]:
+    """A step of a variant from no gradients, as it is proven, counted and timed."""
+    trainee.model.zero_grad(set_to_none=True)
+    return lambda: trainee.step(name)
+
+
+class Reference:
+    """What `padded` gave, and how far from it a variant may be: see `GradientProof`; log-probs by 1e-3 in float32, by
+    three times what bfloat16 costs padded and 16 eps in bfloat16.
 
     Args:
-        lost: what the precision costs the other one.
-        reference: its gradients.
-        eps: of the precision.
+        step: of padded, whose gradients are in the parameters.
     """
-    return {
-        name: Difference(
-            most=3 * d.most + 16 * eps,
-            norm=3 * d.norm + 0.004,
-            scale=3 * d.scale + 3 * d.norm / math.sqrt(reference[name].numel()) + 0.004,
+
+    def __init__(self, trainee: Trainee, step: Step) -> None:
+        self.logprobs, self.allowed_logprobs = step.logprobs, 1e-3
+        padded = copied_gradients(trainee.model)
+        if trainee.autocast is nullcontext:
+            self.gradients = GradientProof(padded)
+            return
+        exact = fresh(trainee.exact(), "padded")()
+        self.gradients = GradientProof(padded, copied_gradients(trainee.model))
+        lost = logprob_difference(self.logprobs, exact.logprobs)
+        self.allowed_logprobs = 3 * lost + 16 * self.gradients.eps
+        # The caller still compares padded's gradients, which are exact's now.
+        for name, p in trainee.model.named_parameters():
+            if p.grad is not None:
+                p.grad.copy_(padded[name])
+
+    def check(self, name: str, step: Step, trainee: Trainee) -> float:
+        """The largest relative difference of a gradient's element.
+
+        Raises:
+            AssertionError: log-probs or gradients are too far off; the message says which.
+        """
+        off = logprob_difference(step.logprobs, self.logprobs)
+        assert off <= self.allowed_logprobs, (
+            f"{name}: log-probs differ from padded's by {off:.2e}, {self.allowed_logprobs:.2e} allowed"
         )
-        for name, d in lost.items()
-    }
+        found = self.gradients.check(gradients(trainee.model), f"{name}: the", "padded's")
+        return max(difference.most for difference in found.values())
 
 
 def logprob_difference(got: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> float:
@@ -211,3 +193,41 @@ def logprob_difference(got: Sequence[torch.Tensor], reference: Sequence[torch.Te
     if list(map(len, got)) != list(map(len, reference)):
         raise AssertionError("log-probs of other completions")
     return max(float((a - b).abs().max()) for a, b in zip(got, reference, strict=True))
+
+
+def time_rounds(trainee: Trainee, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each variant by round; a round has all variants, so that a busy machine is busy for all."""
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    start = time.perf_counter()
+    for number in range(repeats or MOST_ROUNDS):
+        spent = time.perf_counter() - start
+        enough = number >= FEWEST_ROUNDS and spent * (number + 1) / number > TIMING_SECONDS
+        if enough and not repeats:
+            break
+        for name, times in seconds.items():
+            step = fresh(trainee, name)
+            synchronize(trainee.device)
+            before = time.perf_counter()
+            step()
+            synchronize(trainee.device)
+            times.append(time.perf_counter() - before)
+    return seconds
+
+
+def described(setting: Setting, trainee: Trainee) -> dict[str, Any]:
+    """The setting, and what it came to on this machine."""
+    images = [image.tokens for s in trainee.segments for image in s.prompt.images]
+    device = trainee.device
+    return {
+        **asdict(setting.workload),
+        **{k: v for k, v in asdict(setting).items() if k not in ("workload", "repeats")},
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "parameters": sum(p.numel() for p in trainee.model.parameters()),
+        "attention": trainee.attention,
+        "sequences": len(trainee.lengths),
+        "prompt_tokens": [len(s.prompt.input_ids) for s in trainee.segments],
+        "mean_completion": statistics.mean(trainee.lengths),
+        "mean_tokens_per_image": statistics.mean(images),
+        "padded_micro_batch": trainee.padded_size,
+        **software(),
+    }

@@ -9,14 +9,15 @@ the step. Head and loss are the same function in all three, over the scored rows
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.train_step.workload import one_each, special_tokens
+from benchmarks.harness.models import Counts, counting, special_tokens
+from benchmarks.train_step.workload import one_each
 from perl.model.families import Family, ImageFeatures
 from perl.model.head import HeadLoss, step_normalizer
 from perl.model.packed.attention import use_packed_attention
@@ -31,16 +32,6 @@ LOSS = PolicyLoss.preset("perl", kl=None, kl_coef=0.0)
 
 _CACHE_BYTES = 2**30
 """Of image features, kept within a step where the tower is frozen; the trainer's default."""
-
-
-@dataclass
-class Counts:
-    """What entered the model in one step."""
-
-    lm_tokens: int = 0
-    """Through the language model, padding included."""
-    images: int = 0
-    """Through the tower."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +78,7 @@ class Trainee:
 
     def step(self, variant: str) -> Step:
         """Forward and backward of `padded`, `packed` or `shared`; gradients are added to those there are."""
-        with _counts(self.model.model) as counts:
+        with counting(self.model.model) as counts:
             found = dict(VARIANTS[variant](self))
         return Step([found[key] for key in sorted(found)], counts)
 
@@ -219,26 +210,3 @@ class _StockModel:
 
 def _tokens(single: Segment) -> int:
     return len(single.prompt.input_ids) + len(single.completions[0])
-
-
-@contextmanager
-def _counts(core: Any) -> Iterator[Counts]:
-    """Seen at the doors of the two modules, so that no variant counts itself."""
-    counts = Counts()
-
-    def language(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        counts.lm_tokens += kwargs["inputs_embeds"].shape[:2].numel()
-
-    def tower(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
-        counts.images += len(grids)
-
-    hooks = [
-        core.language_model.register_forward_pre_hook(language, with_kwargs=True),
-        core.visual.register_forward_pre_hook(tower, with_kwargs=True),
-    ]
-    try:
-        yield counts
-    finally:
-        for hook in hooks:
-            hook.remove()

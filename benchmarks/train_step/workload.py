@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.harness.models import special_tokens
 from perl.model.families import Family
 from perl.rollout.advantages import advantages_of
 from perl.types import EncodedImage, EncodedPrompt, Segment
@@ -94,12 +95,6 @@ def one_each(segments: Sequence[Segment]) -> list[Segment]:
         for i, s in enumerate(segments)
         for r, completion in enumerate(s.completions)
     ]
-
-
-def special_tokens(config: Any) -> list[int]:
-    """Ids that stand for or around images: no completion holds them."""
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    return [getattr(config, name) for name in names]
 
 
 def _text(rng: np.random.Generator, config: Any, tokens: int) -> np.ndarray:

@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.train_step import measure
+from benchmarks.harness.proof import GradientProof, copied_gradients
 from benchmarks.trainer.fresh import forget_trainers
-from benchmarks.trainer.gradients import copied_gradients
 from benchmarks.trainer.perl_trainer import PerlTrainer
 from benchmarks.trainer.start import Start
 from benchmarks.trainer.trl_trainer import Seen, TrlTrainer
@@ -38,22 +37,17 @@ PromptKey = tuple[bytes, bytes]
 def prove(start: Start, folder: Path) -> dict[str, Any]:
     """What both made of the same completions.
 
-    In bfloat16, where another order of sums gives other roundings, the yardstick for gradients is what bfloat16
-    costs TRL itself, against the same step in float32; see `measure.allowances`.
+    In bfloat16 TRL makes the same step in float32 too, which shows what bfloat16 costs it; see `GradientProof`.
 
     Raises:
         AssertionError: anything differs; the message says what.
     """
     setting = start.setting
     seen = _trl_step(start, folder / "trl")
-    theirs = seen.gradients
-    allowed = dict.fromkeys(theirs, measure.Difference(FLOAT32, FLOAT32, FLOAT32))
-    eps = torch.finfo(torch.float32).eps
+    exact = None
     if setting.half:
-        eps = torch.finfo(torch.bfloat16).eps
         exact = _trl_step(start, folder / "trl-float32", replay=seen.inputs).gradients
-        lost = measure.relative_differences(theirs, exact, eps)
-        allowed = measure.allowances(lost, exact, eps)
+    proof = GradientProof(seen.gradients, exact)
     forget_trainers()
     trainer = PerlTrainer(start, folder / "perl", 1, setting.seed, clip_gradients=False)
     groups = _with_completions(_sampled(trainer), seen, setting.completion)
@@ -65,19 +59,16 @@ def prove(start: Start, folder: Path) -> dict[str, Any]:
         f"PeRL's loss is {loss['perl']:.6f}, TRL's {loss['trl']:.6f}"
     )
     entropy = {"trl": float(np.mean(seen.entropies)), "perl": row["entropy"]}
-    tolerance = 10 * eps if setting.half else FLOAT32
+    tolerance = 10 * proof.eps if setting.half else FLOAT32
     assert abs(entropy["perl"] - entropy["trl"]) <= tolerance * entropy["trl"], (
         f"the mean entropy is {entropy['perl']:.6f} in PeRL, {entropy['trl']:.6f} in TRL"
     )
-    found = measure.relative_differences(ours, theirs, eps)
-    for name, difference in found.items():
-        excess = difference.excess(allowed[name])
-        assert not excess, f"PeRL's gradient of {name} differs from TRL's by {excess}"
+    found = proof.check(ours, "PeRL's", "TRL's")
     return {
         "completions": setting.sequences,
         "parameters": len(found),
         "max_rel_grad_diff": max(d.most for d in found.values()),
-        "allowed_rel_grad_diff": max(d.most for d in allowed.values()),
+        "allowed_rel_grad_diff": max(d.most for d in proof.allowed.values()),
         "max_grad_norm_diff": max(d.norm for d in found.values()),
         "max_grad_scale_diff": max(d.scale for d in found.values()),
         "loss": loss,

@@ -6,7 +6,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
+from benchmarks.harness.device import free_memory
 
 
 @contextmanager
@@ -27,8 +27,6 @@ def forget_trainers() -> None:
     """
     from accelerate.state import AcceleratorState, GradientState
 
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

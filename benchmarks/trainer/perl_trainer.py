@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.trainer.questions import stream
-from benchmarks.trainer.reward import REWARD
-from benchmarks.trainer.setting import (
+from benchmarks.trainer.clock import PartWatch, StepClock
+from benchmarks.trainer.start import (
     BETAS,
     CLIP,
     LEARNING_RATE,
     MAX_GRAD_NORM,
+    REWARD,
     WEIGHT_DECAY,
+    Start,
+    stream,
 )
-from benchmarks.trainer.start import Start
-from benchmarks.trainer.step_clock import PartWatch, StepClock
 from perl.config import (
     AdvantageConfig,
     Config,

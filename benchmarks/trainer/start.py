@@ -1,23 +1,75 @@
-"""The same start for both trainers: a model folder, and processors that give the same tokens and pixels."""
+"""What both trainers are given alike: a setting, a model and processors, the questions and the reward."""
 
 from __future__ import annotations
 
+import math
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from benchmarks.shapes import shape
-from benchmarks.trainer.questions import stream, variants
-from benchmarks.trainer.setting import MODELS, Setting
+from benchmarks.harness.models import shape
 from perl.config import ModelConfig
-from perl.data.tasks import vocabulary
+from perl.data.streams import Drawn, ExampleStream
+from perl.data.tasks import BundledTasks, vocabulary
 from perl.model.families.qwen import QwenVL
 from perl.model.loading import check_model, load_processor
-from perl.model.processor import Processor
+from perl.model.processor import Processor, parts
 from perl.model.tiny import make_image_processor, make_tokenizer, save_processor, tiny_config
-from perl.types import UserError
+from perl.permutation.permute import orders, permute
+from perl.types import Example, UserError, Variant
+
+LEARNING_RATE, WEIGHT_DECAY, BETAS, MAX_GRAD_NORM = 1e-6, 0.01, (0.9, 0.999), 1.0
+CLIP = 0.2
+MODELS = ("tiny", "0.6b", "3b", "7b")
+"""`tiny` is the demo's model, the others are shapes of `benchmarks/harness/models.py`; all with random weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One optimizer step, where it runs and how often; see the options of `bench_trainer.py`.
+
+    `images` of each question, one question for each number; `orders` of them; `per_order` completions of each
+    order, all of `completion` tokens; `tokens_per_image` visual tokens; `budget` most tokens of a micro-batch,
+    padded or packed; `steps` that are timed in each of `rounds`, after one that is not.
+    """
+
+    device: str
+    model: str
+    dtype: Literal["float32", "bfloat16"]
+    images: tuple[int, ...]
+    orders: int
+    per_order: int
+    completion: int
+    tokens_per_image: int
+    budget: int
+    steps: int
+    rounds: int
+    seed: int = 0
+    trl_attention: str = "sdpa"
+
+    @property
+    def sequences(self) -> int:
+        """Completions of a step."""
+        return len(self.images) * self.orders * self.per_order
+
+    @property
+    def half(self) -> bool:
+        """Whether forward and backward run in bfloat16, over float32 weights."""
+        return self.dtype == "bfloat16"
+
+    @property
+    def side(self) -> int:
+        """Visual tokens along an edge of an image: pictures stay square, so a number that is none is rounded up."""
+        return math.ceil(math.sqrt(self.tokens_per_image))
+
+    def padded_micro_batch(self, longest: int) -> int:
+        """Most sequences of `longest` tokens within the budget, a divisor of all, as TRL's batches have to be."""
+        fits = max(1, self.budget // longest)
+        return max(n for n in range(1, fits + 1) if self.sequences % n == 0)
 
 
 @dataclass(frozen=True)
@@ -142,3 +194,57 @@ def _longest_prompt(setting: Setting, processor: Processor) -> int:
     first = stream(setting, setting.seed).draw(len(setting.images))
     shown = [variants(d, 1, setting.seed)[0] for d in first]
     return max(len(processor.encode(v).input_ids) for v in shown)
+
+
+class Questions:
+    """An endless data set: every step has one question for each number of images, in their sequence."""
+
+    size = None
+
+    def __init__(self, images: tuple[int, ...], seed: int) -> None:
+        self.tasks = [BundledTasks(min_images=n, max_images=n, seed=seed) for n in images]
+
+    def __len__(self) -> int:
+        raise TypeError("the questions are endless")
+
+    def __getitem__(self, i: int) -> Example:
+        return self.tasks[i % len(self.tasks)][i]
+
+    def check(self, i: int) -> Example:
+        return self[i]
+
+
+def stream(setting: Setting, seed: int) -> ExampleStream:
+    """The questions in the sequence in which PeRL trains on them."""
+    return ExampleStream(Questions(setting.images, seed), seed)
+
+
+def variants(drawn: Drawn, number: int, seed: int) -> list[Variant]:
+    """A question in the orders that PeRL's collector draws for it, with the answers that are right there."""
+    chosen = orders(drawn.example, number, seed, drawn.epoch)
+    return [permute(drawn.example, order) for order in chosen]
+
+
+def trl_rows(setting: Setting, steps: int, seed: int) -> list[dict[str, Any]]:
+    """TRL knows no orders: each ordered prompt of PeRL's first `steps` steps is a prompt of its own."""
+    drawn = stream(setting, seed).draw(steps * len(setting.images))
+    return [_row(v) for d in drawn for v in variants(d, setting.orders, seed)]
+
+
+def _row(variant: Variant) -> dict[str, Any]:
+    prompt = [{"role": m.role, "content": parts(m.content)} for m in variant.messages]
+    return {"prompt": prompt, "images": list(variant.images)}
+
+
+REWARD = "benchmarks.trainer.start:text_hash"
+"""As `reward.functions` names it."""
+
+
+def text_hash(completions: Sequence[Any], **_: Any) -> list[float]:
+    """0 to 1, from a checksum of the text: random weights write nothing that could be right or wrong.
+
+    Args:
+        completions: texts, or chats that end with one, as TRL hands them over.
+    """
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [zlib.crc32(text.encode()) / 2**32 for text in texts]

@@ -17,18 +17,18 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.trainer.gradients import copied_gradients
-from benchmarks.trainer.questions import trl_rows
-from benchmarks.trainer.reward import text_hash
-from benchmarks.trainer.setting import (
+from benchmarks.harness.proof import copied_gradients
+from benchmarks.trainer.clock import StepClock
+from benchmarks.trainer.start import (
     BETAS,
     CLIP,
     LEARNING_RATE,
     MAX_GRAD_NORM,
     WEIGHT_DECAY,
+    Start,
+    text_hash,
+    trl_rows,
 )
-from benchmarks.trainer.start import Start
-from benchmarks.trainer.step_clock import StepClock
 
 
 class TrlTrainer:
@@ -70,7 +70,7 @@ class TrlTrainer:
             args=_config(start, folder, steps, seed, clip_gradients, half, sorted(unsampled)),
             train_dataset=Dataset.from_list(trl_rows(setting, steps, seed)),
             processing_class=processor,
-            callbacks=[_Clocked(self.clock), _Gradients(self.seen)],
+            callbacks=[_Watch(self.clock, self.seen)],
         )
         self.trainer.remove_callback(PrinterCallback)
         self.trainer.clock, self.trainer.seen, self.trainer.replay = self.clock, self.seen, replay
@@ -140,29 +140,25 @@ class _Trainer(GRPOTrainer):
         return loss
 
 
-class _Clocked(TrainerCallback):
-    """What of a step is not sampled or prepared in it is the update, up to the emptied gradients."""
+class _Watch(TrainerCallback):
+    """Tells the clock of steps, and keeps the gradients of a step if they are wanted.
 
-    def __init__(self, clock: StepClock) -> None:
-        self.clock, self.update = clock, ExitStack()
+    What of a step is not sampled or prepared in it is the update, up to the emptied gradients.
+    """
+
+    def __init__(self, clock: StepClock, seen: Seen) -> None:
+        self.clock, self.seen, self.update = clock, seen, ExitStack()
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.update.enter_context(self.clock.part("update"))
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.update.close()
-        self.clock.end_step()
-
-
-class _Gradients(TrainerCallback):
-    """Keeps the gradients of a step, if they are wanted."""
-
-    def __init__(self, seen: Seen) -> None:
-        self.seen = seen
-
     def on_pre_optimizer_step(self, *_: Any, model: Any = None, **__: Any) -> None:
         if self.seen.wanted:
             self.seen.gradients = copied_gradients(model)
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.update.close()
+        self.clock.end_step()
 
 
 def _ends(model: Any, processor: Any) -> list[int]:

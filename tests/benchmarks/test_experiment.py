@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from itertools import product
 from pathlib import Path
@@ -9,8 +10,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks import experiment_permutation as experiment
-from benchmarks import experiment_permutation_report as report
+FOLDER = Path(__file__).parents[2] / "docs" / "experiments"
+with pytest.MonkeyPatch.context() as patch:
+    # The scripts find each other as they do when they are run.
+    patch.syspath_prepend(FOLDER)
+    experiment = importlib.import_module("permutation")
+    report = importlib.import_module("permutation_report")
 
 
 def rows() -> list[dict[str, Any]]:

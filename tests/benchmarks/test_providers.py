@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import providers
-from benchmarks.contest import Provider, Refused, Unavailable
-from benchmarks.head_problem import (
+from benchmarks.harness.contest import Provider, Refused, Unavailable
+from benchmarks.harness.head_problem import (
+    Head,
     HeadProblem,
     Level,
     LogitsLogprobsProblem,
@@ -26,8 +27,7 @@ from benchmarks.head_problem import (
     LogprobsProblem,
     make_problem,
 )
-from benchmarks.heads import Head
-from benchmarks.providers import cut_cross_entropy, liger, ours, pytorch, quack, trl, verl
+from benchmarks.providers import cut_cross_entropy, liger, quack, trl, verl
 from tests.kernels.downloads import release
 
 SIZE = Head("tiny", N=64, H=128, V=300, itemsize=4)
@@ -49,8 +49,12 @@ def prove(provider: Provider, contested: Any) -> None:
         asked.prove(run.read(run.call()), provider.omits)
 
 
-def prove_module(module: Any, expect: int, **kwargs: Any) -> None:
-    """Every provider of a module in every contest; `expect` of them can take part."""
+def of(package: str, contest: str = "LINEAR_LOSS") -> list[Provider]:
+    return [p for p in getattr(providers, contest) if p.package == package]
+
+
+def prove_package(package: str, expect: int) -> None:
+    """Every provider of a package in every contest; `expect` of them can take part."""
     took_part = 0
     for kind, name, losses in (
         (HeadProblem, "LINEAR_LOSS", LOSSES),
@@ -58,7 +62,7 @@ def prove_module(module: Any, expect: int, **kwargs: Any) -> None:
         (LogitsProblem, "LOGITS_LOSS", [LOSSES[0], LOSSES[2]]),
         (LogitsLogprobsProblem, "LOGITS_LOGPROBS", LOSSES[:1]),
     ):
-        for provider in getattr(module, name, []):
+        for provider in of(package, name):
             for level, frozen in losses:
                 with contextlib.suppress(Unavailable):
                     prove(provider, problem(kind, level, frozen))
@@ -107,14 +111,10 @@ def test_every_contest_names_its_providers_once() -> None:
         every = getattr(providers, name)
         names = [provider.name for provider in every]
         assert len(set(names)) == len(names)
-        assert set(names) == {
-            provider.name
-            for module in (ours, pytorch, *PEERS)
-            for provider in getattr(module, name, [])
-        }
+        assert {provider.package for provider in every} >= {"", "torch", "liger-kernel", "trl"}
 
 
-@pytest.mark.parametrize("provider", liger.LINEAR_LOSS, ids=lambda provider: provider.name)
+@pytest.mark.parametrize("provider", of("liger-kernel"), ids=lambda provider: provider.name)
 @pytest.mark.parametrize(("level", "frozen"), LOSSES)
 def test_liger_of_hidden_states(
     provider: Provider, level: Level, frozen: bool, eager: None
@@ -125,18 +125,18 @@ def test_liger_of_hidden_states(
 
 def test_liger(interpreted: None, eager: None) -> None:
     pytest.importorskip("liger_kernel")
-    prove_module(liger, 2 * 3 + 1 + 2 + 1)
+    prove_package("liger-kernel", 2 * 3 + 1 + 2 + 1)
 
 
 def test_trl() -> None:
     pytest.importorskip("trl.trainer.utils")
-    prove_module(trl, 3 + 1 + 2 * 2 + 2)
+    prove_package("trl", 3 + 1 + 2 * 2 + 2)
 
 
 def test_trl_kernels(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     chunked = pytest.importorskip("trl.kernels.chunked_logprob")
     monkeypatch.setattr(chunked, "_use_triton", lambda device: True)
-    prove_module(trl, 3 + 1 + 3 * 2 + 3)
+    prove_package("trl", 3 + 1 + 3 * 2 + 3)
 
 
 def test_trl_kernels_without_what_its_trainers_import(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def test_trl_kernels_without_what_its_trainers_import(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.delitem(sys.modules, "trl.trainer.utils", raising=False)
     try:
-        prove(trl.LINEAR_LOSS[0], problem(HeadProblem))
+        prove(of("trl")[0], problem(HeadProblem))
         assert vars(sys.modules["trl.trainer.utils"]).keys() >= {"maybe_gather_lm_head_ctx"}
         assert not hasattr(sys.modules["trl.trainer.utils"], "selective_log_softmax")
     finally:
@@ -154,7 +154,7 @@ def test_trl_kernels_without_what_its_trainers_import(monkeypatch: pytest.Monkey
 def test_verl(wheel: Any) -> None:
     if not find_spec("verl"):
         wheel("verl==0.9.1")
-    prove_module(verl, 3 + 1)
+    prove_package("verl", 3 + 1)
 
 
 def test_verl_kernels(interpreted: None, wheel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,13 +162,13 @@ def test_verl_kernels(interpreted: None, wheel: Any, monkeypatch: pytest.MonkeyP
         wheel("verl==0.9.1")
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
     monkeypatch.setattr(torch.cuda.nvtx, "range", lambda name: contextlib.nullcontext())
-    prove(verl.LINEAR_LOSS[0], problem(HeadProblem))
+    prove(of("verl")[0], problem(HeadProblem))
 
 
 def test_cut_cross_entropy(wheel: Any, eager: None) -> None:
     if not find_spec("cut_cross_entropy"):
         wheel("cut-cross-entropy==25.1.1")
-    prove_module(cut_cross_entropy, 3 + 1)
+    prove_package("cut-cross-entropy", 3 + 1)
 
 
 def test_cut_cross_entropy_kernels(
@@ -192,7 +192,7 @@ def test_cut_cross_entropy_kernels(
     half = {
         name: getattr(p, name).detach().half().requires_grad_() for name in ("hidden", "weight")
     }
-    for provider in cut_cross_entropy.LINEAR_LOSS[:2]:
+    for provider in of("cut-cross-entropy")[:2]:
         prove(provider, replace(p, **half))
 
 
@@ -232,20 +232,20 @@ def cross_entropies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_quack(interpreted: None, cross_entropies: None) -> None:
     # Its chunks take no part at the sequence level.
-    prove_module(quack, 3 + 2 + 1 + 2 + 1)
+    prove_package("quack-kernels", 3 + 2 + 1 + 2 + 1)
 
 
 def test_a_smaller_result_is_not_taken_for_the_loss(
     interpreted: None, cross_entropies: None
 ) -> None:
     """QuACK's chunks are proven as the cross entropy that they are."""
-    _, chunked = quack.LINEAR_LOSS
+    _, chunked = of("quack-kernels")
     with pytest.raises(Refused, match="loss: off by"):
         prove(replace(chunked, asked=lambda contested: contested), problem(HeadProblem))
     assert "cross entropy alone" in chunked.note
 
 
-@pytest.mark.parametrize("module", PEERS, ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", PEERS, ids=lambda module: module._PACKAGE)
 def test_what_is_not_installed_says_so(
     module: Any, interpreted: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,7 +253,7 @@ def test_what_is_not_installed_says_so(
         if name.partition(".")[0] in ("liger_kernel", "trl", "verl", "cut_cross_entropy", "quack"):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "path", [])
-    for provider in module.LINEAR_LOSS:
+    for provider in of(module._PACKAGE):
         wanted = f"not installed: pip install .*{provider.package}"
         with pytest.raises(Unavailable, match=wanted):
             provider.prepare(problem(HeadProblem))
@@ -261,6 +261,6 @@ def test_what_is_not_installed_says_so(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_kernels_for_a_gpu_say_so() -> None:
-    for provider in (*quack.LINEAR_LOSS, *cut_cross_entropy.LINEAR_LOSS[:2]):
+    for provider in (*of("quack-kernels"), *of("cut-cross-entropy")[:2]):
         with pytest.raises(Unavailable, match="need a GPU"):
             provider.prepare(problem(HeadProblem))

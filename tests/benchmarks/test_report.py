@@ -18,10 +18,10 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import report
-from benchmarks.growth import fit, series
-from benchmarks.pictures import draw
-from benchmarks.results_file import check
+from benchmarks.report import __main__ as report
+from benchmarks.report.growth import fit, series
+from benchmarks.report.pictures import draw
+from benchmarks.report.results_file import Results
 
 ROOT = Path(__file__).parents[2]
 OPS = ("Linear loss, forward and backward", "Log-probs, forward")
@@ -40,6 +40,14 @@ PROVIDERS = {
 }
 SIZES = (1024, 4096, 16384, 65536)
 MODELS = ("Qwen3-0.6B", "Qwen2.5-VL-3B", "Qwen2.5-VL-7B", "Qwen3-VL-8B")
+
+
+def markdown(found: dict[str, Any]) -> str:
+    return report.markdown(Results.model_validate(found))
+
+
+def readme_table(found: dict[str, Any]) -> str:
+    return report.readme_table(Results.model_validate(found))
 
 
 def row(op: str, model: str, n: int, provider: str, **changes: Any) -> dict[str, Any]:
@@ -154,12 +162,12 @@ def test_a_line_for_each_series() -> None:
     for r in found["rows"]:
         if r["status"] == "timed" and r["provider"] == "PyTorch, eager":
             r["median"] = r["shape"]["N"] ** 2 * 1e-9
-    lines = {(s.op, s.provider): s.line for s in series(check(found).rows)}
+    lines = {(s.op, s.provider): s.line for s in series(Results.model_validate(found).rows)}
     ours = "N from 1024 to 65536: time grows as N^1.00 ± 0.00, N^1.00 at the end"
     assert lines[OPS[0], "PeRL, Triton"] == ours
     assert lines[OPS[1], "PyTorch, eager"].startswith("N from 1024 to 16384: time grows as N^2.00")
     assert not any(provider == "Quack" for _, provider in lines)
-    growth = report.markdown(found).partition("## Growth")[2]
+    growth = markdown(found).partition("## Growth")[2]
     assert f"- PeRL, Triton: {ours}" in growth and "N^2.00 ± 0.00" in growth
 
 
@@ -167,12 +175,12 @@ def test_an_axis_of_several_words() -> None:
     rows = [row(OPS[0], MODELS[0], n, "CCE", axis="group size") for n in SIZES]
     for r in rows:
         r["shape"]["group size"] = r["shape"]["N"] // 256
-    (found,) = series(check({**results(), "rows": rows}).rows)
+    (found,) = series(Results.model_validate({**results(), "rows": rows}).rows)
     assert found.line.startswith("group size from 4 to 256: time grows as (group size)^1.00")
 
 
 def test_tables_have_all_rows_the_fastest_first() -> None:
-    text = report.markdown(results())
+    text = markdown(results())
     case = text.partition(f"{MODELS[1]}, N = 65536")[2].partition("\n\n")[2]
     shape, table = case.split("\n\n")[:2]
     assert shape == "N = 65,536 rows, H = 2,048, V = 151,936, bfloat16 (2 bytes)"
@@ -201,7 +209,7 @@ def test_tables_have_all_rows_the_fastest_first() -> None:
 
 
 def test_head_and_summary() -> None:
-    text = report.markdown(results())
+    text = markdown(results())
     assert text.startswith(
         "# Benchmarks on Invented GPU\n\n2026-11-20, commit abc1234 with changes"
     )
@@ -225,7 +233,7 @@ def test_ratios_refer_to_the_first_of_ours_that_was_timed() -> None:
     for r in found["rows"]:
         if r["provider"] == "PeRL, Triton":
             r |= out
-    text = report.markdown(found)
+    text = markdown(found)
     assert f"| **{OPS[0]}**, over PeRL, PyTorch " in text
     assert f"- {OPS[0]}, **PeRL, Triton**: out of memory in 8 of 8 cases\n" in text
     assert f"- {OPS[0]}, PyTorch, eager: out of memory in 1 of 8 cases\n" in text
@@ -234,7 +242,7 @@ def test_ratios_refer_to_the_first_of_ours_that_was_timed() -> None:
     for r in found["rows"]:
         if r["ours"]:
             r |= out
-    text = report.markdown(found)
+    text = markdown(found)
     assert cells(text, "## Cases", "| PyTorch, eager")[2] == "–"
     assert "0 of 8 cases" in text
 
@@ -244,7 +252,7 @@ def test_a_ratio_shows_its_range_over_turns() -> None:
     ours = row(OPS[0], MODELS[0], 1024, "PeRL, Triton", median=1.0, turns=[[1.0, 1.0], [1.0]])
     peer = row(OPS[0], MODELS[0], 1024, "CCE", median=1.1, turns=[[0.9, 0.9, 9.0], [1.2]])
     found["rows"] = [ours, peer]
-    text = report.markdown(found)
+    text = markdown(found)
     case = f"#### {MODELS[0]}, N = 1024"
     assert cells(text, case, "| CCE")[2] == "~1.10 (0.90 to 1.20)"
     assert cells(text, "## In short", "| **Linear")[2:] == [
@@ -255,9 +263,9 @@ def test_a_ratio_shows_its_range_over_turns() -> None:
         "1",
         "0 |",
     ]
-    assert "| ~1.1x |" in " ".join(report.readme_table(found).split())
+    assert "| ~1.1x |" in " ".join(readme_table(found).split())
     peer["turns"] = [[1.1], [1.2]]
-    text = report.markdown(found)
+    text = markdown(found)
     assert cells(text, case, "| CCE")[2] == "1.10 (1.10 to 1.20)"
     assert cells(text, "## In short", "| **Linear")[5:] == ["1", "0", "0 |"]
 
@@ -269,7 +277,7 @@ def test_memory_without_a_figure_or_of_next_to_nothing() -> None:
     found["rows"] = [ours, peer]
 
     def memory() -> str:
-        return cells(report.markdown(found), "## In short", "| **Linear")[3]
+        return cells(markdown(found), "## In short", "| **Linear")[3]
 
     assert memory() == "<0.01x"
     ours["peak_extra_bytes"] = 0
@@ -291,7 +299,7 @@ def test_what_a_case_was_measured_on() -> None:
         for case, shape in shapes.items()
         for name in ("PeRL, Triton", "CCE")
     ]
-    text = report.markdown(found)
+    text = markdown(found)
     shape = "N = 4,096 rows, float32 (4 bytes), sequence level, frozen head, head of Q / 8"
     assert f"#### frozen head\n\n{shape}\n\n|" in text
     assert "#### 8 pieces\n\ntokens: 1,024, pieces: 8\n\n|" in text
@@ -310,15 +318,15 @@ def test_what_makes_figures_doubtful_is_said_first() -> None:
     found = results()
     busy = "**The machine was busy (load 4.0 on 8 cores): times say little.**"
     for load, said in (([4.0, 4.4], True), ([0.9, 9.0], False)):
-        text = report.markdown(found | {"load": load})
+        text = markdown(found | {"load": load})
         assert text.startswith(f"# Benchmarks on Invented GPU\n\n{busy}\n\n") == said
         assert ("busy" in text) == said
-    text = report.markdown(found | {"only": "linear or <b>", "interrupted": True})
+    text = markdown(found | {"only": "linear or <b>", "interrupted": True})
     doubts = text.partition("\n\n")[2].partition("2026")[0]
     assert (
         "partial run: only what `--only 'linear or &lt;b>'`" in doubts and "interrupted" in doubts
     )
-    assert not re.search("partial|interrupted|busy", report.markdown(found))
+    assert not re.search("partial|interrupted|busy", markdown(found))
 
 
 def test_few_points_or_a_large_error_are_uncertain() -> None:
@@ -327,7 +335,7 @@ def test_few_points_or_a_large_error_are_uncertain() -> None:
         rows = [
             row(OPS[0], MODELS[1], n, "CCE", median=v) for n, v in zip(sizes, values, strict=True)
         ]
-        text = report.markdown({**results(), "rows": rows}).partition("## Growth\n")[2]
+        text = markdown({**results(), "rows": rows}).partition("## Growth\n")[2]
         assert bool(re.search(r"- CCE: .* at the end; uncertain\n", text)) == said
 
 
@@ -340,7 +348,7 @@ def test_a_size_measured_twice_is_two_cases() -> None:
         for provider, median in (("PeRL, Triton", slow), ("CCE", 2 * slow))
     ]
     found["machine"]["threads"] = 1
-    text = report.markdown(found)
+    text = markdown(found)
     assert "#### Qwen3-0.6B, N = 1024\n" in text
     again = "#### Qwen3-0.6B, N = 1024 (series over N)"
     assert cells(text, again, "| CCE")[1:3] == ["6,000", "2.00"]
@@ -358,7 +366,7 @@ def test_what_nobody_else_does_is_one_table() -> None:
         for n, out in ((64, {}), (256, {}), (1024, {"status": "refused", "reason": "two rows"}))
     ]
     del found["steps"]
-    text = report.markdown(found)
+    text = markdown(found)
     assert text.count("\n| ---") == 1 and "<details>" not in text
     assert cells(text, "| 256 prompts")[1:] == ["**PeRL**", "2.56", "–", "300", "0", "|"]
     assert cells(text, "| 1024 prompts")[2:] == ["–", "–", "–", "–", "refused: two rows |"]
@@ -369,7 +377,7 @@ def test_what_nobody_else_does_is_one_table() -> None:
 
 
 def test_training_steps() -> None:
-    text = report.markdown(results())
+    text = markdown(results())
     shared = cells(text, "## A training step", "| **shared")
     assert shared[1:] == ["15,000 (4.0x)", "36 (4.0x)", "1.05 (4.0x)", "225 (4.0x)", "0.0850 (4.0x)", "2e-05 |"]  # fmt: skip
     assert cells(text, "## A step of two", "| seconds")[1:] == ["3.00", "1.50", "2.0x |"]
@@ -389,7 +397,7 @@ def test_training_steps() -> None:
     found = results()
     found["steps"] = {"train_step": {"failed": "no\nmodel"}, "trainer": {"available": False}}
     found["steps"]["trainer"]["reason"] = "TRL cannot be imported"
-    text = report.markdown(found)
+    text = markdown(found)
     assert "Not measured: no model." in text and "Not compared: TRL cannot be imported." in text
     short = text.partition("## In short")[2].partition("## Cases")[0]
     assert "padded over shared: not measured: no model." in short
@@ -398,11 +406,11 @@ def test_training_steps() -> None:
     for i, variant in enumerate(variants["variants"].values(), 1):
         variant["seconds_by_round"] = [4.0, 6.0 / i, 5.0]
     found["steps"] = {"train_step": variants}
-    text = report.markdown(found)
+    text = markdown(found)
     assert "(1.0x to 3.0x by round, median of 3 rounds)" in text
     assert "What padded takes" not in text and "Seconds: median of 3 rounds." in text
     del found["steps"]
-    assert "step" not in report.markdown(found).partition("## Growth")[2]
+    assert "step" not in markdown(found).partition("## Growth")[2]
 
 
 def test_a_short_table_for_the_readme() -> None:
@@ -412,7 +420,7 @@ def test_a_short_table_for_the_readme() -> None:
     found["rows"].append(alone)
     two = copy.deepcopy([r for r in found["rows"] if r["provider"] in ("PeRL, Triton", "CCE")])
     found["rows"] += [r | {"op": "Third"} for r in two]
-    table, legend = report.readme_table(found).split("\n\n")
+    table, legend = readme_table(found).split("\n\n")
     lines = [[cell.strip() for cell in line.split(" | ")] for line in table.splitlines()[2:]]
     # 7 of each of two operations and 1 of the third: the slowest is left out.
     assert len(lines) == 14 and "Left out: 1 more, no faster than" in legend
@@ -436,7 +444,7 @@ def test_a_short_table_for_the_readme() -> None:
     names = ("PeRL, Triton", "PyTorch, eager", "CCE", "CCE")
     rows = [row(OPS[0], MODELS[1], SIZES[-1], name) for name in names]
     rows[3] |= {"provider": "CCE, every block", "median": rows[2]["median"] / 2}
-    table, legend = report.readme_table({**found, "rows": rows}).split("\n\n")
+    table, legend = readme_table({**found, "rows": rows}).split("\n\n")
     assert [line.split(" | ")[2].strip() for line in table.splitlines()[2:]] == [
         "CCE, every block",
         "PyTorch, eager",
@@ -449,7 +457,7 @@ def test_the_command_prints_the_short_table(
 ) -> None:
     file = written(tmp_path, results())
     assert report.main([str(file), "--readme"]) == 0
-    assert capsys.readouterr().out == report.readme_table(results()) + "\n"
+    assert capsys.readouterr().out == readme_table(results()) + "\n"
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -479,7 +487,7 @@ def test_the_command_writes_the_report_and_its_pictures(tmp_path: Path) -> None:
 def test_pictures_are_the_same_each_time(tmp_path: Path) -> None:
     def sums(folder: Path) -> list[str]:
         folder.mkdir()
-        pictures = draw(check(results()), folder / "x")
+        pictures = draw(Results.model_validate(results()), folder / "x")
         return [hashlib.sha256(p.path.read_bytes()).hexdigest() for p in pictures]
 
     assert sums(tmp_path / "a") == sums(tmp_path / "CCE, every block")
@@ -489,7 +497,7 @@ def test_equal_times_do_not_hide_one_another(tmp_path: Path) -> None:
     rows = [row(OPS[0], MODELS[0], 1024, name) for name in PROVIDERS if name != "Quack"]
     for r in rows:
         r["median"] = 1.0 if r["ours"] else 2.2
-    (picture,) = draw(check({**results(), "rows": rows}), tmp_path / "x")
+    (picture,) = draw(Results.model_validate({**results(), "rows": rows}), tmp_path / "x")
     heights: dict[str, list[float]] = {}
     for mark in ElementTree.parse(picture.path).iter("{http://www.w3.org/2000/svg}use"):
         heights.setdefault(mark.attrib["x"], []).append(float(mark.attrib["y"]))
@@ -511,7 +519,7 @@ def test_no_pictures_without_figures(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "![" not in text and "picture" not in text.lower()
     assert "peaks were not measured" in text and "## Growth" not in text
     found["rows"] = []
-    assert "No benchmark has run." in report.markdown(found)
+    assert "No benchmark has run." in markdown(found)
 
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

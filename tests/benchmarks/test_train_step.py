@@ -16,10 +16,11 @@ from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 pytest.importorskip("transformers")
 
+
 import perl.model.policy
 from benchmarks.bench_train_step import main, parse
-from benchmarks.train_step import measure, variants
-from benchmarks.train_step.run import make_trainee
+from benchmarks.train_step import flops, variants
+from benchmarks.train_step.measure import make_trainee
 from benchmarks.train_step.variants import Logprobs, Trainee
 
 ROOT = Path(__file__).parents[2]
@@ -116,14 +117,14 @@ def test_pieces_count_as_attention_on_each() -> None:
     query, key = torch.empty(5, heads, dim), torch.empty(9, 2, dim)
     cu_query, cu_key = torch.tensor([0, 3, 5]), torch.tensor([0, 5, 9])
     shapes = [((1, heads, q, dim), (1, 2, k, dim)) for q, k in sizes]
-    forward = sum(measure._sdpa(q, k, k) for q, k in shapes)
-    backward = sum(measure._sdpa_backward(q, q, k, k) for q, k in shapes)
+    forward = sum(flops._sdpa(q, k, k) for q, k in shapes)
+    backward = sum(flops._sdpa_backward(q, q, k, k) for q, k in shapes)
     repeated = [(q, (1, heads, *k[2:])) for q, k in shapes]
     assert forward == sum(sdpa_flop_count(q, k, k) for q, k in repeated)
     assert backward == sum(sdpa_backward_flop_count(q, q, k, k) for q, k in repeated)
-    assert measure._varlen(query, key, key, cu_query, cu_key, 3, 5) == forward
+    assert flops._varlen(query, key, key, cu_query, cu_key, 3, 5) == forward
     saved = (query, key, key, query, torch.empty(0), cu_query, cu_key)
-    assert measure._varlen_backward(query, *saved, 3, 5) == backward
+    assert flops._varlen_backward(query, *saved, 3, 5) == backward
 
 
 def test_wrong_log_probs_are_refused(monkeypatch, tmp_path, capsys) -> None:

@@ -22,12 +22,12 @@ import trl
 
 import perl.training.reinforce
 from benchmarks.bench_trainer import main, parse
-from benchmarks.shapes import shape
-from benchmarks.trainer import perl_trainer, questions, start
+from benchmarks.harness.models import shape
+from benchmarks.trainer import perl_trainer, start
+from benchmarks.trainer.clock import PARTS, StepTime
 from benchmarks.trainer.fresh import forget_trainers
+from benchmarks.trainer.measure import count
 from benchmarks.trainer.perl_trainer import PerlTrainer
-from benchmarks.trainer.run import count
-from benchmarks.trainer.step_clock import PARTS, StepTime
 from benchmarks.trainer.trl_trainer import TrlTrainer
 from perl.config import AdvantageConfig
 from perl.types import Group, Segment
@@ -125,7 +125,7 @@ def test_either_trainer_is_the_first_in_turn(monkeypatch, capsys) -> None:
         order.append(make)
         return [StepTime(1.0, dict.fromkeys(PARTS, 0.25))]
 
-    monkeypatch.setattr("benchmarks.trainer.run._time", timed)
+    monkeypatch.setattr("benchmarks.trainer.measure._time", timed)
     assert main([*SMALL, "--rounds=3"]) == 0
     trl, perl = SIDES.values()
     assert order == [perl, trl, trl, perl, perl, trl]
@@ -210,8 +210,8 @@ def test_wrong_steps_are_refused(wrong: Any, dtype, monkeypatch, tmp_path, capsy
 
 def test_other_prompts_are_refused(monkeypatch, tmp_path, capsys) -> None:
     """TRL's images the other way round: the tokens are the same."""
-    right = questions.permute
-    monkeypatch.setattr(questions, "permute", lambda e, order: right(e, order[::-1]))
+    right = start.permute
+    monkeypatch.setattr(start, "permute", lambda e, order: right(e, order[::-1]))
     assert_refused("TRL has no completion for digits-train-which-", tmp_path, capsys)
 
 

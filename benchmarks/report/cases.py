@@ -1,0 +1,117 @@
+"""Rows side by side: who took how much longer than this repository at the same work."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from statistics import median
+
+from benchmarks.report.results_file import Row
+
+_PREFERRED = ("Triton", "PyTorch")
+"""Backends that ratios refer to, the first that was timed: a GPU's, a CPU's."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation at one size, by all its providers."""
+
+    op: str
+    name: str
+    rows: Sequence[Row]
+
+    @cached_property
+    def reference(self) -> Row | None:
+        """The row of ours that the others are compared with; None where none of ours was timed."""
+        return min((r for r in self.rows if r.ours and r.timed), key=_preference, default=None)
+
+    def ratio(self, row: Row) -> float | None:
+        """Its time over ours: more than 1 is slower than ours."""
+        if not (row.median and row.timed and self.reference and self.reference.median):
+            return None
+        return row.median / self.reference.median
+
+    def ratios(self, row: Row) -> list[float]:
+        """The same of each turn, in which one ran soon after the other."""
+        if self.ratio(row) is None or self.reference is None or row is self.reference:
+            return []
+        pairs = zip(row.turns, self.reference.turns, strict=False)
+        return [median(theirs) / median(ours) for theirs, ours in pairs if theirs and ours]
+
+    def difference(self, row: Row) -> int:
+        """1: slower than ours; -1: faster; 0: no ratio, or turns on both sides of 1, which are no difference."""
+        ratio, around = self.ratio(row), self.ratios(row)
+        if ratio is None or (len(around) > 1 and min(around) <= 1 <= max(around)):
+            return 0
+        return (ratio > 1) - (ratio < 1)
+
+    def memory_ratio(self, row: Row) -> float | None:
+        """The most memory it held over ours: more than 1 is more than ours."""
+        ours = self.reference.peak_extra_bytes if self.reference else None
+        if self.ratio(row) is None or row.peak_extra_bytes is None or not ours:
+            return None
+        return row.peak_extra_bytes / ours
+
+    @property
+    def axis(self) -> str:
+        """Of the series that it is a part of; empty for none."""
+        return self.rows[0].axis
+
+    @property
+    def ordered(self) -> list[Row]:
+        """The fastest first; those without a time last, as they came."""
+        return sorted(self.rows, key=lambda r: (not r.timed, r.median if r.timed else 0.0))
+
+
+def _preference(row: Row) -> int:
+    places = [i for i, name in enumerate(_PREFERRED) if name in row.provider]
+    return places[0] if places else len(_PREFERRED)
+
+
+def by_op(rows: Iterable[Row]) -> dict[str, list[Case]]:
+    """Cases of every operation, in the order of the rows.
+
+    A size that was measured by itself and as a part of a series is two cases: their rows took turns apart.
+    """
+    found: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.op, row.case, row.axis), []).append(row)
+    sizes = Counter((op, name) for op, name, _ in found)
+    ops: dict[str, list[Case]] = {}
+    for (op, name, axis), members in found.items():
+        again = f" (series over {axis})" if axis and sizes[op, name] > 1 else ""
+        ops.setdefault(op, []).append(Case(op, name + again, members))
+    return ops
+
+
+@dataclass
+class Peer:
+    """Somebody else's implementation over the cases of an operation."""
+
+    provider: str
+    ratios: list[float] = field(default_factory=list)
+    """Of times, where both it and ours were timed."""
+    memory: list[float] = field(default_factory=list)
+    """Where both have a figure."""
+    differences: list[int] = field(default_factory=list)
+    """As in `Case.difference`, for each of the ratios."""
+    cases: int = 0
+    """Where it was to take part."""
+
+
+def peers(cases: Iterable[Case]) -> list[Peer]:
+    found: dict[str, Peer] = {}
+    for case in cases:
+        for row in case.rows:
+            if row.ours:
+                continue
+            peer = found.setdefault(row.provider, Peer(row.provider))
+            peer.cases += 1
+            if ratio := case.ratio(row):
+                peer.ratios.append(ratio)
+                peer.differences.append(case.difference(row))
+            if (memory := case.memory_ratio(row)) is not None:
+                peer.memory.append(memory)
+    return list(found.values())

@@ -1,0 +1,1 @@
+"""One training step padded, packed and shared: workload.py makes it, variants.py runs it, measure.py proves and times it."""
