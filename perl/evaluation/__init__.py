@@ -1,1 +1,9 @@
-"""evaluation"""
+"""What a policy can do: on held-out examples, on public benchmarks, on each question of a training set.
+
+* `evaluate.evaluate` and `aggregate`: accuracy and consistency over image orders, in a run and by `perl-rl evaluate`;
+  `agreement.group_agreement` is the consistency of a training group.
+* `suites/`: the eight benchmarks of the paper; see there to add one. `statistics` says how sure their numbers are.
+* `difficulty`: how often a policy answers each question right, kept in a `MeasuredFile`; `selection.write_selection` keeps the
+  questions that fit a histogram. `filter_command` and the filter stage of a run use both.
+* `commands`, `generate`, `filter_command`: `perl-rl evaluate`, `compare`, `generate` and `filter`, each with its options.
+"""
