@@ -28,6 +28,8 @@ import pytest
 import tomli_w
 from PIL import Image
 
+from tests.command_line import run
+
 # A busy machine is not a failure, and CI runs the same examples each time.
 hypothesis.settings.register_profile("perl", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("perl")
@@ -136,19 +138,16 @@ def _log_levels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def error_of(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Runs the command line, which must fail by one line of error with code 2, and returns what it says."""
 
-    from perl.cli import main
-
-    def run(*arguments: object) -> str:
+    def said_by(*arguments: object) -> str:
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(a) for a in arguments])
+        code = run(*arguments)
         said = capsys.readouterr().err
         errors = [line for line in said.splitlines() if line.startswith("error: ")]
-        assert stop.value.code == 2 and len(errors) == 1, said
+        assert code == 2 and len(errors) == 1, said
         assert said.endswith(f"{errors[0]}\n") and "Traceback" not in said
         return errors[0].removeprefix("error: ")
 
-    return run
+    return said_by
 
 
 @pytest.fixture

@@ -13,10 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from perl.cli import main
 from perl.training.checkpoint import CheckpointManager
+from tests.command_line import ErrorOf, metrics, run
 
-ErrorOf = Callable[..., str]
 ROOT = Path(__file__).parents[1]
 
 CUSTOM_CODE = """
@@ -24,16 +23,6 @@ from pathlib import Path
 Path({flag!r}).touch()
 class Custom: ...
 """
-
-
-def run(*arguments: object) -> int | str | None:
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in arguments])
-    return stop.value.code
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
 
 
 def write_rows(recipe: Path, **changes: Any) -> Path:
@@ -100,7 +89,26 @@ def test_bad_images_are_found_before_anything_is_written(
         ({"images": ["0.png", "1.png", "2.png"]}, "3 images but 2 <image> slots"),
         ({"answer": "E"}, "answer 'E' names none of its 2 images (A to B or 1 to 2)"),
         ({"answer": ""}, "the answer is empty"),
-        ({"kind": "nonsense"}, "nonsense"),
+        (
+            {"kind": "nonsense"},
+            "unknown kind 'nonsense'; use all, first_fixed, last:K, ordering, none",
+        ),
+        (
+            {"kind": "ordering"},
+            "needs an answer that is the letter of an option such as 'A. 2, 1, 3'",
+        ),
+        (
+            {
+                "question": "<image> <image> What is the order of events? A. 2, 1 B. 1, 2",
+                "kind": "ordering",
+                "should_change": False,
+            },
+            "draws a new right option, but should_change is false; set it to true, or the kind to none",
+        ),
+        (
+            {"answer": "B", "should_change": False},
+            "answer 'B' names image 2, which may move; set should_change to true, or kind to none",
+        ),
     ],
 )
 def test_bad_rows_are_found_before_anything_is_written(
@@ -112,6 +120,29 @@ def test_bad_rows_are_found_before_anything_is_written(
     as_eval = ("--data.eval", data, "--eval.examples", "6")
     assert error_of("train", short_recipe, *as_eval) == said
     assert not (short_recipe.parent / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("question", "options", "match"),
+    [
+        (
+            "<image> <image> Is image 1 a three ?",
+            (),
+            'its text names image 1, which moves; set permutation.text = "references", or a kind',
+        ),
+        (
+            "Image 1: <image> and this one: <image> Is image 1 a three ?",
+            ("--permutation.text", "references"),
+            "its text may name an image by 'Image 1', which cannot be rewritten for certain; write",
+        ),
+    ],
+)
+def test_texts_that_name_images(
+    question: str, options: tuple[str, ...], match: str, short_recipe: Path, error_of: ErrorOf
+) -> None:
+    data = write_rows(short_recipe, question=question, answer="yes", should_change=False)
+    said = error_of("train", short_recipe, "--data.train", data, *options)
+    assert said.startswith("example 'row-3': ") and match in said
 
 
 def test_data_sets_without_rows(short_recipe: Path, error_of: ErrorOf) -> None:

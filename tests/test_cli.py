@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from perl import files as hub
-from perl.cli import COMMANDS, main
-
-ErrorOf = Callable[..., str]
+from perl.cli import COMMANDS
+from tests.command_line import ErrorOf, run
 
 STOPPER = """
 import os, signal
@@ -26,12 +25,6 @@ def stop(prompts, completions, **columns):
         os.kill(os.getpid(), signal.{signal})
     return [float(i % 2) for i in range(len(completions))]
 """
-
-
-def run(*arguments: object) -> int | str | None:
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in arguments])
-    return stop.value.code
 
 
 def steps(folder: Path) -> list[int]:

@@ -15,8 +15,7 @@ from perl.config import Config, part_name
 from perl.recipe import check_config, load_recipe, read_config, recipe_names, save_config
 from perl.rewards.scorer import Scorer
 from perl.types import UserError
-
-ErrorOf = Callable[..., str]
+from tests.command_line import ErrorOf
 
 OUT_OF_RANGE = {
     "run.seed": ("-1", "9999999999"),

@@ -14,8 +14,8 @@ from perl.config import DataConfig
 from perl.data.dataset import load_examples, validate
 from perl.data.labelling.label import Label, kind_of
 from tests.chat_server import Reply, says, serving
+from tests.command_line import ErrorOf
 
-ErrorOf = Callable[..., str]
 Answer = Callable[[str], Any]
 
 ROWS: list[dict[str, Any]] = [

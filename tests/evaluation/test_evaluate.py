@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from perl.cli import main
 from perl.config import EvalConfig, ModelConfig
 from perl.evaluation.evaluate import aggregate, evaluate
 from perl.model.loading import load_policy, load_processor
 from perl.rollout.engine import InProcessEngine
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.types import Example, UserError
+from tests.command_line import run
 
 PICTURES = tuple(Image.new("RGB", (28, 28), c) for c in ("red", "green", "blue"))
 
@@ -59,12 +59,6 @@ def test_pictures_with_the_same_bytes_and_other_palettes_are_two(
     other.putpalette([0, 0, 0, 0, 0, 255])
     encode = tools[1].processor.encode_image
     assert encode(one).key != encode(other).key
-
-
-def run(*arguments: object) -> int | str | None:
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in arguments])
-    return stop.value.code
 
 
 def test_long_prompts_of_a_run_are_an_error_or_left_out(

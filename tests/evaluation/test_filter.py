@@ -20,8 +20,7 @@ from perl.data.resample import resample, scarce_level
 from perl.evaluation.difficulty import CHUNK
 from perl.recipe import save_config
 from perl.rewards.scorer import BUILT_IN
-
-ErrorOf = Callable[..., str]
+from tests.command_line import ErrorOf
 
 ROWS = 40
 

@@ -10,22 +10,14 @@ from typing import Any
 import datasets
 import pytest
 
-from perl.cli import main
 from perl.evaluation.suites import SUITES
+from tests.command_line import ErrorOf, run
 from tests.evaluation.benchmarks import IMAGE, PICTURES, TEXT, make_benchmarks, parquet
-
-ErrorOf = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_benchmarks(tmp_path_factory.mktemp("benchmarks"))
-
-
-def run(*arguments: object) -> int | str | None:
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in arguments])
-    return stop.value.code
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

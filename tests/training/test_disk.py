@@ -14,20 +14,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from perl.cli import main
 from perl.training.checkpoint import CheckpointManager, Progress
-
-ErrorOf = Callable[..., str]
-
-
-def run(*arguments: object) -> int | str | None:
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in arguments])
-    return stop.value.code
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+from tests.command_line import ErrorOf, metrics, run
 
 
 @pytest.fixture

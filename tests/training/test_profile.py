@@ -18,12 +18,11 @@ import torch
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
-from perl.cli import main
 from perl.config import Config, StageConfig
 from perl.timing import StageClock, span, span_of_backward
 from perl.training.profile_report import add_device, figures, print_report
+from tests.command_line import ErrorOf, run
 
-ErrorOf = Callable[..., str]
 STAGES = """
 [[stages]]
 name = "sieve"
@@ -36,12 +35,6 @@ UPDATE = {
     *("vision", "vision.backward", "language_model", "language_model.backward"),
     *("loss", "loss.backward", "optimizer", "sync"),
 }
-
-
-def run(*arguments: object) -> int | str | None:
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in arguments])
-    return stop.value.code
 
 
 def ranges(trace: Path) -> list[str]:
