@@ -9,7 +9,7 @@ from PIL import Image
 
 from benchmarks.conftest import TakeTurn
 from benchmarks.harness.contest import Contest, Inputs, Provider, Run
-from perl.permutation.permute import Order, orders, permute
+from perl.permutation import Order, orders, permute
 from perl.types import Example, Variant
 
 COUNTS = (4, 8, 16, 32, 64)

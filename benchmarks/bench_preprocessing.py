@@ -15,7 +15,7 @@ from benchmarks.conftest import TakeTurn
 from benchmarks.harness.contest import Contest, Inputs, Provider, Run
 from perl.config import ModelConfig
 from perl.model.processor import Processor, parts
-from perl.permutation.permute import orders, permute
+from perl.permutation import orders, permute
 from perl.types import EncodedPrompt, Example, Variant
 
 ORDERS = 4

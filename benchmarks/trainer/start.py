@@ -19,7 +19,7 @@ from perl.model.families.qwen import QwenVL
 from perl.model.loading import check_model, load_processor
 from perl.model.processor import Processor, parts
 from perl.model.tiny import make_image_processor, make_tokenizer, save_processor, tiny_config
-from perl.permutation.permute import orders, permute
+from perl.permutation import orders, permute
 from perl.types import Example, UserError, Variant
 
 LEARNING_RATE, WEIGHT_DECAY, BETAS, MAX_GRAD_NORM = 1e-6, 0.01, (0.9, 0.999), 1.0

@@ -138,7 +138,7 @@ def measured(model: Path) -> dict[str, float]:
     from perl.data.dataset import load_examples
     from perl.evaluation.agreement import agreement, chosen_picture
     from perl.model.loading import load_policy, load_processor
-    from perl.permutation.permute import all_orders, permute
+    from perl.permutation import all_orders, permute
     from perl.report.metrics import mean
     from perl.rewards.answers import extract_answer, same_answer
     from perl.rollout.engine import SamplingParams

@@ -14,7 +14,7 @@ from perl.data.columns import choose_convention, may_move, read_row
 from perl.data.pictures import open_stored
 from perl.data.sources import Source, open_source
 from perl.data.tasks import BundledTasks
-from perl.permutation.permute import check_answer
+from perl.permutation import check_answer
 from perl.types import Example, UserError
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from perl.data.pictures import PictureCollection, Split, load_collection
-from perl.permutation.permute import LETTERS, letter_slots
+from perl.permutation import LETTERS, letter_slots
 from perl.types import IMAGE_SLOT, Example, UserError
 
 THINK, END_THINK, BOXED, END_BOXED = "<think>", "</think>", "\\boxed{", "}"

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from itertools import combinations
 
-from perl.permutation.permute import original_answer
+from perl.permutation import original_answer
 from perl.rewards.answers import extract_answer, normalise
 from perl.types import Group, Rollout
 

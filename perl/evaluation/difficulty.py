@@ -16,8 +16,7 @@ import numpy as np
 
 from perl.data.dataset import Dataset
 from perl.files import append_rows, keep_rows, read_rows
-from perl.permutation.orders import shares
-from perl.permutation.permute import Consistency, orders, permute
+from perl.permutation import Consistency, orders, permute, shares
 from perl.report.metrics import mean
 from perl.rewards.scorer import Scorer
 from perl.rollout.engine import InProcessEngine

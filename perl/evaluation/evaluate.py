@@ -11,7 +11,7 @@ from typing import Any
 from perl.config import MeasureConfig
 from perl.data.dataset import Dataset
 from perl.evaluation.agreement import agreement, chosen_picture
-from perl.permutation.permute import Consistency, all_orders, permute
+from perl.permutation import Consistency, all_orders, permute
 from perl.report.metrics import mean
 from perl.rewards.answers import accuracy, format_reward
 from perl.rollout.engine import InProcessEngine, SamplingParams

@@ -1,40 +1,51 @@
 """Which images an answer names, and the answer that names the same images somewhere else.
 
 Which image a letter names: where the text labels its slots (`A <image> B <image>`, `(A) <image>`,
-`A. <image>`) the labels decide. Where it lists options in words (`A. Image 2`), a letter stands for
-its option, which may speak of one image, of several or of none; see `perl.permutation.choices`. Else
-the letters count the options: all images, or for the kinds `first_fixed` and `last:K` those that may
-move, the others being the question's own. A number, as in `2` or `Image 2`, names the slot that is
-labelled with it (`Image 2: <image>`); without such labels numbers count all slots from 1, as
-ordinals ("the second image") always do.
+`A. <image>`) the labels decide. Where it lists options in words (`A. Image 2`, `B. both`, `C. a dog`),
+a letter stands for its option, which may speak of one image, of several or of none. Else the letters
+count the options: all images, or for the kinds `first_fixed` and `last:K` those that may move, the
+others being the question's own. A number, as in `2` or `Image 2`, names the slot that is labelled with
+it (`Image 2: <image>`); without such labels numbers count all slots from 1, as ordinals ("the second
+image") always do.
+
+Where the text is rewritten, an option in words follows its images and its letter stays right. Where
+the text stays, the right option is the one that says of the images' new slots what the old one said
+of the old slots. If no option does, or two do, there is no right answer and the question is refused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from perl.permutation.doubts import unfollowed
-from perl.permutation.labels import SlotLabels, slot_labels
-from perl.permutation.options import Line, find_options, in_words, longest, option_lines
-from perl.permutation.references import LETTERS, NOUN, Mention, bare_name, doubts, mentions, write
-from perl.types import IMAGE_SLOT, Example, UserError
-
-__all__ = [
-    "LETTERS",
-    "Lettering",
-    "Slots",
-    "lettering",
-    "named_images",
-    "no_image_named",
-    "option_lines",
-    "plainly_named",
-    "rename",
-    "short",
-    "text_of",
-]
+from perl.permutation.layout import (
+    Meaning,
+    Option,
+    SlotLabels,
+    described,
+    find_options,
+    images_in,
+    in_words,
+    letter_of,
+    longest,
+    meaning,
+    moved,
+    slot_labels,
+)
+from perl.permutation.references import (
+    LETTERS,
+    NOUN,
+    Mention,
+    Names,
+    bare_name,
+    mentions,
+    read,
+    unsupported_mentions,
+    write,
+)
+from perl.types import IMAGE_SLOT, Example
 
 Slots = tuple[int, ...]
 
@@ -44,7 +55,7 @@ _NAME = re.compile(
     r"\s*[(\[]*\s*(?:(?:image|picture|option)(?:[\s#_-]+|(?=[0-9])))?([A-Za-z]|[0-9]{1,4})\s*[)\]]*\s*\.?\s*",
     re.IGNORECASE | re.ASCII,
 )
-LETTER_AND_TEXT = re.compile(
+_LETTER_AND_TEXT = re.compile(
     r"\s*[(\[]?([A-Za-z])(?:[).:\]]+\s*|\s*,\s+|\s+[-–—]\s+)(\S.*?)\s*",
     re.DOTALL | re.ASCII,
 )
@@ -52,11 +63,15 @@ _STRAY = re.compile(
     rf"(?<![\w'])([A-Z])(?![\w'])(?!\s[a-z])|[(\[]([A-Za-z])[)\]]|^\s*[0-9]+\s*[.):]|{NOUN}[\s#_-]{{0,4}}[0-9]",
     re.ASCII,
 )
-
-
-_NUMBERED = re.compile(
-    r"(?:^|(?<=[\s>]))[(\[]?(1|2)[).\]]{1,2}[ \t]{1,8}(?=[^\s<])", re.MULTILINE | re.ASCII
+_CHOICE = re.compile(
+    r"(\s*[(\[]*\s*(?:(?:option|choice|image|picture)\s+)?)([A-Za-z])(\s*[)\]]*\s*\.?\s*)",
+    re.IGNORECASE | re.ASCII,
 )
+_CHOICES = re.compile(r"(\s{0,8}(?:,|;|&|\band\b)\s{0,8})", re.IGNORECASE | re.ASCII)
+
+
+class NoAnswer(Exception):
+    """Why an answer cannot be written when the images move."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,38 +82,28 @@ class Lettering:
     `source`: `slots` carry the letters as labels, letters stand for `options` in words (`slots` then
     are those of the first options that name one image each), or letters `count` the images.
     `lines` are the options in words, `bare` the names in them that are nothing but a number or an
-    ordinal (empty unless all are, of different images), `some_bare` says that there is one;
-    `numbered` that the text lists options as `1.`, `2.`; `labels` is what labels the slots.
+    ordinal (empty unless all are, of different images), `some_bare` says that there is one; `labels`
+    is what labels the slots.
     """
 
     slots: Slots
     source: Literal["slots", "options", "count"]
     numbers: Slots
-    lines: tuple[Line, ...]
+    lines: tuple[Option, ...]
     bare: tuple[Mention, ...]
     labels: SlotLabels
     count: int
     some_bare: bool
-    numbered: bool
 
     @property
-    def in_text(self) -> Slots:
-        """What letters name in the text, where "image B" may stand."""
-        return self.slots if self.source == "slots" else ()
+    def in_text(self) -> Names:
+        """What is named in the text, where "image B" may stand only if B labels a slot."""
+        return Names(self.count, self.slots if self.source == "slots" else (), self.numbers)
 
     @property
-    def letters(self) -> Slots | None:
-        """What letters name in an answer; None where they stand for options."""
-        return None if self.lines else self.slots
-
-    def found(self, text: str) -> list[Mention]:
-        """The mentions in the example's text, or in a part of it."""
-        return mentions(text, self.count, self.in_text, self.numbers)
-
-    def vague(self, text: str) -> list[str]:
-        """Words in a part of the text that may name an image and cannot be followed."""
-        unsure = doubts(text, self.count, self.in_text, self.numbers)
-        return unsure + unfollowed(text, self.found(text))
+    def in_answers(self) -> Names:
+        """What is named in an answer, whose letters may count images or stand for options."""
+        return Names(self.count, self.slots, self.numbers)
 
 
 def text_of(example: Example) -> str:
@@ -118,31 +123,31 @@ def lettering(example: Example, options: Slots) -> Lettering:
     lines = tuple(longest(in_words(runs)))
     pictured = [run for run in runs if any(IMAGE_SLOT in line.text for line in run)]
     slots = labels.letters or _slots_in(longest(pictured), text)
-    bare = [bare_name(line.text, count, numbers) for line in lines]
-    numbered = {m[1] for m in _NUMBERED.finditer(text)} == {"1", "2"}
-    some = any(m is not None for m in bare)
-    names = Lettering(slots, "slots", numbers, lines, (), labels, count, some, numbered)
-    if example.should_change and bare and len({m.slot for m in bare if m}) == len(bare):
-        shifted = (
-            replace(m, start=m.start + line.start, end=m.end + line.start)
-            for m, line in zip(bare, lines, strict=True)
-            if m
-        )
-        names = replace(names, bare=tuple(shifted))
+    bare = [bare_name(line.text, Names(count, (), numbers)) for line in lines]
+    named = [
+        replace(one, start=one.start + line.start, end=one.end + line.start)
+        for one, line in zip(bare, lines, strict=True)
+        if one
+    ]
+    some_bare = bool(named)
+    if not example.should_change or len({one.slot for one in named}) < len(lines):
+        named = []
+    names = Lettering(slots, "slots", numbers, lines, tuple(named), labels, count, some_bare)
     if slots:
         return names
-    if lines:
-        single: list[int] = []
-        for line, one in zip(lines, bare, strict=True):
-            said = {one.slot} if one and names.bare else {m.slot for m in names.found(line.text)}
-            if len(said) != 1:
-                break
-            single += said
-        return replace(names, slots=tuple(single), source="options")
-    return replace(names, slots=options[: len(LETTERS)], source="count")
+    if not lines:
+        return replace(names, slots=options[: len(LETTERS)], source="count")
+    names = replace(names, source="options")
+    single: list[int] = []
+    for line, one in zip(lines, bare, strict=True):
+        said = {one.slot} if one and named else {m.slot for m in mentions(line.text, names.in_text)}
+        if len(said) != 1:
+            break
+        single += said
+    return replace(names, slots=tuple(single))
 
 
-def _slots_in(lines: Sequence[Line], text: str) -> Slots:
+def _slots_in(lines: Sequence[Option], text: str) -> Slots:
     """The slots that options show, for as many of the first options as show one each."""
     slots: list[int] = []
     for line in lines:
@@ -161,10 +166,10 @@ def named_images(
     left out, numbers count all slots. An answer that names one image by a letter and another one in
     words (`A. Image 2`) names none.
     """
-    found = _names_in(answer, count, letters, range(count) if numbers is None else numbers)
+    found = _names_in(answer, Names(count, letters, range(count) if numbers is None else numbers))
     if not found:
         return None
-    spelled = LETTER_AND_TEXT.fullmatch(answer) and found[0].style == "letter"
+    spelled = _LETTER_AND_TEXT.fullmatch(answer) and found[0].style == "letter"
     twice = spelled and len({m.slot for m in found}) == 1
     return (found[0].slot,) if twice else tuple(m.slot for m in found)
 
@@ -176,80 +181,184 @@ def plainly_named(answer: str, names: Lettering) -> Slots:
     with a noun (`Image 2`, `the second image`). A bare number may be a count, and a letter without
     labels an option.
     """
-    letters = () if names.lines else names.slots
-    slots = [m.slot for m in mentions(answer, names.count, letters, names.numbers)]
+    known = replace(names.in_answers, letters=() if names.lines else names.slots)
+    slots = [m.slot for m in mentions(answer, known)]
     if names.source == "slots" and not names.lines:
-        slots += [
-            m.slot
-            for m in _names_in(answer, names.count, names.slots, names.numbers)
-            if m.style == "letter"
-        ]
+        slots += [m.slot for m in _names_in(answer, known) if m.style == "letter"]
     return tuple(slots)
 
 
-def rename(
-    answer: str,
-    slots: Sequence[int],
-    letters: Sequence[int],
-    letters_move: bool = True,
-    numbers: Sequence[int] | None = None,
-) -> str | None:
+def rename(answer: str, slots: Sequence[int], names: Names) -> str | None:
     """The answer with every named slot s replaced by `slots[s]`, in the style it is written in.
 
     None if it names no image, or would have to name a slot by a letter or number that it has not
-    got. With `letters_move=False` letters stay, because the text behind them follows its image.
+    got.
     """
-    numbers = range(len(slots)) if numbers is None else numbers
-    found = _names_in(answer, len(slots), letters, numbers)
-    if not found:
-        return None
+    found = _names_in(answer, names)
     lettered = [m for m in found if m.style == "letter"]
-    if letters_move and any(slots[m.slot] not in letters for m in lettered):
+    if not found or any(slots[m.slot] not in names.letters for m in lettered):
         return None
-    moving = found if letters_move else [m for m in found if m.style != "letter"]
     try:
-        return write(answer, moving, slots, letters, numbers)
+        return write(answer, found, slots, names)
     except LookupError:
         return None
 
 
-def _names_in(
-    answer: str, count: int, letters: Sequence[int], numbers: Sequence[int]
-) -> list[Mention]:
+def is_choice(names: Lettering, answer: str) -> bool:
+    """Whether an answer gives letters of options in words, alone or with the text of one."""
+    alone = _replace(names, answer, lambda letter: letter) is not None
+    return alone or _letter_and_text(names, answer) is not None
+
+
+def meanings(names: Lettering) -> dict[str, Meaning]:
+    """What every option in words says, by letter."""
+    return {line.letter: _says(names, line.text) for line in names.lines}
+
+
+def follow(names: Lettering, answer: str, where: Sequence[int], rewritten: bool) -> str:
+    """The right answer to a question with options in words when the image of each slot s has moved to
+    slot `where[s]`.
+
+    Raises:
+        NoAnswer: there is none that is certain.
+    """
+    options = meanings(names)
+    for line in () if rewritten else names.lines:
+        found, ambiguous = read(line.text, names.in_text)
+        if words := ambiguous + unsupported_mentions(line.text, found):
+            raise NoAnswer(
+                f"its options name images in words that cannot be followed ('{words[0]}')"
+            )
+    if not is_choice(names, answer):
+        said = _says(names, answer)  # It may be an option's own words.
+        if (
+            not rewritten
+            and letter_of(said, options)
+            and not letter_of(moved(said, where), options)
+        ):
+            raise NoAnswer("no option says the same when images move")
+        new = rename(answer, where, names.in_text)
+        if new is None:
+            raise NoAnswer("it names no image, or one that moves to a slot without a name")
+        return new
+    if names.source == "slots":
+        raise NoAnswer("its letters label images as well as options in words")
+
+    def moved_letter(letter: str) -> str:
+        return letter if rewritten else _moved_letter(letter, where, options)
+
+    both = _letter_and_text(names, answer)
+    if both is None:
+        new = _replace(names, answer, moved_letter)
+        assert new is not None
+        return new
+    letter, text = both[1].upper(), both[2]
+    if _says(names, text) != options[letter]:
+        raise NoAnswer("its letter and its text are not the same option")
+    new = moved_letter(letter) if both[1].isupper() else moved_letter(letter).lower()
+    said = rename(text, where, names.in_text)
+    if said is None and images_in(options[letter]):
+        raise NoAnswer("its text cannot be rewritten")
+    between = answer[both.end(1) : both.start(2)]
+    return f"{answer[: both.start(1)]}{new}{between}{said or text}{answer[both.end(2) :]}"
+
+
+def back(names: Lettering, answer: str, order: Sequence[int], rewritten: bool) -> str | None:
+    """An answer given in `order`, as the original option, or in words if none says the same there.
+
+    Equal results mean that the same pictures were chosen; None if letter and text disagree or no
+    image is named.
+    """
+    options = meanings(names)
+    if both := _letter_and_text(names, answer):
+        where = sorted(range(len(order)), key=lambda slot: order[slot])
+        shown = options[both[1].upper()]
+        if _says(names, both[2]) != (moved(shown, where) if rewritten else shown):
+            return None
+        answer = both[1]
+
+    def original(letter: str) -> str:
+        if rewritten or not images_in(options[letter]):
+            return letter
+        said = moved(options[letter], order)
+        same = letter if said == options[letter] else letter_of(said, options)
+        return same or described(said)
+
+    chosen = _replace(names, answer, original)
+    return rename(answer, order, names.in_text) if chosen is None else chosen
+
+
+def _says(names: Lettering, text: str) -> Meaning:
+    """What an option or an answer says."""
+    one = bare_name(text, names.in_text) if names.bare else None
+    return meaning(text, [one] if one else mentions(text, names.in_text))
+
+
+def _moved_letter(letter: str, where: Sequence[int], options: Mapping[str, Meaning]) -> str:
+    said = options[letter]
+    if not images_in(said):
+        raise NoAnswer(f"option {letter} speaks of no image")
+    new = letter_of(moved(said, where), options)
+    if new is None or letter_of(said, options) is None:
+        raise NoAnswer(f"no option, or more than one, says what {letter} says when images move")
+    return new
+
+
+def _letter_and_text(names: Lettering, answer: str) -> re.Match[str] | None:
+    """The letter of an option in words, and the text behind it."""
+    match = _LETTER_AND_TEXT.fullmatch(answer)
+    return match if match and match[1].upper() in {line.letter for line in names.lines} else None
+
+
+def _replace(names: Lettering, answer: str, new: Callable[[str], str]) -> str | None:
+    """An answer that is a list of option letters, each replaced; None if it is anything else."""
+    known = {line.letter for line in names.lines}
+    if len(answer) > _LONGEST_ANSWER:
+        return None
+    parts = _CHOICES.split(answer)
+    for i in range(0, len(parts), 2):
+        match = _CHOICE.fullmatch(parts[i])
+        if match is None or match[2].upper() not in known:
+            return None
+        letter = new(match[2].upper())
+        parts[i] = match[1] + (letter if match[2].isupper() else letter.lower()) + match[3]
+    return "".join(parts)
+
+
+def _names_in(answer: str, names: Names) -> list[Mention]:
     """Every name of an image in an answer; none if one of them cannot be told for certain."""
     if len(answer) > _LONGEST_ANSWER:
         return []
-    listed = _list(answer, count, letters, numbers)
-    if listed:
+    if listed := _list(answer, names):
         return listed
-    if both := LETTER_AND_TEXT.fullmatch(answer):
-        slot = _slot(both[1], letters, numbers)
-        said = _names_in(both[2], count, letters, numbers)
+    if both := _LETTER_AND_TEXT.fullmatch(answer):
+        slot = _slot(both[1], names)
+        said = _names_in(both[2], names)
         if slot is None or {m.slot for m in said} != {slot}:
             return []
         at = both.start(2)
         letter = Mention(*both.span(1), slot, "letter")
         return [letter, *(replace(m, start=m.start + at, end=m.end + at) for m in said)]
-    found = mentions(answer, count, letters, numbers)
+    found, ambiguous = read(answer, names)
     rest = list(answer)
     for mention in found:
         rest[mention.start : mention.end] = "\0" * (mention.end - mention.start)
-    unsure = doubts(answer, count, letters, numbers) or unfollowed(answer, found)
-    return [] if unsure or _STRAY.search("".join(rest)) else found
+    unclear = ambiguous or unsupported_mentions(answer, found) or _STRAY.search("".join(rest))
+    return [] if unclear else found
 
 
-def _list(answer: str, count: int, letters: Sequence[int], numbers: Sequence[int]) -> list[Mention]:
+def _list(answer: str, names: Names) -> list[Mention]:
     """An answer that is nothing but names; empty if it is not."""
     found, position = [], 0
     ends = [match.span() for match in _SEPARATOR.finditer(answer)]
     for end, after in [*ends, (len(answer), len(answer))]:
         item = answer[position:end]
         if match := _NAME.fullmatch(item):
-            slot = _slot(match[1], letters, numbers)
+            slot = _slot(match[1], names)
             style = "number" if match[1].isdigit() else "letter"
             one = None if slot is None else Mention(*match.span(1), slot, style)
         else:
-            one = bare_name(item, count, numbers)
+            one = bare_name(item, names)
         if one is None or one.style == "word":
             return []
         found.append(replace(one, start=one.start + position, end=one.end + position))
@@ -257,25 +366,7 @@ def _list(answer: str, count: int, letters: Sequence[int], numbers: Sequence[int
     return found
 
 
-def _slot(name: str, letters: Sequence[int], numbers: Sequence[int]) -> int | None:
-    if name.isdigit():
-        return numbers[int(name) - 1] if 1 <= int(name) <= len(numbers) else None
-    index = LETTERS.index(name.upper())
-    return letters[index] if index < len(letters) else None
-
-
-def no_image_named(example: Example, names: Lettering) -> UserError:
-    """What is wrong with an answer that should follow its image and names none."""
-    count, letters = len(example.images), names.lines or names.slots
-    known = f"1 to {len(names.numbers)}"
-    known = f"A to {LETTERS[len(letters) - 1]} or {known}" if letters else known
-    return UserError(
-        f"example '{example.id}': answer '{short(example.answer)}' names none of its "
-        f"{count} images ({known}); "
-        "correct it, or set should_change to false if the answer stays when images move"
-    )
-
-
-def short(text: str, limit: int = 60) -> str:
-    """At most `limit` characters of a text, for a message."""
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+def _slot(name: str, names: Names) -> int | None:
+    known = names.numbers if name.isdigit() else names.letters
+    index = int(name) - 1 if name.isdigit() else LETTERS.index(name.upper())
+    return known[index] if 0 <= index < len(known) else None

@@ -9,9 +9,9 @@ paper's released code does with its ordering questions.
 
 from __future__ import annotations
 
-from perl.permutation.answers import Slots, named_images, option_lines, short, text_of
-from perl.permutation.labels import labelled_numbers
-from perl.types import Example, UserError
+from perl.permutation.answers import Slots, named_images, text_of
+from perl.permutation.layout import option_lines, slot_labels
+from perl.types import Example, UserError, one_line
 
 
 def sequences(example: Example) -> dict[str, Slots]:
@@ -21,7 +21,7 @@ def sequences(example: Example) -> dict[str, Slots]:
         UserError: the text has no such options, or the answer is none of them.
     """
     count, text = len(example.images), text_of(example)
-    numbers = labelled_numbers(text) or None
+    numbers = slot_labels(text).numbers or None
     options = {
         letter: named_images(line.replace("-", ",").replace("–", ","), count, (), numbers)
         for letter, line in option_lines(text).items()
@@ -33,7 +33,7 @@ def sequences(example: Example) -> dict[str, Slots]:
         raise UserError(
             f"example '{example.id}': kind 'ordering' needs an answer that is the letter of an option "
             f"such as 'A. 2, 1, 3' (options that are sequences: {listed}), got "
-            f"'{short(example.answer)}'; correct it, or set kind to none"
+            f"'{one_line(example.answer, 60)}'; correct it, or set kind to none"
         )
     alike = {
         letter: slots

@@ -15,48 +15,23 @@ from dataclasses import replace
 from typing import Literal
 
 from perl.permutation.answers import (
-    LETTERS,
     Lettering,
+    NoAnswer,
+    back,
+    follow,
+    is_choice,
     lettering,
+    meanings,
     named_images,
-    no_image_named,
     plainly_named,
     rename,
-    short,
     text_of,
 )
-from perl.permutation.choices import NoAnswer, back, follow, is_choice, meanings
-from perl.permutation.doubts import unfollowed
-from perl.permutation.options import images_in
+from perl.permutation.layout import images_in, numbers_its_options
 from perl.permutation.ordering import letter_in, pictures_chosen, sequences
-from perl.permutation.orders import (
-    Order,
-    all_orders,
-    movable,
-    num_orders,
-    orders,
-    released_orders,
-)
-from perl.permutation.references import doubts, mentions, write
-from perl.types import Example, Message, UserError, Variant
-
-__all__ = [
-    "LETTERS",
-    "Consistency",
-    "Order",
-    "all_orders",
-    "check_answer",
-    "check_moves",
-    "letter_slots",
-    "movable",
-    "named_images",
-    "num_orders",
-    "orders",
-    "original_answer",
-    "permute",
-    "released_orders",
-    "unpermute_answer",
-]
+from perl.permutation.orders import Order, movable, num_orders
+from perl.permutation.references import LETTERS, read, unsupported_mentions, write
+from perl.types import Example, Message, UserError, Variant, one_line
 
 Consistency = Literal["slots", "references"]
 
@@ -88,39 +63,21 @@ def permute(example: Example, order: Sequence[int], text: Consistency = "slots")
     return Variant(example, order, images, answer, rewritten)
 
 
-def unpermute_answer(
-    answer: str | None,
-    order: Sequence[int],
-    should_change: bool,
-    letters: Sequence[int] | None = None,
-    letters_move: bool = True,
-    numbers: Sequence[int] | None = None,
-) -> str | None:
-    """An answer given in `order`, written in the original indexing; None if it names no image.
-
-    Equal results across orders mean that the same picture was chosen. `letters` is
-    `letter_slots(example)`; left out, letter k names slot k. `letters_move=False`: letters label
-    options whose text follows its image, so they mean the same in every order. Number k + 1 names
-    slot `numbers[k]`, or slot k. With `should_change=False` the answer comes back as it is.
-    """
-    if answer is None or not should_change:
-        return answer
-    if letters is None:
-        letters = range(min(len(order), len(LETTERS)))
-    return rename(answer, order, letters, letters_move, numbers)
-
-
 def original_answer(variant: Variant, answer: str | None) -> str | None:
-    """`unpermute_answer` for an answer given to `variant`, its letters as the text labels them."""
+    """An answer given to `variant`, written in the original indexing; None if it names no image.
+
+    Equal results across orders mean that the same picture was chosen. An answer that does not change
+    when images move comes back as it is.
+    """
     example = variant.example
-    if answer is not None and example.kind == "ordering" and example.should_change:
-        return pictures_chosen(example, variant.order, answer)
     if answer is None or not example.should_change:
         return answer
+    if example.kind == "ordering":
+        return pictures_chosen(example, variant.order, answer)
     names = _lettering(example)
     if names.lines:
         return back(names, answer, variant.order, variant.rewritten is not None)
-    return unpermute_answer(answer, variant.order, True, names.slots, True, names.numbers)
+    return rename(answer, variant.order, names.in_answers)
 
 
 def letter_slots(example: Example) -> Order:
@@ -174,12 +131,23 @@ def _lettering(example: Example) -> Lettering:
 
 def _check_named(example: Example, names: Lettering) -> None:
     if not example.should_change:
-        _check_that_it_names_none(example, names)
+        moving = {slot for block in movable(example.kind, names.count) for slot in block}
+        if named := sorted(moving & set(plainly_named(example.answer, names))):
+            raise UserError(
+                f"example '{example.id}': should_change is false, but answer '{one_line(example.answer, 60)}' names "
+                f"image {named[0] + 1}, which may move; set should_change to true, or kind to none"
+            )
         return
-    letters, numbers = names.in_text if names.lines else names.slots, names.numbers
-    named = named_images(example.answer, len(example.images), letters, numbers)
+    known = names.in_text if names.lines else names.in_answers
+    named = named_images(example.answer, known.count, known.letters, known.numbers)
     if named is None and not is_choice(names, example.answer):
-        raise no_image_named(example, names)
+        letters = names.lines or names.slots
+        numbers = f"1 to {len(names.numbers)}"
+        raise UserError(
+            f"example '{example.id}': answer '{one_line(example.answer, 60)}' names none of its {names.count} images "
+            f"({f'A to {LETTERS[len(letters) - 1]} or {numbers}' if letters else numbers}); "
+            "correct it, or set should_change to false if the answer stays when images move"
+        )
     if why := _unclear(example, names):
         raise UserError(f"example '{example.id}': {why}")
 
@@ -189,34 +157,45 @@ def _unclear(example: Example, names: Lettering) -> str:
     said = [example.answer, *(line.text for line in names.lines)]
     if "number" in names.labels.conflicts and any(c.isdigit() for text in said for c in text):
         return (
-            f"'{names.labels.doubtful[0]}' may label an image slot or not, so that numbers are unclear; "
+            f"'{names.labels.ambiguous[0]}' may label an image slot or not, so that numbers are unclear; "
             "write 'Image 1: <image>' before each image, or set kind to none"
         )
     if "letter" in names.labels.conflicts and not names.lines:
         return (
-            f"it is unclear which image slot the letter '{names.labels.doubtful[0]}' labels; "
+            f"it is unclear which image slot the letter '{names.labels.ambiguous[0]}' labels; "
             "write 'A: <image>' before each image, or set kind to none"
         )
-    if names.numbered and example.answer.strip(" ().").isdigit():
+    if example.answer.strip(" ().").isdigit() and numbers_its_options(text_of(example)):
         return "its answer may be an image or one of its numbered options; letter the options"
-    if names.lines and not names.bare and names.some_bare:
+    if names.some_bare and not names.bare:
         return "some of its options are bare numbers; write 'Image 1' if they name images"
     return ""
 
 
+def _check_that_the_text_stays(example: Example, order: Order, names: Lettering) -> None:
+    """A question about an image that moves is about another one then: raise UserError.
+
+    Blocks of slots are chosen for one question by whoever knows what it says of them.
+    """
+    if example.kind.startswith("blocks:"):
+        return
+    found, _ = read(text_of(example), names.in_text, names.labels.spans)
+    for m in found:
+        in_option = any(line.start <= m.start < line.end for line in names.lines)
+        if order[m.slot] != m.slot and not in_option:
+            raise UserError(
+                f"example '{example.id}': its text names image {m.slot + 1}, which moves; set "
+                'permutation.text = "references", or a kind that keeps it in place'
+            )
+
+
 def _rewritten(example: Example, order: Order, names: Lettering) -> tuple[Message, ...]:
-    text = text_of(example)
-    count, letters, labels = len(order), names.in_text, names.labels.spans
-    found = mentions(text, count, letters, names.numbers, labels) + list(names.bare)
-    found.sort(key=lambda m: (m.start, m.slot))
-    unsure = [
-        *names.labels.doubtful,
-        *unfollowed(text, found),
-        *doubts(text, count, letters, names.numbers, labels),
-    ]
-    if unsure:
+    text, labels = text_of(example), names.labels
+    found, ambiguous = read(text, names.in_text, labels.spans)
+    found = sorted([*found, *names.bare], key=lambda m: (m.start, m.slot))
+    if unsure := [*labels.ambiguous, *unsupported_mentions(text, found), *ambiguous]:
         raise UserError(
-            f"example '{example.id}': its text may name an image by '{short(unsure[0])}', which cannot "
+            f"example '{example.id}': its text may name an image by '{one_line(unsure[0], 60)}', which cannot "
             "be rewritten for certain; write 'Image 2' or the like, or set kind to none"
         )
     out, start = [], 0
@@ -228,7 +207,7 @@ def _rewritten(example: Example, order: Order, names: Lettering) -> tuple[Messag
             if start <= m.start and m.end <= end
         ]
         try:
-            content = write(message.content, own, _inverse(order), letters, names.numbers)
+            content = write(message.content, own, _inverse(order), names.in_text)
         except LookupError as error:
             raise UserError(
                 f"example '{example.id}': its text names an image by number that moves to slot "
@@ -242,70 +221,36 @@ def _rewritten(example: Example, order: Order, names: Lettering) -> tuple[Messag
 def _answer_in(example: Example, order: Order, text: Consistency, names: Lettering) -> str:
     if num_orders(example) > 1:
         _check_named(example, names)
+    answer = example.answer
     if not example.should_change:
-        _check_that_it_stays(example, names, order, text)
-        return example.answer
+        # An option that names images does not stay right where they move and its text does not.
+        said = meanings(names).get(answer.strip().strip("().").upper(), ())
+        moving = [slot + 1 for slot in sorted(images_in(said)) if order[slot] != slot]
+        if moving and text == "slots":
+            raise UserError(
+                f"example '{example.id}': should_change is false, but option '{one_line(answer, 60)}' names "
+                f'image {moving[0]}, which moves; set it to true, or use permutation.text = "references"'
+            )
+        return answer
     if names.lines:
         try:
-            return follow(names, example.answer, _inverse(order), text == "references")
+            return follow(names, answer, _inverse(order), text == "references")
         except NoAnswer as error:
             other = ', or use permutation.text = "references"' if text == "slots" else ""
             raise UserError(
-                f"example '{example.id}': answer '{short(example.answer)}' cannot follow its image: {error}; "
+                f"example '{example.id}': answer '{one_line(answer, 60)}' cannot follow its image: {error}; "
                 f"set should_change to false if the answer stays when images move{other}"
             ) from None
-    answer = rename(example.answer, _inverse(order), names.slots, True, names.numbers)
-    if answer is None:
+    new = rename(answer, _inverse(order), names.in_answers)
+    if new is None:
         raise UserError(
-            f"example '{example.id}': answer '{short(example.answer)}' moves to a slot that has no "
+            f"example '{example.id}': answer '{one_line(answer, 60)}' moves to a slot that has no "
             f"letter or number among its {len(order)} images; "
             "label every movable slot, use numbers, or restrict its kind"
         )
-    return answer
-
-
-def _check_that_it_names_none(example: Example, names: Lettering) -> None:
-    moving = {slot for block in movable(example.kind, len(example.images)) for slot in block}
-    if named := sorted(moving & set(plainly_named(example.answer, names))):
-        raise UserError(
-            f"example '{example.id}': should_change is false, but answer '{short(example.answer)}' names "
-            f"image {named[0] + 1}, which may move; set should_change to true, or kind to none"
-        )
-
-
-def _check_that_it_stays(
-    example: Example, names: Lettering, order: Order, text: Consistency
-) -> None:
-    """An option that names images does not stay right where they move and its text does not."""
-    said = meanings(names).get(example.answer.strip().strip("().").upper(), ())
-    moving = [slot + 1 for slot in sorted(images_in(said)) if order[slot] != slot]
-    if moving and text == "slots":
-        raise UserError(
-            f"example '{example.id}': should_change is false, but option '{short(example.answer)}' names "
-            f'image {moving[0]}, which moves; set it to true, or use permutation.text = "references"'
-        )
-
-
-def _check_that_the_text_stays(example: Example, order: Order, names: Lettering) -> None:
-    """A question about an image that moves is about another one then: Raise UserError.
-
-    Blocks of slots are chosen for one question by whoever knows what it says of them.
-    """
-    if example.kind.startswith("blocks:"):
-        return
-    text = text_of(example)
-    options = [(line.start, line.end) for line in names.lines]
-    for m in mentions(text, len(order), names.in_text, names.numbers, names.labels.spans):
-        if order[m.slot] != m.slot and not any(a <= m.start < b for a, b in options):
-            raise UserError(
-                f"example '{example.id}': its text names image {m.slot + 1}, which moves; set "
-                'permutation.text = "references", or a kind that keeps it in place'
-            )
+    return new
 
 
 def _inverse(order: Order) -> list[int]:
     """For each original image the slot where it is now."""
-    inverse = [0] * len(order)
-    for slot, original in enumerate(order):
-        inverse[original] = slot
-    return inverse
+    return sorted(range(len(order)), key=lambda slot: order[slot])

@@ -1,8 +1,9 @@
 """Mentions of images in a text ("Image 2", "the second picture", "<image_2>"), found and rewritten.
 
-A mention names one image, or several ("images 1 and 3", "the first two images"). Words that may name
-an image and are not surely understood are `doubts`. All patterns are ASCII, so that no other
-script's digits or letters are taken for a name, and bounded, so that reading takes linear time.
+A mention names one image, or several ("images 1 and 3", "the first two images"). *Ambiguous* mentions
+may be read in more than one way; *unsupported* ones ("the first one", "image II") are never followed.
+All patterns are ASCII, so that no other script's digits or letters are taken for a name, and bounded,
+so that reading takes linear time.
 """
 
 from __future__ import annotations
@@ -81,6 +82,35 @@ _UNREAD = re.compile(
     re.ASCII,
 )
 
+_TENS = r"(?:twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety)"
+_BEHIND = (
+    r"(?:and|or|but|nor|than|to|from|with|vs\.?|versus|is|are|was|were|has|have|had|does|do|shows?|"
+    r"contains?|depicts?|of\s{1,8}(?:the|these|them|all))\b"
+)
+_UNSUPPORTED_FORMS = (
+    rf"\b{ORDINAL}(?:\s{{1,8}}ones?\b|(?=/))",
+    rf"\bthe\s{{1,8}}{ORDINAL}\b(?=\s{{0,8}}(?:[^\w\s'\"(\[<]|\Z)|\s{{1,8}}{_BEHIND})",
+    rf"\b{_TENS}[\s-]{{1,8}}{ORDINAL}\s{{1,8}}{NOUN}(?!\w)",
+    rf"\b(?:pen)?ultimate\s{{1,8}}{NOUN}(?!\w)|\b(?:last|next|second)\s{{1,8}}(?:but|to)\s{{1,8}}(?:one|last)\b",
+    r"\b(?:first|last)\s{1,8}(?:few|several|couple|pair)\b|\b(?:former|latter)\b",
+    rf"\b(?:left|left-?most|right-?most|left-hand|right-hand|middle|previous|preceding)\s{{1,8}}{NOUN}(?!\w)",
+    rf"\b{NOUN}(?:\s{{1,8}}|-)(?-i:I{{2,3}}|IV|VI{{0,3}}|IX|[b-h])(?!\w)",
+    rf"\b{NOUN}\s{{0,8}}(?:[(\[]\s{{0,4}}[0-9]{{1,2}}\s{{0,4}}[)\]]|\n\s{{0,8}}[0-9]{{1,2}}(?![\w.):]))",
+)
+_UNSUPPORTED = re.compile(
+    "|".join(f"(?:{pattern})" for pattern in _UNSUPPORTED_FORMS), re.IGNORECASE | re.ASCII
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What names the images of a question: letter k the 0-based slot `letters[k]`, number k + 1 the slot
+    `numbers[k]`, and an ordinal any of the `count` slots."""
+
+    count: int
+    letters: Sequence[int]
+    numbers: Sequence[int]
+
 
 @dataclass(frozen=True, slots=True)
 class Mention:
@@ -98,126 +128,28 @@ class Mention:
     style: str
 
 
-def mentions(
-    text: str,
-    count: int,
-    letters: Sequence[int] = (),
-    numbers: Sequence[int] | None = None,
-    labels: Sequence[tuple[int, int]] = (),
-) -> list[Mention]:
+def mentions(text: str, names: Names) -> list[Mention]:
     """The images that a text mentions, in the sequence of the text.
 
-    Args:
-        text: any text; `<image>` placeholders are no mentions.
-        count: images there are; a number or ordinal beyond it is no mention.
-        letters: the 0-based slot that each letter names, A first; empty: letters name no image.
-        numbers: the 0-based slot that each number names, 1 first; left out, they count all slots.
-        labels: where what labels a slot stands (`Image 1: <image>`); that is no mention.
-
-    Example: `mentions("Is image 2 like the first picture?", 2)` names slots 1 and 0.
+    `<image>` placeholders are no mentions, nor is a number or ordinal beyond the last image.
+    Example: "Is image 2 like the first picture?" names slots 1 and 0.
     """
-    return _read(text, count, letters, numbers, labels)[0]
+    return read(text, names)[0]
 
 
-def doubts(
-    text: str,
-    count: int,
-    letters: Sequence[int] = (),
-    numbers: Sequence[int] | None = None,
-    labels: Sequence[tuple[int, int]] = (),
-) -> list[str]:
-    """Words that name an image, or seem to, in a way that `mentions` cannot tell and `rewrite` follow.
-
-    Arguments as of `mentions`. Example: `doubts("the second to last image", 3)`.
-    """
-    return _read(text, count, letters, numbers, labels)[1]
-
-
-def bare_name(text: str, count: int, numbers: Sequence[int] | None = None) -> Mention | None:
-    """The image that a text names which is nothing but a number or an ordinal: `2`, `Second`, `(3).`"""
-    numbers = range(count) if numbers is None else numbers
-    match = re.fullmatch(
-        rf"[\s(\[]{{0,8}}(?:the\s{{1,8}})?(?P<name>{ORDINAL}|{_CARDINAL}|[0-9]{{1,2}})(?:\s{{1,8}}one)?[\s).,;\]]{{0,8}}",
-        text,
-        re.IGNORECASE | re.ASCII,
-    )
-    if not match:
-        return None
-    name = match["name"].lower()
-    if name.isdigit() or name in CARDINALS:
-        place = int(name) if name.isdigit() else CARDINALS.index(name) + 1
-        if not 1 <= place <= len(numbers):
-            return None
-        slot, style = numbers[place - 1], "number" if name.isdigit() else "word"
-    else:
-        slot, style = _ordinal(name, count)
-        if not 0 <= slot < count:
-            return None
-    return Mention(*match.span("name"), slot, style)
-
-
-def rewrite(
-    text: str,
-    count: int,
-    slots: Sequence[int],
-    letters: Sequence[int] = (),
-    numbers: Sequence[int] | None = None,
-) -> str:
-    """The text with every mention of slot s naming slot `slots[s]` instead, in the same style.
-
-    Args:
-        text: any text.
-        count: images there are.
-        slots: for each 0-based slot the one that its image has moved to.
-        letters: the slot that each letter names; a slot without a letter is written as a number.
-        numbers: the slot that each number names.
-
-    Raises:
-        LookupError: an image that is named by number has moved to a slot that no number names.
-
-    Example: `rewrite("Is Image 1 like the second picture?", 2, (1, 0))` gives
-    `"Is Image 2 like the first picture?"`.
-    """
-    found = mentions(text, count, letters, numbers)
-    return write(text, found, slots, letters, range(count) if numbers is None else numbers)
-
-
-def write(
-    text: str,
-    found: Sequence[Mention],
-    slots: Sequence[int],
-    letters: Sequence[int],
-    numbers: Sequence[int],
-) -> str:
-    """`rewrite` for mentions that are known, in the sequence of the text."""
-    out, position = [], 0
-    for (start, end), same in groupby(found, key=lambda m: (m.start, m.end)):
-        group = list(same)
-        moved = [slots[m.slot] for m in group]
-        old = text[start:end]
-        if group[0].style == "several":
-            new = _several(old, moved, numbers) if moved != [m.slot for m in group] else old
-        else:
-            new = _written(group[0], old, moved[0], len(slots), letters, numbers)
-        out += [text[position:start], new]
-        position = end
-    return "".join([*out, text[position:]])
-
-
-def _read(
-    text: str,
-    count: int,
-    letters: Sequence[int],
-    numbers: Sequence[int] | None,
-    labels: Sequence[tuple[int, int]],
+def read(
+    text: str, names: Names, labels: Sequence[tuple[int, int]] = ()
 ) -> tuple[list[Mention], list[str]]:
-    numbers = range(count) if numbers is None else numbers
+    """The mentions in a text, and its ambiguous ones in words, as "the second" of "the second to last image".
+
+    `labels` are where what labels a slot stands (`Image 1: <image>`); that is no mention.
+    """
     found: list[Mention] = []
-    unsure: list[str] = []
+    ambiguous: list[str] = []
     taken = bytearray(len(text))  # 1 where a label or an expression that was read stands.
     for start, end in labels:
         taken[start:end] = b"\1" * (end - start)
-    for pattern, read in (
+    for pattern, reader in (
         (_TAGGED, _tagged),
         (_SPAN, _span),
         (_RANGE, _range),
@@ -228,64 +160,116 @@ def _read(
             start, end = match.span()
             if any(taken[start:end]):
                 continue
-            named = read(match, count, letters, numbers)
+            named = reader(match, names)
             if named is None:
-                unsure.append(" ".join(text[start:end].split()))
+                ambiguous.append(" ".join(text[start:end].split()))
             elif named:
                 found += named
             else:
                 continue
             taken[start:end] = b"\1" * (end - start)
             if named and (rest := _UNREAD.match(text, end)):
-                unsure.append(" ".join(text[start : rest.end()].split()))
-    return sorted(found, key=lambda m: (m.start, m.slot)), unsure
+                ambiguous.append(" ".join(text[start : rest.end()].split()))
+    return sorted(found, key=lambda m: (m.start, m.slot)), ambiguous
 
 
-def _tagged(
-    match: re.Match[str], count: int, letters: Sequence[int], numbers: Sequence[int]
-) -> list[Mention] | None:
+def unsupported_mentions(text: str, found: Sequence[Mention]) -> list[str]:
+    """Words that speak of particular images in ways that no rewriting follows, outside the mentions `found`.
+
+    Example: "Is the first one like the left picture?" has two.
+    """
+    taken = bytearray(len(text))
+    for mention in found:
+        taken[mention.start : mention.end] = b"\1" * (mention.end - mention.start)
+    return [
+        " ".join(match[0].split())
+        for match in _UNSUPPORTED.finditer(text)
+        if not any(taken[match.start() : match.end()])
+    ]
+
+
+def bare_name(text: str, names: Names) -> Mention | None:
+    """The image that a text names which is nothing but a number or an ordinal: `2`, `Second`, `(3).`"""
+    match = re.fullmatch(
+        rf"[\s(\[]{{0,8}}(?:the\s{{1,8}})?(?P<name>{ORDINAL}|{_CARDINAL}|[0-9]{{1,2}})(?:\s{{1,8}}one)?[\s).,;\]]{{0,8}}",
+        text,
+        re.IGNORECASE | re.ASCII,
+    )
+    if not match:
+        return None
+    name = match["name"].lower()
+    if name.isdigit() or name in CARDINALS:
+        place = int(name) if name.isdigit() else CARDINALS.index(name) + 1
+        if not 1 <= place <= len(names.numbers):
+            return None
+        slot, style = names.numbers[place - 1], "number" if name.isdigit() else "word"
+    else:
+        slot, style = _ordinal(name, names.count)
+        if not 0 <= slot < names.count:
+            return None
+    return Mention(*match.span("name"), slot, style)
+
+
+def write(text: str, found: Sequence[Mention], slots: Sequence[int], names: Names) -> str:
+    """The text with each of its mentions of slot s naming slot `slots[s]` instead, in the same style.
+
+    A slot without a letter is written as a number. Raises LookupError for an image that is named by
+    number and has moved to a slot that no number names.
+
+    Example: with slots (1, 0) "Is Image 1 like the second picture?" becomes "Is Image 2 like the first
+    picture?".
+    """
+    out, position = [], 0
+    for (start, end), same in groupby(found, key=lambda m: (m.start, m.end)):
+        group = list(same)
+        moved = [slots[m.slot] for m in group]
+        old = text[start:end]
+        if group[0].style == "several":
+            new = _several(old, moved, names) if moved != [m.slot for m in group] else old
+        else:
+            new = _written(group[0], old, moved[0], names)
+        out += [text[position:start], new]
+        position = end
+    return "".join([*out, text[position:]])
+
+
+def _tagged(match: re.Match[str], names: Names) -> list[Mention] | None:
     group = 1 if match[1] else 2
     slot = int(match[group]) - 1
-    if slot < len(numbers) and numbers[slot] != slot:
+    if slot < len(names.numbers) and names.numbers[slot] != slot:
         return None  # It may count all images, or mean the one that is labelled so.
-    return [Mention(*match.span(group), slot, "tag")] if 0 <= slot < count else []
+    return [Mention(*match.span(group), slot, "tag")] if 0 <= slot < names.count else []
 
 
-def _span(
-    match: re.Match[str], count: int, letters: Sequence[int], numbers: Sequence[int]
-) -> list[Mention] | None:
+def _span(match: re.Match[str], names: Names) -> list[Mention] | None:
     word = match[2].lower()
     length = int(word) if word.isdigit() else CARDINALS.index(word) + 1
-    if length > count or length < 2:
+    if length > names.count or length < 2:
         return None if length == 1 else []
-    start = 0 if match[1].lower() == "first" else count - length
+    start = 0 if match[1].lower() == "first" else names.count - length
     return [Mention(*match.span(), slot, "several") for slot in range(start, start + length)]
 
 
-def _range(
-    match: re.Match[str], count: int, letters: Sequence[int], numbers: Sequence[int]
-) -> list[Mention] | None:
+def _range(match: re.Match[str], names: Names) -> list[Mention] | None:
     low, high = int(match[1]) - 1, int(match[2]) - 1
-    if max(low, high) >= count:
+    if max(low, high) >= names.count:
         return []
     plural = match[0].split()[0].lower().endswith("s")
     if not plural and re.search(r"to\s*[0-9]+$", match[0], re.ASCII):
         return []  # "From image 1 to 2" names two images in sequence.
-    if not plural or not 0 <= low < high < len(numbers):
+    if not plural or not 0 <= low < high < len(names.numbers):
         return None
-    return [Mention(*match.span(), slot, "several") for slot in numbers[low : high + 1]]
+    return [Mention(*match.span(), slot, "several") for slot in names.numbers[low : high + 1]]
 
 
-def _names(
-    match: re.Match[str], count: int, letters: Sequence[int], numbers: Sequence[int]
-) -> list[Mention] | None:
+def _names(match: re.Match[str], known: Names) -> list[Mention] | None:
     """Names behind a noun; None where a number may count what follows it, or names no known image."""
     text = match.string
     noun = re.match(NOUN, match[0])
     assert noun is not None
     names = list(_NAMES.finditer(text, match.start() + noun.end(), match.end()))
     places = [_place(name[0]) for name in names]
-    if max(places) >= count or min(places) < 0:
+    if max(places) >= known.count or min(places) < 0:
         return []
     plural = noun[0].lower().endswith("s")
     spelled = names[0][0].lower() in CARDINALS
@@ -301,11 +285,11 @@ def _names(
     out = []
     for name, place in zip(names, places, strict=True):
         letter = len(name[0]) == 1 and name[0].isalpha()
-        known = letters if letter else numbers
-        if place >= len(known):
+        called = known.letters if letter else known.numbers
+        if place >= len(called):
             return None
         style = "letter" if letter else "number" if name[0].isdigit() else "word"
-        out.append(Mention(*name.span(), known[place], style))
+        out.append(Mention(*name.span(), called[place], style))
     return out
 
 
@@ -315,15 +299,13 @@ def _place(name: str) -> int:
     return int(name) - 1 if name.isdigit() else LETTERS.index(name)
 
 
-def _ordinals(
-    match: re.Match[str], count: int, letters: Sequence[int], numbers: Sequence[int]
-) -> list[Mention] | None:
+def _ordinals(match: re.Match[str], names: Names) -> list[Mention] | None:
     text = match.string
     named = [
-        (name, *_ordinal(name[0].lower(), count))
+        (name, *_ordinal(name[0].lower(), names.count))
         for name in re.finditer(rf"\b{ORDINAL}\b", match[1], re.IGNORECASE | re.ASCII)
     ]
-    if not all(0 <= slot < count for _, slot, _ in named):
+    if not all(0 <= slot < names.count for _, slot, _ in named):
         return []
     one_of_many = len(named) == 1 and match[2].lower().endswith("s")
     if (
@@ -344,20 +326,13 @@ def _ordinal(word: str, count: int) -> tuple[int, str]:
     return int(word[:-2]) - 1, "suffixed"
 
 
-def _written(
-    mention: Mention,
-    old: str,
-    slot: int,
-    count: int,
-    letters: Sequence[int],
-    numbers: Sequence[int],
-) -> str:
+def _written(mention: Mention, old: str, slot: int, names: Names) -> str:
     if slot == mention.slot:
         return old
-    if mention.style == "letter" and slot in letters:
-        letter = LETTERS[list(letters).index(slot)]
+    if mention.style == "letter" and slot in names.letters:
+        letter = LETTERS[list(names.letters).index(slot)]
         return letter if old.isupper() else letter.lower()
-    if mention.style == "last" and slot == count - 1:
+    if mention.style == "last" and slot == names.count - 1:
         return old
     if mention.style in ("ordinal", "last") and slot < len(ORDINALS):
         return ORDINALS[slot].capitalize() if old[0].isupper() else ORDINALS[slot]
@@ -365,24 +340,24 @@ def _written(
         return f"{slot + 1}{_suffix(slot + 1)}"
     if mention.style == "tag":
         return str(slot + 1)
-    number = _number(slot, numbers)
+    number = _number(slot, names)
     if mention.style == "word" and int(number) <= len(CARDINALS):
         word = CARDINALS[int(number) - 1]
         return word.capitalize() if old[0].isupper() else word
     return number
 
 
-def _number(slot: int, numbers: Sequence[int]) -> str:
-    if slot not in numbers:
+def _number(slot: int, names: Names) -> str:
+    if slot not in names.numbers:
         raise LookupError(slot)
-    return str(list(numbers).index(slot) + 1)
+    return str(list(names.numbers).index(slot) + 1)
 
 
-def _several(old: str, slots: Sequence[int], numbers: Sequence[int]) -> str:
+def _several(old: str, slots: Sequence[int], names: Names) -> str:
     """`the first two images` as `images 2 and 4`, in the sequence of the new slots."""
     noun = re.search(NOUN, old)
     assert noun is not None
-    *most, last = (_number(slot, numbers) for slot in sorted(slots))
+    *most, last = (_number(slot, names) for slot in sorted(slots))
     plural = noun[0] if noun[0].lower().endswith("s") else f"{noun[0]}s"
     return f"{plural} {', '.join(most)} and {last}"
 

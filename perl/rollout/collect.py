@@ -12,8 +12,7 @@ import numpy as np
 from perl.config import Config, part_name
 from perl.data.streams import Drawn
 from perl.distributed import Processes
-from perl.permutation.orders import is_permuted, rate_at, shares
-from perl.permutation.permute import Order, orders, permute, released_orders
+from perl.permutation import Order, is_permuted, orders, permute, rate_at, released_orders, shares
 from perl.rewards.scorer import Scorer
 from perl.rollout.advantages import advantages_of, group_mean, group_weight
 from perl.rollout.engine import InProcessEngine

@@ -158,7 +158,7 @@ def _check(config: Config) -> None:
     """Find mistakes before anything is written or removed."""
     from perl.config import EVAL_SEED
     from perl.data.dataset import load_examples, validate
-    from perl.permutation.permute import check_moves
+    from perl.permutation import check_moves
     from perl.recipe import plan
     from perl.training.components import check_setup, training_sources
 

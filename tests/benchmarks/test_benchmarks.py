@@ -35,12 +35,12 @@ import pytest
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection():
-    import perl.model.packed.sdpa, perl.model.packed.plan, perl.permutation.permute, perl.model.vision, perl_kernels
+    import perl.model.packed.sdpa, perl.model.packed.plan, perl.permutation, perl.model.vision, perl_kernels
     import torch
     from perl.model.packed.layout import PackedLayout
 
     loss, plan = perl_kernels.linear_grpo_loss, perl.model.packed.plan.plan
-    attention, permute = perl.model.packed.sdpa.sdpa, perl.permutation.permute.permute
+    attention, permute = perl.model.packed.sdpa.sdpa, perl.permutation.permute
     advantages, chunked = perl_kernels.group_advantages, torch.nn.functional.linear_cross_entropy
 
     def scaled_loss(*args, **kwargs):
@@ -58,7 +58,7 @@ def pytest_collection():
     perl_kernels.group_advantages = population
     perl.model.packed.sdpa.sdpa = across_pieces
     perl.model.packed.plan.plan = lambda lengths, budget: plan(lengths, budget)[:-1]
-    perl.permutation.permute.permute = lambda example, order: permute(example, range(len(order)))
+    perl.permutation.permute = lambda example, order: permute(example, range(len(order)))
     torch.nn.functional.linear_cross_entropy = lambda *args, **kwargs: (
         1.001 * chunked(*args, **kwargs)
     )

@@ -19,7 +19,7 @@ from PIL import Image
 from perl.config import DataConfig
 from perl.data.dataset import RowDataset, load_examples, validate
 from perl.data.tasks import BundledTasks
-from perl.permutation.permute import orders
+from perl.permutation import orders
 from perl.types import Example, Message, UserError
 
 AUTO = DataConfig()

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from perl.data.labelling.rules import label_by_rules
-from perl.permutation.permute import (
+from perl.permutation import (
     Consistency,
     all_orders,
     check_answer,

@@ -15,7 +15,7 @@ from PIL import Image
 
 from perl.data.pictures import DIGITS, load_collection
 from perl.data.tasks import TASKS, BundledTasks, vocabulary, with_noise
-from perl.permutation.permute import LETTERS, num_orders, orders, permute
+from perl.permutation import LETTERS, num_orders, orders, permute
 from perl.rewards.answers import accuracy, extract_answer, format_reward
 from perl.types import Example, UserError
 

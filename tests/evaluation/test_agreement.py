@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from perl.evaluation.agreement import agreement, chosen_picture
-from perl.permutation.permute import permute
+from perl.permutation import permute
 from perl.report.metrics import mean
 from perl.timing import Stopwatch
 from perl.types import EncodedPrompt, Example, Rollout

@@ -16,7 +16,7 @@ from perl.evaluation.suites.reading import (
     said,
     same_value,
 )
-from perl.permutation.permute import all_orders, permute
+from perl.permutation import all_orders, permute
 from perl.types import IMAGE_SLOT, Example
 from tests.evaluation.benchmarks import make_benchmarks
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
 from perl.config import Config, RewardConfig
-from perl.permutation.permute import permute
+from perl.permutation import permute
 from perl.recipe import check_config
 from perl.rewards import math as reward_math
 from perl.rewards.boxes import boxes_in, iou

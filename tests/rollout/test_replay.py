@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perl.permutation.permute import permute
+from perl.permutation import permute
 from perl.rollout.replay import (
     GroupBuffer,
     GroupQueue,

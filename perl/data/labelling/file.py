@@ -18,7 +18,7 @@ from perl.data.rows import RowWriter
 from perl.data.sources import open_source
 from perl.files import append_rows, keep_rows, read_rows
 from perl.llm import Endpoint, EndpointError
-from perl.permutation.permute import Consistency
+from perl.permutation import Consistency
 from perl.types import Example, UserError
 
 _SOURCE_COLUMNS = ("task", "data_source", "source", "dataset")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from perl.permutation.permute import (
+from perl.permutation import (
     Consistency,
     all_orders,
     check_moves,

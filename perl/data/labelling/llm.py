@@ -16,8 +16,7 @@ from typing import TypeVar
 
 from perl.data.labelling.label import Label, checked, unsure
 from perl.llm import Endpoint, EndpointError
-from perl.permutation.answers import lettering, named_images, option_lines, text_of
-from perl.permutation.permute import Consistency
+from perl.permutation import Consistency, lettering, named_images, option_lines, text_of
 from perl.rewards.answers import normalise
 from perl.types import IMAGE_SLOT, Example
 

@@ -22,8 +22,7 @@ from perl.data.labelling.text import (
     Question,
     Slots,
 )
-from perl.permutation.answers import named_images
-from perl.permutation.permute import LETTERS, Consistency, letter_slots, movable
+from perl.permutation import LETTERS, Consistency, letter_slots, movable, named_images
 from perl.types import IMAGE_SLOT, Example
 
 _NAMES_ONLY = re.compile(r"[\s(\[]*(?:[A-Za-z]|[0-9]{1,2})(?:[\s).\],;&>-]+(?:and\s+)?[(\[]?(?:[A-Za-z]|[0-9]{1,2}))*[\s).\]]*")  # fmt: skip

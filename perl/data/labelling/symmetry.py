@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from perl.data.labelling.text import Question
-from perl.permutation.references import CARDINALS, ORDINALS
+from perl.permutation import CARDINALS, ORDINALS
 
 Asked = Literal["number", "truth", "thing"]
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from perl.permutation.answers import Lettering, lettering, option_lines, text_of
-from perl.permutation.references import Mention, mentions
+from perl.permutation import Lettering, Mention, lettering, mentions, option_lines, text_of
 from perl.types import IMAGE_SLOT, Example
 
 Slots = tuple[int, ...]
@@ -140,11 +139,9 @@ class Question:
         return tuple(tuple(group) for group in groups)
 
     def named(self, text: str, letters: Slots | None = None) -> list[Mention]:
-        """Mentions of images in a part of the text; `letters` as in `references.mentions`."""
-        names = self.letters
-        return mentions(
-            text, self.count, names.slots if letters is None else letters, names.numbers
-        )
+        """Mentions of images in a part of the text; `letters` are the slots that letters name."""
+        names = self.letters.in_answers
+        return mentions(text, names if letters is None else replace(names, letters=letters))
 
     @cached_property
     def spoken_of(self) -> Slots:

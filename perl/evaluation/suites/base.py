@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from perl.data.pictures import open_image
 from perl.evaluation.suites.reading import Judgement, Reply, check_math_verify
-from perl.permutation.permute import check_moves, letter_slots, movable, named_images
+from perl.permutation import check_moves, letter_slots, movable, named_images
 from perl.types import IMAGE_SLOT, Example, Message, UserError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import re
 
 from perl.evaluation.suites.base import THINK, Item, Suite, make_example
 from perl.evaluation.suites.reading import Judgement, Reply, image_kind, without_label
-from perl.permutation.permute import LETTERS
+from perl.permutation import LETTERS
 from perl.types import Example
 
 _CHOICE = "{question}\nAnswer with the option's letter from the given choices directly."

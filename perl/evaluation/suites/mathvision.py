@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from perl.evaluation.suites.base import THINK, Item, Suite, make_example
 from perl.evaluation.suites.reading import Judgement, Reply, judge_option, judge_value, labelled
-from perl.permutation.permute import LETTERS
+from perl.permutation import LETTERS
 from perl.types import Example, UserError
 
 _PROMPT = (

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from perl.evaluation.suites.base import THINK, Item, Suite, make_example
 from perl.evaluation.suites.reading import Judgement, Reply, labelled, last_number, option_letter
-from perl.permutation.permute import LETTERS
+from perl.permutation import LETTERS
 from perl.types import Example
 
 _LONGEST_CHOICE = 100

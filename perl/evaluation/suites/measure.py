@@ -9,7 +9,7 @@ from perl.evaluation.suites.answers import AnswerFile, Row
 from perl.evaluation.suites.base import Items
 from perl.evaluation.suites.reading import Judgement, Reply
 from perl.llm import Endpoint
-from perl.permutation.permute import all_orders, num_orders, original_answer, permute
+from perl.permutation import all_orders, num_orders, original_answer, permute
 from perl.rewards.answers import normalise
 from perl.rollout.engine import InProcessEngine, SamplingParams
 from perl.rollout.prompts import PromptEncoder, Shown

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from perl.evaluation.suites.base import THINK, Item, Suite, make_example
 from perl.evaluation.suites.reading import Judgement, Reply, image_kind, judge_option
-from perl.permutation.permute import LETTERS
+from perl.permutation import LETTERS
 from perl.types import Example
 
 _FOLDERS = (

@@ -23,7 +23,7 @@ from perl.evaluation.suites.reading import (
     said,
     same_value,
 )
-from perl.permutation.permute import LETTERS
+from perl.permutation import LETTERS
 from perl.types import IMAGE_SLOT, Example, Message
 
 _ASSISTANT = (

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from perl.permutation.permute import LETTERS
+from perl.permutation import LETTERS
 from perl.rewards.answers import extract_answer, same_answer
 from perl.types import IMAGE_SLOT, UserError
 

@@ -1,0 +1,97 @@
+"""Answers to questions with options in words, and outputs that give a letter, a text, or both."""
+
+from __future__ import annotations
+
+import pytest
+
+from perl.permutation import check_moves, letter_slots, original_answer, permute
+from perl.types import UserError
+from tests.permutation.questions import ask
+
+TWO, THREE = "<image><image> Which?\n", "<image><image><image> Which?\n"
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "order", "slots", "references"),
+    [
+        (TWO + "A. Image 2\nB. Image 1\nC. None of the above", "A", (1, 0), "B", "A"),
+        (TWO + "A. Image 2\nB. Image 1\nC. None of the above", "C", (1, 0), None, "C"),
+        (TWO + "A. Image 1 only\nB. Image 2 only\nC. Both\nD. Neither", "A", (1, 0), "B", "A"),
+        (THREE + "A. Images 1 and 2\nB. Images 1 and 3\nC. Images 2 and 3", "A", (1, 0, 2), "A", "A"),
+        (THREE + "A. Images 1 and 2\nB. Images 1 and 3\nC. Images 2 and 3", "A", (2, 0, 1), "C", "A"),
+        (THREE + "A. red\nB. blue", "A", (1, 0, 2), None, "A"),
+        (TWO + "A. Image 1 has dogs\nB. Image 2 has cats", "A", (1, 0), None, "A"),
+        (TWO + "A. Image 1 is like image 2 then\nB. Red", "A", (1, 0), None, "A"),
+        (TWO + "A.Image 2\nB.Image 1", "A", (1, 0), "B", "A"),
+        (TWO + "(a) Image 2 (b) Image 1", "a", (1, 0), "b", "a"),
+        (TWO + "A. Second\nB. First", "A", (1, 0), "B", "A"),
+        (TWO + "A) 2\nB) 1", "A) 2", (1, 0), "B) 1", "A) 1"),
+        (TWO + "A. 2\nB. 1\nC. both", "A", (1, 0), None, None),
+        (TWO + "1. Image 2\n2. Image 1", "1", (1, 0), None, None),
+        (TWO + "A. Image 2\nB. Image 1\nAnswer with (A) or (B).", "A", (1, 0), "B", "A"),
+        (TWO + "A. Image 2\nB. Image 1", "A. Image 1", (1, 0), None, None),
+        (TWO + "A. Image 2\nB. Image 1", "B. the first image", (1, 0), "A. the second image", "B. the second image"),
+        (TWO, "A. Image 2", (1, 0), None, None),
+        (TWO, "B, the second image", (1, 0), "A, the first image", "A, the first image"),
+        (TWO, "Image 2 (A)", (1, 0), None, None),
+        (TWO, "the second to last image", (1, 0), None, None),
+        ("A. <image> B. <image>\nWhich?\nA. Image B\nB. Image A", "A", (1, 0), None, None),
+        ("Query <image> Image 1 <image> Image 2 <image>", "Image 1", (0, 2, 1), None, None),
+    ],
+)  # fmt: skip
+def test_answers_with_options(
+    question: str, answer: str, order: tuple[int, ...], slots: str | None, references: str | None
+) -> None:
+    example = ask(question, answer)
+    for mode, wanted in (("slots", slots), ("references", references)):
+        if wanted is None:
+            with pytest.raises(UserError, match=r"^example 'q': "):
+                check_moves(example, mode)
+        else:
+            assert permute(example, order, mode).answer == wanted
+
+
+def test_bare_numbers_that_are_no_images_stay() -> None:
+    example = ask(TWO + "A. 2\nB. 1", "A", should_change=False)
+    for mode in ("slots", "references"):
+        variant = permute(example, (1, 0), mode)
+        assert (variant.messages, variant.answer) == (example.messages, "A")
+
+
+def test_an_option_that_names_a_moving_image_does_not_stay() -> None:
+    example = ask(TWO + "A. Image 2\nB. Image 1", "A", should_change=False)
+    with pytest.raises(UserError, match="option 'A' names image 2, which moves"):
+        check_moves(example, "slots")
+    assert permute(example, (1, 0), "references").answer == "A"
+
+
+def test_options_follow_their_images_and_the_letter_stays() -> None:
+    asked = ask("<image><image><image> Which is red?\nA. Image 2\nB. Image 3\nC. Image 1", "B")
+    assert letter_slots(asked) == (1, 2, 0)
+    variant = permute(asked, (2, 0, 1), "references")
+    assert variant.messages[0].content.endswith("A. Image 3\nB. Image 1\nC. Image 2")
+    assert variant.answer == "B"
+    assert original_answer(variant, "B") == "B"
+    # By number the same answer moves, and with it both ways of giving it.
+    assert original_answer(variant, "Image 1") == "Image 3"
+    # Slots: the text stays, so another letter names the picture.
+    moved = permute(asked, (2, 0, 1))
+    assert moved.messages == asked.messages
+    assert moved.answer == "C"
+    assert original_answer(moved, "C") == "B"
+
+
+def test_outputs_that_give_letter_and_text() -> None:
+    example = ask(TWO + "A. Image 2\nB. Image 1\nC. Neither", "A")
+    slots, rewritten = permute(example, (1, 0)), permute(example, (1, 0), "references")
+    assert original_answer(slots, "B. Image 1") == original_answer(slots, "B") == "A"
+    assert original_answer(rewritten, "A. Image 1") == "A"
+    assert original_answer(slots, "A. Image 1") is None
+    assert original_answer(rewritten, "A. Image 2") is None
+    assert original_answer(slots, "C") == original_answer(rewritten, "C. neither") == "C"
+    pairs = permute(
+        ask(THREE + "A. Images 1 and 2\nB. Images 2 and 3", "Image 3"), (1, 0, 2), "references"
+    )
+    assert original_answer(pairs, "B") == "B"
+    left = ask(THREE + "A. Images 1 and 2\nB. Images 2 and 3\nC. Image 3", "C", kind="blocks:1,2")
+    assert original_answer(permute(left, (1, 0, 2)), "B") == "image 1 and 3"

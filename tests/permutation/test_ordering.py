@@ -1,0 +1,46 @@
+"""Questions for the right sequence: another option is right in another order of the images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from perl.permutation import all_orders, check_answer, num_orders, orders, original_answer, permute
+from perl.types import UserError
+from tests.permutation.questions import lettered
+
+SEQUENCES = (
+    "<image> <image> <image> In which order?\nA. 1, 3, 2\nB. 2-1-3\nC. 3, 2, 1\nD. none of these"
+)
+
+
+def test_an_ordering_question_gets_another_right_option() -> None:
+    example = lettered(3, "B", question=SEQUENCES, kind="ordering")
+    check_answer(example)
+    assert num_orders(example) == 3  # D is no sequence
+    right = {permute(example, order).answer for order in all_orders(example, 9, 0)}
+    assert right == {"A", "B", "C"}
+    written = {"A": (0, 2, 1), "B": (1, 0, 2), "C": (2, 1, 0)}
+    for order in orders(example, 3, 5, 1):
+        variant = permute(example, order)
+        assert variant.messages == example.messages
+        # The pictures that the right option lists are those of the original right option.
+        assert [variant.images[slot] for slot in written[variant.answer]] == [1, 0, 2]
+        assert original_answer(variant, variant.answer) == "2, 1, 3"
+        assert original_answer(variant, "D") is None
+    assert len({original_answer(permute(example, o), "C") for o in orders(example, 3, 0, 0)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"answer": "D"}, "letter of an option such as 'A. 2, 1, 3'.*sequences: A, B, C"),
+        ({"answer": "2, 1, 3"}, "letter of an option"),
+        ({"question": "<image><image><image> In which order?"}, "sequences: none"),
+        ({"should_change": False}, "should_change is false"),
+    ],
+)
+def test_bad_ordering_questions(fields: dict[str, Any], match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        check_answer(lettered(3, **{"question": SEQUENCES, "kind": "ordering", **fields}))

@@ -1,0 +1,326 @@
+"""Permuting: the picture that an answer names stays the same picture, or the example is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perl.permutation import (
+    LETTERS,
+    check_answer,
+    check_moves,
+    letter_slots,
+    named_images,
+    orders,
+    original_answer,
+    permute,
+)
+from perl.types import Example, Message, UserError
+from tests.permutation.questions import ODD, ask, kinds, lettered, lettered_questions
+
+
+@st.composite
+def consistent(draw: st.DrawFn) -> tuple[Example, Any]:
+    """A question over labelled slots, or with options that name one image each, and a way to keep it consistent.
+
+    Where texts follow, it names images besides.
+    """
+    mode = draw(st.sampled_from(["slots", "references"]))
+    count = draw(st.integers(2, 6))
+    said = "all this"
+    if mode == "references":
+        said = " ".join(f"image {draw(st.integers(1, count))}" for _ in range(2))
+    if draw(st.booleans()):
+        question = f"{lettered(count).question} Is {said} alike?"
+    else:
+        listed = draw(st.permutations(range(1, count + 1)))
+        options = "\n".join(f"{k}. Image {n}" for k, n in zip(LETTERS, listed, strict=False))
+        question = f"{'<image>' * count} Given {said}, which?\n{options}"
+    answer = draw(st.sampled_from([*LETTERS[:count], "2", "Image 1"]))
+    return ask(question, answer, kind=draw(kinds(count))), mode
+
+
+@given(lettered_questions().map(lambda e: (e, "slots")) | consistent(), st.integers(0, 5))
+def test_the_answer_follows_its_pictures_and_back(drawn: tuple[Example, Any], seed: int) -> None:
+    example, text = drawn
+    count = len(example.images)
+    named = named_images(example.answer, count, letter_slots(example))
+    assert named
+    for order in orders(example, 4, seed, 0):
+        variant = permute(example, order, text)
+        # Letters are read off the text that the model sees.
+        shown = replace(
+            example, images=variant.images, question=variant.messages, answer=variant.answer
+        )
+        now = named_images(variant.answer, count, letter_slots(shown))
+        assert [variant.images[s] for s in now or ()] == [example.images[s] for s in named]
+        assert original_answer(variant, variant.answer) == example.answer
+        back = permute(shown, [order.index(image) for image in range(count)], text)
+        before = (example.images, example.messages, example.answer)
+        assert (back.images, back.messages, back.answer) == before
+
+
+@given(st.text(max_size=40) | ODD, st.permutations(range(4)))
+def test_any_model_output_is_survived(text: str, order: list[int]) -> None:
+    result = original_answer(permute(lettered(4), order), text)
+    assert (result is None) == (named_images(text, 4, range(4)) is None)
+    question = "<image><image><image><image> Which?"
+    options = f"{question}\nA. Image 2\nB. Image 1\nC. Image 3\nD. Image 4\nE. none"
+    for asked in (question, options):
+        for mode in ("slots", "references"):
+            original_answer(permute(ask(asked, "A", kind="none"), order, mode), text)
+
+
+def test_the_example_of_the_types_swaps() -> None:
+    variant = permute(lettered(2, "B", images=("cat", "dog")), (1, 0))
+    assert (variant.images, variant.answer) == (("dog", "cat"), "A")
+    assert variant.messages == variant.example.messages  # slots: the text stays
+
+
+@pytest.mark.parametrize(
+    ("answer", "after"),
+    [
+        ("A", "C"),
+        ("b", "a"),
+        ("(C)", "(B)"),
+        ("Image 2", "Image 1"),
+        ("image 3.", "image 2."),
+        ("1", "3"),
+        ("A, C", "C, B"),
+        ("1, 3, 2", "3, 2, 1"),
+        ("A and B", "C and A"),
+        ("[2, 1]", "[1, 3]"),
+        (" B ", " A "),
+        ("the second image", "the first image"),
+    ],
+)
+def test_every_shape_of_answer(answer: str, after: str) -> None:
+    order = (1, 2, 0)  # the first image now stands third
+    variant = permute(lettered(3, answer), order)
+    assert variant.answer == after
+    assert original_answer(variant, after) == answer
+
+
+@pytest.mark.parametrize("answer", ["D", "4", "0", "Image 9", "A, D", "yes", "", "AB", "the dog"])
+def test_an_answer_that_names_no_image_is_an_error(answer: str) -> None:
+    example = lettered(3, answer)
+    match = rf"'q': answer '{answer}' names none of its 3 images.*should_change to false"
+    with pytest.raises(UserError, match=match):
+        permute(example, (1, 0, 2))
+    with pytest.raises(UserError, match=match):
+        check_answer(example)
+    assert original_answer(permute(lettered(3), (1, 0, 2)), answer) is None
+
+
+def test_an_answer_that_stays_is_left_alone() -> None:
+    example = lettered(3, "yes", should_change=False)
+    check_answer(example)
+    variant = permute(example, (2, 1, 0))
+    assert variant.answer == "yes"
+    assert original_answer(variant, "anything") == "anything"
+    assert original_answer(permute(lettered(2), (1, 0)), None) is None
+
+
+@pytest.mark.parametrize(
+    ("question", "answers"),
+    [
+        ("A. <image> B. <image> Which image shows a dog?", ["B", "(b)"]),
+        ("(A) <image> (B) <image> Which images show a dog?", ["A, B"]),
+        ("<image> <image> Which has a dog?", ["Image 2", "image B", "It is the second picture."]),
+        ("<image> <image> Which shows a dog? A. Image 1 B. Image 2", ["B. Image 2"]),
+    ],
+)
+def test_an_answer_that_names_an_image_may_not_stay(question: str, answers: list[str]) -> None:
+    match = (
+        r"'q': should_change is false, but answer '.*' names image \d, which may move; set should_"
+    )
+    for answer in answers:
+        example = ask(question, answer, should_change=False)
+        for refuse in (
+            check_answer,
+            lambda e: permute(e, (1, 0)),
+            lambda e: check_moves(e, "slots"),
+        ):
+            with pytest.raises(UserError, match=match):
+                refuse(example)
+        check_answer(replace(example, should_change=True))
+        check_answer(replace(example, kind="none"))
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("A. <image> B. <image> How many images show a dog?", "2"),
+        ("A. <image> B. <image> Do both images show a dog?", "no"),
+        ("Image 1: <image> Image 2: <image> How many images show a dog?", "2"),
+        ("<image> <image> Which letter is in both images?", "B"),
+        ("A <image> B <image> What is in both images?\nA. a cat\nB. a dog", "B"),
+        ("<image> <image> What is in both images?\nA. a cat\nB. a dog", "B"),
+        ("<image> <image> Where was the runner in both races?", "second"),
+    ],
+)
+def test_an_answer_that_may_mean_something_else_may_stay(question: str, answer: str) -> None:
+    example = ask(question, answer, should_change=False)
+    check_moves(example, "slots")
+    assert permute(example, (1, 0)).answer == answer
+
+
+def test_an_image_that_keeps_its_place_may_be_named() -> None:
+    question = "A. <image> B. <image> C. <image> Which is the map?"
+    check_moves(ask(question, "A", kind="first_fixed", should_change=False), "slots")
+
+
+def test_a_text_answer_is_fine_where_nothing_can_move() -> None:
+    check_answer(lettered(1, "forty-two"))
+    check_answer(lettered(3, "forty-two", kind="none"))
+    assert permute(lettered(1, "forty-two"), (0,)).answer == "forty-two"
+
+
+def test_a_wrong_order_is_refused() -> None:
+    with pytest.raises(ValueError, match="no permutation of the 3 images"):
+        permute(lettered(3), (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "question", "slots"),
+    [
+        ("all", "<image><image><image>", (0, 1, 2)),
+        ("first_fixed", "<image> Which is alike? <image> <image>", (1, 2)),
+        ("last:2", "<image> then? <image> <image>", (1, 2)),
+        ("first_fixed", "A <image> B <image> C <image>", (0, 1, 2)),  # labels decide
+        ("first_fixed", "Look: <image> (A) <image> (B): <image>", (1, 2)),
+        ("all", "Look: <image>\nA. <image>\nB. <image>", (1, 2)),
+        ("all", "B <image> A <image> C <image>", (1, 0, 2)),
+        ("all", "I <image> see <image> <image>", (0, 1, 2)),
+        (
+            "all",
+            (Message("system", "Hi"), Message("user", "A)<image> B)<image> C)<image>")),
+            (0, 1, 2),
+        ),
+    ],
+)
+def test_what_letters_name(kind: str, question: Any, slots: tuple[int, ...]) -> None:
+    assert letter_slots(lettered(3, kind=kind, question=question)) == slots
+
+
+def test_letters_of_options_follow_their_pictures() -> None:
+    question = "<image> Which is alike? <image> <image>"
+    variant = permute(ask(question, "A", kind="first_fixed"), (0, 2, 1))
+    assert variant.answer == "B"
+    assert original_answer(variant, "B") == "A"
+    assert original_answer(variant, "Image 2") == "Image 3"
+    with pytest.raises(UserError, match=r"'C' names none of its 3 images \(A to B or 1 to 3\)"):
+        permute(ask(question, "C", kind="first_fixed"), (0, 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "order", "after", "answer_after"),
+    [
+        ("Describe the change from image 1 to image 2.\n<image><image>", None, (1, 0), "Describe the change from image 2 to image 1.\n<image><image>", None),
+        ("Describe image 1.\n<image><image>", None, (1, 0), "Describe image 2.\n<image><image>", None),
+        ("<image> Image 1\n<image> Image 2\nDescribe image 2.", None, (1, 0), "<image> Image 1\n<image> Image 2\nDescribe image 1.", None),
+        ("<image> (Image 1)\n<image> (Image 2)\nDescribe image 2.", None, (1, 0), "<image> (Image 1)\n<image> (Image 2)\nDescribe image 1.", None),
+        ("**Image 1**: <image> **Image 2**: <image> image 2?", None, (1, 0), "**Image 1**: <image> **Image 2**: <image> image 1?", None),
+        ("Image 1 is <image>, image 2 is <image>", None, (1, 0), "Image 1 is <image>, image 2 is <image>", None),
+        ("Say if the odd one is image 1.\n<image><image>", None, (1, 0), "Say if the odd one is image 2.\n<image><image>", None),
+        ("<image><image> In image 1, 2 dogs play", None, (1, 0), "<image><image> In image 2, 2 dogs play", None),
+        ("<image><image> Does image two have a dog?", None, (1, 0), "<image><image> Does image one have a dog?", None),
+        ("<image>" * 9 + " The picture I took", None, (1, 0, *range(2, 9)), "<image>" * 9 + " The picture I took", None),
+        ("<image> <image> In the images 2 dogs play", None, (1, 0), "<image> <image> In the images 2 dogs play", None),
+        ("<image> <image> What is in the second image?", None, (1, 0), "<image> <image> What is in the first image?", None),
+        ("A <image> B <image> Is image A or image B darker?", "A", (1, 0), "A <image> B <image> Is image B or image A darker?", "B"),
+        ("Image A: <image> Image B: <image> Which is like image B?", "A", (1, 0), "Image A: <image> Image B: <image> Which is like image A?", "B"),
+        ("Image 1: <image> Image 2: <image> Image 3 - <image> Is image 1 like the 3rd image?", "Image 2", (1, 2, 0),
+         "Image 1: <image> Image 2: <image> Image 3 - <image> Is image 3 like the 2nd image?", "Image 1"),
+    ],
+)  # fmt: skip
+def test_what_is_rewritten(
+    question: str, answer: str | None, order: tuple[int, ...], after: str, answer_after: str | None
+) -> None:
+    """Labels stay with their slots, mentions follow their images; None: an answer that stays."""
+    example = ask(question, answer or "a dog", should_change=answer is not None)
+    variant = permute(example, order, "references")
+    assert variant.messages[0].content == after
+    assert variant.answer == (answer_after or "a dog")
+    assert variant.images == order
+
+
+@pytest.mark.parametrize("text", ["slots", "references"])
+def test_numbers_count_what_they_label(text) -> None:
+    """The query has no number, so "Image 1" is the second of all."""
+    question = "Query: <image>\nImage 1: <image>\nImage 2: <image>\nWhich is like the query?"
+    asked = ask(question, "Image 1", kind="first_fixed")
+    variant = permute(asked, (0, 2, 1), text)
+    assert variant.messages == asked.messages
+    assert variant.answer == "Image 2"
+    assert original_answer(variant, "2") == "1"
+    options = ask(question + "\nA. Image 2\nB. Image 1", "A", kind="first_fixed")
+    assert letter_slots(options) == (2, 1)
+    assert permute(options, (0, 2, 1), text).answer == {"slots": "B", "references": "A"}[text]
+
+
+NUMBERED = "Query: <image> Image 1: <image> Image 2: <image>"
+UNSURE = "which cannot be rewritten for certain"
+
+
+@pytest.mark.parametrize(
+    ("question", "match"),
+    [
+        ("the second to last image", "by 'the second'.*set kind to none"),
+        ("the twenty-first image", "by 'twenty-first image'"),
+        ("Is the first one like the second one?", "by 'first one'"),
+        ("the first, but not image 2", "by 'the first'"),
+        ("every second image", "by 'second image'"),
+        ("image 1, 2 or 3", "by 'image 1, 2'"),
+        ("the second image from the left", "by 'second image'"),
+        ("image II and image b", "by 'image II'"),
+        ("the left picture", "by 'left picture'"),
+        ("image A, which has no letter", "by 'image A'"),
+        ("In image 1 and 2 dogs", "by 'image 1 and 2'"),
+        ("Is it like image 1: <image> or <image>?", UNSURE),
+        ("Compare image 1 and image 2: <image><image>", UNSURE),
+        ("Query <image> Image 1 <image> Image 2 <image>", UNSURE),
+        (f"{NUMBERED} Is it like <image_1>?", UNSURE),
+        (f"{NUMBERED} Is it like image 3?", UNSURE),
+        (f"{NUMBERED} What does image 1 show?", "moves to slot 1, which is not numbered; number"),
+    ],
+)
+def test_what_cannot_be_rewritten_is_refused(question: str, match: str) -> None:
+    if "<image>" not in question:
+        question = f"<image><image><image> Look: {question}"
+    with pytest.raises(UserError, match=match):
+        check_moves(ask(question, "yes", should_change=False), "references")
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [("See <image> A: <image> B: <image>", "A"), (f"{NUMBERED} Which is dark?", "Image 1")],
+)
+def test_an_answer_cannot_follow_to_a_slot_without_a_name(question: str, answer: str) -> None:
+    with pytest.raises(UserError, match=f"answer '{answer}' moves to a slot that has no letter"):
+        check_moves(ask(question, answer), "slots")
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("<image><image> Is image 2 brighter than image 1?", None),
+        ("<image><image><image> Which is like the first image?", "B"),
+        ("A <image> B <image> Which is unlike image A?", "B"),
+    ],
+)
+def test_slots_refuse_a_text_that_names_an_image_that_moves(
+    question: str, answer: str | None
+) -> None:
+    example = ask(question, answer or "yes", should_change=answer is not None)
+    with pytest.raises(UserError, match=r"names image [12], which moves; set permutation.text"):
+        check_moves(example, "slots")
+    check_moves(example, "references")
+    if len(example.images) == 3:  # It stays where the first is fixed.
+        check_moves(replace(example, kind="first_fixed"), "slots")
+    if answer is None:  # Whoever writes blocks knows what the text says of them.
+        check_moves(replace(example, kind="blocks:1,2"), "slots")
