@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from perl.files import read_rows
+
 MEASURES = {
     "accuracy": "Accuracy, sampled",
     "greedy": "Accuracy, greedy",
@@ -38,6 +40,11 @@ class RunLog:
     rl: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def last_step(self) -> float:
+        """Of RL; 0 without any."""
+        return max(curve_of(self.rl, "step"), default=0.0)
 
 
 def number(value: object) -> float | None:
@@ -90,38 +97,22 @@ def spread(curves: Sequence[Curve]) -> dict[float, tuple[float, float, float]]:
 
 def evaluation_curve(run: RunLog, key: str) -> Curve:
     """A field of the evaluations by RL step: `before` stands at 0, `after` at the last step."""
-    last = max(curve_of(run.rl, "step"), default=0.0)
     found: Curve = {}
     for row in run.evaluations:
         value, step = number(row.get(key)), number(row.get("step"))
         if step is None:
-            step = {"before": 0.0, "after": last}.get(str(row.get("at")))
+            step = {"before": 0.0, "after": run.last_step}.get(str(row.get("at")))
         if value is not None and step is not None:
             found[step] = value
     return dict(sorted(found.items()))
 
 
-def read_jsonl(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The objects of a JSONL file. A last line cut short is left out, damage before it noted."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError:
-        return []
-    rows, damaged = [], 0
-    for i, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8", "replace"))
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        elif i + 1 < len(lines):
-            damaged += 1
-    if damaged:
+def read_records(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The rows of a record of a run; damaged ones are left out and noted."""
+    rows = list(read_rows(path))
+    if damaged := rows.count({}):
         notes.append(f"{path.name}: {damaged} damaged {plural('line', damaged)} left out.")
-    return rows
+    return [row for row in rows if row]
 
 
 def read_run(folder: Path) -> RunLog:
@@ -136,7 +127,7 @@ def read_run(folder: Path) -> RunLog:
         summary = {}
         notes.append("summary.json cannot be read: numbers come from metrics.jsonl.")
     by_stage: dict[str, list[dict[str, Any]]] = {"cold_start": [], "rl": [], "evaluate": []}
-    for row in read_jsonl(folder / "metrics.jsonl", notes):
+    for row in read_records(folder / "metrics.jsonl", notes):
         by_stage.get(str(row.get("stage")), []).append(row)
     if not any(by_stage.values()):
         notes.append("No metrics recorded.")

@@ -5,12 +5,13 @@ A run that was stopped, damaged or never measured still gives a page; the page s
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from perl.files import replacing
 from perl.report.metrics import (
+    HEADLINE,
     MEASURES,
     RunLog,
     curve_of,
@@ -45,7 +46,7 @@ def write_report(run_dir: Path) -> Path:
     notes = [f"{run.name}: {note}" if seeds else note for run in runs for note in run.notes]
     if seeds and not top.summary:
         notes.append("The run over all seeds has not finished: there is no common summary.json.")
-    if len(reached := {max(curve_of(run.rl, "step"), default=0.0) for run in runs}) > 1:
+    if len(reached := {run.last_step for run in runs}) > 1:
         notes.append(
             f"The seeds stand at different steps, {min(reached):g} to {max(reached):g}: "
             "means over RL go as far as all of them, thin lines are the single seeds."
@@ -75,9 +76,8 @@ def write_report(run_dir: Path) -> Path:
         versions=_versions(top, runs),
     )
     path = run_dir / "report.html"
-    draft = run_dir / "report.html.tmp"
-    draft.write_bytes(page.encode("utf-8", "replace"))  # a lone surrogate is no reason to fail
-    os.replace(draft, path)
+    with replacing(path) as draft:
+        draft.write_bytes(page.encode("utf-8", "replace"))  # A lone surrogate is no reason to fail.
     return path
 
 
@@ -95,14 +95,12 @@ def _render(**context: Any) -> str:
     return environment.get_template("report.html.j2").render(context)
 
 
-def percent(value: float | None) -> str:
-    return UNKNOWN if value is None else f"{100 * value:.1f} %"
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
 
 
-def duration(seconds: float | None) -> str:
+def duration(seconds: float) -> str:
     """Seconds for a reader: 8.4 s, 4 min 05 s, 1 h 02 min."""
-    if seconds is None:
-        return UNKNOWN
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -111,22 +109,20 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def size(count: float | None) -> str:
+def size(count: float) -> str:
     """Bytes for a reader: 512 MiB, 1.4 GiB."""
-    if count is None:
-        return UNKNOWN
     return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"
 
 
-def _known(runs: Sequence[RunLog], key: str) -> list[float]:
-    return [found[key] for run in runs if key in (found := headline(run))]
+_SHOW: dict[str, Callable[[float], str]] = {"seconds": duration, "peak_rss_bytes": size}
+"""How a headline number is written; the others are shares."""
 
 
-def _average(values: Sequence[float]) -> float | None:
-    return mean(values) if values else None
+def _mean_text(values: Sequence[float], show: Callable[[float], str]) -> str:
+    return show(mean(values)) if values else UNKNOWN
 
 
-def _range(values: Sequence[float], show: Any) -> str:
+def _range(values: Sequence[float], show: Callable[[float], str]) -> str:
     """Lowest to highest, the unit once where it is the same; empty for fewer than two values."""
     if len(values) < 2:
         return ""
@@ -139,9 +135,11 @@ def _range(values: Sequence[float], show: Any) -> str:
 
 def _cards(runs: Sequence[RunLog]) -> list[dict[str, str]]:
     """The headline numbers: means over the seeds, with their range where there are several."""
+    numbers = [headline(run) for run in runs]
+    known = {key: [found[key] for found in numbers if key in found] for key in HEADLINE}
     cards = []
     for measure, label in MEASURES.items():
-        before, after = _known(runs, f"{measure}_before"), _known(runs, f"{measure}_after")
+        before, after = known[f"{measure}_before"], known[f"{measure}_after"]
         detail = []
         if before and after:
             detail.append(f"{100 * (mean(after) - mean(before)):+.1f} points")
@@ -150,26 +148,20 @@ def _cards(runs: Sequence[RunLog]) -> list[dict[str, str]]:
         cards.append(
             {
                 "label": f"{label}, held out",
-                "before": percent(_average(before)) if before or after else "",
-                "value": percent(_average(after)),
+                "before": _mean_text(before, percent) if before or after else "",
+                "value": _mean_text(after, percent),
                 "detail": ", ".join(detail) or "not measured before and after RL",
             }
         )
-    for key, label, show in (
-        ("seconds", "Time", duration),
-        ("peak_rss_bytes", "Peak memory", size),
-    ):
-        values = _known(runs, key)
+    for key, label in (("seconds", "Time"), ("peak_rss_bytes", "Peak memory")):
+        values, show = known[key], _SHOW[key]
         detail = f"mean of {len(values)} seeds, {_range(values, show)}" if len(values) > 1 else ""
-        cards.append(
-            {"label": label, "before": "", "value": show(_average(values)), "detail": detail}
-        )
-    steps = [int(max(curve_of(run.rl, "step"), default=0)) for run in runs]
-    value = _range(steps, str) or str(steps[0])
+        cards.append({"label": label, "value": _mean_text(values, show), "detail": detail})
+    steps = [int(run.last_step) for run in runs]
     cold = max(max(curve_of(run.cold_start, "step"), default=0) for run in runs)
     detail = f"after {cold:.0f} cold-start steps" if cold else ""
-    cards.append({"label": "RL steps", "before": "", "value": value, "detail": detail})
-    return cards
+    value = _range(steps, str) or str(steps[0])
+    return [*cards, {"label": "RL steps", "value": value, "detail": detail}]
 
 
 def _facts(top: RunLog, runs: Sequence[RunLog], *, several: bool) -> list[str]:
@@ -186,34 +178,34 @@ def _facts(top: RunLog, runs: Sequence[RunLog], *, several: bool) -> list[str]:
 
 def _seed_table(runs: Sequence[RunLog]) -> list[tuple[str, list[str]]]:
     """A row of headline numbers per seed, then their mean and range."""
-    columns = [(f"{m}_{at}", percent) for m in MEASURES for at in ("before", "after")]
-    columns += [("seconds", duration), ("peak_rss_bytes", size)]
     numbers = [headline(run) for run in runs]
+    columns = [([f[k] for f in numbers if k in f], _SHOW.get(k, percent)) for k in HEADLINE]
     rows = [
-        (run.name.replace("seed-", "seed "), [show(found.get(key)) for key, show in columns])
+        (
+            run.name.replace("seed-", "seed "),
+            [_SHOW.get(k, percent)(found[k]) if k in found else UNKNOWN for k in HEADLINE],
+        )
         for run, found in zip(runs, numbers, strict=True)
     ]
-    by_column = [([f[key] for f in numbers if key in f], show) for key, show in columns]
-    rows.append(("mean", [show(_average(values)) for values, show in by_column]))
-    rows.append(("range", [_range(values, show) or UNKNOWN for values, show in by_column]))
+    rows.append(("mean", [_mean_text(*column) for column in columns]))
+    rows.append(("range", [_range(*column) or UNKNOWN for column in columns]))
     return rows
 
 
 def _task_table(runs: Sequence[RunLog]) -> list[tuple[str, list[str]]]:
     """Before and after by task, the mean over the runs; empty where no evaluation names tasks."""
+    keys = [(measure, at) for measure in MEASURES for at in ("before", "after")]
     found: dict[str, dict[tuple[str, str], list[float]]] = {}
     for run in runs:
         last = {str(row.get("at")): row for row in run.evaluations}
-        for at in ("before", "after"):
+        for measure, at in keys:
             by_task = last.get(at, {}).get("by_task")
             for task, numbers in by_task.items() if isinstance(by_task, dict) else ():
-                for measure in MEASURES:
-                    value = number(numbers.get(measure)) if isinstance(numbers, dict) else None
-                    if value is not None:
-                        found.setdefault(task, {}).setdefault((measure, at), []).append(value)
-    keys = [(m, at) for m in MEASURES for at in ("before", "after")]
+                value = number(numbers.get(measure)) if isinstance(numbers, dict) else None
+                if value is not None:
+                    found.setdefault(task, {}).setdefault((measure, at), []).append(value)
     return [
-        (task, [percent(_average(cells.get(key, []))) for key in keys])
+        (task, [_mean_text(cells.get(key, []), percent) for key in keys])
         for task, cells in sorted(found.items())
     ]
 

@@ -111,9 +111,6 @@ PANELS = (
           "Loss of the supervised steps on demonstrations.",
           (("loss", "loss"),), (), "zero", "cold_start"),
 )  # fmt: skip
-GROUPS = ("groups", "Groups kept and filtered",
-          "Groups with equal rewards carry no gradient and are dropped.")  # fmt: skip
-TIME = ("time", "Where the time went", "Wall-clock time by stage.")
 
 
 def draw_pictures(
@@ -151,8 +148,11 @@ def draw_pictures(
     with matplotlib.rc_context(STYLE):
         for p in PANELS:
             attempt(p.name, p.title, p.caption, lambda figure, p=p: _draw_panel(figure, p, runs))
-        attempt(*GROUPS, lambda figure: _draw_groups(figure, runs))
-        attempt(*TIME, lambda figure: _draw_time(figure, seconds_by_stage))
+        caption = "Groups with equal rewards carry no gradient and are dropped."
+        title = "Groups kept and filtered"
+        attempt("groups", title, caption, lambda figure: _draw_groups(figure, title, runs))
+        caption, name = "Wall-clock time by stage.", "Where the time went"
+        attempt("time", name, caption, lambda figure: _draw_time(figure, name, seconds_by_stage))
     if missing:
         troubles.append("No numbers recorded for: " + ", ".join(missing) + ".")
     return pictures, troubles
@@ -182,13 +182,8 @@ def _draw_panel(figure: Figure, panel: Panel, runs: Sequence[RunLog]) -> str:
         lines += _reward_parts(runs)
     for (key, label), colour in zip(lines, COLOURS, strict=False):
         curves = [curve_of(r.rl if panel.stage == "rl" else r.cold_start, key) for r in runs]
-        words += _draw_line(
-            axes,
-            [c for c in curves if c],
-            label,
-            colour,
-            main=panel.points != () or key == lines[0][0],
-        )
+        width = 2.0 if panel.points or key == lines[0][0] else 1.5
+        words += _draw_line(axes, [c for c in curves if c], label, colour, width)
     for i, (key, label) in enumerate(panel.points):
         curves = [evaluation_curve(run, key) for run in runs]
         colour = COLOURS[i] if panel.name == "curve" else (VERMILION, GREEN)[i]
@@ -209,7 +204,7 @@ def _reward_parts(runs: Sequence[RunLog]) -> tuple[tuple[str, str], ...]:
 
 
 def _draw_line(
-    axes: Axes, curves: Sequence[Curve], label: str, colour: str, *, main: bool = True
+    axes: Axes, curves: Sequence[Curve], label: str, colour: str, width: float
 ) -> list[str]:
     """Raw values faint and their average strong; with several seeds their mean and range.
 
@@ -232,7 +227,6 @@ def _draw_line(
         low, high = [b[1] for b in band.values()], [b[2] for b in band.values()]
         axes.fill_between(list(band), low, high, color=colour, alpha=0.18, linewidth=0)
     marker = "o" if len(line) == 1 else None
-    width = 2.0 if main else 1.5
     axes.plot(list(line), list(line.values()), color=colour, label=label, lw=width, marker=marker)
     steps = list(line)
     return [_words(label, {step: line[step] for step in (steps[0], steps[-1])})]
@@ -250,20 +244,14 @@ def _draw_points(
     above = [max(0.0, high - c) for c, _, high in points.values()]
     if len(curves) > 1:
         axes.errorbar(steps, centre, yerr=[below, above], fmt="none", ecolor=colour, capsize=3)
-    style = marker + ":" * (
-        max(map(len, curves)) > 2
-    )  # two points alone would look like a measured line
-    axes.plot(
-        steps,
-        centre,
-        style,
-        color=colour,
-        label=label,
-        lw=1.2,
-        ms=7,
-        mec="white",
-        clip_on=False,
-    )
+    # Two points alone, joined, would look like a measured line.
+    style: dict[str, Any] = {
+        "ls": ":" if max(map(len, curves)) > 2 else "none",
+        "lw": 1.2,
+        "clip_on": False,
+    }
+    style |= {"marker": marker, "ms": 7, "mec": "white", "color": colour, "label": label}
+    axes.plot(steps, centre, **style)
     return [_words(label, dict(zip(steps, centre, strict=True)))]
 
 
@@ -282,17 +270,14 @@ def _write_values(axes: Axes, panel: Panel, runs: Sequence[RunLog]) -> None:
             gap = value - other[step][0] if step in other else 1.0
             if abs(gap) < 0.06 * (high - low):
                 shift = 6 if gap > 0 or (gap == 0 and i == 0) else -6
-            left = step == min(points)
-            axes.annotate(
-                f"{100 * value:.0f} %",
-                (step, value),
-                xytext=(-8 if left else 8, shift),
-                textcoords="offset points",
-                ha="right" if left else "left",
-                va="center",
-                color=COLOURS[i],
-                fontweight="bold",
-            )
+            side, aligned = (-8, "right") if step == min(points) else (8, "left")
+            place: dict[str, Any] = {
+                "xytext": (side, shift),
+                "textcoords": "offset points",
+                "va": "center",
+            }
+            look: dict[str, Any] = {"ha": aligned, "color": COLOURS[i], "fontweight": "bold"}
+            axes.annotate(f"{100 * value:.0f} %", (step, value), **place, **look)
     start, end = axes.get_xlim()
     axes.set_xlim(start - 0.1 * (end - start), end + 0.08 * (end - start))
 
@@ -326,7 +311,7 @@ def _finish(figure: Figure, axes: Axes, title: str, ylabel: str, xlabel: str) ->
         figure.legend(handles, labels, loc="outside lower center", ncols=min(2, len(handles)))
 
 
-def _draw_groups(figure: Figure, runs: Sequence[RunLog]) -> str:
+def _draw_groups(figure: Figure, title: str, runs: Sequence[RunLog]) -> str:
     """Stacked: groups trained on, groups of equal rewards, and the rest of those seen."""
     from matplotlib.ticker import MaxNLocator
 
@@ -351,12 +336,12 @@ def _draw_groups(figure: Figure, runs: Sequence[RunLog]) -> str:
     heights = [[v[0], *v, v[-1]] for v in heights]
     axes.stackplot(padded, heights, step="mid", linewidth=0, labels=labels, colors=colours)
     axes.set_xlim(padded[0], padded[-1])
-    _finish(figure, axes, GROUPS[1], "groups per step", "RL step")
+    _finish(figure, axes, title, "groups per step", "RL step")
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     return _shares((label, sum(values)) for values, label, _ in layers)
 
 
-def _draw_time(figure: Figure, seconds: Mapping[str, float]) -> str:
+def _draw_time(figure: Figure, title: str, seconds: Mapping[str, float]) -> str:
     """One bar per stage, the longest on top."""
     stages = sorted(((v, k) for k, v in seconds.items() if v > 0))
     if not stages:
@@ -372,7 +357,7 @@ def _draw_time(figure: Figure, seconds: Mapping[str, float]) -> str:
     axes.set_xlim(0, 1.15 * widths[-1])
     room = max(0.0, (3 - len(stages)) / 2)
     axes.set_ylim(-0.6 - room, len(stages) - 0.4 + room)
-    axes.set_title(TIME[1])
+    axes.set_title(title)
     axes.set_xlabel(name)
     return _shares((stage.replace("_", " "), value) for value, stage in reversed(stages))
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from perl.report.metrics import RunLog, mean, number, plural, read_jsonl
+from perl.report.metrics import RunLog, mean, number, plural, read_records
 from perl.types import IMAGE_SLOT
 
 MAX_ROLLOUTS = 60
@@ -33,7 +33,7 @@ def rollout_groups(
     """
     found: dict[tuple[str, ...], tuple[RunLog, list[dict[str, Any]]]] = {}
     for run in runs:
-        for row in read_jsonl(run.folder / "rollouts.jsonl", notes):
+        for row in read_records(run.folder / "rollouts.jsonl", notes):
             key = (run.name, *(str(row.get(k)) for k in ("stage", "step", "example")))
             found.setdefault(key, (run, []))[1].append(row)
     total = sum(len(rows) for _, rows in found.values())

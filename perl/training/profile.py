@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from perl.config import Command, Config, StageConfig
-from perl.files import RunFolder, is_main_process, write_json
+from perl.files import RunFolder, is_main_process, read_rows, write_json
 from perl.recipe import plan, save_config
 from perl.report.progress import Display
 from perl.types import UserError
@@ -241,10 +241,9 @@ class Recorder(Display):
         """All that was found in this process, for profile.json."""
         import torch
 
-        from perl.report.metrics import read_jsonl
         from perl.training.profile_report import add_device, figures, hints
 
-        rows = read_jsonl(self.run.metrics, [])[self.command.warmup :]
+        rows = list(read_rows(self.run.metrics))[self.command.warmup :]
         for step, row in zip(self.timed + self.traced, rows, strict=True):
             step["metrics"] = row
         out = figures(self.timed, self.traced, config) | self.peak

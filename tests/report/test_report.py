@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from perl.report.metrics import curve_of, headline, read_jsonl, read_run, smoothed
+from perl.report.metrics import curve_of, headline, read_records, read_run, smoothed
 from perl.report.page import write_report
 from perl.report.rollouts import MAX_PER_GROUP, MAX_ROLLOUTS
 from perl.types import UserError
@@ -201,7 +201,7 @@ def test_stopped_runs_say_what_is_missing(tmp_path: Path, left: str) -> None:
     (run / "summary.json").unlink(missing_ok=True)
     if left != "no rollouts":
         (run / "rollouts.jsonl").unlink(missing_ok=True)
-    rows = read_jsonl(run / "metrics.jsonl", [])
+    rows = read_records(run / "metrics.jsonl", [])
     keep = {"cold start": rows[:100], "no rollouts": rows, "one step": rows[100:102]}.get(left, [])
     write_jsonl(run / "metrics.jsonl", keep)
     page = Page(write_report(run))
