@@ -95,18 +95,26 @@ def make_tiny_model(name: str, words: Sequence[str], folder: Path, seed: int) ->
 def make_tokenizer(words: Sequence[str]) -> Any:
     """A word-level tokenizer with Qwen's special tokens and a chat template with images."""
     named = {"image_token": "<|image_pad|>"}
-    return _word_tokenizer(words, SPECIAL_TOKENS, named, CHAT_TEMPLATE)
+    return make_word_tokenizer(words, SPECIAL_TOKENS, named, CHAT_TEMPLATE)
 
 
 def make_internvl_tokenizer(words: Sequence[str]) -> Any:
     """A word-level tokenizer with InternVL's special tokens and chat template."""
     special = (*SPECIAL_TOKENS[:3], *INTERNVL_TOKENS.values())
-    return _word_tokenizer(words, special, INTERNVL_TOKENS, INTERNVL_CHAT_TEMPLATE)
+    return make_word_tokenizer(words, special, INTERNVL_TOKENS, INTERNVL_CHAT_TEMPLATE)
 
 
-def _word_tokenizer(
+def make_word_tokenizer(
     words: Sequence[str], special: Sequence[str], named: dict[str, str], template: str
 ) -> Any:
+    """A tokenizer of whole words.
+
+    Args:
+        words: its vocabulary besides what follows.
+        special: its special tokens, `<|endoftext|>` and `<|im_end|>` (which ends a turn) among them.
+        named: attributes of the tokenizer that name special tokens.
+        template: of chats.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -12,8 +12,9 @@ from torch import nn
 
 from perl.model.families import ImageFeatures
 from perl.model.policy import Policy
+from perl.model.processor import Processor
 from perl.model.vision import StepFeatures
-from perl.types import PackedBatch, Segment
+from perl.types import EncodedPrompt, Message, PackedBatch, Segment
 
 Logprobs = dict[tuple[int, int], torch.Tensor]
 """By segment and number of the completion in it, [L] each."""
@@ -30,6 +31,62 @@ def stock_model(folder: Path) -> nn.Module:
     return AutoModelForImageTextToText.from_pretrained(
         folder, dtype=torch.float64, attn_implementation="sdpa"
     )
+
+
+def segments_of(processor: Processor) -> list[Segment]:
+    """Two orders of two unequal images, three images, no image, one; completions of 5, 2, 1 and 0 tokens."""
+    rng = np.random.default_rng(0)
+    a, b, c = picture(28, 28, 1), picture(90, 60, 2), picture(56, 140, 3)
+    chats = [
+        ((a, b), "A <image> B <image> which image shows two ?"),
+        ((b, a), "A <image> B <image> which image shows two ?"),
+        ((c, a, b), "<image> <image> <image> how many images show one ?"),
+        ((), "which image"),
+        ((c,), "<image> which image"),
+    ]
+    prompts = [
+        processor.encode_messages((Message("user", text),), images) for images, text in chats
+    ]
+    return [
+        Segment(p, tuple(rng.integers(20, 60, n) for n in (5, 2, 1, 0)), (1.0,) * 4, group)
+        for p, group in zip(prompts, (0, 0, 1, 2, 3), strict=True)
+    ]
+
+
+def stock_inputs(
+    model: nn.Module, prompt: EncodedPrompt, completion: np.ndarray
+) -> dict[str, torch.Tensor]:
+    """What a stock model of Qwen-VL or InternVL takes for one sequence."""
+    ids = torch.tensor(np.concatenate([prompt.input_ids, completion]))[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if prompt.images:
+        pixels = torch.cat([i.pixel_values for i in prompt.images])
+        inputs["pixel_values"] = pixels.to(next(model.parameters()).dtype)
+    if hasattr(model.model, "rope_deltas"):
+        inputs["mm_token_type_ids"] = (ids == prompt.image_token_id).int()
+        if prompt.images:
+            inputs["image_grid_thw"] = torch.tensor([i.grid for i in prompt.images])
+    return inputs
+
+
+def stock_logprobs(model: nn.Module, prompt: EncodedPrompt, completion: np.ndarray) -> torch.Tensor:
+    """[L] of one completion behind its prompt, nothing else."""
+    if hasattr(model.model, "rope_deltas"):
+        model.model.rope_deltas = None
+    logits = model(**stock_inputs(model, prompt, completion)).logits
+    logits = logits[0, len(prompt.input_ids) - 1 : -1]
+    targets = torch.from_numpy(completion)[:, None]
+    return logits.log_softmax(-1).gather(1, targets).squeeze(1)
+
+
+def naive_step(model: nn.Module, segments: list[Segment]) -> Logprobs:
+    """One sequence at a time through the stock model; gradients of the weighted log-probs stay on it."""
+    out = {}
+    for i, r in completions_of(segments):
+        logprobs = stock_logprobs(model, segments[i].prompt, segments[i].completions[r])
+        (logprobs * weights(i, r, len(logprobs))).sum().backward()
+        out[i, r] = logprobs.detach()
+    return out
 
 
 def weights(segment: int, completion: int, length: int) -> torch.Tensor:

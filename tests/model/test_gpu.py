@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from perl.cli import main
 from perl.config import ModelConfig
@@ -32,65 +31,42 @@ IN_BFLOAT16 = ("varlen", "flash_attention_2")
 
 @pytest.mark.parametrize("attention", INSTALLED)
 @pytest.mark.parametrize("name", TINY_QWEN)
-def test_logprobs_are_those_of_the_cpu(
+def test_logprobs_and_gradients_are_those_of_the_cpu(
     name: str, attention: str, tiny_folder: Callable[[str], Path]
 ) -> None:
-    folder, config = str(tiny_folder(name)), ModelConfig(max_pixels=28 * 28 * 16)
+    """Of samples; gradients of shared prompts over two rows, with a trained tower and checkpointing."""
+    folder = str(tiny_folder(name))
+    config = ModelConfig(max_pixels=28 * 28 * 16, gradient_checkpointing=True)
     processor = load_processor(folder, config)
-    rng = np.random.default_rng(0)
-    pictures = [
-        Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8))
-        for w, h in ((28, 28), (90, 60))
-    ]
+    pictures = [picture(28, 28, 0), picture(90, 60, 1)]
     prompts = [
         processor.encode_messages((Message("user", "A <image> B <image> which image ?"),), order)
         for order in (pictures, pictures[::-1])
     ]
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    here = load_policy(folder, config, cpu)
     there = load_policy(folder, replace(config, attention=attention), cuda).to(cuda)
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=attention in IN_BFLOAT16)
     banned = processor.unsampled_token_ids()
-    with torch.autocast("cuda", torch.bfloat16, enabled=attention in IN_BFLOAT16):
+    with autocast:
         out = InProcessEngine(there, processor, 8).generate(
             prompts, SamplingParams(3, 1.0, 9), seed=1
         )
-        batch = pack_row(
-            [
-                Segment(p, tuple(c.token_ids for c in cs), (1.0,) * 3)
-                for p, cs in zip(prompts, out, strict=True)
-            ]
-        )
+        sampled = [tuple(c.token_ids for c in cs) for cs in out]
+        batch = pack_row([Segment(p, s, (1.0,) * 3) for p, s in zip(prompts, sampled, strict=True)])
         ours = HeadLoss(there, banned, 1.0).logprobs(batch).logprobs.cpu()
-    here = HeadLoss(load_policy(folder, config, cpu), banned, 1.0).logprobs(batch).logprobs
-    sampled = torch.from_numpy(np.concatenate([c.logprobs for cs in out for c in cs]))
-    assert (ours - here).abs().max() < TOLERANCE[attention]
-    assert (sampled - here).abs().max() < TOLERANCE[attention]
+    expected = HeadLoss(here, banned, 1.0).logprobs(batch).logprobs
+    of_engine = torch.from_numpy(np.concatenate([c.logprobs for cs in out for c in cs]))
+    assert (ours - expected).abs().max() < TOLERANCE[attention]
+    assert (of_engine - expected).abs().max() < TOLERANCE[attention]
 
-
-@pytest.mark.parametrize("attention", INSTALLED)
-@pytest.mark.parametrize("name", TINY_QWEN)
-def test_gradients_are_those_of_the_cpu(
-    name: str, attention: str, tiny_folder: Callable[[str], Path]
-) -> None:
-    """Shared prompts over two rows, a trained tower, checkpointing."""
-    folder = str(tiny_folder(name))
-    config = ModelConfig(max_pixels=28 * 28 * 16, gradient_checkpointing=True)
-    processor = load_processor(folder, config)
-    pictures = [picture(28, 28, 0), picture(90, 60, 1)]
     rng = np.random.default_rng(0)
     segments = [
-        Segment(
-            processor.encode_messages((Message("user", "A <image> B <image> ?"),), order),
-            tuple(rng.integers(20, 60, n) for n in (30, 9, 1)),
-            (1.0,) * 3,
-        )
-        for order in (pictures, pictures[::-1])
+        Segment(p, tuple(rng.integers(20, 60, n) for n in (30, 9, 1)), (1.0,) * 3) for p in prompts
     ]
-    here = load_policy(folder, config, torch.device("cpu")).train()
-    shared_step(here, segments, 80)
-    cuda = torch.device("cuda")
-    there = load_policy(folder, replace(config, attention=attention), cuda).to(cuda).train()
-    with torch.autocast("cuda", torch.bfloat16, enabled=attention in IN_BFLOAT16):
-        shared_step(there, segments, 80)
+    shared_step(here.train(), segments, 80)
+    with autocast:
+        shared_step(there.train(), segments, 80)
     pairs = [
         (p.grad, q.grad.cpu()) for p, q in zip(here.parameters(), there.parameters(), strict=True)
     ]

@@ -19,6 +19,7 @@ from perl.model.head import HeadLoss
 from perl.model.loading import check_model, load_policy, load_processor, warn
 from perl.model.padded import PaddedBatch, PaddedPolicy, check_head
 from perl.model.padded_processor import PaddedProcessor
+from perl.model.tiny import make_word_tokenizer
 from perl.rollout.engine import SamplingParams
 from perl.rollout.padded import PaddedEngine, make_engine
 from perl.types import Message, Segment, UserError
@@ -40,33 +41,18 @@ USER: {% for part in message.content -%}
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny LLaVA: a CLIP tower whose 28 x 28 pixels become four visual tokens, and a Llama."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         CLIPVisionConfig,
         LlamaConfig,
         LlavaConfig,
         LlavaForConditionalGeneration,
         LlavaProcessor,
-        PreTrainedTokenizerFast,
     )
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    special = ["<pad>", "<s>", "</s>", "<image>", "<unk>"]
-    inside = Tokenizer(
-        models.WordLevel(
-            {w: i for i, w in enumerate(dict.fromkeys([*special, *WORDS]))}, unk_token="<unk>"
-        )
-    )
-    inside.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    inside.add_special_tokens(special[:4])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inside,
-        unk_token="<unk>",
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        clean_up_tokenization_spaces=False,
-    )
+    special = ["<|endoftext|>", "<s>", "<|im_end|>", "<image>"]
+    tokenizer = make_word_tokenizer(WORDS, special, {}, TEMPLATE)
+    tokenizer.bos_token = "<s>"
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     vision = CLIPVisionConfig(**sizes, num_attention_heads=2, image_size=28, patch_size=14)
     text = LlamaConfig(

@@ -1,0 +1,214 @@
+"""Packed rows against one sequence at a time through the stock model, in fp64: values, gradients, and no leak."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from perl.model.head import HeadLoss
+from perl.model.loading import load_policy
+from perl.model.packed.pack import pack_row
+from perl.model.packed.plan import Share
+from perl.model.policy import Policy
+from perl.model.tiny import TINY_MODELS, TINY_QWEN
+from perl.rollout.engine import InProcessEngine, SamplingParams
+from perl.types import Message, Segment
+from tests.model.conftest import CONFIG
+from tests.model.steps import (
+    batch_logprobs,
+    furthest_gradient,
+    furthest_value,
+    naive_step,
+    picture,
+    segments_of,
+    shared_step,
+    step_of,
+    stock_logprobs,
+    stock_model,
+)
+
+every = pytest.mark.parametrize("name", TINY_MODELS)
+qwen = pytest.mark.parametrize("name", TINY_QWEN)
+
+
+def packed_logprobs(policy: Policy, segments: list[Segment]) -> torch.Tensor:
+    """Of all completions in one row, one after the other."""
+    return torch.cat(list(batch_logprobs(policy, pack_row(segments)).values()))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@every
+def test_logprobs_and_gradients_equal_one_sequence_at_a_time(
+    name: str, frozen: bool, checkpointing: bool, load, tiny_folder, capsys
+) -> None:
+    """Orders x rollouts x unequal images, in one row, in a few, and with groups and prompts split over many."""
+    stock = stock_model(tiny_folder(name))
+    config = replace(CONFIG, freeze_vision=frozen, gradient_checkpointing=checkpointing)
+    _, processor = load(name, config)
+    segments = segments_of(processor)
+    expected = naive_step(stock, segments)
+    names = {n for n, p in stock.named_parameters() if p.grad is not None}
+    assert names == {n for n, _ in stock.named_parameters()}
+    images = {image.key for s in segments for image in s.prompt.images}
+    shown = sum(len(s.prompt.images) * len(s.completions) for s in segments)
+    for budget, share in ((1000, True), (60, True), (28, True), (60, False)):
+        policy, _ = load(name, config)
+        policy.train()
+        tower = {
+            n for n, p in policy.model.named_parameters() for w in policy.vision.weights if p is w
+        }
+        assert tower and tower < names
+        value = furthest_value(shared_step(policy, segments, budget, share), expected)
+        gradient, compared = furthest_gradient(policy, stock)
+        assert compared == len(names - tower if frozen else names)
+        batches = policy.pack(segments, budget, share)
+        assert (len(batches) > 1) == (budget < 1000)
+        with capsys.disabled():
+            print(
+                f"\n{name}, {'frozen' if frozen else 'trained'} tower, "
+                f"{'' if checkpointing else 'no '}checkpointing, {len(batches)} rows of "
+                f"{'shared' if share else 'repeated'} prompts: max |d log p| {value:.1e}, "
+                f"max relative |d gradient| {gradient:.1e}, "
+                f"{policy.vision.images_encoded} of {shown} images encoded",
+                end="",
+            )
+        assert value < 1e-12
+        assert gradient < 1e-6  # transformers computes RMSNorm and RoPE in fp32
+        assert policy.vision.images_encoded == len(images) == 3
+
+
+@every
+def test_images_that_come_back_after_others(name: str, load) -> None:
+    """Rows that show a and b, then c, then a and b again: c is done with before what was encoded earlier."""
+    policy, processor = load(name)
+    other, _ = load(name)
+    segments = segments_of(processor)
+    order = [[Share(i, (0, 1, 2, 3))] for i in (0, 4, 1, 3, 2)]
+    got = step_of(policy, [pack_row(segments, shares) for shares in order])
+    expected = shared_step(other, segments, 1000)
+    assert policy.vision.images_encoded == 3
+    assert furthest_value(got, expected) < 1e-12
+    assert furthest_gradient(policy, other.model)[0] < 1e-6
+
+
+@every
+def test_bfloat16_autocast_loses_no_more_than_the_stock_model(name: str, load, tiny_folder) -> None:
+    """Gradients of shared prompts and images are summed in fp32: no further from fp64 than one sequence at a time."""
+    policy, processor = load(name)
+    segments = segments_of(processor)
+    stock = stock_model(tiny_folder(name))
+    naive_step(stock, segments)
+    exact = {n: p.grad for n, p in stock.named_parameters()}
+    off = {}
+    for way in ("stock", "shared"):
+        model = (stock_model(tiny_folder(name)) if way == "stock" else policy).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            if way == "stock":
+                naive_step(model, segments)
+            else:
+                shared_step(policy, segments, 60)
+        grads = dict((model if way == "stock" else policy.model).named_parameters())
+        lost = sum((grads[n].grad - e).square().sum() for n, e in exact.items())
+        off[way] = (lost / sum(e.square().sum() for e in exact.values())).sqrt().item()
+    assert off["shared"] <= 1.5 * off["stock"] and off["stock"] < 0.1, off
+
+
+@every
+def test_nobody_sees_a_neighbour(name: str, load) -> None:
+    """Change a completion wherever it stands, or a prompt: all that does not see it stays equal to the bit."""
+    policy, processor = load(name)
+    segments = segments_of(processor)
+    before = batch_logprobs(policy, pack_row(segments))
+
+    def check(number: int, changed: Segment, sees: set[tuple[int, int]]) -> None:
+        others = [*segments[:number], changed, *segments[number + 1 :]]
+        after = batch_logprobs(policy, pack_row(others))
+        for at, logprobs in before.items():
+            assert torch.equal(logprobs, after[at]) == (at not in sees or not len(logprobs))
+
+    for i, r in ((0, 0), (1, 1), (3, 0)):
+        completions = list(segments[i].completions)
+        completions[r] = (completions[r] + 7) % 60
+        check(i, replace(segments[i], completions=tuple(completions)), {(i, r)})
+    ids = segments[1].prompt.input_ids.copy()
+    ids[0] = 30
+    prompt = replace(segments[1].prompt, input_ids=ids)
+    check(1, replace(segments[1], prompt=prompt), {(1, r) for r in range(4)})
+
+
+@qwen
+def test_many_images_and_an_image_token_inside_a_completion(name: str, load, tiny_folder) -> None:
+    """32 images of different sizes; a sampled image token is text and never takes a feature."""
+    policy, processor = load(name)
+    stock = stock_model(tiny_folder(name))
+    pictures = [picture(28 + 11 * (k % 5), 28 + 17 * (k % 3), k) for k in range(32)]
+    prompt = processor.encode_messages(
+        (Message("user", "<image> " * 32 + "which image ?"),), pictures
+    )
+    completions = (np.array([21, processor.image_token_id, 22]), np.array([23]))
+    [batch] = policy.pack([Segment(prompt, completions, (1.0, 1.0))], 4096, True)
+    with_token, plain = batch_logprobs(policy, batch).values()
+    expected = stock_logprobs(stock, prompt, completions[1])
+    torch.testing.assert_close(plain, expected, rtol=0, atol=1e-12)
+    # The stock model refuses the sequence; up to the image token it is that of the text before.
+    before = stock_logprobs(stock, prompt, completions[0][:1])
+    torch.testing.assert_close(with_token[:1], before, rtol=0, atol=1e-12)
+    assert with_token.isfinite().all()
+
+
+def test_lora_trains_adapters_only_and_starts_as_the_base(load, tmp_path: Path) -> None:
+    name = TINY_QWEN[0]
+    policy, processor = load(name, replace(CONFIG, lora_rank=4, freeze_vision=True))
+    base, _ = load(name)
+    segments = segments_of(processor)
+    assert torch.equal(packed_logprobs(policy, segments), packed_logprobs(base, segments))
+    trained = {n for n, p in policy.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in n for n in trained)
+    for parameter_name, parameter in policy.named_parameters():
+        if "lora_B" in parameter_name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    changed = packed_logprobs(policy, segments)
+    with policy.without_adapters():
+        plain = packed_logprobs(policy, segments)
+    assert torch.equal(plain, packed_logprobs(base, segments))
+    policy.save_pretrained(tmp_path)
+    merged = load_policy(str(tmp_path), CONFIG, torch.device("cpu")).double()
+    torch.testing.assert_close(packed_logprobs(merged, segments), changed, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(changed, plain, atol=1e-3)
+
+
+@every
+def test_the_engine_samples_from_the_packed_models_distribution(name: str, load) -> None:
+    policy, processor = load(name)
+    prompts = [s.prompt for s in segments_of(processor)]
+    head = HeadLoss(policy, processor.unsampled_token_ids(), temperature=0.7)
+    engine = InProcessEngine(policy, processor, batch_size=6)
+    out = engine.generate(prompts, SamplingParams(3, 0.7, 9), seed=1)
+    assert [len(cs) for cs in out] == [3] * len(prompts)
+    batch = pack_row(
+        [
+            Segment(p, tuple(c.token_ids for c in cs), (1.0,) * 3)
+            for p, cs in zip(prompts, out, strict=True)
+        ]
+    )
+    completions = [c for cs in out for c in cs]
+    sampled = torch.from_numpy(np.concatenate([c.logprobs for c in completions])).double()
+    torch.testing.assert_close(head.logprobs(batch).logprobs.double(), sampled, rtol=0, atol=5e-6)
+    banned = set(processor.unsampled_token_ids().tolist())
+    assert not banned & {t for c in completions for t in c.token_ids.tolist()}
+
+
+def test_the_engine_repeats_itself_and_greedy_ignores_the_seed(load) -> None:
+    policy, processor = load(TINY_QWEN[0])
+    prompts = [s.prompt for s in segments_of(processor)]
+    engine = InProcessEngine(policy, processor, batch_size=64)
+
+    def ids(params: SamplingParams, seed: int) -> list[list[int]]:
+        return [c.token_ids.tolist() for cs in engine.generate(prompts, params, seed) for c in cs]
+
+    assert ids(SamplingParams(2, 1.0, 8), 3) == ids(SamplingParams(2, 1.0, 8), 3)
+    assert ids(SamplingParams(2, 1.0, 8), 3) != ids(SamplingParams(2, 1.0, 8), 4)
+    assert ids(SamplingParams(1, 0.0, 8), 3) == ids(SamplingParams(1, 0.0, 8), 4)
