@@ -229,7 +229,7 @@ class FilterConfig:
     measure: str = "accuracy"
     """The reward function that min_accuracy, max_accuracy and the offline filter are about, by its name or as it is
     written in reward.functions."""
-    reuse_surplus: bool = False
+    reuse_overflow: bool = False
     """Keep groups with signal beyond the batch, a batch of them at most, for the next step, which trains on them
     off-policy."""
     replay: Count = 0

@@ -342,10 +342,10 @@ def _conflict(config: Config) -> str | None:
         if part_name(reward.functions, of) is None:
             advice = f"name the one whose mean decides about reward.group_weight = '{reward.group_weight}'"
             return unnamed(reward.functions, "reward.group_weight_of", of, advice)
-    if permutation.condition == "original" and (chosen.replay or chosen.reuse_surplus):
+    if permutation.condition == "original" and (chosen.replay or chosen.reuse_overflow):
         return (
             "permutation.condition = original leaves no old log-probs for groups of earlier steps; "
-            "set filter.replay = 0 and filter.reuse_surplus = false"
+            "set filter.replay = 0 and filter.reuse_overflow = false"
         )
     if permutation.orders * per_order < 2:
         return (

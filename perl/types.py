@@ -167,9 +167,16 @@ class Group:
     example: Example
     variants: tuple[Variant, ...]
     rollouts: tuple[Rollout, ...]
+    """Those of one variant stand together, the variants in their sequence."""
     rewards: np.ndarray
     reward_parts: dict[str, np.ndarray]
     advantages: np.ndarray
+    key: tuple[int, ...] = ()
+    """Finds the example in its stream again."""
+    step: int = 0
+    """The step of the stage that sampled it."""
+    off_policy: bool = False
+    """Sampled by an earlier policy: its rollouts' `logprobs` are the old log-probs of its loss."""
 
 
 @dataclass(frozen=True, slots=True)

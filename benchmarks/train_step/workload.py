@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness.models import special_tokens
+from perl.config import AdvantageConfig
 from perl.model.families import Family
 from perl.rollout.advantages import advantages_of
 from perl.types import EncodedImage, EncodedPrompt, Segment
@@ -41,10 +42,13 @@ class Workload:
             config: of the model: token ids, and the sizes of its patches.
         """
         rng = np.random.default_rng(self.seed)
-        rewards = [rng.normal(size=self.orders * self.rollouts) for _ in self.images]
+        of_group = self.orders * self.rollouts
+        rewards = np.concatenate([rng.normal(size=of_group) for _ in self.images])
+        sizes = [of_group] * len(self.images)
+        advantages_of_all = advantages_of(rewards, sizes, sizes, AdvantageConfig())
         segments = []
         for group, (number, advantages) in enumerate(
-            zip(self.images, advantages_of(rewards), strict=True)
+            zip(self.images, advantages_of_all.reshape(-1, of_group), strict=True)
         ):
             images = [self._image(f"{group}-{k}", config.vision_config, rng) for k in range(number)]
             text = _text(rng, config, _TEXT_TOKENS)

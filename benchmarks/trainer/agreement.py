@@ -21,7 +21,6 @@ from benchmarks.trainer.fresh import forget_trainers
 from benchmarks.trainer.perl_trainer import PerlTrainer
 from benchmarks.trainer.start import Start
 from benchmarks.trainer.trl_trainer import Seen, TrlTrainer
-from perl.model.head import make_policy_loss
 from perl.rollout.advantages import advantages_of
 from perl.training.reinforce import PolicyStep
 from perl.types import EncodedPrompt, Group, Rollout
@@ -94,10 +93,9 @@ def _perl_step(
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """Metrics and gradients of the step of PeRL's trainer on these groups."""
     session = trainer.session
-    config = session.config
-    step = PolicyStep(session, make_policy_loss(config.loss, config.rollout.max_new_tokens))
+    step = PolicyStep(session)
     gradients: dict[str, torch.Tensor] = {}
-    step.updater.optimizer.register_step_pre_hook(
+    step.optimizer.adamw.register_step_pre_hook(
         lambda *_: gradients.update(copied_gradients(session.components.policy.model))
     )
     return step(0, groups), gradients
@@ -106,7 +104,7 @@ def _perl_step(
 def _sampled(trainer: PerlTrainer) -> list[Group]:
     """PeRL's own rollouts of the first step."""
     components, setting = trainer.session.components, trainer.session.start.setting
-    drawn = components.draw(trainer.session.stream(), len(setting.images))
+    drawn = trainer.session.stream().draw(len(setting.images))
     return components.collector.roll_out(drawn, setting.seed)
 
 
@@ -184,9 +182,12 @@ def _check_advantages(trainer: PerlTrainer, groups: list[Group], seen: Seen) -> 
     assert wrong < 1e-6, f"PeRL's rewards differ from TRL's by up to {wrong:.2e}"
 
     per_group = setting.orders * setting.per_order
-    orders = [np.repeat(np.arange(setting.orders), setting.per_order)] * len(groups)
-    split = rewards.reshape(-1, per_group)
-    ours = np.concatenate(advantages_of(list(split), orders, components.config.advantage))
+    ours = advantages_of(
+        rewards,
+        [per_group] * len(groups),
+        [setting.per_order] * (setting.orders * len(groups)),
+        components.config.advantage,
+    )
     theirs = np.concatenate([g.advantages for g in groups])
     deviation = rewards.reshape(-1, setting.per_order).std(1, ddof=1).repeat(setting.per_order)
     # Where both divide by the same: what is left is rounding.

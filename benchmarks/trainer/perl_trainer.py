@@ -76,10 +76,10 @@ class _Session(Session):
         super().__init__(config, folder, Display(enabled=False), StopSignal())
         self.clock = StepClock(self.components.policy.device)
         self.components.watch = PartWatch(self.clock)
-        self.look_at(self.stages[0])
+        self.enter_stage(self.stages[0])
 
-    def look_at(self, stage: Stage) -> None:
-        super().look_at(stage)
+    def enter_stage(self, stage: Stage) -> None:
+        super().enter_stage(stage)
         engine = self.components.engine
         engine.banned = torch.cat([engine.banned, engine.ends.cpu()])
         # TRL scores with all tokens in the softmax; PeRL leaves out those that are never sampled.
@@ -91,8 +91,8 @@ class _Session(Session):
     def stream(self) -> ExampleStream:
         return stream(self.start.setting, self.config.run.seed)
 
-    def after_step(self, *arguments: Any, **options: Any) -> None:
-        super().after_step(*arguments, **options)
+    def end_step(self, step: int) -> None:
+        super().end_step(step)
         self.clock.end_step()
 
     def save(self) -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "SUPERVISED",
     "HeadLoss",
     "LossOutput",
+    "PolicyLoss",
     "available_backends",
     "make_policy_loss",
     "needs_reference",

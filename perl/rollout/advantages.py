@@ -13,46 +13,34 @@ from perl_kernels import group_advantages
 
 
 def advantages_of(
-    rewards: Sequence[np.ndarray],
-    orders: Sequence[np.ndarray] | None = None,
-    config: AdvantageConfig | None = None,
-) -> list[np.ndarray]:
+    rewards: np.ndarray,
+    group_sizes: Sequence[int],
+    order_sizes: Sequence[int],
+    config: AdvantageConfig,
+) -> np.ndarray:
     """Advantages of groups: each reward minus a mean, over a standard deviation.
 
     Over the whole group there is one baseline and one scale per example, over all its orders together (PeRL, Eq. 4-5).
     Over its order a rollout is compared with those that saw the same prompt. `order+group` adds both z-scores, as
-    R1-ShareVL (arXiv 2505.16673) does over variants of a question. NaN rewards get 0.
+    R1-ShareVL (arXiv 2505.16673) does over variants of a question.
 
     Args:
-        rewards: one float64 [R_i] per group.
-        orders: for each group int64 [R_i], which of its orders each rollout saw, ascending; only `group` does without.
-        config: what is compared and how it is scaled; left out, the paper's.
+        rewards: float64 [B], the rollouts of a group together, those of an order within it together.
+        group_sizes: rollouts of each group; they add up to B.
+        order_sizes: rollouts of each order of each group; they add up to B as well.
+        config: what is compared and how it is scaled.
 
     Returns:
-        one float32 [R_i] per group.
+        float32 [B]; 0 where the reward is NaN.
     """
-    config = config or AdvantageConfig()
-    if not rewards:
-        return []
-    flat = torch.from_numpy(np.concatenate(rewards)).float()
-    sizes = [len(r) for r in rewards]
+    flat = torch.from_numpy(rewards).float()
     total = torch.zeros_like(flat)
-    if config.over != "order":
-        total += _normalised(flat, sizes, config)
-    if config.over != "group":
-        if orders is None:
-            raise ValueError(f"advantages over {config.over} need the orders of the rollouts")
-        per_order = [int(n) for o in orders for n in np.unique(o, return_counts=True)[1]]
-        total += _normalised(flat, per_order, config)
-    return [part.numpy() for part in total.split(sizes)]
-
-
-def _normalised(
-    rewards: torch.Tensor, sizes: Sequence[int], config: AdvantageConfig
-) -> torch.Tensor:
-    return group_advantages(
-        rewards, torch.tensor(sizes), scale=config.scale, baseline=config.baseline
-    ).advantages
+    for over, sizes in (("group", group_sizes), ("order", order_sizes)):
+        if over in config.over and len(flat):
+            total += group_advantages(
+                flat, torch.tensor(sizes), scale=config.scale, baseline=config.baseline
+            ).advantages
+    return total.numpy()
 
 
 def group_weight(mean: float, kind: str, power: float = 1.0) -> float:

@@ -2,233 +2,232 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 
-from perl.config import Config, part_name
+from perl.config import part_name
 from perl.data.streams import Drawn
 from perl.distributed import Processes
 from perl.permutation import Order, is_permuted, orders, permute, rate_at, released_orders, shares
+from perl.recipe import Stage
 from perl.rewards.scorer import Scorer
 from perl.rollout.advantages import advantages_of, group_mean, group_weight
 from perl.rollout.engine import InProcessEngine
 from perl.rollout.filtering import GroupFilter, unscorable
-from perl.rollout.prompts import PromptEncoder
-from perl.rollout.reuse import Reuse
+from perl.rollout.prompts import PromptEncoder, Shown
+from perl.rollout.replay import Replay
 from perl.rollout.sample import sample_counts
 from perl.timing import Stopwatch, span
-from perl.types import EncodedPrompt, Example, Group, Rollout, UserError, Variant
+from perl.types import Example, Group, UserError
 
-logger = logging.getLogger(__name__)
+
+class Source(Protocol):
+    """Where a process gets its examples from."""
+
+    def draw(self, count: int) -> list[Drawn]:
+        """This process's share of the next `count` examples of all processes."""
+        ...
+
+    def find(self, key: Sequence[int]) -> Example:
+        """An example that was drawn before."""
+        ...
 
 
 @dataclass
 class Collected:
     """The groups of one step, and what became of all that were rolled out."""
 
-    groups: list[Group] = field(default_factory=list)
-    seen: list[Group] = field(default_factory=list)
-    """Every group that was rolled out, the dropped ones included."""
-    tries: int = 0
-    surplus: int = 0
+    groups: list[Group]
+    """To train on: those that waited since earlier steps, this step's own, then the replayed ones."""
+    seen: list[Group]
+    """Every group that this step rolled out, the dropped ones included."""
+    replayed: int
+    """How many of `groups` are replayed."""
+    overflow: int
     """Groups with signal over the batch size, which this step does not use."""
-    short: int = 0
+    short: int
     """Groups that the batch lacks after all tries."""
-    late: list[Group] = field(default_factory=list)
-    """Those of `groups` that earlier steps sampled: surplus of theirs, and replayed ones."""
-    replayed: int = 0
-    """How many of the late ones are replayed."""
+    tries: int
+    rate: float
+    """The permutation rate of the step."""
+    dropped: int
+    """Examples left out because a prompt of theirs is over the budget."""
     ages: list[int] = field(default_factory=list)
-    """How many steps ago the others of the late ones were sampled."""
+    """How many steps ago each of the groups that waited was sampled."""
     faults: dict[str, int] = field(default_factory=dict)
     """Rollouts that a reward function failed on, by its name."""
-    rate: float = 1.0
-    """The permutation rate of the step."""
     counts: dict[str, int] = field(default_factory=dict)
     """Groups by what the filter found them to be."""
-    dropped: int = 0
-    """Examples left out because a prompt of theirs is over the budget."""
 
 
 class Collector:
-    """Rolls examples out in several image orders until a batch of groups with signal is full."""
+    """Rolls a stage's examples out in several image orders until a batch of groups with signal is full."""
 
     def __init__(
         self,
-        config: Config,
+        stage: Stage,
         engine: InProcessEngine,
         encoder: PromptEncoder,
         scorer: Scorer,
         watch: Stopwatch,
     ) -> None:
-        self.config, self.engine, self.encoder, self.scorer, self.watch = (
-            config,
-            engine,
-            encoder,
-            scorer,
-            watch,
-        )
+        self.config, self.first_step = stage.config, stage.first_step
+        self.engine, self.encoder, self.scorer, self.watch = engine, encoder, scorer, watch
+        config = self.config
         self.filter = GroupFilter(
             config.filter.zero_variance,
             config.filter.min_accuracy,
             config.filter.max_accuracy,
             part_name(config.reward.functions, config.filter.measure) or config.filter.measure,
         )
-        self.reuse = Reuse(config.filter)
-        self.seed = config.run.seed
-        """Of image orders and of the coin that decides about them."""
+        self.replay = Replay(config.filter)
+        # Of image orders and of the coin that decides about them: a later stage of the same kind sees others.
+        self.seed = config.run.seed + 1_000_003 * stage.number
 
-    def collect(
-        self,
-        draw: Callable[[], list[Drawn]],
-        find: Callable[[Sequence[int]], Example],
-        count: int,
-        step: int,
-        seed: int,
-        processes: Processes,
-        progress: float = 0.0,
-    ) -> Collected:
-        """Groups for one step; processes try equally often, so that they stay at one place in the data.
+    def collect(self, source: Source, processes: Processes, step: int) -> Collected:
+        """This process's groups for one step of the stage.
 
-        Args:
-            draw: gives the next examples of the data.
-            find: gives an example that was drawn before, by its key.
-            count: groups wanted, replayed ones not counted.
-            step: of the stage.
-            seed: of the sampling; the same one gives the same groups.
-            processes: that share the step.
-            progress: share of the stage that is done, 0 to 1, for the permutation rate.
+        Processes try equally often, so that they stay at one place in the data: a try is made while any of them lacks groups.
+
+        Raises:
+            UserError: not a single rollout of the step can be scored, or no prompt fits the budget.
         """
-        out = Collected(rate=self._rate(progress))
+        config = self.config
+        wanted = config.train.examples_per_step // processes.count
+        progress = step / config.train.steps
+        # Different in every step, process and run seed.
+        seed = (config.run.seed * 1_000_003 + self.first_step + step) * processes.count
+        seed += processes.index
         self.filter.reset()
         self.scorer.reset_faults()
         dropped_before = self.encoder.dropped
-        rebuild = partial(self._rebuild, find)
-        keys: dict[int, tuple[int, ...]] = {}
+        rebuild = partial(self._rebuild, source.find)
         with processes.jointly():
-            out.ages = self.reuse.ages(count, step)
-            out.late += self.reuse.waiting(count, rebuild)
+            waited = self.replay.take_overflow(wanted, rebuild)
+        lacking, tries = wanted - len(waited), 0
+        seen: list[Group] = []
         fresh: list[Group] = []
-        wanted = count - len(out.late)
-        while out.tries < self.config.filter.max_tries and not (
-            self.config.filter.reuse_surplus and processes.every(len(fresh) >= wanted)
-        ):
+        while tries < config.filter.max_tries and not processes.every(len(fresh) >= lacking):
             with processes.jointly():
                 with span("data"):
-                    drawn = draw()
+                    drawn = source.draw(config.train.examples_per_step)
                 groups = self.roll_out(
-                    drawn, seed * self.config.filter.max_tries + out.tries, progress
+                    drawn, seed * config.filter.max_tries + tries, progress, step
                 )
-                keys |= {id(d.example): d.key for d in drawn}
-                out.seen += groups
+                seen += groups
                 fresh += self.filter(groups)
-            out.tries += 1
-            if processes.every(len(fresh) >= wanted):
-                break
-        self._check_seen(out, self.encoder.dropped - dropped_before, processes)
+            tries += 1
+        dropped = self.encoder.dropped - dropped_before
+        self._check_seen(seen, tries, dropped, processes)
+        share, rest = divmod(config.filter.replay, processes.count)
         with processes.jointly():
-            again = self.reuse.again(seed, rebuild, processes.index, processes.count)
-        trained, surplus = fresh[:wanted], fresh[wanted:]
-        self.reuse.keep(trained, surplus, lambda group: keys[id(group.example)], step, count)
-        out.groups = [*out.late, *trained, *again]
-        out.late += again
-        out.replayed, out.surplus = len(again), len(surplus)
-        out.short = wanted - len(trained)
-        out.counts, out.faults = self.filter.counts, dict(self.scorer.faults)
-        out.dropped = self.encoder.dropped - dropped_before
-        self.filter.tell_shortfall(count - out.short, count, out.tries)
-        return out
+            replayed = self.replay.draw(share + (processes.index < rest), seed, rebuild)
+        trained, overflow = fresh[:lacking], fresh[lacking:]
+        self.replay.keep(trained, overflow, wanted)
+        short = lacking - len(trained)
+        self.filter.tell_shortfall(wanted - short, wanted, tries)
+        return Collected(
+            groups=[*waited, *trained, *replayed],
+            seen=seen,
+            replayed=len(replayed),
+            overflow=len(overflow),
+            short=short,
+            tries=tries,
+            rate=self._rate(progress),
+            dropped=dropped,
+            ages=[step - group.step for group in waited],
+            faults=dict(self.scorer.faults),
+            counts=self.filter.counts,
+        )
 
-    def _check_seen(self, out: Collected, dropped: int, processes: Processes) -> None:
-        """Raise UserError if a step that rolled out has nothing to look at, in no try and no process."""
-        scorable = sum(int((~np.isnan(group.rewards)).sum()) for group in out.seen)
-        tries, seen, found = processes.total(out.tries, len(out.seen), scorable)
-        with processes.jointly():
-            if tries and not seen:
-                raise UserError(
-                    f"all {dropped} examples drawn have prompts over "
-                    f"{self.encoder.limit.name}; raise it or lower model.max_pixels"
+    def roll_out(
+        self, drawn: Sequence[Drawn], seed: int, progress: float = 0.0, step: int = 0
+    ) -> list[Group]:
+        """One group per example: its rollouts over its orders, scored.
+
+        Args:
+            seed: of the sampling; the same one gives the same groups.
+            progress: share of the stage that is done, 0 to 1, for the permutation rate.
+            step: that the groups belong to.
+        """
+        config = self.config
+        rate = self._rate(progress)
+        with self.watch("permute"):
+            variants = [
+                [permute(d.example, o, config.permutation.text) for o in self._orders(d, rate)]
+                for d in drawn
+            ]
+        with self.watch("preprocess"):
+            encoded = [
+                (d, shown)
+                for d, v in zip(drawn, variants, strict=True)
+                if (shown := self.encoder.encode(v))
+            ]
+        per_example = config.permutation.orders * config.rollout.per_order
+        # An example with fewer orders than asked for gets as many rollouts, more in each.
+        counts = [n for _, shown in encoded for n in shares(per_example, len(shown))]
+        with self.watch("rollout"):
+            sampled = sample_counts(
+                self.engine,
+                self.encoder.processor,
+                [pair for _, shown in encoded for pair in shown],
+                counts,
+                config.rollout.temperature,
+                config.rollout.max_new_tokens,
+                # The first seed is the step's own; the others are far from those of other steps.
+                lambda number, _: seed + (number << 56),
+            )
+        with self.watch("reward"):
+            rollouts = [rollout for of_variant in sampled for rollout in of_variant]
+            rewards, parts = self.scorer.score_rollouts(rollouts)
+            advantages = advantages_of(
+                rewards,
+                [per_example] * len(encoded),
+                [n for n in counts if n],
+                config.advantage,
+            )
+        groups = []
+        for number, (d, _) in enumerate(encoded):
+            own = slice(number * per_example, (number + 1) * per_example)
+            own_parts = {name: values[own] for name, values in parts.items()}
+            groups.append(
+                Group(
+                    example=d.example,
+                    variants=tuple({r.variant.order: r.variant for r in rollouts[own]}.values()),
+                    rollouts=tuple(rollouts[own]),
+                    rewards=rewards[own],
+                    reward_parts=own_parts,
+                    advantages=advantages[own] * np.float32(self._weight(own_parts)),
+                    key=d.key,
+                    step=step,
                 )
-            if seen and not found:
-                raise unscorable(out.seen, int(seen))
-
-    def _rebuild(
-        self, find: Callable[[Sequence[int]], Example], key: Sequence[int], orders: Sequence[Order]
-    ) -> list[tuple[Variant, EncodedPrompt]] | None:
-        """The variants of an example that was rolled out before, with their prompts."""
-        example = find(key)
-        variants = [permute(example, order, self.config.permutation.text) for order in orders]
-        return self.encoder.encode(variants) or None
+            )
+        return groups
 
     def _rate(self, progress: float) -> float:
         permutation = self.config.permutation
         return rate_at(permutation.rate, permutation.rate_schedule, progress)
 
-    def roll_out(self, examples: Sequence[Drawn], seed: int, progress: float = 0.0) -> list[Group]:
-        """One group per example: its rollouts over its orders, scored."""
-        config = self.config
-        rate = self._rate(progress)
-        with self.watch("permute"):
-            per_example = [
-                [permute(e, o, config.permutation.text) for o in self._orders(e, epoch, rate)]
-                for _, epoch, e in examples
-            ]
-        with self.watch("preprocess"):
-            encoded = [shown for v in per_example if (shown := self.encoder.encode(v))]
-        rollouts_of = config.permutation.orders * config.rollout.per_order
-        counts = [n for shown in encoded for n in shares(rollouts_of, len(shown))]
-        with self.watch("rollout"):
-            sampled = iter(
-                sample_counts(
-                    self.engine,
-                    self.encoder.processor,
-                    [pair for shown in encoded for pair in shown],
-                    counts,
-                    config.rollout.temperature,
-                    config.rollout.max_new_tokens,
-                    # The first seed is the step's own; the others are far from those of other steps.
-                    lambda number, _: seed + (number << 56),
-                )
-            )
-        return self._score([[r for _ in shown for r in next(sampled)] for shown in encoded])
-
-    def _orders(self, example: Example, epoch: int, rate: float) -> list[Order]:
-        permutation, seed = self.config.permutation, self.seed
-        if not is_permuted(example, rate, seed, epoch):
-            return orders(example, 1, seed, epoch)
+    def _orders(self, drawn: Drawn, rate: float) -> list[Order]:
+        permutation, (_, epoch, example) = self.config.permutation, drawn
+        if not is_permuted(example, rate, self.seed, epoch):
+            return orders(example, 1, self.seed, epoch)
         if permutation.draw == "released":
             return released_orders(example)[: permutation.orders]
-        return orders(example, permutation.orders, seed, epoch)
+        return orders(example, permutation.orders, self.seed, epoch)
 
-    def _score(self, rollouts: Sequence[Sequence[Rollout]]) -> list[Group]:
-        with self.watch("reward"):
-            totals, parts = self.scorer.score_rollouts([r for group in rollouts for r in group])
-            ends = np.cumsum([len(group) for group in rollouts])[:-1]
-            advantages = advantages_of(
-                np.split(totals, ends) if rollouts else [],
-                [_order_numbers(group) for group in rollouts],
-                self.config.advantage,
-            )
-        groups, start = [], 0
-        for group, advantage in zip(rollouts, advantages, strict=True):
-            own = slice(start, start + len(group))
-            start += len(group)
-            weight = self._weight({name: values[own] for name, values in parts.items()})
-            groups.append(
-                Group(
-                    example=group[0].variant.example,
-                    variants=tuple({r.variant.order: r.variant for r in group}.values()),
-                    rollouts=tuple(group),
-                    rewards=totals[own],
-                    reward_parts={name: values[own] for name, values in parts.items()},
-                    advantages=advantage * np.float32(weight),
-                )
-            )
-        return groups
+    def _rebuild(
+        self, find: Callable[[Sequence[int]], Example], key: Sequence[int], orders: Sequence[Order]
+    ) -> list[Shown]:
+        """The variants of an example that was rolled out before, with their prompts."""
+        example = find(key)
+        return self.encoder.encode(
+            [permute(example, o, self.config.permutation.text) for o in orders]
+        )
 
     def _weight(self, parts: dict[str, np.ndarray]) -> float:
         """How much a group counts, by the mean of one of its rewards."""
@@ -238,8 +237,17 @@ class Collector:
         values = parts[str(part_name(config.functions, config.group_weight_of))]
         return group_weight(group_mean(values), config.group_weight, config.group_weight_power)
 
-
-def _order_numbers(rollouts: Sequence[Rollout]) -> np.ndarray:
-    """int64 [R]: which of the group's orders each rollout saw, in the sequence they were rolled out."""
-    number = {order: i for i, order in enumerate(dict.fromkeys(r.variant.order for r in rollouts))}
-    return np.array([number[r.variant.order] for r in rollouts], dtype=np.int64)
+    def _check_seen(
+        self, seen: Sequence[Group], tries: int, dropped: int, processes: Processes
+    ) -> None:
+        """Raise UserError if a step that rolled out has nothing to look at, in no try and no process."""
+        scorable = sum(int((~np.isnan(group.rewards)).sum()) for group in seen)
+        all_tries, all_seen, found = processes.total(tries, len(seen), scorable)
+        with processes.jointly():
+            if all_tries and not all_seen:
+                raise UserError(
+                    f"all {dropped} examples drawn have prompts over "
+                    f"{self.encoder.limit.name}; raise it or lower model.max_pixels"
+                )
+            if all_seen and not found:
+                raise unscorable(seen, int(all_seen))

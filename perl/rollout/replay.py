@@ -1,9 +1,8 @@
-"""Groups that are trained on later than in the step they were sampled in.
+"""Groups that are trained on in a later step than the one that sampled them: its overflow, and replay.
 
-A group waits as plain numbers, without images and tokens of its prompts, which are many times
-larger; those are made again when it is taken. It is off-policy then: its rollouts' `logprobs`, of
-the policy that sampled them, are the old log-probs of its loss, and its advantages are those of its
-own step.
+A group waits as plain numbers, without images and tokens of its prompts, which are many times larger; those are made
+again when it is taken. It is off-policy then: its rollouts' `logprobs`, of the policy that sampled them, are the old
+log-probs of its loss, and its advantages are those of its own step.
 """
 
 from __future__ import annotations
@@ -16,24 +15,26 @@ from typing import Any
 
 import numpy as np
 
-from perl.types import EncodedPrompt, Group, Rollout, UserError, Variant
+from perl.config import FilterConfig
+from perl.rollout.prompts import Shown
+from perl.types import Group, Rollout, UserError
 
-Rebuild = Callable[[Any, Sequence[tuple[int, ...]]], Sequence[tuple[Variant, EncodedPrompt]] | None]
-"""From a group's key and orders to its variants with their prompts, or None to let the group go."""
+Rebuild = Callable[[Sequence[int], Sequence[tuple[int, ...]]], Sequence[Shown]]
+"""From a group's key and orders to its variants with their prompts; none to let the group go."""
 
 _FORMAT = "groups-1"
+_ARRAYS = ("order_of", "lengths", "token_ids", "logprobs", "finished", "rewards", "advantages")
 
 
 @dataclass(frozen=True, slots=True)
 class StoredGroup:
     """A Group without what can be made again.
 
-    `key` says which example it is of, in JSON's types, as in `[epoch, index]`; `step` when it was
-    sampled. `order_of` int64 [R] is the number of the order in `orders` that each rollout saw. The
-    completions stand end to end: `lengths` int64 [R], `token_ids` int64 [N], `logprobs` float32 [N].
+    `order_of` int64 [R] is the number of the order in `orders` that each rollout saw. The completions stand end to end:
+    `lengths` int64 [R], `token_ids` int64 [N], `logprobs` float32 [N].
     """
 
-    key: Any
+    key: tuple[int, ...]
     step: int
     orders: tuple[tuple[int, ...], ...]
     order_of: np.ndarray
@@ -47,12 +48,12 @@ class StoredGroup:
     advantages: np.ndarray
 
     @classmethod
-    def of(cls, group: Group, key: Any, step: int) -> StoredGroup:
+    def of(cls, group: Group) -> StoredGroup:
         orders = tuple(variant.order for variant in group.variants)
         rollouts = group.rollouts
         return cls(
-            key=key,
-            step=step,
+            key=group.key,
+            step=group.step,
             orders=orders,
             order_of=np.array([orders.index(r.variant.order) for r in rollouts], dtype=np.int64),
             lengths=np.array([len(r.token_ids) for r in rollouts], dtype=np.int64),
@@ -71,7 +72,7 @@ class StoredGroup:
         scored = np.abs(self.advantages[~np.isnan(self.rewards)])
         return float(scored.mean(dtype=np.float64)) if scored.size else 0.0
 
-    def group(self, shown: Sequence[tuple[Variant, EncodedPrompt]]) -> Group:
+    def group(self, shown: Sequence[Shown]) -> Group:
         """The Group again, from its variants and prompts in the sequence of `orders`."""
         ends = np.cumsum(self.lengths)[:-1]
         rollouts = []
@@ -92,72 +93,69 @@ class StoredGroup:
             rewards=self.rewards,
             reward_parts=dict(self.reward_parts),
             advantages=self.advantages,
+            key=self.key,
+            step=self.step,
+            off_policy=True,
         )
 
 
-class GroupQueue:
-    """Groups that were too many for their step and wait for the next, the oldest first."""
+class Replay:
+    """The stored groups of one process.
 
-    def __init__(self) -> None:
-        self.stored: list[StoredGroup] = []
-
-    def __len__(self) -> int:
-        return len(self.stored)
-
-    def add(self, group: Group, key: Any, step: int) -> None:
-        self.stored.append(StoredGroup.of(group, key, step))
-
-    def take(self, count: int, rebuild: Rebuild) -> list[Group]:
-        """Up to `count` groups, which leave the queue."""
-        taken, self.stored = self.stored[:count], self.stored[count:]
-        return _rebuilt(taken, rebuild)
-
-    def state_dict(self) -> dict[str, Any]:
-        """`meta` in JSON's types and `tensors` name -> array."""
-        return _packed(self.stored)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.stored = _unpacked(state)
-
-
-class GroupBuffer:
-    """The last `size` groups with signal, to be trained on again.
-
-    Selective sample replay of VL-Rethinker, arXiv 2504.08837, for whole groups: a group is drawn
-    with a probability proportional to its mean |advantage| to the `power`. A group that is drawn
-    stays until `size` newer ones have come.
+    `overflow`: groups with signal that were too many for their step and wait for the next, the oldest first, with
+    `filter.reuse_overflow`. `buffer`: the last `filter.replay_size` groups that were trained on, with `filter.replay`, for
+    selective sample replay (VL-Rethinker, arXiv 2504.08837) of whole groups: one is drawn with a probability proportional to
+    its mean |advantage| to the `filter.replay_power`, and stays until as many newer ones have come.
     """
 
-    def __init__(self, size: int, power: float = 1.0) -> None:
-        self.size, self.power = size, power
-        self.stored: list[StoredGroup] = []
+    def __init__(self, config: FilterConfig) -> None:
+        self.config = config
+        self.overflow: list[StoredGroup] = []
+        self.buffer: list[StoredGroup] = []
 
-    def __len__(self) -> int:
-        return len(self.stored)
+    @property
+    def active(self) -> bool:
+        return self.config.reuse_overflow or self.config.replay > 0
 
-    def add(self, group: Group, key: Any, step: int) -> None:
-        """Put a group in, and the oldest out if there is no room; one without signal is left out."""
-        stored = StoredGroup.of(group, key, step)
-        if stored.priority > 0:
-            self.stored = [*self.stored, stored][-self.size :]
+    def take_overflow(self, count: int, rebuild: Rebuild) -> list[Group]:
+        """Up to `count` groups of earlier steps' overflow, which leave it."""
+        taken, self.overflow = self.overflow[:count], self.overflow[count:]
+        return _rebuilt(taken, rebuild)
 
     def draw(self, count: int, seed: int, rebuild: Rebuild) -> list[Group]:
-        """Up to `count` different groups; the same buffer and seed give the same ones."""
-        count = min(count, len(self.stored))
+        """Up to `count` different groups of the buffer; the same buffer and seed give the same ones."""
+        count = min(count, len(self.buffer))
         if count <= 0:
             return []
-        probabilities = replay_probabilities([s.priority for s in self.stored], self.power)
+        priorities = [stored.priority for stored in self.buffer]
         drawn = np.random.default_rng(seed).choice(
-            len(self.stored), count, replace=False, p=probabilities
+            len(self.buffer),
+            count,
+            replace=False,
+            p=replay_probabilities(priorities, self.config.replay_power),
         )
-        return _rebuilt([self.stored[i] for i in drawn], rebuild)
+        return _rebuilt([self.buffer[i] for i in drawn], rebuild)
 
-    def state_dict(self) -> dict[str, Any]:
-        """`meta` in JSON's types and `tensors` name -> array."""
-        return _packed(self.stored)
+    def keep(self, trained: Sequence[Group], overflow: Sequence[Group], room: int) -> None:
+        """Remember a step's own groups: those it trains on for replay, the others for the next step.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.stored = _unpacked(state)[-self.size :]
+        No more than `room` wait, the newest ones: what has waited longer comes from too old a policy. A group without
+        signal has nothing to be replayed for.
+        """
+        if self.config.replay:
+            stored = [StoredGroup.of(group) for group in trained]
+            new = [s for s in stored if s.priority > 0]
+            self.buffer = [*self.buffer, *new][-self.config.replay_size :]
+        if self.config.reuse_overflow:
+            self.overflow = [*self.overflow, *map(StoredGroup.of, overflow)][-room:]
+
+    def state_dict(self) -> dict[str, list[StoredGroup]]:
+        """Both lists as they are now; groups that are stored never change."""
+        return {"overflow": list(self.overflow), "buffer": list(self.buffer)}
+
+    def load_state_dict(self, state: dict[str, list[StoredGroup]]) -> None:
+        self.overflow = list(state["overflow"])
+        self.buffer = state["buffer"][-self.config.replay_size :]
 
 
 def replay_probabilities(priorities: Sequence[float], power: float) -> np.ndarray:
@@ -172,15 +170,45 @@ def replay_probabilities(priorities: Sequence[float], power: float) -> np.ndarra
     return weights / weights.sum()
 
 
-def save_groups(path: Path, state: dict[str, Any]) -> None:
-    """Write a state as one safetensors file, `meta` in its header."""
+def save_replay(folder: Path, states: Sequence[dict[str, list[StoredGroup]]]) -> None:
+    """Write the states of all processes, two safetensors files for each."""
+    for process, state in enumerate(states):
+        for name, groups in state.items():
+            _save(folder / f"{name}-{process}.safetensors", groups)
+
+
+def load_replay(folder: Path, process: int) -> dict[str, list[StoredGroup]] | None:
+    """The state of a process as `save_replay` left it; None if there is none.
+
+    Raises:
+        UserError: a file that cannot be read, or that holds something else.
+    """
+    files = {name: folder / f"{name}-{process}.safetensors" for name in ("overflow", "buffer")}
+    if not all(file.exists() for file in files.values()):
+        return None
+    return {name: _load(file) for name, file in files.items()}
+
+
+def _save(path: Path, groups: Sequence[StoredGroup]) -> None:
     from safetensors.numpy import save_file
 
-    save_file(state["tensors"], path, {"format": _FORMAT, "meta": json.dumps(state["meta"])})
+    meta, tensors = [], {}
+    for i, group in enumerate(groups):
+        meta.append(
+            {
+                "key": group.key,
+                "step": group.step,
+                "orders": group.orders,
+                "texts": group.texts,
+                "reward_parts": list(group.reward_parts),
+            }
+        )
+        tensors |= {f"{i}/{name}": getattr(group, name) for name in _ARRAYS}
+        tensors |= {f"{i}/part/{k}": v for k, v in enumerate(group.reward_parts.values())}
+    save_file(tensors, path, {"format": _FORMAT, "meta": json.dumps(meta)})
 
 
-def load_groups(path: Path) -> dict[str, Any]:
-    """The state in a file of `save_groups`; raises UserError if it is none."""
+def _load(path: Path) -> list[StoredGroup]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -188,54 +216,27 @@ def load_groups(path: Path) -> dict[str, Any]:
             header = file.metadata() or {}
             if header.get("format") != _FORMAT:
                 raise UserError(f"{path} holds no groups of rollouts in a form that is known here")
-            return {
-                "meta": json.loads(header["meta"]),
-                "tensors": {name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118
-            }
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}; remove it to start without it") from error
-
-
-_ARRAYS = ("order_of", "lengths", "token_ids", "logprobs", "finished", "rewards", "advantages")
-
-
-def _packed(stored: Sequence[StoredGroup]) -> dict[str, Any]:
-    meta, tensors = [], {}
-    for i, group in enumerate(stored):
-        meta.append(
-            {
-                "key": group.key,
-                "step": group.step,
-                "orders": [list(order) for order in group.orders],
-                "texts": list(group.texts),
-                "reward_parts": list(group.reward_parts),
-            }
-        )
-        tensors |= {f"{i}/{name}": getattr(group, name) for name in _ARRAYS}
-        tensors |= {f"{i}/part/{k}": v for k, v in enumerate(group.reward_parts.values())}
-    return {"meta": meta, "tensors": tensors}
-
-
-def _unpacked(state: dict[str, Any]) -> list[StoredGroup]:
-    tensors = state["tensors"]
     return [
         StoredGroup(
-            key=meta["key"],
-            step=int(meta["step"]),
-            orders=tuple(tuple(order) for order in meta["orders"]),
+            key=tuple(meta["key"]),
+            step=meta["step"],
+            orders=tuple(map(tuple, meta["orders"])),
             texts=tuple(meta["texts"]),
             reward_parts={
                 name: tensors[f"{i}/part/{k}"] for k, name in enumerate(meta["reward_parts"])
             },
             **{name: tensors[f"{i}/{name}"] for name in _ARRAYS},
         )
-        for i, meta in enumerate(state["meta"])
+        for i, meta in enumerate(json.loads(header["meta"]))
     ]
 
 
 def _rebuilt(stored: Sequence[StoredGroup], rebuild: Rebuild) -> list[Group]:
-    shown = ((group, rebuild(group.key, group.orders)) for group in stored)
-    return [group.group(pairs) for group, pairs in shown if pairs is not None]
+    found = ((group, rebuild(group.key, group.orders)) for group in stored)
+    return [group.group(shown) for group, shown in found if shown]
 
 
 def _joined(arrays: Sequence[np.ndarray], dtype: Any) -> np.ndarray:

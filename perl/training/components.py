@@ -1,11 +1,11 @@
-"""Everything a run works with, built once from its config."""
+"""Everything a run works with, built once from its config, and what is checked before it is built."""
 
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from perl.config import EVAL_SEED, Config, DataConfig, ModelConfig
 from perl.data.dataset import BUNDLED, Dataset, load_examples
 from perl.data.resample import parse_histogram
-from perl.data.streams import Drawn, ExampleStream, MixedStream, Stream, read_mix
+from perl.data.streams import ExampleStream, MixedStream, Stream, read_mix
 from perl.data.tasks import vocabulary
 from perl.distributed import process_state
 from perl.files import RunFolder, writing
@@ -32,76 +32,62 @@ from perl.rollout.engine import InProcessEngine
 from perl.rollout.padded import make_engine
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.timing import Stopwatch
-from perl.types import Example, UserError
+from perl.types import UserError
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Components:
-    """The components of one run; `for_stage` gives those of one of its stages."""
+    """What a stage of a run works with; `for_stage` gives those of another one with the same model."""
 
-    config: Config
+    stage: Stage
     folder: RunFolder
     accelerator: Any
     policy: Policy
     processor: Processor
     watch: Stopwatch
     model_path: str
-    encoder: PromptEncoder
-    engine: InProcessEngine
-    collector: Collector
-    head: HeadLoss
     filtered: Mapping[str, Path] = field(default_factory=dict)
+    """What filter stages have left of data sources, by `source_key`."""
 
-    @classmethod
-    def of(
-        cls,
-        config: Config,
-        folder: RunFolder,
-        accelerator: Any,
-        policy: Policy,
-        processor: Processor,
-        watch: Stopwatch,
-        model_path: str,
-    ) -> Components:
-        """A model with what a configuration makes of it.
+    def for_stage(self, stage: Stage, filtered: Mapping[str, Path] | None = None) -> Components:
+        return replace(self, stage=stage, filtered=filtered or {})
 
-        Raises:
-            UserError: reward functions that cannot be used.
-        """
-        encoder = PromptEncoder(processor, PromptLimit.to_train(config), config.data.overlong)
-        engine = make_engine(policy, processor, config.rollout.batch_size, accelerator.autocast)
-        scorer = Scorer(config.reward.functions, config.reward.weights, config.reward.timeout)
-        collector = Collector(config, engine, encoder, scorer, watch)
-        head = HeadLoss(policy, processor.unsampled_token_ids(), config.rollout.temperature)
-        model = (config, folder, accelerator, policy, processor, watch, model_path)
-        return cls(*model, encoder, engine, collector, head)
+    @property
+    def config(self) -> Config:
+        return self.stage.config
 
-    def for_stage(
-        self, config: Config, number: int = 0, filtered: Mapping[str, Path] | None = None
-    ) -> Components:
-        """The same model with what a stage's own configuration makes of it.
+    @cached_property
+    def encoder(self) -> PromptEncoder:
+        limit = PromptLimit.to_train(self.config)
+        return PromptEncoder(self.processor, limit, self.config.data.overlong)
 
-        Args:
-            config: the stage's.
-            number: how many stages of its kind come before it; it sees other orders than they did.
-            filtered: what filter stages have left of data sources, by `source_key`.
-        """
-        model = (self.folder, self.accelerator, self.policy, self.processor, self.watch)
-        components = self.of(config, *model, self.model_path)
-        components.collector.seed += 1_000_003 * number
-        components.filtered = filtered or {}
-        return components
+    @cached_property
+    def engine(self) -> InProcessEngine:
+        batch_size = self.config.rollout.batch_size
+        return make_engine(self.policy, self.processor, batch_size, self.accelerator.autocast)
+
+    @cached_property
+    def collector(self) -> Collector:
+        reward = self.config.reward
+        scorer = Scorer(reward.functions, reward.weights, reward.timeout)
+        return Collector(self.stage, self.engine, self.encoder, scorer, self.watch)
+
+    @cached_property
+    def head(self) -> HeadLoss:
+        banned = self.processor.unsampled_token_ids()
+        return HeadLoss(self.policy, banned, self.config.rollout.temperature)
 
     @property
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
 
-    def stream(self, stage: Stage) -> ExampleStream | MixedStream:
-        """A stage's training examples, in an order of its own."""
+    def stream(self) -> Stream:
+        """The stage's training examples, in an order of its own."""
         sources = training_sources(self.config)
-        seed = _seed_of(stage, self.config)
+        # Different stages see different questions.
+        seed = self.config.run.seed * 2 + (self.stage.kind == "rl") + 1_000_003 * self.stage.number
         streams = []
         for number, (source, _) in enumerate(sources):
             own = seed + 7919 * number  # Two bundled sources give different questions.
@@ -120,29 +106,25 @@ class Components:
         columns = "auto" if source.startswith(BUNDLED) else data.columns
         return str(left), replace(data, image_root="", columns=columns)
 
-    def draw(self, stream: Stream, count: int) -> list[Drawn]:
-        """This process's share of the next `count` examples of all processes."""
-        share = stream.draw(count)
-        return share[self.accelerator.process_index :: self.accelerator.num_processes]
-
     def held_out(self) -> Dataset:
         """The examples that are measured on."""
         config = self.config
         return load_examples(config.data.eval, config.data, "test", EVAL_SEED, config.eval.examples)
 
 
-def build(config: Config, folder: RunFolder) -> Components:
+def build(stage: Stage, folder: RunFolder) -> Components:
     """Load or make the model and put the components together.
 
     Raises:
         UserError: for whatever in the config, the model or the rewards cannot be used.
     """
+    config = stage.config
     accelerator = make_accelerator(config, folder)
     path = model_folder(config, folder, accelerator)
     torch.manual_seed(config.run.seed)
     policy = load_policy(path, config.model, accelerator.device).to(accelerator.device)
     processor = load_processor(path, config.model)
-    return Components.of(config, folder, accelerator, policy, processor, Stopwatch(), path)
+    return Components(stage, folder, accelerator, policy, processor, Stopwatch(), path)
 
 
 def make_accelerator(config: Config, folder: RunFolder) -> Any:
@@ -270,11 +252,6 @@ def model_folder(config: Config, folder: RunFolder, accelerator: Any) -> str:
     return str(target)
 
 
-def demonstration_rng(config: Config, example: Example) -> random.Random:
-    """Decides about the noise in one example's demonstration, whatever else is drawn."""
-    return random.Random(f"{config.run.seed}/{example.id}")
-
-
 def save_model(components: Components, name: str) -> Path:
     """Export model and processor as an ordinary model folder under `models/`."""
     target = components.folder.models / name
@@ -289,8 +266,3 @@ def save_model(components: Components, name: str) -> Path:
 def training_sources(config: Config) -> list[tuple[str, float]]:
     """`data.train` and what is mixed into it, with weights."""
     return [(config.data.train, 1.0), *read_mix(config.data.mix)]
-
-
-def _seed_of(stage: Stage, config: Config) -> int:
-    """Different stages see different questions."""
-    return config.run.seed * 2 + (stage.kind == "rl") + 1_000_003 * stage.number

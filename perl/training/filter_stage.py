@@ -33,7 +33,7 @@ def filter_data(session: Session, stage: Stage) -> None:
     Raises:
         UserError: no question could be measured.
     """
-    if not session.reach(stage.name):
+    if not session.advance_to(stage.name):
         return
     config, components = session.config, session.components
     output = filtered_file(session.folder.root, stage.name)
@@ -61,7 +61,7 @@ def filter_data(session: Session, stage: Stage) -> None:
             )
             numbers = _select(session, dataset, output, [accuracies[i] for i in indices])
             session.record({"stage": "filter", "step": 0, "name": stage.name, **numbers})
-    session.leave()
+    session.finish_stage()
 
 
 def _count(asked: int, size: int | None) -> int:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from perl.config import TrainConfig
+from perl.distributed import Processes
 from perl.model.families import ImageFeatures
-from perl.model.head import LossOutput
-from perl.model.policy import Policy
+from perl.model.head import HeadLoss, PolicyLoss, step_normalizer
 from perl.model.vision import StepFeatures
 from perl.timing import span
 from perl.types import EncodedImage, PackedBatch, UserError
@@ -21,7 +22,11 @@ from perl.types import EncodedImage, PackedBatch, UserError
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Learning rate over optimizer steps: linear warm-up, then constant, linear or cosine decay to zero."""
+    """Learning rate over optimizer steps: linear warm-up, then constant, linear or cosine decay to zero.
+
+    A function of the step alone, so that a resumed run has no state of it to restore. transformers' schedulers start their
+    warm-up at 0, which wastes the first batch of rollouts.
+    """
 
     peak: float
     kind: str
@@ -39,69 +44,84 @@ class Schedule:
         return self.peak * max(0.0, factor)
 
 
-class Updater:
+class Optimizer:
     """AdamW with clipping, over any number of micro-batches and processes.
 
     Losses come normalised by the whole step's count, so gradients are summed over micro-batches and over processes.
 
     Args:
         accelerator: device, precision and processes.
-        policy: whose weights with `requires_grad` are trained.
+        head: the loss of the policy whose weights with `requires_grad` are trained.
         schedule: learning rate by optimizer step.
+        config: weight decay, betas and the limit of the gradient's norm.
     """
 
     def __init__(
-        self,
-        accelerator: Any,
-        policy: Policy,
-        schedule: Schedule,
-        weight_decay: float,
-        betas: tuple[float, float],
-        max_grad_norm: float,
+        self, accelerator: Any, head: HeadLoss, schedule: Schedule, config: TrainConfig
     ) -> None:
-        self.accelerator, self.policy, self.schedule = accelerator, policy, schedule
-        self.max_grad_norm = max_grad_norm
-        self.parameters = [p for p in policy.parameters() if p.requires_grad]
+        self.accelerator, self.processes = accelerator, Processes(accelerator)
+        self.head, self.policy, self.schedule = head, head.policy, schedule
+        self.max_grad_norm = config.max_grad_norm
+        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        # Norms and biases are not decayed: they have no scale that decay would bound.
         decayed = [p for p in self.parameters if p.ndim >= 2]
         plain = [p for p in self.parameters if p.ndim < 2]
-        self.optimizer = torch.optim.AdamW(
+        self.adamw = torch.optim.AdamW(
             [
-                {"params": decayed, "weight_decay": weight_decay},
+                {"params": decayed, "weight_decay": config.weight_decay},
                 {"params": plain, "weight_decay": 0.0},
             ],
             lr=schedule.peak,
-            betas=betas,
+            betas=config.betas,
         )
 
     def step(
         self,
         number: int,
         batches: Sequence[PackedBatch],
-        loss_of: Callable[[int, PackedBatch, ImageFeatures | None], LossOutput],
+        loss: PolicyLoss,
+        old: Sequence[torch.Tensor] | None = None,
+        ref: Sequence[torch.Tensor] | None = None,
     ) -> dict[str, float]:
         """Forward, backward, clip, step.
 
         Args:
             number: of the optimizer step, for the schedule.
             batches: this process's micro-batches; may be empty, other processes' gradients still arrive.
-            loss_of: loss of the i-th batch, its share of the whole step's, given the features of its images or
-                None where the model is to look them up itself.
+            loss: whose denominator is that of all micro-batches of all processes.
+            old: float32 [N] for each batch, log-probs of the policies that sampled; None: the present one did.
+            ref: float32 [N] for each batch, log-probs of the reference, if the loss has a KL term.
 
         Raises:
             UserError: the gradient is NaN or infinite; the weights are as before the step.
 
         Returns:
             `loss` (the whole step's), `grad_norm` before clipping, `lr`, and the loss's metrics as means over tokens.
+            Nothing, and no step, if no process has a token to learn from.
         """
+        tokens, sequences = self.processes.total(
+            sum(b.num_scored for b in batches), sum(len(b.advantages) for b in batches)
+        )
+        if not tokens:
+            return {}
+        normalizer = step_normalizer(loss, tokens, sequences)
         self.policy.train()
         totals: defaultdict[str, torch.Tensor] = defaultdict(
             lambda: torch.zeros((), device=self.policy.device)
         )
+        # A trained tower encodes an image once for all micro-batches that show it; see StepFeatures.
         shared = StepFeatures(self._encode, batches) if self.policy.vision.trained else None
         for index, batch in enumerate(batches):
             with shared.of(index) if shared else nullcontext() as features:
                 with self.accelerator.autocast():
-                    output = loss_of(index, batch, features)
+                    output = self.head(
+                        batch,
+                        loss,
+                        normalizer,
+                        features,
+                        old[index] if old else None,
+                        ref[index] if ref else None,
+                    )
                 with span("language_model.backward"):
                     output.loss.backward()
             totals["loss"] += output.loss.detach()
@@ -120,19 +140,19 @@ class Updater:
         with span("sync"):  # Here the host waits for the device.
             norm = float(clipped)
         if not math.isfinite(norm):
-            self.optimizer.zero_grad(set_to_none=True)
+            self.adamw.zero_grad(set_to_none=True)
             raise UserError(
                 f"the gradient of optimizer step {number + 1} is not finite ({norm}); "
                 "lower the learning rate or lengthen the warm-up, and start from the last checkpoint"
             )
         lr = self.schedule(number)
-        for group in self.optimizer.param_groups:
+        for group in self.adamw.param_groups:
             group["lr"] = lr
         with span("optimizer"):
-            self.optimizer.step()
+            self.adamw.step()
         if self.policy.vision.trained:
             self.policy.vision.clear_cache()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.adamw.zero_grad(set_to_none=True)
         with span("sync"):
             return {**self._reduced(totals), "grad_norm": norm, "lr": lr}
 
@@ -168,23 +188,8 @@ _COUNTS = ("tokens", "invalid_rows")
 """Metrics that add up."""
 
 _ALWAYS = (
-    *(
-        "loss",
-        "scored",
-        "kl",
-        "entropy",
-        "clip_fraction",
-        "clip_fraction_low",
-        "clip_fraction_high",
-    ),
-    *(
-        "dual_clip_fraction",
-        "ratio_mean",
-        "ratio_max",
-        "rollout_kl",
-        "correction_mean",
-        "tokens",
-        "invalid_rows",
-    ),
+    *("loss", "scored", "kl", "entropy", "clip_fraction"),
+    *("clip_fraction_low", "clip_fraction_high", "dual_clip_fraction"),
+    *("ratio_mean", "ratio_max", "rollout_kl", "correction_mean", *_COUNTS),
 )
 """Every process reduces the same names in the same order, also one that had no micro-batch."""

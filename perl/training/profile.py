@@ -152,7 +152,7 @@ class Profile(Command):
         with recorder:
             session = Session(config, recorder.run, recorder, StopSignal())
             stage = session.stages[0]
-            session.look_at(stage)
+            session.enter_stage(stage)
             with listening(recorder), profiler, suppress(_Finished):
                 RUNS[stage.kind](session, stage)
         if self.traced:

@@ -4,28 +4,56 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from perl.config import Config
-from perl.data.streams import Stream
+from perl.data.streams import Drawn, Stream
 from perl.distributed import Processes, StopSignal
 from perl.files import RunFolder
 from perl.recipe import Stage, filtered_sources, plan, points
 from perl.report.gallery import Gallery
 from perl.report.progress import Display
-from perl.rollout.reuse import load_reuse, save_reuse
+from perl.rollout.replay import load_replay, save_replay
 from perl.timing import peak_rss_bytes
 from perl.training.checkpoint import CheckpointManager, Progress
 from perl.training.components import Components, build
-from perl.training.optimizer import Schedule, Updater
-from perl.types import Interrupted, PackedBatch, Segment, UserError
+from perl.training.optimizer import Optimizer, Schedule
+from perl.types import Example, Interrupted, PackedBatch, Segment, UserError
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class ProcessShare:
+    """A process's share of a stage's examples. All processes draw the same ones, and stay at one place in the data."""
+
+    stream: Stream
+    processes: Processes
+
+    def draw(self, count: int) -> list[Drawn]:
+        """This process's share of the next `count` examples of all processes."""
+        return self.stream.draw(count)[self.processes.index :: self.processes.count]
+
+    def find(self, key: Sequence[int]) -> Example:
+        """An example that was drawn before."""
+        return self.stream.find(key)
+
+
 class Session:
-    """One run of one seed. Stages ask it what is left to do and tell it what they did."""
+    """One run of one seed. A stage's function asks it what is left to do and tells it what it did:
+
+    if session.begin(stage):
+        for step in session.steps():
+            ...
+            session.record_step(step, row, shown)
+            session.end_step(step)
+        session.finish_stage()
+    """
+
+    source: ProcessShare
+    """The stage's examples, from its first step on."""
 
     def __init__(
         self, config: Config, folder: RunFolder, display: Display, stop: StopSignal
@@ -34,15 +62,15 @@ class Session:
         self.stages = plan(config)
         self.points = points(self.stages)
         self.stage = self.stages[0]
-        self.components: Components = build(self.stage.config, folder)
+        self.components: Components = build(self.stage, folder)
         self.processes = Processes(self.components.accelerator)
         self.checkpoints = CheckpointManager(folder.checkpoints, config.run.keep_checkpoints)
         self.gallery = Gallery(folder)
         self.progress = Progress(stage=self.points[0])
-        self.updater: Updater | None = None
-        self._saved_step: tuple[str, int] | None = None
+        self.optimizer: Optimizer | None = None
+        self._saved_point: tuple[str, int] | None = None
         self._checkpoint = None
-        self._waiting: dict[str, Any] | None = None
+        self._replay_state: dict[str, Any] | None = None
         self._started = time.perf_counter()
 
     def restore(self) -> None:
@@ -62,7 +90,7 @@ class Session:
         self.checkpoints.restore_model(self._checkpoint, self.components.policy)
         self.components.watch.total_seconds.update(self.progress.seconds)
         self._started = time.perf_counter() - self.progress.elapsed
-        self._saved_step = (self.progress.stage, self.progress.step)
+        self._saved_point = (self.progress.stage, self.progress.step)
         self.display.say(
             f"going on with {self.progress.stage}, {self.progress.step} steps done ({self._checkpoint})"
         )
@@ -75,15 +103,15 @@ class Session:
     @property
     def config(self) -> Config:
         """What the present stage runs with."""
-        return self.components.config
+        return self.stage.config
 
-    def look_at(self, stage: Stage) -> None:
+    def enter_stage(self, stage: Stage) -> None:
         """Work with a stage's configuration."""
-        self.stage, self._waiting = stage, None
+        self.stage, self._replay_state = stage, None
         filtered = filtered_sources(stage, self.stages, self.folder.root)
-        self.components = self.components.for_stage(stage.config, stage.number, filtered)
+        self.components = self.components.for_stage(stage, filtered)
 
-    def reach(self, point: str) -> bool:
+    def advance_to(self, point: str) -> bool:
         """Move on to a point of the run; False if it lies behind."""
         if self.points.index(self.progress.stage) > self.points.index(point):
             return False
@@ -91,12 +119,38 @@ class Session:
             self.progress.stage, self.progress.step = point, 0
         return True
 
-    def leave(self, save: bool = True) -> None:
+    def begin(self, stage: Stage) -> bool:
+        """Whether steps of the stage are left to take; one without any is finished at once."""
+        if not self.advance_to(stage.name):
+            return False
+        if stage.steps == 0:
+            self.finish_stage(save=False)
+            return False
+        self.show_stage(self.progress.step)
+        return True
+
+    def show_stage(self, done: int) -> None:
+        """Its progress bar, with so many steps done."""
+        name = self.stage.name
+        title = name.replace("_", " ")
+        if self.stage.kind == "rl":
+            title = "RL" if name == "rl" else f"RL: {name}"
+        self.display.stage(title, self.stage.steps, done)
+
+    def steps(self) -> Iterator[int]:
+        """The steps of the stage that are left, from 0, with its data where it stopped."""
+        self.source = ProcessShare(self.stream(), self.processes)
+        for step in range(self.progress.step, self.stage.steps):
+            # The bits of a feature depend on the images it was encoded with: a resumed run begins each step alike.
+            self.components.policy.vision.clear_cache()
+            yield step
+
+    def finish_stage(self, save: bool = True) -> None:
         """The point where the run stands is done: save, so that nothing of it is done twice."""
         self.display.close()
         following = self.points[self.points.index(self.progress.stage) + 1]
         self.progress.stage, self.progress.step = following, 0
-        self.updater = None
+        self.optimizer = None
         if save:
             self.save()
 
@@ -106,29 +160,24 @@ class Session:
         earlier = self.stages[: self.stages.index(self.stage)]
         return next((s.name for s in reversed(earlier) if s.steps), None)
 
-    def make_updater(self, schedule: Schedule) -> Updater:
-        """The stage's optimizer, with its state and the waiting groups where the run goes on inside the stage."""
-        train = self.config.train
-        self.updater = Updater(
-            self.components.accelerator,
-            self.components.policy,
-            schedule,
-            train.weight_decay,
-            train.betas,
-            train.max_grad_norm,
+    def make_optimizer(self, schedule: Schedule) -> Optimizer:
+        """The stage's optimizer, with its state and the stored groups where the run goes on inside the stage."""
+        components = self.components
+        self.optimizer = Optimizer(
+            components.accelerator, components.head, schedule, self.config.train
         )
         if self._checkpoint is not None and self.progress.step > 0:
             self.checkpoints.restore_optimizer(
-                self._checkpoint, self.components.policy, self.updater.optimizer
+                self._checkpoint, components.policy, self.optimizer.adamw
             )
-            if state := load_reuse(self._checkpoint, self.processes.index):
-                self.components.collector.reuse.load_state_dict(state)
+            if state := load_replay(self._checkpoint, self.processes.index):
+                components.collector.replay.load_state_dict(state)
         self._checkpoint = None
-        return self.updater
+        return self.optimizer
 
     def stream(self) -> Stream:
         """The stage's examples, from where it stopped."""
-        stream = self.components.stream(self.stage)
+        stream = self.components.stream()
         if self.stage.name in self.progress.streams:
             stream.load_state_dict(self.progress.streams[self.stage.name])
         return stream
@@ -140,30 +189,26 @@ class Session:
             segments, train.tokens_per_micro_batch, train.share_prompts
         )
 
-    def after_step(
-        self,
-        step: int,
-        row: dict[str, Any],
-        stream: Stream,
-        shown: dict[str, float],
-        before_saving: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Record a step that is complete; save if it is time; stop if that was asked for.
-
-        `before_saving` belongs to the step: a run that goes on from its checkpoint does not do it again.
-        """
+    def record_step(self, step: int, row: dict[str, Any], shown: dict[str, float]) -> None:
+        """A step is complete: write its metrics down, and some of them behind the progress bar."""
         self.progress.step = step + 1
-        self.progress.streams[self.stage.name] = stream.state_dict()
+        self.progress.streams[self.stage.name] = self.source.stream.state_dict()
         lap = self.components.watch.lap()
         if self.components.is_main and (step + 1) % self.config.run.log_every == 0:
             number = self.stage.first_step + step + 1
             here = {"stage": self.stage.kind, "step": number, "name": self.stage.name}
             self.record({**here, **row, **lap})
         self.display.advance(numbers=shown)
-        reuse = self.components.collector.reuse
-        # As it is between steps: a step that fails has taken groups, and is done again.
-        self._waiting = reuse.state_dict() if reuse.active else None
-        before_saving()
+        # As it is between steps: a step that fails has taken groups out, and is done again.
+        replay = self.components.collector.replay
+        self._replay_state = replay.state_dict() if replay.active else None
+
+    def end_step(self, step: int) -> None:
+        """Save if it is time; stop if that was asked for.
+
+        Raises:
+            Interrupted: it was, and the step is saved.
+        """
         every = self.config.run.checkpoint_every
         stop = self.processes.any(self.stop.requested)
         if stop or (every and (step + 1) % every == 0):
@@ -189,23 +234,23 @@ class Session:
     def save(self) -> None:
         """A checkpoint of the last complete step."""
         here = (self.progress.stage, self.progress.step)
-        if here == self._saved_step:
+        if here == self._saved_point:
             return
-        states = self.processes.gather([self._waiting]) if self._waiting is not None else []
+        own = self._replay_state
+        states = self.processes.gather([own]) if own is not None else []
         with self.components.watch("checkpoint"):
             if self.components.is_main:
                 self.progress.elapsed = self.elapsed
                 self.progress.seconds = dict(self.components.watch.total_seconds)
                 self.progress.records = self.folder.positions()
-                optimizer = self.updater.optimizer if self.updater is not None else None
                 self.checkpoints.save(
                     self.components.policy,
-                    optimizer,
+                    self.optimizer.adamw if self.optimizer else None,
                     self.progress,
-                    lambda folder: save_reuse(folder, states),
+                    lambda folder: save_replay(folder, states),
                 )
             self.components.accelerator.wait_for_everyone()
-        self._saved_step = here
+        self._saved_point = here
 
     def rescue(self, error: UserError) -> None:
         """Keep what was done before a user's mistake, raised in every process, stopped the run."""

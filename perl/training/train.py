@@ -83,7 +83,7 @@ def _begin(config: Config, folder: RunFolder) -> None:
 
 def _run(session: Session, stage: Stage) -> None:
     """One stage, with the evaluations that go before the first RL and after each RL but the last stage."""
-    session.look_at(stage)
+    session.enter_stage(stage)
     if stage.kind == "rl" and stage.number == 0:
         _measured(session, "before", 0)
     RUNS[stage.kind](session, stage)
@@ -101,8 +101,8 @@ RUNS: dict[str, Callable[[Session, Stage], None]] = {
 
 def _measured(session: Session, at: str, step: int) -> None:
     """An evaluation that is done once, whatever interrupts the run later."""
-    if session.reach(at):
+    if session.advance_to(at):
         results = session.progress.results[at] = measure(session, at, step)
         # A run that has done nothing yet leaves no checkpoint, so that what it replaced still comes back.
         begun = results is not None or at != "before" or session.trained_before is not None
-        session.leave(save=begun)
+        session.finish_stage(save=begun)

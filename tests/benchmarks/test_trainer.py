@@ -201,8 +201,8 @@ def misplaced(segments: list[Segment]) -> list[Segment]:
 def test_wrong_steps_are_refused(wrong: Any, dtype, monkeypatch, tmp_path, capsys) -> None:
     right = perl.training.reinforce.segments_of
 
-    def segments_of(group: Group, condition: str, late: bool = False) -> list[Segment]:
-        return wrong(right(group, condition, late))
+    def segments_of(group: Group, condition: str) -> list[Segment]:
+        return wrong(right(group, condition))
 
     monkeypatch.setattr("perl.training.reinforce.segments_of", segments_of)
     assert_refused("PeRL's gradient of ", tmp_path, capsys, f"--dtype={dtype}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,16 @@ from perl.config import (
     RewardConfig,
     RolloutConfig,
     RunConfig,
+    TrainConfig,
 )
 from perl.data.streams import Drawn
 from perl.distributed import Processes
 from perl.files import RunFolder
+from perl.recipe import Stage
+from perl.rollout.collect import Collected
 from perl.training.components import Components, build
 from perl.training.reinforce import segments_of
-from perl.types import Group, UserError
+from perl.types import Example, Group, UserError
 
 CONFIG = Config(
     run=RunConfig(trackers=()),
@@ -36,16 +40,20 @@ CONFIG = Config(
 )
 
 
+def stage_of(config: Config) -> Stage:
+    return Stage("rl", "rl", config, first_step=0, number=0)
+
+
 @pytest.fixture
 def components(tmp_path: Path) -> Components:
     folder = RunFolder(tmp_path)
     folder.make_parts()
-    return build(CONFIG, folder)
+    return build(stage_of(CONFIG), folder)
 
 
 def groups(components: Components, progress: float = 0.0, **permutation: Any) -> list[Group]:
     config = replace(CONFIG, permutation=PermutationConfig(**permutation))
-    own = components.for_stage(config)
+    own = components.for_stage(stage_of(config))
     examples = [own.held_out()[i] for i in range(12)]
     return own.collector.roll_out([Drawn((i,), 0, e) for i, e in enumerate(examples)], 7, progress)
 
@@ -121,7 +129,7 @@ def test_texts_follow_where_the_recipe_says_so(components: Components) -> None:
         data=replace(CONFIG.data, tasks=("same",), min_images=3),
         permutation=PermutationConfig(orders=2, text="references"),
     )
-    own = components.for_stage(config)
+    own = components.for_stage(stage_of(config))
     example = replace(own.held_out()[0], kind="all")
     (group,) = own.collector.roll_out([Drawn((0,), 0, example)], 0)
     for rollout in group.rollouts:
@@ -133,18 +141,29 @@ def test_texts_follow_where_the_recipe_says_so(components: Components) -> None:
         assert shown.answer == example.answer
 
 
-def collect(components: Components, reward: Path, tries: int) -> Any:
+class Rows:
+    """Held-out examples in a row, two at a time."""
+
+    def __init__(self, examples: Any) -> None:
+        self.examples, self.next = examples, 0
+
+    def draw(self, count: int) -> list[Drawn]:
+        self.next += count
+        return [Drawn((i,), 0, self.examples[i]) for i in range(self.next - count, self.next)]
+
+    def find(self, key: Sequence[int]) -> Example:
+        return self.examples[key[0]]
+
+
+def collect(components: Components, reward: Path, tries: int) -> Collected:
     config = replace(
         CONFIG,
         reward=RewardConfig(functions=(f"{reward}:f",), weights=(1.0,)),
         filter=FilterConfig(max_tries=tries),
+        train=TrainConfig(examples_per_step=2),
     )
-    own = components.for_stage(config)
-    drawn = iter([Drawn((i,), 0, own.held_out()[i]) for i in range(12)])
-    processes = Processes(components.accelerator)
-    return own.collector.collect(
-        lambda: [next(drawn), next(drawn)], lambda _: own.held_out()[0], 2, 0, 0, processes
-    )
+    own = components.for_stage(stage_of(config))
+    return own.collector.collect(Rows(own.held_out()), Processes(components.accelerator), step=0)
 
 
 def test_a_step_without_a_single_reward_is_an_error(components: Components, tmp_path: Path) -> None:

@@ -12,14 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from perl.config import FilterConfig
 from perl.permutation import permute
-from perl.rollout.replay import (
-    GroupBuffer,
-    GroupQueue,
-    load_groups,
-    replay_probabilities,
-    save_groups,
-)
+from perl.rollout.replay import Replay, load_replay, replay_probabilities, save_replay
 from perl.types import EncodedPrompt, Example, Group, Rollout, UserError, Variant
 
 Order = tuple[int, ...]
@@ -39,7 +34,9 @@ def rebuild(key: Any, orders: Sequence[Order]) -> list[tuple[Variant, EncodedPro
     return [(variant, prompt_of(variant)) for variant in variants]
 
 
-def make_group(key: Sequence[int], advantages: Sequence[float], orders: Sequence[Order]) -> Group:
+def make_group(
+    key: tuple[int, ...], advantages: Sequence[float], orders: Sequence[Order], step: int = 0
+) -> Group:
     """One rollout for each advantage, over the orders in turn, of 0, 1, 2, ... tokens."""
     rng = np.random.default_rng(list(key))
     shown = rebuild(key, orders)
@@ -61,11 +58,14 @@ def make_group(key: Sequence[int], advantages: Sequence[float], orders: Sequence
         rewards=rewards,
         reward_parts={"accuracy": rewards * 2, "f/a b": np.full(len(advantages), np.nan)},
         advantages=np.array(advantages, dtype=np.float32),
+        key=key,
+        step=step,
     )
 
 
 def assert_same(a: Group, b: Group) -> None:
     assert a.example == b.example and a.variants == b.variants
+    assert (a.key, a.step) == (b.key, b.step)
     assert a.reward_parts.keys() == b.reward_parts.keys()
     for x, y in ((a, b), *zip(a.rollouts, b.rollouts, strict=True)):
         for name in x.__slots__:
@@ -84,11 +84,24 @@ def assert_same(a: Group, b: Group) -> None:
 BOTH: list[Order] = [(0, 1), (1, 0)]
 
 
-def filled(count: int, size: int = 256, power: float = 1.0) -> GroupBuffer:
-    buffer = GroupBuffer(size, power)
+def kept(**config: Any) -> Replay:
+    return Replay(FilterConfig(**{"replay": 1, "reuse_overflow": True, **config}))
+
+
+def filled(count: int, size: int = 256) -> Replay:
+    """A buffer of groups 0, 1, 2, ... with priorities 2/3, 4/3, 6/3, ..."""
+    replay = kept(replay_size=size)
     for i in range(count):
-        buffer.add(make_group((0, i), [1.0 + i, -1.0 - i, 0.0], BOTH), [0, i], step=i)
-    return buffer
+        replay.keep([make_group((0, i), [1.0 + i, -1.0 - i, 0.0], BOTH, i)], [], 1)
+    return replay
+
+
+def waiting(*numbers: int, replay: Replay | None = None, room: int = 99) -> Replay:
+    """Groups that were too many for their step."""
+    replay = replay or kept()
+    for i in numbers:
+        replay.keep([], [make_group((0, i), [1.0, -1.0], BOTH, i)], room)
+    return replay
 
 
 def ids(groups: Sequence[Group]) -> list[str]:
@@ -97,21 +110,30 @@ def ids(groups: Sequence[Group]) -> list[str]:
 
 @given(st.integers(0, 5), st.lists(st.floats(-2, 2, width=32), min_size=1, max_size=6))
 def test_a_group_comes_back_as_it_was(index: int, advantages: list[float]) -> None:
-    group = make_group((1, index), advantages, BOTH[: 1 + index % 2])
-    queue = GroupQueue()
-    queue.add(group, [1, index], step=3)
-    (back,) = queue.take(1, rebuild)
+    group = make_group((1, index), advantages, BOTH[: 1 + index % 2], step=3)
+    replay = kept()
+    replay.keep([], [group], 1)
+    (back,) = replay.take_overflow(1, rebuild)
     assert_same(back, group)
-    assert len(queue) == 0 and queue.take(1, rebuild) == []
+    assert back.off_policy and not group.off_policy
+    assert replay.take_overflow(1, rebuild) == []
 
 
-def test_the_queue_gives_the_oldest_first() -> None:
-    queue = GroupQueue()
-    for i in range(4):
-        queue.add(make_group((0, i), [1.0, -1.0], BOTH), [0, i], step=i)
-    assert ids(queue.take(3, rebuild)) == ["row-0", "row-1", "row-2"]
-    queue.add(make_group((0, 9), [1.0, -1.0], BOTH), [0, 9], step=4)
-    assert ids(queue.take(5, rebuild)) == ["row-3", "row-9"]
+def test_overflow_comes_back_the_oldest_first_and_the_newest_stay() -> None:
+    replay = waiting(0, 1, 2, 3)
+    assert ids(replay.take_overflow(3, rebuild)) == ["row-0", "row-1", "row-2"]
+    assert ids(waiting(9, replay=replay).take_overflow(5, rebuild)) == ["row-3", "row-9"]
+    assert ids(waiting(0, 1, 2, room=2).take_overflow(5, rebuild)) == ["row-1", "row-2"]
+
+
+def test_what_is_not_asked_for_is_not_kept() -> None:
+    group = make_group((0, 0), [1.0, -1.0], BOTH)
+    for off, list_name in (({"replay": 0}, "buffer"), ({"reuse_overflow": False}, "overflow")):
+        replay = kept(**off)
+        replay.keep([group], [group], 1)
+        assert replay.active and getattr(replay, list_name) == []
+        assert len(replay.buffer) + len(replay.overflow) == 1
+    assert not kept(replay=0, reuse_overflow=False).active
 
 
 @given(
@@ -133,9 +155,9 @@ def test_probabilities_of_extreme_priorities_are_numbers() -> None:
 def test_the_priority_is_the_mean_size_of_the_advantages_that_count() -> None:
     group = make_group((0, 0), [3.0, -1.0, 100.0], BOTH)
     group.rewards[2] = np.nan
-    buffer = GroupBuffer(4)
-    buffer.add(group, [0, 0], 0)
-    assert buffer.stored[0].priority == 2.0
+    replay = kept()
+    replay.keep([group], [], 1)
+    assert replay.buffer[0].priority == 2.0
 
 
 def test_draws_follow_the_probabilities() -> None:
@@ -155,58 +177,54 @@ def test_a_draw_is_of_different_groups_and_repeats(held: int, count: int, seed: 
     first = ids(buffer.draw(count, seed, rebuild))
     assert len(first) == len(set(first)) == min(held, count)
     assert ids(buffer.draw(count, seed, rebuild)) == first
-    assert len(buffer) == held
+    assert len(buffer.buffer) == held
 
 
 def test_the_buffer_keeps_the_newest_with_signal() -> None:
     buffer = filled(5, size=3)
-    buffer.add(make_group((0, 7), [0.0, 0.0], BOTH), [0, 7], step=5)
-    assert [stored.key for stored in buffer.stored] == [[0, 2], [0, 3], [0, 4]]
+    buffer.keep([make_group((0, 7), [0.0, 0.0], BOTH, step=5)], [], 1)
+    assert [stored.key for stored in buffer.buffer] == [(0, 2), (0, 3), (0, 4)]
     assert sorted(ids(buffer.draw(9, 0, rebuild))) == ["row-2", "row-3", "row-4"]
 
 
 def test_what_cannot_be_rebuilt_is_left_out() -> None:
     def some(key: Any, orders: Sequence[Order]) -> Any:
-        return None if key == [0, 1] else rebuild(key, orders)
+        return [] if key == (0, 1) else rebuild(key, orders)
 
     assert sorted(ids(filled(3).draw(3, 0, some))) == ["row-0", "row-2"]
 
 
 @pytest.mark.parametrize("count", [0, 1, 4])
-def test_a_saved_buffer_draws_the_same(count: int, tmp_path: Path) -> None:
-    path = tmp_path / "replay.safetensors"
-    buffer = filled(count)
-    save_groups(path, buffer.state_dict())
-    loaded = GroupBuffer(256)
-    loaded.load_state_dict(load_groups(path))
+def test_what_is_saved_is_drawn_and_taken_alike(count: int, tmp_path: Path) -> None:
+    replay = waiting(*range(count), replay=filled(count))
+    other = filled(2)
+    save_replay(tmp_path, [replay.state_dict(), other.state_dict()])
+    loaded, smaller = kept(), kept(replay_size=2)
+    for one in (loaded, smaller):
+        state = load_replay(tmp_path, 0)
+        assert state is not None
+        one.load_state_dict(state)
     for seed, n in itertools.product(range(5), (1, 3)):
-        pairs = zip(buffer.draw(n, seed, rebuild), loaded.draw(n, seed, rebuild), strict=True)
-        for one, other in pairs:
-            assert_same(one, other)
-    assert [s.step for s in loaded.stored] == list(range(count))
-    smaller = GroupBuffer(2)
-    smaller.load_state_dict(load_groups(path))
-    assert len(smaller) == min(2, count)
-
-
-def test_a_saved_queue_goes_on(tmp_path: Path) -> None:
-    queue, again = GroupQueue(), GroupQueue()
-    for i in range(3):
-        queue.add(make_group((2, i), [1.0, -1.0], BOTH), [2, i], step=i)
-    save_groups(tmp_path / "queue.safetensors", queue.state_dict())
-    again.load_state_dict(load_groups(tmp_path / "queue.safetensors"))
-    assert ids(again.take(2, rebuild)) == ["row-0", "row-1"] and len(again) == 1
+        pairs = zip(replay.draw(n, seed, rebuild), loaded.draw(n, seed, rebuild), strict=True)
+        for one, again in pairs:
+            assert_same(one, again)
+    assert [s.step for s in loaded.buffer] == list(range(count))
+    assert ids(loaded.take_overflow(2, rebuild)) == [f"row-{i}" for i in range(count)][:2]
+    assert len(loaded.overflow) == max(0, count - 2)
+    assert len(smaller.buffer) == min(2, count)
+    second = load_replay(tmp_path, 1)
+    assert second and [s.key for s in second["buffer"]] == [(0, 0), (0, 1)]
+    assert load_replay(tmp_path, 2) is None
 
 
 def test_a_file_that_holds_no_groups_is_an_error(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
-    path = tmp_path / "replay.safetensors"
-    with pytest.raises(UserError, match="cannot be read"):
-        load_groups(path)
+    save_replay(tmp_path, [kept().state_dict()])
+    path = tmp_path / "buffer-0.safetensors"
     path.write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="cannot be read"):
-        load_groups(path)
+    with pytest.raises(UserError, match=r"buffer-0\.safetensors cannot be read"):
+        load_replay(tmp_path, 0)
     save_file({"a": np.zeros(1)}, path)
-    with pytest.raises(UserError, match="holds no groups"):
-        load_groups(path)
+    with pytest.raises(UserError, match=r"buffer-0\.safetensors holds no groups"):
+        load_replay(tmp_path, 0)

@@ -174,7 +174,7 @@ examples_per_step = 4
 tokens_per_micro_batch = 128
 
 [filter]
-reuse_surplus = true
+reuse_overflow = true
 replay = 1
 
 [eval]

@@ -214,7 +214,7 @@ data.tasks = ["which", "odd"]
 loss.kl_coef = 0.01
 train.examples_per_step = 4
 filter.zero_variance = true
-filter.reuse_surplus = true
+filter.reuse_overflow = true
 filter.replay = 2
 """
 
@@ -261,7 +261,7 @@ def test_a_run_of_four_stages_and_the_same_run_killed_in_the_last(tmp_path: Path
     # The last stage takes groups of earlier steps, whose policy was another one.
     hard = [r for r in found if r.get("name") == "hard"]
     assert [r["groups/replayed"] for r in hard] == [0, 2, 2, 2]
-    assert sum(r["groups/reused"] for r in hard) == sum(r["groups/surplus"] for r in hard[:-1]) > 0
+    assert sum(r["groups/reused"] for r in hard) == sum(r["groups/overflow"] for r in hard[:-1]) > 0
     assert hard[0]["ratio_max"] == 1 < hard[-1]["ratio_max"]
 
     command = [sys.executable, "-m", "perl", "train", recipe, "--run.dir", str(broken), *rewarded]

@@ -306,7 +306,7 @@ def test_a_step_that_failed_is_done_again_with_the_groups_it_had_taken(
         "filter__max_tries": "3",
         "run__checkpoint_every": "0",
     }
-    reuse = ["--filter.reuse-surplus", "--filter.replay", "1"]
+    reuse = ["--filter.reuse-overflow", "--filter.replay", "1"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run([*arguments(whole, **options), *reuse])
     reused = [r["step"] for r in rows(whole, "rl") if r["groups/reused"] and r["groups/tries"]]
