@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from perl.data.resample import PAPER, levels_of, parse_histogram, resample, shares_of
+from perl.data.resample import PAPER, levels_of, parse_histogram, resample, scarce_level, shares_of
 from perl.types import UserError
 
 LEVEL = st.integers(0, 10).map(lambda k: k / 10)
@@ -143,3 +143,17 @@ def test_what_cannot_be_selected() -> None:
         resample([0.0, float("nan")], (0.0, *(1.0,) * 10))
     with pytest.raises(UserError, match="must be 1 or more"):
         resample([0.0], UNIFORM, 0)
+
+
+@given(
+    st.lists(st.integers(0, 10), min_size=1, max_size=60),
+    st.lists(st.floats(0, 1), min_size=11, max_size=11).filter(lambda h: sum(h) > 0.01),
+)
+def test_more_questions_of_other_levels_do_not_help(found: list[int], shares: list[float]) -> None:
+    assume(any(shares[level] > 1e-3 for level in found))
+    accuracies = [level / 10 for level in found]
+    chosen = resample(accuracies, shares)
+    scarce = scarce_level(accuracies, shares, chosen)
+    others = [a for a, level in zip(accuracies, found, strict=True) if level != scarce]
+    assert len(others) < len(found)
+    assert len(resample(accuracies + 3 * others, shares)) == len(chosen)

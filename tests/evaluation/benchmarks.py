@@ -9,34 +9,49 @@ from PIL import Image
 
 from perl.evaluation.suites.blink import TASKS
 
-RED, GREEN, BLUE, GREY = (
+RED, GREEN, BLUE, GREY = PICTURES = tuple(
     Image.new("RGB", (28, 28), color) for color in ("red", "green", "blue", "grey")
 )
-PICTURES = (RED, GREEN, BLUE, GREY)
-IMAGE = datasets.Image()
-TEXT = datasets.Value("string")
 
 
-def parquet(path: Path, rows: list[dict[str, Any]], features: dict[str, Any]) -> None:
+def parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows of the published columns; a column that a row lacks is null there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    complete = [{name: row.get(name) for name in features} for row in rows]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    complete = [{name: row.get(name) for name in names} for row in rows]
+    features = {name: _feature([row[name] for row in complete]) for name in names}
     table = datasets.Dataset.from_list(complete, features=datasets.Features(features))
     table.to_parquet(str(path))
 
 
-def mantis_eval(folder: Path) -> None:
-    choice = {
+def _feature(values: list[Any]) -> Any:
+    value = next((v for v in values if v), None) or next((v for v in values if v == []), None)
+    if isinstance(value, list):
+        return datasets.List(_feature(value))
+    if isinstance(value, dict):
+        return {key: _feature([inner]) for key, inner in value.items()}
+    if isinstance(value, Image.Image):
+        return datasets.Image()
+    return datasets.Value({float: "float64", int: "int64"}.get(type(value), "string"))
+
+
+def mantis_choice(images: int) -> dict[str, Any]:
+    """An item of Mantis-Eval whose options are its images; B is right."""
+    return {
         "id": "me_0",
         "question_type": "multi-choice",
-        "question": "Here are <image> and <image> Which one shows three ?",
-        "images": [RED, GREEN],
-        "options": ["(A) Image 1", "(B) Image 2"],
+        "question": " and ".join(["<image>"] * images) + " Which one shows three ?",
+        "images": list(PICTURES[:images]),
+        "options": [f"({letter}) Image {k}" for k, letter in enumerate("ABCD"[:images], start=1)],
         "answer": "B",
         "data_source": "human",
         "category": "retrieval",
     }
+
+
+def mantis_eval(folder: Path, rows: list[dict[str, Any]] | None = None) -> None:
     short = {
-        **choice,
+        **mantis_choice(2),
         "id": "me_1",
         "question_type": "short-answer",
         "question": "How many show a four ?",
@@ -45,16 +60,11 @@ def mantis_eval(folder: Path) -> None:
         "answer": "Two",
         "category": "counting",
     }
-    features = {k: TEXT for k in choice if k not in ("images", "options")}
-    features |= {"images": datasets.List(IMAGE), "options": datasets.List(TEXT)}
-    parquet(folder / "mantis_eval" / "test-00000-of-00001.parquet", [choice, short], features)
+    path = folder / "mantis_eval" / "test-00000-of-00001.parquet"
+    parquet(path, rows or [mantis_choice(2), short])
 
 
 def blink(folder: Path) -> None:
-    features = dict.fromkeys(
-        ("idx", "question", "sub_task", "answer", "prompt", "explanation"), TEXT
-    )
-    features |= {f"image_{k}": IMAGE for k in range(1, 5)} | {"choices": datasets.List(TEXT)}
     for task in TASKS:
         row = {
             "idx": f"val_{task}_1",
@@ -69,7 +79,7 @@ def blink(folder: Path) -> None:
             row |= {"image_2": GREEN, "image_3": BLUE}
             row |= {"choices": ["the second image", "the third image"], "answer": "(B)"}
             row["prompt"] = "Which is like it?\n(A) the second image\n(B) the third image"
-        parquet(folder / task / "val-00000-of-00001.parquet", [row], features)
+        parquet(folder / task / "val-00000-of-00001.parquet", [row])
 
 
 def mmiu(folder: Path) -> None:
@@ -98,8 +108,7 @@ def mmiu(folder: Path) -> None:
         )
     for name in folders:
         (folder / name).mkdir(parents=True, exist_ok=True)
-    features = dict.fromkeys(rows[0], TEXT) | {"input_image_path": datasets.List(TEXT)}
-    parquet(folder / "all.parquet", rows, features)
+    parquet(folder / "all.parquet", rows)
 
 
 def mathvista(folder: Path) -> None:
@@ -122,9 +131,7 @@ def mathvista(folder: Path) -> None:
     ]
     choice = {"choices": ["145°", "3/11"], "answer": "145°", "answer_type": "text", "pid": "3"}
     rows.append({**rows[0], **choice, "question_type": "multi_choice"})
-    features = dict.fromkeys(rows[0], TEXT) | {"precision": datasets.Value("float64")}
-    features |= {"decoded_image": IMAGE, "choices": datasets.List(TEXT), "metadata": {"task": TEXT}}
-    parquet(folder / "data" / "testmini-00000-of-00001-725687bf7a18d64b.parquet", rows, features)
+    parquet(folder / "data" / "testmini-00000-of-00001-725687bf7a18d64b.parquet", rows)
 
 
 def mathverse(folder: Path) -> None:
@@ -150,11 +157,11 @@ def mathverse(folder: Path) -> None:
         "question_for_eval": "Find L.\nChoices:\nA:8\nB:2*\\sqrt{3}",
         "answer": "B",
     }
-    features = dict.fromkeys(free, TEXT) | {"image": IMAGE, "metadata": {"subject": TEXT}}
-    parquet(folder / "testmini.parquet", [free, choice], features)
+    parquet(folder / "testmini.parquet", [free, choice])
 
 
-def mathvision(folder: Path) -> None:
+def mathvision(folder: Path, *answers: str) -> None:
+    """A free answer and one of five options; with `answers` options that have those as the right ones."""
     free = {
         "id": "4",
         "question": "How many different digits can you find in this picture?\n<image1>",
@@ -167,10 +174,9 @@ def mathvision(folder: Path) -> None:
         "subject": "counting",
     }
     choice = {**free, "id": "15", "options": ["3", "$4$", "5", "6", "7"], "answer": "B"}
-    features = dict.fromkeys(free, TEXT) | {"level": datasets.Value("int64")}
-    features |= {"decoded_image": IMAGE, "options": datasets.List(TEXT)}
+    rows = [{**choice, "id": str(k), "answer": answer} for k, answer in enumerate(answers)]
     path = folder / "data" / "test-00000-of-00001-3532b8d3f1b4047a.parquet"
-    parquet(path, [free, choice], features)
+    parquet(path, rows or [free, choice])
 
 
 def remi(folder: Path) -> None:
@@ -186,10 +192,7 @@ def remi(folder: Path) -> None:
         }
         for task, label in answers.items()
     ]
-    features = {f"image_{k}": IMAGE for k in range(1, 7)}
-    parquet(
-        folder / "test.parquet", rows, features | dict.fromkeys(("question", "label", "task"), TEXT)
-    )
+    parquet(folder / "test.parquet", rows)
 
 
 def mv_math(folder: Path) -> None:

@@ -9,18 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
-from hypothesis import strategies as st
 from PIL import Image
 
-from perl.cli import main
 from perl.config import Config, DataConfig, FilterConfig, ModelConfig, RewardConfig
 from perl.data.dataset import load_examples, validate
-from perl.data.resample import resample, scarce_level
 from perl.evaluation.difficulty import CHUNK
-from perl.recipe import save_config
+from perl.recipe import measured_function, save_config
 from perl.rewards.scorer import BUILT_IN
+from perl.types import UserError
 from tests.command_line import ErrorOf
+from tests.command_line import run as run_command
 
 ROWS = 40
 
@@ -52,10 +50,9 @@ def run(
     monkeypatch.setitem(BUILT_IN, "accuracy", chance)
 
     def filter_with(*options: object) -> int | str | None:
-        model = tiny_folder("tiny-qwen2.5-vl")
-        with pytest.raises(SystemExit) as stop:
-            main(["filter", str(model), "--max-new-tokens", "3", *map(str, options)])
-        return stop.value.code
+        return run_command(
+            "filter", tiny_folder("tiny-qwen2.5-vl"), "--max-new-tokens", 3, *options
+        )
 
     return filter_with
 
@@ -137,20 +134,6 @@ def test_what_limits_the_size_is_told(
     assert said("--histogram", ",".join(str(measured.count(k / 10)) for k in range(11))) == []
 
 
-@given(
-    st.lists(st.integers(0, 10), min_size=1, max_size=60),
-    st.lists(st.floats(0, 1), min_size=11, max_size=11).filter(lambda h: sum(h) > 0.01),
-)
-def test_more_questions_of_other_levels_do_not_help(found: list[int], shares: list[float]) -> None:
-    assume(any(shares[level] > 1e-3 for level in found))
-    accuracies = [level / 10 for level in found]
-    chosen = resample(accuracies, shares)
-    scarce = scarce_level(accuracies, shares, chosen)
-    others = [a for a, level in zip(accuracies, found, strict=True) if level != scarce]
-    assert len(others) < len(found)
-    assert len(resample(accuracies + 3 * others, shares)) == len(chosen)
-
-
 def test_other_settings_are_refused(
     data: Path, run: Callable[..., Any], tiny_folder: Callable[[str], Path], error_of: ErrorOf
 ) -> None:
@@ -204,17 +187,11 @@ def test_a_higher_limit_measures_what_was_left_out(
     assert run("--data", long_data) == 0 and measured() == whole
 
 
-def test_the_advice_about_the_limit_helps(
+def test_the_advice_about_the_limit_helps_and_a_lower_limit_is_refused(
     data: Path, run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("--data", data, "--max-prompt-tokens", 5, "--overlong", "drop") == 2
     assert "raise it with --max-prompt-tokens" in capsys.readouterr().err
-    assert run("--data", data, "--max-prompt-tokens", 100) == 0
-
-
-def test_a_lower_limit_is_refused(
-    data: Path, run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
-) -> None:
     assert run("--data", data, "--max-prompt-tokens", 100) == 0
     assert run("--data", data, "--max-prompt-tokens", 60) == 2
     said = capsys.readouterr().err
@@ -237,27 +214,16 @@ def trained(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Callable[...,
 
 
 def command(*words: object) -> int | str | None:
-    with pytest.raises(SystemExit) as stop:
-        main(["filter", *map(str, words), "--max-new-tokens", "3", "--limit", "4"])
-    return stop.value.code
+    return run_command("filter", *words, "--max-new-tokens", "3", "--limit", "4")
 
 
-@pytest.mark.parametrize(
-    ("key", "model"),
-    [
-        ("min_pixels", ModelConfig(min_pixels=3136)),
-        ("max_pixels", ModelConfig(max_pixels=3136)),
-    ],
-)
+@pytest.mark.parametrize("key", ["min_pixels", "max_pixels"])
 def test_other_sizes_of_images_are_other_settings(
-    key: str,
-    model: ModelConfig,
-    data: Path,
-    trained: Callable[..., Path],
-    capsys: pytest.CaptureFixture[str],
+    key: str, data: Path, trained: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(trained(), "--data", data) == 0
-    assert command(trained(model=model), "--data", data) == 2
+    sizes: dict[str, Any] = {key: 3136}
+    assert command(trained(model=ModelConfig(**sizes)), "--data", data) == 2
     assert f"not {key} = 3136; measure again with --overwrite" in capsys.readouterr().err
 
 
@@ -279,6 +245,8 @@ def test_questions_are_measured_by_the_reward_of_the_run(
     assert {row["accuracy"] for row in measured} == {1.0}
     assert {row["measure"] for row in measured} == {"accuracy(tags=True)"}
     assert "accuracy of 0 by" not in caplog.text
+    assert command(trained(reward=TAGGED), "--data", data, "--measure", "accuracy()") == 2
+    assert "not measure = accuracy();" in capsys.readouterr().err
     assert command(trained(), "--data", data) == 2  # The plain measure is another setting.
     assert "not measure = accuracy;" in capsys.readouterr().err
     assert command(trained(), "--data", data, "--overwrite", "--histogram", "uniform") == 0
@@ -286,45 +254,42 @@ def test_questions_are_measured_by_the_reward_of_the_run(
     assert len(said) == 1 and "all 4 questions" in said[0] and "'accuracy'" in said[0]
 
 
-def test_which_reward_measures_has_to_be_clear(
-    data: Path, trained: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+ALIKE = ("accuracy(tags=True)", "accuracy(unordered=True)")
+
+
+@pytest.mark.parametrize(
+    ("functions", "named", "option", "found"),
+    [
+        (ALIKE, "accuracy(unordered=True)", None, "accuracy(unordered=True)"),
+        (("format",), "accuracy", None, "format"),  # the only one
+        (TAGGED.functions, "accuracy", "accuracy", "accuracy(tags=True)"),
+        (TAGGED.functions, "accuracy", "accuracy()", "accuracy()"),
+        (TAGGED.functions, "accuracy", "choice", "choice"),
+        (("choice", "format"), "accuracy", None, r"filter.measure = 'accuracy' is none of"),
+        (
+            ALIKE,
+            "accuracy",
+            None,
+            r"filter.measure = 'accuracy' may be any of accuracy\(tags=True\), ",
+        ),
+        (
+            ALIKE,
+            "accuracy",
+            "accuracy",
+            r"--measure = 'accuracy' may be any of accuracy\(tags=True\), ",
+        ),
+    ],
+)
+def test_which_reward_measures(
+    functions: tuple[str, ...], named: str, option: str | None, found: str
 ) -> None:
-    other = RewardConfig(functions=("choice", "format"))
-    alike = RewardConfig(functions=("accuracy(tags=True)", "accuracy(unordered=True)"))
-    for reward, match in {
-        other: "filter.measure = 'accuracy' is none of reward.functions (choice, format)",
-        alike: "may be any of accuracy(tags=True), accuracy(unordered=True); write one of them",
-    }.items():
-        assert command(trained(reward=reward), "--data", data) == 2
-        assert match in capsys.readouterr().err
-    whole = FilterConfig(measure="accuracy(unordered=True)")
-    assert command(trained(reward=alike, filter=whole), "--data", data) == 0
-    (measure,) = {row["measure"] for row in read(data.with_name("rows.accuracies.jsonl"))}
-    assert measure == "accuracy(unordered=True)"
-    alone = RewardConfig(functions=("format",), weights=(1.0,))
-    assert command(trained(reward=alone), "--data", data, "--overwrite") == 0
-    (measure,) = {row["measure"] for row in read(data.with_name("rows.accuracies.jsonl"))}
-    assert measure == "format"
-
-
-def test_another_measure_on_the_command_line(
-    data: Path, trained: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    def measured(option: str, reward: RewardConfig) -> str:
-        words = (trained(reward=reward), "--data", data, "--overwrite", "--measure", option)
-        if command(*words, "--histogram", "uniform") != 0:
-            return capsys.readouterr().err
-        (measure,) = {row["measure"] for row in read(data.with_name("rows.accuracies.jsonl"))}
-        return measure
-
-    assert measured("accuracy", TAGGED) == "accuracy(tags=True)"
-    assert measured("accuracy()", TAGGED) == "accuracy()"
-    assert measured("choice", TAGGED) == "choice"
-    alike = RewardConfig(functions=("accuracy(tags=True)", "accuracy(unordered=True)"))
-    assert "--measure = 'accuracy' may be any of accuracy(tags=True), " in measured(
-        "accuracy", alike
-    )
-    assert "unknown reward function 'accuraccy'" in measured("accuraccy", TAGGED)
+    reward = RewardConfig(functions=functions, weights=(1.0,) * len(functions))
+    config = Config(reward=reward, filter=FilterConfig(measure=named))
+    if " " in found:
+        with pytest.raises(UserError, match=found):
+            measured_function(config, option)
+    else:
+        assert measured_function(config, option) == found
 
 
 def test_a_measure_that_scores_nothing(
@@ -376,6 +341,7 @@ def test_images_from_nowhere_are_written(
         (["--limit", "0"], "--limit 0: must be 1 or more"),
         (["--size", "0"], "--size 0: must be 1 or more"),
         (["--seed", "-1"], "--seed -1: must be from 0 to"),
+        (["--measure", "accuraccy"], "unknown reward function 'accuraccy'"),
         (["--histogram", "1,2"], "write paper, uniform, or 11 shares"),
         (["--output", "DATA"], "is the data itself"),
         (["--accuracies", "DATA"], "is the data itself"),

@@ -7,12 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 
 from perl.evaluation.suites import SUITES
+from perl.evaluation.suites.comparison import compare_folders
+from perl.model.processor import Processor
+from perl.rollout.engine import InProcessEngine
 from tests.command_line import ErrorOf, run
-from tests.evaluation.benchmarks import IMAGE, PICTURES, TEXT, make_benchmarks, parquet
+from tests.evaluation.benchmarks import make_benchmarks, mantis_choice, mantis_eval, mathvision
+
+Evaluate = Callable[..., int | str | None]
 
 
 @pytest.fixture(scope="module")
@@ -24,43 +28,58 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.fixture
-def evaluate(root: Path, tiny_folder: Callable[[str], Path]) -> Callable[..., int | str | None]:
-    """Evaluates the tiny model on some suites, three tokens each."""
+def summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())["suites"]
 
-    def command(output: Path, *options: object, suite: str = "mantis_eval") -> int | str | None:
-        words = ["--suite", suite, "--suite-root", root, "--max-new-tokens", "3"]
-        model = tiny_folder("tiny-qwen2.5-vl")
+
+@pytest.fixture
+def evaluate(root: Path, tiny_folder: Callable[[str], Path], tmp_path: Path) -> Evaluate:
+    """Evaluates the tiny model on some suites, three tokens each, into the folder `out`."""
+
+    def command(
+        *options: object, suite: str = "mantis_eval", suites: Path = root
+    ) -> int | str | None:
+        model, output = tiny_folder("tiny-qwen2.5-vl"), tmp_path / "out"
+        words = ["--suite", suite, "--suite-root", suites, "--max-new-tokens", "3"]
         return run("evaluate", model, *words, "--output", output, *options)
 
     return command
 
 
+@pytest.fixture
+def without_weights(tmp_path: Path) -> Path:
+    """A model folder that no model can be loaded from."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
 def test_all_eight_in_one_go(
-    evaluate: Callable[..., int],
+    evaluate: Evaluate,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     out = tmp_path / "out"
-    assert evaluate(out, "--orders", "2", "--published", suite="all") == 0
+    assert evaluate("--orders", "2", "--published", suite="all") == 0
     said = capsys.readouterr()
     counts = {"mantis_eval": 2, "blink": 14, "mmiu": 2, "mathvista": 4}
     counts |= {"mathverse": 2, "mathvision": 2, "remi": 6, "mv_math": 4}
-    summary = json.loads((out / "summary.json").read_text())["suites"]
-    assert {name: values["items"] for name, values in summary.items()} == counts
-    for name, values in summary.items():
+    numbers = summary(out)
+    assert {name: values["items"] for name, values in numbers.items()} == counts
+    for name, values in numbers.items():
         expected = SUITES[name].expected
         warning = f"holds {counts[name]} items, where the published benchmark has {expected}"
         assert warning in caplog.text
         assert values["interval"][0] <= values["accuracy"] <= values["interval"][1]
         assert 0 <= values["score"] <= 1 and values["too_long"] == 0
     for name, moved in {"mantis_eval": 1, "blink": 1, "mmiu": 1, "mv_math": 1}.items():
-        assert summary[name]["orders"]["items"] == moved
-        assert 0 <= summary[name]["orders"]["consistency"] <= 1
+        assert numbers[name]["orders"]["items"] == moved
+        assert 0 <= numbers[name]["orders"]["consistency"] <= 1
         orders = [tuple(row["order"]) for row in rows(out / f"{name}.jsonl") if row["movable"]]
         assert len(set(orders)) == 2
-    assert all(summary[name]["orders"] is None for name in ("mathvista", "mathverse", "remi"))
+    assert all(numbers[name]["orders"] is None for name in ("mathvista", "mathverse", "remi"))
     table = (out / "table.md").read_text()
     header = (
         "Mantis-Eval | BLINK | MMIU | MathVista | MathVerse | MathVision | ReMI | MV-MATH | AVG"
@@ -71,10 +90,8 @@ def test_all_eight_in_one_go(
     assert "blink: 14 items" in said.err and "steps" not in said.err
 
 
-def test_the_answer_follows_its_image_in_the_rows(
-    evaluate: Callable[..., int], tmp_path: Path
-) -> None:
-    assert evaluate(tmp_path / "out", "--orders", "2", suite="mv_math") == 0
+def test_the_answer_follows_its_image_in_the_rows(evaluate: Evaluate, tmp_path: Path) -> None:
+    assert evaluate("--orders", "2", suite="mv_math") == 0
     found = [r for r in rows(tmp_path / "out" / "mv_math.jsonl") if r["id"] == "1"]
     assert len(found) == 2 and found[0]["order"] == [0, 1, 2, 3] and found[0]["gold"] == "C"
     for row in found:
@@ -82,20 +99,18 @@ def test_the_answer_follows_its_image_in_the_rows(
 
 
 def test_answers_are_kept_and_not_asked_for_again(
-    evaluate: Callable[..., int],
+    evaluate: Evaluate,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
-    assert evaluate(out, "--limit", "1", suite="mathvista") == 0
+    assert evaluate("--limit", "1", suite="mathvista") == 0
     assert len(rows(out / "mathvista.jsonl")) == 1
-    assert evaluate(out, suite="mathvista") == 0
+    assert evaluate(suite="mathvista") == 0
     whole = (out / "mathvista.jsonl").read_bytes()
     assert [row["id"] for row in rows(out / "mathvista.jsonl")] == ["0", "1", "2", "3"]
     (out / "mathvista.jsonl").write_bytes(whole[:-20])  # as a kill leaves it
-
-    from perl.rollout.engine import InProcessEngine
 
     asked: list[int] = []
     generate = InProcessEngine.generate
@@ -105,10 +120,10 @@ def test_answers_are_kept_and_not_asked_for_again(
         return generate(self, prompts, *arguments)
 
     monkeypatch.setattr(InProcessEngine, "generate", counting)
-    assert evaluate(out, suite="mathvista") == 0
+    assert evaluate(suite="mathvista") == 0
     assert asked == [1] and (out / "mathvista.jsonl").read_bytes() == whole
     capsys.readouterr()
-    assert evaluate(out, "--instruction", "think", suite="mathvista") == 2
+    assert evaluate("--instruction", "think", suite="mathvista") == 2
     said = capsys.readouterr().err
     assert "given under other settings: instruction was official and is think; choose" in said
     assert (out / "mathvista.jsonl").read_bytes() == whole
@@ -129,20 +144,20 @@ def test_another_model_at_the_same_place_is_noticed(
 
 
 def test_prompts_that_are_too_long(
-    evaluate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    evaluate: Evaluate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     short = ("--max-prompt-tokens", "30")
-    assert evaluate(tmp_path / "out", *short) == 2
+    assert evaluate(*short) == 2
     assert "raise it with --max-prompt-tokens" in capsys.readouterr().err
-    assert evaluate(tmp_path / "out", *short, "--overlong", "drop") == 0
-    values = json.loads((tmp_path / "out" / "summary.json").read_text())["suites"]["mantis_eval"]
+    assert evaluate(*short, "--overlong", "drop") == 0
+    values = summary(tmp_path / "out")["mantis_eval"]
     assert (values["items"], values["too_long"], values["accuracy"]) == (2, 2, 0.0)
-    assert evaluate(tmp_path / "out") == 0
+    assert evaluate() == 0
     assert all(row["completion"] for row in rows(tmp_path / "out" / "mantis_eval.jsonl")[2:])
 
 
 def test_what_is_missing_is_listed_before_a_model_is_loaded(
-    root: Path, tmp_path: Path, error_of: ErrorOf
+    root: Path, without_weights: Path, tmp_path: Path, error_of: ErrorOf
 ) -> None:
     other = tmp_path / "root"
     shutil.copytree(root, other)
@@ -151,10 +166,15 @@ def test_what_is_missing_is_listed_before_a_model_is_loaded(
     (other / "mv_math" / "images" / "batch10_2.jpg").unlink()
     next((other / "mmiu").rglob("spot_the_diff_0_1.jpg")).unlink()
     shutil.rmtree(other / "remi")
-    model = tmp_path / "no weights"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-    words = ("evaluate", model, "--suite-root", other, "--output", tmp_path / "out", "--suite")
+    words = (
+        "evaluate",
+        without_weights,
+        "--suite-root",
+        other,
+        "--output",
+        tmp_path / "out",
+        "--suite",
+    )
     said = error_of(*words, "blink")
     assert "lacks Counting/val-*.parquet, Jigsaw/val-*.parquet; get them from https://" in said
     assert "lacks images/batch10_2.jpg; get" in error_of(*words, "mv_math")
@@ -203,7 +223,7 @@ def test_the_layout_is_printed_without_a_model(capsys: pytest.CaptureFixture[str
 
 
 def test_a_model_reads_the_answers(
-    evaluate: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the endpoint makes of a completion is judged by the benchmark's rule."""
     from perl.llm import Endpoint
@@ -217,7 +237,7 @@ def test_a_model_reads_the_answers(
     monkeypatch.setenv("PERL_LLM_URL", "http://localhost:1/v1")
     monkeypatch.setenv("PERL_LLM_MODEL", "judge")
     monkeypatch.setattr(Endpoint, "complete", complete)
-    assert evaluate(tmp_path / "out", "--extract", "llm") == 0
+    assert evaluate("--extract", "llm") == 0
     first, second = rows(tmp_path / "out" / "mantis_eval.jsonl")
     assert (first["extracted"], first["answer"], first["score"]) == ("B", "B", 1.0)
     assert (second["extracted"], second["answer"], second["score"]) == ("", None, 0.0)
@@ -265,103 +285,74 @@ def test_two_models_are_compared_item_by_item(
 
 
 def test_a_policy_that_likes_one_letter_is_found_out(
-    evaluate: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is right in half of the orders, and chooses another picture in each."""
-    from perl.model.processor import Processor
-
     monkeypatch.setattr(Processor, "decode", lambda self, ids: "<think>x</think>\\boxed{B}")
-    out = tmp_path / "out"
-    assert evaluate(out, "--orders", "2") == 0
-    assert evaluate(out, "--orders", "2", suite="mmiu") == 0
-    summary = json.loads((out / "summary.json").read_text())["suites"]
-    assert summary["mmiu"]["score"] == 1.0 and summary["mmiu"]["averaged"] == "tasks"
-    for values in (summary["mmiu"], summary["mantis_eval"]):
+    assert evaluate("--orders", "2") == 0
+    assert evaluate("--orders", "2", suite="mmiu") == 0
+    numbers = summary(tmp_path / "out")
+    assert numbers["mmiu"]["score"] == 1.0 and numbers["mmiu"]["averaged"] == "tasks"
+    for values in (numbers["mmiu"], numbers["mantis_eval"]):
         moved = values["orders"]
         assert (moved["official_accuracy"], moved["accuracy"]) == (1.0, 0.5)
         assert moved["consistency"] == 0.0
-    assert summary["mantis_eval"]["by_task"]["retrieval"] == {"items": 1, "accuracy": 1.0}
-    assert summary["mantis_eval"]["by_task"]["counting"] == {"items": 1, "accuracy": 0.0}
+    assert numbers["mantis_eval"]["by_task"]["retrieval"] == {"items": 1, "accuracy": 1.0}
+    assert numbers["mantis_eval"]["by_task"]["counting"] == {"items": 1, "accuracy": 0.0}
 
 
 @pytest.mark.parametrize(("images", "consistency"), [(2, 0.0), (3, 0.2), (4, 5 / 23)])
 def test_one_letter_and_several_images(
     images: int,
     consistency: float,
-    tiny_folder: Callable[[str], Path],
+    evaluate: Evaluate,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Among all orders of n images some have the same one in the first place."""
-    from perl.model.processor import Processor
-
-    item: dict[str, Any] = {"id": "1", "question_type": "multi-choice", "answer": "B"}
-    item["data_source"] = "human"
-    item |= {"question": "<image>" * images + " Which one shows three ?", "category": "retrieval"}
-    item["images"] = list(PICTURES[:images])
-    item["options"] = [f"({'ABCD'[k]}) Image {k + 1}" for k in range(images)]
-    features = {k: TEXT for k in item if k not in ("images", "options")}
-    features |= {"images": datasets.List(IMAGE), "options": datasets.List(TEXT)}
-    folder = tmp_path / "suites" / "mantis_eval" / "mantis_eval"
-    parquet(folder / "test-00000-of-00001.parquet", [item], features)
+    mantis_eval(tmp_path / "suites" / "mantis_eval", [mantis_choice(images)])
     monkeypatch.setattr(Processor, "decode", lambda self, ids: "\\boxed{A}")
-    words = ["--suite", "mantis_eval", "--suite-root", tmp_path / "suites", "--orders", 24]
-    words += ["--max-new-tokens", 3, "--output", tmp_path / "out"]
-    assert run("evaluate", tiny_folder("tiny-qwen2.5-vl"), *words) == 0
-    moved = json.loads((tmp_path / "out" / "summary.json").read_text())["suites"]["mantis_eval"]
-    assert moved["orders"]["orders"] == math.factorial(images)
-    assert moved["orders"]["accuracy"] == pytest.approx(1 / images)
-    assert moved["orders"]["consistency"] == pytest.approx(consistency)
+    assert evaluate("--orders", 24, suites=tmp_path / "suites") == 0
+    moved = summary(tmp_path / "out")["mantis_eval"]["orders"]
+    assert moved["orders"] == math.factorial(images)
+    assert moved["accuracy"] == pytest.approx(1 / images)
+    assert moved["consistency"] == pytest.approx(consistency)
 
 
 @pytest.mark.parametrize("gold", ["42", "", "F"])
 def test_options_without_a_right_letter_are_found_before_a_model_is_loaded(
-    gold: str, tmp_path: Path, error_of: ErrorOf
+    gold: str, without_weights: Path, tmp_path: Path, error_of: ErrorOf
 ) -> None:
-    item = {"id": "1", "question": "<image1> How many?", "options": list("34567"), "answer": gold}
-    item |= {"decoded_image": PICTURES[0], "subject": "counting"}
-    features = {k: TEXT for k in item if k not in ("decoded_image", "options")}
-    features |= {"decoded_image": IMAGE, "options": datasets.List(TEXT)}
-    folder = tmp_path / "mathvision" / "data"
-    parquet(folder / "test-0.parquet", [item | {"answer": "A", "id": "0"}, item], features)
+    mathvision(tmp_path / "mathvision", "A", gold)
     words = ["--suite", "mathvision", "--suite-root", tmp_path, "--output", tmp_path / "out"]
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    said = error_of("evaluate", tmp_path / "model", *words)
-    assert f"test-0.parquet row 2: the answer '{gold}' is no letter of its 5 options" in said
+    said = error_of("evaluate", without_weights, *words)
+    assert ".parquet row 2" in said and f"the answer '{gold}' is no letter of its 5 options" in said
     assert not (tmp_path / "out").exists()
 
 
-def test_versions_of_one_problem_are_drawn_together(
-    root: Path, evaluate: Callable[..., int], tmp_path: Path
-) -> None:
+def test_versions_of_one_problem_are_drawn_together(evaluate: Evaluate, tmp_path: Path) -> None:
     """MathVerse asks each problem in five versions."""
-    from perl.evaluation.suites.comparison import compare_folders
+    assert evaluate(suite="mathverse") == 0
+    template, other = rows(tmp_path / "out" / "mathverse.jsonl")
+    assert template["problem"] == other["problem"] == "1"
 
-    assert evaluate(tmp_path / "asked", suite="mathverse") == 0
-    assert [row["problem"] for row in rows(tmp_path / "asked" / "mathverse.jsonl")] == ["1", "1"]
-    template = rows(tmp_path / "asked" / "mathverse.jsonl")[0]
-
-    def folder(name: str, keys: tuple[str, ...], score: Callable[[int], int]) -> Path:
+    def folder(name: str, old: bool, score: Callable[[int], int]) -> Path:
         path = answers(tmp_path / name, {}, name)
         lines = []
         for k in range(100):
             row = template | {"id": str(k), "problem": str(k // 5), "score": float(score(k // 5))}
-            lines.append(json.dumps({key: v for key, v in row.items() if key in keys}) + "\n")
+            if old:  # Answers of older versions do not say the problem.
+                del row["problem"]
+            lines.append(json.dumps(row) + "\n")
         (path / "mathverse.jsonl").write_text("".join(lines))
         return path
 
-    old = tuple(key for key in template if key != "problem")
-
-    def width(keys: tuple[str, ...], name: str) -> float:
-        one, other = (
-            folder(f"{name}1", keys, lambda p: p % 2),
-            folder(f"{name}2", keys, lambda p: 1),
-        )
-        found, _ = compare_folders(one, other)
+    def width(old: bool) -> float:
+        one = folder(f"one-{old}", old, lambda problem: problem % 2)
+        found, _ = compare_folders(one, folder(f"other-{old}", old, lambda problem: 1))
         assert found["mathverse"].difference == found["all"].difference == 0.5
         assert found["mathverse"].interval == found["all"].interval
         low, high = found["mathverse"].interval
         return high - low
 
-    assert width(tuple(template), "new") > 2 * width(old, "old")
+    assert width(old=False) > 2 * width(old=True)
