@@ -18,57 +18,47 @@ class Gallery:
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
 
-    def keep_groups(
-        self, stage: str, step: int, groups: Iterable[Group], per_order: int = 1
-    ) -> None:
-        """Some rollouts of every order of the groups, with rewards and advantages."""
+    def keep_groups(self, stage: str, step: int, groups: Iterable[Group]) -> None:
+        """The first rollout of every order of the groups, with rewards and advantages."""
         for group in groups:
-            shown: dict[tuple[int, ...], int] = {}
-            for index, rollout in enumerate(group.rollouts):
-                order = rollout.variant.order
-                shown[order] = shown.get(order, 0) + 1
-                if shown[order] > per_order:
-                    continue
-                scores = {
-                    "reward": _number(group.rewards[index]),
-                    "rewards": {
-                        name: _number(values[index]) for name, values in group.reward_parts.items()
-                    },
-                    "advantage": _number(group.advantages[index]),
-                }
-                self._keep(stage, step, rollout, scores)
+            orders = [rollout.variant.order for rollout in group.rollouts]
+            for index in sorted(orders.index(order) for order in set(orders)):
+                parts = {name: float(values[index]) for name, values in group.reward_parts.items()}
+                scores = {"advantage": _number(group.advantages[index])}
+                self._keep(stage, step, group.rollouts[index], group.rewards[index], parts, scores)
 
     def keep_rollouts(
         self, stage: str, step: int, rollouts: Iterable[Rollout], rewards: Iterable[float]
     ) -> None:
         """Evaluation rollouts with their accuracy."""
         for rollout, reward in zip(rollouts, rewards, strict=True):
-            self._keep(
-                stage,
-                step,
-                rollout,
-                {"reward": _number(reward), "rewards": {"accuracy": _number(reward)}},
-            )
+            self._keep(stage, step, rollout, reward, {"accuracy": reward}, {})
 
-    def _keep(self, stage: str, step: int, rollout: Rollout, scores: dict[str, Any]) -> None:
+    def _keep(
+        self,
+        stage: str,
+        step: int,
+        rollout: Rollout,
+        reward: float,
+        parts: dict[str, float],
+        more: dict[str, Any],
+    ) -> None:
         variant = rollout.variant
-        names = [
-            self._picture(encoded, image)
-            for encoded, image in zip(rollout.prompt.images, variant.images, strict=True)
-        ]
+        pictures = zip(rollout.prompt.images, variant.images, strict=True)
         row = {
             "stage": stage,
             "step": step,
             "example": variant.example.id,
             "task": variant.example.task,
             "order": list(variant.order),
-            "images": names,
+            "images": [self._picture(encoded, image) for encoded, image in pictures],
             "question": "\n".join(m.content for m in variant.messages),
             "answer": variant.answer,
             "text": rollout.text,
-            **scores,
+            "reward": _number(reward),
+            "rewards": {name: _number(value) for name, value in parts.items()},
         }
-        self.folder.append(self.folder.rollouts, row)
+        self.folder.append(self.folder.rollouts, row | more)
 
     def _picture(self, encoded: EncodedImage, image: Image.Image) -> str:
         path = self.folder.images / f"{encoded.key[:16]}.png"

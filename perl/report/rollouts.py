@@ -79,12 +79,9 @@ def _group(
     for row in chosen:
         by_order.setdefault(str(row.get("order")), []).append(row)
     rewards = [v for row in rows if (v := number(row.get("reward"))) is not None]
-    first = rows[0]
-    stage = _text(first.get("stage"))
-    stage = {"rl": "RL", "evaluate": "Evaluation"}.get(stage, stage)
-    names = [_text(first.get("task")), _text(first.get("example"))]
+    stage, step, *names = (_text(rows[0].get(k)) for k in ("stage", "step", "task", "example"))
     return {
-        "title": f"{stage}, step {_text(first.get('step'))}",
+        "title": f"{ {'rl': 'RL', 'evaluate': 'Evaluation'}.get(stage, stage) }, step {step}",
         "where": [text for text in (run.name if several else "", *names) if text],
         "reward": f"{mean(rewards):.2f}" if rewards else "unscored",
         "count": len(rows),
@@ -101,10 +98,10 @@ def _order(folder: Path, rows: Sequence[dict[str, Any]], images: _Images) -> dic
     for j, name in enumerate(_list(first.get("images"))):
         original = order[j] if j < len(order) else "?"
         slots.append({"slot": j + 1, "original": original, "src": images.inline(folder, str(name))})
-    question, parts = _text(first.get("question")), []
-    for k, text in enumerate(question.split(IMAGE_SLOT)):
-        parts += [("slot", str(k))] if k else []
-        parts.append(("text", text))
+    text, *others = _text(first.get("question")).split(IMAGE_SLOT)
+    parts = [("text", text)]
+    for k, text in enumerate(others, 1):
+        parts += [("slot", str(k)), ("text", text)]
     return {
         "order": " ".join(map(str, order)),
         "slots": slots,
@@ -121,9 +118,9 @@ def _rollout(row: Mapping[str, Any]) -> dict[str, Any]:
         score = number(value)
         if score is None:
             badges.append({"name": name, "value": "unscored", "kind": "none"})
-            continue
-        kind = "good" if score >= 1 else "bad" if score <= 0 else "part"
-        badges.append({"name": name, "value": f"{score:g}", "kind": kind})
+        else:
+            kind = "good" if score >= 1 else "bad" if score <= 0 else "part"
+            badges.append({"name": name, "value": f"{score:g}", "kind": kind})
     reward, advantage = number(row.get("reward")), number(row.get("advantage"))
     text = _text(row.get("text"))
     return {
