@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.harness.models import shape
-from perl.config import ModelConfig
+from perl.config import DataConfig, ModelConfig
 from perl.data.streams import Drawn, ExampleStream
 from perl.data.tasks import BundledTasks, vocabulary
 from perl.model.families.qwen import QwenVL
@@ -202,7 +202,8 @@ class Questions:
     size = None
 
     def __init__(self, images: tuple[int, ...], seed: int) -> None:
-        self.tasks = [BundledTasks(min_images=n, max_images=n, seed=seed) for n in images]
+        settings = [DataConfig(min_images=n, max_images=n) for n in images]
+        self.tasks = [BundledTasks("digits", "train", setting, seed) for setting in settings]
 
     def __len__(self) -> int:
         raise TypeError("the questions are endless")

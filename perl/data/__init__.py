@@ -1,1 +1,14 @@
-"""data"""
+"""Rows of data become Examples. No model here.
+
+columns.py    whose column names a row uses, and what they mean
+sources.py    rows of JSON Lines, JSON, Parquet, saved folders and the hub
+pictures.py   images opened with care; the labelled pictures behind bundled questions
+tasks.py      the bundled questions
+dataset.py    `load_examples`: any source as Examples by number
+streams.py    training examples without end, shuffled or mixed, with a position to save
+rows.py       rows written out again, their images beside the new file
+resample.py   a selection of questions whose accuracies have a wanted histogram
+labelling/    `kind` and `should_change` for data that lacks them
+
+To read columns named otherwise, add a `Convention` in columns.py; to add a bundled question, a function in `tasks.TASKS`.
+"""

@@ -48,23 +48,15 @@ def load_examples(
     order. Raises UserError for a source that cannot be read, is empty, or lacks columns.
     """
     split = "test" if split == "eval" else split
-    if split not in ("train", "test"):
+    if split != "train" and split != "test":
         raise ValueError(f"split must be train, test or eval, got '{split}'")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     if not source:
         raise UserError(f"data.{'train' if split == 'train' else 'eval'} is empty; name a data set")
     if source.startswith(BUNDLED):
-        return BundledTasks(
-            source.removeprefix(BUNDLED),
-            "train" if split == "train" else "test",
-            config.tasks,
-            config.min_images,
-            config.max_images,
-            seed,
-            config.first_slot,
-            limit,
-        )
+        collection = source.removeprefix(BUNDLED)
+        return BundledTasks(collection, split, config, seed, limit)
     dataset = RowDataset(open_source(source, split), config, seed, limit)
     if not may_move(dataset.convention, dataset.source.row(0)):
         log.warning(

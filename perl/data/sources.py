@@ -8,7 +8,7 @@ import re
 from array import array
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from perl.files import offline_if_unreachable
 from perl.types import UserError, one_line
@@ -20,23 +20,32 @@ _HUB = re.compile(r"([^:]+)(?::([^:\[\]]+))??(?::([^:\[\]]+(?:\[[^\[\]]*\])?))?"
 _SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val", "dev")}
 
 
-class Source(Protocol):
-    """Rows with random access.
+class Source:
+    """Rows with random access, here those of a list in memory.
 
     `root` is the folder that relative image paths start from and may not leave.
     """
 
-    root: Path
+    def __init__(self, name: str, root: Path, rows: Any) -> None:
+        self.name, self.root, self._rows = name, root, rows
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self._rows)
 
     def row(self, i: int) -> Mapping[str, Any]:
         """Row i, images as stored; raises UserError if it cannot be read."""
-        ...
+        return self._as_object(self._rows[i], i)
 
     def place(self, i: int) -> str:
         """How messages name row i, counting from 1."""
-        ...
+        return f"{self.name} row {i + 1}"
+
+    def _as_object(self, row: Any, i: int) -> Mapping[str, Any]:
+        if not isinstance(row, dict):
+            raise UserError(
+                f"{self.place(i)}: is a {type(row).__name__}; write an object with named columns"
+            )
+        return row
 
 
 def open_source(source: str, split: str) -> Source:
@@ -66,12 +75,10 @@ def open_source(source: str, split: str) -> Source:
     return rows
 
 
-class JsonLines:
+class JsonLines(Source):
     """A JSON Lines file: only the offsets of its lines are kept in memory."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.root = path.resolve().parent
         self._offsets, self._lines = array("Q"), array("Q")
         offset = 0
         with path.open("rb") as file:
@@ -80,79 +87,52 @@ class JsonLines:
                     self._offsets.append(offset)
                     self._lines.append(number)
                 offset += len(line)
-
-    def __len__(self) -> int:
-        return len(self._offsets)
+        super().__init__(str(path), path.resolve().parent, self._offsets)
 
     def row(self, i: int) -> Mapping[str, Any]:
-        with self.path.open("rb") as file:
+        with open(self.name, "rb") as file:
             file.seek(self._offsets[i])
             line = file.readline()
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{self.place(i)}: malformed JSON ({error}); correct the line"
-            ) from error
-        return _as_object(row, self.place(i))
+        return self._as_object(_parsed(line, self.place(i), "line"), i)
 
     def place(self, i: int) -> str:
-        return f"{self.path} line {self._lines[i]}"
+        return f"{self.name} line {self._lines[i]}"
 
 
-class JsonList:
-    """A JSON file that holds one list of objects."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.root = path.resolve().parent
-        try:
-            self._rows = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: malformed JSON ({error}); correct the file") from error
-        if not isinstance(self._rows, list):
-            raise UserError(f"{path}: holds no list of rows; write [{{...}}, ...] or a .jsonl file")
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def row(self, i: int) -> Mapping[str, Any]:
-        return _as_object(self._rows[i], self.place(i))
-
-    def place(self, i: int) -> str:
-        return f"{self.path} row {i + 1}"
-
-
-class ArrowRows:
+class ArrowRows(Source):
     """A data set of the `datasets` library, memory-mapped; its images are not decoded here."""
 
-    def __init__(self, dataset: Any, name: str, root: Path) -> None:
-        self.name = name
-        self.root = root
+    def __init__(self, name: str, root: Path, dataset: Any) -> None:
+        super().__init__(name, root, dataset.with_format("arrow"))
         self._features = _undecoded(dataset.features)
-        self._rows = dataset.with_format("arrow")
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
     def row(self, i: int) -> Mapping[str, Any]:
         return self._features.decode_example(self._rows[i : i + 1].to_pylist()[0])
 
-    def place(self, i: int) -> str:
-        return f"{self.name} row {i + 1}"
+
+def _parsed(text: bytes, place: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: malformed JSON ({error}); correct the {what}") from error
 
 
 def _open_file(path: Path) -> Source:
-    suffix = path.suffix.lower()
+    suffix, root = path.suffix.lower(), path.resolve().parent
     if suffix == ".jsonl":
         return JsonLines(path)
     if suffix == ".json":
-        return JsonList(path)
+        rows = _parsed(path.read_bytes(), str(path), "file")
+        if not isinstance(rows, list):
+            raise UserError(f"{path}: holds no list of rows; write [{{...}}, ...] or a .jsonl file")
+        return Source(str(path), root, rows)
     if suffix == ".parquet":
         import datasets
 
-        table = datasets.load_dataset("parquet", data_files=_literal(path), split="train")
-        return ArrowRows(table, str(path), path.resolve().parent)
+        # The path as a pattern that matches it alone.
+        pattern = re.sub(r"([*?\[])", r"[\1]", str(path.resolve()))
+        table = datasets.load_dataset("parquet", data_files=pattern, split="train")
+        return ArrowRows(str(path), root, table)
     raise UserError(f"{path}: cannot read '{suffix}' files; use {', '.join(FILE_TYPES)}")
 
 
@@ -161,7 +141,7 @@ def _open_folder(path: Path, split: str) -> Source:
 
     saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
     found = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
-    return ArrowRows(_choose_split(found, split, str(path)), str(path), path.resolve())
+    return ArrowRows(str(path), path.resolve(), _choose_split(found, split, str(path)))
 
 
 def _open_hub(source: str, split: str) -> Source:
@@ -181,7 +161,7 @@ def _open_hub(source: str, split: str) -> Source:
     found = datasets.load_dataset(name, config, split=own_split)
     # Images stored as paths lie in the download cache, and nowhere else.
     root = Path(settings.HF_CACHE_HOME).expanduser().resolve()
-    return ArrowRows(_choose_split(found, split, source), source, root)
+    return ArrowRows(source, root, _choose_split(found, split, source))
 
 
 def _choose_split(found: Any, split: str, where: str) -> Any:
@@ -211,14 +191,3 @@ def _undecoded(features: Any) -> Any:
         return feature
 
     return datasets.Features({key: visit(value) for key, value in features.items()})
-
-
-def _literal(path: Path) -> str:
-    """The path as a pattern that matches it alone."""
-    return re.sub(r"([*?\[])", r"[\1]", str(path.resolve()))
-
-
-def _as_object(row: Any, place: str) -> Mapping[str, Any]:
-    if not isinstance(row, dict):
-        raise UserError(f"{place}: is a {type(row).__name__}; write an object with named columns")
-    return row

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from perl.config import DataConfig
 from perl.data.pictures import PictureCollection, Split, load_collection
 from perl.permutation import LETTERS, letter_slots
 from perl.types import IMAGE_SLOT, Example, UserError
@@ -64,44 +65,29 @@ class BundledTasks:
     """Questions over one split of a collection, endless or the first `limit` of them; question i depends
     on (seed, split, i) alone.
 
-    `tasks` take turns. The number of images is uniform between `min_images` and `max_images`,
-    within what the task needs: `single` shows one and `odd` at least three. `first_slot` is the share
-    of training questions whose right picture stands in the first slot; 0: every slot is as likely.
-    Raises UserError for settings that no question satisfies.
+    The tasks take turns. The number of images is uniform between `min_images` and `max_images`,
+    within what the task needs: `single` shows one and `odd` at least three. Only training questions
+    have `first_slot`. Raises UserError for settings that no question satisfies.
     """
 
     def __init__(
-        self,
-        collection: str = "digits",
-        split: Split = "train",
-        tasks: Sequence[str] = ("which",),
-        min_images: int = 2,
-        max_images: int = 4,
-        seed: int = 0,
-        first_slot: float = 0.0,
-        limit: int | None = None,
+        self, collection: str, split: Split, config: DataConfig, seed: int, limit: int | None = None
     ) -> None:
+        tasks, fewest, most = config.tasks, config.min_images, config.max_images
+        known = f"choose among {', '.join(TASKS)}"
         if not tasks:
-            raise UserError(f"data.tasks is empty; choose among {', '.join(TASKS)}")
-        for task in tasks:
-            if task not in TASKS:
-                raise UserError(
-                    f"unknown task '{task}' in data.tasks; choose among {', '.join(TASKS)}"
-                )
-        if not 2 <= min_images <= max_images <= len(LETTERS):
+            raise UserError(f"data.tasks is empty; {known}")
+        if unknown := [task for task in tasks if task not in TASKS]:
+            raise UserError(f"unknown task '{unknown[0]}' in data.tasks; {known}")
+        if not 2 <= fewest <= most <= len(LETTERS):
             raise UserError(
-                f"data.min_images={min_images} and data.max_images={max_images} must satisfy "
+                f"data.min_images={fewest} and data.max_images={most} must satisfy "
                 f"2 <= min_images <= max_images <= {len(LETTERS)}"
             )
-        if "odd" in tasks and max_images < 3:
+        if "odd" in tasks and most < 3:
             raise UserError("task odd needs three images or more; raise data.max_images to 3")
         self.collection = load_collection(collection)
-        self.split: Split = split
-        self.tasks = tuple(tasks)
-        self.min_images, self.max_images = min_images, max_images
-        self.seed = seed
-        self.first_slot = first_slot if split == "train" else 0.0
-        self.size = limit
+        self.split, self.config, self.seed, self.size = split, config, seed, limit
 
     def __len__(self) -> int:
         if self.size is None:
@@ -115,10 +101,11 @@ class BundledTasks:
         if i < 0 or (self.size is not None and i >= self.size):
             raise IndexError(i)
         rng = random.Random(f"{self.seed}/{self.split}/{i}")
-        task = self.tasks[i % len(self.tasks)]
-        fewest = max(self.min_images, 3) if task == "odd" else self.min_images
-        count = rng.randint(fewest, self.max_images)
-        draft = TASKS[task](_Dice(rng, self.first_slot), count, self.collection.labels)
+        task = self.config.tasks[i % len(self.config.tasks)]
+        fewest = max(self.config.min_images, 3) if task == "odd" else self.config.min_images
+        count = rng.randint(fewest, self.config.max_images)
+        dice = _Dice(rng, self.config.first_slot if self.split == "train" else 0.0)
+        draft = TASKS[task](dice, count, self.collection.labels)
         ask = f"{draft.ask} {self.collection.ordered_by}" if task == "first" else draft.ask
         letters = tuple(LETTERS[: len(draft.classes)])
         slots = " ".join(f"{letter} {IMAGE_SLOT}" for letter in letters)

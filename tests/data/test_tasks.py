@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perl.data.pictures import DIGITS, load_collection
+from perl.config import DataConfig
+from perl.data.pictures import DIGITS, Split, load_collection
 from perl.data.tasks import TASKS, BundledTasks, vocabulary, with_noise
 from perl.permutation import LETTERS, num_orders, orders, permute
 from perl.rewards.answers import accuracy, extract_answer, format_reward
@@ -22,9 +23,15 @@ from perl.types import Example, UserError
 ALL = tuple(TASKS)
 
 
+def bundled(
+    collection: str = "digits", split: Split = "train", seed: int = 0, **settings: Any
+) -> BundledTasks:
+    return BundledTasks(collection, split, DataConfig(**settings), seed)
+
+
 @pytest.fixture(scope="module")
 def made() -> list[Example]:
-    tasks = BundledTasks(tasks=ALL, max_images=6, seed=3)
+    tasks = bundled(tasks=ALL, max_images=6, seed=3)
     return [tasks[i] for i in range(600)]
 
 
@@ -99,7 +106,7 @@ def test_vocabulary_is_small_and_without_repetition() -> None:
 
 
 def test_the_documented_form() -> None:
-    example = BundledTasks(min_images=3, max_images=3)[0]
+    example = bundled(min_images=3, max_images=3)[0]
     assert example.id == "digits-train-which-000000"
     assert (example.kind, example.should_change, example.task) == ("all", True, "which")
     words = str(example.question).split()
@@ -127,7 +134,7 @@ def test_tasks_take_turns_and_say_what_may_move(made: list[Example]) -> None:
 
 
 def test_answers_are_balanced() -> None:
-    tasks = BundledTasks(tasks=("which", "odd", "first", "same"), min_images=4, max_images=4)
+    tasks = bundled(tasks=("which", "odd", "first", "same"), min_images=4, max_images=4)
     made = [tasks[i] for i in range(1200)]
     for task, likely in (("which", 4), ("odd", 4), ("first", 4), ("same", 2)):
         counts = Counter(example.answer for example in made if example.task == task)
@@ -137,7 +144,7 @@ def test_answers_are_balanced() -> None:
 
 def test_examples_depend_on_seed_split_and_number_alone() -> None:
     def texts(**settings: Any) -> list[str]:
-        tasks = BundledTasks(max_images=6, **settings)
+        tasks = bundled(max_images=6, **settings)
         return [f"{tasks[i].question} {tasks[i].answer}" for i in range(20)]
 
     assert texts(seed=1) == texts(seed=1)
@@ -154,7 +161,7 @@ def test_train_and_test_pictures_are_disjoint() -> None:
     assert not pixels["train"] & pixels["test"]
     assert sum(map(len, pixels.values())) == 1797
     assert 300 < len(pixels["test"]) < 420
-    used = BundledTasks(split="test", tasks=ALL, max_images=6)
+    used = bundled(split="test", tasks=ALL, max_images=6)
     shown = {image.tobytes() for i in range(200) for image in used[i].images}
     assert shown <= pixels["test"]
 
@@ -168,7 +175,7 @@ def test_digit_pictures_are_dark_ink_on_white_paper() -> None:
 
 
 def test_pictures_of_a_class_differ_within_an_example() -> None:
-    tasks = BundledTasks(tasks=("odd",), min_images=6, max_images=6)
+    tasks = bundled(tasks=("odd",), min_images=6, max_images=6)
     for i in range(50):
         assert len({image.tobytes() for image in tasks[i].images}) == 6
 
@@ -217,7 +224,7 @@ def test_a_folder_is_a_collection(tmp_path: Path) -> None:
     assert [len(keys) for keys in pets.keys["test"]] == [2, 1, 1]
     assert [len(keys) for keys in pets.keys["train"]] == [8, 1, 4]
     assert {"cat", "dog", "red_fox"} <= set(vocabulary(source))
-    tasks = BundledTasks(source, tasks=ALL, max_images=6)
+    tasks = bundled(source, tasks=ALL, max_images=6)
     for i in range(60):
         example = tasks[i]
         assert example.id.startswith("pets-train-")
@@ -251,7 +258,7 @@ def test_a_broken_picture_in_a_folder_is_named(tmp_path: Path) -> None:
     for file in root.rglob("*.png"):
         file.write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"\.png is no image that Pillow can read"):
-        BundledTasks(f"folder:{root}")[0]
+        bundled(f"folder:{root}")[0]
 
 
 @pytest.mark.parametrize(
@@ -267,13 +274,14 @@ def test_a_broken_picture_in_a_folder_is_named(tmp_path: Path) -> None:
 )
 def test_bad_settings(settings: dict[str, Any], match: str) -> None:
     with pytest.raises(UserError, match=match):
-        BundledTasks(**settings)
+        bundled(**settings)
 
 
 @pytest.mark.parametrize("task", ["which", "odd", "first"])
 def test_a_position_bias_of_the_training_questions(task: str) -> None:
-    def share_of_first(split: str) -> float:
-        tasks = BundledTasks("digits", split, (task,), 3, 4, seed=1, first_slot=0.6)
+    def share_of_first(split: Split) -> float:
+        settings: Any = {"tasks": (task,), "min_images": 3, "first_slot": 0.6}
+        tasks = bundled(split=split, seed=1, **settings)
         return sum(tasks[i].answer == "A" for i in range(300)) / 300
 
     assert share_of_first("train") == pytest.approx(0.6, abs=0.12)  # four standard errors
