@@ -19,6 +19,7 @@ import argparse
 import math
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 # As perl-rl does: threads that wait must not spin where other work is running. Read when torch is imported.
@@ -35,7 +36,9 @@ from benchmarks.harness.options import (  # noqa: E402
     step_parser,
     write_report,
 )
-from benchmarks.train_step.measure import Report, Setting, measure  # noqa: E402
+from benchmarks.report.results_file import Steps, TrainStep  # noqa: E402
+from benchmarks.report.steps import steps_markdown  # noqa: E402
+from benchmarks.train_step.measure import Setting, measure  # noqa: E402
 from benchmarks.train_step.workload import Workload  # noqa: E402
 from perl.types import UserError  # noqa: E402
 
@@ -54,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     def run() -> int:
         setting, file = parse(arguments)
         report = measure(setting)
-        print(table(report))
+        print("\n\n".join([*steps_markdown(Steps(train_step=TrainStep(**report))), *busy_line()]))
         write_report(file, report)
         return 0
 
@@ -97,62 +100,11 @@ def _setting(given: argparse.Namespace) -> Setting:
         raise UserError(f"--orders {given.orders}: {min(given.images)} images have only {possible}")
     if given.orders * given.rollouts < 2:
         raise UserError("--orders 1 --rollouts 1: a single completion has no advantage; raise one")
-    return Setting(
-        workload=Workload(
-            images=tuple(given.images),
-            orders=given.orders,
-            rollouts=given.rollouts,
-            completion=given.completion,
-            tokens_per_image=given.tokens_per_image,
-            seed=given.seed,
-        ),
-        device=given.device,
-        model=model,
-        dtype=given.dtype or ("bfloat16" if gpu else "float32"),
-        budget=given.budget or (8192 if model == "7b" else 16384),
-        checkpointing=given.checkpointing,
-        freeze_vision=given.freeze_vision,
-        padded_tower=given.padded_tower,
-        repeats=given.repeats,
-    )
-
-
-def table(report: Report) -> str:
-    """The report for people: each variant's figures, and how many times less than padded's they are."""
-    setting, ratios = report["setting"], report["ratios"]
-    lines = [
-        f"{setting['model']} ({setting['parameters'] / 1e6:,.1f} M parameters, {setting['dtype']}) on "
-        f"{setting['device_name']}, {setting['threads']} threads, torch {setting['torch']}, transformers "
-        f"{setting['transformers']}, packed attention {setting['attention']}",
-        f"{setting['sequences']} sequences: prompts of {setting['prompt_tokens']} tokens, completions of "
-        f"{setting['mean_completion']:.0f} and images of {setting['mean_tokens_per_image']:.0f} on average; micro-batches of "
-        f"{setting['budget']} tokens ({setting['padded_micro_batch']} padded sequences)",
-        "",
-        f"{'':8}{'LM tokens':>16}{'images':>14}{'TFLOP':>16}{'seconds':>16}{'peak MiB':>16}{'gradients':>11}   tower/LM/head",
-    ]
-    for name, found in report["variants"].items():
-        cells = [
-            (f"{found['lm_tokens']}", "lm_tokens", 16),
-            (f"{found['images_encoded']}", "images_encoded", 14),
-            (f"{found['flops'] / 1e12:.3f}", "flops", 16),
-            (f"{found['seconds']:.2f}", "seconds", 16),
-            (f"{found['peak_bytes'] / 2**20:.0f}", "peak_bytes", 16),
-        ]
-        line = "".join(f"{text} ({ratios[name][key]:.2f}x)".rjust(n) for text, key, n in cells)
-        parts = "/".join(f"{100 * n / found['flops']:.0f}" for n in found["flops_by_part"].values())
-        lines.append(f"{name:8}{line}{found['max_rel_grad_diff']:11.0e}   {parts} %")
-    spreads = [
-        f"{name} {min(found['seconds_by_round']):.2f} to {max(found['seconds_by_round']):.2f}"
-        for name, found in report["variants"].items()
-    ]
-    rounds = len(report["variants"]["padded"]["seconds_by_round"])
-    lines += [
-        "",
-        *busy_line(),
-        f"In brackets: how many times less than padded. Seconds: median of {rounds} interleaved round{'s' * (rounds > 1)} ({', '.join(spreads)}). Peak: beyond the "
-        "weights. Gradients: largest difference from padded's, relative to each parameter's largest.",
-    ]
-    return "\n".join(lines)
+    given.model, given.dtype = model, given.dtype or ("bfloat16" if gpu else "float32")
+    given.budget = given.budget or (8192 if model == "7b" else 16384)
+    given.images = tuple(given.images)
+    given.workload = Workload(**{f.name: getattr(given, f.name) for f in fields(Workload)})
+    return Setting(**{f.name: getattr(given, f.name) for f in fields(Setting)})
 
 
 if __name__ == "__main__":

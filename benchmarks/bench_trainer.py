@@ -37,8 +37,9 @@ from benchmarks.harness.options import (  # noqa: E402
     step_parser,
     write_report,
 )
-from benchmarks.trainer.clock import PARTS  # noqa: E402
-from benchmarks.trainer.measure import Report, measure  # noqa: E402
+from benchmarks.report.results_file import Steps, Trainer  # noqa: E402
+from benchmarks.report.steps import steps_markdown  # noqa: E402
+from benchmarks.trainer.measure import measure  # noqa: E402
 from benchmarks.trainer.start import MODELS, Setting  # noqa: E402
 from perl.report.progress import Display  # noqa: E402
 from perl.types import UserError  # noqa: E402
@@ -73,7 +74,11 @@ def main(arguments: list[str] | None = None) -> int:
     def run() -> int:
         setting, file = parse(arguments)
         report = measure(setting, Display())
-        print(table(report))
+        if report["available"]:
+            found = steps_markdown(Steps(trainer=Trainer(**report)))
+            print("\n\n".join([*found, *busy_line()]))
+        else:
+            print(f"not compared: {report['reason']}")
         write_report(file, report)
         return 0
 
@@ -149,56 +154,6 @@ def _device(wanted: str | None) -> str:
     if count > 1:
         raise UserError(f"{count} GPUs are visible; choose one with CUDA_VISIBLE_DEVICES=0")
     return "cuda" if count else "cpu"
-
-
-def table(report: Report) -> str:
-    """The report for people: each trainer's figures, and how many times as much TRL takes."""
-    if not report["available"]:
-        return f"not compared: {report['reason']}"
-    setting, trainers, ratios = report["setting"], report["trainers"], report["ratios"]
-
-    def line(name: str, form: str, ratio: float | None, values: list[float]) -> str:
-        cells = [form.format(value).rjust(16) for value in values]
-        return "".join([name.ljust(20), *cells, "" if ratio is None else f"{ratio:12.2f}"])
-
-    def both(key: str) -> list[Any]:
-        return [trainers[name][key] for name in ("trl", "perl")]
-
-    spreads = [f"{min(s):.3f}-{max(s):.3f}".rjust(16) for s in both("seconds_by_round")]
-    low, high = ratios["seconds_range"]
-    proof = report["proof"]
-    lines = [
-        f"{setting['model']} ({setting['parameters'] / 1e6:,.1f} M parameters, {setting['dtype']}) on "
-        f"{setting['device_name']}, {setting['threads']} threads, torch {setting['torch']}, transformers "
-        f"{setting['transformers']}, TRL {setting['trl']}, packed attention {setting['packed_attention']}, TRL's attention {setting['trl_attention']}",
-        f"A step: questions of {' and '.join(map(str, setting['images']))} images of {setting['tokens_per_image']} "
-        f"tokens, {setting['orders']} order{'s' * (setting['orders'] > 1)} x {setting['per_order']} completions of {setting['completion']} tokens; "
-        f"longest sequence {setting['longest_sequence']}; micro-batches of {setting['budget']} tokens "
-        f"({setting['padded_micro_batch']} padded sequences)",
-        "",
-        f"{'':20}{'TRL':>16}{'PeRL':>16}{'TRL/PeRL':>12}",
-        line("seconds of a step", "{:.3f}", ratios["seconds"], both("seconds")),
-        "  by round".ljust(20) + "".join(spreads),
-        *(
-            line(f"  {p}", "{:.3f}", ratios["parts"].get(p), [found[p] for found in both("parts")])
-            for p in PARTS
-        ),
-        line("LM tokens", "{:,}", ratios["lm_tokens"], both("lm_tokens")),
-        line("images encoded", "{:,}", ratios["images_encoded"], both("images_encoded")),
-        line("micro-batch tokens", "{:,}", None, both("micro_batch_tokens")),
-        line("peak MiB", "{:,.0f}", ratios["peak_bytes"], [b / 2**20 for b in both("peak_bytes")]),
-        "",
-        f"Seconds: median of {setting['rounds']} interleaved rounds of {setting['steps']} steps each; TRL/PeRL by round "
-        f"{low:.2f} to {high:.2f}. Micro-batch tokens: of the largest that is trained on. Peak: of two steps, beyond the "
-        "weights, with gradients and the optimizer's state; its ratio follows from the budget.",
-        f"Proof: on {proof['completions']} completions of TRL's the gradients of {proof['parameters']} parameters agree to "
-        f"{proof['max_rel_grad_diff']:.0e} of their maxima ({proof['allowed_rel_grad_diff']:.0e} allowed).",
-        *busy_line(),
-        "",
-        "What differs:",
-        *(f"- {text}" for text in report["differences"]),
-    ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

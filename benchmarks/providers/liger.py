@@ -9,20 +9,7 @@ from torch import Tensor
 
 from benchmarks.harness.contest import Run
 from benchmarks.harness.head_problem import CLIP, KL, HeadProblem, LogitsProblem
-from benchmarks.providers.common import (
-    LINEAR_LOSS,
-    LOGITS_LOGPROBS,
-    LOGITS_LOSS,
-    NO_ENTROPY,
-    Logprobs,
-    can_compile,
-    gives_logprobs,
-    logprobs_alone,
-    need_cuda,
-    peer,
-    takes_part,
-    with_logits_gradient,
-)
+from benchmarks.providers import common
 
 _PACKAGE = "liger-kernel"
 
@@ -35,15 +22,15 @@ def _options(p: HeadProblem) -> dict[str, Any]:
     return {"beta": KL, "loss_type": "bnpo", "importance_sampling_level": "token"}
 
 
-@takes_part(
-    LINEAR_LOSS,
+@common.takes_part(
+    common.LINEAR_LOSS,
     "Liger, LigerFusedLinearGRPOLoss",
     _PACKAGE,
     note="no entropy; products of the backward pass in fp32, without TF32, as PyTorch has it by default",
-    omits=NO_ENTROPY,
+    omits=common.NO_ENTROPY,
 )
 def _linear_loss(p: HeadProblem) -> Run:
-    chunked_loss = peer("liger_kernel.chunked_loss", _PACKAGE)
+    chunked_loss = common.peer("liger_kernel.chunked_loss", _PACKAGE)
     options = _options(p)
     with_kl = options["beta"] != 0
     # Its defaults but for the loss: a sequence at a time, what is behind the log-probs compiled.
@@ -53,7 +40,7 @@ def _linear_loss(p: HeadProblem) -> Run:
         epsilon_high=CLIP,
         temperature=1.0,
         use_ref_model=with_kl,
-        compiled=can_compile(p.hidden.device),
+        compiled=common.can_compile(p.hidden.device),
     )
     mask = torch.ones(p.shape, device=p.hidden.device)
 
@@ -72,9 +59,9 @@ def _linear_loss(p: HeadProblem) -> Run:
     return Run(call)
 
 
-@gives_logprobs("Liger, fused linear scaled cross entropy", _PACKAGE)
-def _scaled_cross_entropy(p: HeadProblem) -> Logprobs:
-    function = peer("liger_kernel.ops", _PACKAGE).LigerFusedLinearScaledCrossEntropyFunction
+@common.gives_logprobs("Liger, fused linear scaled cross entropy", _PACKAGE)
+def _scaled_cross_entropy(p: HeadProblem) -> common.Logprobs:
+    function = common.peer("liger_kernel.ops", _PACKAGE).LigerFusedLinearScaledCrossEntropyFunction
 
     def logprobs() -> tuple[Tensor, Tensor]:
         nll, entropy = function.apply(p.hidden, p.weight, p.targets, return_entropy=True)
@@ -96,16 +83,16 @@ def _padded(p: LogitsProblem) -> tuple[Tensor, Any]:
     return logits, restore
 
 
-@takes_part(
-    LOGITS_LOSS,
+@common.takes_part(
+    common.LOGITS_LOSS,
     "Liger, triton_grpo_loss",
     _PACKAGE,
     note="no entropy; writes the gradient over the logits, which have one row more for each sequence",
-    omits=NO_ENTROPY,
+    omits=common.NO_ENTROPY,
 )
 def _logits_loss(p: LogitsProblem) -> Run:
-    need_cuda(p.logits)
-    triton_grpo_loss = peer("liger_kernel.transformers.grpo_loss", _PACKAGE).triton_grpo_loss
+    common.need_cuda(p.logits)
+    triton_grpo_loss = common.peer("liger_kernel.transformers.grpo_loss", _PACKAGE).triton_grpo_loss
     logits, restore = _padded(p)
     options = _options(p)
 
@@ -123,7 +110,7 @@ def _logits_loss(p: LogitsProblem) -> Run:
             reduce=True,
             **options,
         )
-        return with_logits_gradient(logits, loss)
+        return common.with_logits_gradient(logits, loss)
 
     def read(results: dict[str, Tensor]) -> dict[str, Tensor]:
         return {**results, "grad logits": results["grad logits"][:, :-1].flatten(0, 1)}
@@ -131,16 +118,16 @@ def _logits_loss(p: LogitsProblem) -> Run:
     return Run(call, restore, read)
 
 
-@takes_part(
-    LOGITS_LOGPROBS,
+@common.takes_part(
+    common.LOGITS_LOGPROBS,
     "Liger, fused_selective_log_softmax",
     _PACKAGE,
     note="no entropy; the logits have one row more for each sequence",
-    omits=NO_ENTROPY,
+    omits=common.NO_ENTROPY,
 )
 def _logits_logprobs(p: LogitsProblem) -> Run:
-    need_cuda(p.logits)
-    module = peer("liger_kernel.ops.grpo_loss", _PACKAGE)
+    common.need_cuda(p.logits)
+    module = common.peer("liger_kernel.ops.grpo_loss", _PACKAGE)
     logits, _ = _padded(p)
     targets = p.targets.view(p.shape)
 
@@ -148,4 +135,4 @@ def _logits_logprobs(p: LogitsProblem) -> Run:
         found = module.fused_selective_log_softmax(logits.detach(), targets, temperature=1.0)
         return found.flatten(), None
 
-    return logprobs_alone(logprobs)
+    return common.logprobs_alone(logprobs)

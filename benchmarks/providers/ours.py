@@ -13,15 +13,7 @@ from torch import Tensor
 
 from benchmarks.harness.contest import Provider, Run
 from benchmarks.harness.head_problem import CLIP, KL, HeadProblem, LogitsProblem
-from benchmarks.providers.common import (
-    LINEAR_LOSS,
-    LOGITS_LOGPROBS,
-    LOGITS_LOSS,
-    LOGPROBS,
-    fresh_logits,
-    need_cuda,
-    with_logits_gradient,
-)
+from benchmarks.providers import common
 from perl_kernels import (
     PolicyLoss,
     grpo_loss,
@@ -39,7 +31,7 @@ _SEQUENCE = PolicyLoss(
 def _on_each_backend(contest: list[Provider], note: str = "") -> Any:
     def add(prepare: Callable[[Any, Any], Run]) -> Callable[[Any, Any], Run]:
         def triton(p: Any) -> Run:
-            need_cuda(p.hidden)
+            common.need_cuda(p.hidden)
             return prepare(p, "triton")
 
         contest.append(Provider("PeRL, PyTorch", partial(prepare, backend="torch"), note=note))
@@ -61,7 +53,7 @@ def _options(p: HeadProblem) -> dict[str, Any]:
     }
 
 
-@_on_each_backend(LINEAR_LOSS)
+@_on_each_backend(common.LINEAR_LOSS)
 def _linear_loss(p: HeadProblem, backend: Any) -> Run:
     options = _options(p)
 
@@ -72,7 +64,7 @@ def _linear_loss(p: HeadProblem, backend: Any) -> Run:
     return Run(call)
 
 
-@_on_each_backend(LOGPROBS)
+@_on_each_backend(common.LOGPROBS)
 def _logprobs(p: HeadProblem, backend: Any) -> Run:
     @torch.no_grad()
     def call() -> dict[str, Tensor]:
@@ -81,19 +73,19 @@ def _logprobs(p: HeadProblem, backend: Any) -> Run:
     return Run(call)
 
 
-@_on_each_backend(LOGITS_LOSS, note="writes the gradient over the logits")
+@_on_each_backend(common.LOGITS_LOSS, note="writes the gradient over the logits")
 def _logits_loss(p: LogitsProblem, backend: Any) -> Run:
     options = _options(p)
-    logits, restore = fresh_logits(p)
+    logits, restore = common.fresh_logits(p)
 
     def call() -> dict[str, Tensor]:
         output = grpo_loss(logits, p.targets, inplace=True, backend=backend, **options)
-        return with_logits_gradient(logits, output.loss, output.entropy)
+        return common.with_logits_gradient(logits, output.loss, output.entropy)
 
     return Run(call, restore)
 
 
-@_on_each_backend(LOGITS_LOGPROBS)
+@_on_each_backend(common.LOGITS_LOGPROBS)
 def _logits_logprobs(p: LogitsProblem, backend: Any) -> Run:
     @torch.no_grad()
     def call() -> dict[str, Tensor]:
@@ -104,9 +96,9 @@ def _logits_logprobs(p: LogitsProblem, backend: Any) -> Run:
 
 def _persistent(p: HeadProblem) -> Run:
     """The kernel that makes the product itself, which nothing chooses yet."""
-    need_cuda(p.hidden)
+    common.need_cuda(p.hidden)
     run = _logprobs(p, "triton")
     return Run(mock.patch.dict(os.environ, PERL_PERSISTENT="1")(run.call))
 
 
-LOGPROBS.append(Provider("PeRL, Triton persistent", _persistent))
+common.LOGPROBS.append(Provider("PeRL, Triton persistent", _persistent))

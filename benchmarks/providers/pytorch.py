@@ -12,16 +12,7 @@ from torch.nn import functional as F
 
 from benchmarks.harness.contest import Provider, Run, Unavailable
 from benchmarks.harness.head_problem import HeadProblem, LogitsProblem
-from benchmarks.providers.common import (
-    LINEAR_LOSS,
-    LOGITS_LOGPROBS,
-    LOGITS_LOSS,
-    LOGPROBS,
-    Logprobs,
-    can_compile,
-    gives_logprobs,
-    with_logits_gradient,
-)
+from benchmarks.providers import common
 
 Function = Callable[..., Any]
 
@@ -31,7 +22,7 @@ def _same(function: Function, device: torch.device) -> Function:
 
 
 def _compiled(function: Function, device: torch.device) -> Function:
-    if not can_compile(device):
+    if not common.can_compile(device):
         raise Unavailable("torch.compile needs a C++ compiler")
     # Each size has code of its own, as its documentation advises where sizes are few.
     torch.compiler.reset()
@@ -58,7 +49,7 @@ def _of_hidden(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor,
     return _selected(hidden @ weight.T, targets)
 
 
-@_eager_and_compiled(LINEAR_LOSS)
+@_eager_and_compiled(common.LINEAR_LOSS)
 def _linear_loss(p: HeadProblem, made: Any) -> Run:
     def loss(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         logprobs, entropy = _of_hidden(hidden, weight, p.targets)
@@ -73,7 +64,7 @@ def _linear_loss(p: HeadProblem, made: Any) -> Run:
     return Run(call)
 
 
-@_eager_and_compiled(LOGITS_LOSS)
+@_eager_and_compiled(common.LOGITS_LOSS)
 def _logits_loss(p: LogitsProblem, made: Any) -> Run:
     logits = p.logits.detach().requires_grad_()
 
@@ -82,7 +73,7 @@ def _logits_loss(p: LogitsProblem, made: Any) -> Run:
         return p.loss(logprobs), entropy
 
     run = made(loss, logits.device)
-    return Run(lambda: with_logits_gradient(logits, *run(logits)))
+    return Run(lambda: common.with_logits_gradient(logits, *run(logits)))
 
 
 def _without_gradients(function: Function, *inputs: Tensor) -> Run:
@@ -94,18 +85,18 @@ def _without_gradients(function: Function, *inputs: Tensor) -> Run:
     return Run(call)
 
 
-@_eager_and_compiled(LOGPROBS)
+@_eager_and_compiled(common.LOGPROBS)
 def _logprobs(p: HeadProblem, made: Any) -> Run:
     return _without_gradients(made(_of_hidden, p.hidden.device), p.hidden, p.weight, p.targets)
 
 
-@_eager_and_compiled(LOGITS_LOGPROBS)
+@_eager_and_compiled(common.LOGITS_LOGPROBS)
 def _logits_logprobs(p: LogitsProblem, made: Any) -> Run:
     return _without_gradients(made(_selected, p.logits.device), p.logits, p.targets)
 
 
-@gives_logprobs("PyTorch, F.linear_cross_entropy", "torch", entropy=False)
-def _chunked(p: HeadProblem) -> Logprobs:
+@common.gives_logprobs("PyTorch, F.linear_cross_entropy", "torch", entropy=False)
+def _chunked(p: HeadProblem) -> common.Logprobs:
     """The chunked one, which torch has from 2.13 on."""
     if not hasattr(F, "linear_cross_entropy") or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise Unavailable(f"torch {torch.__version__} has no F.linear_cross_entropy with options")

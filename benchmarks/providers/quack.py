@@ -6,36 +6,22 @@ from torch import Tensor
 
 from benchmarks.harness.contest import Run, Unavailable
 from benchmarks.harness.head_problem import CrossEntropyProblem, HeadProblem, LogitsProblem
-from benchmarks.providers.common import (
-    EAGER,
-    LINEAR_LOSS,
-    LOGITS_LOGPROBS,
-    LOGITS_LOSS,
-    NO_ENTROPY,
-    Logprobs,
-    fresh_logits,
-    gives_logprobs,
-    logprobs_alone,
-    need_cuda,
-    peer,
-    takes_part,
-    with_logits_gradient,
-)
+from benchmarks.providers import common
 
 _PACKAGE = "quack-kernels"
 
 
-@gives_logprobs(
+@common.gives_logprobs(
     "QuACK, linear_cross_entropy_func",
     _PACKAGE,
     entropy=False,
     note="keeps all logits",
     loss_note="writes the gradient over them",
 )
-def _linear(p: HeadProblem) -> Logprobs:
+def _linear(p: HeadProblem) -> common.Logprobs:
     """With all logits at once: its chunks give a mean or a sum only."""
-    need_cuda(p.hidden)
-    function = peer("quack.linear_cross_entropy", _PACKAGE).linear_cross_entropy_func
+    common.need_cuda(p.hidden)
+    function = common.peer("quack.linear_cross_entropy", _PACKAGE).linear_cross_entropy_func
 
     def logprobs() -> tuple[Tensor, None]:
         loss = function(
@@ -46,43 +32,51 @@ def _linear(p: HeadProblem) -> Logprobs:
     return logprobs
 
 
-@takes_part(
-    LINEAR_LOSS,
+@common.takes_part(
+    common.LINEAR_LOSS,
     "QuACK, chunked_linear_cross_entropy",
     _PACKAGE,
     note="cross entropy alone, mean over tokens: no ratio, KL term or result of each token",
-    omits=NO_ENTROPY,
+    omits=common.NO_ENTROPY,
     asked=CrossEntropyProblem.of,
 )
 def _chunked(p: HeadProblem) -> Run:
-    need_cuda(p.hidden)
+    common.need_cuda(p.hidden)
     if p.level == "sequence":
         raise Unavailable("its mean is of tokens")
-    function = peer("quack.linear_cross_entropy", _PACKAGE).chunked_linear_cross_entropy
+    function = common.peer("quack.linear_cross_entropy", _PACKAGE).chunked_linear_cross_entropy
     return Run(lambda: p.gradients(function(p.hidden, p.weight, p.targets)))
 
 
-@takes_part(
-    LOGITS_LOSS,
+@common.takes_part(
+    common.LOGITS_LOSS,
     "QuACK, cross_entropy",
     _PACKAGE,
-    note=f"no entropy; {EAGER}; writes the gradient over the logits",
-    omits=NO_ENTROPY,
+    note=f"no entropy; {common.EAGER}; writes the gradient over the logits",
+    omits=common.NO_ENTROPY,
 )
 def _logits_loss(p: LogitsProblem) -> Run:
-    need_cuda(p.logits)
-    cross_entropy = peer("quack", _PACKAGE).cross_entropy
-    logits, restore = fresh_logits(p)
+    common.need_cuda(p.logits)
+    cross_entropy = common.peer("quack", _PACKAGE).cross_entropy
+    logits, restore = common.fresh_logits(p)
 
     def call() -> dict[str, Tensor]:
         loss = cross_entropy(logits, p.targets, reduction="none", inplace_backward=True)
-        return with_logits_gradient(logits, p.loss(-loss.float()))
+        return common.with_logits_gradient(logits, p.loss(-loss.float()))
 
     return Run(call, restore)
 
 
-@takes_part(LOGITS_LOGPROBS, "QuACK, cross_entropy", _PACKAGE, note="no entropy", omits=NO_ENTROPY)
+@common.takes_part(
+    common.LOGITS_LOGPROBS,
+    "QuACK, cross_entropy",
+    _PACKAGE,
+    note="no entropy",
+    omits=common.NO_ENTROPY,
+)
 def _logits_logprobs(p: LogitsProblem) -> Run:
-    need_cuda(p.logits)
-    cross_entropy = peer("quack", _PACKAGE).cross_entropy
-    return logprobs_alone(lambda: (-cross_entropy(p.logits, p.targets, reduction="none"), None))
+    common.need_cuda(p.logits)
+    cross_entropy = common.peer("quack", _PACKAGE).cross_entropy
+    return common.logprobs_alone(
+        lambda: (-cross_entropy(p.logits, p.targets, reduction="none"), None)
+    )

@@ -13,20 +13,7 @@ from torch import Tensor
 
 from benchmarks.harness.contest import Run, Unavailable
 from benchmarks.harness.head_problem import HeadProblem, LogitsProblem
-from benchmarks.providers.common import (
-    EAGER,
-    LOGITS_LOGPROBS,
-    LOGITS_LOSS,
-    NO_ENTROPY,
-    Logprobs,
-    gives_logprobs,
-    joined,
-    logprobs_alone,
-    need_cuda,
-    peer,
-    takes_part,
-    with_logits_gradient,
-)
+from benchmarks.providers import common
 
 _PACKAGE = "trl"
 _UTILS = "trl.trainer.utils"
@@ -37,7 +24,7 @@ _VOCABULARY_CHUNK = 32768
 def _kernel(module: str, name: str) -> Any:
     """A function of its kernels. Their backward pass takes from its trainers what gathers a head that DeepSpeed has
     split; where these do not import, for want of datasets say, there is nothing to gather."""
-    function = getattr(peer(f"trl.kernels.{module}", _PACKAGE), name)
+    function = getattr(common.peer(f"trl.kernels.{module}", _PACKAGE), name)
     try:
         importlib.import_module(_UTILS)
     except ImportError:
@@ -47,8 +34,10 @@ def _kernel(module: str, name: str) -> Any:
     return function
 
 
-@gives_logprobs("TRL, ChunkedLogProbFunction", _PACKAGE, loss_note="gradients are summed in fp32")
-def _chunked(p: HeadProblem) -> Logprobs:
+@common.gives_logprobs(
+    "TRL, ChunkedLogProbFunction", _PACKAGE, loss_note="gradients are summed in fp32"
+)
+def _chunked(p: HeadProblem) -> common.Logprobs:
     function = _kernel("chunked_logprob", "ChunkedLogProbFunction")
     softcap, scale, outputs = None, 1.0, ("log_probs", "entropy")
     options = (1.0, _VOCABULARY_CHUNK, softcap, scale, outputs)
@@ -64,28 +53,30 @@ def _of_logits(name: str, **options: Any) -> Any:
     """Decorate log-probs of logits: a provider of both contests of logits."""
     lack = "no entropy" if options else ""
 
-    def add(prepare: Callable[[LogitsProblem, Tensor], Logprobs]) -> None:
-        @takes_part(LOGITS_LOSS, name, _PACKAGE, note=joined(lack, EAGER), **options)
+    def add(prepare: Callable[[LogitsProblem, Tensor], common.Logprobs]) -> None:
+        @common.takes_part(
+            common.LOGITS_LOSS, name, _PACKAGE, note=common.joined(lack, common.EAGER), **options
+        )
         def loss(p: LogitsProblem) -> Run:
             logits = p.logits.detach().requires_grad_()
             logprobs = prepare(p, logits)
 
             def call() -> dict[str, Tensor]:
                 found, entropy = logprobs()
-                return with_logits_gradient(logits, p.loss(found.float()), entropy)
+                return common.with_logits_gradient(logits, p.loss(found.float()), entropy)
 
             return Run(call)
 
-        @takes_part(LOGITS_LOGPROBS, name, _PACKAGE, note=lack, **options)
+        @common.takes_part(common.LOGITS_LOGPROBS, name, _PACKAGE, note=lack, **options)
         def alone(p: LogitsProblem) -> Run:
-            return logprobs_alone(prepare(p, p.logits))
+            return common.logprobs_alone(prepare(p, p.logits))
 
     return add
 
 
 @_of_logits("TRL, selective_log_softmax_and_entropy, Triton")
-def _triton(p: LogitsProblem, logits: Tensor) -> Logprobs:
-    need_cuda(p.logits)
+def _triton(p: LogitsProblem, logits: Tensor) -> common.Logprobs:
+    common.need_cuda(p.logits)
     function = _kernel("logprob_entropy", "selective_log_softmax_and_entropy")
 
     def logprobs() -> tuple[Tensor, Tensor]:
@@ -99,14 +90,14 @@ def _torch(p: LogitsProblem) -> Any:
     """The module whose functions run PyTorch on a CPU."""
     if p.logits.device.type == "cuda":
         raise Unavailable("on a GPU it runs its Triton kernel")
-    utils = peer(_UTILS, _PACKAGE)
+    utils = common.peer(_UTILS, _PACKAGE)
     if not hasattr(utils, "selective_log_softmax"):
         raise Unavailable("its trainers do not import here")
     return utils
 
 
 @_of_logits("TRL, selective_log_softmax_and_entropy, PyTorch")
-def _both(p: LogitsProblem, logits: Tensor) -> Logprobs:
+def _both(p: LogitsProblem, logits: Tensor) -> common.Logprobs:
     function = _torch(p).selective_log_softmax_and_entropy
 
     def logprobs() -> tuple[Tensor, Tensor]:
@@ -117,8 +108,8 @@ def _both(p: LogitsProblem, logits: Tensor) -> Logprobs:
     return logprobs
 
 
-@_of_logits("TRL, selective_log_softmax, PyTorch", omits=NO_ENTROPY)
-def _one(p: LogitsProblem, logits: Tensor) -> Logprobs:
+@_of_logits("TRL, selective_log_softmax, PyTorch", omits=common.NO_ENTROPY)
+def _one(p: LogitsProblem, logits: Tensor) -> common.Logprobs:
     function = _torch(p).selective_log_softmax
     return lambda: (
         function(logits.view(*p.shape, -1), p.targets.view(p.shape)).flatten(),

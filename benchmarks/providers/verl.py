@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.harness.contest import Unavailable
 from benchmarks.harness.head_problem import HeadProblem
-from benchmarks.providers.common import Logprobs, gives_logprobs, need_cuda, peer
+from benchmarks.providers import common
 
 _PACKAGE = "verl"
 _INSTALL = "--no-deps verl==0.9.1"
@@ -27,20 +27,20 @@ def _module(name: str) -> Any:
         for package, path in (("verl", folder), ("verl.utils", f"{folder}/utils")):
             sys.modules[package] = module = ModuleType(package)
             module.__path__ = [path]
-    return peer(name, _INSTALL)
+    return common.peer(name, _INSTALL)
 
 
-@gives_logprobs("verl, linear_cross_entropy", _PACKAGE, loss_note=_NOTE)
-def _triton(p: HeadProblem) -> Logprobs:
-    need_cuda(p.hidden)
+@common.gives_logprobs("verl, linear_cross_entropy", _PACKAGE, loss_note=_NOTE)
+def _triton(p: HeadProblem) -> common.Logprobs:
+    common.need_cuda(p.hidden)
     if p.hidden.shape[1] % 128:
         raise Unavailable("its kernels need a width that is a multiple of 128")
     function = _module("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
     return lambda: function(p.hidden, p.weight, p.targets, 1.0, "none")
 
 
-@gives_logprobs("verl, FusedLinearForPPO", _PACKAGE, loss_note=_NOTE)
-def _torch(p: HeadProblem) -> Logprobs:
+@common.gives_logprobs("verl, FusedLinearForPPO", _PACKAGE, loss_note=_NOTE)
+def _torch(p: HeadProblem) -> common.Logprobs:
     module = _module("verl.utils.experimental.torch_functional")
     head = module.FusedLinearForPPO(impl_backend="torch")
 

@@ -15,10 +15,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from benchmarks.harness.options import Parser, exit_code
-from benchmarks.report.case_tables import cases_markdown, summary_markdown
-from benchmarks.report.cases import by_op
-from benchmarks.report.growth import CERTAIN_ERROR, CERTAIN_POINTS, series
-from benchmarks.report.readme import readme_table
+from benchmarks.report.case_tables import cases_markdown, readme_table, summary_markdown
+from benchmarks.report.cases import CERTAIN_ERROR, CERTAIN_POINTS, by_op, series
 from benchmarks.report.results_file import Peaks, Results, Row, read
 from benchmarks.report.steps import steps_markdown, steps_summary
 from benchmarks.report.tables import counted, figure, plain

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.report.cases import Case, by_op
-from benchmarks.report.growth import Series, series
+from benchmarks.report.cases import Case, Series, by_op, series
 from benchmarks.report.results_file import Results, Row
 from perl.files import replacing
 from perl.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, VERMILION

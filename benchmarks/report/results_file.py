@@ -83,6 +83,8 @@ class Variant(_Part):
     lm_tokens: int
     images_encoded: int
     flops: Positive
+    flops_by_part: dict[str, NotNegative] = {}
+    """Of tower, language model and head."""
     seconds: Positive
     seconds_by_round: list[Positive] = []
     peak_bytes: NotNegative
@@ -105,6 +107,8 @@ class Side(_Part):
     """Seconds of each."""
     lm_tokens: int
     images_encoded: int
+    micro_batch_tokens: int | None = None
+    """Of the largest that is trained on."""
     peak_bytes: NotNegative
 
 
@@ -115,6 +119,7 @@ class Trainer(_Part):
     reason: str = ""
     setting: dict[str, Any] = {}
     trainers: dict[Literal["trl", "perl"], Side] = {}
+    proof: dict[str, Any] = {}
     differences: list[str] = []
 
     @model_validator(mode="after")

@@ -118,6 +118,12 @@ def _train_step(step: TrainStep) -> Iterator[str]:
         for name, found in step.variants.items()
     ]
     yield table(["a step of", *costs, "gradients differ by"], lines)
+    if all(found.flops_by_part for found in step.variants.values()):
+        shares = [
+            f"{name} {'/'.join(f'{100 * n / v.flops:.0f}' for n in v.flops_by_part.values())}"
+            for name, v in step.variants.items()
+        ]
+        yield f"Percent of the operations in tower/LM/head: {', '.join(shares)}. {_machine(setting)}"
 
 
 def _trainer(step: Trainer) -> Iterator[str]:
@@ -141,6 +147,12 @@ def _trainer(step: Trainer) -> Iterator[str]:
     rounds = _by_round(trl, perl)
     if len(rounds) > 1:
         yield f"TRL over PeRL by round: {times(min(rounds))} to {times(max(rounds))}."
+    if step.proof and trl.micro_batch_tokens and perl.micro_batch_tokens:
+        yield (
+            f"Proof: on {step.proof['completions']} completions of TRL's the gradients of {step.proof['parameters']} "
+            f"parameters agree to {scientific(step.proof['max_rel_grad_diff'])} of their maxima. The largest micro-batch "
+            f"has {trl.micro_batch_tokens:,} tokens in TRL, {perl.micro_batch_tokens:,} in PeRL. {_machine(setting)}"
+        )
     yield "\n".join(["What differs:", "", *(f"- {plain(text)}" for text in step.differences)])
 
 
@@ -152,6 +164,13 @@ def _model(setting: Mapping[str, Any]) -> str:
     return (
         f"{_of(setting, 'model')}{size} in {_of(setting, 'dtype')}; questions of "
         f"{' and '.join(map(str, images)) or '?'} images, {_of(setting, 'sequences')} sequences"
+    )
+
+
+def _machine(setting: Mapping[str, Any]) -> str:
+    return (
+        f"Micro-batches of {_of(setting, 'padded_micro_batch')} padded sequences; {_of(setting, 'device_name')}, "
+        f"{_of(setting, 'threads')} threads, torch {_of(setting, 'torch')}, transformers {_of(setting, 'transformers')}."
     )
 
 

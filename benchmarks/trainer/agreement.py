@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness.proof import GradientProof, copied_gradients
-from benchmarks.trainer.fresh import forget_trainers
+from benchmarks.trainer.measure import forget_trainers
 from benchmarks.trainer.perl_trainer import PerlTrainer
 from benchmarks.trainer.start import Start
 from benchmarks.trainer.trl_trainer import Seen, TrlTrainer

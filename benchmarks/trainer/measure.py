@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,10 +14,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.device import peak_memory, software
+from benchmarks.harness.device import free_memory, peak_memory, software
 from benchmarks.harness.models import counting
 from benchmarks.trainer.clock import PARTS, StepTime
-from benchmarks.trainer.fresh import forget_trainers, quick_collections
 from benchmarks.trainer.start import Setting, Start, make_start
 from perl.report.progress import Display
 
@@ -232,3 +232,26 @@ def _silence() -> Iterator[None]:
         log.set_verbosity(verbosity)
         if bars:
             log.enable_progress_bar()
+
+
+@contextmanager
+def quick_collections() -> Iterator[None]:
+    """Leave what is there now out of Python's garbage collections, which else take long in the middle of steps."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def forget_trainers() -> None:
+    """Free the memory of trainers that are gone, and make accelerate forget its precision and accumulation of gradients.
+
+    It keeps them for the life of a process; a trainer that still lives cannot be used afterwards.
+    """
+    from accelerate.state import AcceleratorState, GradientState
+
+    free_memory()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

@@ -9,30 +9,9 @@ from typing import Any
 import torch
 
 from benchmarks.trainer.clock import PartWatch, StepClock
-from benchmarks.trainer.start import (
-    BETAS,
-    CLIP,
-    LEARNING_RATE,
-    MAX_GRAD_NORM,
-    REWARD,
-    WEIGHT_DECAY,
-    Start,
-    stream,
-)
-from perl.config import (
-    AdvantageConfig,
-    Config,
-    DataConfig,
-    EvalConfig,
-    FilterConfig,
-    LossConfig,
-    PermutationConfig,
-    RewardConfig,
-    RolloutConfig,
-    RunConfig,
-    StageConfig,
-    TrainConfig,
-)
+from benchmarks.trainer.start import REWARD, Start, stream
+from perl import config as configs
+from perl.config import Config
 from perl.data.streams import ExampleStream
 from perl.distributed import StopSignal
 from perl.files import RunFolder
@@ -102,7 +81,7 @@ class _Session(Session):
 def _config(start: Start, run: RunFolder, steps: int, seed: int, clip_gradients: bool) -> Config:
     setting = start.setting
     return Config(
-        run=RunConfig(
+        run=configs.RunConfig(
             dir=str(run.root),
             seed=seed,
             log_every=NEVER,
@@ -111,27 +90,27 @@ def _config(start: Start, run: RunFolder, steps: int, seed: int, clip_gradients:
             trackers=(),
         ),
         model=start.model_config,
-        data=DataConfig(max_prompt_tokens=setting.budget),
-        permutation=PermutationConfig(orders=setting.orders),
-        rollout=RolloutConfig(
+        data=configs.DataConfig(max_prompt_tokens=setting.budget),
+        permutation=configs.PermutationConfig(orders=setting.orders),
+        rollout=configs.RolloutConfig(
             per_order=setting.per_order,
             temperature=1.0,
             max_new_tokens=setting.completion,
             batch_size=setting.sequences,
         ),
-        reward=RewardConfig(functions=(REWARD,), weights=(1.0,)),
-        filter=FilterConfig(zero_variance=False, max_tries=1),
-        advantage=AdvantageConfig(over="order"),
-        loss=LossConfig(preset="dapo", clip_low=CLIP, clip_high=CLIP),
-        train=TrainConfig(
+        reward=configs.RewardConfig(functions=(REWARD,), weights=(1.0,)),
+        filter=configs.FilterConfig(zero_variance=False, max_tries=1),
+        advantage=configs.AdvantageConfig(over="order"),
+        loss=configs.LossConfig(preset="dapo", clip_low=setting.clip, clip_high=setting.clip),
+        train=configs.TrainConfig(
             steps=steps,
             examples_per_step=len(setting.images),
             tokens_per_micro_batch=setting.budget,
-            lr=LEARNING_RATE,
-            weight_decay=WEIGHT_DECAY,
-            betas=BETAS,
-            max_grad_norm=MAX_GRAD_NORM if clip_gradients else math.inf,
+            lr=setting.learning_rate,
+            weight_decay=setting.weight_decay,
+            betas=setting.betas,
+            max_grad_norm=setting.max_grad_norm if clip_gradients else math.inf,
         ),
-        eval=EvalConfig(examples=0),
-        stages=(StageConfig(name="rl", kind="rl"),),
+        eval=configs.EvalConfig(examples=0),
+        stages=(configs.StageConfig(name="rl", kind="rl"),),
     )

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -22,8 +22,6 @@ from perl.model.tiny import make_image_processor, make_tokenizer, save_processor
 from perl.permutation import orders, permute
 from perl.types import Example, UserError, Variant
 
-LEARNING_RATE, WEIGHT_DECAY, BETAS, MAX_GRAD_NORM = 1e-6, 0.01, (0.9, 0.999), 1.0
-CLIP = 0.2
 MODELS = ("tiny", "0.6b", "3b", "7b")
 """`tiny` is the demo's model, the others are shapes of `benchmarks/harness/models.py`; all with random weights."""
 
@@ -50,6 +48,12 @@ class Setting:
     rounds: int
     seed: int = 0
     trl_attention: str = "sdpa"
+
+    learning_rate: ClassVar = 1e-6
+    weight_decay: ClassVar = 0.01
+    betas: ClassVar = (0.9, 0.999)
+    max_grad_norm: ClassVar = 1.0
+    clip: ClassVar = 0.2
 
     @property
     def sequences(self) -> int:

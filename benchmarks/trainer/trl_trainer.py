@@ -19,16 +19,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.harness.proof import copied_gradients
 from benchmarks.trainer.clock import StepClock
-from benchmarks.trainer.start import (
-    BETAS,
-    CLIP,
-    LEARNING_RATE,
-    MAX_GRAD_NORM,
-    WEIGHT_DECAY,
-    Start,
-    text_hash,
-    trl_rows,
-)
+from benchmarks.trainer.start import Start, text_hash, trl_rows
 
 
 class TrlTrainer:
@@ -200,16 +191,16 @@ def _config(
             "use_cache": True,
         },
         loss_type="dapo",
-        epsilon=CLIP,
-        epsilon_high=CLIP,
+        epsilon=setting.clip,
+        epsilon_high=setting.clip,
         beta=0.0,
         scale_rewards="group",
-        learning_rate=LEARNING_RATE,
+        learning_rate=setting.learning_rate,
         lr_scheduler_type="constant",
-        weight_decay=WEIGHT_DECAY,
-        adam_beta1=BETAS[0],
-        adam_beta2=BETAS[1],
-        max_grad_norm=MAX_GRAD_NORM if clip_gradients else 0.0,
+        weight_decay=setting.weight_decay,
+        adam_beta1=setting.betas[0],
+        adam_beta2=setting.betas[1],
+        max_grad_norm=setting.max_grad_norm if clip_gradients else 0.0,
         logging_strategy="no",
         save_strategy="no",
         report_to="none",

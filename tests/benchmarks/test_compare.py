@@ -87,7 +87,6 @@ def compare(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         env=os.environ | {"TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
         capture_output=True,
         text=True,
-        timeout=280,
     )
     assert not list(temporary.glob("perl-compare-*"))
     return done

@@ -27,7 +27,7 @@ from benchmarks.harness.head_problem import (
     LogprobsProblem,
     make_problem,
 )
-from benchmarks.providers import cut_cross_entropy, liger, quack, trl, verl
+from benchmarks.providers import common, cut_cross_entropy, liger, quack, trl, verl
 from tests.kernels.downloads import release
 
 SIZE = Head("tiny", N=64, H=128, V=300, itemsize=4)
@@ -76,9 +76,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("with a GPU, the benchmarks prove the kernels themselves")
     pytest.importorskip("triton")
-    for module in PEERS:
-        if hasattr(module, "need_cuda"):
-            monkeypatch.setattr(module, "need_cuda", lambda tensor: None)
+    monkeypatch.setattr(common, "need_cuda", lambda tensor: None)
 
 
 @pytest.fixture
@@ -112,15 +110,6 @@ def test_every_contest_names_its_providers_once() -> None:
         names = [provider.name for provider in every]
         assert len(set(names)) == len(names)
         assert {provider.package for provider in every} >= {"", "torch", "liger-kernel", "trl"}
-
-
-@pytest.mark.parametrize("provider", of("liger-kernel"), ids=lambda provider: provider.name)
-@pytest.mark.parametrize(("level", "frozen"), LOSSES)
-def test_liger_of_hidden_states(
-    provider: Provider, level: Level, frozen: bool, eager: None
-) -> None:
-    pytest.importorskip("liger_kernel")
-    prove(provider, problem(HeadProblem, level, frozen))
 
 
 def test_liger(interpreted: None, eager: None) -> None:
@@ -211,16 +200,8 @@ def cross_entropies(monkeypatch: pytest.MonkeyPatch) -> None:
     ) -> Tensor:
         return F.cross_entropy(x, target, reduction=reduction)
 
-    def linear(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        *,
-        reduction: str = "mean",
-        inplace_backward: bool = False,
-    ) -> Tensor:
-        return F.cross_entropy(F.linear(x, weight, bias), target, reduction=reduction)
+    def linear(x: Tensor, weight: Tensor, bias: None, target: Tensor, **options: Any) -> Tensor:
+        return cross_entropy(F.linear(x, weight, bias), target, **options)
 
     def chunked(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x, weight), target)

@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from benchmarks.report import __main__ as report
-from benchmarks.report.growth import fit, series
+from benchmarks.report.cases import fit, series
 from benchmarks.report.pictures import draw
 from benchmarks.report.results_file import Results
 
@@ -579,5 +579,4 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": ""},
         capture_output=True,
         text=True,
-        timeout=60,
     )

@@ -25,8 +25,7 @@ from benchmarks.bench_trainer import main, parse
 from benchmarks.harness.models import shape
 from benchmarks.trainer import perl_trainer, start
 from benchmarks.trainer.clock import PARTS, StepTime
-from benchmarks.trainer.fresh import forget_trainers
-from benchmarks.trainer.measure import count
+from benchmarks.trainer.measure import count, forget_trainers
 from benchmarks.trainer.perl_trainer import PerlTrainer
 from benchmarks.trainer.trl_trainer import TrlTrainer
 from perl.config import AdvantageConfig
@@ -217,7 +216,7 @@ def test_other_prompts_are_refused(monkeypatch, tmp_path, capsys) -> None:
 
 def test_other_advantages_are_refused(monkeypatch, tmp_path, capsys) -> None:
     over_all = AdvantageConfig(over="group")
-    monkeypatch.setattr(perl_trainer, "AdvantageConfig", lambda over: over_all)
+    monkeypatch.setattr(perl_trainer.configs, "AdvantageConfig", lambda over: over_all)
     assert_refused("PeRL's advantages differ from TRL's by up to ", tmp_path, capsys)
 
 
@@ -249,7 +248,6 @@ def test_without_trl(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("not compared: TRL's GRPOTrainer cannot be imported (")
