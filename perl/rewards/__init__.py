@@ -1,1 +1,10 @@
-"""rewards"""
+"""What a completion is worth: reward functions by name or dotted path, and their weighted sum. No torch here.
+
+`scorer.Scorer` is what runs use; it has the table of built-in functions. `calls` holds faults and time
+limits, `loading` finds a function by what a recipe says. `answers` reads final answers out of completions
+and compares them, for the evaluation too. `math.equal_values` compares formulas in a process of its own.
+
+To add a reward, write `f(prompts, completions, **columns) -> list of float or None` into the file of its
+kind (`answers`, `choice`, `math`, `boxes`, `sequences`, `judge`, `shaping`), with its options as
+keyword-only arguments, and name it in `scorer.BUILT_IN`; or in a file of your own: docs/rewards.md.
+"""

@@ -7,9 +7,13 @@ The reward functions `accuracy`, `format_reward` and `format_tags` follow TRL's 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
+
+from perl.types import UserError
+
+Score = TypeVar("Score")
 
 _BOXED = re.compile(r"\\boxed\s*\{")
 _WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}")
@@ -37,10 +41,7 @@ def accuracy(
     """
     read = tagged if tags else extract_answer
     same = _same_set if unordered else same_answer
-    return [
-        None if gold is None else float(same(read(text), gold))
-        for text, gold in zip(completions, answer, strict=True)
-    ]
+    return score_each(lambda text, gold: float(same(read(text), gold)), completions, answer)
 
 
 def format_reward(
@@ -66,6 +67,26 @@ def format_tags(
     blocks. `tags` names other blocks, as `("think", "index", "answer")` of ViaRL, arXiv 2505.15447.
     """
     return [float(_in_blocks(text, tags)) for text in completions]
+
+
+def score_each(
+    score: Callable[..., Score], completions: Sequence[str], *golds: Sequence[Any]
+) -> list[Score | None]:
+    """`score(completion, *gold)` of each completion; None where a gold value is None."""
+    return [
+        None if any(gold is None for gold in wanted) else score(text, *wanted)
+        for text, *wanted in zip(completions, *golds, strict=True)
+    ]
+
+
+def column_of(reward: str, columns: Mapping[str, Sequence[Any]], name: str) -> Sequence[Any]:
+    """The column that an option of a reward names; UserError if the data has none of that name."""
+    if name not in columns:
+        raise UserError(
+            f"reward {reward}: the data has no column '{name}'; there are "
+            f"{', '.join(columns) or 'none'}; name the right one in its options"
+        )
+    return columns[name]
 
 
 def tagged(text: str, tag: str = "answer") -> str | None:
@@ -98,9 +119,7 @@ def extract_answer(text: str) -> str | None:
 
     Example: `extract_answer(r"... \boxed{ \frac{1}{2} }") == r"\frac{1}{2}"`.
     """
-    last = None
-    for last in _BOXED.finditer(text):  # noqa: B007
-        pass
+    *_, last = None, *_BOXED.finditer(text)
     if last is None:
         return None
     depth = 1

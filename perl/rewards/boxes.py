@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-from perl.rewards.answers import final_answer
-from perl.types import UserError
+from perl.rewards.answers import column_of, final_answer, score_each
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in any one unit."""
@@ -36,16 +35,11 @@ def box_iou(
     gold one is such a text, or four numbers, in `column`. With `threshold` 1 from that overlap on,
     else 0. None without gold; a gold without a box, or with one that has no area, is a fault.
     """
-    scores: list[float | None] = []
-    for text, wanted in zip(completions, _column("box_iou", columns, column), strict=True):
-        if wanted is None:
-            scores.append(None)
-            continue
-        target = _one_box(wanted)
-        found = boxes_in(final_answer(text))
-        overlap = iou(found[0], target) if found else 0.0
-        scores.append(overlap if threshold is None else float(overlap >= threshold))
-    return scores
+
+    def score(text: str, wanted: Any) -> float:
+        return _overlap(final_answer(text), _one_box(wanted), threshold)
+
+    return score_each(score, completions, column_of("box_iou", columns, column))
 
 
 def detection(
@@ -66,17 +60,12 @@ def detection(
     that are false) / 2; without any box 0, or 1 if there was nothing to find. `column` names
     a text with boxes, or a list of boxes. None without gold.
     """
-    return [
-        None
-        if wanted is None
-        else _detection(
-            boxes_in(final_answer(text)),
-            _gold_boxes(wanted),
-            threshold,
-            (iou_weight, completeness_weight),
-        )
-        for text, wanted in zip(completions, _column("detection", columns, column), strict=True)
-    ]
+    weights = (iou_weight, completeness_weight)
+
+    def score(text: str, wanted: Any) -> float:
+        return _detection(boxes_in(final_answer(text)), _gold_boxes(wanted), threshold, weights)
+
+    return score_each(score, completions, column_of("detection", columns, column))
 
 
 def grounding(
@@ -99,31 +88,22 @@ def grounding(
     a text that names it; it follows the image through `order`. Only the column `answer` has been
     re-indexed already and is taken as it is. `box_column` names that of the box. None without gold.
     """
-    scores: list[float | None] = []
-    rows = zip(
-        completions,
-        _column("grounding", columns, image_column),
-        _column("grounding", columns, box_column),
-        columns.get("order") or [None] * len(completions),
-        strict=True,
-    )
-    for text, gold_image, gold_box, order in rows:
-        if gold_image is None or gold_box is None:
-            scores.append(None)
-            continue
-        slot = _image_number(gold_image)
-        if order is not None and image_column != "answer":
+    images = column_of("grounding", columns, image_column)
+    boxes = column_of("grounding", columns, box_column)
+    orders = columns.get("order") or [None] * len(completions)
+    orders = [() if order is None else order for order in orders]
+
+    def score(text: str, image: Any, box: Any, order: Sequence[int]) -> float:
+        slot = _image_number(image)
+        if len(order) and image_column != "answer":
             slot = list(order).index(slot - 1) + 1
-        target, answer = _one_box(gold_box), final_answer(text)
-        named, found = _IMAGE.search(answer), boxes_in(answer)
+        target, answer = _one_box(box), final_answer(text)
+        named = _IMAGE.search(answer)
         if named is None or int(named[1]) != slot:
-            scores.append(0.0)
-            continue
-        overlap = iou(found[0], target) if found else 0.0
-        if threshold is not None:
-            overlap = float(overlap >= threshold)
-        scores.append(image_weight + (1 - image_weight) * overlap)
-    return scores
+            return 0.0
+        return image_weight + (1 - image_weight) * _overlap(answer, target, threshold)
+
+    return score_each(score, completions, images, boxes, orders)
 
 
 def iou(a: Box, b: Box) -> float:
@@ -164,13 +144,11 @@ def _detection(
     return sum(w * s for w, s in zip(weights, scores, strict=True)) / sum(weights)
 
 
-def _column(reward: str, columns: Mapping[str, Sequence[Any]], name: str) -> Sequence[Any]:
-    if name not in columns:
-        raise UserError(
-            f"reward {reward}: the data has no column '{name}'; there are "
-            f"{', '.join(columns) or 'none'}; name the right one in its options"
-        )
-    return columns[name]
+def _overlap(answer: str, wanted: Box, threshold: float | None) -> float:
+    """That of an answer's first box; 1 from `threshold` on, else 0."""
+    found = boxes_in(answer)
+    overlap = iou(found[0], wanted) if found else 0.0
+    return overlap if threshold is None else float(overlap >= threshold)
 
 
 def _one_box(value: Any) -> Box:

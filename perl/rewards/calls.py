@@ -1,4 +1,8 @@
-"""Calls of reward functions, sync or async, that may fail or hang without taking the run along."""
+"""Calls of reward functions, sync or async, that may fail or hang without taking the run along.
+
+Threads of our own rather than an executor's: those are waited for when Python ends, so that one function
+that hangs would keep the run from ending, and cannot be stopped.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from perl.types import UserError, one_line
 
-_WORKERS = 8
+_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,106 +34,83 @@ class Fault:
     error: BaseException | None = None
 
 
-class Call:
-    """One call under way, in a daemon thread: a thread that hangs does not keep Python from ending.
+class Calls:
+    """Calls under way side by side in daemon threads, all within one limit of seconds.
 
-    With `limit` 0 seconds there is no limit. `within` seconds are waited for it where calls share
-    the limit.
+    `within` seconds are waited for them where others share the limit.
     """
 
     def __init__(
-        self, function: Callable[[], Any], limit: float, within: float | None = None
+        self, functions: Sequence[Callable[[], Any]], limit: float, within: float | None = None
     ) -> None:
-        self.limit = limit
+        self._limit = limit
         self._deadline = time.monotonic() + (limit if within is None else within)
-        self._outcome: Any = None
-        self._thread = threading.Thread(target=self._run, args=(function,), daemon=True)
-        self._thread.start()
+        self._futures: list[Future[Any]] = [Future() for _ in functions]
+        self._todo = deque(zip(self._futures, functions, strict=True))
+        self._threads = [
+            threading.Thread(target=self._work, daemon=True) for _ in functions[:_THREADS]
+        ]
+        for thread in self._threads:
+            thread.start()
 
-    def result(self) -> Any:
-        """What the function returned, or a Fault; a UserError of the function's is raised."""
-        self._thread.join(max(0.0, self._deadline - time.monotonic()) if self.limit else None)
-        if self._thread.is_alive():
-            _stop(self._thread)
-            return _too_long(self.limit)
-        return _unwrap(self._outcome)
+    def results(self) -> list[Any]:
+        """What each returned, or a Fault; a UserError of a function's is raised."""
+        wait(self._futures, max(0.0, self._deadline - time.monotonic()) if self._limit else None)
+        self._todo.clear()
+        done = [future.done() for future in self._futures]
+        for thread in self._threads if not all(done) else ():
+            if thread.is_alive():
+                _stop(thread)
+        late = _too_long(self._limit)
+        return [f.result() if d else late for f, d in zip(self._futures, done, strict=True)]
 
-    def _run(self, function: Callable[[], Any]) -> None:
-        with suppress(_GivenUp):
-            self._outcome = _attempt(function, self.limit)
+    def _work(self) -> None:
+        with suppress(_GivenUp, IndexError):  # There are no more, or the time is over.
+            while True:
+                future, function = self._todo.popleft()
+                try:
+                    future.set_result(_attempt(function, self._limit))
+                except _GivenUp:
+                    raise
+                except BaseException as error:  # Raised where the result is asked for.
+                    future.set_exception(error)
 
 
-def call_here(function: Callable[[], Any]) -> Any:
-    """The same without a limit, in the calling thread."""
-    return _unwrap(_attempt(function, 0))
+def call_each(functions: Sequence[Callable[[], Any]], limit: float, at_once: bool) -> list[Any]:
+    """What each returned, or a Fault, all within one limit; 0: none, and the calling thread calls.
 
-
-def call_in_turn(functions: Sequence[Callable[[], Any]], limit: float) -> list[Any]:
-    """What each returned, or a Fault, one after the other: a function that keeps a state would see
-    another thread change it. All share one limit; each may use half of what is left of it, so that
-    one that hangs leaves time for the rest."""
+    Only with `at_once` several are called at a time: a function that keeps a state would see another
+    thread change it. Each of the others may use half of what is left of the limit, so that one that
+    hangs leaves time for the rest.
+    """
     if not limit:
-        return [call_here(function) for function in functions]
+        return [_attempt(function, 0) for function in functions]
+    if at_once:
+        return Calls(functions, limit).results()
     deadline = time.monotonic() + limit
     return [
-        Call(function, limit, (deadline - time.monotonic()) / 2).result() for function in functions
+        Calls([function], limit, (deadline - time.monotonic()) / 2).results()[0]
+        for function in functions
     ]
 
 
-def call_side_by_side(functions: Sequence[Callable[[], Any]], limit: float) -> list[Any]:
-    """What each returned, or a Fault. Several threads share the work, and all of it one limit."""
-    if not limit:
-        return [call_here(function) for function in functions]
-    todo, outcomes = deque(enumerate(functions)), {}
-
-    def work() -> None:
-        with suppress(_GivenUp, IndexError):  # There are no more, or the time is over.
-            while True:
-                i, function = todo.popleft()
-                outcomes[i] = _attempt(function, limit)
-
-    threads = [threading.Thread(target=work, daemon=True) for _ in functions[:_WORKERS]]
-    deadline = time.monotonic() + limit
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
-    todo.clear()
-    for thread in threads:
-        if thread.is_alive():
-            _stop(thread)
-    done = dict(outcomes)
-    return [_unwrap(done[i]) if i in done else _too_long(limit) for i in range(len(functions))]
+def failed(error: BaseException) -> Fault:
+    """The Fault of a function that raised `error`."""
+    return Fault(f"raised {type(error).__name__}: {one_line(error)} on", error=error)
 
 
 class _GivenUp(SystemExit):
     """Ends a thread whose result nobody waits for; no `except Exception` of a function catches it."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Escape:
-    """An exception that is not the function's fault, to be raised where the call was made."""
-
-    error: BaseException
-
-
 def _attempt(function: Callable[[], Any], limit: float) -> Any:
     try:
         value = function()
         return asyncio.run(_awaited(value, limit)) if inspect.isawaitable(value) else value
-    except _GivenUp:
+    except (_GivenUp, UserError):
         raise
-    except UserError as error:
-        return _Escape(error)
     except (Exception, SystemExit) as error:  # A script's exit() must not end the run unsaved.
         return failed(error)
-    except BaseException as error:
-        return _Escape(error)
-
-
-def failed(error: BaseException) -> Fault:
-    """The Fault of a function that raised `error`."""
-    return Fault(f"raised {type(error).__name__}: {one_line(error)} on", error=error)
 
 
 async def _awaited(value: Awaitable[Any], limit: float) -> Any:
@@ -140,12 +122,6 @@ async def _awaited(value: Awaitable[Any], limit: float) -> Any:
         if clock.expired():
             return _too_long(limit)
         raise
-
-
-def _unwrap(outcome: Any) -> Any:
-    if isinstance(outcome, _Escape):
-        raise outcome.error
-    return outcome
 
 
 def _too_long(limit: float) -> Fault:

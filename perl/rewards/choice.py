@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from perl.rewards.answers import extract_answer, tagged
+from perl.rewards.answers import extract_answer, score_each, tagged
 
 _LEADING = re.compile(r"[(\[]?\s?([A-Za-z])\s?(?:[)\].:,]|$)")
 _BARE = re.compile(r"[(\[]?\s?([A-Za-z])\s?[)\]]?\.?")
@@ -38,10 +38,9 @@ def choice(
     With `unordered` all letters count, as a set: `C and A` equals `A, C`.
     """
     golds = [None if gold is None else _gold(gold, unordered) for gold in answer]
-    return [
-        None if gold is None else float(_chosen(text, unordered) == gold)
-        for text, gold in zip(completions, golds, strict=True)
-    ]
+    return score_each(
+        lambda text, gold: float(_chosen(text, unordered) == gold), completions, golds
+    )
 
 
 def _chosen(text: str, unordered: bool) -> str | None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from perl.llm import Completion, Endpoint
-from perl.rewards.answers import final_answer
+from perl.rewards.answers import column_of, final_answer
 from perl.types import UserError
 
 _JUDGE = """\
@@ -79,11 +79,8 @@ async def caption_facts(
     texts, or one text with a fact a line; None without facts. A request that fails, or a reply
     without one number for each fact, or that was cut at `max_tokens`, is a fault of that rollout.
     """
-    if column not in columns:
-        raise UserError(
-            f"reward caption_facts: the data has no column '{column}'; name the right one in its option column"
-        )
-    known = {i: _lines(value) for i, value in enumerate(columns[column]) if value}
+    facts = column_of("caption_facts", columns, column)
+    known = {i: _lines(value) for i, value in enumerate(facts) if value}
     rows = {
         i: _FACTS.format(
             facts="\n".join(f"{k}. {fact}" for k, fact in enumerate(lines, 1)),

@@ -1,13 +1,14 @@
 """Answers that are mathematics, compared by the math-verify package in a process of its own.
 
 A tower of powers keeps Python busy within one operation, which no thread can be freed from; a
-process can be ended.
+process can be ended. It is a plain child process that is sent JSON lines and not one of
+multiprocessing's or an executor's: those import the run's main script again (a user's without
+`if __name__ == "__main__"` would train twice), and Ctrl-C ends them while the run finishes its step.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from perl.rewards.answers import final_answer
+from perl.rewards.answers import final_answer, score_each
 from perl.types import UserError
 
 _MEMORY = 4 * 2**30
@@ -41,10 +42,17 @@ def math_reward(
     answer that math-verify cannot read, and a comparison longer than `seconds`, is a fault. One is
     made after the other, so R completions may take `R * seconds`.
     """
-    return [
-        None if gold is None else _WORKER.ask(gold, final_answer(text), seconds)
-        for text, gold in zip(completions, answer, strict=True)
-    ]
+    return score_each(
+        lambda text, gold: _WORKER.ask(gold, final_answer(text), seconds), completions, answer
+    )
+
+
+def equal_values(given: str, gold: str, digits: int, seconds: float = 15.0) -> bool:
+    """Whether two expressions, in LaTeX or plain, have the same value to `digits` after the point.
+
+    False too if one cannot be read, or the comparison takes longer than `seconds`.
+    """
+    return _WORKER.ask(gold, given, seconds, digits) == 1.0
 
 
 def check_math() -> None:
@@ -59,83 +67,39 @@ class _Worker:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
-        self._numbers = itertools.count()
 
-    def ask(self, gold: str, given: str, seconds: float) -> float | Exception:
-        """1 or 0, or the exception that the comparison ended in."""
+    def ask(
+        self, gold: str, given: str, seconds: float, digits: int | None = None
+    ) -> float | Exception:
+        """1 or 0, or the exception that the comparison ended in; `digits` as in `_equal`."""
         with self._lock:
             # Only a process that has answered is used again: what an interrupt leaves in the pipe
             # would be taken for the answer to the next question.
             process, self._process = self._process or _start(), None
+            assert process.stdin is not None and process.stdout is not None
             try:
-                equal = _exchange(process, next(self._numbers), gold, given, seconds)
+                line = ""
+                with suppress(OSError):  # It has ended.
+                    print(
+                        json.dumps([gold, given, seconds, digits]), file=process.stdin, flush=True
+                    )
+                    line = process.stdout.readline()
+                if not line:
+                    if process.wait() == -signal.SIGALRM:
+                        return TimeoutError(f"math-verify took longer than {seconds:g} s")
+                    return RuntimeError(f"math-verify ended with exit code {process.returncode}")
                 self._process = process
-            except (OSError, ValueError):
-                return RuntimeError("math-verify's process gave no answer that can be read")
-            except EOFError:
-                if process.wait() == -signal.SIGALRM:
-                    return TimeoutError(f"math-verify took longer than {seconds:g} s")
-                return RuntimeError(f"math-verify ended with exit code {process.returncode}")
             finally:
                 if self._process is None:
-                    _end(process)
+                    process.kill()
+                    process.communicate()  # Closes the pipes and waits.
+        equal = json.loads(line)
         if equal is None:
             return ValueError(f"math-verify cannot read the gold answer '{gold}'")
         return float(equal)
 
 
 _WORKER = _Worker()
-
-
-def serve() -> None:
-    """Answer `[number, gold, given, seconds]` on stdin with `[number, equal]` on stdout, in JSON lines.
-
-    `equal` is true, false, or null for an unreadable gold. The alarm of an answer that takes too
-    long ends the process.
-    """
-    # What anything else prints, as ANTLR does, goes to stderr and not among the answers.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    import math_verify  # noqa: F401  # Takes a second, which no answer is to be charged with.
-
-    # It warns that its own time limits are off.
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    for line in sys.stdin:
-        number, gold, given, seconds = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        equal = _equal(gold, given)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps([number, equal]), file=answers, flush=True)
-
-
-def _exchange(
-    process: subprocess.Popen[str], number: int, gold: str, given: str, seconds: float
-) -> bool | None:
-    """The process's answer; EOFError if it has ended, ValueError if it is to another question."""
-    assert process.stdin is not None and process.stdout is not None
-    try:
-        process.stdin.write(json.dumps([number, gold, given, seconds]) + "\n")
-        process.stdin.flush()
-    except BrokenPipeError:
-        raise EOFError from None
-    line = process.stdout.readline()
-    if not line:
-        raise EOFError
-    answered, equal = json.loads(line)
-    if answered != number:
-        raise ValueError(f"answer {answered} to question {number}")
-    return equal
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    for pipe in (process.stdin, process.stdout):
-        with suppress(OSError):  # What is left to be written has no reader.
-            if pipe is not None:
-                pipe.close()
-    process.wait()
 
 
 def _start() -> subprocess.Popen[str]:
@@ -151,15 +115,47 @@ def _start() -> subprocess.Popen[str]:
     )
 
 
-def _equal(gold: str, given: str) -> bool | None:
-    from math_verify import verify
+def serve() -> None:
+    """The process: answers `[gold, given, seconds, digits]` on stdin with what `_equal` says, in JSON lines.
 
-    wanted = _parse(gold)
-    return bool(verify(wanted, _parse(given), timeout_seconds=None)) if wanted else None
+    The alarm of an answer that takes too long ends it.
+    """
+    # What anything else prints, as ANTLR does, goes to stderr and not among the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    import math_verify  # noqa: F401  # Takes a second, which no answer is to be charged with.
+
+    # It warns that its own time limits are off.
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for line in sys.stdin:
+        gold, given, seconds, digits = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        equal = _equal(gold, given, digits)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps(equal), file=answers, flush=True)
 
 
-def _parse(text: str) -> list[Any]:
-    from math_verify import parse
+def _equal(gold: str, given: str, digits: int | None) -> bool | None:
+    """Whether two texts are equal as answers, None for an unreadable gold; with `digits`, as values alone."""
+    from math_verify import parse, verify
 
-    bare = not any(mark in text for mark in ("$", "\\boxed", "\\(", "\\["))
-    return parse(f"\\boxed{{{text}}}" if bare else text, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+    if digits is None:
+        marks = ("$", "\\boxed", "\\(", "\\[")
+        texts = [t if any(m in t for m in marks) else f"\\boxed{{{t}}}" for t in (gold, given)]
+        wanted, found = (parse(t, parsing_timeout=None) for t in texts)  # pyright: ignore[reportArgumentType]
+        return bool(verify(wanted, found, timeout_seconds=None)) if wanted else None
+
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig
+
+    values = [
+        parse(
+            t if "$" in t else f"${t}$",
+            extraction_config=(LatexExtractionConfig(), ExprExtractionConfig()),
+            fallback_mode="no_fallback",
+            parsing_timeout=None,  # pyright: ignore[reportArgumentType]
+        )
+        for t in (gold, given)
+    ]
+    return all(values) and bool(verify(*values, float_rounding=digits, timeout_seconds=None))

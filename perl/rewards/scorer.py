@@ -21,16 +21,9 @@ from typing import Any
 import numpy as np
 
 from perl.config import names_of
-from perl.rewards.answers import (
-    accuracy,
-    extract_answer,
-    format_reward,
-    format_tags,
-    normalise,
-    same_answer,
-)
+from perl.rewards.answers import accuracy, format_reward, format_tags
 from perl.rewards.boxes import box_iou, detection, grounding
-from perl.rewards.calls import Call, Fault, call_here, call_in_turn, call_side_by_side, failed
+from perl.rewards.calls import Calls, Fault, call_each, failed
 from perl.rewards.choice import choice
 from perl.rewards.judge import caption_facts, check_judge, judge
 from perl.rewards.loading import BoundReward, RewardFunction, load
@@ -38,20 +31,6 @@ from perl.rewards.math import check_math, math_reward
 from perl.rewards.sequences import frame_index, ordering, temporal_iou
 from perl.rewards.shaping import length_penalty, repetition
 from perl.types import Rollout, UserError, one_line
-
-__all__ = [
-    "BUILT_IN",
-    "BoundReward",
-    "RewardFunction",
-    "Scorer",
-    "accuracy",
-    "extract_answer",
-    "format_reward",
-    "load_reward",
-    "normalise",
-    "rollout_columns",
-    "same_answer",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -73,15 +52,13 @@ BUILT_IN: dict[str, RewardFunction] = {
     "repetition": repetition,
 }
 
-_CHECKS: dict[RewardFunction, Callable[[], None]] = {
+_OUTSIDE: dict[RewardFunction, Callable[[], None]] = {
     math_reward: check_math,
     judge: check_judge,
     caption_facts: check_judge,
 }
-"""What has to be there before a run starts; each raises UserError."""
-
-_OWN_LIMIT = (math_reward, judge, caption_facts)
-"""Whose comparisons or requests have time limits of their own."""
+"""Those that ask something outside this process, with time limits of their own, and what raises
+UserError before a run starts if it is not there."""
 
 
 class Scorer:
@@ -140,18 +117,17 @@ class Scorer:
         batch = _Batch(prompts, completions, columns)
         # Those that wait for others do so at the same time.
         waiting = {
-            name: Call(partial(batch.given_to, function), self._limit(function))
+            name: Calls([partial(batch.given_to, function)], self._limit(function))
             for name, function in zip(self.names, self.functions, strict=True)
             if function.is_async
         }
         parts, faulty = {}, {}
         for name, function in zip(self.names, self.functions, strict=True):
-            limit = self._limit(function)
-            call = partial(batch.given_to, function)
             if name in waiting:
-                outcome = waiting[name].result()
+                (outcome,) = waiting[name].results()
             else:
-                outcome = Call(call, limit).result() if limit else call_here(call)
+                call = partial(batch.given_to, function)
+                (outcome,) = call_each([call], self._limit(function), at_once=True)
             parts[name], faulty[name] = self._scores(name, function, outcome, batch)
         deciding = {n: w for n, w in zip(self.names, self.weights, strict=True) if w}
         totals = np.zeros(len(completions), dtype=np.float64)
@@ -170,14 +146,13 @@ class Scorer:
         return self.score(prompts, completions, columns)
 
     def _limit(self, function: BoundReward) -> float:
-        return 0.0 if function.function in _OWN_LIMIT else self.timeout
+        return 0.0 if function.function in _OUTSIDE else self.timeout
 
     def _scores(
         self, name: str, function: BoundReward, outcome: Any, batch: _Batch
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores float64 [R], NaN for None and for a fault, and which of them are faults, bool [R]."""
-        values = self._one_by_one(function, outcome, batch)
-        if values is None:
+        if not isinstance(outcome, Fault):
             values = _listed(outcome)
             if values is None or len(values) != len(batch):
                 got = type(outcome).__name__ if values is None else f"{len(values)} values"
@@ -185,25 +160,21 @@ class Scorer:
                     f"reward function '{name}' returned {got} for {len(batch)} completions; "
                     "return a list with one number or None for each"
                 )
+        elif len(batch) <= 1:
+            values = [outcome] * len(batch)
+        else:  # Each completion alone, to find those that it fails on.
+            alone = [partial(batch.only(i).given_to, function) for i in range(len(batch))]
+            outcomes = call_each(alone, self._limit(function), at_once=function.is_async)
+            values = [_only_value(value) for value in outcomes]
         numbers = [_number(value) for value in values]
         faults = {i: number for i, number in enumerate(numbers) if isinstance(number, Fault)}
         if faults:
             self._report(name, faults, batch)
         elif isinstance(outcome, Fault):
             self._say(name, outcome, f"{len(batch)} completions together, though on none alone")
+        faulty = np.array([isinstance(number, Fault) for number in numbers], dtype=bool)
         scores = [math.nan if isinstance(number, Fault) else number for number in numbers]
-        faulty = [isinstance(number, Fault) for number in numbers]
-        return np.array(scores, dtype=np.float64), np.array(faulty, dtype=bool)
-
-    def _one_by_one(self, function: BoundReward, outcome: Any, batch: _Batch) -> list[Any] | None:
-        """Where the batch failed, the value or Fault of each completion alone."""
-        if not isinstance(outcome, Fault):
-            return None
-        if len(batch) <= 1:
-            return [outcome] * len(batch)
-        alone = [partial(batch.only(i).given_to, function) for i in range(len(batch))]
-        call_each = call_side_by_side if function.is_async else call_in_turn
-        return [_only_value(v) for v in call_each(alone, self._limit(function))]
+        return np.array(scores, dtype=np.float64), faulty
 
     def _report(self, name: str, faults: Mapping[int, Fault], batch: _Batch) -> None:
         first = min(faults)
@@ -234,8 +205,8 @@ def load_reward(spec: str) -> BoundReward:
     name, if there is none, its module does not load, or it lacks a package or service.
     """
     function = load(spec, BUILT_IN)
-    if function.function in _CHECKS:
-        _CHECKS[function.function]()
+    if function.function in _OUTSIDE:
+        _OUTSIDE[function.function]()
     return function
 
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
-from perl.rewards.answers import extract_answer, final_answer, items_of, tagged
+from perl.rewards.answers import (
+    column_of,
+    extract_answer,
+    final_answer,
+    items_of,
+    score_each,
+    tagged,
+)
 from perl.types import UserError
 
 _TIME = re.compile(r"[0-9]{1,4}(?::[0-9]{2}){1,2}(?:\.[0-9]{1,6})?|[0-9]{1,9}(?:\.[0-9]{1,6})?")
@@ -31,28 +39,24 @@ def temporal_iou(
     The span is the first two times of the answer, in seconds or as `1:23`, and in `column`, the
     gold ones, also a list of two numbers. None without gold; a span without length scores 0.
     """
-    for option, name in (("column", column), ("duration", duration)):
-        if name is not None and name not in columns:
-            raise UserError(
-                f"reward temporal_iou: the data has no column '{name}'; set its option {option}"
-            )
-    lengths = [None] * len(completions) if duration is None else columns[duration]
-    scores: list[float | None] = []
-    for text, value, length in zip(completions, columns[column], lengths, strict=True):
-        if value is None:
-            scores.append(None)
-            continue
+    lengths = [(math.inf,)] * len(completions)
+    if duration is not None:
+        # In tuples, as a length of None is a fault and not an answer without gold.
+        lengths = [(length,) for length in column_of("temporal_iou", columns, duration)]
+
+    def score(text: str, value: Any, length: tuple[Any]) -> float:
         wanted = _span(value) if isinstance(value, str) else tuple(float(v) for v in value)
         if wanted is None or len(wanted) != 2:
             raise ValueError(f"the gold {value!r} is no span of two times")
-        whole = None if duration is None else _duration(length)
-        found = _span(final_answer(text))
-        score = _overlap(found, wanted) if found else 0.0
-        if found and whole is not None:
-            for a, b in zip(found, wanted, strict=True):
-                score *= max(0.0, 1 - abs(a - b) / whole)
-        scores.append(score)
-    return scores
+        whole, found = _duration(length[0]), _span(final_answer(text))
+        if found is None:
+            return 0.0
+        score = _overlap(found, wanted)
+        for a, b in zip(found, wanted, strict=True):
+            score *= max(0.0, 1 - abs(a - b) / whole)
+        return score
+
+    return score_each(score, completions, column_of("temporal_iou", columns, column), lengths)
 
 
 def ordering(
@@ -69,23 +73,18 @@ def ordering(
     gold items scores (1 + tau) / 2 with Kendall's tau, 0 for the reversed sequence and 1 for the
     right one, and anything else 0.
     """
-    scores: list[float | None] = []
-    for text, gold in zip(completions, answer, strict=True):
-        if gold is None:
-            scores.append(None)
-            continue
+
+    def score(text: str, gold: str) -> float:
         wanted, found = _items(extract_answer(gold) or gold), _items(final_answer(text))
         if not kendall:
-            scores.append(float(found == wanted))
-        elif len(set(wanted)) < len(wanted):
+            return float(found == wanted)
+        if len(set(wanted)) < len(wanted):
             raise ValueError(f"the gold sequence '{gold}' names an item twice")
-        else:
-            scores.append(
-                (1 + kendall_tau([wanted.index(item) for item in found])) / 2
-                if sorted(found) == sorted(wanted)
-                else 0.0
-            )
-    return scores
+        if sorted(found) != sorted(wanted):
+            return 0.0
+        return (1 + kendall_tau([wanted.index(item) for item in found])) / 2
+
+    return score_each(score, completions, answer)
 
 
 def frame_index(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from perl.permutation import LETTERS
 from perl.rewards.answers import extract_answer, same_answer
+from perl.rewards.math import equal_values
 from perl.types import IMAGE_SLOT, UserError
 
 _WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}")
@@ -109,7 +109,7 @@ def same_value(given: str, gold: str, digits: int = 6) -> bool:
     """
     if not given.strip() or len(given) > _LONGEST_VALUE:
         return False
-    return same_answer(given, gold) or _equal(given, gold, digits)
+    return same_answer(given, gold) or equal_values(given, gold, digits)
 
 
 def last_number(text: str) -> str | None:
@@ -192,15 +192,3 @@ def _by_text(text: str, options: Sequence[str]) -> str | None:
 
 def _slot(match: re.Match[str]) -> int:
     return _ORDINALS.index(match[1].lower()) if match[1] else int(match[2]) - 1
-
-
-def _equal(given: str, gold: str, digits: int) -> bool:
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    kinds = (LatexExtractionConfig(), ExprExtractionConfig())
-    values = [
-        parse(t if "$" in t else f"${t}$", extraction_config=kinds, fallback_mode="no_fallback")
-        for t in (gold, given)
-    ]
-    return all(values) and bool(verify(*values, float_rounding=digits))

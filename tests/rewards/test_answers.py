@@ -1,0 +1,138 @@
+"""Answers read out of completions and compared, and the form of completions."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perl.rewards.answers import (
+    accuracy,
+    extract_answer,
+    format_reward,
+    format_tags,
+    normalise,
+    same_answer,
+)
+
+FORMAT = re.compile(r"<think>.*</think>.*\\boxed\{.*\}.*", re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{B}", "B"),
+        (r"</think> \boxed{ B }", "B"),
+        (r"\boxed {B}", "B"),
+        (r"\boxed{A} no, \boxed{C}.", "C"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{a\}b}", r"a\}b"),
+        (r"\boxed{}", ""),
+        (r"\boxed{A} \boxed{B", None),
+        (r"\boxed{\text{A}", None),
+        ("boxed{B}", None),
+        ("", None),
+    ],
+)
+def test_extract_answer(text: str, answer: str | None) -> None:
+    assert extract_answer(text) == answer
+
+
+@given(st.text(alphabet="{}\\boxed ab", max_size=60))
+def test_extract_answer_survives_any_text(text: str) -> None:
+    answer = extract_answer(text)
+    assert answer is None or answer in text
+    normalise(answer or "")
+
+
+EQUAL = (
+    ("B", "b", "(B)", "(b).", "B.", "option B", r"\text{B}", "$B$"),
+    ("2", "Image 2", "image2", "2.0"),
+    ("1/2", "0.50", "0.5", r"\frac{1}{2}"),
+    ("-.5", r"-\dfrac{1}{2}"),
+    ("3", "+3"),
+    ("-3", "\u22123"),
+    ("1234", "1,234"),
+    ("7", "007"),
+    ("A, C", "A,C", "(A), (C)", "(A, C)"),
+    ("1,3,2", "[1, 3, 2]"),
+    ("A red car", "a  Red   car."),
+)
+
+
+@pytest.mark.parametrize("alike", EQUAL, ids=lambda alike: alike[0])
+def test_same_answers(alike: tuple[str, ...]) -> None:
+    for given_, gold in itertools.product(alike, (*alike, rf"\boxed{{{alike[0]}}}")):
+        assert same_answer(given_, gold), (given_, gold)
+    others = [answer for other in EQUAL if other is not alike for answer in other]
+    assert not any(same_answer(alike[0], other) for other in others)
+
+
+@pytest.mark.parametrize(
+    ("given_", "gold"),
+    [
+        (None, "B"), ("", "B"), ("A", "B"), ("BB", "B"), ("images", "s"), ("C, A", "A, C"), ("2", "3"), ("1/0", "1"),
+        ("1/3", "0.333"), ("12", "1,2"), ("1e3", "1000"), ("9" * 100_000, "9" * 99_999),
+    ],
+)  # fmt: skip
+def test_different_answers(given_: str | None, gold: str) -> None:
+    assert not same_answer(given_, gold)
+
+
+def test_accuracy_scores_each_completion() -> None:
+    texts = [r"\boxed{B}", r"\boxed{A}", "B", r"\boxed{B}"]
+    assert accuracy(["q"] * 4, texts, ["B", "B", "B", None]) == [1.0, 0.0, 0.0, None]
+
+
+def test_accuracy_of_tags_and_of_sets() -> None:
+    texts = ["<answer>A</answer> <answer> (c) and A. </answer>", r"<answer>C, A \boxed{A, C}"]
+    assert accuracy(["q"] * 2, texts, ["A, C"] * 2) == [0, 1]
+    assert accuracy(["q"] * 2, texts, ["A, C"] * 2, tags=True) == [0, 0]
+    assert accuracy(["q"] * 2, texts, ["A, C"] * 2, tags=True, unordered=True) == [1, 0]
+    assert accuracy(["q"], [r"\boxed{A}"], ["A, C"], unordered=True) == [0]
+    assert accuracy(["q"], [r"\boxed{2; 1}"], ["1,2"], unordered=True) == [1]
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("<think>x</think><answer>B</answer>", 1),
+        ("\n<think>\nx</think>\n <answer>B</answer>\n", 1),
+        ("<think></think><answer></answer>", 1),
+        ("<think>x</think> so <answer>B</answer>", 0),
+        ("<think>x</think><answer>B</answer> !", 0),
+        ("<think>x</think><answer>B</answer><answer>C</answer>", 0),
+        ("<think><think>x</think><answer>B</answer>", 0),
+        ("<answer>B</answer><think>x</think>", 0),
+        ("<think>x</think><answer>B", 0),
+        ("<think>x</think><index>1</index><answer>B</answer>", 0),
+        ("", 0),
+    ],
+)
+def test_format_of_tags(text: str, score: float) -> None:
+    assert format_tags(["q"], [text]) == [score]
+    others = text.replace("think>", "index>").replace("answer>", "box>")
+    assert format_tags(["q"], [others], tags=("index", "box")) == [score]
+
+
+def test_format_of_three_tags() -> None:
+    text = "<think>x</think><index>1</index><answer>B</answer>"
+    assert format_tags(["q"], [text], tags=("think", "index", "answer")) == [1]
+
+
+@given(st.lists(st.sampled_from(["<think>", "</think>", r"\boxed{", "}", "x", "\n"]), max_size=8))
+def test_format_is_the_expression(parts: list[str]) -> None:
+    text = "".join(parts)
+    assert format_reward(["q"], [text]) == [float(bool(FORMAT.fullmatch(text)))]
+
+
+def test_format_takes_no_time_over_a_looping_model() -> None:
+    start = time.perf_counter()
+    looping = "<think>" + "</think>" * 20_000 + r"\boxed{" * 20_000
+    assert format_reward(["q"], [looping]) == [0.0]
+    assert time.perf_counter() - start < 1

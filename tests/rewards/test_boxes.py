@@ -1,0 +1,157 @@
+"""Where something is: boxes, several boxes, and a box in one of several images."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perl.permutation import permute
+from perl.rewards.boxes import boxes_in, iou
+from perl.rewards.scorer import Scorer
+from perl.types import Example, Rollout, UserError
+from tests.rewards.scoring import score
+
+NAN = float("nan")
+corners, sides = st.integers(0, 8), st.integers(1, 5)
+boxes = st.builds(lambda x, y, w, h: (x, y, x + w, y + h), corners, corners, sides, sides)
+
+
+def pixels(box: tuple[int, ...]) -> set[tuple[int, int]]:
+    return {(x, y) for x in range(box[0], box[2]) for y in range(box[1], box[3])}
+
+
+@given(boxes, boxes)
+def test_iou_is_a_count_of_pixels(a: Any, b: Any) -> None:
+    both, either = pixels(a) & pixels(b), pixels(a) | pixels(b)
+    assert iou(a, b) == pytest.approx(len(both) / len(either))
+    assert iou(a, b) == iou(b, a)
+    assert 0 <= iou(a, b) <= 1
+    assert (iou(a, b) == 1) == (a == b)
+
+
+def test_boxes_without_area_overlap_nothing() -> None:
+    assert iou((1, 1, 1, 5), (1, 1, 1, 5)) == 0
+    assert iou((5, 5, 1, 1), (1, 1, 5, 5)) == 0
+
+
+@given(boxes)
+def test_boxes_are_read_as_they_are_written(box: Any) -> None:
+    x1, y1, x2, y2 = box
+    for text in (
+        f"({x1},{y1}),({x2},{y2})",
+        f"[{x1}, {y1}, {x2}, {y2}]",
+        f'{{"bbox_2d": [{x1}.0, {y1}, {x2}, {y2}], "label": "cat"}}',
+        f"<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>",
+        f"(({x1}, {y1}), ({x2}, {y2}))",
+    ):
+        assert boxes_in(f"1, 2 (3) {text} [4]") == [box]
+
+
+def test_box_iou() -> None:
+    text = "<think>(9,9),(10,10)</think><answer>(0,0),(2,2)</answer>"
+    assert score("box_iou", text, answer="[1, 0, 3, 2]") == pytest.approx(1 / 3)
+    assert score("box_iou(column='bbox')", text, bbox=[0, 0, 2, 2]) == 1
+    assert score("box_iou(threshold=0.5)", text, answer="(1,0),(3,2)") == 0
+    assert score("box_iou(threshold=0.3)", text, answer="(1,0),(3,2)") == 1
+    assert score("box_iou", "no box", answer="(1,0),(3,2)") == 0
+    assert math.isnan(score("box_iou", text, answer=None))
+    with pytest.raises(UserError, match="has 0 boxes, and one is needed"):
+        score("box_iou", text, answer="B")
+    with pytest.raises(UserError, match="no column 'bbox'; there are answer; name"):
+        score("box_iou(column='bbox')", text, answer="B")
+
+
+@given(st.lists(boxes, max_size=5), st.data())
+def test_gold_boxes_in_every_form(gold: Any, data: Any) -> None:
+    forms = [
+        list,
+        tuple,
+        np.array,
+        lambda b: np.array(b, dtype=np.float32),
+        lambda b: {"bbox_2d": list(b)},
+    ]
+    forms += [str, lambda b: list(np.array(b)), lambda b: {"label": "cat", "bbox_2d": tuple(b)}]
+    one, mixed = data.draw(st.sampled_from(forms)), data.draw(st.booleans())
+    wanted = [(data.draw(st.sampled_from(forms)) if mixed else one)(box) for box in gold]
+    text = " ".join(str(list(box)) for box in gold)
+    assert score("detection(column='boxes')", text, boxes=wanted) == pytest.approx(1)
+    for box, value in zip(gold, wanted, strict=True):
+        assert score("box_iou(column='box')", str(box), box=value) == 1
+        assert score("box_iou(column='box')", str(box), box=[value]) == 1
+
+
+@pytest.mark.parametrize(
+    ("gold", "reason"),
+    [
+        ([5, 5, 1, 1], "the gold box [5, 5, 1, 1] has no area"),
+        ("(0,5),(4,1)", "the gold box [0, 5, 4, 1] has no area"),
+        ([2, 2, 2, 4], "the gold box [2, 2, 2, 4] has no area"),
+        ([1, 2, 3], "is no box of four numbers"),
+        ([1, 2, 3, [4]], "is no box of four numbers"),
+    ],
+)
+@pytest.mark.parametrize("spec", ["box_iou", "detection", "grounding(box_column='answer')"])
+def test_a_gold_box_that_nothing_fits_is_bad_data(
+    spec: str, gold: Any, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    scorer = Scorer((spec,), (1.0,))
+    columns = {"answer": ["[0,0,4,4]", gold], "id": ["q1", "q2"], "image": [1, 1]}
+    totals, _ = scorer.score(["q"] * 2, ["image 1, [0,0,4,4]"] * 2, columns)
+    np.testing.assert_array_equal(totals, [1, NAN])
+    assert reason in caplog.text and "on example 'q2'" in caplog.text
+
+
+def test_detection() -> None:
+    gold = [[0, 0, 10, 10], [20, 0, 30, 10]]
+    assert score("detection(column='boxes')", "[0,0,10,10] [20,0,30,10]", boxes=gold) == 1
+    # One found with IoU 0.8, one missed, one false: 0.7 * 0.4 + 0.3 * (1 - (1/2 + 1/2) / 2).
+    text = "[0,0,10,8] [50,50,60,60]"
+    assert score("detection(column='boxes')", text, boxes=gold) == pytest.approx(0.43)
+    weights = "iou_weight=0, completeness_weight=2"
+    assert score(f"detection({weights}, column='boxes')", text, boxes=gold) == pytest.approx(0.5)
+    assert score("detection(threshold=0.9)", text, answer="[0,0,10,10]") == 0.3 * (1 - 2 / 2)
+    assert score("detection", "none", answer="[0,0,10,10]") == 0
+    assert score("detection", "none", answer="there is none") == 1
+    assert score("detection", "[0,0,1,1]", answer="there is none") == 0
+
+
+@given(st.lists(boxes, max_size=4), st.lists(boxes, max_size=4))
+def test_detection_is_a_share_and_perfect_for_the_gold_boxes(found: Any, wanted: Any) -> None:
+    text = " ".join(str(list(box)) for box in found)
+    value = score("detection(column='boxes')", f"<answer>{text}</answer>", boxes=wanted)
+    assert 0 <= value <= 1
+    same = " ".join(str(list(box)) for box in reversed(wanted))
+    assert score("detection(column='boxes')", same, boxes=wanted) == pytest.approx(1)
+
+
+def test_grounding_follows_the_image() -> None:
+    """The gold image is the data's second; where it stands in the rollout is where the answer has to point."""
+    extra = {"image": 2, "box": "(0,0),(4,4)"}
+    example = Example("q", ("a", "b", "c"), "", "", should_change=False, extra=extra)  # type: ignore[arg-type]
+    texts = [f"<answer>In image {k}, box (0,0),(4,2)</answer>" for k in (1, 2, 3)]
+
+    def scores(spec: str, order: tuple[int, ...]) -> list[float]:
+        rollouts = [
+            Rollout(permute(example, order), None, np.zeros(1), np.zeros(1), text, True)  # type: ignore[arg-type]
+            for text in texts
+        ]
+        return Scorer((spec,), (1.0,)).score_rollouts(rollouts)[0].tolist()
+
+    assert scores("grounding", (0, 1, 2)) == [0, 0.5, 0]
+    assert scores("grounding", (1, 2, 0)) == [0.5, 0, 0]
+    assert scores("grounding(image_weight=0.5)", (2, 0, 1)) == [0, 0, 0.75]
+    assert scores("grounding(threshold=0.5)", (1, 0, 2)) == [1, 0, 0]
+
+
+def test_grounding_reads_the_answer_in_the_order_it_is_in() -> None:
+    spec = "grounding(image_column='answer')"
+    columns = {"answer": "Image 3", "box": [0, 0, 4, 4], "order": [2, 1, 0]}
+    for name in ('"image": 3', '"image": "image_3"', '"image_3"', '"image_index": 3'):
+        assert score(spec, f'{{{name}, "bbox_2d": [0, 0, 4, 4]}}', **columns) == 1
+    assert score(spec, "image_2 [0, 0, 4, 4]", **columns) == 0
+    assert score(spec, "image 3 [0, 0, 4, 4]", **{**columns, "answer": "image_3"}) == 1

@@ -1,0 +1,68 @@
+"""The letter that a completion settles on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from perl.rewards.scorer import Scorer
+from tests.rewards.scoring import score
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("<answer>B</answer>", "B"),
+        ("A or C? <answer> (b) </answer>", "B"),
+        ("<answer>B. A dog</answer>", "B"),
+        ("<answer>B) dog</answer>", "B"),
+        ("<answer>Option B</answer>", "B"),
+        ("<answer>option b.</answer>", "B"),
+        ("<answer>The answer is (C)</answer>", "C"),
+        ("<answer>**D**</answer>", "D"),
+        ("<answer>It shows A dog, so B</answer>", "B"),
+        ("<answer>C</answer> <answer>B</answer>", "B"),
+        (r"\boxed{\text{B}}", "B"),
+        (r"\boxed{B}", "B"),
+        ("<think>A is wrong</think> B", "B"),
+        ("B.", "B"),
+        ("Maybe (A). No: the answer is B", "B"),
+        ("I think that (C) fits", "C"),
+        ("<answer>e.g. B</answer>", "B"),
+        ("<answer>i.e., the second: (B)</answer>", "B"),
+        ("<answer>E.G. option B</answer>", "B"),
+        ("<answer>B.Dog</answer>", "B"),
+        ("<answer>a.m.</answer>", None),
+        ("A cat is to be seen.", None),
+        ("<answer>a dog</answer>", None),
+        ("<answer></answer>", None),
+        ("", None),
+    ],
+)
+def test_choice_finds_the_letter(text: str, letter: str | None) -> None:
+    scores = {gold: score("choice", text, answer=gold) for gold in "ABCD"}
+    assert {gold for gold, value in scores.items() if value == 1} == ({letter} - {None})
+    if letter:
+        assert score("choice", text, answer=f"({letter}) a thing") == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["A, C", "C and A", "A and C", "(c), (a)", "AC", "C; A.", "e.g. A and C", "(a), i.e. (c)"],
+)
+def test_choice_of_several(text: str) -> None:
+    tagged = f"<answer>{text}</answer>"
+    assert score("choice(unordered=True)", tagged, answer="A, C") == 1
+    assert score("choice(unordered=True)", tagged, answer="A, B, C") == 0
+
+
+def test_choice_without_gold_and_with_a_gold_that_is_none(caplog: Any) -> None:
+    scorer = Scorer(("choice",), (1.0,))
+    gold = {"answer": ["A", None, "12"], "id": ["q1", "q2", "q3"]}
+    totals, _ = scorer.score(["q"] * 3, ["A"] * 3, gold)
+    np.testing.assert_array_equal(totals, [1, NAN, NAN])  # nothing else scores the other two
+    assert scorer.faults == {"choice": 0} and not caplog.text

@@ -1,0 +1,74 @@
+"""The weighted sum over reward functions, and the columns that they are given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from perl.rewards.scorer import Scorer, rollout_columns
+from perl.types import Example, Rollout, UserError, Variant
+
+
+def test_scorer_weights_accuracy_and_format() -> None:
+    texts = [r"<think> x </think> \boxed{ B }", r"\boxed{B}", "<think> x </think> \\boxed{A}", "B"]
+    totals, parts = Scorer().score(["q"] * 4, texts, {"answer": ["B"] * 4, "task": ["which"] * 4})
+    assert totals.dtype == np.float64
+    np.testing.assert_allclose(totals, [1.0, 0.9, 0.1, 0.0])
+    np.testing.assert_array_equal(parts["accuracy"], [1, 1, 0, 0])
+    np.testing.assert_array_equal(parts["format"], [1, 0, 1, 0])
+
+
+def test_unscorable_is_nan_but_not_for_a_watched_function() -> None:
+    def some(prompts: Any, completions: Any, **columns: Any) -> list[float | None]:
+        return [None, float("nan"), 1]
+
+    def watched(prompts: Any, completions: Any, **columns: Any) -> list[float | None]:
+        return [2.0, None, None]
+
+    totals, parts = Scorer((some, watched), (0.5, 0.0)).score(["q"] * 3, ["a"] * 3, {})
+    np.testing.assert_array_equal(totals, [np.nan, np.nan, 0.5])
+    np.testing.assert_array_equal(parts["watched"], [2, np.nan, np.nan])
+
+
+def test_columns_reach_the_function_in_its_order() -> None:
+    def length(prompts: Any, completions: Any, answer: Any, goal: Any, **columns: Any) -> Any:
+        assert prompts == ["A <image> which ?"] * 2 and columns["task"] == ["which", "which"]
+        assert answer == ["A", "B"] and columns["id"] == ["q", "q"]
+        return np.array([len(text) - want for text, want in zip(completions, goal, strict=True)])
+
+    example = Example(
+        "q", (), "A <image> which ?", "A", task="which", extra={"goal": 2, "prompts": 0}
+    )
+    rollouts = [
+        Rollout(Variant(example, order, (), answer), None, np.zeros(1), np.zeros(1), text, True)  # type: ignore[arg-type]
+        for answer, order, text in (("A", (1, 0), "four"), ("B", (0, 1), "no"))
+    ]
+    totals, _ = Scorer((length,), (2.0,)).score_rollouts(rollouts)
+    np.testing.assert_array_equal(totals, [4, 0])
+    columns = rollout_columns(rollouts)[2]
+    assert set(columns) == {"answer", "id", "task", "goal", "order", "completion_length"}
+    assert columns["order"] == [[1, 0], [0, 1]] and columns["completion_length"] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("functions", "weights", "match"),
+    [
+        ((), (), "functions is empty"),
+        (("accuracy",), (0.9, 0.1), "2 numbers for 1 functions"),
+        (("accuracy",), (float("nan"),), "must be finite"),
+        (("accuracy", "accuracy"), (1.0, 1.0), "one function twice"),
+        (("ordering(kendall=True)", "ordering(kendall=True)"), (1.0, 1.0), "one function twice"),
+    ],
+)
+def test_bad_settings(functions: Any, weights: Any, match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        Scorer(functions, weights)
+
+
+def test_options_tell_functions_apart_where_names_do_not() -> None:
+    scorer = Scorer(("ordering", "ordering(kendall=True)", "repetition(n=2)"), (0.5, 0.5, -1.0))
+    assert scorer.names == ("ordering", "ordering(kendall=True)", "repetition")
+    totals, _ = scorer.score(["q"], ["C, A, B"], {"answer": ["A, B, C"], "n": [7]})
+    np.testing.assert_allclose(totals, [0.5 * (1 - 1 / 3) / 2])
