@@ -27,9 +27,7 @@ from perl.permutation.layout import (
     described,
     find_options,
     images_in,
-    in_words,
     letter_of,
-    longest,
     meaning,
     moved,
     slot_labels,
@@ -119,10 +117,9 @@ def lettering(example: Example, options: Slots) -> Lettering:
     text, count = text_of(example), len(example.images)
     labels = slot_labels(text)
     numbers = labels.numbers or tuple(range(count))
-    runs = find_options(text)
-    lines = tuple(longest(in_words(runs)))
-    pictured = [run for run in runs if any(IMAGE_SLOT in line.text for line in run)]
-    slots = labels.letters or _slots_in(longest(pictured), text)
+    in_words, pictured = find_options(text)
+    lines = tuple(in_words)
+    slots = labels.letters or _slots_in(pictured, text)
     bare = [bare_name(line.text, Names(count, (), numbers)) for line in lines]
     named = [
         replace(one, start=one.start + line.start, end=one.end + line.start)

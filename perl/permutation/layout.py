@@ -186,8 +186,12 @@ class Option:
     text: str
 
 
-def find_options(text: str) -> list[list[Option]]:
-    """All runs of options in a text, each A, B, ... in one style, and each option with words of its own."""
+def find_options(text: str) -> tuple[list[Option], list[Option]]:
+    """The options of a text that are words, and those that hold images: of each the longest run, of equal
+    ones the last; empty if there is none.
+
+    A run is A, B, ... in one style, and each of its options has words of its own or an image.
+    """
     runs: list[list[re.Match[str]]] = []
     last: dict[tuple[str, ...], list[re.Match[str]]] = {}
     for mark in _MARK.finditer(text):
@@ -200,27 +204,20 @@ def find_options(text: str) -> list[list[Option]]:
             runs.append(last[style])
         elif run and len(run) < len(LETTERS) and letter == LETTERS[len(run)]:
             run.append(mark)
-    found = [_lines(text, run) for run in runs if len(run) > 1]
-    return [lines for lines in found if all(_says(line.text) for line in lines)]
-
-
-def longest(runs: Sequence[list[Option]]) -> list[Option]:
-    """The longest run, of equal ones the last; empty if there is none."""
-    return max(reversed(runs), key=len, default=[])
+    found = [_options(text, run) for run in reversed(runs) if len(run) > 1]
+    found = [run for run in found if all(_says(option.text) for option in run)]
+    pictured = [run for run in found if any(IMAGE_SLOT in option.text for option in run)]
+    in_words = [run for run in found if run not in pictured]
+    return max(in_words, key=len, default=[]), max(pictured, key=len, default=[])
 
 
 def option_lines(text: str) -> dict[str, str]:
     """The options of a multiple-choice question, by letter; empty if there are no two of them.
 
-    The longest run counts, options in words before options that are images.
+    Options in words count before options that are images.
     """
-    runs = find_options(text)
-    return {line.letter: line.text for line in longest(in_words(runs) or runs)}
-
-
-def in_words(runs: Sequence[list[Option]]) -> list[list[Option]]:
-    """The runs of which no option holds an image."""
-    return [run for run in runs if not any(IMAGE_SLOT in line.text for line in run)]
+    in_words, pictured = find_options(text)
+    return {option.letter: option.text for option in in_words or pictured}
 
 
 def numbers_its_options(text: str) -> bool:
@@ -279,7 +276,7 @@ def _style(mark: re.Match[str]) -> tuple[str, ...] | None:
     return ("upper" if letter.isupper() else "lower", mark["open"], kind)
 
 
-def _lines(text: str, run: Sequence[re.Match[str]]) -> list[Option]:
+def _options(text: str, run: Sequence[re.Match[str]]) -> list[Option]:
     ends = [mark.start() for mark in run[1:]] + [len(text)]
     out = []
     for mark, end in zip(run, ends, strict=True):

@@ -54,14 +54,13 @@ async def judge(
     (after any thinking) is neither yes nor no, or that was cut at `max_tokens`, is a fault of that
     rollout.
     """
-    rows = {
-        i: _JUDGE.format(question=prompt, gold=gold, given=final_answer(text))
-        for i, (prompt, text, gold) in enumerate(zip(prompts, completions, answer, strict=True))
-        if gold is not None
-    }
-    return await _scores(
-        rows, len(completions), lambda i, reply: _yes_or_no(reply), concurrency, max_tokens
-    )
+    asked = [
+        None
+        if gold is None
+        else _JUDGE.format(question=prompt, gold=gold, given=final_answer(text))
+        for prompt, text, gold in zip(prompts, completions, answer, strict=True)
+    ]
+    return await _scores(asked, lambda i, reply: _yes_or_no(reply), concurrency, max_tokens)
 
 
 async def caption_facts(
@@ -79,23 +78,19 @@ async def caption_facts(
     texts, or one text with a fact a line; None without facts. A request that fails, or a reply
     without one number for each fact, or that was cut at `max_tokens`, is a fault of that rollout.
     """
-    facts = column_of("caption_facts", columns, column)
-    known = {i: _lines(value) for i, value in enumerate(facts) if value}
-    rows = {
-        i: _FACTS.format(
-            facts="\n".join(f"{k}. {fact}" for k, fact in enumerate(lines, 1)),
-            text=completions[i],
-            count=len(lines),
+    known = [_lines(value or ()) for value in column_of("caption_facts", columns, column)]
+    asked = [
+        _FACTS.format(
+            facts="\n".join(f"{k}. {fact}" for k, fact in enumerate(facts, 1)),
+            text=text,
+            count=len(facts),
         )
-        for i, lines in known.items()
-        if lines
-    }
+        if facts
+        else None
+        for text, facts in zip(completions, known, strict=True)
+    ]
     return await _scores(
-        rows,
-        len(completions),
-        lambda i, reply: _share(reply, len(known[i])),
-        concurrency,
-        max_tokens,
+        asked, lambda i, reply: _share(reply, len(known[i])), concurrency, max_tokens
     )
 
 
@@ -110,23 +105,23 @@ def _ask_for_a_sign(endpoint: Endpoint) -> None:
 
 
 async def _scores(
-    rows: dict[int, str],
-    count: int,
+    asked: Sequence[str | None],
     read: Callable[[int, str], float],
     concurrency: int,
     max_tokens: int,
 ) -> list[Any]:
-    """For each completion a score, None where nothing was asked, or the exception that it ended in.
+    """For each completion a score, None where nothing is asked, or the exception that it ended in.
 
     Raises UserError if no request succeeds.
     """
     endpoint = replace(Endpoint.from_env(), concurrency=concurrency)
-    replies = await endpoint.ask(list(rows.values()), max_tokens=max_tokens)
+    questions = {i: question for i, question in enumerate(asked) if question is not None}
+    replies = await endpoint.ask(list(questions.values()), max_tokens=max_tokens)
     refused = [reply for reply in replies if isinstance(reply, UserError)]
     if refused and len(refused) == len(replies):
         raise refused[0]
-    scores: list[Any] = [None] * count
-    for i, reply in zip(rows, replies, strict=True):
+    scores: list[Any] = [None] * len(asked)
+    for i, reply in zip(questions, replies, strict=True):
         try:
             scores[i] = read(i, _spoken(reply)) if isinstance(reply, Completion) else reply
         except ValueError as error:

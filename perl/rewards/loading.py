@@ -56,28 +56,25 @@ def load(spec: str, built_in: Mapping[str, RewardFunction]) -> BoundReward:
             f"reward '{spec}' cannot be read; write a name, package.module:function or "
             "file.py:function, with options as in box_iou(threshold=0.5)"
         )
-    name = match["name"]
+    name, module = match["name"], match["module"]
     options = _read_options(spec, match["options"]) if match["options"] is not None else {}
-    if match["module"] is not None:
-        function = _from_module(match["module"], name, spec)
-        return BoundReward(
-            function, _checked(spec, options, _parameters(function)), frozenset(options)
-        )
-    if name not in built_in:
+    if module is None and name not in built_in:
         raise UserError(
             f"unknown reward function '{name}'{_nearest(name, built_in)}; known are "
             f"{', '.join(built_in)}, or write package.module:function or file.py:function"
         )
-    known = {
-        key: parameter
-        for key, parameter in (_parameters(built_in[name]) or {}).items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
-    options = _checked(spec, options, known)
-    for key, parameter in known.items():
+    function = built_in[name] if module is None else _from_module(module, name, spec)
+    known = _options_of(function, keyword_only=module is None)
+    for key in options:
+        if known is not None and key not in known:
+            there = f"its options are {', '.join(known)}" if known else "it takes none"
+            raise UserError(f"reward '{spec}' has no option '{key}'{_nearest(key, known)}; {there}")
+    if module is not None:  # What it needs besides may be columns.
+        return BoundReward(function, options, frozenset(options))
+    for key, parameter in (known or {}).items():
         if parameter.default is inspect.Parameter.empty and key not in options:
             raise UserError(f"reward '{spec}' needs the option {key}, as in {name}({key}=...)")
-    return BoundReward(built_in[name], options, frozenset(known))
+    return BoundReward(function, options, frozenset(known or ()))
 
 
 def _read_options(spec: str, text: str) -> dict[str, Any]:
@@ -97,52 +94,26 @@ def _read_options(spec: str, text: str) -> dict[str, Any]:
         ) from error
 
 
-def _parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter] | None:
+def _options_of(
+    function: RewardFunction, keyword_only: bool
+) -> Mapping[str, inspect.Parameter] | None:
     """The parameters that an option may name; None where Python cannot tell."""
     try:
         parameters = inspect.signature(function).parameters
     except (ValueError, TypeError):
         return None
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {k: p for k, p in parameters.items() if p.kind in named and k not in _GIVEN}
+    kinds = {inspect.Parameter.KEYWORD_ONLY}
+    if not keyword_only:
+        kinds.add(inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return {k: p for k, p in parameters.items() if p.kind in kinds and k not in _GIVEN}
 
 
-def _checked(
-    spec: str, options: dict[str, Any], known: Mapping[str, inspect.Parameter] | None
-) -> dict[str, Any]:
-    if known is None:
-        return options
-    for name in options:
-        if name not in known:
-            there = f"its options are {', '.join(known)}" if known else "it takes none"
-            raise UserError(
-                f"reward '{spec}' has no option '{name}'{_nearest(name, known)}; {there}"
-            )
-    return options
-
-
-def _from_module(module_name: str, function_name: str, spec: str) -> RewardFunction:
-    module = _import(module_name, spec)
-    function = getattr(module, function_name, None)
-    if function is None:
-        raise UserError(
-            f"reward '{spec}': {module_name} has no '{function_name}'"
-            f"{_nearest(function_name, vars(module))}"
-        )
-    if not callable(function):
-        raise UserError(
-            f"reward '{spec}': '{function_name}' is a {type(function).__name__}, not a function"
-        )
-    return function
-
-
-def _import(name: str, spec: str) -> ModuleType:
+def _from_module(module_name: str, name: str, spec: str) -> RewardFunction:
     try:
-        return (
-            _import_file(Path(name).resolve())
-            if name.endswith(".py")
-            else importlib.import_module(name)
-        )
+        if module_name.endswith(".py"):
+            module = _import_file(Path(module_name).resolve())
+        else:
+            module = importlib.import_module(module_name)
     except FileNotFoundError as error:
         raise UserError(f"reward '{spec}': {one_line(error)}; correct the path") from error
     except ModuleNotFoundError as error:
@@ -152,8 +123,16 @@ def _import(name: str, spec: str) -> ModuleType:
         ) from error
     except Exception as error:
         raise UserError(
-            f"reward '{spec}': importing {name} raised {type(error).__name__}: {one_line(error)}"
+            f"reward '{spec}': importing {module_name} raised {type(error).__name__}: {one_line(error)}"
         ) from error
+    function = getattr(module, name, None)
+    if function is None:
+        raise UserError(
+            f"reward '{spec}': {module_name} has no '{name}'{_nearest(name, vars(module))}"
+        )
+    if not callable(function):
+        raise UserError(f"reward '{spec}': '{name}' is a {type(function).__name__}, not a function")
+    return function
 
 
 @functools.cache
