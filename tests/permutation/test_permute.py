@@ -84,20 +84,11 @@ def test_the_example_of_the_types_swaps() -> None:
 @pytest.mark.parametrize(
     ("answer", "after"),
     [
-        ("A", "C"),
-        ("b", "a"),
-        ("(C)", "(B)"),
-        ("Image 2", "Image 1"),
-        ("image 3.", "image 2."),
-        ("1", "3"),
-        ("A, C", "C, B"),
-        ("1, 3, 2", "3, 2, 1"),
-        ("A and B", "C and A"),
-        ("[2, 1]", "[1, 3]"),
-        (" B ", " A "),
+        ("A", "C"), ("b", "a"), ("(C)", "(B)"), ("Image 2", "Image 1"), ("image 3.", "image 2."), ("1", "3"),
+        ("A, C", "C, B"), ("1, 3, 2", "3, 2, 1"), ("A and B", "C and A"), ("[2, 1]", "[1, 3]"), (" B ", " A "),
         ("the second image", "the first image"),
     ],
-)
+)  # fmt: skip
 def test_every_shape_of_answer(answer: str, after: str) -> None:
     order = (1, 2, 0)  # the first image now stands third
     variant = permute(lettered(3, answer), order)

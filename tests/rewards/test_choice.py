@@ -13,37 +13,24 @@ from tests.rewards.scoring import score
 NAN = float("nan")
 
 
+CHOSEN = {
+    "B": (
+        "<answer>B</answer>", "A or C? <answer> (b) </answer>", "<answer>B. A dog</answer>", "<answer>B) dog</answer>",
+        "<answer>Option B</answer>", "<answer>option b.</answer>", "<answer>It shows A dog, so B</answer>",
+        "<answer>C</answer> <answer>B</answer>", r"\boxed{\text{B}}", r"\boxed{B}", "<think>A is wrong</think> B", "B.",
+        "Maybe (A). No: the answer is B", "<answer>e.g. B</answer>", "<answer>i.e., the second: (B)</answer>",
+        "<answer>E.G. option B</answer>", "<answer>B.Dog</answer>",
+    ),
+    "C": ("<answer>The answer is (C)</answer>", "I think that (C) fits"),
+    "D": ("<answer>**D**</answer>",),
+    None: ("<answer>a.m.</answer>", "A cat is to be seen.", "<answer>a dog</answer>", "<answer></answer>", ""),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("text", "letter"),
-    [
-        ("<answer>B</answer>", "B"),
-        ("A or C? <answer> (b) </answer>", "B"),
-        ("<answer>B. A dog</answer>", "B"),
-        ("<answer>B) dog</answer>", "B"),
-        ("<answer>Option B</answer>", "B"),
-        ("<answer>option b.</answer>", "B"),
-        ("<answer>The answer is (C)</answer>", "C"),
-        ("<answer>**D**</answer>", "D"),
-        ("<answer>It shows A dog, so B</answer>", "B"),
-        ("<answer>C</answer> <answer>B</answer>", "B"),
-        (r"\boxed{\text{B}}", "B"),
-        (r"\boxed{B}", "B"),
-        ("<think>A is wrong</think> B", "B"),
-        ("B.", "B"),
-        ("Maybe (A). No: the answer is B", "B"),
-        ("I think that (C) fits", "C"),
-        ("<answer>e.g. B</answer>", "B"),
-        ("<answer>i.e., the second: (B)</answer>", "B"),
-        ("<answer>E.G. option B</answer>", "B"),
-        ("<answer>B.Dog</answer>", "B"),
-        ("<answer>a.m.</answer>", None),
-        ("A cat is to be seen.", None),
-        ("<answer>a dog</answer>", None),
-        ("<answer></answer>", None),
-        ("", None),
-    ],
+    ("letter", "text"), [(letter, text) for letter, texts in CHOSEN.items() for text in texts]
 )
-def test_choice_finds_the_letter(text: str, letter: str | None) -> None:
+def test_choice_finds_the_letter(letter: str | None, text: str) -> None:
     scores = {gold: score("choice", text, answer=gold) for gold in "ABCD"}
     assert {gold for gold, value in scores.items() if value == 1} == ({letter} - {None})
     if letter:

@@ -83,51 +83,32 @@ def test_facts_are_counted(serve: Callable[[Reply], list[str]]) -> None:
         Scorer(("caption_facts(column='notes')",), (1.0,)).score(["q"], ["x"], {"facts": [["a"]]})
 
 
-@pytest.mark.parametrize(
-    ("reply", "value"),
-    [
-        ("Yes, there is no contradiction.", 1),
-        ("No, because yes is not what it says", 0),
-        ("**Yes**", 1),
-        ("'no.'", 0),
-        ("<think>maybe no</think>\n\nYes.", 1),
-        ("it opens before the reply, no</think>yes", 1),
-        ("<think>... maybe yes", NAN),
-        (["yes"], NAN),
-        (["<think>maybe</think> yes"], NAN),
-        ("Perhaps yes", NAN),
-        ("yes/no", NAN),
-        ("Nothing", NAN),
-        ("", NAN),
-    ],
-)
-def test_only_a_first_word_judges(
-    reply: str | list[str], value: float, serve: Callable[[Reply], list[str]]
-) -> None:
-    serve(lambda text: reply if "odd" in text else "yes")
-    scorer = Scorer(("judge",), (1.0,))
-    totals, _ = scorer.score(["q"] * 2, ["odd", "a"], {"answer": ["A"] * 2})
-    np.testing.assert_array_equal(totals, [value, 1])
+FACTS = [["x", "y", "z"]] * 2
+JUDGED = {
+    1: ("Yes, there is no contradiction.", "**Yes**", "<think>maybe no</think>\n\nYes.",
+        "it opens before the reply, no</think>yes"),
+    0: ("No, because yes is not what it says", "'no.'"),
+    NAN: ("<think>... maybe yes", ["yes"], ["<think>maybe</think> yes"], "Perhaps yes", "yes/no", "Nothing", ""),
+}  # fmt: skip
+COUNTED = {
+    2 / 3: ("1, 0, 1.", "1. 1\n2. 0\n3. 1"),
+    1 / 3: ("<think>1, 1, 1</think>\n0, 0, 1\n",),
+    NAN: ("1, 0.5, 1", "1, 0", "<think>1, 0, 1", ["1, 0, 1"]),
+}
 
 
 @pytest.mark.parametrize(
-    ("reply", "value"),
-    [
-        ("1, 0, 1.", 2 / 3),
-        ("<think>1, 1, 1</think>\n0, 0, 1\n", 1 / 3),
-        ("1. 1\n2. 0\n3. 1", 2 / 3),
-        ("1, 0.5, 1", NAN),
-        ("1, 0", NAN),
-        ("<think>1, 0, 1", NAN),
-        (["1, 0, 1"], NAN),
-    ],
+    ("function", "reply", "value"),
+    [("judge", reply, value) for value, replies in JUDGED.items() for reply in replies]
+    + [("caption_facts", reply, value) for value, replies in COUNTED.items() for reply in replies],
 )
-def test_facts_are_read_from_a_whole_reply(
-    reply: str | list[str], value: float, serve: Callable[[Reply], list[str]]
+def test_only_a_whole_reply_with_the_wanted_words_counts(
+    function: str, reply: str | list[str], value: float, serve: Callable[[Reply], list[str]]
 ) -> None:
-    serve(lambda text: reply if "odd" in text else "1, 1, 1")
-    scorer = Scorer(("caption_facts",), (1.0,))
-    totals, _ = scorer.score(["q"] * 2, ["odd", "a"], {"facts": [["x", "y", "z"]] * 2})
+    """A first word that judges, or a number for each fact."""
+    serve(lambda text: reply if "odd" in text else "yes" if function == "judge" else "1, 1, 1")
+    columns = {"answer": ["A"] * 2} if function == "judge" else {"facts": FACTS}
+    totals, _ = Scorer((function,), (1.0,)).score(["q"] * 2, ["odd", "a"], columns)
     np.testing.assert_allclose(totals, [value, 1])
 
 
