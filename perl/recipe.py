@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from perl.config import Config, StageConfig, names_of, part_name, places_of
+from perl.config import Command, Config, StageConfig, names_of, part_name, places_of
 from perl.files import replacing
 from perl.types import UserError
 
@@ -80,6 +80,21 @@ def check_config(config: Config, where: str = "") -> None:
     _validated(_values(config), where)
     for stage in config.stages:
         merged(config, stage, where)
+
+
+def check_options(command: Command) -> None:
+    """Raise UserError, naming the option, for a number out of the bounds that stand beside it."""
+    from pydantic import TypeAdapter, ValidationError
+
+    for name, kind in get_type_hints(type(command), include_extras=True).items():
+        value = getattr(command, name)
+        if not isinstance(value, int | float):
+            continue
+        try:
+            TypeAdapter(kind).validate_python(value)
+        except ValidationError as error:
+            must = error.errors()[0]["msg"].replace("Input should", "must")
+            raise UserError(f"--{name.replace('_', '-')} {value}: {must}") from error
 
 
 def merged(config: Config, stage: StageConfig, where: str = "") -> Config:

@@ -101,12 +101,18 @@ def test_a_reader_that_leaves_is_no_error() -> None:
         (["--prompt", "<image> x"], "1 <image> slots but 0 images"),
         (["--prompt", "<image> <image> x", "--images", "0.png"], "2 <image> slots but 1 images"),
         (["--prompt", "<image> x", "--images", "0.png", "1.png"], "1 <image> slots but 2 images"),
-        (["--prompt", "x", "--n", "0"], "must be 1 or more"),
-        (["--prompt", "x", "--max-new-tokens", "0"], "must be 1 or more"),
-        (["--prompt", "x", "--temperature", "-1"], "--temperature -1.0: must be 0 or more"),
-        (["--prompt", "x", "--seed", "-1"], "--seed -1: must be from 0 to"),
+        (["--prompt", "x", "--n", "0"], "--n 0: must be greater than or equal to 1"),
+        (
+            ["--prompt", "x", "--max-new-tokens", "0"],
+            "--max-new-tokens 0: must be greater than or equal to 1",
+        ),
+        (
+            ["--prompt", "x", "--temperature", "-1"],
+            "--temperature -1.0: must be greater than or equal to 0",
+        ),
+        (["--prompt", "x", "--seed", "-1"], "--seed -1: must be greater than or equal to 0"),
         (["--prompt", "x", "--example", "0"], "not both"),
-        (["--example", "-1"], "--example -1: must be 0 or more"),
+        (["--example", "-1"], "--example -1: must be greater than or equal to 0"),
     ],
 )
 def test_generate_refuses(

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from perl.config import Command, Config, EvalConfig, MeasureConfig
+from perl.config import Command, Config, EvalConfig, MeasureConfig, Positive
 from perl.files import write_json
-from perl.recipe import check_config
+from perl.recipe import check_config, check_options
 from perl.report.progress import Display
 from perl.report.tables import print_table
 from perl.rollout.opening import engine_and_encoder, fingerprint, model_and_config
@@ -47,9 +47,9 @@ class Evaluate(Command):
     """How text and images are kept consistent in other orders of one's own data; empty: the run's."""
     instruction: Literal["official", "think"] = "official"
     """How a benchmark's question asks for the answer: as its authors do, or with PeRL's think-and-box instruction."""
-    orders: int = 1
+    orders: Positive = 1
     """With --suite: orders of the images where a benchmark lets them move, the official one first."""
-    limit: int | None = None
+    limit: Positive | None = None
     """With --suite: only the first items of each benchmark."""
     extract: Literal["rules", "llm"] = "rules"
     """Who reads the answer of a completion that boxes none: rules, or the model behind PERL_LLM_URL."""
@@ -107,9 +107,7 @@ def _check_options(command: Evaluate) -> None:
         raise UserError(f"{given[0]} is for --suite; name benchmarks, as in --suite blink, or all")
     if command.suite and command.text:
         raise UserError("--text is for one's own data; a benchmark's texts stay as they are")
-    for name, value in (("--orders", command.orders), ("--limit", command.limit)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} {value}: must be 1 or more")
+    check_options(command)
 
 
 def override(config: Config, **sections: Mapping[str, Any]) -> Config:

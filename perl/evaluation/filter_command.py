@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from perl.config import Command, Config
+from perl.config import AboveZero, Command, Config, Positive, Seed
 from perl.evaluation.commands import override
+from perl.recipe import check_options
 from perl.report.progress import Display
 from perl.report.tables import print_table
 from perl.rollout.opening import engine_and_encoder, model_and_config
@@ -28,16 +29,16 @@ class Filter(Command):
     """A run folder (its last model and its settings), a model folder, or a hub name."""
     data: str = ""
     """JSONL or Parquet file, hub dataset or bundled:digits; empty: the training data of the run."""
-    rollouts: int = 10
+    rollouts: Positive = 10
     """Completions per question."""
-    orders: int = 1
+    orders: Positive = 1
     """Image orders that they are spread over; 1: the original one."""
     measure: str | None = None
     """Reward function that they are scored by: one of the run's by its name, or any other, written as in
     reward.functions; empty: the run's filter.measure."""
     histogram: str = "paper"
     """Target shares of the accuracies 0.0, 0.1, ..., 1.0: paper (its Fig. 3b), uniform, or eleven numbers with commas."""
-    size: int | None = None
+    size: Positive | None = None
     """Questions to keep; empty: as many as meet the histogram without repeats."""
     repeat: bool = False
     """Take questions of accuracies that are too rare more than once."""
@@ -45,17 +46,17 @@ class Filter(Command):
     """JSONL file; empty: NAME.filtered.jsonl beside the data."""
     accuracies: Path | None = None
     """JSONL file with the measurements; empty: NAME.accuracies.jsonl beside the data."""
-    limit: int | None = None
+    limit: Positive | None = None
     """Measure a sample of this many questions; endless bundled ones need it."""
-    temperature: float = 1.0
+    temperature: AboveZero = 1.0
     """Sampling temperature."""
-    max_new_tokens: int | None = None
+    max_new_tokens: Positive | None = None
     """Longest completion; empty: the run's."""
-    max_prompt_tokens: int | None = None
+    max_prompt_tokens: Positive | None = None
     """Longest prompt, image tokens included; empty: the run's data.max_prompt_tokens."""
     overlong: Literal["error", "drop"] | None = None
     """What to do with a longer prompt; a dropped one is left out; empty: the run's."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the sampling and of the selection."""
     overwrite: bool = False
     """Measure again what another model or other settings have measured."""
@@ -72,7 +73,12 @@ class Filter(Command):
         from perl.rewards.scorer import Scorer
         from perl.rollout.opening import fingerprint
 
-        _check_numbers(self)
+        check_options(self)
+        if self.orders > self.rollouts:
+            raise UserError(
+                f"--orders {self.orders} is more than --rollouts {self.rollouts}; "
+                "each order needs a completion"
+            )
         histogram = parse_histogram(self.histogram)
         config = _settings(self)
         data = config.data.train
@@ -128,22 +134,6 @@ class Filter(Command):
         _print_selection(measured.accuracies, chosen, histogram, why_few=self.size is None)
         picture = output.with_suffix(".png")
         print(f"measured: {record}\nfiltered: {output}\npicture: {picture}")
-
-
-def _check_numbers(command: Filter) -> None:
-    for name in ("rollouts", "orders", "size", "limit", "max_new_tokens", "max_prompt_tokens"):
-        value = getattr(command, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
-    if command.orders > command.rollouts:
-        raise UserError(
-            f"--orders {command.orders} is more than --rollouts {command.rollouts}; "
-            "each order needs a completion"
-        )
-    if not 0 < command.temperature < math.inf:
-        raise UserError(f"--temperature {command.temperature}: must be above 0")
-    if not 0 <= command.seed < 2**31:
-        raise UserError(f"--seed {command.seed}: must be from 0 to {2**31 - 1}")
 
 
 def _settings(command: Filter) -> Config:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tyro.conf import Positional
 
-from perl.config import EVAL_SEED, Command, Config
+from perl.config import EVAL_SEED, Command, Config, Count, NotNegative, Positive, Seed
+from perl.recipe import check_options
 from perl.types import IMAGE_SLOT, Example, Message, UserError
 
 
@@ -23,22 +23,24 @@ class Generate(Command):
     """The question; `<image>` marks where each image goes, else they stand before it."""
     images: tuple[Path, ...] = ()
     """Image files, in the order of their slots."""
-    example: int | None = None
+    example: Count | None = None
     """Number of a held-out example of the run's data, instead of prompt and images."""
-    n: int = 1
+    n: Positive = 1
     """Completions."""
-    temperature: float | None = None
+    temperature: NotNegative | None = None
     """0: the most likely completion; empty: 0 for one completion, 1 for several."""
-    max_new_tokens: int | None = None
+    max_new_tokens: Positive | None = None
     """Longest completion; empty: the run's."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the sampling."""
 
     def execute(self) -> None:
         from perl.rollout.engine import SamplingParams
         from perl.rollout.opening import engine_and_encoder, model_and_config
 
-        _check_numbers(self)
+        check_options(self)
+        if self.example is not None and (self.prompt or self.images):
+            raise UserError("give --example or --prompt with --images, not both")
         config, path = model_and_config(self.model)
         config = replace(config, model=replace(config.model, path=path))
         longest = self.max_new_tokens or config.rollout.max_new_tokens
@@ -56,20 +58,6 @@ class Generate(Command):
         for completion in engine.generate([prompt], params, self.seed)[0]:
             text = encoder.processor.decode(completion.token_ids)
             print(text if completion.finished else f"{text} [cut at {longest} tokens]")
-
-
-def _check_numbers(command: Generate) -> None:
-    longest = command.max_new_tokens
-    if command.n < 1 or (longest is not None and longest < 1):
-        raise UserError("--n and --max-new-tokens must be 1 or more")
-    if command.temperature is not None and not 0 <= command.temperature < math.inf:
-        raise UserError(f"--temperature {command.temperature}: must be 0 or more")
-    if not 0 <= command.seed < 2**31:
-        raise UserError(f"--seed {command.seed}: must be from 0 to {2**31 - 1}")
-    if command.example is not None and command.example < 0:
-        raise UserError(f"--example {command.example}: must be 0 or more")
-    if command.example is not None and (command.prompt or command.images):
-        raise UserError("give --example or --prompt with --images, not both")
 
 
 def _asked(command: Generate) -> Example:

@@ -335,12 +335,12 @@ def test_images_from_nowhere_are_written(
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (["--rollouts", "0"], "--rollouts 0: must be 1 or more"),
+        (["--rollouts", "0"], "--rollouts 0: must be greater than or equal to 1"),
         (["--orders", "11"], "--orders 11 is more than --rollouts 10"),
-        (["--temperature", "0"], "--temperature 0.0: must be above 0"),
-        (["--limit", "0"], "--limit 0: must be 1 or more"),
-        (["--size", "0"], "--size 0: must be 1 or more"),
-        (["--seed", "-1"], "--seed -1: must be from 0 to"),
+        (["--temperature", "0"], "--temperature 0.0: must be greater than 0"),
+        (["--limit", "0"], "--limit 0: must be greater than or equal to 1"),
+        (["--size", "0"], "--size 0: must be greater than or equal to 1"),
+        (["--seed", "-1"], "--seed -1: must be greater than or equal to 0"),
         (["--measure", "accuraccy"], "unknown reward function 'accuraccy'"),
         (["--histogram", "1,2"], "write paper, uniform, or 11 shares"),
         (["--output", "DATA"], "is the data itself"),

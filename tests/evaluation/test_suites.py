@@ -193,8 +193,8 @@ def test_what_is_missing_is_listed_before_a_model_is_loaded(
         (["--suite", "blink", "--suite-root", "."], "--suite needs --output, a folder"),
         (["--suite", "blink", "--data", "x.jsonl"], "--data and --suite exclude each other"),
         (["--orders", "2"], "--orders is for --suite"),
-        (["--suite", "blink", "--orders", "0"], "--orders 0: must be 1 or more"),
-        (["--suite", "blink", "--limit", "0"], "--limit 0: must be 1 or more"),
+        (["--suite", "blink", "--orders", "0"], "--orders 0: must be greater than or equal to 1"),
+        (["--suite", "blink", "--limit", "0"], "--limit 0: must be greater than or equal to 1"),
     ],
 )
 def test_options_that_do_not_fit(
