@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from perl.training.checkpoint import CheckpointManager
 from tests.command_line import ErrorOf, metrics, run
+from tests.pictures import png_header
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,18 +31,6 @@ def write_rows(recipe: Path, **changes: Any) -> Path:
     path = recipe.with_name("changed.jsonl")
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A file that claims to be an image of this size and holds no pixels."""
-
-    def chunk(content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
-        )
-
-    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(head) + chunk(b"IDAT" + zlib.compress(b""))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import base64
 import errno
-import io
 import json
 import os
 from collections.abc import Sequence
@@ -18,14 +17,9 @@ from perl.config import DataConfig
 from perl.data.dataset import load_examples, validate
 from perl.data.rows import write_rows
 from perl.types import UserError
+from tests.pictures import encoded
 
 QUESTION = "A <image> B <image> Which image shows three ?"
-
-
-def encoded(colour: int, form: str) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (9, 7), (colour, 30, 0)).save(file, form)
-    return file.getvalue()
 
 
 @pytest.fixture
@@ -34,9 +28,9 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
     (data / "a").mkdir(parents=True)
     elsewhere.mkdir()
-    (data / "a" / "one.JPG").write_bytes(encoded(9, "JPEG"))
-    (data / "two.png").write_bytes(encoded(200, "PNG"))
-    (data / "three.png").write_bytes(encoded(200, "PNG"))
+    (data / "a" / "one.JPG").write_bytes(encoded((9, 30, 0), "JPEG"))
+    (data / "two.png").write_bytes(encoded((200, 30, 0), "PNG"))
+    (data / "three.png").write_bytes(encoded((200, 30, 0), "PNG"))
     return data, elsewhere
 
 
@@ -123,7 +117,7 @@ def test_a_changed_picture_is_another_file(folders: tuple[Path, Path]) -> None:
     folder, elsewhere = folders
     data = write(folder, ["a/one.JPG", "two.png"])
     (old,) = rewrite(data, elsewhere / "new.jsonl", [0])
-    (folder / "new.png").write_bytes(encoded(77, "PNG"))
+    (folder / "new.png").write_bytes(encoded((77, 30, 0), "PNG"))
     os.replace(folder / "new.png", folder / "two.png")
     (new,) = rewrite(data, elsewhere / "new.jsonl", [0])
     assert new["images"][0] == old["images"][0] and new["images"][1] != old["images"][1]
@@ -147,7 +141,7 @@ def test_embedded_images(form: str, suffix: str | None, tmp_path: Path) -> None:
     """As they are if they are files of a common form, else as PNG."""
     from datasets import Dataset
 
-    content = [encoded(40 * k, form) for k in range(4)]
+    content = [encoded((40 * k, 30, 0), form) for k in range(4)]
     rows = [
         {
             "question": QUESTION,
@@ -169,7 +163,10 @@ def test_only_what_needs_it_is_encoded_anew(folders: tuple[Path, Path]) -> None:
     from datasets import Dataset
 
     folder, elsewhere = folders
-    images = [{"bytes": None, "path": "a/one.JPG"}, {"bytes": encoded(80, "BMP"), "path": "x.bmp"}]
+    images = [
+        {"bytes": None, "path": "a/one.JPG"},
+        {"bytes": encoded((80, 30, 0), "BMP"), "path": "x.bmp"},
+    ]
     row = {"question": QUESTION, "answer": "A", "images": images}
     Dataset.from_list([row]).to_parquet(folder / "rows.parquet")
     (new,) = rewrite(folder / "rows.parquet", elsewhere / "new.jsonl", [0])
@@ -180,7 +177,7 @@ def test_only_what_needs_it_is_encoded_anew(folders: tuple[Path, Path]) -> None:
 
 def test_texts_that_hold_an_image_stay(folders: tuple[Path, Path]) -> None:
     folder, elsewhere = folders
-    inside = "data:image/png;base64," + base64.b64encode(encoded(5, "PNG")).decode()
+    inside = "data:image/png;base64," + base64.b64encode(encoded((5, 30, 0), "PNG")).decode()
     data = write(folder, [inside, "two.png"])
     (row,) = rewrite(data, elsewhere / "new.jsonl", [0])
     assert row["images"][0] == inside and row["images"][1].startswith("new-images/")

@@ -6,5 +6,5 @@ label.py      what a label is, and whether it holds in every order
 rules.py      labels by rules, over the words (text.py) and the forms of questions (symmetry.py)
 llm.py        labels and multiple choice by a language model
 
-To change the rules, begin with a row in the table of tests/data/test_label_rules.py.
+To change the rules, begin with a row in the table of tests/data/labelling/test_rules.py.
 """

@@ -6,14 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from perl.permutation import (
-    Consistency,
-    all_orders,
-    check_moves,
-    movable,
-    num_orders,
-    permute,
-)
+from perl.permutation import Consistency, all_orders, check_moves, movable, num_orders, permute
 from perl.types import IMAGE_SLOT, Example, Message, UserError
 
 _ORDERS_TRIED = 6

@@ -1,20 +1,19 @@
 """Open questions made into multiple choice: what is taken, what is refused, and where the original is kept."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from perl.cli import main
 from perl.config import DataConfig
 from perl.data.dataset import load_examples
 from perl.data.labelling.llm import Rephrased, is_open, rephrase
 from perl.llm import Endpoint
 from perl.types import Example, Message
 from tests.chat_server import Reply, says, serving
+from tests.command_line import run
 
 IMAGES = tuple(Image.new("RGB", (4, 4), (80 * k, 0, 0)) for k in range(3))
 
@@ -81,19 +80,9 @@ def test_what_is_an_open_question() -> None:
     assert not is_open(Example("x", IMAGES[:2], turns, "a fox"))
 
 
-@pytest.fixture
-def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    def reply(body: dict[str, Any], headers: dict[str, str]) -> Reply:
-        return says(GOOD if "shows a fox" in body["messages"][0]["content"] else "no")
-
-    with serving(reply) as url:
-        monkeypatch.setenv("PERL_LLM_URL", url)
-        monkeypatch.setenv("PERL_LLM_MODEL", "m")
-        yield
-
-
 @pytest.mark.parametrize("chat", [False, True])
-def test_rows_are_rephrased_and_labelled(tmp_path: Path, endpoint: None, chat: bool) -> None:
+def test_rows_are_rephrased_and_labelled(tmp_path: Path, model: Any, chat: bool) -> None:
+    model[0]["answer"] = lambda task: GOOD if "shows a fox" in task else "no"
     for k, image in enumerate(IMAGES):
         image.save(tmp_path / f"{k}.png")
     rows: list[dict[str, Any]] = []
@@ -113,9 +102,7 @@ def test_rows_are_rephrased_and_labelled(tmp_path: Path, endpoint: None, chat: b
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for _ in range(2):  # The second time everything is there.
-        with pytest.raises(SystemExit) as stop:
-            main(["label", str(data), "--rephrase"])
-        assert stop.value.code == 0
+        assert run("label", data, "--rephrase") == 0
     output = tmp_path / "rows.labelled.jsonl"
     first, second = (json.loads(line) for line in output.read_text().splitlines())
     assert first["rephrased"] == "Other" and second["rephrased"].startswith("no: ")

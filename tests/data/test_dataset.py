@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
-import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from perl.data.dataset import RowDataset, load_examples, validate
 from perl.data.tasks import BundledTasks
 from perl.permutation import orders
 from perl.types import Example, Message, UserError
+from tests.pictures import encoded, png_header
 
 AUTO = DataConfig()
 
@@ -30,26 +28,9 @@ def offline_and_own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(settings, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
-def png(red: int = 0, size: tuple[int, int] = (6, 4)) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, (red, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A file that claims to be an image of this size and holds no pixels."""
-
-    def chunk(content: bytes) -> bytes:
-        length, checksum = len(content) - 4, zlib.crc32(content)
-        return struct.pack(">I", length) + content + struct.pack(">I", checksum)
-
-    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(head) + chunk(b"IDAT" + zlib.compress(b""))
-
-
 def write_rows(folder: Path, rows: list[Any], name: str = "data.jsonl") -> str:
     for k in range(4):
-        (folder / f"{k}.png").write_bytes(png(k))
+        (folder / f"{k}.png").write_bytes(encoded((k, 0, 0)))
     file = folder / name
     if name.endswith(".parquet"):
         datasets.Dataset.from_list(rows).to_parquet(file)
@@ -152,19 +133,14 @@ def test_verl_columns(tmp_path: Path) -> None:
 def test_foreign_data_keeps_its_order_unless_it_says_more(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    row = {"problem": "<image> or <image>?", "images": ["0.png", "1.png"], "answer": "red"}
-    assert load_row(tmp_path, row).kind == "none"
-    assert "neither kind nor should_change, so its images keep their order" in caplog.text
-    caplog.clear()
-    assert load_row(tmp_path, {**row, "should_change": False}).kind == "all"
-    assert load_row(tmp_path, {**row, "answer": "2", "kind": "all"}).should_change is True
-    assert not caplog.text
-
-
-def test_easyr1_columns(tmp_path: Path) -> None:
     row = {"problem": "<image> or <image>?", "images": ["0.png", "1.png"], "answer": ["A", "C"]}
     example = load_row(tmp_path, row)
     assert (example.question, example.answer, example.kind) == (row["problem"], "A, C", "none")
+    assert "neither kind nor should_change, so its images keep their order" in caplog.text
+    caplog.clear()
+    assert load_row(tmp_path, {**row, "answer": "red", "should_change": False}).kind == "all"
+    assert load_row(tmp_path, {**row, "answer": "2", "kind": "all"}).should_change is True
+    assert not caplog.text
 
 
 def test_the_convention_can_be_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -176,8 +152,8 @@ def test_the_convention_can_be_told(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 
 def test_images_in_every_form(tmp_path: Path) -> None:
-    encoded = "data:image/png;base64," + base64.b64encode(png(9)).decode()
-    forms = [encoded, {"path": "1.png"}, {"bytes": None, "path": str(tmp_path / "2.png")}]
+    inside = "data:image/png;base64," + base64.b64encode(encoded((9, 0, 0))).decode()
+    forms = [inside, {"path": "1.png"}, {"bytes": None, "path": str(tmp_path / "2.png")}]
     row = perl_row(images=forms, question="<image><image><image>")
     assert reds(load_row(tmp_path, row)) == [9, 1, 2]
 
@@ -291,9 +267,16 @@ def test_a_limit_is_a_seeded_sample(tmp_path: Path) -> None:
     assert ids(0, 50) == ids(0, None) == list(range(20))
 
 
+def test_rows_are_decoded_one_at_a_time(tmp_path: Path) -> None:
+    data = load_examples(
+        write_rows(tmp_path, [perl_row(), perl_row(images=["0.png", "gone.png"])]), AUTO, "train", 0
+    )
+    assert isinstance(data, RowDataset) and data[0].images[0].size == (6, 4)
+
+
 def bad_image_files(folder: Path) -> None:
     (folder / "text.png").write_text("no picture")
-    (folder / "cut.png").write_bytes(png(1, (64, 64))[:80])
+    (folder / "cut.png").write_bytes(encoded((1, 0, 0), size=(64, 64))[:80])
     (folder / "empty.png").write_bytes(b"")
     (folder / "huge.png").write_bytes(png_header(1_000_000, 1_000_000))
     (folder / "large.png").write_bytes(png_header(11_000, 11_000))
@@ -341,7 +324,7 @@ def test_a_cut_image_is_found_when_it_is_decoded(tmp_path: Path) -> None:
 
 def test_a_link_out_of_the_folder_leaves_it(tmp_path: Path) -> None:
     (tmp_path / "inner").mkdir()
-    (tmp_path / "secret.png").write_bytes(png())
+    (tmp_path / "secret.png").write_bytes(encoded((0, 0, 0)))
     (tmp_path / "inner" / "link.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(UserError, match="leaves"):
         load_row(tmp_path / "inner", perl_row(images=["link.png", "0.png"]))
@@ -483,13 +466,6 @@ def test_validate_reports_progress(tmp_path: Path) -> None:
     validate(load_examples(source, AUTO, "train", 0), lambda *done: seen.append(done))
     assert seen == [(1, 3), (2, 3), (3, 3)]
     validate(load_examples("bundled:digits", AUTO, "train", 0))
-
-
-def test_rows_are_decoded_one_at_a_time(tmp_path: Path) -> None:
-    source = write_rows(tmp_path, [perl_row(), perl_row(images=["0.png", "gone.png"])])
-    data = load_examples(source, AUTO, "train", 0)
-    assert isinstance(data, RowDataset)
-    assert data[0].images[0].size == (6, 4)
 
 
 def test_numbered_placeholders_are_slots(tmp_path: Path) -> None:

@@ -2,21 +2,20 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from perl.cli import main
 from perl.config import DataConfig
 from perl.data.dataset import load_examples, validate
 from perl.data.labelling.label import Label, kind_of
-from tests.chat_server import Reply, says, serving
 from tests.command_line import ErrorOf
+from tests.command_line import run as run_command
 
-Answer = Callable[[str], Any]
+Model = tuple[dict[str, Callable[[str], Any]], list[str]]
 
 ROWS: list[dict[str, Any]] = [
     {"question": "A <image> B <image> Which image shows a fox?", "images": 2, "answer": "B"},
@@ -32,30 +31,6 @@ LABELS = [("all", True), ("first_fixed", True), ("all", False)] + [("none", Fals
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     return write(tmp_path / "rows.jsonl", ROWS)
-
-
-@pytest.fixture(autouse=True)
-def no_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PERL_LLM_URL", "PERL_LLM_MODEL", "PERL_LLM_API_KEY", "OPENAI_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[dict[str, Answer], list[str]]]:
-    """An endpoint whose `answer` a test sets, and the last messages that it was sent."""
-    asked: list[str] = []
-    behaviour: dict[str, Answer] = {}
-
-    def reply(body: dict[str, Any], headers: dict[str, str]) -> Reply:
-        asked.append(body["messages"][-1]["content"])
-        answer = behaviour["answer"](body["messages"][0]["content"])
-        return answer if isinstance(answer, tuple) else says(answer)
-
-    with serving(reply) as url:
-        monkeypatch.setenv("PERL_LLM_URL", url)
-        monkeypatch.setenv("PERL_LLM_MODEL", "m")
-        monkeypatch.setattr("perl.llm._LONGEST_WAIT", 0.01)
-        yield behaviour, asked
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -74,9 +49,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def run(*arguments: object) -> int | str | None:
-    with pytest.raises(SystemExit) as stop:
-        main(["label", *map(str, arguments)])
-    return stop.value.code
+    return run_command("label", *arguments)
 
 
 def labels(path: Path) -> list[tuple[str, bool]]:
@@ -222,7 +195,7 @@ def test_a_row_that_cannot_be_read_is_named(data: Path, error_of: ErrorOf) -> No
     assert not data.with_name("rows.labelled.jsonl").exists()
 
 
-def test_a_model_labels(data: Path, model: tuple[dict[str, Answer], list[str]]) -> None:
+def test_a_model_labels(data: Path, model: Model) -> None:
     behaviour, asked = model
     behaviour["answer"] = lambda task: (
         f"<think>{{}}</think>\n```json\n{label_json('none', False)}\n```"
@@ -246,9 +219,7 @@ def test_a_model_labels(data: Path, model: tuple[dict[str, Answer], list[str]]) 
     assert ROWS[0]["question"] in "\n".join(asked) and found[5]["label_reason"] == "a single image"
 
 
-def test_a_model_is_asked_where_the_rules_are_unsure(
-    data: Path, model: tuple[dict[str, Answer], list[str]]
-) -> None:
+def test_a_model_is_asked_where_the_rules_are_unsure(data: Path, model: Model) -> None:
     behaviour, asked = model
     behaviour["answer"] = lambda task: label_json("all", False)
     assert run(data, "--labeller", "rules+llm") == 0
@@ -270,7 +241,7 @@ def test_a_model_is_asked_where_the_rules_are_unsure(
     ],
 )
 def test_a_model_that_gives_no_label_leaves_the_images_alone(
-    answer: Any, reason: str, tmp_path: Path, model: tuple[dict[str, Answer], list[str]]
+    answer: Any, reason: str, tmp_path: Path, model: Model
 ) -> None:
     behaviour, asked = model
     behaviour["answer"] = lambda task: answer
@@ -284,9 +255,7 @@ def test_a_model_that_gives_no_label_leaves_the_images_alone(
         assert reason in asked[1]
 
 
-def test_a_model_may_not_say_that_a_letter_of_an_image_stays(
-    tmp_path: Path, model: tuple[dict[str, Answer], list[str]]
-) -> None:
+def test_a_model_may_not_say_that_a_letter_of_an_image_stays(tmp_path: Path, model: Model) -> None:
     behaviour, asked = model
     behaviour["answer"] = lambda task: label_json("all", len(asked) > 1)
     data = write(tmp_path / "rows.jsonl", [ROWS[0]])
@@ -296,7 +265,7 @@ def test_a_model_may_not_say_that_a_letter_of_an_image_stays(
 
 
 def test_an_endpoint_that_goes_down_loses_nothing(
-    tmp_path: Path, model: tuple[dict[str, Answer], list[str]], error_of: ErrorOf
+    tmp_path: Path, model: Model, error_of: ErrorOf
 ) -> None:
     behaviour, asked = model
     rows = [{**ROWS[4], "answer": f"a lamp {k}"} for k in range(40)]
@@ -316,7 +285,7 @@ def test_an_endpoint_that_goes_down_loses_nothing(
 def test_the_documents_example_prints_its_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    document = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    document = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", document, flags=re.DOTALL)
     (table,) = re.findall(r"```\n(pets.labelled.jsonl\n.*?)```", document, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
@@ -329,7 +298,7 @@ def test_the_documents_example_prints_its_table(
 
 
 def test_the_documents_rows_are_read(tmp_path: Path) -> None:
-    document = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    document = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
     (rows,) = re.findall(r"```json\n(.*?)```", document, flags=re.DOTALL)
     for name in re.findall(r"[\w/]+\.png", rows):
         (tmp_path / name).parent.mkdir(exist_ok=True)
