@@ -131,7 +131,21 @@ def _prepared(
             model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
         )
         enable({"use_reentrant": False})
-    return _add_lora(model, config, tower, lora_targets) if config.lora_rank else model
+    if not config.lora_rank:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType]
+        target_modules=lora_targets,
+    )
+    wrapped = get_peft_model(model, lora)
+    if not config.freeze_vision:
+        # peft freezes everything but its adapters.
+        for module in tower:
+            module.requires_grad_(True)
+    return cast(nn.Module, wrapped)
 
 
 def check_model(folder: str) -> Family | None:
@@ -147,11 +161,12 @@ def check_model(folder: str) -> Family | None:
         UserError: it is not there, has no weights in safetensors, or is no model that continues texts with images.
     """
     from transformers import AutoConfig, PretrainedConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     _check_files(folder)
     try:
         model_type = str(PretrainedConfig.get_config_dict(folder)[0].get("model_type"))
-        known = _takes_images_and_text(model_type)
+        known = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False) if known else None
     except Exception as error:  # transformers raises many types for broken files.
         raise UserError(
@@ -165,12 +180,6 @@ def check_model(folder: str) -> Family | None:
             f"choose a model of {exact}, or another that AutoModelForImageTextToText loads"
         )
     return None if _obstacle(config) else family_of(model_type)
-
-
-def _takes_images_and_text(model_type: str) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
-    return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def _obstacle(config: Any) -> str:
@@ -274,23 +283,6 @@ def uses_bfloat16(dtype: str) -> bool:
     if dtype == "auto":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return dtype == "bfloat16"
-
-
-def _add_lora(
-    model: nn.Module, config: ModelConfig, tower: Sequence[nn.Module], targets: str
-) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType]
-        target_modules=targets,
-    )
-    wrapped = get_peft_model(cast(Any, model), lora)
-    if not config.freeze_vision:
-        for module in tower:
-            module.requires_grad_(True)
-    return wrapped
 
 
 def _said(error: Exception) -> str:

@@ -16,6 +16,7 @@ from torch import nn
 
 from perl.model.families import ImageFeatures
 from perl.model.packed.pack import pack_row
+from perl.model.packed.plan import Share
 from perl.model.padded_processor import PaddedProcessor
 from perl.model.policy import Policy
 from perl.types import EncodedPrompt, PackedBatch, Segment, UserError
@@ -23,7 +24,7 @@ from perl.types import EncodedPrompt, PackedBatch, Segment, UserError
 
 @dataclass(frozen=True, slots=True)
 class PaddedBatch(PackedBatch):
-    """One micro-batch of R rows [prompt | completion], each its own piece of the same row without the padding.
+    """One micro-batch of R rows [prompt | completion], each its own sequence of the same row without the padding.
 
     `images` is empty: nothing is shared between rows.
     """
@@ -159,13 +160,9 @@ class PaddedPolicy(Policy):
 
 
 def _batch(segments: Sequence[Segment], members: Sequence[tuple[int, int]]) -> PaddedBatch:
-    singles = [
-        Segment(segments[i].prompt, (segments[i].completions[r],), (segments[i].advantages[r],))
-        for i, r in members
-    ]
-    packed = replace(pack_row(singles), images=(), source=tuple(members))
+    packed = replace(pack_row(segments, [Share(i, (r,)) for i, r in members]), images=())
     values = {f.name: getattr(packed, f.name) for f in fields(packed)}
-    return PaddedBatch(**values, prompts=tuple(s.prompt for s in singles))
+    return PaddedBatch(**values, prompts=tuple(segments[i].prompt for i, _ in members))
 
 
 @torch.no_grad()

@@ -86,8 +86,13 @@ def make_tiny_model(name: str, words: Sequence[str], folder: Path, seed: int) ->
         model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
     model.save_pretrained(folder)
     if internvl:
+        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
+            GotOcr2ImageProcessorPil,
+        )
+
+        height, width = config.vision_config.image_size
         tokenizer.save_pretrained(folder)
-        make_tile_processor(config.vision_config).save_pretrained(folder)
+        GotOcr2ImageProcessorPil(size={"height": height, "width": width}).save_pretrained(folder)
     else:
         save_processor(tokenizer, make_image_processor(config.vision_config), folder)
 
@@ -140,15 +145,11 @@ def tiny_config(name: str, tokenizer: Any) -> Any:
     """The transformers config of a tiny Qwen-VL over the given tokenizer's vocabulary."""
     from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 
-    def ids(*tokens: str) -> list[int]:
-        return [tokenizer.convert_tokens_to_ids(t) for t in tokens]
-
-    start, end, image, video = ids(
-        "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
+    start, end, image, video = tokenizer.convert_tokens_to_ids(
+        ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     )
     text = _text_config(tokenizer)
-    text["rope_parameters"] = {**text["rope_parameters"], "mrope_section": [4, 6, 6]}
-    vision = {"depth": _VISION_DEPTH, "hidden_size": _VISION_HIDDEN, "num_heads": _VISION_HEADS}
+    text["rope_parameters"]["mrope_section"] = [4, 6, 6]
     tokens = {
         "vision_start_token_id": start,
         "vision_end_token_id": end,
@@ -156,38 +157,29 @@ def tiny_config(name: str, tokenizer: Any) -> Any:
         "video_token_id": video,
         "tie_word_embeddings": True,
     }
-    if name == "tiny-qwen2.5-vl":
-        vision |= {
-            "intermediate_size": 2 * _VISION_HIDDEN,
-            "out_hidden_size": _HIDDEN,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "window_size": 112,
-            "fullatt_block_indexes": [_VISION_DEPTH - 1],
-        }
-        return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
+    vision: dict[str, Any] = {
+        "depth": _VISION_DEPTH,
+        "num_heads": _VISION_HEADS,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
     if name == "tiny-qwen2-vl":
-        vision = {
-            "depth": _VISION_DEPTH,
-            "embed_dim": _VISION_HIDDEN,
-            "num_heads": _VISION_HEADS,
-            "mlp_ratio": 2,
-            "hidden_size": _HIDDEN,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-        }
+        vision |= {"embed_dim": _VISION_HIDDEN, "mlp_ratio": 2, "hidden_size": _HIDDEN}
         return Qwen2VLConfig(text_config=text, vision_config=vision, **tokens)
+    vision |= {
+        "hidden_size": _VISION_HIDDEN,
+        "intermediate_size": 2 * _VISION_HIDDEN,
+        "out_hidden_size": _HIDDEN,
+    }
+    if name == "tiny-qwen2.5-vl":
+        vision |= {"window_size": 112, "fullatt_block_indexes": [_VISION_DEPTH - 1]}
+        return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
     if name == "tiny-qwen3-vl":
         text["head_dim"] = _HIDDEN // _HEADS
-        text["rope_parameters"] = {**text["rope_parameters"], "mrope_interleaved": True}
+        text["rope_parameters"]["mrope_interleaved"] = True
         vision |= {
-            "intermediate_size": 2 * _VISION_HIDDEN,
-            "out_hidden_size": _HIDDEN,
             "patch_size": 16,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
             "num_position_embeddings": 256,
             "deepstack_visual_indexes": [0, 1],
         }
@@ -232,14 +224,6 @@ def _text_config(tokenizer: Any) -> dict[str, Any]:
         "pad_token_id": tokenizer.pad_token_id,
         "tie_word_embeddings": True,
     }
-
-
-def make_tile_processor(vision_config: Any) -> Any:
-    """InternVL's image processor (PIL), for the vision tower's tile size."""
-    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-
-    height, width = vision_config.image_size
-    return GotOcr2ImageProcessorPil(size={"height": height, "width": width})
 
 
 def make_image_processor(vision_config: Any) -> Any:

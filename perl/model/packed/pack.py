@@ -104,6 +104,7 @@ class _Row:
         following = np.arange(len(ids)) + prompt.next_position
         self._append(ids, np.broadcast_to(following, (len(prompt.position_ids), len(ids))))
         rows = np.arange(len(ids)) + start - 1
+        # What stands before it in the row is another completion: its first token is predicted by the prompt's last.
         rows[:1] = prompt_end - 1
         self.scored.append(rows)
         self.completions.append(ids)

@@ -37,6 +37,7 @@ def sdpa(
     outputs = []
     for batch in batches.parts:
         mask = batch.causal if causal else batch.full
+        # Only keys may repeat in a way that gradients have to be summed: a query's padding is never gathered.
         out = _attend(
             _as_batch(q.index_select(0, batch.queries), batch.sequences, query.shape[1]),
             _as_batch(gather_rows(k, batch.keys), batch.sequences, key.shape[1]),
