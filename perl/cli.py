@@ -14,7 +14,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stderr, suppress
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,44 +22,51 @@ from perl.config import Command, Config, MeasureConfig
 from perl.types import Interrupted, UserError
 
 COMMANDS = {
-    "train": ("perl.training.commands:Train", "train a model by a recipe"),
-    "resume": ("perl.training.commands:Resume", "go on with a run that was stopped or killed"),
+    "train": ("perl.training.commands:Train", "recipe", "train a model by a recipe"),
+    "resume": (
+        "perl.training.commands:Resume",
+        "run",
+        "go on with a run that was stopped or killed",
+    ),
     "evaluate": (
         "perl.evaluation.commands:Evaluate",
+        "model",
         "accuracy and consistency over image orders, or on public benchmarks",
     ),
     "compare": (
         "perl.evaluation.commands:Compare",
+        "folder",
         "two models' answers to the same benchmarks",
     ),
-    "generate": ("perl.evaluation.generate:Generate", "ask a model about images"),
+    "generate": ("perl.evaluation.generate:Generate", "model", "ask a model about images"),
     "label": (
         "perl.data.labelling.command:Label",
+        "file",
         "which images of a data set may change places, by rules or a model",
     ),
     "filter": (
         "perl.evaluation.filter_command:Filter",
+        "model",
         "keep questions of fitting difficulty for a model",
     ),
-    "report": ("perl.training.commands:Report", "write a run's report.html and pictures again"),
+    "report": (
+        "perl.training.commands:Report",
+        "run",
+        "write a run's report.html and pictures again",
+    ),
     "profile": (
         "perl.training.profile:Profile",
+        "recipe",
         "where the time of a training step goes, and a trace",
     ),
-    "config": ("perl.training.commands:ShowConfig", "print a recipe with every key"),
-    "doctor": ("perl.training.commands:Doctor", "what is installed and what would be used"),
+    "config": ("perl.training.commands:ShowConfig", "recipe", "print a recipe with every key"),
+    "doctor": ("perl.training.commands:Doctor", "", "what is installed and what would be used"),
 }
-"""By its name what a command is, imported when it is asked for, and what it is good for."""
+"""By its name where a command is, what it is told first without a name, and what it is good for.
 
-
-_TARGET = {
-    **dict.fromkeys(("train", "profile", "config"), "recipe"),
-    **dict.fromkeys(("resume", "report"), "run"),
-    **dict.fromkeys(("evaluate", "generate", "filter"), "model"),
-    "compare": "folder",
-    "label": "file",
-}
-"""What a command is told first, without a name."""
+tyro's own sub-commands would import every command's module, and what those need, to show or parse any of them; and the
+defaults of `train` are known only once its recipe has been read.
+"""
 _WITHOUT_TARGET = {"-h", "--help", "--list", "--list-suites"}
 
 # What the extra `train` installs, by the names they are imported by.
@@ -140,33 +147,22 @@ def parse(name: str, arguments: list[str]) -> Any:
     """
     import tyro
 
-    module, _, cls = COMMANDS[name][0].partition(":")
+    place, wanted, _ = COMMANDS[name]
+    module, _, cls = place.partition(":")
     kind: type[Command] = getattr(importlib.import_module(module), cls)
-    wanted = _TARGET.get(name)
     first = arguments[0] if arguments and not arguments[0].startswith("-") else None
     if wanted and first is None and not _WITHOUT_TARGET & set(arguments):
         raise UserError(
             f"perl-rl {name} needs a {wanted} first, as in: perl-rl {name} {wanted.upper()} [options]"
         )
-    default = _with_recipe(kind(), first)
-    said = io.StringIO()
+    default, said = _with_recipe(kind(), first), io.StringIO()
     try:
         with redirect_stderr(said):
-            parsed, unknown = tyro.cli(
-                kind,
-                prog=f"perl-rl {name}",
-                args=arguments,
-                default=default,
-                return_unknown_args=True,
-            )
+            parsed = tyro.cli(kind, prog=f"perl-rl {name}", args=arguments, default=default)
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(
-            f"perl-rl {name}: {_first_sentence(said.getvalue())}; see perl-rl {name} --help"
-        ) from None
-    if unknown:
-        raise UserError(f"perl-rl {name}: " + _unknown_option(unknown[0], default))
+        raise UserError(f"perl-rl {name}: {_in_one_line(said.getvalue())}") from None
     config = getattr(parsed, "config", None)
     if isinstance(config, Config):
         from perl.recipe import check_config, without
@@ -184,11 +180,17 @@ def _given_keys(arguments: Sequence[str]) -> set[str]:
     return {name.replace(".no_", ".") if ".no_" in name else name for name in names if "." in name}
 
 
-def _first_sentence(box: str) -> str:
-    """What an error message of tyro's says: it stands between a title and help text, divided by rules."""
-    plain = re.sub(r"\x1b\[[\d;]*m", "", box)
-    _, said, *_ = [*re.split(r"^.*[─-]{3}.*$", plain, flags=re.MULTILINE), ""]
-    return " ".join(said.replace("│", " ").split()).rstrip(".")
+def _in_one_line(box: str) -> str:
+    """What an error of tyro's says. It is drawn as a box: a title, the error, what is similar, and where help is."""
+    plain = re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯]", "", box)
+    _, said, *more = [" ".join(s.split()) for s in re.split(r"^.*[─-]{3}.*$", plain, flags=re.M)]
+    said = said.rstrip(".")
+    if re.search(r": (true|false)\b", said, re.I):
+        return f"{said}; switches take none: --section.key turns one on, --section.no-key off"
+    if "--stages" in said:
+        return f"{said}; stages stand in a recipe's file, as [[stages]]"
+    near = re.search(r"(?:Perhaps you meant|Arguments similar to \S+): (--\S+)", " ".join(more))
+    return f"{said}; " + (f"did you mean {near[1]}?" if near else "see --help")
 
 
 def _with_recipe(default: Any, recipe: str | None) -> Any:
@@ -205,33 +207,8 @@ def _with_recipe(default: Any, recipe: str | None) -> Any:
     return replace(default, config=load_recipe(recipe))
 
 
-def _unknown_option(option: str, default: Any) -> str:
-    """`--train.lrr` is unknown; did you mean `--train.lr`?"""
-    if option.lower() in ("true", "false"):
-        return f"unexpected argument {option}: switches take none; --section.key turns one on, --section.no-key off"
-    if not option.startswith("-"):
-        return f"unexpected argument {option}; see --help"
-    name = option.split("=")[0].replace("_", "-")
-    if name == "--stages" and hasattr(default, "config"):
-        return "unknown option --stages: stages stand in a recipe's file, as [[stages]]"
-    known = _options(default, "")
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"unknown option {option}" + (f"; did you mean {near[0]}?" if near else "; see --help")
-
-
-def _options(value: Any, prefix: str) -> list[str]:
-    out = []
-    for f in fields(value):
-        if isinstance(value, Config) and f.name == "stages":
-            continue
-        inner = getattr(value, f.name)
-        name = "" if isinstance(inner, Config) else f"{prefix}{f.name}".replace("_", "-")
-        out += _options(inner, f"{name}." if name else "") if is_dataclass(inner) else [f"--{name}"]
-    return out
-
-
 def _overview() -> str:
-    lines = [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<10} {text}" for name, (*_, text) in COMMANDS.items()]
     return "\n".join(
         (
             "perl-rl: reinforcement learning of vision-language models over several images, in permuted orders",

@@ -217,7 +217,8 @@ def _what_is_wrong(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "unexpected_keyword_argument":
         *sections, unknown = error["loc"]
-        known = get_type_hints(get_type_hints(Config)[sections[0]] if sections else Config)
+        section = get_type_hints(Config)[sections[0]] if sections else Config
+        known = [f.name for f in dataclasses.fields(section)]
         near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
         hint = f"known here: {', '.join(known)}"
         if near:

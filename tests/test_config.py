@@ -252,10 +252,11 @@ def test_a_recipe_that_is_no_text(tmp_path: Path, error_of: ErrorOf) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (["--train.lrr", "5"], "unknown option --train.lrr; did you mean --train.lr?"),
+        (["--train.lrr", "5"], "--train.lrr, 5; did you mean --train.lr?"),
         (["--rollout.per_orders", "5"], "did you mean --rollout.per-order?"),
-        (["--qqqqqqqq"], "unknown option --qqqqqqqq; see --help"),
-        (["extra"], "unexpected argument extra"),
+        (["--qqqqqqqq"], "--qqqqqqqq; see --help"),
+        (["extra"], "extra; see --help"),
+        (["--filter.zero-variance", "True"], "True; switches take none"),
         (["--train.steps", "abc"], "--train.steps: invalid literal for int()"),
         (["--train.steps", "1.5"], "--train.steps: invalid literal for int()"),
         (["--train.steps"], "Missing value for argument '--train.steps'"),
