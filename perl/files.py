@@ -189,39 +189,35 @@ def keep_rows(path: Path, count: int) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends well.
+def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
+    """A temporary path beside `path`, a new folder if asked for, that takes its place when the block ends well.
 
     Raises:
         OSError: also where safetensors, whose own error only tells the number in its text, cannot write.
     """
-    from safetensors import SafetensorError
-
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    _remove(temporary)
+    if folder:
+        temporary.mkdir(parents=True)
     try:
         yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    except SafetensorError as error:
+        if folder:
+            _remove(path)  # A folder that is there and not empty cannot be replaced in one step.
+        os.replace(temporary, path)
+    except Exception as error:
         number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
+        if type(error).__name__ != "SafetensorError" or number is None:
             raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_safetensors(path: Path) -> None:

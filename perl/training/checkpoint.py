@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from perl.files import check_safetensors, writing
+from perl.files import check_safetensors, replacing
 from perl.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class CheckpointManager:
 
         number = max((int(p.name) for p in self._complete()), default=0) + 1
         target = self.folder / f"{number:06d}"
-        with writing(target) as temporary:
+        with replacing(target, folder=True) as temporary:
             save_file(_weights(model), temporary / "model.safetensors")
             if optimizer is not None:
                 save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")

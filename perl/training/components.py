@@ -17,7 +17,7 @@ from perl.data.resample import parse_histogram
 from perl.data.streams import ExampleStream, MixedStream, Stream, read_mix
 from perl.data.tasks import vocabulary
 from perl.distributed import process_state
-from perl.files import RunFolder, writing
+from perl.files import RunFolder, replacing
 from perl.model.head import HeadLoss, make_policy_loss
 from perl.model.layers import check_compiler, check_liger
 from perl.model.loading import check_model, load_policy, load_processor, uses_bfloat16
@@ -246,7 +246,7 @@ def model_folder(config: Config, folder: RunFolder, accelerator: Any) -> str:
     target = folder.models / "initial"
     if not (target / "config.json").exists() and accelerator.is_main_process:
         words = vocabulary(_bundled_pictures(config))
-        with writing(target) as temporary:
+        with replacing(target, folder=True) as temporary:
             make_tiny_model(config.model.path, words, temporary, config.run.seed)
     accelerator.wait_for_everyone()
     return str(target)
@@ -256,7 +256,7 @@ def save_model(components: Components, name: str) -> Path:
     """Export model and processor as an ordinary model folder under `models/`."""
     target = components.folder.models / name
     if components.is_main:
-        with writing(target) as temporary:
+        with replacing(target, folder=True) as temporary:
             components.policy.save_pretrained(temporary)
             components.processor.save(temporary)
     components.accelerator.wait_for_everyone()
