@@ -191,7 +191,7 @@ class Scorer:
             self._said.add(name)
             logger.warning(
                 "reward function '%s' %s %s; a rollout that it fails on is not scored "
-                "(said once for each function; the metrics count them)",
+                "(logged once for each function; the metrics count them)",
                 name,
                 fault.what,
                 where,
