@@ -7,12 +7,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
 
+from perl import cli
 from perl import files as hub
 from perl.cli import COMMANDS
-from tests.command_line import ErrorOf, run
+from tests.command_line import ErrorOf, metrics, run
 
 STOPPER = """
 import os, signal
@@ -28,7 +31,19 @@ def stop(prompts, completions, **columns):
 
 
 def steps(folder: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()]
+    return [row["step"] for row in metrics(folder)]
+
+
+@pytest.fixture
+def stopper(short_recipe: Path) -> Callable[[str], list[str]]:
+    """Options for a reward that sends this process a signal the first time it is called."""
+
+    def options(name: str) -> list[str]:
+        file = short_recipe.with_name("stopper.py")
+        file.write_text(STOPPER.format(signal=name))
+        return ["--reward.functions", f"{file}:stop", "--reward.weights", "1"]
+
+    return options
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -191,13 +206,11 @@ def test_folders_that_are_no_runs(short_recipe: Path, tmp_path: Path, error_of: 
 
 
 def test_train_resume_goes_on_in_the_folder(
-    short_recipe: Path, capsys: pytest.CaptureFixture[str]
+    short_recipe: Path, stopper: Callable[[str], list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = short_recipe.parent / "run"
-    stopper = short_recipe.with_name("stopper.py")
-    stopper.write_text(STOPPER.format(signal="SIGINT"))
+    reward = stopper("SIGINT")
     options = ["--resume", "--train.steps", "3", "--run.checkpoint-every", "1"]
-    reward = ["--reward.functions", f"{stopper}:stop", "--reward.weights", "1"]
     assert run("train", short_recipe, *options, *reward) == 130
     assert steps(folder) == [1]
     capsys.readouterr()
@@ -209,14 +222,14 @@ def test_train_resume_goes_on_in_the_folder(
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_stops_after_a_checkpoint_and_resume_goes_on(
-    name: str, short_recipe: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    short_recipe: Path,
+    stopper: Callable[[str], list[str]],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = short_recipe.parent / "run"
-    stopper = short_recipe.with_name("stopper.py")
-    stopper.write_text(STOPPER.format(signal=name))
     before = signal.getsignal(getattr(signal, name))
-    reward = ["--reward.functions", f"{stopper}:stop", "--reward.weights", "1"]
-    assert run("train", short_recipe, "--train.steps", "2", *reward) == 130
+    assert run("train", short_recipe, "--train.steps", "2", *stopper(name)) == 130
     assert signal.getsignal(getattr(signal, name)) is before
     said = capsys.readouterr().err
     assert said.rstrip().endswith(f"stopped after rl step 1; go on with perl-rl resume {folder}")
@@ -262,34 +275,22 @@ def test_without_network_the_hub_is_given_up_within_seconds(
     assert asked == [(("huggingface.co", 443), 5.0)] and constants.HF_HUB_OFFLINE
 
 
-def test_a_missing_package_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("problem", "match"),
+    [
+        (
+            ModuleNotFoundError("No module named 'sklearn'", name="sklearn.datasets"),
+            "sklearn is not installed; pip install 'perl-rl[train]'",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+            "out of GPU memory: lower train.tokens_per_micro_batch",
+        ),
+    ],
+    ids=["package", "memory"],
+)
+def test_what_the_machine_lacks_is_one_line(
+    problem: Exception, match: str, error_of: ErrorOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from perl import cli
-
-    def lacks(arguments: list[str]) -> int:
-        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn.datasets")
-
-    monkeypatch.setattr(cli, "_run", lacks)
-    assert run("train", "demo") == 2
-    assert capsys.readouterr().err == (
-        "error: sklearn is not installed; pip install 'perl-rl[train]'\n"
-    )
-
-
-def test_out_of_gpu_memory_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import torch
-
-    from perl import cli
-
-    def runs_out(arguments: list[str]) -> int:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-
-    monkeypatch.setattr(cli, "_run", runs_out)
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["train", "demo"])
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: out of GPU memory: lower train.tokens_per_micro_batch")
+    monkeypatch.setattr(cli, "_run", Mock(side_effect=problem))
+    assert error_of("train", "demo").startswith(match)

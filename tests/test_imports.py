@@ -141,7 +141,7 @@ def test_only_the_head_and_the_advantages_import_the_kernels() -> None:
 
 def test_no_folder_is_crowded() -> None:
     folders = Counter(file.parent for name, file in MODULES.items() if in_package(name, "perl"))
-    assert max(folders.values()) <= 20, folders.most_common(3)
+    assert max(folders.values()) <= 16, folders.most_common(3)
 
 
 def test_the_kernels_stand_alone() -> None:
