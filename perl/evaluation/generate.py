@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from tyro.conf import Positional
 
 from perl.config import EVAL_SEED, Command, Config, Count, NotNegative, Positive, Seed
+from perl.evaluation.commands import override
 from perl.recipe import check_options
 from perl.types import IMAGE_SLOT, Example, Message, UserError
 
@@ -42,7 +43,7 @@ class Generate(Command):
         if self.example is not None and (self.prompt or self.images):
             raise UserError("give --example or --prompt with --images, not both")
         config, path = model_and_config(self.model)
-        config = replace(config, model=replace(config.model, path=path))
+        config = override(config, model={"path": path})
         longest = self.max_new_tokens or config.rollout.max_new_tokens
         example = _held_out(config, self.example) if self.example is not None else _asked(self)
         engine, encoder = engine_and_encoder(config)

@@ -8,8 +8,6 @@ from PIL import Image
 
 from perl.evaluation.agreement import agreement, chosen_picture
 from perl.permutation import permute
-from perl.report.metrics import mean
-from perl.timing import Stopwatch
 from perl.types import EncodedPrompt, Example, Rollout
 
 PICTURES = tuple(Image.new("RGB", (4, 4), color) for color in ("red", "green", "blue"))
@@ -46,20 +44,3 @@ def test_agreement_counts_pairs_from_different_orders() -> None:
     assert agreement([[None], [None]]) == 0
     assert math.isnan(agreement([["x", "x"]]))
     assert math.isnan(agreement([]))
-
-
-def test_mean_leaves_out_what_is_missing() -> None:
-    assert mean([1.0, None, math.nan, 3.0]) == 2
-    assert math.isnan(mean([]))
-
-
-def test_stopwatch_laps_and_totals() -> None:
-    watch = Stopwatch()
-    for _ in range(2):
-        with watch("a"):
-            pass
-    assert set(watch.lap()) == {"time/a"}
-    assert watch.lap() == {}
-    with watch("a"):
-        pass
-    assert watch.total_seconds["a"] > 0
