@@ -253,7 +253,7 @@ def load_processor(folder: str, config: ModelConfig) -> Processor:
     except Exception as error:  # transformers raises many types for missing and broken files.
         raise UserError(
             f"model.path = {folder}: no processor can be read there ({_said(error)}); copy the tokenizer and "
-            "processor files of the original checkpoint into it, and install what they ask for"
+            "preprocessor files of the original checkpoint into it, and install what they ask for"
         ) from error
     if tokenizer is None or image_processor is None:
         raise UserError(
