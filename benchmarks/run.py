@@ -27,10 +27,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "kernels")) if p not in sys.path]
 
-from benchmarks.harness.options import Parser, count, environment, exit_code, positive  # noqa: E402
+from benchmarks.harness.options import (  # noqa: E402
+    Parser,
+    count,
+    device_of,
+    environment,
+    exit_code,
+    positive,
+)
 from perl.types import UserError  # noqa: E402
 
-QUICK_MINUTES, FULL_MINUTES = 4.5, 7.5
+QUICK_MINUTES, FULL_MINUTES, CPU_MINUTES = 4.5, 7.5, 20.0
 _USAGE_ERROR, _NOTHING_SELECTED = 4, 5
 """Exit codes of pytest."""
 
@@ -65,7 +72,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=positive,
         metavar="M",
         help="what has not started by then is left out, and named; default: "
-        f"{FULL_MINUTES}, on a CPU 20, with --quick {QUICK_MINUTES}",
+        f"{FULL_MINUTES}, on a CPU {CPU_MINUTES:g}, with --quick {QUICK_MINUTES}",
     )
     add(
         "--wheels",
@@ -119,11 +126,12 @@ def run(given: argparse.Namespace) -> int:
 def measure(given: argparse.Namespace, folder: Path, variables: dict[str, str]) -> dict[str, Any]:
     """Everything for the file."""
     started = time.monotonic()
-    cuda = _uses_cuda(given, variables)
+    cuda = device_of(given.device) == "cuda"
     if not cuda:
         # TRL's trainer takes a GPU that it sees.
         variables = {**variables, "CUDA_VISIBLE_DEVICES": ""}
-    seconds = 60 * (given.minutes or _default_minutes(cuda, given.quick))
+    default = QUICK_MINUTES if given.quick else FULL_MINUTES if cuda else CPU_MINUTES
+    seconds = 60 * (given.minutes or default)
     for_steps = 0.0 if given.only else min(seconds / 2, 60 if given.quick else 220)
     head = {
         "schema": 1,
@@ -154,12 +162,6 @@ def measure(given: argparse.Namespace, folder: Path, variables: dict[str, str]) 
         **({"steps": steps} if steps else {}),
         **({"interrupted": True} if interrupted else {}),
     }
-
-
-def _default_minutes(cuda: bool, quick: bool) -> float:
-    if quick:
-        return QUICK_MINUTES
-    return FULL_MINUTES if cuda else 20.0
 
 
 def _check_writable(output: Path) -> None:
@@ -195,17 +197,6 @@ def _unpacked(wheels: Path, folder: Path) -> str:
 
 def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def _uses_cuda(given: argparse.Namespace, variables: dict[str, str]) -> bool:
-    command = [sys.executable, "-c", "import torch; print(torch.cuda.is_available())"]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"torch cannot be imported: {_last_line(done.stderr)}; run make setup")
-    there = done.stdout.strip() == "True"
-    if given.device == "cuda" and not there:
-        raise UserError("--device cuda: there is no GPU that PyTorch can use")
-    return there and given.device != "cpu"
 
 
 def _microbenchmarks(
@@ -292,10 +283,6 @@ def _file(results: dict[str, Any], output: Path) -> Path:
     # A part, or small sizes, must not take the place of everything.
     kind = "-quick" * (results["mode"] == "quick") + "-part" * ("only" in results)
     return folder / f"{results['date']}-{commit}{kind}.json"
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or [""])[-1]
 
 
 if __name__ == "__main__":

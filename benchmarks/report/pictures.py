@@ -73,14 +73,18 @@ def draw(results: Results, stem: Path) -> list[Picture]:
     device = f"Measured on {results.machine.get('device', 'an unknown device')}"
     over_rows = [s for s in series(results.rows) if s.axis == "N"]
     parts: dict[str, tuple[str, Callable[[Figure], bool]]] = {
-        "ratio": ("time over ours", lambda figure: _draw_ratios(figure, results.rows, looks)),
+        "ratio": ("Time over ours", lambda f: _draw_ratios(f, results.rows, looks)),
         "bound": (
-            "share of the bound over N",
-            lambda figure: _draw_bounds(figure, over_rows, looks, device),
+            "Share of the bound over N",
+            lambda f: _draw_panels(
+                f, over_rows, looks, _share, _finish_share, ("share of the bound", device)
+            ),
         ),
         "memory": (
-            "memory over N",
-            lambda figure: _draw_memory(figure, over_rows, looks, device),
+            "Memory over N",
+            lambda f: _draw_panels(
+                f, over_rows, looks, _held, _finish_held, ("MiB beyond the inputs", device)
+            ),
         ),
     }
     pictures = []
@@ -93,7 +97,7 @@ def draw(results: Results, stem: Path) -> list[Picture]:
                     figure.savefig(
                         temporary, format="svg", metadata={"Date": None, "Creator": None}
                     )
-                pictures.append(Picture(path, what[0].upper() + what[1:]))
+                pictures.append(Picture(path, what))
             else:
                 path.unlink(missing_ok=True)  # An older report's does not show these figures.
     return pictures
@@ -197,53 +201,41 @@ def _label_logarithms(axis: Axis, limits: tuple[float, float], unit: str) -> Non
     axis.set_minor_formatter(NullFormatter())
 
 
-def _draw_bounds(
-    figure: Figure, found: Sequence[Series], looks: Mapping[str, _Look], caption: str
-) -> bool:
-    def points(one: Series) -> list[tuple[float, float]]:
-        pairs = zip(one.sizes, one.rows, strict=True)
-        return [(x, 100 * row.fraction) for x, row in pairs if row.fraction]
-
-    def finish(axes: Axes, op: str) -> None:
-        axes.set_ylim(0, max(100, 1.05 * axes.get_ylim()[1]))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-
-    return _draw_panels(figure, found, looks, points, finish, ("share of the bound", caption))
+def _share(row: Row) -> float | None:
+    """Of the bound, in percent."""
+    return 100 * row.fraction if row.fraction else None
 
 
-def _draw_memory(
-    figure: Figure, found: Sequence[Series], looks: Mapping[str, _Look], caption: str
-) -> bool:
-    def points(one: Series) -> list[tuple[float, float]]:
-        pairs = zip(one.sizes, one.rows, strict=True)
-        return [
-            (x, max(_LEAST_BYTES, row.peak_extra_bytes) / 2**20)
-            for x, row in pairs
-            if row.peak_extra_bytes is not None
-        ]
+def _held(row: Row) -> float | None:
+    """MiB, with a least that a logarithmic axis can show."""
+    held = row.peak_extra_bytes
+    return None if held is None else max(_LEAST_BYTES, held) / 2**20
 
-    def finish(axes: Axes, op: str) -> None:
-        logits = {
-            row.shape["N"]: row.shape["N"] * row.shape["V"] * row.shape["itemsize"] / 2**20
-            for one in found
-            for row in one.rows
-            if one.op == op and row.shape.keys() >= {"N", "V", "itemsize"}
-        }
-        if len(logits) > 1:
-            style = {"color": GREY, "ls": (0, (1, 1)), "lw": 1.2, "zorder": 1}
-            axes.plot(*zip(*sorted(logits.items()), strict=True), label="the logits alone", **style)
-        axes.set_yscale("log")
-        _label_logarithms(axes.yaxis, axes.get_ylim(), "")
 
-    return _draw_panels(figure, found, looks, points, finish, ("MiB beyond the inputs", caption))
+def _finish_share(axes: Axes, rows: Sequence[Row]) -> None:
+    axes.set_ylim(0, max(100, 1.05 * axes.get_ylim()[1]))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+
+
+def _finish_held(axes: Axes, rows: Sequence[Row]) -> None:
+    logits = {
+        row.shape["N"]: row.shape["N"] * row.shape["V"] * row.shape["itemsize"] / 2**20
+        for row in rows
+        if row.shape.keys() >= {"N", "V", "itemsize"}
+    }
+    if len(logits) > 1:
+        style = {"color": GREY, "ls": (0, (1, 1)), "lw": 1.2, "zorder": 1}
+        axes.plot(*zip(*sorted(logits.items()), strict=True), label="the logits alone", **style)
+    axes.set_yscale("log")
+    _label_logarithms(axes.yaxis, axes.get_ylim(), "")
 
 
 def _draw_panels(
     figure: Figure,
     found: Sequence[Series],
     looks: Mapping[str, _Look],
-    points: Callable[[Series], list[tuple[float, float]]],
-    finish: Callable[[Axes, str], None],
+    value: Callable[[Row], float | None],
+    finish: Callable[[Axes, Sequence[Row]], None],
     words: tuple[str, str],
 ) -> bool:
     """A panel for each operation, N to the right, a line for each provider.
@@ -254,7 +246,8 @@ def _draw_panels(
     unit, caption = words
     ops: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for one in found:
-        if line := points(one):
+        pairs = [(x, value(row)) for x, row in zip(one.sizes, one.rows, strict=True)]
+        if line := [(x, y) for x, y in pairs if y is not None]:
             ops.setdefault(one.op, {})[one.provider] = line
     if not ops:
         return False
@@ -271,18 +264,18 @@ def _draw_panels(
         ticks = _apart(sorted({x for line in providers.values() for x, _ in line}))
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axes.minorticks_off()
-        axes.set_title("\n".join(filter(None, [op, _setting(found, op)])), fontsize=10)
+        rows = [row for one in found if one.op == op for row in one.rows]
+        axes.set_title("\n".join(filter(None, [op, _setting(rows)])), fontsize=10)
         axes.set_xlabel("N")
         axes.set_ylabel(unit)
-        finish(axes, op)
+        finish(axes, rows)
     figure.supxlabel(caption, fontsize=9)
     _legend(figure, list(grid[: len(ops)]))
     return True
 
 
-def _setting(found: Sequence[Series], op: str) -> str:
+def _setting(rows: Sequence[Row]) -> str:
     """What is the same along the series over N: `H = 128, V = 9,496, float32`."""
-    rows = [row for one in found if one.op == op for row in one.rows]
     sizes = {key: {row.shape[key] for row in rows if key in row.shape} for key in ("H", "V")}
     words = [f"{key} = {min(at):,}" for key, at in sizes.items() if len(at) == 1]
     return ", ".join([*words, *sorted({row.dtype for row in rows} - {""})])

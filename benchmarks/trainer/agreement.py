@@ -23,7 +23,7 @@ from benchmarks.trainer.start import Start
 from benchmarks.trainer.trl_trainer import Seen, TrlTrainer
 from perl.rollout.advantages import advantages_of
 from perl.training.reinforce import PolicyStep
-from perl.types import EncodedPrompt, Group, Rollout
+from perl.types import EncodedPrompt, Group
 
 FLOAT32 = 1e-3
 """Relative, for gradients: of each parameter's largest."""
@@ -49,7 +49,10 @@ def prove(start: Start, folder: Path) -> dict[str, Any]:
     proof = GradientProof(seen.gradients, exact)
     forget_trainers()
     trainer = PerlTrainer(start, folder / "perl", 1, setting.seed, clip_gradients=False)
-    groups = _with_completions(_sampled(trainer), seen, setting.completion)
+    components = trainer.session.components
+    drawn = trainer.session.stream().draw(len(setting.images))
+    sampled = components.collector.roll_out(drawn, setting.seed)
+    groups = _with_completions(sampled, seen, setting.completion)
     rewards, advantages = _check_advantages(trainer, groups, seen)
     row, ours = _perl_step(trainer, groups)
     scale = float(seen.batch["advantages"].abs().mean())
@@ -101,13 +104,6 @@ def _perl_step(
     return step(0, groups), gradients
 
 
-def _sampled(trainer: PerlTrainer) -> list[Group]:
-    """PeRL's own rollouts of the first step."""
-    components, setting = trainer.session.components, trainer.session.start.setting
-    drawn = trainer.session.stream().draw(len(setting.images))
-    return components.collector.roll_out(drawn, setting.seed)
-
-
 def _with_completions(groups: list[Group], seen: Seen, length: int) -> list[Group]:
     """The groups with TRL's completions and advantages.
 
@@ -132,7 +128,10 @@ def _with_completions(groups: list[Group], seen: Seen, length: int) -> list[Grou
                 f"a completion has {len(ids)} tokens in TRL, {len(rollout.token_ids)} in PeRL, not {length}"
             )
             taken.append((rollout, ids, reward, advantage))
-        rollouts = tuple(_continued(rollout, ids) for rollout, ids, _, _ in taken)
+        rollouts = tuple(
+            replace(rollout, token_ids=ids, logprobs=np.zeros(len(ids), np.float32))
+            for rollout, ids, _, _ in taken
+        )
         rewards = np.array([reward for *_, reward, _ in taken], dtype=np.float64)
         advantages = np.array([advantage for *_, advantage in taken], dtype=np.float32)
         out.append(replace(group, rollouts=rollouts, rewards=rewards, advantages=advantages))
@@ -162,10 +161,6 @@ def _key_of(prompt: EncodedPrompt) -> PromptKey:
 def _key(ids: torch.Tensor, pixels: torch.Tensor) -> PromptKey:
     """Orders of the same images have equal tokens: the pixels tell them apart."""
     return ids.long().numpy().tobytes(), pixels.float().contiguous().numpy().tobytes()
-
-
-def _continued(rollout: Rollout, ids: np.ndarray) -> Rollout:
-    return replace(rollout, token_ids=ids, logprobs=np.zeros(len(ids), np.float32))
 
 
 def _check_advantages(trainer: PerlTrainer, groups: list[Group], seen: Seen) -> tuple[float, float]:
