@@ -235,6 +235,9 @@ class PackedBatch:
     """int64 [K]: which row of the concatenated features of `images` each of them shows."""
     source: tuple[tuple[int, int], ...]
     """For each of the B completions the segment and the number in it, in the list that was packed."""
+    sampled_logprobs: torch.Tensor | None
+    """float32 [N]: of the completions that an earlier policy sampled their log-probs under it, of the others NaN; None: all
+    are of the present one."""
 
     @property
     def num_tokens(self) -> int:

@@ -86,7 +86,7 @@ class InProcessEngine:
         self, prompts: Sequence[EncodedPrompt], params: SamplingParams, generator: torch.Generator
     ) -> list[Completion]:
         with span("prefill"):
-            state, logits = self._read(prompts, params.n)
+            state, logits = self._prefill(prompts, params.n)
         rows = len(prompts) * params.n
         tokens: list[list[int]] = [[] for _ in range(rows)]
         logprobs: list[list[float]] = [[] for _ in range(rows)]
@@ -103,7 +103,7 @@ class InProcessEngine:
                 alive, token = alive[going], token[going]
                 state.keep(going)
             with span("decode"):
-                logits = state.advance(token)
+                logits = state.decode_step(token)
         ends = set(self.ends.tolist())
         return [
             Completion(np.asarray(t, np.int64), np.asarray(p, np.float32), t[-1] in ends)
@@ -122,7 +122,7 @@ class InProcessEngine:
             token = torch.multinomial(logprobs.exp(), 1, generator=generator).squeeze(1)
         return token, logprobs.gather(1, token[:, None]).squeeze(1)
 
-    def _read(self, prompts: Sequence[EncodedPrompt], n: int) -> tuple[_Decoding, torch.Tensor]:
+    def _prefill(self, prompts: Sequence[EncodedPrompt], n: int) -> tuple[_Decoding, torch.Tensor]:
         """Encode the images, read every prompt once, and repeat what was read n times."""
         from transformers import DynamicCache
 
@@ -175,7 +175,7 @@ class _Decoding:
         self.cache.batch_select_indices(rows)
         self.position, self.mask = self.position[:, rows], self.mask[rows]
 
-    def advance(self, token: torch.Tensor) -> torch.Tensor:
+    def decode_step(self, token: torch.Tensor) -> torch.Tensor:
         """Logits [B, V] after one more token [B]."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(token), 1)], dim=1)
         output = self.policy.core.language_model(

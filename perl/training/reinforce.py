@@ -76,7 +76,7 @@ class PolicyStep:
             packed = [session.pack(segments) for segments in minibatches]
         # All of them before the first update: they are those of the policy that sampled.
         with watch("logprobs"), session.components.accelerator.autocast():
-            old = [self._old_logprobs(*pair) for pair in zip(packed, minibatches, strict=True)]
+            old = [self._old_logprobs(batches) for batches in packed]
             ref = [self.reference and [self.reference(b) for b in batches] for batches in packed]
         report = packing_report(
             [batch for batches in packed for batch in batches],
@@ -106,23 +106,20 @@ class PolicyStep:
             self.session.components.policy, self.session.config.train.share_prompts
         )
 
-    def _old_logprobs(
-        self, batches: Sequence[PackedBatch], segments: Sequence[Segment]
-    ) -> list[torch.Tensor] | None:
-        """Log-probs [N] under the policies that sampled; None where that is the present one everywhere.
-
-        With one update per batch the loss then knows that its ratios are 1.
-        """
-        if self.updates == 1 and all(s.sampled_logprobs is None for s in segments):
+    def _old_logprobs(self, batches: Sequence[PackedBatch]) -> list[torch.Tensor] | None:
+        """Of each batch; None where the present policy sampled everything, so that the loss knows that ratios are 1."""
+        if self.updates == 1 and all(batch.sampled_logprobs is None for batch in batches):
             return None
-        old = [self.head.logprobs(batch).logprobs for batch in batches]
-        for batch, logprobs in zip(batches, old, strict=True):
-            ends = batch.completion_cu_seqlens.tolist()
-            for (segment, number), start, end in zip(batch.source, ends, ends[1:], strict=False):
-                sampled = segments[segment].sampled_logprobs
-                if sampled is not None:
-                    logprobs[start:end] = torch.from_numpy(sampled[number])
-        return old
+        return [old_logprobs(self.head, batch) for batch in batches]
+
+
+def old_logprobs(head: HeadLoss, batch: PackedBatch) -> torch.Tensor:
+    """Log-probs [N] under the policies that sampled: the present one, or an earlier one, which left its own behind."""
+    logprobs = head.logprobs(batch).logprobs
+    if batch.sampled_logprobs is None:
+        return logprobs
+    sampled = batch.sampled_logprobs.to(logprobs)
+    return torch.where(sampled.isnan(), logprobs, sampled)
 
 
 class Reference:

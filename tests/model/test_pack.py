@@ -1,5 +1,7 @@
 """The packer: nothing lost, nothing twice, no row over its budget, indices that point where they should."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -118,6 +120,16 @@ def test_every_completion_takes_the_positions_behind_its_prompt() -> None:
     p = EncodedPrompt(p.input_ids, p.position_ids, 31, p.images, IMAGE)
     batch = pack_row([segment(p, [1, 2, 3], [4, 5])])
     assert batch.position_ids.tolist() == [[0, 1, 31, 32, 33, 31, 32]] * 3
+
+
+def test_log_probs_of_an_earlier_policy_stand_beside_their_tokens() -> None:
+    on_policy = segment(prompt(2), [1, 2])
+    logprobs = (np.array([-1.5, -2.5], np.float32), np.array([-0.5], np.float32))
+    off_policy = replace(segment(prompt(3), [4, 5], [6]), sampled_logprobs=logprobs)
+    assert pack_row([on_policy]).sampled_logprobs is None
+    sampled = pack_row([on_policy, off_policy]).sampled_logprobs
+    assert sampled is not None and sampled.dtype == torch.float32
+    np.testing.assert_array_equal(sampled, [np.nan, np.nan, -1.5, -2.5, -0.5])
 
 
 def test_one_axis_of_positions() -> None:

@@ -54,6 +54,8 @@ def pack_row(segments: Sequence[Segment], shares: Sequence[Share] | None = None)
             row.add_completion(segment.prompt, start, segment.completions[number])
             row.advantages.append(segment.advantages[number])
             row.source.append((share.segment, number))
+            logprobs = segment.sampled_logprobs
+            row.sampled.append(None if logprobs is None else logprobs[number])
     return row.batch()
 
 
@@ -69,6 +71,7 @@ class _Row:
         self.completions: list[np.ndarray] = []
         self.advantages: list[float] = []
         self.source: list[tuple[int, int]] = []
+        self.sampled: list[np.ndarray | None] = []
         self.visual_positions: list[np.ndarray] = []
         self.visual_source: list[np.ndarray] = []
         self.images: dict[str, EncodedImage] = {}
@@ -130,7 +133,15 @@ class _Row:
             visual_positions=_join(self.visual_positions),
             visual_source=_join(self.visual_source),
             source=tuple(self.source),
+            sampled_logprobs=self._sampled_logprobs(),
         )
+
+    def _sampled_logprobs(self) -> torch.Tensor | None:
+        if all(logprobs is None for logprobs in self.sampled):
+            return None
+        pairs = zip(self.completions, self.sampled, strict=True)
+        known = [np.full(len(ids), np.nan) if own is None else own for ids, own in pairs]
+        return torch.from_numpy(np.concatenate(known).astype(np.float32))
 
 
 def _join(parts: Sequence[np.ndarray]) -> torch.Tensor:
