@@ -4,9 +4,10 @@ PYTHON := $(shell p=$$(sed -n 's/^executable = //p' .venv/pyvenv.cfg 2>/dev/null
                   if [ -x "$$p" ]; then echo "$$p"; else echo python3; fi)
 endif
 # .venv belongs to one interpreter and one folder, and what is in it to one set of pins. The stamp is written last: a
-# set-up that was interrupted has none and starts afresh; changed pins are installed over what is there.
+# set-up that was interrupted has none and starts afresh; changed pins are installed over what is there. The names of the
+# modules count too: an editable install keeps a list of them, and a file that has moved would not be found.
 VENV := $(shell "$(PYTHON)" -c 'import os, sys, zlib; print(f"{sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]}-{zlib.crc32((sys.base_prefix + os.getcwd()).encode()):08x}")' 2>/dev/null)
-PINS := $(shell cat pyproject.toml constraints.txt CMakeLists.txt | cksum | cut -d' ' -f1)
+PINS := $(shell { cat pyproject.toml constraints.txt CMakeLists.txt; find perl kernels -name '*.py' | sort; } | cksum | cut -d' ' -f1)
 STAMP := .venv/stamp-$(VENV)-$(PINS)
 PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 

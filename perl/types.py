@@ -115,7 +115,10 @@ class EncodedImage:
 
 @dataclass(frozen=True, slots=True)
 class RawPrompt:
-    """A chat written out by the model's template, and its pictures: what a model's own processor takes."""
+    """A chat written out by the model's template, and its pictures: what a model's own processor takes.
+
+    Example: `"<|im_start|>user\\nA <|image_pad|> which ...<|im_end|>"` with one picture.
+    """
 
     text: str
     images: tuple[Image.Image, ...]
@@ -128,6 +131,9 @@ class EncodedPrompt:
     `input_ids` int64 [P], with each slot expanded to its image's number of image tokens;
     `position_ids` int64 [A, P] the temporal, height and width axes of M-RoPE, or one axis for families without it;
     `next_position` the position of the first completion token on all axes.
+
+    Example: two images of 8 tokens each in a chat of 20 others give P = 36. With M-RoPE an image of 2 x 4 merged patches takes up
+    4 positions, as many as its longer side has, so that `next_position` is 20 + 2 * 4 = 28.
     """
 
     input_ids: np.ndarray
@@ -145,6 +151,8 @@ class Rollout:
 
     `token_ids` int64 [L] includes the end token when the model wrote one (`finished`), `logprobs` float32 [L]
     are those of the sampling distribution, `text` has the special tokens removed.
+
+    Example: the text `"B"` is `token_ids` of length 2, the letter and the end; cut after the letter it is 1 and not `finished`.
     """
 
     variant: Variant
@@ -185,6 +193,8 @@ class Segment:
 
     `completions` R arrays int64 [L_r], each may be empty; `advantages` R scalars (1 for supervised fine-tuning).
     `group` says which segments belong to one Example: they show the same images and are kept together.
+
+    Example: the Group above becomes four Segments of `group` 0, one an order, with four completions each.
     """
 
     prompt: EncodedPrompt
