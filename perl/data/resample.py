@@ -17,6 +17,7 @@ level or once more.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import random
@@ -57,28 +58,31 @@ def parse_histogram(text: str) -> tuple[float, ...]:
     return tuple(v / sum(values) for v in values)
 
 
-def levels_of(accuracies: Sequence[float] | np.ndarray, count: int = LEVELS) -> np.ndarray:
-    """int64 [Q]: the level of each accuracy, 0 to `count - 1`; -1 where it is NaN (not measured).
+def levels_of(accuracies: Sequence[float] | np.ndarray) -> np.ndarray:
+    """int64 [Q]: the level of each accuracy, 0 to 10; -1 where it is NaN (not measured).
 
     Example: `levels_of([0.0, 0.26, 1.0, nan]) == [0, 3, 10, -1]`.
     """
     values = np.asarray(accuracies, dtype=np.float64)
     missing = np.isnan(values)
     # A hair above, so that 0.25 goes up on every machine.
-    levels = np.floor(np.where(missing, 0, values) * (count - 1) + 0.5 + 1e-9).astype(np.int64)
+    levels = np.floor(np.where(missing, 0, values) * (LEVELS - 1) + 0.5 + 1e-9).astype(np.int64)
     return np.where(missing, -1, levels)
 
 
-def shares_of(accuracies: Sequence[float] | np.ndarray, count: int = LEVELS) -> np.ndarray:
-    """float64 [L]: the share of each level among the accuracies that are not NaN."""
-    levels = levels_of(accuracies, count)
-    found = np.bincount(levels[levels >= 0], minlength=count)
+def _per_level(levels: np.ndarray) -> np.ndarray:
+    return np.bincount(levels[levels >= 0], minlength=LEVELS)
+
+
+def shares_of(accuracies: Sequence[float] | np.ndarray) -> np.ndarray:
+    """float64 [11]: the share of each level among the accuracies that are not NaN."""
+    found = _per_level(levels_of(accuracies))
     return found / max(1, found.sum())
 
 
 def resample(
-    accuracies: Sequence[float] | np.ndarray,
-    histogram: Sequence[float] | np.ndarray,
+    accuracies: Sequence[float],
+    histogram: Sequence[float],
     size: int | None = None,
     seed: int = 0,
     repeat: bool = False,
@@ -87,7 +91,7 @@ def resample(
 
     Args:
         accuracies: float [Q], 0 to 1; a question with NaN is left out.
-        histogram: float [L], shares of the levels 0, 1/(L-1), ..., 1; of any sum above 0.
+        histogram: shares of the eleven levels, of any sum above 0.
         size: questions to keep; None: the largest size at which no level is short, or with `repeat`
             as many as have been measured.
         seed: of the choice among questions of one level.
@@ -100,28 +104,24 @@ def resample(
     Raises:
         UserError: no measured question is of a wanted level, or fewer than `size` are.
     """
-    wanted = np.asarray(histogram, dtype=np.float64)
-    levels = levels_of(accuracies, len(wanted))
-    have = np.bincount(levels[levels >= 0], minlength=len(wanted))
-    lacking = [f"{k / (len(wanted) - 1):.1f}" for k in np.flatnonzero((wanted > 0) & (have == 0))]
-    wanted = np.where(have > 0, wanted, 0.0)
+    levels = levels_of(accuracies)
+    have = _per_level(levels)
+    wanted = np.where(have > 0, histogram, 0.0)
     if wanted.sum() == 0:
         raise UserError(
             "no question that was measured has an accuracy that the histogram asks for; "
             "choose another histogram"
         )
-    if lacking:
+    if lacking := [f"{k / 10:.1f}" for k in range(LEVELS) if histogram[k] > 0 and not have[k]]:
         log.warning("no question has an accuracy of %s: left out of the target", ", ".join(lacking))
     usable = int(have[wanted > 0].sum())
-    if size is not None and size < 1:
-        raise UserError(f"size = {size}: must be 1 or more")
     if size is not None and size > usable and not repeat:
         raise UserError(
             f"size = {size}: only {usable} questions have an accuracy that the histogram asks for; "
             "lower it, or allow repeats"
         )
     if repeat:
-        counts = _apportion(wanted, int((levels >= 0).sum()) if size is None else size, None)
+        counts = _apportion(wanted, int(have.sum()) if size is None else size, None)
     else:
         counts = _apportion(wanted, size, have)
     return sorted(
@@ -133,21 +133,17 @@ def resample(
 
 
 def scarce_level(
-    accuracies: Sequence[float] | np.ndarray,
-    histogram: Sequence[float] | np.ndarray,
-    chosen: Sequence[int],
+    accuracies: Sequence[float], histogram: Sequence[float], chosen: Sequence[int]
 ) -> int:
     """The level that one question more than `chosen` would be of.
 
     If `chosen` is what `resample` gives without a size or repeats, that level has no more.
     """
-    wanted = np.asarray(histogram, dtype=np.float64)
-    levels = levels_of(accuracies, len(wanted))
-    have = np.bincount(levels[levels >= 0], minlength=len(wanted))
-    taken = np.bincount(levels[list(chosen)], minlength=len(wanted)).tolist()
-    shares = np.where(have > 0, wanted, 0.0)
-    going = np.flatnonzero(shares).tolist()
-    return _next(taken, len(chosen), (shares / shares.sum()).tolist(), going)
+    levels = levels_of(accuracies)
+    wanted = np.where(_per_level(levels) > 0, histogram, 0.0)
+    taken = _per_level(levels[list(chosen)]).tolist()
+    going = np.flatnonzero(wanted).tolist()
+    return _next(taken, len(chosen), (wanted / wanted.sum()).tolist(), going)
 
 
 def _apportion(wanted: np.ndarray, size: int | None, have: np.ndarray | None) -> list[int]:
@@ -183,7 +179,5 @@ def _next(counts: Sequence[int], total: int, shares: Sequence[float], going: Seq
 
 def _chosen(members: list[int], count: int, key: str) -> list[int]:
     """`count` of the members in a drawn sequence, which begins again at its end."""
-    order = list(members)
-    random.Random(key).shuffle(order)
-    rounds, rest = divmod(count, len(order))
-    return order * rounds + order[:rest]
+    random.Random(key).shuffle(members)
+    return list(itertools.islice(itertools.cycle(members), count))

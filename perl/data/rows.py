@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from perl.data.columns import read_row
-from perl.data.dataset import BUNDLED, RowDataset
+from perl.data.dataset import BUNDLED, Dataset
 from perl.data.pictures import SUFFIXES, stored_image
 from perl.data.tasks import BundledTasks
 from perl.files import replacing, to_line
@@ -51,7 +51,7 @@ def check_output(output: Path, data: str) -> None:
 
 
 def write_rows(
-    dataset: BundledTasks | RowDataset,
+    dataset: Dataset,
     output: Path,
     indices: Sequence[int],
     accuracies: Sequence[float],
@@ -70,7 +70,7 @@ def write_rows(
             file.write(to_line(row))
 
 
-def _ids_of_copies(dataset: BundledTasks | RowDataset, indices: Sequence[int]) -> dict[int, str]:
+def _ids_of_copies(dataset: Dataset, indices: Sequence[int]) -> dict[int, str]:
     """The new ids, by the place in `indices` where a question comes again."""
     if len(set(indices)) == len(indices):
         return {}
@@ -86,7 +86,7 @@ def _ids_of_copies(dataset: BundledTasks | RowDataset, indices: Sequence[int]) -
     return out
 
 
-def _own_id(dataset: BundledTasks | RowDataset, i: int) -> str | None:
+def _own_id(dataset: Dataset, i: int) -> str | None:
     if isinstance(dataset, BundledTasks):
         return dataset[i].id
     value = dataset.source.row(i).get("id")
@@ -101,7 +101,7 @@ class RowWriter:
     show the same picture share it. PNG, JPEG and WebP bytes are written as they are, the rest as PNG.
     """
 
-    def __init__(self, output: Path, dataset: BundledTasks | RowDataset) -> None:
+    def __init__(self, output: Path, dataset: Dataset) -> None:
         self._dataset = dataset
         self._folder = output.resolve().parent
         self._images = self._folder / f"{output.stem}-images"
@@ -125,7 +125,7 @@ class RowWriter:
             self._name(image, stem, dataset.root) for image, stem in zip(images, stems, strict=True)
         ]
         if None in names:
-            decoded = zip(names, dataset.open_images(images, i, decode=True), stems, strict=True)
+            decoded = zip(names, dataset.open_images(images, i), stems, strict=True)
             names = [name or self._encode(image, stem) for name, image, stem in decoded]
         return dict(row) if list(images) == names else _with_images(row, names)
 

@@ -48,17 +48,15 @@ class Draft:
     should_change: bool = True
 
 
-@dataclass(frozen=True)
-class _Dice:
+class _Dice(random.Random):
     """What drafts are drawn with: any random choice, and the slot of the right picture."""
 
-    rng: random.Random
-    first_slot: float
+    first_slot = 0.0
 
     def right_slot(self, count: int) -> int:
         if not self.first_slot:
-            return self.rng.randrange(count)
-        return 0 if self.rng.random() < self.first_slot else self.rng.randrange(1, count)
+            return self.randrange(count)
+        return 0 if self.random() < self.first_slot else self.randrange(1, count)
 
 
 class BundledTasks:
@@ -100,17 +98,17 @@ class BundledTasks:
     def __getitem__(self, i: int) -> Example:
         if i < 0 or (self.size is not None and i >= self.size):
             raise IndexError(i)
-        rng = random.Random(f"{self.seed}/{self.split}/{i}")
+        rng = _Dice(f"{self.seed}/{self.split}/{i}")
+        if self.split == "train":
+            rng.first_slot = self.config.first_slot
         task = self.config.tasks[i % len(self.config.tasks)]
         fewest = max(self.config.min_images, 3) if task == "odd" else self.config.min_images
         count = rng.randint(fewest, self.config.max_images)
-        dice = _Dice(rng, self.config.first_slot if self.split == "train" else 0.0)
-        draft = TASKS[task](dice, count, self.collection.labels)
+        draft = TASKS[task](rng, count, self.collection.labels)
         ask = f"{draft.ask} {self.collection.ordered_by}" if task == "first" else draft.ask
         letters = tuple(LETTERS[: len(draft.classes)])
         slots = " ".join(f"{letter} {IMAGE_SLOT}" for letter in letters)
-        if len(letters) == 1:
-            slots = IMAGE_SLOT
+        slots = slots if len(letters) > 1 else IMAGE_SLOT
         return Example(
             id=f"{self.collection.name}-{self.split}-{task}-{i:06d}",
             images=_pictures(self.collection, self.split, draft.classes, rng),
@@ -160,11 +158,10 @@ def _choices(example: Example) -> Sequence[str]:
     return LETTERS[: len(letter_slots(example))] if example.answer in tuple(LETTERS) else ()
 
 
-def _which(dice: _Dice, count: int, labels: Sequence[str]) -> Draft:
-    rng = dice.rng
+def _which(rng: _Dice, count: int, labels: Sequence[str]) -> Draft:
     target = rng.randrange(len(labels))
     others = [c for c in range(len(labels)) if c != target]
-    right = dice.right_slot(count)
+    right = rng.right_slot(count)
     classes = [target if slot == right else rng.choice(others) for slot in range(count)]
     word = labels[target]
     steps = [
@@ -174,10 +171,9 @@ def _which(dice: _Dice, count: int, labels: Sequence[str]) -> Draft:
     return Draft(classes, f"which image shows {word}", " ".join(steps), LETTERS[right])
 
 
-def _odd(dice: _Dice, count: int, labels: Sequence[str]) -> Draft:
-    rng = dice.rng
+def _odd(rng: _Dice, count: int, labels: Sequence[str]) -> Draft:
     most, odd = rng.sample(range(len(labels)), 2)
-    right = dice.right_slot(count)
+    right = rng.right_slot(count)
     classes = [odd if slot == right else most for slot in range(count)]
     seen = [f"{letter} {labels[c]}" for letter, c in zip(LETTERS, classes, strict=False)]
     compared = [
@@ -187,8 +183,7 @@ def _odd(dice: _Dice, count: int, labels: Sequence[str]) -> Draft:
     return Draft(classes, "which image differs", steps, LETTERS[right])
 
 
-def _count(dice: _Dice, count: int, labels: Sequence[str]) -> Draft:
-    rng = dice.rng
+def _count(rng: _Dice, count: int, labels: Sequence[str]) -> Draft:
     target = rng.randrange(len(labels))
     others = [c for c in range(len(labels)) if c != target]
     shown = rng.randint(0, count)
@@ -204,10 +199,9 @@ def _count(dice: _Dice, count: int, labels: Sequence[str]) -> Draft:
     return Draft(classes, ask, " ".join(steps), str(shown), numbers, should_change=False)
 
 
-def _first(dice: _Dice, count: int, labels: Sequence[str]) -> Draft:
-    rng = dice.rng
+def _first(rng: _Dice, count: int, labels: Sequence[str]) -> Draft:
     first = rng.randrange(len(labels) - 1)
-    right = dice.right_slot(count)
+    right = rng.right_slot(count)
     classes = [
         first if slot == right else rng.randrange(first + 1, len(labels)) for slot in range(count)
     ]
@@ -218,8 +212,7 @@ def _first(dice: _Dice, count: int, labels: Sequence[str]) -> Draft:
     return Draft(classes, "which image comes first by", " ".join(steps), LETTERS[right])
 
 
-def _same(dice: _Dice, count: int, labels: Sequence[str]) -> Draft:
-    rng = dice.rng
+def _same(rng: _Dice, count: int, labels: Sequence[str]) -> Draft:
     pair = sorted(rng.sample(range(count), 2))
     answer = rng.random() < 0.5
     classes = [rng.randrange(len(labels)) for _ in range(count)]
@@ -243,8 +236,7 @@ def _same(dice: _Dice, count: int, labels: Sequence[str]) -> Draft:
     )
 
 
-def _single(dice: _Dice, count: int, labels: Sequence[str]) -> Draft:
-    rng = dice.rng
+def _single(rng: _Dice, count: int, labels: Sequence[str]) -> Draft:
     shown = rng.randrange(len(labels))
     ask, word = "what does the image show", labels[shown]
     return Draft((shown,), ask, word, word, labels, kind="none", should_change=False)

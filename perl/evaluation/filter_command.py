@@ -196,7 +196,7 @@ def _print_selection(
 
     count = len(histogram)
     kept = [accuracies[k] for k in chosen]
-    before, after = shares_of(accuracies, count), shares_of(kept, count)
+    before, after = shares_of(accuracies), shares_of(kept)
     measured = sum(not math.isnan(a) for a in accuracies)
     rows = [["accuracy", "before", "after", "target"]]
     for level, shares in enumerate(zip(before, after, histogram, strict=True)):

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from perl.data.dataset import RowDataset
+from perl.data.dataset import Dataset
 from perl.data.resample import levels_of, resample, shares_of
 from perl.data.rows import write_rows
-from perl.data.tasks import BundledTasks
 from perl.report.plots import BLUE, GREY, INK, STYLE, VERMILION
 
 
 def write_selection(
-    dataset: BundledTasks | RowDataset,
+    dataset: Dataset,
     indices: Sequence[int],
     accuracies: Sequence[float],
     output: Path,
@@ -50,7 +49,7 @@ def _draw(
     wanted = np.asarray(histogram) / np.sum(histogram)
     count = len(wanted)
     after = values[list(chosen)]
-    measured = int((levels_of(values, count) >= 0).sum())
+    measured = int((levels_of(values) >= 0).sum())
     places = np.arange(count)
     with rc_context(STYLE):
         figure = Figure(figsize=(7.2, 3.8), dpi=160, layout="constrained")
@@ -59,7 +58,7 @@ def _draw(
             (-0.2, values, GREY, f"before: {measured} questions, mean {np.nanmean(values):.2f}"),
             (0.2, after, BLUE, f"after: {len(after)} questions, mean {np.mean(after):.2f}"),
         ):
-            axes.bar(places + shift, shares_of(shown, count), 0.38, color=colour, label=label)
+            axes.bar(places + shift, shares_of(shown), 0.38, color=colour, label=label)
         axes.plot(places + 0.2, wanted, "_", color=VERMILION, ms=13, mew=2.2, label="target")
         axes.set_title("Accuracy of the questions")
         axes.set_xlabel("accuracy of a question over its rollouts")

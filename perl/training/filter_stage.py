@@ -6,9 +6,8 @@ import math
 from functools import partial
 from pathlib import Path
 
-from perl.data.dataset import RowDataset, load_examples
+from perl.data.dataset import Dataset, load_examples
 from perl.data.resample import parse_histogram
-from perl.data.tasks import BundledTasks
 from perl.distributed import on_main_process
 from perl.evaluation.difficulty import (
     MeasuredFile,
@@ -72,7 +71,7 @@ def _count(asked: int, size: int | None) -> int:
 
 
 def _measure(
-    session: Session, stage: Stage, dataset: BundledTasks | RowDataset, indices: list[int]
+    session: Session, stage: Stage, dataset: Dataset, indices: list[int]
 ) -> list[tuple[int, float, int]]:
     """Of this process's questions the index, the accuracy, and how many completions were sampled."""
     config, components, processes = session.config, session.components, session.processes
@@ -110,7 +109,7 @@ def _measure(
 
 
 def _select(
-    session: Session, dataset: BundledTasks | RowDataset, output: Path, accuracies: list[float]
+    session: Session, dataset: Dataset, output: Path, accuracies: list[float]
 ) -> dict[str, float]:
     """Write what is kept; counts and mean accuracies before and after."""
     config, seed = session.config.resample, session.config.run.seed
