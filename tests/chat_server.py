@@ -4,14 +4,30 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Reply = tuple[int, Any] | tuple[int, Any, dict[str, str]]
 
 
-def says(text: str | None) -> Reply:
-    return 200, {"choices": [{"message": {"role": "assistant", "content": text}}]}
+def says(text: str | None, end: str = "stop") -> Reply:
+    choice = {"message": {"role": "assistant", "content": text}, "finish_reason": end}
+    return 200, {"choices": [choice]}
+
+
+@dataclass
+class Model:
+    """The endpoint of the fixture `model`: `answer` of a chat's first message, which a test sets, and the
+    last messages that it was `asked`."""
+
+    answer: Callable[[str], str | Reply] = lambda task: "yes"
+    asked: list[str] = field(default_factory=list)
+
+    def reply(self, body: dict[str, Any], headers: dict[str, str]) -> Reply:
+        self.asked.append(body["messages"][-1]["content"])
+        answer = self.answer(body["messages"][0]["content"])
+        return says(answer) if isinstance(answer, str) else answer
 
 
 @contextmanager

@@ -28,6 +28,7 @@ import pytest
 import tomli_w
 from PIL import Image
 
+from tests.chat_server import Model, serving
 from tests.command_line import run
 
 # A busy machine is not a failure, and CI runs the same examples each time.
@@ -170,3 +171,21 @@ def short_recipe(tmp_path: Path, tiny_folder: Callable[[str], Path]) -> Path:
     }
     (tmp_path / "short.toml").write_text(tomli_w.dumps(values))
     return tmp_path / "short.toml"
+
+
+@pytest.fixture
+def no_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No language model is set, whatever the environment of the tests says."""
+    for name in ("PERL_LLM_URL", "PERL_LLM_MODEL", "PERL_LLM_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch, no_endpoint: None) -> Iterator[Model]:
+    """A language model in a thread, the one that is set, which answers as the test says."""
+    model = Model()
+    with serving(model.reply) as url:
+        monkeypatch.setenv("PERL_LLM_URL", url)
+        monkeypatch.setenv("PERL_LLM_MODEL", "m")
+        monkeypatch.setattr("perl.llm._LONGEST_WAIT", 0.01)
+        yield model

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import time
 
 import pytest
 from hypothesis import given
@@ -116,23 +115,13 @@ def test_accuracy_of_tags_and_of_sets() -> None:
 )
 def test_format_of_tags(text: str, score: float) -> None:
     assert format_tags(["q"], [text]) == [score]
+    three = text.replace("<answer>", "<index>1</index><answer>")
+    assert format_tags(["q"], [three], tags=("think", "index", "answer")) == [score]
     others = text.replace("think>", "index>").replace("answer>", "box>")
     assert format_tags(["q"], [others], tags=("index", "box")) == [score]
-
-
-def test_format_of_three_tags() -> None:
-    text = "<think>x</think><index>1</index><answer>B</answer>"
-    assert format_tags(["q"], [text], tags=("think", "index", "answer")) == [1]
 
 
 @given(st.lists(st.sampled_from(["<think>", "</think>", r"\boxed{", "}", "x", "\n"]), max_size=8))
 def test_format_is_the_expression(parts: list[str]) -> None:
     text = "".join(parts)
     assert format_reward(["q"], [text]) == [float(bool(FORMAT.fullmatch(text)))]
-
-
-def test_format_takes_no_time_over_a_looping_model() -> None:
-    start = time.perf_counter()
-    looping = "<think>" + "</think>" * 20_000 + r"\boxed{" * 20_000
-    assert format_reward(["q"], [looping]) == [0.0]
-    assert time.perf_counter() - start < 1

@@ -14,9 +14,8 @@ from perl.permutation import permute
 from perl.rewards.boxes import boxes_in, iou
 from perl.rewards.scorer import Scorer
 from perl.types import Example, Rollout, UserError
-from tests.rewards.scoring import score
+from tests.rewards.scoring import score, totals
 
-NAN = float("nan")
 corners, sides = st.integers(0, 8), st.integers(1, 5)
 boxes = st.builds(lambda x, y, w, h: (x, y, x + w, y + h), corners, corners, sides, sides)
 
@@ -32,11 +31,8 @@ def test_iou_is_a_count_of_pixels(a: Any, b: Any) -> None:
     assert iou(a, b) == iou(b, a)
     assert 0 <= iou(a, b) <= 1
     assert (iou(a, b) == 1) == (a == b)
-
-
-def test_boxes_without_area_overlap_nothing() -> None:
-    assert iou((1, 1, 1, 5), (1, 1, 1, 5)) == 0
-    assert iou((5, 5, 1, 1), (1, 1, 5, 5)) == 0
+    empty, turned = (a[0], a[1], a[0], a[3]), (a[2], a[3], a[0], a[1])
+    assert iou(empty, empty) == iou(turned, a) == 0
 
 
 @given(boxes)
@@ -66,20 +62,20 @@ def test_box_iou() -> None:
         score("box_iou(column='bbox')", text, answer="B")
 
 
-@given(st.lists(boxes, max_size=5), st.data())
-def test_gold_boxes_in_every_form(gold: Any, data: Any) -> None:
-    forms = [
-        list,
-        tuple,
-        np.array,
-        lambda b: np.array(b, dtype=np.float32),
-        lambda b: {"bbox_2d": list(b)},
-    ]
-    forms += [str, lambda b: list(np.array(b)), lambda b: {"label": "cat", "bbox_2d": tuple(b)}]
-    one, mixed = data.draw(st.sampled_from(forms)), data.draw(st.booleans())
-    wanted = [(data.draw(st.sampled_from(forms)) if mixed else one)(box) for box in gold]
-    text = " ".join(str(list(box)) for box in gold)
+FORMS = [
+    list, tuple, np.array, str, lambda b: np.array(b, dtype=np.float32), lambda b: list(np.array(b)),
+    lambda b: {"bbox_2d": list(b)}, lambda b: {"label": "cat", "bbox_2d": tuple(b)},
+]  # fmt: skip
+
+
+@given(st.lists(boxes, max_size=5), st.lists(boxes, max_size=4), st.data())
+def test_gold_boxes_in_every_form(gold: Any, others: Any, data: Any) -> None:
+    """Detection is a share, and perfect for the gold boxes in any sequence."""
+    one, mixed = data.draw(st.sampled_from(FORMS)), data.draw(st.booleans())
+    wanted = [(data.draw(st.sampled_from(FORMS)) if mixed else one)(box) for box in gold]
+    text, other = (" ".join(str(list(box)) for box in some) for some in (reversed(gold), others))
     assert score("detection(column='boxes')", text, boxes=wanted) == pytest.approx(1)
+    assert 0 <= score("detection(column='boxes')", other, boxes=wanted) <= 1
     for box, value in zip(gold, wanted, strict=True):
         assert score("box_iou(column='box')", str(box), box=value) == 1
         assert score("box_iou(column='box')", str(box), box=[value]) == 1
@@ -99,10 +95,9 @@ def test_gold_boxes_in_every_form(gold: Any, data: Any) -> None:
 def test_a_gold_box_that_nothing_fits_is_bad_data(
     spec: str, gold: Any, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    scorer = Scorer((spec,), (1.0,))
     columns = {"answer": ["[0,0,4,4]", gold], "id": ["q1", "q2"], "image": [1, 1]}
-    totals, _ = scorer.score(["q"] * 2, ["image 1, [0,0,4,4]"] * 2, columns)
-    np.testing.assert_array_equal(totals, [1, NAN])
+    _, scores = totals(spec, ["image 1, [0,0,4,4]"] * 2, **columns)
+    np.testing.assert_array_equal(scores, [1, math.nan])
     assert reason in caplog.text and "on example 'q2'" in caplog.text
 
 
@@ -120,15 +115,6 @@ def test_detection() -> None:
     assert score("detection", "[0,0,1,1]", answer="there is none") == 0
 
 
-@given(st.lists(boxes, max_size=4), st.lists(boxes, max_size=4))
-def test_detection_is_a_share_and_perfect_for_the_gold_boxes(found: Any, wanted: Any) -> None:
-    text = " ".join(str(list(box)) for box in found)
-    value = score("detection(column='boxes')", f"<answer>{text}</answer>", boxes=wanted)
-    assert 0 <= value <= 1
-    same = " ".join(str(list(box)) for box in reversed(wanted))
-    assert score("detection(column='boxes')", same, boxes=wanted) == pytest.approx(1)
-
-
 def test_grounding_follows_the_image() -> None:
     """The gold image is the data's second; where it stands in the rollout is where the answer has to point."""
     extra = {"image": 2, "box": "(0,0),(4,4)"}
@@ -136,10 +122,8 @@ def test_grounding_follows_the_image() -> None:
     texts = [f"<answer>In image {k}, box (0,0),(4,2)</answer>" for k in (1, 2, 3)]
 
     def scores(spec: str, order: tuple[int, ...]) -> list[float]:
-        rollouts = [
-            Rollout(permute(example, order), None, np.zeros(1), np.zeros(1), text, True)  # type: ignore[arg-type]
-            for text in texts
-        ]
+        shown: Any = (permute(example, order), None, np.zeros(1), np.zeros(1))
+        rollouts = [Rollout(*shown, text, True) for text in texts]
         return Scorer((spec,), (1.0,)).score_rollouts(rollouts)[0].tolist()
 
     assert scores("grounding", (0, 1, 2)) == [0, 0.5, 0]

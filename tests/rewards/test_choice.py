@@ -7,11 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from perl.rewards.scorer import Scorer
-from tests.rewards.scoring import score
-
-NAN = float("nan")
-
+from tests.rewards.scoring import score, totals
 
 CHOSEN = {
     "B": (
@@ -48,8 +44,6 @@ def test_choice_of_several(text: str) -> None:
 
 
 def test_choice_without_gold_and_with_a_gold_that_is_none(caplog: Any) -> None:
-    scorer = Scorer(("choice",), (1.0,))
-    gold = {"answer": ["A", None, "12"], "id": ["q1", "q2", "q3"]}
-    totals, _ = scorer.score(["q"] * 3, ["A"] * 3, gold)
-    np.testing.assert_array_equal(totals, [1, NAN, NAN])  # nothing else scores the other two
+    scorer, scores = totals("choice", ["A"] * 3, answer=["A", None, "12"])
+    np.testing.assert_array_equal(scores, [1, np.nan, np.nan])  # nothing else scores the other two
     assert scorer.faults == {"choice": 0} and not caplog.text

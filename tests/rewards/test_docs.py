@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from perl.rewards.scorer import BUILT_IN, Scorer
+from perl.rewards.scorer import BUILT_IN
+from tests.rewards.scoring import score
 
 DOCS = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
 COLUMNS: dict[str, dict[str, Any]] = {
@@ -22,27 +23,24 @@ COLUMNS: dict[str, dict[str, Any]] = {
 
 def table(title: str) -> list[list[str]]:
     rows = DOCS.partition(f"| {title} |")[2].partition("\n\n")[0].splitlines()[2:]
-    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    return [[cell.strip().strip("`") for cell in row.split("|")[1:-1]] for row in rows]
 
 
 EXAMPLES = table("completion")
 
 
-@pytest.mark.parametrize("row", EXAMPLES, ids=lambda row: row[-2])
-def test_examples(row: list[str]) -> None:
-    text, gold, function, score = row[0].strip("`"), row[1].strip("`"), row[-2].strip("`"), row[-1]
+@pytest.mark.parametrize(("text", "gold", "function", "value"), EXAMPLES)
+def test_examples(text: str, gold: str, function: str, value: str) -> None:
     if function == "math":
         pytest.importorskip("math_verify")
     columns = COLUMNS.get(function) or COLUMNS.get(function.partition("(")[0], {"answer": gold})
-    every = {key: [value] for key, value in columns.items()}
-    totals, _ = Scorer((function,), (1.0,)).score(["q"], [text], every)
-    assert totals[0] == pytest.approx(float(score), abs=5e-4)
+    assert score(function, text, **columns) == pytest.approx(float(value), abs=5e-4)
 
 
 def test_every_function_and_option_is_listed() -> None:
     listed = {}
-    for row in table("name and options"):
-        name, _, options = row[0].strip("`").partition("(")
+    for cell, *_ in table("name and options"):
+        name, _, options = cell.partition("(")
         listed[name] = options.removesuffix(")")
     assert set(listed) == set(BUILT_IN)
     for name, function in BUILT_IN.items():
@@ -52,5 +50,5 @@ def test_every_function_and_option_is_listed() -> None:
             if p.kind is p.KEYWORD_ONLY
         ]
         assert listed[name] == ", ".join(options)
-    shown = {re.match(r"`(\w+)", row[-2])[1] for row in EXAMPLES}  # type: ignore[index]
+    shown = {re.split(r"\W", function)[0] for _, _, function, _ in EXAMPLES}
     assert shown == set(BUILT_IN) - {"judge", "caption_facts"}

@@ -20,47 +20,51 @@ from hypothesis import strategies as st
 
 from perl.rewards.scorer import Scorer
 from perl.types import UserError
+from tests.rewards.scoring import totals
 
-NAN = float("nan")
-COLUMNS = {"id": ["q1", "q2", "q3"]}
-TEXTS = ["ok", "bad", "fine"]
+NAN = math.nan
+TEXTS, IDS = ["ok", "bad", "fine"], ["q1", "q2", "q3"]
 
 
 def score(function: Callable[..., Any], timeout: float = 60.0) -> tuple[Scorer, list[float]]:
-    scorer = Scorer((function,), (1.0,), timeout)
-    return scorer, scorer.score(["q"] * 3, TEXTS, COLUMNS)[0].tolist()
+    return totals(function, TEXTS, timeout, id=IDS)
 
 
-def raises_on_bad(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+def returns(values: Any, name: str = "constant") -> Callable[..., Any]:
+    """A reward function that gives `values`, or raises them."""
+
+    def function(**columns: Any) -> Any:
+        if isinstance(values, Exception):
+            raise values
+        return values
+
+    function.__name__ = name
+    return function
+
+
+def raises_on_bad(completions: Any, **columns: Any) -> list[float]:
     return [1 / (text != "bad") for text in completions]
 
 
-async def raises_on_bad_later(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+async def raises_on_bad_later(completions: Any, **columns: Any) -> list[float]:
     await asyncio.sleep(0)
-    return raises_on_bad(prompts, completions)
+    return raises_on_bad(completions)
 
 
-def exits_on_bad(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+def exits_on_bad(completions: Any, **columns: Any) -> list[float]:
     return [sys.exit(0) if text == "bad" else 1.0 for text in completions]
 
 
-def hangs_on_bad(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+def hangs_on_bad(completions: Any, **columns: Any) -> list[float]:
     while "bad" in completions:
         time.sleep(0.01)
     return [1.0] * len(completions)
 
 
-async def hangs_on_bad_later(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+async def hangs_on_bad_later(completions: Any, **columns: Any) -> list[float]:
     if "bad" in completions:
         await asyncio.Event().wait()
     return [1.0] * len(completions)
-
-
-def returns(*values: Any) -> Callable[..., Any]:
-    def constant(prompts: Any, completions: Any, **columns: Any) -> Any:
-        return list(values)
-
-    return constant
 
 
 @pytest.mark.parametrize(
@@ -73,41 +77,41 @@ def returns(*values: Any) -> Callable[..., Any]:
         (exits_on_bad, 60.0, "raised SystemExit: 0 on example 'q2'"),
         (hangs_on_bad, 0.4, "took longer than reward.timeout = 0.4 s on example 'q2'"),
         (hangs_on_bad_later, 0.1, "took longer than reward.timeout = 0.1 s on example 'q2'"),
-        (returns(1, NAN, 1), 60.0, "returned nan for example 'q2'"),
-        (returns(1, float("-inf"), 1), 60.0, "returned -inf for example 'q2'"),
-        (returns(1, "x", 1), 60.0, "returned 'x' for example 'q2'"),
-        (returns(1, [2, 3], 1), 60.0, r"returned [2, 3] for example 'q2'"),
-        (returns(1, 10**400, 1), 60.0, "for example 'q2'"),
-        (returns(1, ValueError("no"), 1), 60.0, "raised ValueError: no on example 'q2'"),
+        (returns([1, NAN, 1]), 60.0, "returned nan for example 'q2'"),
+        (returns([1, -math.inf, 1]), 60.0, "returned -inf for example 'q2'"),
+        (returns([1, "x", 1]), 60.0, "returned 'x' for example 'q2'"),
+        (returns([1, [2, 3], 1]), 60.0, r"returned [2, 3] for example 'q2'"),
+        (returns([1, 10**400, 1]), 60.0, "for example 'q2'"),
+        (returns([1, ValueError("no"), 1]), 60.0, "raised ValueError: no on example 'q2'"),
     ],
 )
 def test_one_rollout_loses_its_score(
     function: Callable[..., Any], timeout: float, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    scorer, totals = score(function, timeout)
-    np.testing.assert_array_equal(totals, [1, NAN, 1])
+    scorer, scores = score(function, timeout)
+    np.testing.assert_array_equal(scores, [1, NAN, 1])
     name = function.__name__
     assert scorer.faults == {name: 1}
     assert f"reward function '{name}' " in caplog.text and reason in caplog.text
-    scorer.score(["q"] * 3, TEXTS, COLUMNS)
+    scorer.score(["q"] * 3, TEXTS, {"id": IDS})
     assert len(caplog.records) == 1 and scorer.faults == {name: 2}
     scorer.reset_faults()
     assert scorer.faults == {name: 0}
 
 
 def test_none_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
-    scorer, totals = score(returns(None, None, None))
-    assert np.isnan(totals).all() and scorer.faults == {"constant": 0} and not caplog.records
+    scorer, scores = score(returns([None, None, None]))
+    assert np.isnan(scores).all() and scorer.faults == {"constant": 0} and not caplog.records
 
 
 def test_what_fails_only_together_is_scored_alone(caplog: pytest.LogCaptureFixture) -> None:
-    def too_many(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+    def too_many(completions: Any, **columns: Any) -> list[float]:
         if len(completions) > 1:
             raise RuntimeError("too\nmany")
         return [float(len(completions[0]))]
 
-    scorer, totals = score(too_many)
-    assert totals == [2, 3, 4] and scorer.faults == {"too_many": 0}
+    scorer, scores = score(too_many)
+    assert scores == [2, 3, 4] and scorer.faults == {"too_many": 0}
     assert "raised RuntimeError: too many on 3 completions together" in caplog.text
 
 
@@ -126,53 +130,39 @@ def test_a_function_that_keeps_a_state_is_never_called_beside_itself(timeout: fl
             return [float(self.current)]
 
     texts = ["bad", *(str(i) for i in range(40))]
-    scorer = Scorer((Stateful(),), (1.0,), timeout)
-    totals = scorer.score(["q"] * 41, texts, {})[0]
-    np.testing.assert_array_equal(totals, [NAN, *range(40)])
+    np.testing.assert_array_equal(totals(Stateful(), texts, timeout)[1], [NAN, *range(40)])
 
 
 def test_one_that_hangs_alone_leaves_time_for_the_rest() -> None:
-    scorer = Scorer((hangs_on_bad,), (1.0,), 0.8)
     start = time.perf_counter()
-    totals = scorer.score(["q"] * 5, ["bad", "ok", "bad", "ok", "ok"], {})[0]
-    np.testing.assert_array_equal(totals, [NAN, 1, NAN, 1, 1])
+    scores = totals(hangs_on_bad, ["bad", "ok", "bad", "ok", "ok"], 0.8)[1]
+    np.testing.assert_array_equal(scores, [NAN, 1, NAN, 1, 1])
     assert time.perf_counter() - start < 2 * 0.8 + 1
 
 
 def test_none_leaves_a_function_out_and_a_fault_does_not() -> None:
-    def first(completions: Any, **columns: Any) -> list[Any]:
-        return [None, 1, None, NAN, None, ValueError("x"), 1]
-
-    def second(completions: Any, **columns: Any) -> list[Any]:
-        return [2, None, None, 2, NAN, None, 2]
-
-    def watched(completions: Any, **columns: Any) -> list[Any]:
-        return [NAN, 5, 5, 5, 5, 5, 5]
-
+    first = returns([None, 1, None, NAN, None, ValueError("x"), 1], "first")
+    second = returns([2, None, None, 2, NAN, None, 2], "second")
+    watched = returns([NAN, 5, None, 5, 5, 5, 5], "watched")
     scorer = Scorer((first, second, watched), (0.5, 0.25, 0.0))
-    totals, parts = scorer.score(["q"] * 7, ["a"] * 7, {})
-    np.testing.assert_array_equal(totals, [0.5, 0.5, NAN, NAN, NAN, NAN, 1])
+    scores, parts = scorer.score(["q"] * 7, ["a"] * 7, {})
+    np.testing.assert_array_equal(scores, [0.5, 0.5, NAN, NAN, NAN, NAN, 1])
     np.testing.assert_array_equal(parts["first"], [NAN, 1, NAN, NAN, NAN, NAN, 1])
+    np.testing.assert_array_equal(parts["watched"], [NAN, 5, NAN, 5, 5, 5, 5])
     assert scorer.faults == {"first": 2, "second": 1, "watched": 1}
 
 
 @given(
-    st.lists(
-        st.tuples(*[st.one_of(st.none(), st.floats(-5, 5))] * 2).map(list), min_size=1, max_size=6
-    ),
-    st.tuples(st.sampled_from([-1.0, 0.5, 2.0]), st.sampled_from([-1.0, 0.5, 2.0])),
+    st.lists(st.tuples(*[st.none() | st.floats(-5, 5)] * 2), min_size=1, max_size=6),
+    st.tuples(*[st.sampled_from([-1.0, 0.5, 2.0])] * 2),
 )
 def test_totals_are_the_weighted_sum_of_what_is_not_none(
-    rows: list[list[float | None]], weights: tuple[float, float]
+    rows: list[tuple[float | None, float | None]], weights: tuple[float, float]
 ) -> None:
-    def a(**columns: Any) -> list[float | None]:
-        return [row[0] for row in rows]
-
-    def b(**columns: Any) -> list[float | None]:
-        return [row[1] for row in rows]
-
-    totals, _ = Scorer((a, b), weights, 0).score(["q"] * len(rows), ["x"] * len(rows), {})
-    for total, row in zip(totals, rows, strict=True):
+    first, second = zip(*rows, strict=True)
+    functions = (returns(first, "a"), returns(second, "b"))
+    scores, _ = Scorer(functions, weights, 0).score(["q"] * len(rows), ["x"] * len(rows), {})
+    for total, row in zip(scores, rows, strict=True):
         given_ = [w * v for w, v in zip(weights, row, strict=True) if v is not None]
         assert total == pytest.approx(sum(given_)) if given_ else math.isnan(total)
 
@@ -181,35 +171,28 @@ def test_totals_are_the_weighted_sum_of_what_is_not_none(
     "values", [(1, 2, 3), np.array([1, 2, 3]), range(1, 4), torch.tensor([1.0, 2, 3])]
 )
 def test_lists_in_other_forms(values: Any) -> None:
-    assert score(lambda **columns: values)[1] == [1, 2, 3]
-
-
-def always(error: Exception) -> Callable[..., Any]:
-    def failing(**columns: Any) -> Any:
-        raise error
-
-    return failing
+    assert score(returns(values))[1] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
-    ("function", "match"),
+    ("values", "match"),
     [
-        (always(ValueError("a\nb")), "'failing' raised ValueError: a b on example 'q1'; correct"),
-        (always(UserError("switch it on")), "^switch it on$"),
-        (returns("x", "x", NAN), "'constant' returned 'x' for example 'q1'; return a finite"),
-        (returns(1.0), "'constant' returned 1 values for 3 completions"),
-        (lambda **columns: None, "returned NoneType for 3 completions"),
-        (lambda **columns: "abc", "returned str for 3 completions"),
-        (lambda **columns: b"abc", "returned bytes for 3 completions"),
-        (lambda **columns: {1: "a", 2: "b", 3: "c"}, "returned dict for 3 completions"),
-        (lambda **columns: {1.0, 2.0, 3.0}, "returned set for 3 completions"),
-        (lambda **columns: np.ones((3, 1)), "returned ndarray for 3 completions"),
-        (lambda **columns: np.float64(3), "returned float64 for 3 completions"),
+        (ValueError("a\nb"), "'constant' raised ValueError: a b on example 'q1'; correct"),
+        (UserError("switch it on"), "^switch it on$"),
+        (["x", "x", NAN], "'constant' returned 'x' for example 'q1'; return a finite"),
+        ([1.0], "'constant' returned 1 values for 3 completions"),
+        (None, "returned NoneType for 3 completions"),
+        ("abc", "returned str for 3 completions"),
+        (b"abc", "returned bytes for 3 completions"),
+        ({1: "a", 2: "b", 3: "c"}, "returned dict for 3 completions"),
+        ({1.0, 2.0, 3.0}, "returned set for 3 completions"),
+        (np.ones((3, 1)), "returned ndarray for 3 completions"),
+        (np.float64(3), "returned float64 for 3 completions"),
     ],
 )
-def test_a_function_that_fails_on_all_is_an_error(function: Callable[..., Any], match: str) -> None:
+def test_a_function_that_fails_on_all_is_an_error(values: Any, match: str) -> None:
     with pytest.raises(UserError, match=match) as caught:
-        score(function)
+        score(returns(values))
     assert "\n" not in str(caught.value)
 
 
@@ -247,19 +230,17 @@ def test_async_functions_wait_at_the_same_time() -> None:
     assert time.perf_counter() - start < 0.8
 
 
-def test_a_thread_that_hangs_for_good_does_not_keep_python_from_ending(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import threading\n"
-        "from perl.rewards.scorer import Scorer\n"
-        "def f(completions, **columns):\n"
-        "    'bad' in completions and threading.Lock().acquire() and threading.Event().wait()\n"
-        "    return [1.0] * len(completions)\n"
-        "print(Scorer((f,), (1.0,), 0.2).score(['q'] * 2, ['ok', 'bad'], {})[0].tolist())\n"
-    )
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, script], cwd=root, env={"PYTHONPATH": str(root)}, capture_output=True,
-        text=True, timeout=30,
-    )  # fmt: skip
+_HANGS_FOR_GOOD = """
+import threading
+from perl.rewards.scorer import Scorer
+def f(completions, **columns):
+    'bad' in completions and threading.Lock().acquire() and threading.Event().wait()
+    return [1.0] * len(completions)
+print(Scorer((f,), (1.0,), 0.2).score(['q'] * 2, ['ok', 'bad'], {})[0].tolist())
+"""
+
+
+def test_a_thread_that_hangs_for_good_does_not_keep_python_from_ending() -> None:
+    command, root = [sys.executable, "-c", _HANGS_FOR_GOOD], Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0 and done.stdout.strip() == "[1.0, nan]", done.stderr

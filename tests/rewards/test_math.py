@@ -14,9 +14,7 @@ import pytest
 from perl.rewards import math as reward_math
 from perl.rewards.scorer import Scorer
 from perl.types import UserError
-from tests.rewards.scoring import score
-
-NAN = float("nan")
+from tests.rewards.scoring import score, totals
 
 _NOISY = """
 import os, time
@@ -41,37 +39,29 @@ def test_math() -> None:
 def test_math_that_takes_too_long_is_one_fault() -> None:
     """A power that Python computes in one operation, which no thread can be freed from."""
     pytest.importorskip("math_verify")
-    scorer = Scorer(("math(seconds=0.5)",), (1.0,))
     texts = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{4}"]
     start = time.perf_counter()
-    totals, _ = scorer.score(["q"] * 2, texts, {"answer": ["4"] * 2})
-    np.testing.assert_array_equal(totals, [NAN, 1])
+    scorer, scores = totals("math(seconds=0.5)", texts, answer=["4"] * 2)
+    np.testing.assert_array_equal(scores, [np.nan, 1])
     assert scorer.faults == {"math": 1} and time.perf_counter() - start < 10
 
 
 @pytest.fixture
-def noisy_math(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scorer:
-    """The reward `math` with a package that prints, compares texts, and takes 1 s over "slow"."""
+def noisy_math(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instead of math-verify a package that prints, compares texts, and takes 1 s over "slow"."""
     (tmp_path / "math_verify.py").write_text(_NOISY)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(reward_math, "_WORKER", reward_math._Worker())  # Not one that others use.
-    return Scorer(("math",), (1.0,))
 
 
-def test_math_is_not_misled_by_what_its_package_prints(noisy_math: Scorer) -> None:
-    totals, _ = noisy_math.score(["q"] * 4, ["1", "2", "3", "4"], {"answer": ["1", "0", "3", "0"]})
-    assert totals.tolist() == [1, 0, 1, 0]
-
-
-def test_math_after_an_interrupt_answers_the_question_that_is_asked(noisy_math: Scorer) -> None:
-    assert noisy_math.score(["q"], ["1"], {"answer": ["1"]})[0].tolist() == [1]
-    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
+@pytest.mark.usefixtures("noisy_math")
+def test_math_is_not_misled_by_what_its_package_prints_or_an_interrupt_leaves() -> None:
+    assert totals("math", ["1", "2", "3", "4"], answer=["1", "0", "3", "0"])[1] == [1, 0, 1, 0]
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        noisy_math.score(["q"], ["slow"], {"answer": ["slow"]})
-    totals, _ = noisy_math.score(["q"] * 3, ["1", "2", "3"], {"answer": ["0", "2", "0"]})
-    assert totals.tolist() == [0, 1, 0]
+        totals("math", ["slow"], answer=["slow"])
+    assert totals("math", ["1", "2", "3"], answer=["0", "2", "0"])[1] == [0, 1, 0]
 
 
 def test_math_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,18 +20,6 @@ def test_scorer_weights_accuracy_and_format() -> None:
     np.testing.assert_array_equal(parts["format"], [1, 0, 1, 0])
 
 
-def test_unscorable_is_nan_but_not_for_a_watched_function() -> None:
-    def some(prompts: Any, completions: Any, **columns: Any) -> list[float | None]:
-        return [None, float("nan"), 1]
-
-    def watched(prompts: Any, completions: Any, **columns: Any) -> list[float | None]:
-        return [2.0, None, None]
-
-    totals, parts = Scorer((some, watched), (0.5, 0.0)).score(["q"] * 3, ["a"] * 3, {})
-    np.testing.assert_array_equal(totals, [np.nan, np.nan, 0.5])
-    np.testing.assert_array_equal(parts["watched"], [2, np.nan, np.nan])
-
-
 def test_columns_reach_the_function_in_its_order() -> None:
     def length(prompts: Any, completions: Any, answer: Any, goal: Any, **columns: Any) -> Any:
         assert prompts == ["A <image> which ?"] * 2 and columns["task"] == ["which", "which"]

@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perl.rewards.scorer import Scorer
 from perl.types import UserError
-from tests.rewards.scoring import score
+from tests.rewards.scoring import score, totals
+
+EVERY_COLUMN = {"answer": "A", "image": 1, "box": "(0,0),(1,1)", "span": "1-2", "order": [0, 1]}
 
 
 def test_length_penalty_is_dapos() -> None:
     lengths = [0, 80, 81, 90, 100, 101, 1000]
-    columns = {"completion_length": lengths}
     spec = "length_penalty(longest=100, buffer=20)"
-    values = Scorer((spec,), (1.0,)).score(["q"] * 7, [""] * 7, columns)[0]
+    values = totals(spec, [""] * 7, completion_length=lengths)[1]
     np.testing.assert_allclose(values, [0, 0, -0.05, -0.5, -1, -1, -1])
     words = "length_penalty(longest=4, buffer=2, unit='words')"
     assert score(words, ["a b", "a b c", "a b c d", "a b c d e"]) == [0, -0.5, -1, -1]
@@ -49,22 +49,35 @@ def test_any_text_has_a_score(part: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     pieces = [part, "<index>", "</index>", "\n", "and", "->", "-3.5", "B", r"\boxed{", "}", "1:02"]
     text = "".join(rng.choice(pieces, 40))
-    columns = {"answer": "A", "image": 1, "box": "(0,0),(1,1)", "span": "1-2", "order": [0, 1]}
     specs = (
         "accuracy(tags=True, unordered=True)", "choice", "choice(unordered=True)", "format_tags",
         "box_iou(column='box')", "detection(column='box')", "grounding", "temporal_iou(column='span')",
         "ordering(kendall=True)", "frame_index(count=1)", "repetition",
     )  # fmt: skip
     for spec in specs:
-        assert 0 <= score(spec, text, **columns) <= 1
+        assert 0 <= score(spec, text, **EVERY_COLUMN) <= 1
 
 
-@pytest.mark.parametrize("piece", ["(1,", "<answer>", "A, ", " ", "1:", "image ", "[", "option "])
-def test_a_looping_model_costs_no_time(piece: str) -> None:
-    text = piece * 50_000
-    columns = {"answer": "A", "image": 1, "box": "(0,0),(1,1)", "span": "1-2", "order": [0, 1]}
-    start = time.perf_counter()
-    for spec in ("choice", "grounding", "temporal_iou(column='span')", "ordering", "format_tags"):
-        score(spec, text, **columns)
-        score(spec, f"<answer>{text}</answer>", **columns)
-    assert time.perf_counter() - start < 3
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            piece * 50_000
+            for piece in ("(1,", "<answer>", "A, ", " ", "1:", "image ", "[", "option ")
+        ),
+        "<think>" + "</think>" * 10_000 + r"\boxed{" * 10_000,
+    ],
+    ids=lambda text: text[:16],
+)
+def test_a_looping_model_costs_no_time(text: str) -> None:
+    start = time.process_time()
+    for spec in (
+        "choice",
+        "grounding",
+        "temporal_iou(column='span')",
+        "ordering",
+        "format_tags",
+        "format",
+    ):
+        score(spec, [text, f"<answer>{text}</answer>"], **EVERY_COLUMN)
+    assert time.process_time() - start < 3

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,9 @@ from PIL import Image
 from perl.config import DataConfig
 from perl.data.dataset import load_examples, validate
 from perl.data.labelling.label import Label, kind_of
+from tests.chat_server import Model
 from tests.command_line import ErrorOf
 from tests.command_line import run as run_command
-
-Model = tuple[dict[str, Callable[[str], Any]], list[str]]
 
 ROWS: list[dict[str, Any]] = [
     {"question": "A <image> B <image> Which image shows a fox?", "images": 2, "answer": "B"},
@@ -164,6 +162,7 @@ def test_a_stopped_labelling_goes_on(data: Path, capsys: pytest.CaptureFixture[s
     assert "all 6 rows are labelled" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_endpoint")
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -196,8 +195,7 @@ def test_a_row_that_cannot_be_read_is_named(data: Path, error_of: ErrorOf) -> No
 
 
 def test_a_model_labels(data: Path, model: Model) -> None:
-    behaviour, asked = model
-    behaviour["answer"] = lambda task: (
+    model.answer = lambda task: (
         f"<think>{{}}</think>\n```json\n{label_json('none', False)}\n```"
         if "next" in task
         else label_json("first_fixed", True)
@@ -215,16 +213,18 @@ def test_a_model_labels(data: Path, model: Model) -> None:
         ("all", False),
         ("none", False),
     ]
-    assert len(asked) == 5 and found[0]["label_reason"] == "model: because"
-    assert ROWS[0]["question"] in "\n".join(asked) and found[5]["label_reason"] == "a single image"
+    assert len(model.asked) == 5 and found[0]["label_reason"] == "model: because"
+    assert (
+        ROWS[0]["question"] in "\n".join(model.asked)
+        and found[5]["label_reason"] == "a single image"
+    )
 
 
 def test_a_model_is_asked_where_the_rules_are_unsure(data: Path, model: Model) -> None:
-    behaviour, asked = model
-    behaviour["answer"] = lambda task: label_json("all", False)
+    model.answer = lambda task: label_json("all", False)
     assert run(data, "--labeller", "rules+llm") == 0
     assert labels(data.with_name("rows.labelled.jsonl")) == [*LABELS[:4], ("all", False), LABELS[5]]
-    assert len(asked) == 1 and "What is it?" in asked[0]
+    assert len(model.asked) == 1 and "What is it?" in model.asked[0]
 
 
 @pytest.mark.parametrize(
@@ -243,42 +243,39 @@ def test_a_model_is_asked_where_the_rules_are_unsure(data: Path, model: Model) -
 def test_a_model_that_gives_no_label_leaves_the_images_alone(
     answer: Any, reason: str, tmp_path: Path, model: Model
 ) -> None:
-    behaviour, asked = model
-    behaviour["answer"] = lambda task: answer
+    model.answer = lambda task: answer
     data = write(tmp_path / "rows.jsonl", [ROWS[4]])
     assert run(data, "--labeller", "llm") == 0
     (row,) = read(tmp_path / "rows.labelled.jsonl")
     assert (row["kind"], row["should_change"]) == ("none", False)
     assert row["label_reason"].startswith("unsure: ") and reason in row["label_reason"]
-    assert len(asked) == (1 if isinstance(answer, tuple) else 2)
-    if len(asked) == 2:
-        assert reason in asked[1]
+    assert len(model.asked) == (1 if isinstance(answer, tuple) else 2)
+    if len(model.asked) == 2:
+        assert reason in model.asked[1]
 
 
 def test_a_model_may_not_say_that_a_letter_of_an_image_stays(tmp_path: Path, model: Model) -> None:
-    behaviour, asked = model
-    behaviour["answer"] = lambda task: label_json("all", len(asked) > 1)
+    model.answer = lambda task: label_json("all", len(model.asked) > 1)
     data = write(tmp_path / "rows.jsonl", [ROWS[0]])
     assert run(data, "--labeller", "llm") == 0
     assert labels(tmp_path / "rows.labelled.jsonl") == [("all", True)]
-    assert len(asked) == 2 and "answer 'B' names image 2, which may move" in asked[1]
+    assert len(model.asked) == 2 and "answer 'B' names image 2, which may move" in model.asked[1]
 
 
 def test_an_endpoint_that_goes_down_loses_nothing(
     tmp_path: Path, model: Model, error_of: ErrorOf
 ) -> None:
-    behaviour, asked = model
     rows = [{**ROWS[4], "answer": f"a lamp {k}"} for k in range(40)]
     data = write(tmp_path / "rows.jsonl", rows)
     output = tmp_path / "rows.labelled.jsonl"
-    behaviour["answer"] = lambda task: (500, {}) if "lamp 35" in task else label_json("all", False)
+    model.answer = lambda task: (500, {}) if "lamp 35" in task else label_json("all", False)
     said = error_of("label", data, "--labeller", "llm")
     assert "answered 500" in said and "35 of 40 rows are labelled" in said and "goes on" in said
     assert [row["answer"] for row in read(output)] == [f"a lamp {k}" for k in range(35)]
-    asked.clear()
-    behaviour["answer"] = lambda task: label_json("all", False)
+    model.asked.clear()
+    model.answer = lambda task: label_json("all", False)
     assert run(data, "--labeller", "llm") == 0
-    assert len(asked) == 5 and labels(output) == [("all", False)] * 40
+    assert len(model.asked) == 5 and labels(output) == [("all", False)] * 40
     assert [row["answer"] for row in read(output)] == [row["answer"] for row in rows]
 
 

@@ -12,7 +12,7 @@ from perl.data.dataset import load_examples
 from perl.data.labelling.llm import Rephrased, is_open, rephrase
 from perl.llm import Endpoint
 from perl.types import Example, Message
-from tests.chat_server import Reply, says, serving
+from tests.chat_server import Model, Reply, says, serving
 from tests.command_line import run
 
 IMAGES = tuple(Image.new("RGB", (4, 4), (80 * k, 0, 0)) for k in range(3))
@@ -81,8 +81,8 @@ def test_what_is_an_open_question() -> None:
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_rows_are_rephrased_and_labelled(tmp_path: Path, model: Any, chat: bool) -> None:
-    model[0]["answer"] = lambda task: GOOD if "shows a fox" in task else "no"
+def test_rows_are_rephrased_and_labelled(tmp_path: Path, model: Model, chat: bool) -> None:
+    model.answer = lambda task: GOOD if "shows a fox" in task else "no"
     for k, image in enumerate(IMAGES):
         image.save(tmp_path / f"{k}.png")
     rows: list[dict[str, Any]] = []
