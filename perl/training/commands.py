@@ -208,7 +208,7 @@ def _check_filter(name: str, config: Config, size: int | None) -> None:
 def _go(config: Config, folder: RunFolder, resume: bool) -> None:
     from perl.report.page import write_report
     from perl.report.progress import Display
-    from perl.training.summary import print_table
+    from perl.training.summary import print_summary
     from perl.training.train import train
     from perl.types import Interrupted
 
@@ -220,5 +220,5 @@ def _go(config: Config, folder: RunFolder, resume: bool) -> None:
     if not is_main_process():
         return
     report = write_report(folder.root)
-    print_table(summary, str(folder.root))
+    print_summary(summary, str(folder.root))
     print(f"report: {report}")

@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
-import torch
-
-from perl.report.metrics import MEASURES
+from perl.report.metrics import MEASURES, mean
+from perl.report.tables import print_table
 from perl.timing import peak_rss_bytes
 from perl.training.session import Session
+
+_LABELS = {
+    "accuracy": "accuracy, T = 1",
+    "greedy": "accuracy, greedy",
+    "consistency": "consistency",
+}
+_MEASURED = [f"{measure}_{at}" for measure in MEASURES for at in ("before", "after")]
 
 
 def summarise(session: Session) -> dict[str, Any]:
     """The numbers of one run, for `summary.json`; accuracies and consistencies are 0 to 1, None if not measured."""
-    results = session.progress.results
-    out: dict[str, Any] = {}
-    for name in MEASURES:
-        for at in ("before", "after"):
-            out[f"{name}_{at}"] = (results.get(at) or {}).get(name)
-    return out | {
+    results, components = session.progress.results, session.components
+    measured = (name.rpartition("_") for name in _MEASURED)
+    return {
+        **{f"{name}_{at}": (results.get(at) or {}).get(name) for name, _, at in measured},
         "seconds": round(session.elapsed, 1),
         "peak_rss_bytes": peak_rss_bytes(),
-        "seconds_by_stage": {
-            k: round(v, 1) for k, v in session.components.watch.total_seconds.items()
-        },
+        "seconds_by_stage": {k: round(v, 1) for k, v in components.watch.total_seconds.items()},
         "seed": session.config.run.seed,
         "model": session.config.model.path,
-        "parameters": sum(p.numel() for p in session.components.policy.parameters()),
+        "parameters": sum(p.numel() for p in components.policy.parameters()),
         "processes": session.processes.count,
-        "device": str(session.components.accelerator.device),
+        "device": str(components.accelerator.device),
         "versions": versions(),
     }
 
@@ -37,13 +41,10 @@ def summarise(session: Session) -> dict[str, Any]:
 def summarise_seeds(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means over seeds under the same names, and each seed's own numbers under `per_seed`."""
     first = summaries[0]
-    out = {
-        f"{m}_{at}": _mean([s[f"{m}_{at}"] for s in summaries])
-        for m in MEASURES
-        for at in ("before", "after")
-    }
+    means = {name: round(mean([s[name] for s in summaries]), 6) for name in _MEASURED}
     stages = dict.fromkeys(name for s in summaries for name in s["seconds_by_stage"])
-    return out | {
+    return {
+        **{name: None if math.isnan(value) else value for name, value in means.items()},
         "seconds": round(sum(s["seconds"] for s in summaries), 1),
         "peak_rss_bytes": max(s["peak_rss_bytes"] for s in summaries),
         "seconds_by_stage": {
@@ -56,69 +57,35 @@ def summarise_seeds(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def print_table(summary: dict[str, Any], title: str) -> None:
+def print_summary(summary: dict[str, Any], title: str) -> None:
     """The final table on standard output: before and after RL, mean and range over seeds, and the time by stage."""
-    from rich.box import SIMPLE
-    from rich.console import Console
-    from rich.table import Table
-
     runs = summary.get("per_seed", [summary])
-    console = Console()
-    table = Table(
-        title=f"{title}: held out, over image orders",
-        title_justify="left",
-        box=SIMPLE,
-        pad_edge=False,
-    )
-    table.add_column("percent")
-    for heading in ("before RL", "after RL", "change"):
-        table.add_column(heading, justify="right")
-    labels = {
-        "accuracy": "accuracy, T = 1",
-        "greedy": "accuracy, greedy",
-        "consistency": "consistency",
-    }
+    rows = [["percent", "before RL", "after RL", "change"]]
     for name in MEASURES:
         before, after = ([r[f"{name}_{at}"] for r in runs] for at in ("before", "after"))
-        changes = [
-            None if b is None or a is None else a - b for b, a in zip(before, after, strict=True)
-        ]
-        table.add_row(labels[name], _cell(before), _cell(after), _cell(changes, sign=True))
-    measured = any(
-        r[f"{m}_{at}"] is not None for r in runs for m in MEASURES for at in ("before", "after")
-    )
-    if measured:
-        console.print(table)
-    if measured and len(runs) > 1:
-        console.print(f"mean (lowest..highest) of {len(runs)} seeds", highlight=False)
+        pairs = zip(before, after, strict=True)
+        changes = [None if b is None or a is None else a - b for b, a in pairs]
+        rows.append([_LABELS[name], _cell(before), _cell(after), _cell(changes, sign="+")])
+    if any(run[name] is not None for run in runs for name in _MEASURED):
+        print_table(rows, f"{title}: held out, over image orders")
+        if len(runs) > 1:
+            print(f"mean (lowest..highest) of {len(runs)} seeds")
     stages = sorted(summary["seconds_by_stage"].items(), key=lambda item: -item[1])
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in stages if seconds >= 0.5)
-    console.print(
+    print(
         f"{summary['seconds']:.0f} s in all{': ' if spent else ''}{spent}; "
-        f"peak memory {summary['peak_rss_bytes'] / 2**30:.2f} GiB",
-        highlight=False,
+        f"peak memory {summary['peak_rss_bytes'] / 2**30:.2f} GiB"
     )
 
 
 def versions() -> dict[str, str]:
     """Of what the numbers depend on."""
-    from importlib.metadata import version
-
-    return {
-        "torch": torch.__version__,
-        **{name: version(name) for name in ("transformers", "accelerate")},
-    }
+    return {name: version(name) for name in ("torch", "transformers", "accelerate")}
 
 
-def _cell(values: Sequence[float | None], sign: bool = False) -> str:
+def _cell(values: Sequence[float | None], sign: str = "") -> str:
     numbers = [100 * v for v in values if v is not None]
     if not numbers:
         return "-"
-    form = "+.1f" if sign else ".1f"
-    text = format(sum(numbers) / len(numbers), form)
+    text = f"{sum(numbers) / len(numbers):{sign}.1f}"
     return text if len(numbers) == 1 else f"{text} ({min(numbers):.1f}..{max(numbers):.1f})"
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    numbers = [v for v in values if v is not None]
-    return round(sum(numbers) / len(numbers), 6) if numbers else None

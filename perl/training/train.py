@@ -37,21 +37,23 @@ def train(
         Interrupted: stopped by a signal, after a checkpoint.
     """
     if not config.run.seeds:
-        return train_one(config, folder, display, resume)
+        return _train_seed(config, folder, display, resume)
     summaries = []
     for seed in config.run.seeds:
         one = replace(config, run=replace(config.run, seed=seed, seeds=()))
         mine = RunFolder(folder.root / f"seed-{seed}")
         display.say(f"seed {seed}")
         on_main_process(partial(_begin, one, mine))
-        summaries.append(train_one(one, mine, display, resume))
+        summaries.append(_train_seed(one, mine, display, resume))
     summary = summarise_seeds(summaries)
     if is_main_process():
         write_json(folder.summary, summary)
     return summary
 
 
-def train_one(config: Config, folder: RunFolder, display: Display, resume: bool) -> dict[str, Any]:
+def _train_seed(
+    config: Config, folder: RunFolder, display: Display, resume: bool
+) -> dict[str, Any]:
     """All stages of one run."""
     on_main_process(folder.make_parts)
     with StopSignal() as stop:
@@ -61,8 +63,13 @@ def train_one(config: Config, folder: RunFolder, display: Display, resume: bool)
         session.components.accelerator.init_trackers("perl-rl")
         try:
             for stage in session.stages:
-                _run(session, stage)
-            _measured(session, "after", sum(s.steps for s in session.stages if s.kind == "rl"))
+                session.enter_stage(stage)
+                if stage.kind == "rl" and stage.number == 0:
+                    _measure_once(session, "before", 0)
+                RUNS[stage.kind](session, stage)
+                if f"after {stage.name}" in session.points:
+                    _measure_once(session, f"after {stage.name}", stage.first_step + stage.steps)
+            _measure_once(session, "after", sum(s.steps for s in session.stages if s.kind == "rl"))
         except UserError as error:
             session.rescue(error)
             raise
@@ -81,16 +88,6 @@ def _begin(config: Config, folder: RunFolder) -> None:
         save_config(config, folder.config)
 
 
-def _run(session: Session, stage: Stage) -> None:
-    """One stage, with the evaluations that go before the first RL and after each RL but the last stage."""
-    session.enter_stage(stage)
-    if stage.kind == "rl" and stage.number == 0:
-        _measured(session, "before", 0)
-    RUNS[stage.kind](session, stage)
-    if f"after {stage.name}" in session.points:
-        _measured(session, f"after {stage.name}", stage.first_step + stage.steps)
-
-
 RUNS: dict[str, Callable[[Session, Stage], None]] = {
     "cold_start": cold_start,
     "filter": filter_data,
@@ -99,7 +96,7 @@ RUNS: dict[str, Callable[[Session, Stage], None]] = {
 """What each kind of stage does."""
 
 
-def _measured(session: Session, at: str, step: int) -> None:
+def _measure_once(session: Session, at: str, step: int) -> None:
     """An evaluation that is done once, whatever interrupts the run later."""
     if session.advance_to(at):
         results = session.progress.results[at] = measure(session, at, step)
