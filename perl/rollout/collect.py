@@ -106,6 +106,7 @@ class Collector:
         self.scorer.reset_faults()
         dropped_before = self.encoder.dropped
         rebuild = partial(self._rebuild, source.find)
+        # A user's mistake in one process stops all of them together, none waiting in a reduction that the others left.
         with processes.jointly():
             waited = self.replay.take_overflow(wanted, rebuild)
         lacking, tries = wanted - len(waited), 0
@@ -126,6 +127,7 @@ class Collector:
         share, rest = divmod(config.filter.replay, processes.count)
         with processes.jointly():
             replayed = self.replay.draw(share + (processes.index < rest), seed, rebuild)
+        # Replayed groups come on top of the batch: they must not take the place of groups of the present policy.
         trained, overflow = fresh[:lacking], fresh[lacking:]
         self.replay.keep(trained, overflow, wanted)
         short = lacking - len(trained)

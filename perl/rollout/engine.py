@@ -96,6 +96,7 @@ class InProcessEngine:
             for row, t, p in zip(alive.tolist(), token.tolist(), logprob.tolist(), strict=True):
                 tokens[row].append(t)
                 logprobs[row].append(p)
+            # Rows that have ended leave the cache, so that the longest completions are decoded alone.
             going = (~torch.isin(token, self.ends)).nonzero().squeeze(1)
             if len(going) == 0 or step + 1 == params.max_new_tokens:
                 break
@@ -113,6 +114,7 @@ class InProcessEngine:
     def _sample(
         self, logits: torch.Tensor, temperature: float, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        # In fp32: the log-probs are compared with the trainer's, and bf16 has three digits.
         logits = logits.float().index_fill(1, self.banned.to(logits.device), -torch.inf)
         if temperature == 0:
             logprobs = logits.log_softmax(-1)

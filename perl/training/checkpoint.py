@@ -69,16 +69,20 @@ class CheckpointManager:
 
         number = max((int(p.name) for p in self._complete()), default=0) + 1
         target = self.folder / f"{number:06d}"
+        # Whatever is killed in the block leaves no folder of that name: a checkpoint that is there is whole.
         with replacing(target, folder=True) as temporary:
             save_file(_weights(model), temporary / "model.safetensors")
             if optimizer is not None:
                 save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+            # Dropout and LoRA's initial weights draw from torch's generator; all else has seeds of its own.
             save_file({"torch": torch.get_rng_state()}, temporary / "rng.safetensors")
             more(temporary)
+            # Sizes tell a file that a full disk or a crash has cut, without reading gigabytes.
             files = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
             manifest = {"files": files, "progress": asdict(progress)}
             (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
             _sync(temporary)
+        # Only now, so that at every moment one that is whole lies there.
         for old in self._complete()[: -self.keep]:
             shutil.rmtree(old)
         return target
@@ -127,6 +131,7 @@ class CheckpointManager:
         for full, tensor in load_file(path / "optimizer.safetensors").items():
             name, key = full.rsplit("/", 1)
             parameter = parameters[name]
+            # AdamW keeps its step counter on the host, its moments beside the weights.
             optimizer.state[parameter][key] = (
                 tensor if key == "step" else tensor.to(parameter.device)
             )

@@ -133,12 +133,14 @@ class Optimizer:
                     totals[name] += value.float()
                 else:
                     totals[name] += value.float() * batch.num_scored
+        # Summed, not averaged: each loss was divided by the count of the whole step already.
         with span("sync"):
             self._sum_over_processes()
         with span("optimizer"):
             clipped = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         with span("sync"):  # Here the host waits for the device.
             norm = float(clipped)
+        # Before AdamW sees it: one NaN in its moments would spoil every later step.
         if not math.isfinite(norm):
             self.adamw.zero_grad(set_to_none=True)
             raise UserError(
@@ -150,6 +152,7 @@ class Optimizer:
             group["lr"] = lr
         with span("optimizer"):
             self.adamw.step()
+        # Features that the rollouts and the log-probs shared are those of the old tower.
         if self.policy.vision.trained:
             self.policy.vision.clear_cache()
         self.adamw.zero_grad(set_to_none=True)
@@ -164,6 +167,7 @@ class Optimizer:
         if self.accelerator.num_processes == 1:
             return
         for parameter in self.parameters:
+            # All processes reduce the same tensors in the same order, also one whose micro-batches did not use them.
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             torch.distributed.all_reduce(parameter.grad)

@@ -71,6 +71,7 @@ class PolicyStep:
         session, watch = self.session, self.session.components.watch
         if self.reference:
             self.reference.begin_step()
+        # Every k-th group, so that each update sees the whole of the batch's data order.
         with watch("pack"):
             minibatches = [self._segments(groups[k :: self.updates]) for k in range(self.updates)]
             packed = [session.pack(segments) for segments in minibatches]
@@ -96,6 +97,7 @@ class PolicyStep:
         """What this process trains on of all processes' groups."""
         condition = self.session.config.permutation.condition
         work = [segments for g in groups if (segments := segments_of(g, condition))]
+        # Completions differ in length, so that processes with equally many groups have unequal work.
         if self.session.processes.count > 1:
             work = share_out(work, self._flops, self.session.processes)
         return [replace(s, group=number) for number, w in enumerate(work) for s in w]

@@ -76,6 +76,7 @@ class Session:
     def restore(self) -> None:
         """Go on from the newest whole checkpoint; without any, from the start."""
         found = self.checkpoints.load()
+        # Every process has read the checkpoint before the first cuts the records back to it.
         self.components.accelerator.wait_for_everyone()
         if self.components.is_main:
             self.folder.cut_back(found[1].records if found else {})
@@ -172,6 +173,7 @@ class Session:
             )
             if state := load_replay(self._checkpoint, self.processes.index):
                 components.collector.replay.load_state_dict(state)
+        # Only the stage that the run stopped in goes on from it; later ones start afresh.
         self._checkpoint = None
         return self.optimizer
 
