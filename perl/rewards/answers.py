@@ -16,6 +16,9 @@ from perl.types import UserError
 Score = TypeVar("Score")
 
 _BOXED = re.compile(r"\\boxed\s*\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # An escaped brace is a character, not a bracket.
+# Atomic groups make this linear; backtracking over a looping model's thousand "</think>" is cubic.
+_WELL_FORMED = re.compile(r"<think>(?>.*?</think>)(?>.*?\\boxed\{).*?\}", re.DOTALL)
 _WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}")
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}")
 _THOUSANDS = re.compile(r"[-+]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?")
@@ -51,7 +54,7 @@ def format_reward(
 
     PeRL, arXiv 2506.14907.
     """
-    return [float(_well_formed(text)) for text in completions]
+    return [float(_WELL_FORMED.match(text) is not None) for text in completions]
 
 
 def format_tags(
@@ -102,10 +105,8 @@ def tagged(text: str, tag: str = "answer") -> str | None:
 def final_answer(text: str) -> str:
     """The part of a completion that answers: the last `<answer>` block, else the last boxed answer,
     else what follows `</think>`, else the whole text."""
-    for found in (tagged(text), extract_answer(text)):
-        if found is not None:
-            return found
-    return text.rpartition("</think>")[2].strip()
+    found = (tagged(text), extract_answer(text), text.rpartition("</think>")[2].strip())
+    return next(answer for answer in found if answer is not None)
 
 
 def items_of(answer: str) -> list[str]:
@@ -123,17 +124,10 @@ def extract_answer(text: str) -> str | None:
     if last is None:
         return None
     depth = 1
-    i = last.end()
-    while i < len(text):
-        if text[i] == "\\":
-            i += 1  # An escaped brace is a character, not a bracket.
-        elif text[i] == "{":
-            depth += 1
-        elif text[i] == "}":
-            depth -= 1
-            if depth == 0:
-                return text[last.end() : i].strip()
-        i += 1
+    for mark in _BRACE.finditer(text, last.end()):
+        depth += {"{": 1, "}": -1}.get(mark[0], 0)
+        if depth == 0:
+            return text[last.end() : mark.start()].strip()
     return None
 
 
@@ -169,20 +163,6 @@ def _in_blocks(text: str, tags: Sequence[str]) -> bool:
             return False
         rest = rest.partition(closing)[2].lstrip()
     return not rest
-
-
-def _well_formed(text: str) -> bool:
-    # Searching for the leftmost marks is equivalent to the expression, and linear where
-    # backtracking over a looping model's thousand "</think>" is cubic.
-    if not text.startswith("<think>"):
-        return False
-    position = len("<think>")
-    for mark in ("</think>", "\\boxed{", "}"):
-        found = text.find(mark, position)
-        if found < 0:
-            return False
-        position = found + len(mark)
-    return True
 
 
 def _normalise_item(item: str) -> str:

@@ -60,10 +60,24 @@ def detection(
     that are false) / 2; without any box 0, or 1 if there was nothing to find. `column` names
     a text with boxes, or a list of boxes. None without gold.
     """
-    weights = (iou_weight, completeness_weight)
 
-    def score(text: str, wanted: Any) -> float:
-        return _detection(boxes_in(final_answer(text)), _gold_boxes(wanted), threshold, weights)
+    def score(text: str, gold: Any) -> float:
+        found, wanted = boxes_in(final_answer(text)), _gold_boxes(gold)
+        if not found or not wanted:
+            return float(not found and not wanted)
+        pairs = ((iou(a, b), i, j) for i, a in enumerate(found) for j, b in enumerate(wanted))
+        matched: list[float] = []
+        used_found, used_wanted = set(), set()
+        for overlap, i, j in sorted(pairs, reverse=True):
+            if overlap < threshold or overlap <= 0 or i in used_found or j in used_wanted:
+                continue
+            matched.append(overlap)
+            used_found.add(i)
+            used_wanted.add(j)
+        missed, false = 1 - len(matched) / len(wanted), 1 - len(matched) / len(found)
+        fit, completeness = sum(matched) / len(wanted), 1 - (missed + false) / 2
+        weighted = iou_weight * fit + completeness_weight * completeness
+        return weighted / (iou_weight + completeness_weight)
 
     return score_each(score, completions, column_of("detection", columns, column))
 
@@ -123,27 +137,6 @@ def boxes_in(text: str) -> list[Box]:
     return [_as_box(match.groups()) for match in _BOX.finditer(text)]
 
 
-def _detection(
-    found: list[Box], wanted: list[Box], threshold: float, weights: tuple[float, float]
-) -> float:
-    if not found or not wanted:
-        return float(not found and not wanted)
-    pairs = sorted(
-        ((iou(a, b), i, j) for i, a in enumerate(found) for j, b in enumerate(wanted)), reverse=True
-    )
-    matched: list[float] = []
-    used_found, used_wanted = set(), set()
-    for overlap, i, j in pairs:
-        if overlap >= threshold and overlap > 0 and i not in used_found and j not in used_wanted:
-            matched.append(overlap)
-            used_found.add(i)
-            used_wanted.add(j)
-    missed = 1 - len(matched) / len(wanted)
-    false = 1 - len(matched) / len(found)
-    scores = (sum(matched) / len(wanted), 1 - (missed + false) / 2)
-    return sum(w * s for w, s in zip(weights, scores, strict=True)) / sum(weights)
-
-
 def _overlap(answer: str, wanted: Box, threshold: float | None) -> float:
     """That of an answer's first box; 1 from `threshold` on, else 0."""
     found = boxes_in(answer)
@@ -175,17 +168,15 @@ def _boxes_of(value: Any) -> list[Box]:
     if isinstance(value, (str, Mapping)):
         return boxes_in(str(value))
     values = value.tolist() if hasattr(value, "tolist") else list(value)
-    if any(isinstance(v, Real) for v in values):
-        if len(values) != 4 or not all(isinstance(v, Real) for v in values):
-            raise ValueError(f"the gold {values} is no box of four numbers")
-        return [_as_box(values)]
-    return [box for v in values for box in _boxes_of(v)]
+    if not any(isinstance(v, Real) for v in values):
+        return [box for v in values for box in _boxes_of(v)]
+    if len(values) != 4 or not all(isinstance(v, Real) and math.isfinite(v) for v in values):
+        raise ValueError(f"the gold {values} is no box of four numbers, all finite")
+    return [_as_box(values)]
 
 
 def _as_box(values: Sequence[Any]) -> Box:
     x1, y1, x2, y2 = (float(v) for v in values)
-    if not all(map(math.isfinite, (x1, y1, x2, y2))):
-        raise ValueError(f"box {list(values)} is not finite")
     return x1, y1, x2, y2
 
 

@@ -34,7 +34,8 @@ class BoundReward:
     """Names of columns that are not handed over, as options go by them."""
 
     def __call__(self, **columns: Any) -> Any:
-        seen = {name: values for name, values in columns.items() if name not in self.hidden}
+        # Lists of its own: one function that sorts its completions must not change the next one's.
+        seen = {key: list(values) for key, values in columns.items() if key not in self.hidden}
         return self.function(**seen, **self.options)
 
     @property

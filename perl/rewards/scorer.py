@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -87,12 +86,11 @@ class Scorer:
         if not all(np.isfinite(weight) for weight in weights):
             raise UserError(f"reward.weights must be finite numbers, got {tuple(weights)}")
         self.names = names_of(functions)
-        self.functions = tuple(
-            load_reward(f) if isinstance(f, str) else BoundReward(f) for f in functions
-        )
-        self.weights = tuple(float(weight) for weight in weights)
+        loaded = [load_reward(f) if isinstance(f, str) else BoundReward(f) for f in functions]
+        self.functions = dict(zip(self.names, loaded, strict=True))
+        self.weights = dict(zip(self.names, map(float, weights), strict=True))
         self.timeout = timeout
-        self.faults = dict.fromkeys(self.names, 0)
+        self.reset_faults()
         self._said: set[str] = set()
 
     def reset_faults(self) -> None:
@@ -114,22 +112,22 @@ class Scorer:
         UserError, naming the function and the first example, if it fails on all R or returns
         anything but R values.
         """
-        batch = _Batch(prompts, completions, columns)
+        batch = {"prompts": prompts, "completions": completions, **columns}
         # Those that wait for others do so at the same time.
         waiting = {
-            name: Calls([partial(batch.given_to, function)], self._limit(function))
-            for name, function in zip(self.names, self.functions, strict=True)
+            name: Calls([partial(function, **batch)], self._limit(function))
+            for name, function in self.functions.items()
             if function.is_async
         }
         parts, faulty = {}, {}
-        for name, function in zip(self.names, self.functions, strict=True):
+        for name, function in self.functions.items():
             if name in waiting:
                 (outcome,) = waiting[name].results()
             else:
-                call = partial(batch.given_to, function)
+                call = partial(function, **batch)
                 (outcome,) = call_each([call], self._limit(function), at_once=True)
             parts[name], faulty[name] = self._scores(name, function, outcome, batch)
-        deciding = {n: w for n, w in zip(self.names, self.weights, strict=True) if w}
+        deciding = {name: weight for name, weight in self.weights.items() if weight}
         totals = np.zeros(len(completions), dtype=np.float64)
         for name, weight in deciding.items():
             totals += weight * np.nan_to_num(parts[name])
@@ -149,42 +147,43 @@ class Scorer:
         return 0.0 if function.function in _OUTSIDE else self.timeout
 
     def _scores(
-        self, name: str, function: BoundReward, outcome: Any, batch: _Batch
+        self, name: str, function: BoundReward, outcome: Any, batch: Mapping[str, Sequence[Any]]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores float64 [R], NaN for None and for a fault, and which of them are faults, bool [R]."""
+        count = len(batch["completions"])
         if not isinstance(outcome, Fault):
             values = _listed(outcome)
-            if values is None or len(values) != len(batch):
+            if values is None or len(values) != count:
                 got = type(outcome).__name__ if values is None else f"{len(values)} values"
                 raise UserError(
-                    f"reward function '{name}' returned {got} for {len(batch)} completions; "
+                    f"reward function '{name}' returned {got} for {count} completions; "
                     "return a list with one number or None for each"
                 )
-        elif len(batch) <= 1:
-            values = [outcome] * len(batch)
+        elif count <= 1:
+            values = [outcome] * count
         else:  # Each completion alone, to find those that it fails on.
-            alone = [partial(batch.only(i).given_to, function) for i in range(len(batch))]
+            alone = [
+                partial(function, **{key: [column[i]] for key, column in batch.items()})
+                for i in range(count)
+            ]
             outcomes = call_each(alone, self._limit(function), at_once=function.is_async)
             values = [_only_value(value) for value in outcomes]
         numbers = [_number(value) for value in values]
         faults = {i: number for i, number in enumerate(numbers) if isinstance(number, Fault)}
         if faults:
-            self._report(name, faults, batch)
+            first, fault = next(iter(faults.items()))
+            where = f"example '{batch['id'][first]}'" if "id" in batch else f"completion {first}"
+            if len(faults) == count:
+                raise UserError(
+                    f"reward function '{name}' {fault.what} {where}; {fault.advice}"
+                ) from fault.error
+            self.faults[name] += len(faults)
+            self._say(name, fault, where)
         elif isinstance(outcome, Fault):
-            self._say(name, outcome, f"{len(batch)} completions together, though on none alone")
+            self._say(name, outcome, f"{count} completions together, though on none alone")
         faulty = np.array([isinstance(number, Fault) for number in numbers], dtype=bool)
         scores = [math.nan if isinstance(number, Fault) else number for number in numbers]
         return np.array(scores, dtype=np.float64), faulty
-
-    def _report(self, name: str, faults: Mapping[int, Fault], batch: _Batch) -> None:
-        first = min(faults)
-        fault, where = faults[first], batch.where(first)
-        if len(faults) == len(batch):
-            raise UserError(
-                f"reward function '{name}' {fault.what} {where}; {fault.advice}"
-            ) from fault.error
-        self.faults[name] += len(faults)
-        self._say(name, fault, where)
 
     def _say(self, name: str, fault: Fault, where: str) -> None:
         if name not in self._said:
@@ -233,30 +232,6 @@ def rollout_columns(
     columns["completion_length"] = [len(rollout.token_ids) for rollout in rollouts]
     prompts = ["\n".join(m.content for m in rollout.variant.messages) for rollout in rollouts]
     return prompts, [rollout.text for rollout in rollouts], columns
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """What a reward function is called with."""
-
-    prompts: Sequence[Any]
-    completions: Sequence[str]
-    columns: Mapping[str, Sequence[Any]]
-
-    def __len__(self) -> int:
-        return len(self.completions)
-
-    def given_to(self, function: BoundReward) -> Any:
-        return function(
-            prompts=list(self.prompts), completions=list(self.completions), **self.columns
-        )
-
-    def only(self, i: int) -> _Batch:
-        columns = {key: [column[i]] for key, column in self.columns.items()}
-        return _Batch([self.prompts[i]], [self.completions[i]], columns)
-
-    def where(self, i: int) -> str:
-        return f"example '{self.columns['id'][i]}'" if "id" in self.columns else f"completion {i}"
 
 
 def _listed(values: Any) -> list[Any] | None:

@@ -56,11 +56,9 @@ def repetition(
     """
     if n < 1:
         raise UserError(f"reward repetition: n = {n} must be 1 or more")
-    return [_repeated(text.casefold().split(), n) for text in completions]
-
-
-def _repeated(words: list[str], n: int) -> float:
-    total = len(words) - n + 1
-    if total < 1:
-        return 0.0
-    return 1 - len(set(zip(*(words[i:] for i in range(n)), strict=False))) / total
+    shares = []
+    for text in completions:
+        words = text.casefold().split()
+        grams = list(zip(*(words[i:] for i in range(n)), strict=False))
+        shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
+    return shares
