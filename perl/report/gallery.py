@@ -23,16 +23,16 @@ class Gallery:
         for group in groups:
             orders = [rollout.variant.order for rollout in group.rollouts]
             for index in sorted(orders.index(order) for order in set(orders)):
-                parts = {name: float(values[index]) for name, values in group.reward_parts.items()}
-                scores = {"advantage": _number(group.advantages[index])}
-                self._keep(stage, step, group.rollouts[index], group.rewards[index], parts, scores)
+                parts = {name: values[index] for name, values in group.reward_parts.items()}
+                rollout, advantage = group.rollouts[index], _number(group.advantages[index])
+                self._keep(stage, step, rollout, group.rewards[index], parts, advantage=advantage)
 
     def keep_rollouts(
         self, stage: str, step: int, rollouts: Iterable[Rollout], rewards: Iterable[float]
     ) -> None:
         """Evaluation rollouts with their accuracy."""
         for rollout, reward in zip(rollouts, rewards, strict=True):
-            self._keep(stage, step, rollout, reward, {"accuracy": reward}, {})
+            self._keep(stage, step, rollout, reward, {"accuracy": reward})
 
     def _keep(
         self,
@@ -41,7 +41,7 @@ class Gallery:
         rollout: Rollout,
         reward: float,
         parts: dict[str, float],
-        more: dict[str, Any],
+        **more: Any,
     ) -> None:
         variant = rollout.variant
         pictures = zip(rollout.prompt.images, variant.images, strict=True)

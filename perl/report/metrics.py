@@ -95,18 +95,6 @@ def spread(curves: Sequence[Curve]) -> dict[float, tuple[float, float, float]]:
     return {s: (mean(v), min(v), max(v)) for s, v in sorted(by_step.items())}
 
 
-def evaluation_curve(run: RunLog, key: str) -> Curve:
-    """A field of the evaluations by RL step: `before` stands at 0, `after` at the last step."""
-    found: Curve = {}
-    for row in run.evaluations:
-        value, step = number(row.get(key)), number(row.get("step"))
-        if step is None:
-            step = {"before": 0.0, "after": run.last_step}.get(str(row.get("at")))
-        if value is not None and step is not None:
-            found[step] = value
-    return dict(sorted(found.items()))
-
-
 def read_records(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     """The rows of a record of a run; damaged ones are left out and noted."""
     rows = list(read_rows(path))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from perl.files import replacing
 from perl.report.metrics import (
@@ -36,7 +35,8 @@ def write_report(run_dir: Path) -> Path:
     A folder with sub-folders `seed-0`, `seed-1`, ... is reported as one recipe over several seeds.
     Raises UserError where `run_dir` is no folder and OSError where the page cannot be written.
     """
-    run_dir = Path(run_dir)
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     if not run_dir.is_dir():
         raise UserError(f"{run_dir} is not a run folder: give the one `perl-rl train` wrote")
     seeds = [p for p in run_dir.glob("seed-*") if p.is_dir()]
@@ -58,7 +58,14 @@ def write_report(run_dir: Path) -> Path:
         pictures, troubles = [], [f"No picture could be drawn: {error}"]
     pictures += filter_pictures(runs)
     groups, shown, total = rollout_groups(runs, notes)
-    page = _render(
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.j2").render(
         title=run_dir.resolve().name,
         facts=_facts(top, runs, several=bool(seeds)),
         notes=notes + troubles,
@@ -81,20 +88,6 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def _render(**context: Any) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    folder = Path(__file__).with_name("templates")
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(context)
-
-
 def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
@@ -114,8 +107,12 @@ def size(count: float) -> str:
     return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"
 
 
-_SHOW: dict[str, Callable[[float], str]] = {"seconds": duration, "peak_rss_bytes": size}
-"""How a headline number is written; the others are shares."""
+_SHOW: dict[str, Callable[[float], str]] = {
+    **dict.fromkeys(HEADLINE, percent),
+    "seconds": duration,
+    "peak_rss_bytes": size,
+}
+"""How each headline number is written."""
 
 
 def _mean_text(values: Sequence[float], show: Callable[[float], str]) -> str:
@@ -179,14 +176,11 @@ def _facts(top: RunLog, runs: Sequence[RunLog], *, several: bool) -> list[str]:
 def _seed_table(runs: Sequence[RunLog]) -> list[tuple[str, list[str]]]:
     """A row of headline numbers per seed, then their mean and range."""
     numbers = [headline(run) for run in runs]
-    columns = [([f[k] for f in numbers if k in f], _SHOW.get(k, percent)) for k in HEADLINE]
-    rows = [
-        (
-            run.name.replace("seed-", "seed "),
-            [_SHOW.get(k, percent)(found[k]) if k in found else UNKNOWN for k in HEADLINE],
-        )
-        for run, found in zip(runs, numbers, strict=True)
-    ]
+    columns = [([f[k] for f in numbers if k in f], _SHOW[k]) for k in HEADLINE]
+    rows = []
+    for run, found in zip(runs, numbers, strict=True):
+        cells = [_SHOW[k](found[k]) if k in found else UNKNOWN for k in HEADLINE]
+        rows.append((run.name.replace("seed-", "seed "), cells))
     rows.append(("mean", [_mean_text(*column) for column in columns]))
     rows.append(("range", [_range(*column) or UNKNOWN for column in columns]))
     return rows

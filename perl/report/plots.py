@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from perl.report.metrics import Curve, RunLog, curve_of, evaluation_curve, smoothed, spread
+from perl.report.metrics import Curve, RunLog, curve_of, smoothed, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +66,6 @@ class Picture:
     """A drawn picture and the words that go with it."""
 
     name: str
-    title: str
     caption: str
     alt: str
     path: Path
@@ -135,8 +134,9 @@ def draw_pictures(
         try:
             alt = draw(figure)
             if alt:
+                figure.axes[0].set_title(title)
                 figure.savefig(path, dpi=220)
-                pictures.append(Picture(name, title, caption, f"{title}. {alt}", path))
+                pictures.append(Picture(name, caption, f"{title}. {alt}", path))
                 return
             if any(run.rl for run in runs) and name != "cold_start":  # else one note says it all
                 missing.append(title)
@@ -149,10 +149,9 @@ def draw_pictures(
         for p in PANELS:
             attempt(p.name, p.title, p.caption, lambda figure, p=p: _draw_panel(figure, p, runs))
         caption = "Groups with equal rewards carry no gradient and are dropped."
-        title = "Groups kept and filtered"
-        attempt("groups", title, caption, lambda figure: _draw_groups(figure, title, runs))
-        caption, name = "Wall-clock time by stage.", "Where the time went"
-        attempt("time", name, caption, lambda figure: _draw_time(figure, name, seconds_by_stage))
+        attempt("groups", "Groups kept and filtered", caption, lambda f: _draw_groups(f, runs))
+        caption = "Wall-clock time by stage."
+        attempt("time", "Where the time went", caption, lambda f: _draw_time(f, seconds_by_stage))
     if missing:
         troubles.append("No numbers recorded for: " + ", ".join(missing) + ".")
     return pictures, troubles
@@ -163,7 +162,6 @@ def filter_pictures(runs: Sequence[RunLog]) -> list[Picture]:
     return [
         Picture(
             f"filter-{run.name}-{path.stem}",
-            f"Questions before and after {path.stem}" + (f", {run.name}" if len(runs) > 1 else ""),
             f"Stage {path.stem}: questions by the accuracy of their rollouts, before and after; "
             "marks show the target.",
             f"Histogram of the accuracies of the questions that the stage {path.stem} measured and kept.",
@@ -179,28 +177,24 @@ def _draw_panel(figure: Figure, panel: Panel, runs: Sequence[RunLog]) -> str:
     axes = figure.subplots()
     lines, words = panel.lines, []
     if panel.name == "reward":
-        lines += _reward_parts(runs)
+        keys = {k for run in runs for row in run.rl for k in row if k.startswith("reward/")}
+        parts = sorted(keys - {"reward/mean", "reward/std", "reward/min", "reward/max"})
+        lines += tuple((key, key.removeprefix("reward/")) for key in parts)
     for (key, label), colour in zip(lines, COLOURS, strict=False):
         curves = [curve_of(r.rl if panel.stage == "rl" else r.cold_start, key) for r in runs]
         width = 2.0 if panel.points or key == lines[0][0] else 1.5
         words += _draw_line(axes, [c for c in curves if c], label, colour, width)
     for i, (key, label) in enumerate(panel.points):
-        curves = [evaluation_curve(run, key) for run in runs]
+        curves = [curve_of(run.evaluations, key) for run in runs]
         colour = COLOURS[i] if panel.name == "curve" else (VERMILION, GREEN)[i]
         words += _draw_points(axes, [c for c in curves if c], label, colour, "oD"[i])
     if not words:
         return ""
-    _finish(figure, axes, panel.title, panel.unit, "RL step" if panel.stage == "rl" else "step")
+    _finish(figure, axes, panel.unit, "RL step" if panel.stage == "rl" else "step")
     _set_scale(axes, panel.scale)
     if panel.name == "curve":
         _write_values(axes, panel, runs)
     return "; ".join(words) + "."
-
-
-def _reward_parts(runs: Sequence[RunLog]) -> tuple[tuple[str, str], ...]:
-    keys = {k for run in runs for row in run.rl for k in row if k.startswith("reward/")}
-    parts = sorted(keys - {"reward/mean", "reward/std", "reward/min", "reward/max"})
-    return tuple((key, key.removeprefix("reward/")) for key in parts)
 
 
 def _draw_line(
@@ -245,13 +239,9 @@ def _draw_points(
     if len(curves) > 1:
         axes.errorbar(steps, centre, yerr=[below, above], fmt="none", ecolor=colour, capsize=3)
     # Two points alone, joined, would look like a measured line.
-    style: dict[str, Any] = {
-        "ls": ":" if max(map(len, curves)) > 2 else "none",
-        "lw": 1.2,
-        "clip_on": False,
-    }
-    style |= {"marker": marker, "ms": 7, "mec": "white", "color": colour, "label": label}
-    axes.plot(steps, centre, **style)
+    line = ":" if max(map(len, curves)) > 2 else "none"
+    style: dict[str, Any] = {"marker": marker, "ms": 7, "mec": "white", "color": colour}
+    axes.plot(steps, centre, ls=line, lw=1.2, clip_on=False, label=label, **style)
     return [_words(label, dict(zip(steps, centre, strict=True)))]
 
 
@@ -261,7 +251,7 @@ def _words(label: str, values: Curve) -> str:
 
 def _write_values(axes: Axes, panel: Panel, runs: Sequence[RunLog]) -> None:
     """Write the first and last held-out values beside their markers, apart where they are close."""
-    found = [spread([evaluation_curve(run, key) for run in runs]) for key, _ in panel.points]
+    found = [spread([curve_of(run.evaluations, key) for run in runs]) for key, _ in panel.points]
     low, high = axes.get_ylim()
     for i, points in enumerate(found):
         other = found[1 - i]
@@ -271,12 +261,8 @@ def _write_values(axes: Axes, panel: Panel, runs: Sequence[RunLog]) -> None:
             if abs(gap) < 0.06 * (high - low):
                 shift = 6 if gap > 0 or (gap == 0 and i == 0) else -6
             side, aligned = (-8, "right") if step == min(points) else (8, "left")
-            place: dict[str, Any] = {
-                "xytext": (side, shift),
-                "textcoords": "offset points",
-                "va": "center",
-            }
-            look: dict[str, Any] = {"ha": aligned, "color": COLOURS[i], "fontweight": "bold"}
+            look: dict[str, Any] = {"color": COLOURS[i], "fontweight": "bold", "va": "center"}
+            place = {"xytext": (side, shift), "textcoords": "offset points", "ha": aligned}
             axes.annotate(f"{100 * value:.0f} %", (step, value), **place, **look)
     start, end = axes.get_xlim()
     axes.set_xlim(start - 0.1 * (end - start), end + 0.08 * (end - start))
@@ -299,10 +285,9 @@ def _set_scale(axes: Axes, scale: str) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
 
 
-def _finish(figure: Figure, axes: Axes, title: str, ylabel: str, xlabel: str) -> None:
+def _finish(figure: Figure, axes: Axes, ylabel: str, xlabel: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_title(title)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
@@ -311,7 +296,7 @@ def _finish(figure: Figure, axes: Axes, title: str, ylabel: str, xlabel: str) ->
         figure.legend(handles, labels, loc="outside lower center", ncols=min(2, len(handles)))
 
 
-def _draw_groups(figure: Figure, title: str, runs: Sequence[RunLog]) -> str:
+def _draw_groups(figure: Figure, runs: Sequence[RunLog]) -> str:
     """Stacked: groups trained on, groups of equal rewards, and the rest of those seen."""
     from matplotlib.ticker import MaxNLocator
 
@@ -336,12 +321,12 @@ def _draw_groups(figure: Figure, title: str, runs: Sequence[RunLog]) -> str:
     heights = [[v[0], *v, v[-1]] for v in heights]
     axes.stackplot(padded, heights, step="mid", linewidth=0, labels=labels, colors=colours)
     axes.set_xlim(padded[0], padded[-1])
-    _finish(figure, axes, title, "groups per step", "RL step")
+    _finish(figure, axes, "groups per step", "RL step")
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     return _shares((label, sum(values)) for values, label, _ in layers)
 
 
-def _draw_time(figure: Figure, title: str, seconds: Mapping[str, float]) -> str:
+def _draw_time(figure: Figure, seconds: Mapping[str, float]) -> str:
     """One bar per stage, the longest on top."""
     stages = sorted(((v, k) for k, v in seconds.items() if v > 0))
     if not stages:
@@ -357,7 +342,6 @@ def _draw_time(figure: Figure, title: str, seconds: Mapping[str, float]) -> str:
     axes.set_xlim(0, 1.15 * widths[-1])
     room = max(0.0, (3 - len(stages)) / 2)
     axes.set_ylim(-0.6 - room, len(stages) - 0.4 + room)
-    axes.set_title(title)
     axes.set_xlabel(name)
     return _shares((stage.replace("_", " "), value) for value, stage in reversed(stages))
 
