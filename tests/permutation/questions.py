@@ -13,18 +13,17 @@ ODD = st.text(alphabet="ſKİı²①٣३ABab12,. ()", max_size=12)
 """Letters and digits that other scripts fold to, or count as, those of ASCII."""
 
 
-def ask(question: str, answer: str, **fields: Any) -> Example:
-    """A question with one image for each `<image>` in it."""
-    return Example("q", tuple(range(question.count("<image>"))), question, answer, **fields)  # type: ignore[arg-type]
-
-
-def lettered(count: int, answer: str = "A", **fields: Any) -> Example:
-    """A question over `count` slots with letters as labels, or with the fields given."""
-    question = " ".join(f"{letter} <image>" for letter in LETTERS[:count])
-    images = tuple(range(count))
+def ask(question: str, answer: str = "A", **fields: Any) -> Example:
+    """A question with one image for each `<image>` in it, unless a field says otherwise."""
+    images = tuple(range(question.count("<image>")))
     return Example(
         **{"id": "q", "images": images, "question": question, "answer": answer, **fields}
     )
+
+
+def lettered(count: int, answer: str = "A", **fields: Any) -> Example:
+    """A question over `count` slots with letters as labels."""
+    return ask(" ".join(f"{letter} <image>" for letter in LETTERS[:count]), answer, **fields)
 
 
 @st.composite

@@ -8,7 +8,7 @@ import pytest
 
 from perl.permutation import all_orders, check_answer, num_orders, orders, original_answer, permute
 from perl.types import UserError
-from tests.permutation.questions import lettered
+from tests.permutation.questions import ask
 
 SEQUENCES = (
     "<image> <image> <image> In which order?\nA. 1, 3, 2\nB. 2-1-3\nC. 3, 2, 1\nD. none of these"
@@ -16,7 +16,7 @@ SEQUENCES = (
 
 
 def test_an_ordering_question_gets_another_right_option() -> None:
-    example = lettered(3, "B", question=SEQUENCES, kind="ordering")
+    example = ask(SEQUENCES, "B", kind="ordering")
     check_answer(example)
     assert num_orders(example) == 3  # D is no sequence
     right = {permute(example, order).answer for order in all_orders(example, 9, 0)}
@@ -43,4 +43,4 @@ def test_an_ordering_question_gets_another_right_option() -> None:
 )
 def test_bad_ordering_questions(fields: dict[str, Any], match: str) -> None:
     with pytest.raises(UserError, match=match):
-        check_answer(lettered(3, **{"question": SEQUENCES, "kind": "ordering", **fields}))
+        check_answer(ask(**{"question": SEQUENCES, "kind": "ordering", **fields}))

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -23,7 +20,7 @@ from perl.permutation import (
     shares,
 )
 from perl.types import Example, UserError
-from tests.permutation.questions import lettered, lettered_questions
+from tests.permutation.questions import ask, lettered, lettered_questions
 
 
 @given(lettered_questions(), st.integers(1, 8), st.integers(0, 3), st.integers(0, 3))
@@ -43,7 +40,7 @@ def test_orders_are_distinct_reproducible_and_of_their_kind(
 
 
 def test_orders_of_many_images() -> None:
-    example = lettered(32, "31", question="<image>" * 32)
+    example = ask("<image>" * 32, "31")
     got = orders(example, 50, 0, 0)
     assert len(set(got)) == 50
     assert num_orders(example) == math.factorial(32)
@@ -55,15 +52,8 @@ def test_orders_depend_on_seed_epoch_and_example_alone() -> None:
     assert orders(one, 4, 0, 0) == orders(lettered(8, answer="C"), 4, 0, 0)
     different = {tuple(orders(e, 4, s, k)) for e in (one, other) for s in (0, 1) for k in (0, 1)}
     assert len(different) == 8
-    code = (
-        "from perl.permutation import *; from perl.types import Example;"
-        "print(orders(Example('q', (0,) * 8, '', 'A'), 4, 0, 0))"
-    )
-    root = Path(__file__).parents[2]
-    fresh = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
-    )
-    assert fresh.stdout.strip() == str(orders(one, 4, 0, 0))
+    # Every process and every version draws these.
+    assert orders(one, 3, 0, 0)[1:] == [(7, 2, 3, 0, 6, 5, 4, 1), (6, 0, 3, 4, 5, 7, 1, 2)]
 
 
 def test_all_orders_are_all_or_a_sample() -> None:
@@ -75,12 +65,9 @@ def test_all_orders_are_all_or_a_sample() -> None:
     assert all_orders(lettered(2), 1, 0) == [(0, 1)]
 
 
-def test_orders_are_drawn_evenly() -> None:
+def test_every_order_but_the_original_is_drawn() -> None:
     seen = {tuple(orders(lettered(3, id=str(i)), 2, 0, 0)[1]) for i in range(100)}
-    assert len(seen) == 5  # every order but the original
-
-
-def test_no_order_at_all_is_refused() -> None:
+    assert len(seen) == 5
     with pytest.raises(ValueError, match="n=0"):
         orders(lettered(3), 0, 0, 0)
 
