@@ -2,14 +2,14 @@
 
 import json
 import math
-import random
 from html.parser import HTMLParser
+from itertools import product
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from perl.report.metrics import curve_of, headline, read_records, read_run, smoothed
+from perl.report.metrics import curve_of, headline, read_records, read_run
 from perl.report.page import write_report
 from perl.report.rollouts import MAX_PER_GROUP, MAX_ROLLOUTS
 from perl.types import UserError
@@ -21,21 +21,16 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def rl_row(step: int, steps: int, rng: random.Random) -> dict:
+def rl_row(step: int, steps: int) -> dict:
     gone = step / steps
-    accuracy = min(1.0, 0.6 + 0.32 * gone + rng.gauss(0, 0.04))
-    kept = rng.randint(8, 14)
     return {
-        "stage": "rl", "step": step, "reward/mean": 0.9 * accuracy + 0.1, "reward/accuracy": accuracy,
-        "reward/format": min(1.0, 0.95 + gone / 20), "consistency": min(1.0, accuracy**2 + rng.gauss(0, 0.03)),
-        "length/mean": 14 - 3 * gone + rng.gauss(0, 0.3), "length/truncated": max(0, rng.gauss(0.01, 0.01)),
-        "entropy": 0.5 * math.exp(-2 * gone) + abs(rng.gauss(0, 0.02)), "kl": 0.04 * gone + abs(rng.gauss(0, 0.002)),
-        "clip_fraction": abs(rng.gauss(0.002, 0.001)), "grad_norm": abs(rng.gauss(0.8, 0.2)), "lr": 1e-4,
-        "groups/seen": 16, "groups/kept": kept, "groups/zero_variance": 16 - kept, "groups/tries": 1,
-        "time/rollout": 1.9, "time/reward": 0.02, "time/pack": 0.05, "time/logprobs": 0.3, "time/update": 1.1,
-        "time/step": 3.5, "time/elapsed": 30 + 3.5 * step, "throughput/tokens_per_second": rng.gauss(2100, 60),
-        "packing/token_sharing": rng.gauss(2.4, 0.1), "packing/image_sharing": rng.gauss(16, 0.1),
-        "memory/peak_rss_bytes": 1_400_000_000,
+        "stage": "rl", "step": step, "reward/mean": 0.64 + 0.3 * gone, "reward/accuracy": 0.6 + 0.32 * gone,
+        "reward/format": 0.95 + gone / 20, "consistency": (0.6 + 0.32 * gone) ** 2, "length/mean": 14 - 3 * gone,
+        "length/truncated": 0.01, "entropy": 0.5 * math.exp(-2 * gone), "kl": 0.04 * gone, "clip_fraction": 0.002,
+        "grad_norm": 0.8, "lr": 1e-4, "groups/seen": 16, "groups/kept": 12, "groups/zero_variance": 4,
+        "groups/tries": 1, "time/rollout": 1.9, "time/reward": 0.02, "time/pack": 0.05, "time/logprobs": 0.3,
+        "time/update": 1.1, "time/step": 3.5, "time/elapsed": 30 + 3.5 * step, "throughput/tokens_per_second": 2100,
+        "packing/token_sharing": 2.4, "packing/image_sharing": 16.1, "memory/peak_rss_bytes": 1_400_000_000,
     }  # fmt: skip
 
 
@@ -46,44 +41,35 @@ def evaluation(step: int, at: str, accuracy: float) -> dict:
 
 
 def rollout_rows(steps: int) -> list[dict]:
+    """Every ten steps three rollouts of each of two examples in each of two orders, the first one wrong."""
     question = "A <image> B <image> C <image> which image shows three ?"
     rows = []
-    for step in range(10, steps + 1, 10):
-        for e in range(2):
-            for order, answer in (([0, 1, 2], "B"), ([2, 0, 1], "C")):
-                for k in range(3):
-                    said = answer if k else "A"
-                    text = f"<think> {'image one shows a seven . ' * (40 if k == 2 else 2)}</think> \\boxed{{ {said} }}"
-                    rows.append({
-                        "stage": "rl", "step": step, "example": f"digits-train-which-{e:06d}", "task": "which",
-                        "order": order, "images": [f"images/{o}.png" for o in order], "question": question,
-                        "answer": answer, "text": text if k else f"{SCRIPT} \\boxed{{ A }}",
-                        "reward": 0.1 + 0.9 * (said == answer), "advantage": 0.7 if said == answer else -1.4,
-                        "rewards": {"accuracy": float(said == answer), "format": 0.5 if k else 1.0},
-                    })  # fmt: skip
+    orders = (([0, 1, 2], "B"), ([2, 0, 1], "C"))
+    for step, e, (order, answer), k in product(
+        range(10, steps + 1, 10), range(2), orders, range(3)
+    ):
+        thought = f"<think> {'image one shows a seven . ' * (40 if k == 2 else 2)}</think>"
+        rows.append({
+            "stage": "rl", "step": step, "example": f"digits-train-which-{e:06d}", "task": "which", "order": order,
+            "images": [f"images/{o}.png" for o in order], "question": question, "answer": answer,
+            "text": f"{thought} \\boxed{{ {answer} }}" if k else f"{SCRIPT} \\boxed{{ A }}",
+            "reward": 1.0 if k else 0.1, "advantage": 0.7 if k else -1.4,
+            "rewards": {"accuracy": float(k > 0), "format": 0.5 if k else 1.0},
+        })  # fmt: skip
     return rows
 
 
-def make_run(folder: Path, *, steps: int = 60, seed: int = 0, digits: bool = False) -> Path:
+def make_run(folder: Path, *, steps: int = 60, seed: int = 0) -> Path:
     """A run folder as the trainer leaves it, with `steps` RL steps after a cold start."""
-    rng = random.Random(seed)
     (folder / "images").mkdir(parents=True)
     for i in range(3):
-        image = Image.new("L", (8, 8), 80 * i)
-        if digits:
-            from sklearn.datasets import load_digits
-
-            image = Image.fromarray((load_digits().images[i + 1] * 15).astype("uint8"))
-        image.resize((56, 56), Image.Resampling.BICUBIC).save(folder / "images" / f"{i}.png")
+        Image.new("L", (56, 56), 80 * i).save(folder / "images" / f"{i}.png")
     (folder / "config.toml").write_text('[run]\ndir = "runs/digits"\n\n[train]\nsteps = 60\n')
-    cold = [{"stage": "cold_start", "step": s, "loss": 2.5 * math.exp(-s / 25) + abs(rng.gauss(0.1, 0.05)),
-             "time/step": 0.2, "time/elapsed": 0.2 * s} for s in range(1, 101)]  # fmt: skip
-    write_jsonl(folder / "metrics.jsonl", [
-        *cold,
-        evaluation(0, "before", 0.6 + rng.gauss(0, 0.01)),
-        *(rl_row(s, steps, rng) for s in range(1, steps + 1)),
-        evaluation(steps, "after", 0.92 + rng.gauss(0, 0.01)),
-    ])  # fmt: skip
+    cold = [{"stage": "cold_start", "step": s, "loss": 2.5 * math.exp(-s / 25), "time/step": 0.2,
+             "time/elapsed": 0.2 * s} for s in range(1, 101)]  # fmt: skip
+    rl = [rl_row(s, steps) for s in range(1, steps + 1)]
+    before, after = evaluation(0, "before", 0.6), evaluation(steps, "after", 0.92 + seed / 100)
+    write_jsonl(folder / "metrics.jsonl", [*cold, before, *rl, after])
     write_jsonl(folder / "rollouts.jsonl", rollout_rows(steps))
     (folder / "summary.json").write_text(json.dumps({
         "accuracy_before": 0.61, "accuracy_after": 0.93, "greedy_before": 0.64, "greedy_after": 0.95,
@@ -132,6 +118,13 @@ def test_finished_run(tmp_path: Path) -> None:
     for words in ("61.0 %", "93.0 %", "+32.0 points", "5 min 12 s", "1.4 GiB", "1.23 M parameters"):
         assert words in page.text
     assert "60 of 72 rollouts" in page.text and "Good to know" not in page.text
+    # Grouped by example and step, and there by order; the newest group comes first.
+    assert page.text.count("digits-train-which-000001") == 5
+    assert page.text.count("Image order 1 2 3") == page.text.count("Image order 3 1 2") == 10
+    alts = [image["alt"] for image in page.images() if "slot" in (image["alt"] or "")]
+    assert alts[3:6] == [
+        f"Image {o} of the example, shown in slot {s}" for s, o in ((1, 3), (2, 1), (3, 2))
+    ]
 
 
 def test_model_text_is_escaped(tmp_path: Path) -> None:
@@ -148,16 +141,6 @@ def test_model_text_is_escaped(tmp_path: Path) -> None:
     assert "2 images of rollouts cannot be read" in page.text
 
 
-def test_rollouts_are_grouped_by_example_and_order(tmp_path: Path) -> None:
-    page = Page(write_report(make_run(tmp_path / "run", steps=10)))
-    assert page.text.count("digits-train-which-000001") == 1
-    assert page.text.count("Image order 1 2 3") == page.text.count("Image order 3 1 2") == 2
-    alts = [image["alt"] for image in page.images() if "slot" in (image["alt"] or "")]
-    assert alts[3:6] == [
-        f"Image {o} of the example, shown in slot {s}" for s, o in ((1, 3), (2, 1), (3, 2))
-    ]
-
-
 def test_many_long_rollouts_stay_a_small_page(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=10)
     rows = [row | {"text": "w " * 50_000, "example": f"e{i // 30}"}
@@ -169,24 +152,16 @@ def test_many_long_rollouts_stay_a_small_page(tmp_path: Path) -> None:
     assert f"{30 - MAX_PER_GROUP} more in" in page.text and "more characters" in page.text
 
 
-def test_seeds_give_mean_and_range(tmp_path: Path) -> None:
-    for seed in range(3):
-        make_run(tmp_path / f"seed-{seed}", steps=30, seed=seed)
+def test_seeds_give_mean_and_range_and_may_differ_in_length(tmp_path: Path) -> None:
+    for seed, steps in enumerate((12, 12, 4)):
+        make_run(tmp_path / f"seed-{seed}", steps=steps, seed=seed)
     (tmp_path / "seed-2" / "summary.json").unlink()
     (tmp_path / "summary.json").write_text(json.dumps({"seeds": [0, 1, 2], "model": "tiny"}))
     page = Page(write_report(tmp_path))
     assert (tmp_path / "plots" / "curve.png").exists()
     assert "3 seeds" in page.text and "seed 2" in page.text
     assert "seed-2: The run has not finished" in page.text
-    after = [headline(read_run(tmp_path / f"seed-{seed}"))["accuracy_after"] for seed in range(3)]
-    assert f"seeds {100 * min(after):.1f} to {100 * max(after):.1f} %" in page.text
-    assert f"{100 * sum(after) / 3:.1f} %" in page.text
-
-
-def test_seeds_of_different_length_are_said(tmp_path: Path) -> None:
-    make_run(tmp_path / "seed-0", steps=12)
-    make_run(tmp_path / "seed-1", steps=4)
-    page = Page(write_report(tmp_path))
+    assert "seeds 93.0 to 94.0 %" in page.text and "93.3 %" in page.text  # 93, 93 and 94.
     assert "The seeds stand at different steps, 4 to 12" in page.text
     alt = next(i["alt"] or "" for i in page.images() if "Policy entropy" in (i["alt"] or ""))
     assert alt.endswith("at step 4.")
@@ -221,12 +196,11 @@ def test_damaged_files_and_values_never_fail(tmp_path: Path) -> None:
     worse = {"stage": "evaluate", "step": None, "at": ["x"], "by_task": [1]}
     lines += [json.dumps(odd), json.dumps(worse), '{"stage": "rl", "step": 22, "kl"']
     (run / "metrics.jsonl").write_text("\n".join(lines))
-    rows = [
-        {},
+    odd = [
         {"order": 3, "images": "x", "text": None, "rewards": [1]},
         {"order": [None], "images": [{}]},
     ]
-    write_jsonl(run / "rollouts.jsonl", rows)
+    write_jsonl(run / "rollouts.jsonl", [{}, *odd])
     (run / "images" / "0.png").write_bytes(b"no picture")
     (run / "summary.json").write_text("{")
     page = Page(write_report(run))
@@ -234,19 +208,9 @@ def test_damaged_files_and_values_never_fail(tmp_path: Path) -> None:
     assert "left out there: kl" in page.text
     assert "summary.json cannot be read" in page.text
     assert curve_of(read_run(run).rl, "step")[21] == 21
-
-
-def test_headline_comes_from_metrics_without_a_summary(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", steps=20)
-    (run / "summary.json").unlink()
-    found = headline(read_run(run))
+    found = headline(read_run(run))  # From the metrics.
     assert found["seconds"] == 100.0 and found["peak_rss_bytes"] == 1_400_000_000
-    assert found["accuracy_after"] > found["accuracy_before"]
-
-
-def test_smoothing_is_centred() -> None:
-    line = {float(i): 2.0 * i for i in range(40)}
-    assert [smoothed(line)[i] for i in (0.0, 1.0, 20.0, 39.0)] == [2.0, 3.0, 40.0, 76.0]
+    assert (found["accuracy_before"], found["accuracy_after"]) == (0.6, 0.92)
 
 
 def test_a_wrong_folder_is_the_users_error(tmp_path: Path) -> None:
