@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from perl.permutation import check_moves, letter_slots, original_answer, permute
-from perl.types import UserError
+from perl.permutation import Consistency, check_moves, letter_slots, original_answer, permute
+from perl.types import Example, UserError
 from tests.permutation.questions import ask
 
 TWO, THREE = "<image><image> Which?\n", "<image><image><image> Which?\n"
@@ -65,33 +65,37 @@ def test_an_option_that_names_a_moving_image_does_not_stay() -> None:
     assert permute(example, (1, 0), "references").answer == "A"
 
 
+FOX = THREE + "A. Image 2\nB. Image 3\nC. Image 1"
+NEITHER = TWO + "A. Image 2\nB. Image 1\nC. Neither"
+
+
 def test_options_follow_their_images_and_the_letter_stays() -> None:
-    asked = ask("<image><image><image> Which is red?\nA. Image 2\nB. Image 3\nC. Image 1", "B")
+    asked = ask(FOX, "B")
     assert letter_slots(asked) == (1, 2, 0)
     variant = permute(asked, (2, 0, 1), "references")
     assert variant.messages[0].content.endswith("A. Image 3\nB. Image 1\nC. Image 2")
     assert variant.answer == "B"
-    assert original_answer(variant, "B") == "B"
-    # By number the same answer moves, and with it both ways of giving it.
-    assert original_answer(variant, "Image 1") == "Image 3"
     # Slots: the text stays, so another letter names the picture.
     moved = permute(asked, (2, 0, 1))
     assert moved.messages == asked.messages
     assert moved.answer == "C"
-    assert original_answer(moved, "C") == "B"
 
 
-def test_outputs_that_give_letter_and_text() -> None:
-    example = ask(TWO + "A. Image 2\nB. Image 1\nC. Neither", "A")
-    slots, rewritten = permute(example, (1, 0)), permute(example, (1, 0), "references")
-    assert original_answer(slots, "B. Image 1") == original_answer(slots, "B") == "A"
-    assert original_answer(rewritten, "A. Image 1") == "A"
-    assert original_answer(slots, "A. Image 1") is None
-    assert original_answer(rewritten, "A. Image 2") is None
-    assert original_answer(slots, "C") == original_answer(rewritten, "C. neither") == "C"
-    pairs = permute(
-        ask(THREE + "A. Images 1 and 2\nB. Images 2 and 3", "Image 3"), (1, 0, 2), "references"
-    )
-    assert original_answer(pairs, "B") == "B"
-    left = ask(THREE + "A. Images 1 and 2\nB. Images 2 and 3\nC. Image 3", "C", kind="blocks:1,2")
-    assert original_answer(permute(left, (1, 0, 2)), "B") == "image 1 and 3"
+@pytest.mark.parametrize(
+    ("example", "order", "mode", "originals"),
+    [
+        # By number the same answer moves, and with it both ways of giving it.
+        (ask(FOX, "B"), (2, 0, 1), "references", {"B": "B", "Image 1": "Image 3"}),
+        (ask(FOX, "B"), (2, 0, 1), "slots", {"C": "B"}),
+        (ask(NEITHER), (1, 0), "slots", {"B. Image 1": "A", "B": "A", "A. Image 1": None, "C": "C"}),
+        (ask(NEITHER), (1, 0), "references", {"A. Image 1": "A", "A. Image 2": None, "C. neither": "C"}),
+        (ask(THREE + "A. Images 1 and 2\nB. Images 2 and 3", "Image 3"), (1, 0, 2), "references", {"B": "B"}),
+        (ask(THREE + "A. Images 1 and 2\nB. Images 2 and 3\nC. Image 3", "C", kind="blocks:1,2"), (1, 0, 2), "slots",
+         {"B": "image 1 and 3"}),
+    ],
+)  # fmt: skip
+def test_outputs_that_give_letter_or_text(
+    example: Example, order: tuple[int, ...], mode: Consistency, originals: dict[str, str | None]
+) -> None:
+    variant = permute(example, order, mode)
+    assert {output: original_answer(variant, output) for output in originals} == originals

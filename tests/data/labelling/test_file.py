@@ -26,6 +26,9 @@ ROWS: list[dict[str, Any]] = [
 LABELS = [("all", True), ("first_fixed", True), ("all", False)] + [("none", False)] * 3
 
 
+DOCUMENT = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     return write(tmp_path / "rows.jsonl", ROWS)
@@ -105,32 +108,23 @@ def test_parquet_with_embedded_images(data: Path) -> None:
 
 
 def test_labels_that_are_there_stay(tmp_path: Path) -> None:
-    rows = [
-        {**ROWS[0], "kind": "none", "should_change": False},
-        {**ROWS[0], "should_change": False},
-        {**ROWS[2], "kind": "none"},
-        {**ROWS[2], "kind": "all", "should_change": True, "answer": "many"},
-        {**ROWS[1], "change_needed": True},
-        {**ROWS[0], "should_change": "perhaps", "note": "\ud800 ä"},
-        {**ROWS[1], "kind": "all"},
-        {**ROWS[2], "question": "<image> <image> <image> How many images show it?", "images": 3}
-        | {"kind": "first_fixed"},
-        {**ROWS[0], "kind": "all", "should_change": False},
+    three = {"question": "<image> <image> <image> How many images show it?", "images": 3}
+    fixed, none = ("first_fixed", True), ("none", False)
+    rows: list[tuple[dict[str, Any], tuple[str, bool]]] = [
+        ({**ROWS[0], "kind": "none", "should_change": False}, none),
+        ({**ROWS[0], "should_change": False}, none),  # "B" labels an image, and would stay.
+        ({**ROWS[2], "kind": "none"}, none),
+        ({**ROWS[2], "kind": "all", "should_change": True, "answer": "many"}, none),
+        ({**ROWS[1], "change_needed": True}, fixed),
+        ({**ROWS[0], "should_change": "perhaps", "note": "\ud800 ä"}, ("all", True)),
+        ({**ROWS[1], "kind": "all"}, none),  # The picture of the question would get the letter.
+        ({**ROWS[2], **three, "kind": "first_fixed"}, ("first_fixed", False)),
+        ({**ROWS[0], "kind": "all", "should_change": False}, none),
     ]
-    data = write(tmp_path / "rows.jsonl", rows)
+    data = write(tmp_path / "rows.jsonl", [row for row, _ in rows])
     output = tmp_path / "rows.labelled.jsonl"
     assert run(data) == 0
-    assert labels(output) == [
-        ("none", False),
-        ("none", False),  # "B" labels an image, and would stay.
-        ("none", False),
-        ("none", False),
-        ("first_fixed", True),
-        ("all", True),
-        ("none", False),  # The picture of the question would get the letter.
-        ("first_fixed", False),
-        ("none", False),
-    ]
+    assert labels(output) == [label for _, label in rows]
     assert read(output)[5]["note"] == "\ud800 ä"
     for i in (1, 3, 6, 8):
         assert "does not hold" in read(output)[i]["label_reason"]
@@ -160,6 +154,9 @@ def test_a_stopped_labelling_goes_on(data: Path, capsys: pytest.CaptureFixture[s
     assert "kept: " in capsys.readouterr().out
     assert run(data) == 0
     assert "all 6 rows are labelled" in capsys.readouterr().out
+    assert run(data, "--text", "references") == 2
+    assert "holds labels for --text slots, not references; replace it" in capsys.readouterr().err
+    assert run(data, "--text", "references", "--overwrite") == 0
 
 
 @pytest.mark.usefixtures("no_endpoint")
@@ -195,24 +192,17 @@ def test_a_row_that_cannot_be_read_is_named(data: Path, error_of: ErrorOf) -> No
 
 
 def test_a_model_labels(data: Path, model: Model) -> None:
-    model.answer = lambda task: (
-        f"<think>{{}}</think>\n```json\n{label_json('none', False)}\n```"
-        if "next" in task
-        else label_json("first_fixed", True)
-        if "Which view" in task
-        else label_json("all", "Which image shows a fox" in task)
-    )
+    said = {
+        "happens next": f"<think>{{}}</think>\n```json\n{label_json('none', False)}\n```",
+        "Which view": label_json("first_fixed", True),
+        "Which image shows a fox": label_json("all", True),
+        "": label_json("all", False),
+    }
+    model.answer = lambda task: next(label for words, label in said.items() if words in task)
     assert run(data, "--labeller", "llm") == 0
-    found = read(data.with_name("rows.labelled.jsonl"))
-    kinds = [(row["kind"], row["should_change"]) for row in found]
-    assert kinds == [
-        ("all", True),
-        ("first_fixed", True),
-        ("all", False),
-        ("none", False),
-        ("all", False),
-        ("none", False),
-    ]
+    output = data.with_name("rows.labelled.jsonl")
+    assert labels(output) == [*LABELS[:4], ("all", False), LABELS[5]]
+    found = read(output)
     assert len(model.asked) == 5 and found[0]["label_reason"] == "model: because"
     assert (
         ROWS[0]["question"] in "\n".join(model.asked)
@@ -282,9 +272,8 @@ def test_an_endpoint_that_goes_down_loses_nothing(
 def test_the_documents_example_prints_its_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    document = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", document, flags=re.DOTALL)
-    (table,) = re.findall(r"```\n(pets.labelled.jsonl\n.*?)```", document, flags=re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT, flags=re.DOTALL)
+    (table,) = re.findall(r"```\n(pets.labelled.jsonl\n.*?)```", DOCUMENT, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     exec(code, {})
     assert run("pets.jsonl") == 0
@@ -295,8 +284,7 @@ def test_the_documents_example_prints_its_table(
 
 
 def test_the_documents_rows_are_read(tmp_path: Path) -> None:
-    document = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
-    (rows,) = re.findall(r"```json\n(.*?)```", document, flags=re.DOTALL)
+    (rows,) = re.findall(r"```json\n(.*?)```", DOCUMENT, flags=re.DOTALL)
     for name in re.findall(r"[\w/]+\.png", rows):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name)
@@ -309,12 +297,3 @@ def test_names_of_kinds() -> None:
         ["all", "first_fixed", "last:2", "blocks:1,3", "none", "none"]
     )
     assert Label("all", True, "x").sure and not Label("none", False, "unsure: x").sure
-
-
-def test_labels_for_another_way_are_not_gone_on_with(
-    data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(data) == 0
-    assert run(data, "--text", "references") == 2
-    assert "holds labels for --text slots, not references; replace it" in capsys.readouterr().err
-    assert run(data, "--text", "references", "--overwrite") == 0
