@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from perl.config import Command, Config, EvalConfig, MeasureConfig, Positive
+from perl.config import EVAL_SEED, Command, Config, EvalConfig, MeasureConfig, Positive
 from perl.files import write_json
 from perl.recipe import check_config, check_options
 from perl.report.progress import Display
 from perl.report.tables import print_table
-from perl.rollout.opening import engine_and_encoder, fingerprint, model_and_config
+from perl.rollout.opening import config_of, engine_and_encoder, fingerprint
 from perl.types import UserError
 
 
@@ -110,21 +109,10 @@ def _check_options(command: Evaluate) -> None:
     check_options(command)
 
 
-def override(config: Config, **sections: Mapping[str, Any]) -> Config:
-    """The settings with keys of some sections replaced, those that are None left as they are."""
-    changed = {
-        name: replace(getattr(config, name), **{k: v for k, v in keys.items() if v is not None})
-        for name, keys in sections.items()
-    }
-    return replace(config, **changed)
-
-
 def _settings(command: Evaluate, max_new_tokens: int | None) -> Config:
-    """The settings of the model's run with those of the command line, and the model's path."""
-    config, path = model_and_config(command.model)
-    config = override(
-        config,
-        model={"path": path},
+    """The settings of the model's run with those of the command line."""
+    config = config_of(
+        command.model,
         permutation={"text": command.text},
         data={
             "eval": command.data or None,
@@ -133,40 +121,29 @@ def _settings(command: Evaluate, max_new_tokens: int | None) -> Config:
         },
         rollout={"max_new_tokens": max_new_tokens},
     )
-    return replace(config, eval=EvalConfig(**asdict(command.eval)))
+    config = replace(config, eval=EvalConfig(**asdict(command.eval)))
+    check_config(config)
+    return config
 
 
 def _evaluate_held_out(command: Evaluate) -> None:
-    from perl.config import EVAL_SEED
+    from perl.data.dataset import load_examples
+    from perl.data.rows import check_output
     from perl.evaluation.evaluate import aggregate, evaluate
 
     config = _settings(command, command.max_new_tokens)
     if command.eval.examples == 0:
         raise UserError("eval.examples = 0: must be 1 or more to evaluate")
-    if command.output and not command.output.absolute().parent.is_dir():
-        raise UserError(
-            f"--output {command.output}: there is no folder to write it to; make it first"
-        )
-    check_config(config)
-    from perl.data.dataset import load_examples
-
+    if command.output:
+        check_output(command.output, config.data.eval)
     examples = load_examples(
         config.data.eval, config.data, "test", EVAL_SEED, command.eval.examples
     )
     engine, encoder = engine_and_encoder(config)
     with Display() as display:
         display.stage("evaluate", len(examples), unit="examples")
-        results, _ = evaluate(
-            engine,
-            encoder,
-            examples,
-            range(len(examples)),
-            command.eval,
-            config.rollout.max_new_tokens,
-            EVAL_SEED,
-            display.advance,
-            config.permutation.text,
-        )
+        everything = range(len(examples))
+        results, _ = evaluate(engine, encoder, examples, everything, config, display.advance)
     numbers = aggregate(results)
     _print_evaluation(numbers, config.model.path)
     if encoder.dropped:
@@ -199,7 +176,6 @@ def _cell(name: str, value: float | None) -> str:
 
 def _evaluate_suites(command: Evaluate) -> None:
     """Every benchmark in turn; all files are looked at before the model is loaded."""
-    from perl.config import EVAL_SEED
     from perl.evaluation.suites import choose_suites
     from perl.evaluation.suites.answers import AnswerFile, keep_settings
     from perl.evaluation.suites.base import open_items
@@ -217,19 +193,17 @@ def _evaluate_suites(command: Evaluate) -> None:
         raise UserError("--suite needs --output, a folder where the answers are kept as they come")
     tokens = _SUITE_TOKENS if command.max_new_tokens is None else command.max_new_tokens
     config = _settings(command, tokens)
-    check_config(config)
     opened = [open_items(s, command.suite_root, command.instruction == "think") for s in chosen]
     reader = Endpoint.from_env() if command.extract == "llm" else None
     named = "rules" if reader is None else f"llm {reader.model}"
     keep_settings(command.output, _recorded(command, config, named))
-    how = Procedure(command.orders, config.rollout.max_new_tokens, EVAL_SEED, reader)
+    how = Procedure(command.orders, config.rollout.max_new_tokens, reader, command.limit)
     files = [AnswerFile(command.output / f"{items.suite.name}.jsonl") for items in opened]
     engine, encoder = engine_and_encoder(config)
     with Display() as display:
         for items, answers in zip(opened, files, strict=True):
-            count = min(command.limit or len(items), len(items))
-            display.stage(items.suite.name, count, unit="items")
-            measure(items, answers, engine, encoder, how, command.limit, display.advance)
+            display.stage(items.suite.name, how.count(items), unit="items")
+            measure(items, answers, engine, encoder, how, display.advance)
     tables = write_summary(command.output, command.model, command.published)
     for title, table in tables.items():
         print_table(table, title)

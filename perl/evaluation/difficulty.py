@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from perl.config import Config
 from perl.data.dataset import Dataset
 from perl.files import append_rows, keep_rows, read_rows
 from perl.permutation import Consistency, orders, permute, shares
@@ -51,6 +52,21 @@ class Measurement:
     seed: int
     """Of orders and sampling; the same gives the same numbers."""
 
+    @classmethod
+    def of(cls, config: Config, measure: str, seed: int) -> Measurement:
+        """As the sections of a configuration say."""
+        return cls(
+            rollouts=config.resample.rollouts,
+            measure=measure,
+            min_pixels=config.model.min_pixels,
+            max_pixels=config.model.max_pixels,
+            orders=config.resample.orders,
+            text=config.permutation.text,
+            temperature=config.rollout.temperature,
+            max_new_tokens=config.rollout.max_new_tokens,
+            seed=seed,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Difficulty:
@@ -69,12 +85,10 @@ def measure_chunks(
     engine: InProcessEngine,
     encoder: PromptEncoder,
     dataset: Dataset | Sequence[Example],
-    indices: Sequence[int],
-    how: Measurement,
+    file: MeasuredFile,
     scorer: Scorer,
-    done: int = 0,
 ) -> Iterator[list[Difficulty]]:
-    """Roll questions out and score their completions, a chunk at a time, beginning behind the first `done` indices.
+    """Roll out and score the questions that `file` lacks, which is left as it is, a chunk at a time.
 
     The sampling of a chunk depends on the seed and its place alone, so that a measurement that goes on
     at a multiple of `CHUNK` gives the numbers of one that was never stopped.
@@ -83,24 +97,21 @@ def measure_chunks(
         engine: samples with the policy to measure for.
         encoder: leaves out prompts over the budget, or raises, as it is set to.
         dataset: examples; loaded a chunk at a time.
-        indices: which of them.
         scorer: of the one reward function.
 
     Raises:
         UserError: as `Scorer.score`, or a mean score is not from 0 to 1.
     """
-    for start in range(done, len(indices), CHUNK):
-        chunk = indices[start : start + CHUNK]
+    how = file.how
+    for start in range(file.done, len(file.indices), CHUNK):
+        chunk = file.indices[start : start + CHUNK]
         examples = [dataset[i] for i in chunk]
         shown: list[Shown] = []
         counts: list[int] = []
         asked: list[int] = []
         for example in examples:
-            variants = [
-                permute(example, order, how.text)
-                for order in orders(example, how.orders, how.seed, 0)
-            ]
-            pairs = encoder.encode(variants)
+            drawn = orders(example, how.orders, how.seed, 0)
+            pairs = encoder.encode([permute(example, order, how.text) for order in drawn])
             shown += pairs
             counts += shares(how.rollouts, len(pairs)) if pairs else []
             asked.append(how.rollouts if pairs else 0)
@@ -118,7 +129,7 @@ def measure_chunks(
         totals = scorer.score_rollouts(rollouts)[0] if rollouts else np.zeros(0)
         scores = np.split(totals, np.cumsum(asked)[:-1])
         yield [
-            Difficulty(i, e.id, _mean(of_question, e, scorer), len(of_question))
+            Difficulty(i, e.id, _mean(of_question, e.id, scorer.names[0]), len(of_question))
             for i, e, of_question in zip(chunk, examples, scores, strict=True)
         ]
 
@@ -155,7 +166,7 @@ class MeasuredFile:
         overwrite: bool = False,
         advice: str | None = None,
     ) -> None:
-        self.path, self.indices, self.limit = path, list(indices), limit
+        self.path, self.indices, self.how, self.limit = path, list(indices), how, limit
         settings = asdict(how)
         self._settings = {"asked": settings.pop("rollouts"), **(model or {}), **settings}
         self._advice = advice
@@ -170,17 +181,10 @@ class MeasuredFile:
 
     def add(self, chunk: Sequence[Difficulty]) -> None:
         """Append what was measured."""
-        rows = [
-            {
-                "index": d.index,
-                "id": d.id,
-                "accuracy": None if math.isnan(d.accuracy) else round(d.accuracy, 6),
-                "rollouts": d.rollouts,
-                **self._settings,
-                _LIMIT: self.limit,
-            }
-            for d in chunk
-        ]
+        rows: list[dict[str, Any]] = []
+        for d in chunk:
+            accuracy = None if math.isnan(d.accuracy) else round(d.accuracy, 6)
+            rows.append({**asdict(d), "accuracy": accuracy, **self._settings, _LIMIT: self.limit})
         append_rows(self.path, rows)
         self._take(rows)
 
@@ -192,15 +196,14 @@ class MeasuredFile:
 
     def _read(self, id_of: Callable[[int], str], overwrite: bool) -> None:
         rows = list(read_rows(self.path))
+        advice = self._advice or "name another file with --accuracies"
         if any("accuracy" not in row or "index" not in row for row in rows):
-            advice = self._advice or "name another file with --accuracies"
             raise UserError(f"{self.path} is there and holds no accuracies; {advice}")
         if overwrite:
             self.path.unlink()
             return
-        advice = (
-            self._advice or "measure again with --overwrite, or into another file with --accuracies"
-        )
+        if self._advice is None:
+            advice = f"measure again with --overwrite, or {advice}"
         same = len(rows) <= len(self.indices)
         for row, index in zip(rows, self.indices, strict=False):
             self._check_settings(row, advice)
@@ -276,11 +279,11 @@ def check_measured(
         )
 
 
-def _mean(scores: np.ndarray, example: Example, scorer: Scorer) -> float:
+def _mean(scores: np.ndarray, id: str, measure: str) -> float:
     value = mean(scores.tolist())
     if value < 0 or value > 1:
         raise UserError(
-            f"question '{example.id}' has a mean of {value:g} by the reward function '{scorer.names[0]}'; "
+            f"question '{id}' has a mean of {value:g} by the reward function '{measure}'; "
             "questions are measured by one whose scores are from 0 to 1"
         )
     return value

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from perl.config import MeasureConfig
+from perl.config import EVAL_SEED, Config
 from perl.data.dataset import Dataset
 from perl.evaluation.agreement import agreement, chosen_picture
-from perl.permutation import Consistency, all_orders, permute
+from perl.permutation import all_orders, permute
 from perl.report.metrics import mean
 from perl.rewards.answers import accuracy, format_reward
 from perl.rollout.engine import InProcessEngine, SamplingParams
@@ -44,37 +44,35 @@ def evaluate(
     encoder: PromptEncoder,
     dataset: Dataset | Sequence[Example],
     indices: Sequence[int],
-    config: MeasureConfig,
-    max_new_tokens: int,
-    seed: int,
+    config: Config,
     advance: Callable[[int], None] = lambda _: None,
-    text: Consistency = "slots",
 ) -> tuple[list[ExampleResult], list[Rollout]]:
-    """Measure a policy.
+    """Measure a policy as `config.eval` says; the seed is the same for all, so that policies can be compared.
 
     Args:
         dataset: held-out examples; those over the prompt budget are left out if the encoder drops them.
         indices: which of them to measure on; they are loaded a few at a time.
-        seed: of the sampled orders and completions; the same for two policies that are compared.
         advance: told how many examples are done, for a progress bar.
-        text: how text and images are kept consistent in the other orders.
 
     Returns:
         Results by example, and one sampled rollout for each order of the first chunk's examples, to look at.
     """
     results: list[ExampleResult] = []
     shown: list[Rollout] = []
+    longest, text = config.rollout.max_new_tokens, config.permutation.text
+    sampling = SamplingParams(config.eval.samples, 1.0, longest)
+    greedily = SamplingParams(1, 0.0, longest)
     for start in range(0, len(indices), _CHUNK):
         chunk = [dataset[i] for i in indices[start : start + _CHUNK]]
         encoded = [
-            encoder.encode([permute(e, o, text) for o in all_orders(e, config.max_orders, seed)])
+            encoder.encode(
+                [permute(e, o, text) for o in all_orders(e, config.eval.max_orders, EVAL_SEED)]
+            )
             for e in chunk
         ]
         flat = [pair for pairs in encoded for pair in pairs]
-        sampling = SamplingParams(max(1, config.samples), 1.0, max_new_tokens)
-        processor = encoder.processor
-        sampled = sample(engine, processor, flat, sampling, seed + indices[start])
-        greedy = sample(engine, processor, flat, SamplingParams(1, 0.0, max_new_tokens), seed)
+        sampled = sample(engine, encoder.processor, flat, sampling, EVAL_SEED + indices[start])
+        greedy = sample(engine, encoder.processor, flat, greedily, EVAL_SEED)
         both = iter(zip(sampled, greedy, strict=True))
         for pairs in filter(None, encoded):
             rollouts = [[*s, *g] for _, (s, g) in zip(pairs, both, strict=False)]
@@ -103,10 +101,17 @@ def aggregate(results: Sequence[ExampleResult]) -> dict[str, Any]:
     return {**_means(results), "by_task": by_task}
 
 
+def accuracies_of(rollouts: Sequence[Rollout]) -> list[float | None]:
+    """1 where a rollout's answer is right in its order, else 0; None without a right answer."""
+    return accuracy(
+        [""] * len(rollouts), [r.text for r in rollouts], [r.variant.answer for r in rollouts]
+    )
+
+
 def _summarise(by_order: Sequence[Sequence[Rollout]]) -> ExampleResult:
     """Each order's rollouts are its samples and, last, its greedy completion."""
     example = by_order[0][0].variant.example
-    right = [_accuracies(rollouts) for rollouts in by_order]
+    right = [accuracies_of(rollouts) for rollouts in by_order]
     picks = [[chosen_picture(r) for r in rollouts] for rollouts in by_order]
     texts = [r.text for rollouts in by_order for r in rollouts[:-1]]
     return ExampleResult(
@@ -118,12 +123,6 @@ def _summarise(by_order: Sequence[Sequence[Rollout]]) -> ExampleResult:
         greedy_consistency=agreement([p[-1:] for p in picks]),
         format=mean(format_reward([""] * len(texts), texts)),
         orders=len(by_order),
-    )
-
-
-def _accuracies(rollouts: Sequence[Rollout]) -> list[float | None]:
-    return accuracy(
-        [""] * len(rollouts), [r.text for r in rollouts], [r.variant.answer for r in rollouts]
     )
 
 

@@ -12,12 +12,11 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from perl.config import AboveZero, Command, Config, Positive, Seed
-from perl.evaluation.commands import override
-from perl.recipe import check_options
+from perl.recipe import check_options, measured_function
 from perl.report.progress import Display
 from perl.report.tables import print_table
-from perl.rollout.opening import engine_and_encoder, model_and_config
-from perl.types import UserError
+from perl.rollout.opening import config_of, engine_and_encoder, fingerprint
+from perl.types import Interrupted, UserError
 
 
 @dataclass(frozen=True)
@@ -69,9 +68,7 @@ class Filter(Command):
         from perl.data.rows import check_output, file_beside
         from perl.evaluation.difficulty import MeasuredFile, Measurement, check_measured
         from perl.evaluation.selection import write_selection
-        from perl.recipe import measured_function
         from perl.rewards.scorer import Scorer
-        from perl.rollout.opening import fingerprint
 
         check_options(self)
         if self.orders > self.rollouts:
@@ -90,30 +87,19 @@ class Filter(Command):
             raise UserError(f"--output and --accuracies are both {output}; choose two files")
         dataset = load_examples(data, config.data, "train", config.run.seed)
         indices = _indices(dataset.size, self, data)
-        how = Measurement(
-            rollouts=self.rollouts,
-            measure=measured_function(config, self.measure),
-            min_pixels=config.model.min_pixels,
-            max_pixels=config.model.max_pixels,
-            orders=self.orders,
-            text=config.permutation.text,
-            temperature=self.temperature,
-            max_new_tokens=config.rollout.max_new_tokens,
-            seed=self.seed,
-        )
+        how = Measurement.of(config, measured_function(config, self.measure), self.seed)
         scorer = Scorer((how.measure,), (1.0,), config.reward.timeout)
         limit = config.data.max_prompt_tokens
-        model = {"model": self.model, "weights": fingerprint(config.model.path)}
         measured = MeasuredFile(
             record,
             indices,
             how,
             lambda i: dataset.check(i).id,
             limit=limit,
-            model=model,
+            model={"model": self.model, "weights": fingerprint(config.model.path)},
             overwrite=self.overwrite,
         )
-        _measure(measured, dataset, config, how, scorer)
+        _measure(measured, dataset, config, scorer)
         check_measured(
             measured.accuracies,
             measured.sampled,
@@ -126,22 +112,18 @@ class Filter(Command):
             indices,
             measured.accuracies,
             output,
-            histogram,
-            self.size,
+            config.resample,
             self.seed,
             self.repeat,
         )
         _print_selection(measured.accuracies, chosen, histogram, why_few=self.size is None)
-        picture = output.with_suffix(".png")
-        print(f"measured: {record}\nfiltered: {output}\npicture: {picture}")
+        print(f"measured: {record}\nfiltered: {output}\npicture: {output.with_suffix('.png')}")
 
 
 def _settings(command: Filter) -> Config:
-    """The settings of the model's run with those of the command line, and the model's path."""
-    config, path = model_and_config(command.model)
-    return override(
-        config,
-        model={"path": path},
+    """The settings of the model's run with those of the command line."""
+    return config_of(
+        command.model,
         permutation={"text": command.text},
         data={
             "train": command.data or None,
@@ -149,7 +131,16 @@ def _settings(command: Filter) -> Config:
             "max_prompt_tokens": command.max_prompt_tokens,
             "overlong": command.overlong,
         },
-        rollout={"max_new_tokens": command.max_new_tokens},
+        rollout={
+            "max_new_tokens": command.max_new_tokens,
+            "temperature": command.temperature,
+        },
+        resample={
+            "rollouts": command.rollouts,
+            "orders": command.orders,
+            "histogram": command.histogram,
+            "size": command.size or 0,
+        },
     )
 
 
@@ -164,20 +155,18 @@ def _indices(size: int | None, command: Filter, data: str) -> list[int]:
     return sorted(random.Random(f"{command.seed}/limit").sample(range(size), command.limit))
 
 
-def _measure(file: Any, dataset: Any, config: Config, how: Any, scorer: Any) -> None:
+def _measure(file: Any, dataset: Any, config: Config, scorer: Any) -> None:
     """Measure what is not in the file yet."""
     from perl.evaluation.difficulty import measure_chunks
-    from perl.types import Interrupted
 
     if file.done == len(file.indices):
         print(f"all {file.done} questions are measured in {file.path}")
         return
     engine, encoder = engine_and_encoder(config)
-    chunks = measure_chunks(engine, encoder, dataset, file.indices, how, scorer, file.done)
     try:
         with Display() as display:
             display.stage("measure", len(file.indices), file.done, unit="questions")
-            for chunk in chunks:
+            for chunk in measure_chunks(engine, encoder, dataset, file, scorer):
                 file.add(chunk)
                 display.advance(len(chunk))
     except KeyboardInterrupt:

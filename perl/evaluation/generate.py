@@ -9,7 +9,6 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from perl.config import EVAL_SEED, Command, Config, Count, NotNegative, Positive, Seed
-from perl.evaluation.commands import override
 from perl.recipe import check_options
 from perl.types import IMAGE_SLOT, Example, Message, UserError
 
@@ -37,22 +36,20 @@ class Generate(Command):
 
     def execute(self) -> None:
         from perl.rollout.engine import SamplingParams
-        from perl.rollout.opening import engine_and_encoder, model_and_config
+        from perl.rollout.opening import config_of, engine_and_encoder
 
         check_options(self)
         if self.example is not None and (self.prompt or self.images):
             raise UserError("give --example or --prompt with --images, not both")
-        config, path = model_and_config(self.model)
-        config = override(config, model={"path": path})
+        config = config_of(self.model)
         longest = self.max_new_tokens or config.rollout.max_new_tokens
         example = _held_out(config, self.example) if self.example is not None else _asked(self)
         engine, encoder = engine_and_encoder(config)
         prompt = encoder.processor.encode_messages(example.messages, example.images, "--prompt")
         if unknown := encoder.processor.unknown_words(example.messages):
             print(f"words the model does not know: {', '.join(unknown)}", file=sys.stderr)
-        temperature = self.temperature
-        if temperature is None:
-            temperature = 1.0 if self.n > 1 else 0.0
+        usual = 1.0 if self.n > 1 else 0.0
+        temperature = usual if self.temperature is None else self.temperature
         params = SamplingParams(self.n, temperature, longest)
         if self.example is not None:
             print(f"question: {example.messages[-1].content}\nright answer: {example.answer}")

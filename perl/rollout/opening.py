@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,23 @@ from perl.types import UserError
 _SAMPLE = 1 << 16
 
 
-def model_and_config(model: str) -> tuple[Config, str]:
-    """Settings and path of a model: of a run folder its newest model and the settings of the stage that left it, or
-    the defaults for any other.
+def config_of(model: str, **sections: Mapping[str, Any]) -> Config:
+    """Settings with a model's path: of a run folder its newest model and the settings of the stage that left it, or
+    the defaults for any other. `sections` replaces keys; those that are None stay as they are.
 
     Raises:
         UserError: a folder that is neither, that is not there, or a run without a model yet.
     """
+    config, path = _found(model)
+    sections = {"model": {"path": path}, **sections}
+    changed = {
+        name: replace(getattr(config, name), **{k: v for k, v in keys.items() if v is not None})
+        for name, keys in sections.items()
+    }
+    return replace(config, **changed)
+
+
+def _found(model: str) -> tuple[Config, str]:
     folder = Path(model).expanduser()
     if not folder.exists() and _looks_local(model):
         raise UserError(f"{model}: there is no such folder; give a run folder or a model folder")

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from perl.data.dataset import Dataset, load_examples
-from perl.data.resample import parse_histogram
 from perl.distributed import on_main_process
-from perl.evaluation.difficulty import (
-    MeasuredFile,
-    Measurement,
-    check_measured,
-    measure_chunks,
-)
+from perl.evaluation.difficulty import MeasuredFile, Measurement, check_measured, measure_chunks
 from perl.evaluation.selection import write_selection
 from perl.recipe import Stage, filtered_file, measured_function
 from perl.report.metrics import mean
@@ -39,7 +33,9 @@ def filter_data(session: Session, stage: Stage) -> None:
     on_main_process(partial(output.parent.mkdir, exist_ok=True))
     source, data = components.source(config.data.train)
     dataset = load_examples(source, data, "train", config.run.seed)
-    indices = list(range(_count(config.resample.examples, dataset.size)))
+    # 0 asks for all questions; an endless source has no size, and its recipe a number.
+    asked, size = config.resample.examples, dataset.size
+    indices = range(asked if size is None else min(asked or size, size))
     components.policy.vision.clear_cache()
     with components.watch("filter"), session.processes.jointly():
         mine = _measure(
@@ -51,42 +47,35 @@ def filter_data(session: Session, stage: Stage) -> None:
     with session.processes.jointly():
         if components.is_main:
             limit = components.encoder.limit
+            measured = [accuracies[i] for i in indices]
             check_measured(
-                [accuracies[i] for i in indices],
+                measured,
                 [sampled for *_, sampled in found],
                 config.data.train,
                 measured_function(config),
                 f"{limit.name}; {limit.advice}",
             )
-            numbers = _select(session, dataset, output, [accuracies[i] for i in indices])
+            kept = write_selection(
+                dataset, indices, measured, output, config.resample, config.run.seed
+            )
+            numbers = {
+                "filter/measured": sum(not math.isnan(a) for a in measured),
+                "filter/kept": len(kept),
+                "filter/accuracy_before": mean(measured),
+                "filter/accuracy_after": mean(measured[i] for i in kept),
+            }
             session.record({"stage": "filter", "step": 0, "name": stage.name, **numbers})
     session.finish_stage()
 
 
-def _count(asked: int, size: int | None) -> int:
-    """Questions to measure of `size`, None being endless; 0 asks for all."""
-    if size is None:
-        return asked
-    return min(asked, size) if asked else size
-
-
 def _measure(
-    session: Session, stage: Stage, dataset: Dataset, indices: list[int]
+    session: Session, stage: Stage, dataset: Dataset, indices: Sequence[int]
 ) -> list[tuple[int, float, int]]:
     """Of this process's questions the index, the accuracy, and how many completions were sampled."""
     config, components, processes = session.config, session.components, session.processes
     own = f"-{processes.index}" if processes.count > 1 else ""
-    how = Measurement(
-        rollouts=config.resample.rollouts,
-        measure=measured_function(config),
-        min_pixels=config.model.min_pixels,
-        max_pixels=config.model.max_pixels,
-        orders=config.resample.orders,
-        text=config.permutation.text,
-        temperature=config.rollout.temperature,
-        max_new_tokens=config.rollout.max_new_tokens,
-        seed=config.run.seed * processes.count + processes.index,
-    )
+    seed = config.run.seed * processes.count + processes.index
+    how = Measurement.of(config, measured_function(config), seed)
     file = MeasuredFile(
         session.folder.root / "filtered" / f"{stage.name}.accuracies{own}.jsonl",
         indices,
@@ -97,29 +86,10 @@ def _measure(
     )
     session.display.stage(stage.name, len(indices), file.done, unit="questions")
     scorer = Scorer((how.measure,), (1.0,), config.reward.timeout)
-    for chunk in measure_chunks(
-        components.engine, components.encoder, dataset, indices, how, scorer, file.done
-    ):
+    for chunk in measure_chunks(components.engine, components.encoder, dataset, file, scorer):
         file.add(chunk)
         session.display.advance(len(chunk))
         # Several processes have different numbers of chunks, and stop together after the stage.
         if session.stop.requested and processes.count == 1:
             raise Interrupted(f"stopped in stage {stage.name} after {file.done} questions")
     return list(zip(indices, file.accuracies, file.sampled, strict=True))
-
-
-def _select(
-    session: Session, dataset: Dataset, output: Path, accuracies: list[float]
-) -> dict[str, float]:
-    """Write what is kept; counts and mean accuracies before and after."""
-    config, seed = session.config.resample, session.config.run.seed
-    histogram, indices = parse_histogram(config.histogram), range(len(accuracies))
-    kept = write_selection(
-        dataset, indices, accuracies, output, histogram, config.size or None, seed
-    )
-    return {
-        "filter/measured": sum(not math.isnan(a) for a in accuracies),
-        "filter/kept": len(kept),
-        "filter/accuracy_before": mean(accuracies),
-        "filter/accuracy_after": mean([accuracies[i] for i in kept]),
-    }

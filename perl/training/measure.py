@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from perl.config import EVAL_SEED
-from perl.evaluation.evaluate import aggregate, evaluate
-from perl.rewards.answers import accuracy
+from perl.evaluation.evaluate import accuracies_of, aggregate, evaluate
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.training.session import Session
 from perl.types import Interrupted
@@ -23,46 +21,30 @@ def measure(session: Session, at: str, step: int) -> dict[str, Any] | None:
     if config.eval.examples == 0:
         return None
     dataset = components.held_out()
-    mine = range(len(dataset))[
-        components.accelerator.process_index :: components.accelerator.num_processes
-    ]
+    mine = range(len(dataset))[session.processes.index :: session.processes.count]
     if at == "step":
         session.display.close()
     session.display.stage(f"evaluate {at}", len(mine), unit="examples")
 
     components.policy.vision.clear_cache()
 
+    said = f"{at} RL" if at in ("before", "after") else at
+
     def advance(examples: int) -> None:
         session.display.advance(examples)
         # Along the way the step is saved first; several processes stop together, after the evaluation.
         if session.stop.requested and at != "step" and session.processes.count == 1:
-            raise Interrupted(f"stopped in the evaluation {_said(at)}")
+            raise Interrupted(f"stopped in the evaluation {said}")
 
+    limit = PromptLimit.to_generate(config)
+    encoder = PromptEncoder(components.processor, limit, config.data.overlong)
     with components.watch("evaluate"), session.processes.jointly():
-        results, rollouts = evaluate(
-            components.engine,
-            PromptEncoder(
-                components.processor, PromptLimit.to_generate(config), config.data.overlong
-            ),
-            dataset,
-            mine,
-            config.eval,
-            config.rollout.max_new_tokens,
-            EVAL_SEED,
-            advance,
-            config.permutation.text,
-        )
+        results, rollouts = evaluate(components.engine, encoder, dataset, mine, config, advance)
     numbers = aggregate(session.processes.gather(results))
     session.display.close()
     if components.is_main:
         session.record({"stage": "evaluate", "step": step, "at": at, **numbers})
-        scores = accuracy(
-            [""] * len(rollouts), [r.text for r in rollouts], [r.variant.answer for r in rollouts]
-        )
-        kept = [(r, s) for r, s in zip(rollouts, scores, strict=True) if s is not None][:24]
+        scored = zip(rollouts, accuracies_of(rollouts), strict=True)
+        kept = [(r, s) for r, s in scored if s is not None][:24]
         session.gallery.keep_rollouts("evaluate", step, [r for r, _ in kept], [s for _, s in kept])
     return numbers
-
-
-def _said(at: str) -> str:
-    return f"{at} RL" if at in ("before", "after") else at

@@ -64,8 +64,10 @@ def measure(
 ) -> list[Difficulty]:
     engine, encoder = cast(InProcessEngine, stub), cast(PromptEncoder, stub)
     measurement = Measurement(**{**HOW, **how})
+    file = MeasuredFile(Path("none"), range(len(asked)), measurement, lambda i: f"q{i}", limit=9)
+    file.accuracies = [0.0] * done
     scorer = scorer or Scorer(("accuracy",), (1.0,))
-    chunks = measure_chunks(engine, encoder, asked, range(len(asked)), measurement, scorer, done)
+    chunks = measure_chunks(engine, encoder, asked, file, scorer)
     return [difficulty for chunk in chunks for difficulty in chunk]
 
 
@@ -150,7 +152,7 @@ def test_the_measurements_of_a_run_are_refused_with_its_own_advice(tmp_path: Pat
     assert measured(0).accuracies == [0.5]
     with pytest.raises(UserError, match=r"seed = 0, not seed = 1; delete it$"):
         measured(1, advice="delete it")
-    with pytest.raises(UserError, match=r"measure again with --overwrite, or into another file"):
+    with pytest.raises(UserError, match=r"measure again with --overwrite, or name another file"):
         measured(1)
     (tmp_path / "m.jsonl").write_text('{"mine": 1}\n')
     with pytest.raises(UserError, match=r"holds no accuracies; delete it$"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from perl.config import EvalConfig, ModelConfig
+from perl.config import Config, EvalConfig, ModelConfig, RolloutConfig
 from perl.evaluation.evaluate import aggregate, evaluate
 from perl.model.loading import load_policy, load_processor
 from perl.rollout.engine import InProcessEngine
@@ -23,19 +23,21 @@ def example(name: str, count: int = 2) -> Example:
     return Example(name, PICTURES[:count], f"{slots} which image shows two ?", "A", task="which")
 
 
+def config(**measured: int) -> Config:
+    return Config(eval=EvalConfig(**measured), rollout=RolloutConfig(max_new_tokens=4))
+
+
 @pytest.fixture
 def tools(tiny_folder: Callable[[str], Path]) -> tuple[InProcessEngine, PromptEncoder]:
-    folder, config = str(tiny_folder("tiny-qwen2.5-vl")), ModelConfig()
-    processor = load_processor(folder, config)
-    policy = load_policy(folder, config, torch.device("cpu"))
-    return InProcessEngine(policy, processor, 64), PromptEncoder(
-        processor, PromptLimit(20, "20"), "drop"
-    )
+    folder, model = str(tiny_folder("tiny-qwen2.5-vl")), ModelConfig()
+    processor = load_processor(folder, model)
+    engine = InProcessEngine(load_policy(folder, model, torch.device("cpu")), processor, 64)
+    return engine, PromptEncoder(processor, PromptLimit(20, "20"), "drop")
 
 
 def test_equal_ids_stay_two_examples(tools: tuple[InProcessEngine, PromptEncoder]) -> None:
     data = [example("0"), example("0"), example("1")]
-    results, shown = evaluate(*tools, data, range(3), EvalConfig(samples=2), 4, seed=0)
+    results, shown = evaluate(*tools, data, range(3), config(samples=2))
     assert [(r.id, r.orders) for r in results] == [("0", 2), ("0", 2), ("1", 2)]
     assert len(shown) == 6
     assert aggregate(results)["by_task"]["which"]["examples"] == 3
@@ -45,10 +47,10 @@ def test_examples_over_the_budget_are_left_out(
     tools: tuple[InProcessEngine, PromptEncoder],
 ) -> None:
     data = [example("short"), example("long", 3), example("short too")]
-    results, _ = evaluate(*tools, data, [0, 1, 2], EvalConfig(), 4, seed=0)
+    results, _ = evaluate(*tools, data, [0, 1, 2], config())
     assert [r.id for r in results] == ["short", "short too"]
     with pytest.raises(UserError, match="every held-out example has a prompt over"):
-        aggregate(evaluate(*tools, data, [1], EvalConfig(), 4, seed=0)[0])
+        aggregate(evaluate(*tools, data, [1], config())[0])
 
 
 def test_pictures_with_the_same_bytes_and_other_palettes_are_two(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from perl.config import EVAL_SEED
 from perl.evaluation.suites.answers import AnswerFile, Row
 from perl.evaluation.suites.base import Items
 from perl.evaluation.suites.reading import Judgement, Reply
@@ -33,16 +34,18 @@ _LONGEST_EXTRACT = 256
 
 @dataclass(frozen=True)
 class Procedure:
-    """How every item is asked: `orders` of its images at most, and the longest completion in tokens.
+    """How items are asked: the first `limit`, in `orders` of their images at most, the longest completion in tokens.
 
-    `seed` draws the orders where there are more than that. A model behind `reader` reads the answers of completions
-    without a box; None: the rules of the benchmark do.
+    A model behind `reader` reads the answers of completions without a box; None: the rules of the benchmark do.
     """
 
     orders: int
     max_new_tokens: int
-    seed: int
-    reader: Endpoint | None = None
+    reader: Endpoint | None
+    limit: int | None
+
+    def count(self, items: Items) -> int:
+        return min(self.limit or len(items), len(items))
 
 
 def measure(
@@ -51,10 +54,9 @@ def measure(
     engine: InProcessEngine,
     encoder: PromptEncoder,
     how: Procedure,
-    limit: int | None = None,
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Callable[[int], None],
 ) -> None:
-    """Answer the items, or the first `limit`, that `answers` has no answer to yet.
+    """Answer the items that `answers` has no answer to yet.
 
     The answers to every chunk of items are on disk before the next is asked. A prompt that the encoder drops counts
     as a wrong answer.
@@ -64,7 +66,8 @@ def measure(
     """
     seen: set[str] = set()
     answers.cut()
-    count = len(items) if limit is None else min(limit, len(items))
+    count = how.count(items)
+    params = SamplingParams(1, 0.0, how.max_new_tokens)
     for start in range(0, count, _CHUNK):
         chunk = range(start, min(start + _CHUNK, count))
         asked: list[Shown] = []
@@ -77,7 +80,7 @@ def measure(
             seen.add(bare.id)
             variants = [
                 permute(bare, order)
-                for order in all_orders(bare, how.orders, how.seed)
+                for order in all_orders(bare, how.orders, EVAL_SEED)
                 if not answers.has(bare.id, order)
             ]
             if not variants:
@@ -88,8 +91,7 @@ def measure(
             else:
                 rows += [_row(v, None, False, Judgement(None, 0.0)) for v in variants]
         if asked:
-            params = SamplingParams(1, 0.0, how.max_new_tokens)
-            sampled = sample(engine, encoder.processor, asked, params, how.seed)
+            sampled = sample(engine, encoder.processor, asked, params, EVAL_SEED)
             rows += _judged([rollout for (rollout,) in sampled], items, how.reader)
         answers.add(rows)
         advance(len(chunk))
@@ -97,30 +99,27 @@ def measure(
 
 def _judged(rollouts: Sequence[Rollout], items: Items, reader: Endpoint | None) -> list[Row]:
     replies = [Reply.of(rollout.text) for rollout in rollouts]
-    unread = [i for i, reply in enumerate(replies) if reader is not None and not reply.boxed]
     extracted: dict[int, str] = {}
-    if reader is not None and unread:
+    if reader is not None and (unread := [i for i, r in enumerate(replies) if not r.boxed]):
         texts = _extract(reader, [rollouts[i] for i in unread])
         extracted = dict(zip(unread, texts, strict=True))
     rows = []
     for i, (rollout, reply) in enumerate(zip(rollouts, replies, strict=True)):
-        if i in extracted:
+        read = {"extracted": extracted[i]} if i in extracted else {}
+        if read:
             reply = Reply(extracted[i], True)
         variant = rollout.variant
         judgement = items.suite.judge(variant.example, variant.answer, reply)
-        row = _row(variant, rollout.text, rollout.finished, judgement)
-        rows.append(row | {"extracted": extracted[i]} if i in extracted else row)
+        rows.append(_row(variant, rollout.text, rollout.finished, judgement) | read)
     return rows
 
 
 def _extract(reader: Endpoint, rollouts: Sequence[Rollout]) -> list[str]:
     """The final answer of each rollout, empty where it gives none."""
+    questions = [r.variant.example.messages[-1].content for r in rollouts]
     prompts = [
-        _EXTRACTION.format(
-            question=r.variant.example.messages[-1].content.replace(IMAGE_SLOT, "").strip(),
-            response=r.text,
-        )
-        for r in rollouts
+        _EXTRACTION.format(question=q.replace(IMAGE_SLOT, "").strip(), response=r.text)
+        for q, r in zip(questions, rollouts, strict=True)
     ]
     replies = reader.complete(prompts, max_tokens=_LONGEST_EXTRACT, temperature=0.0)
     return ["" if r.strip().upper() == "NONE" else r.strip() for r in replies]
