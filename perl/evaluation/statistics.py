@@ -80,12 +80,12 @@ def bootstrap_interval(
 
 
 def compare_scores(
-    first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable] | None = None
+    first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable]
 ) -> Comparison:
     """Difference, interval and probability for two models' scores on the same items, in the same sequence.
 
-    `clusters` says which items are versions of one problem, and so no independent evidence; None: none are. An item
-    counts as right from a score of 1/2 on where a test needs right and wrong.
+    `clusters` says which items are versions of one problem, and so no independent evidence. An item counts as right
+    from a score of 1/2 on where a test needs right and wrong.
 
     Raises:
         ValueError: different lengths, or no items.
@@ -103,9 +103,7 @@ def compare_scores(
         first=float(one.mean()),
         second=float(other.mean()),
         difference=float(differences.mean()),
-        interval=bootstrap_interval(
-            differences.tolist(), range(len(one)) if clusters is None else clusters
-        ),
+        interval=bootstrap_interval(differences.tolist(), clusters),
         p=mcnemar(first_only, second_only),
         first_only=first_only,
         second_only=second_only,

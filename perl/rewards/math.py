@@ -55,10 +55,10 @@ def equal_values(given: str, gold: str, digits: int, seconds: float = 15.0) -> b
     return _WORKER.ask(gold, given, seconds, digits) == 1.0
 
 
-def check_math() -> None:
-    """Raise UserError if the package is not installed."""
+def check_math(user: str = "reward math") -> None:
+    """Raise UserError if the package is not installed that `user` needs."""
     if importlib.util.find_spec("math_verify") is None:
-        raise UserError("reward math needs math-verify; pip install 'perl-rl[rewards]'")
+        raise UserError(f"{user} needs math-verify; pip install 'perl-rl[rewards]'")
 
 
 class _Worker:

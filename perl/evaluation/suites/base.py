@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from perl.data.pictures import open_image
-from perl.evaluation.suites.reading import Judgement, Reply, check_math_verify
+from perl.evaluation.suites.reading import Judgement, Reply
 from perl.permutation import check_moves, letter_slots, movable, named_images
+from perl.rewards.math import check_math
 from perl.types import IMAGE_SLOT, Example, Message, UserError
 
 if TYPE_CHECKING:
@@ -177,10 +178,9 @@ def open_items(suite: Suite, root: Path, think: bool) -> Items:
             item could be asked but not judged.
     """
     if suite.uses_math_verify:
-        check_math_verify()
+        check_math(f"suite {suite.name}")
     folder = root / suite.name
-    patterns = (*suite.files, *suite.folders)
-    missing = [pattern for pattern in patterns if not any(folder.glob(pattern))]
+    missing = [p for p in (*suite.files, *suite.folders) if not any(folder.glob(p))]
     if not missing:
         items = Items(suite, folder, think)
         missing = [str(path.relative_to(folder)) for path in items.missing_pictures()]

@@ -10,9 +10,6 @@ from perl.evaluation.suites.answers import AnswerFile, Row, different, official,
 from perl.evaluation.suites.summary import Table, percent
 from perl.types import UserError
 
-Pair = tuple[str, Row, Row]
-"""A benchmark and both models' answers to one item of it."""
-
 _SAME = frozenset({"model", "weights"})
 
 
@@ -33,7 +30,8 @@ def compare_folders(first: Path, second: Path) -> tuple[dict[str, Comparison], l
         for key, old, new in different(*settings)
         if key not in _SAME
     ]
-    pairs: dict[str, list[Pair]] = {}
+    # A benchmark and both models' answers to one item of it.
+    pairs: dict[str, list[tuple[str, Row, Row]]] = {}
     for name in SUITES:
         one, other = (_answers(folder / f"{name}.jsonl") for folder in (first, second))
         if one and other:
@@ -51,24 +49,14 @@ def comparison_table(found: dict[str, Comparison]) -> Table:
     """Accuracies over items in percent, their difference in points, and the items that one alone got right."""
     rows = [["", "n", "1st", "2nd", "2nd - 1st", "95 % interval", "p", "only 1st", "only 2nd"]]
     for name, c in found.items():
-        low, high = c.interval
-        rows.append(
-            [
-                SUITES[name].title if name in SUITES else "all items",
-                str(c.items),
-                percent(c.first),
-                percent(c.second),
-                f"{100 * c.difference:+.2f}",
-                f"{100 * low:+.2f} to {100 * high:+.2f}",
-                f"{c.p:.3g}",
-                str(c.first_only),
-                str(c.second_only),
-            ]
-        )
+        title = SUITES[name].title if name in SUITES else "all items"
+        by, low, high = (f"{100 * value:+.2f}" for value in (c.difference, *c.interval))
+        scores = [str(c.items), percent(c.first), percent(c.second), by, f"{low} to {high}"]
+        rows.append([title, *scores, f"{c.p:.3g}", str(c.first_only), str(c.second_only)])
     return rows
 
 
-def _compared(pairs: list[Pair]) -> Comparison:
+def _compared(pairs: list[tuple[str, Row, Row]]) -> Comparison:
     return compare_scores(
         [one["score"] for _, one, _ in pairs],
         [other["score"] for *_, other in pairs],

@@ -14,11 +14,12 @@ import re
 from collections.abc import Sequence
 
 from perl.evaluation.suites.base import THINK, Item, Suite, make_example
-from perl.evaluation.suites.reading import Judgement, Reply, labelled, last_number, option_letter
+from perl.evaluation.suites.reading import Judgement, Reply, labelled, option_letter
 from perl.permutation import LETTERS
 from perl.types import Example
 
 _LONGEST_CHOICE = 100
+_NUMBER = re.compile(r"-?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
 
 
 def _example(item: Item) -> Example:
@@ -62,11 +63,12 @@ def _choice(reply: Reply, choices: Sequence[str]) -> str | None:
 
 
 def _number(text: str, kind: str, precision: float | None) -> str | None:
-    """A number as the data writes it: an integer cut off, a float rounded."""
+    """The last number of a text as the data writes it: an integer cut off, a float rounded."""
     try:
         value = float(text)
     except ValueError:
-        value = float(last_number(text) or "nan")
+        *_, last = "nan", *_NUMBER.findall(text)
+        value = float(last.replace(",", ""))
     if not math.isfinite(value):
         return None
     digits = int(precision) if precision is not None and not math.isnan(precision) else 1

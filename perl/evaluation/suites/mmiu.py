@@ -39,14 +39,10 @@ _CANDIDATES = {
 
 
 def _paths(item: Item) -> Sequence[Path]:
-    return [_unpacked(item.folder, name) for name in item.texts("input_image_path")]
-
-
-def _unpacked(folder: Path, name: str) -> Path:
-    """Where a picture lies, whether the archive was unpacked beside all.parquet or into a folder of its name."""
-    path = Path(name)
-    inside = folder / path.parts[0] / path
-    return inside if inside.is_file() else folder / path
+    """Where pictures lie, whether an archive was unpacked beside all.parquet or into a folder of its name."""
+    paths = [Path(name) for name in item.texts("input_image_path")]
+    inside = [item.folder / path.parts[0] / path for path in paths]
+    return [p if p.is_file() else item.folder / q for p, q in zip(inside, paths, strict=True)]
 
 
 def _example(item: Item) -> Example:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from perl.permutation import LETTERS
 from perl.rewards.answers import extract_answer, same_answer
 from perl.rewards.math import equal_values
-from perl.types import IMAGE_SLOT, UserError
+from perl.types import IMAGE_SLOT
 
 _WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}")
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
@@ -19,7 +18,6 @@ _IMAGE = re.compile(
     re.IGNORECASE,
 )
 _LABEL = re.compile(r"\s*[(\[]?([A-Z])[)\].:]\s*")
-_NUMBER = re.compile(r"-?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
 _CUE = re.compile(r"(?i:answer)\s*(?:is|should be|=|:)\s*:?\s*([^\n]+)")
 _LONGEST_VALUE = 400
 
@@ -112,26 +110,12 @@ def same_value(given: str, gold: str, digits: int = 6) -> bool:
     return same_answer(given, gold) or equal_values(given, gold, digits)
 
 
-def last_number(text: str) -> str | None:
-    """The last number in a text, without thousands separators; None without one."""
-    found = _NUMBER.findall(text)
-    return found[-1].replace(",", "") if found else None
-
-
 def said(text: str) -> str:
     """What a text gives as its answer: what follows its last "answer is" or "Answer:", else its last line."""
     cued = _CUE.findall(text)
     answer = cued[-1] if cued else text.strip().rpartition("\n")[2]
     answer = re.split(r"\.\s", answer.strip(" *") + " ")[0].strip(" *")
     return answer[1:-1].strip() if re.fullmatch(r"\{[^{}]*\}", answer) else answer
-
-
-def check_math_verify() -> None:
-    """Raise UserError if the library that compares values is not installed."""
-    if importlib.util.find_spec("math_verify") is None:
-        raise UserError(
-            "this benchmark compares values with math-verify; pip install 'perl-rl[rewards]'"
-        )
 
 
 def image_kind(question: str, options: Sequence[str], count: int) -> str:

@@ -135,17 +135,11 @@ def _accuracies(numbers: Mapping[str, dict[str, Any]]) -> Table:
         ["", "n", "accuracy", "95 % interval", "over tasks", "unread", "unfinished", "too long"]
     ]
     for values in numbers.values():
-        low, high = values["interval"]
-        rows.append(
-            [
-                values["title"],
-                f"{values['items']} of {values['expected']}",
-                percent(values["accuracy"]),
-                f"{percent(low)} to {percent(high)}",
-                percent(values["task_mean"]),
-                *(str(values[name]) for name in ("unread", "unfinished", "too_long")),
-            ]
-        )
+        accuracy, task_mean = percent(values["accuracy"]), percent(values["task_mean"])
+        interval = " to ".join(percent(bound) for bound in values["interval"])
+        counts = [str(values[name]) for name in ("unread", "unfinished", "too_long")]
+        items = f"{values['items']} of {values['expected']}"
+        rows.append([values["title"], items, accuracy, interval, task_mean, *counts])
     return rows
 
 
