@@ -17,22 +17,9 @@ RED, GREEN, BLUE, GREY = PICTURES = tuple(
 def parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     """Rows of the published columns; a column that a row lacks is null there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    complete = [{name: row.get(name) for name in names} for row in rows]
-    features = {name: _feature([row[name] for row in complete]) for name in names}
-    table = datasets.Dataset.from_list(complete, features=datasets.Features(features))
-    table.to_parquet(str(path))
-
-
-def _feature(values: list[Any]) -> Any:
-    value = next((v for v in values if v), None) or next((v for v in values if v == []), None)
-    if isinstance(value, list):
-        return datasets.List(_feature(value))
-    if isinstance(value, dict):
-        return {key: _feature([inner]) for key, inner in value.items()}
-    if isinstance(value, Image.Image):
-        return datasets.Image()
-    return datasets.Value({float: "float64", int: "int64"}.get(type(value), "string"))
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    datasets.Dataset.from_dict(columns).to_parquet(str(path))
 
 
 def mantis_choice(images: int) -> dict[str, Any]:
@@ -202,15 +189,12 @@ def mv_math(folder: Path) -> None:
         picture.save(folder / "images" / name)
     options = "\n".join(f"{letter}.\n\n<image_{k}>" for k, letter in enumerate("ABCD", start=1))
     behind = "\n\n".join(f"<image_{k}>\n\n{letter}\n" for k, letter in enumerate("ABCD", start=1))
+    steps = "(1) Find A;\n(2) find a."
     rows = [
         ("choice", f"Which can be folded?\n{options}", "C"),
         ("choice", f"Which are complementary? ( )\n\n{behind}", "A"),
         ("single-step", "Find m.\n<image_1>\n<image_2>", "$\\frac{3}{2}$ or $\\frac{15}{2}$."),
-        (
-            "multi-step",
-            "<image_1>\n(1) Find A;\n(2) find a.",
-            "(1) $(4,2)$ ；（2） $a=\\frac{1}{2}$",
-        ),
+        ("multi-step", f"<image_1>\n{steps}", "(1) $(4,2)$ ；（2） $a=\\frac{1}{2}$"),
     ]
     data = [
         {

@@ -57,7 +57,8 @@ def test_the_bootstrap_is_scipys() -> None:
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=80))
 def test_a_comparison_counts_what_one_alone_got_right(pairs: list[tuple[bool, bool]]) -> None:
     one, other = ([float(p[side]) for p in pairs] for side in (0, 1))
-    found, turned = compare_scores(one, other), compare_scores(other, one)
+    alone = range(len(pairs))
+    found, turned = compare_scores(one, other, alone), compare_scores(other, one, alone)
     assert found.items == len(pairs)
     assert math.isclose(found.difference, (found.second_only - found.first_only) / len(pairs))
     assert math.isclose(found.difference, found.second - found.first, abs_tol=1e-12)
@@ -67,11 +68,11 @@ def test_a_comparison_counts_what_one_alone_got_right(pairs: list[tuple[bool, bo
 
 
 def test_equal_answers_do_not_differ() -> None:
-    same = compare_scores([1, 0, 1], [1, 0, 1])
+    same = compare_scores([1, 0, 1], [1, 0, 1], range(3))
     assert (same.difference, same.interval, same.p) == (0.0, (0.0, 0.0), 1.0)
     for pair in (([1.0], [1.0, 0.0]), ([], [])):
         with pytest.raises(ValueError, match="the same items"):
-            compare_scores(*pair)
+            compare_scores(*pair, range(2))
 
 
 def test_versions_of_one_problem_are_no_further_evidence() -> None:
