@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,18 +37,14 @@ class Convention:
 
     def missing(self, columns: Iterable[str]) -> list[str]:
         """The columns that are needed and not there."""
-        found = set(columns)
-        missing = [names for names in self._needed() if not found.intersection(names)]
+        needed, found = (self.question, self.answer, IMAGES), set(columns)
+        missing = [" or ".join(names) for names in needed if found.isdisjoint(names)]
         # A chat may carry its images in its own parts.
-        if missing == [IMAGES] and found.intersection(("messages", "prompt")):
-            return []
-        return [" or ".join(names) for names in missing]
+        in_chat = missing == [" or ".join(IMAGES)] and not found.isdisjoint(("messages", "prompt"))
+        return [] if in_chat else missing
 
     def __str__(self) -> str:
-        return ", ".join(" or ".join(names) for names in self._needed())
-
-    def _needed(self) -> tuple[tuple[str, ...], ...]:
-        return self.question, self.answer, IMAGES
+        return ", ".join(self.missing(()))
 
 
 CONVENTIONS = (
@@ -60,13 +56,12 @@ CONVENTIONS = (
 """The most telling one first."""
 
 
-def choose_convention(name: str, columns: Iterable[str], where: str) -> Convention:
+def choose_convention(name: str, columns: Collection[str], where: str) -> Convention:
     """The convention called `name`; for `auto` the first whose needed columns are all there.
 
     Raises:
         UserError: a needed column is missing, or no convention fits.
     """
-    columns = list(columns)
     if name != "auto":
         chosen = next(convention for convention in CONVENTIONS if convention.name == name)
         _check_columns(chosen, columns, where)
@@ -100,16 +95,8 @@ def read_row(row: Mapping[str, Any], convention: Convention, where: str, id: str
 
     Data that says neither `kind` nor `should_change` keeps its images in place unless it is in
     PeRL's own convention, since nothing tells whether its answers would still be right. A row whose
-    images are empty and whose question has no slot is a question of text alone.
-
-    Args:
-        row: all columns.
-        convention: how they are named.
-        where: names the row in messages.
-        id: of the example, if the row has none.
-
-    Raises:
-        UserError: a row that is incomplete or contradicts itself.
+    images are empty and whose question has no slot is a question of text alone. `id` is for a row
+    that has none. Raises UserError, naming `where`, for one that is incomplete or contradicts itself.
     """
     _check_columns(convention, row, where)
     if "worked" in row:
@@ -131,11 +118,10 @@ def read_row(row: Mapping[str, Any], convention: Convention, where: str, id: str
     if not images:  # A question of text alone: nothing can move.
         kind, should_change = "none", False
     used = {question_key, answer_key, images_key, *_OPTIONAL}
-    is_text = isinstance(present[question_key], str)
     return Example(
         id=str(present.get("id", id)),
         images=images,
-        question=messages[0].content if is_text else messages,
+        question=messages[0].content if isinstance(present[question_key], str) else messages,
         answer=_answer(present[answer_key], where),
         kind=kind,
         should_change=should_change,
@@ -181,8 +167,7 @@ def _message(turn: Any, images: list[Any], where: str) -> Message:
             f"{where}: a chat message must have role and content, got {one_line(turn, 80)}"
         )
     content = turn.get("content")
-    if isinstance(content, str):
-        return Message(turn["role"], content)
+    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(content, (list, tuple)):
         raise UserError(
             f"{where}: the content of a chat message must be a text or a list of parts, "

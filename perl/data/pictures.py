@@ -67,6 +67,7 @@ def open_image(
     `where` names the place in the data for the UserError raised if the file is missing, broken or
     too large.
     """
+    shown = f"image file {source}" if isinstance(source, Path) else "the embedded image"
     try:
         # Pillow warns of and refuses large images at limits of its own; the check of the header
         # decides here.
@@ -83,11 +84,9 @@ def open_image(
     except Image.DecompressionBombError as error:
         raise UserError(f"{where}: the image is too large ({error}); shrink it") from error
     except UnidentifiedImageError as error:
-        raise UserError(
-            f"{where}: {_describe(source)} is no image that Pillow can read; replace it"
-        ) from error
+        raise UserError(f"{where}: {shown} is no image that Pillow can read; replace it") from error
     except Exception as error:  # Pillow's decoders raise many types for broken files.
-        raise UserError(f"{where}: {_describe(source)} is broken ({error}); replace it") from error
+        raise UserError(f"{where}: {shown} is broken ({error}); replace it") from error
 
 
 def stored_image(value: Any) -> Any:
@@ -219,7 +218,3 @@ def _split_keys(by_class: list[list[str]]) -> dict[str, tuple[tuple[str, ...], .
         test.append(tuple(sorted(ranked[:count])))
         train.append(tuple(sorted(ranked[count:])))
     return {"train": tuple(train), "test": tuple(test)}
-
-
-def _describe(source: object) -> str:
-    return f"image file {source}" if isinstance(source, Path) else "the embedded image"

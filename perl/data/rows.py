@@ -74,7 +74,11 @@ def _ids_of_copies(dataset: Dataset, indices: Sequence[int]) -> dict[int, str]:
     """The new ids, by the place in `indices` where a question comes again."""
     if len(set(indices)) == len(indices):
         return {}
-    given = {i: _own_id(dataset, i) for i in set(indices)}
+    if isinstance(dataset, BundledTasks):
+        own = {i: dataset[i].id for i in set(indices)}
+    else:
+        own = {i: dataset.source.row(i).get("id") for i in set(indices)}
+    given = {i: None if value is None else str(value) for i, value in own.items()}
     taken, times = set(given.values()), Counter[int]()
     out: dict[int, str] = {}
     for place, i in enumerate(indices):
@@ -84,13 +88,6 @@ def _ids_of_copies(dataset: Dataset, indices: Sequence[int]) -> dict[int, str]:
             out[place] = next(name for name in names if name not in taken)
             taken.add(out[place])
     return out
-
-
-def _own_id(dataset: Dataset, i: int) -> str | None:
-    if isinstance(dataset, BundledTasks):
-        return dataset[i].id
-    value = dataset.source.row(i).get("id")
-    return None if value is None else str(value)
 
 
 class RowWriter:
@@ -204,22 +201,18 @@ def _suffix_of(data: bytes) -> str | None:
 
 def _with_images(row: Mapping[str, Any], names: Sequence[str | None]) -> dict[str, Any]:
     """The row with its images in a column `images`, and none inside the parts of a chat."""
-    rest = {key: _without_embedded(value) for key, value in row.items() if key != "image"}
+    rest = {
+        key: [_bare_turn(turn) for turn in value] if isinstance(value, list) else value
+        for key, value in row.items()
+        if key != "image"
+    }
     return {**rest, "images": list(names)}
 
 
-def _without_embedded(value: Any) -> Any:
-    if not (isinstance(value, list) and all(isinstance(turn, Mapping) for turn in value)):
-        return value
-    return [
-        {**turn, "content": [_bare_part(part) for part in turn["content"]]}
-        if isinstance(turn.get("content"), list)
-        else turn
-        for turn in value
-    ]
-
-
-def _bare_part(part: Any) -> Any:
-    if isinstance(part, Mapping) and part.get("type") == "image":
-        return {"type": "image"}
-    return part
+def _bare_turn(turn: Any) -> Any:
+    parts = turn.get("content") if isinstance(turn, Mapping) else None
+    if not isinstance(parts, list):
+        return turn
+    images = [isinstance(part, Mapping) and part.get("type") == "image" for part in parts]
+    bare = [{"type": "image"} if k else part for k, part in zip(images, parts, strict=True)]
+    return {**turn, "content": bare}

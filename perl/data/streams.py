@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -41,7 +42,15 @@ class ExampleStream:
 
     def draw(self, n: int) -> list[Drawn]:
         """The next `n` examples; an epoch may end and the next begin among them."""
-        return [self._next() for _ in range(n)]
+        out = []
+        for _ in range(n):
+            if self._position == self.size:
+                self.epoch, self._position = self.epoch + 1, 0
+                self._order = self._shuffled()
+            index = self._order[self._position]
+            out.append(Drawn((index,), self.epoch, self.dataset[index]))
+            self._position += 1
+        return out
 
     def find(self, key: Sequence[int]) -> Example:
         """The example that was drawn with this key."""
@@ -73,18 +82,9 @@ class ExampleStream:
         self.epoch, self._position = int(state["epoch"]), int(state["position"])
         self._order = self._shuffled()
 
-    def _next(self) -> Drawn:
-        if self.size is not None and self._position == self.size:
-            self.epoch, self._position = self.epoch + 1, 0
-            self._order = self._shuffled()
-        index = self._order[self._position] if self._order else self._position
-        example = self.dataset[index]
-        self._position += 1
-        return Drawn((index,), self.epoch, example)
-
-    def _shuffled(self) -> list[int] | None:
+    def _shuffled(self) -> Sequence[int]:
         if self.size is None:
-            return None
+            return range(sys.maxsize)
         order = list(range(self.size))
         random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
         return order
@@ -121,18 +121,16 @@ class MixedStream:
 
     def state_dict(self) -> dict[str, Any]:
         """The position, JSON-able."""
-        return {
-            "drawn": self._drawn,
-            "weights": self.weights,
-            "streams": [s.state_dict() for s in self.streams],
-        }
+        states = [stream.state_dict() for stream in self.streams]
+        return {"drawn": self._drawn, "weights": self.weights, "streams": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; raises UserError if it belongs to other data or seed."""
-        if len(state.get("streams", ())) != len(self.streams):
+        own = state.get("streams", ())
+        if len(own) != len(self.streams):
             raise UserError(
                 f"the data now come from {len(self.streams)} sources, those of the checkpoint from "
-                f"{len(state.get('streams', ())) or 1}; resume with the data it was trained on"
+                f"{len(own) or 1}; resume with the data it was trained on"
             )
         if state["weights"] != self.weights:
             raise UserError(
@@ -140,8 +138,8 @@ class MixedStream:
                 "resume with those it was trained on, or start a new run"
             )
         self._drawn = int(state["drawn"])
-        for stream, own in zip(self.streams, state["streams"], strict=True):
-            stream.load_state_dict(own)
+        for stream, its in zip(self.streams, own, strict=True):
+            stream.load_state_dict(its)
 
 
 Stream = ExampleStream | MixedStream

@@ -57,9 +57,7 @@ def group_weight(mean: float, kind: str, power: float = 1.0) -> float:
         return math.exp(1 - m)
     if kind == "power":
         return (1.05 - m) ** power
-    if kind == "log":
-        return max(0.0, -math.log(0.02 + m))
-    raise ValueError(f"kind must be none, exp, power or log, got '{kind}'")
+    return max(0.0, -math.log(0.02 + m))
 
 
 def group_mean(values: np.ndarray) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from perl.rollout.advantages import group_mean
 from perl.types import Group, UserError
 
 logger = logging.getLogger(__name__)
@@ -26,16 +27,6 @@ _REASONS = {
         "check reward.functions and the log's lines about them",
     ),
 }
-
-
-def has_signal(rewards: np.ndarray | Sequence[float]) -> bool:
-    """Whether the rewards that are not NaN differ: only then is an advantage other than zero.
-
-    Example: `has_signal([0, 1, nan])`, but neither `has_signal([1, 1])` nor `has_signal([1, nan])`.
-    """
-    values = np.asarray(rewards, dtype=np.float64)
-    scored = values[~np.isnan(values)]
-    return scored.size > 1 and bool(scored.min() < scored.max())
 
 
 class GroupFilter:
@@ -61,18 +52,12 @@ class GroupFilter:
         self._said_shortfall = False
 
     def __call__(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups to train on, in their order.
-
-        Raises UserError if no reward part is called `measure` and one is needed.
-        """
-        kept = []
-        for group in groups:
-            fate = self._fate(group)
+        """The groups to train on, in their order."""
+        wanted = ("kept",) if self.zero_variance else ("kept", "all_best", "all_worst")
+        fates = [self._fate(group) for group in groups]
+        for fate in fates:
             self._counts[fate] += 1
-            equal = fate in ("all_best", "all_worst")
-            if fate == "kept" or (equal and not self.zero_variance):
-                kept.append(group)
-        return kept
+        return [group for group, fate in zip(groups, fates, strict=True) if fate in wanted]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -86,23 +71,22 @@ class GroupFilter:
     def reset(self) -> None:
         self._counts = dict.fromkeys(_FATES, 0)
 
-    def tell_shortfall(self, have: int, wanted: int, tries: int) -> bool:
-        """Whether a step got fewer groups than it wanted; the first time the log says why."""
-        short = have < wanted
-        if short and not self._said_shortfall:
+    def tell_shortfall(self, have: int, wanted: int, tries: int) -> None:
+        """The first time that a step gets fewer groups than it wanted the log says why."""
+        if have < wanted and not self._said_shortfall:
             self._said_shortfall = True
             logger.warning(
                 "%s (said once; the metrics count)", shortfall(have, wanted, tries, self.counts)
             )
-        return short
 
     def _fate(self, group: Group) -> str:
         scored = group.rewards[~np.isnan(group.rewards)]
         if scored.size < 2:
             return "unscorable"
-        signal = has_signal(scored)
+        # Rewards that are all equal have no advantage other than zero.
+        signal = scored.min() < scored.max()
         if self.band and (signal or not self.zero_variance):
-            accuracy = self._accuracy(group)
+            accuracy = group_mean(group.reward_parts[self.measure])
             if np.isnan(accuracy):
                 return "unscorable"
             if accuracy < self.band[0] - _SLACK:
@@ -112,16 +96,6 @@ class GroupFilter:
         if signal:
             return "kept"
         return "all_best" if scored[0] > 0 else "all_worst"
-
-    def _accuracy(self, group: Group) -> float:
-        if self.measure not in group.reward_parts:
-            raise UserError(
-                f"filter.measure = '{self.measure}' is none of the reward functions "
-                f"({', '.join(group.reward_parts)}); name one of them"
-            )
-        values = group.reward_parts[self.measure]
-        values = values[~np.isnan(values)]
-        return float(values.mean()) if values.size else float("nan")
 
 
 def unscorable(groups: Sequence[Group], count: int) -> UserError:

@@ -34,7 +34,9 @@ def config_of(model: str, **sections: Mapping[str, Any]) -> Config:
 
 def _found(model: str) -> tuple[Config, str]:
     folder = Path(model).expanduser()
-    if not folder.exists() and _looks_local(model):
+    # A name that is no folder was meant as one: `runs/nope` where there is a folder runs.
+    local = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if not folder.exists() and (local or Path(*Path(model).parts[:1]).is_dir()):
         raise UserError(f"{model}: there is no such folder; give a run folder or a model folder")
     if not (folder / "config.toml").exists():
         if (folder / "config.json").exists() or not folder.exists():
@@ -47,12 +49,11 @@ def _found(model: str) -> tuple[Config, str]:
         folder = folder / f"seed-{config.run.seeds[0]}"
     stages = plan(config)
     for name, stage in (("final", stages[-1]), *((s.name, s) for s in reversed(stages))):
-        if (folder / "models" / name / "config.json").exists():
-            note = (
-                "" if name == "final" else " (the run has not finished; `perl-rl resume` goes on)"
-            )
-            print(f"model: {folder / 'models' / name}{note}", file=sys.stderr)
-            return stage.config, str(folder / "models" / name)
+        found = folder / "models" / name
+        if (found / "config.json").exists():
+            unfinished = " (the run has not finished; `perl-rl resume` goes on)"
+            print(f"model: {found}{'' if name == 'final' else unfinished}", file=sys.stderr)
+            return stage.config, str(found)
     raise UserError(f"{model} has no finished model yet; go on with perl-rl resume {model}")
 
 
@@ -96,9 +97,3 @@ def fingerprint(model: str) -> str:
                 file.seek(start)
                 digest.update(file.read(_SAMPLE))
     return digest.hexdigest()[:16] if files else ""
-
-
-def _looks_local(model: str) -> bool:
-    """Whether a name that is no folder was meant as one: `runs/nope` where there is a folder runs."""
-    first = Path(model).parts[0] if model else ""
-    return model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(first).is_dir()

@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -57,8 +56,8 @@ class StoredGroup:
             orders=orders,
             order_of=np.array([orders.index(r.variant.order) for r in rollouts], dtype=np.int64),
             lengths=np.array([len(r.token_ids) for r in rollouts], dtype=np.int64),
-            token_ids=_joined([r.token_ids for r in rollouts], np.int64),
-            logprobs=_joined([r.logprobs for r in rollouts], np.float32),
+            token_ids=np.concatenate([r.token_ids for r in rollouts]),
+            logprobs=np.concatenate([r.logprobs for r in rollouts]),
             texts=tuple(r.text for r in rollouts),
             finished=np.array([r.finished for r in rollouts], dtype=np.bool_),
             rewards=group.rewards,
@@ -75,21 +74,16 @@ class StoredGroup:
     def group(self, shown: Sequence[Shown]) -> Group:
         """The Group again, from its variants and prompts in the sequence of `orders`."""
         ends = np.cumsum(self.lengths)[:-1]
-        rollouts = []
-        for number, tokens, logprobs, text, finished in zip(
-            self.order_of,
-            np.split(self.token_ids, ends),
-            np.split(self.logprobs, ends),
-            self.texts,
-            self.finished,
-            strict=True,
-        ):
-            variant, prompt = shown[number]
-            rollouts.append(Rollout(variant, prompt, tokens, logprobs, text, bool(finished)))
+        tokens, logprobs = np.split(self.token_ids, ends), np.split(self.logprobs, ends)
         return Group(
             example=shown[0][0].example,
             variants=tuple(variant for variant, _ in shown),
-            rollouts=tuple(rollouts),
+            rollouts=tuple(
+                Rollout(
+                    variant, prompt, tokens[r], logprobs[r], self.texts[r], bool(self.finished[r])
+                )
+                for r, (variant, prompt) in enumerate(shown[k] for k in self.order_of)
+            ),
             rewards=self.rewards,
             reward_parts=dict(self.reward_parts),
             advantages=self.advantages,
@@ -128,12 +122,8 @@ class Replay:
         if count <= 0:
             return []
         priorities = [stored.priority for stored in self.buffer]
-        drawn = np.random.default_rng(seed).choice(
-            len(self.buffer),
-            count,
-            replace=False,
-            p=replay_probabilities(priorities, self.config.replay_power),
-        )
+        p = replay_probabilities(priorities, self.config.replay_power)
+        drawn = np.random.default_rng(seed).choice(len(self.buffer), count, replace=False, p=p)
         return _rebuilt([self.buffer[i] for i in drawn], rebuild)
 
     def keep(self, trained: Sequence[Group], overflow: Sequence[Group], room: int) -> None:
@@ -237,7 +227,3 @@ def _load(path: Path) -> list[StoredGroup]:
 def _rebuilt(stored: Sequence[StoredGroup], rebuild: Rebuild) -> list[Group]:
     found = ((group, rebuild(group.key, group.orders)) for group in stored)
     return [group.group(shown) for group, shown in found if shown]
-
-
-def _joined(arrays: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
-    return np.concatenate([np.asarray(a, dtype=dtype) for a in arrays] or [np.zeros(0, dtype)])

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 from perl.data.labelling.label import Label, checked, unsure
@@ -105,32 +106,20 @@ def label_by_llm(
     A prompt that the endpoint refuses by itself, or two answers that are no label, give `unsure`.
     """
     tasks = [
-        _LABEL.format(
-            count=len(example.images),
-            text=_TEXT[text],
-            question=text_of(example),
-            answer=example.answer,
-        )
-        for example in examples
+        _LABEL.format(count=len(e.images), text=_TEXT[text], question=text_of(e), answer=e.answer)
+        for e in examples
     ]
-
-    def read(i: int, said: str) -> Label:
-        return _read_label(said, examples[i], text)
-
+    read = [partial(_read_label, example=e, text=text) for e in examples]
     return _ask_twice(endpoint, tasks, read, unsure, _LABEL_TOKENS)
 
 
 def is_open(example: Example) -> bool:
     """Whether a question over several images has no options: neither in words nor labelled images."""
-    only_asked = all(message.role in ("system", "user") for message in example.messages)
-    counted = tuple(range(len(example.images)))
-    options = option_lines(text_of(example))
     return (
         len(example.images) > 1
-        and only_asked
-        and sum(message.role == "user" for message in example.messages) == 1
-        and not options
-        and lettering(example, counted).source == "count"
+        and [m.role for m in example.messages if m.role != "system"] == ["user"]
+        and not option_lines(text_of(example))
+        and lettering(example, tuple(range(len(example.images)))).source == "count"
     )
 
 
@@ -143,27 +132,24 @@ def rephrase(
     """
     tasks = [
         _REPHRASE.format(
-            count=len(example.images),
-            question=next(m.content for m in example.messages if m.role == "user"),
-            answer=example.answer,
+            count=len(e.images),
+            question=next(m.content for m in e.messages if m.role == "user"),
+            answer=e.answer,
         )
-        for example in examples
+        for e in examples
     ]
-
-    def read(i: int, said: str) -> Rephrased:
-        return _read_rephrased(said, examples[i])
-
+    read = [partial(_read_rephrased, example=e) for e in examples]
     return _ask_twice(endpoint, tasks, read, str, _REPHRASE_TOKENS)
 
 
 def _ask_twice(
     endpoint: Endpoint,
     tasks: Sequence[str],
-    read: Callable[[int, str], _T],
+    read: Sequence[Callable[[str], _T]],
     failed: Callable[[str], _F],
     max_tokens: int,
 ) -> list[_T | _F | EndpointError]:
-    """What `read(i, answer)` makes of the answer to each task.
+    """What `read[i]` makes of the answer to task i.
 
     Where it raises ValueError the task is put once more with what was wrong; then, and for a prompt
     that the endpoint refuses, `failed(reason)` stands in. An endpoint that is down stays an error.
@@ -178,7 +164,7 @@ def _ask_twice(
                 out[i] = failed(f"{answer}") if answer.of_request else answer
                 continue
             try:
-                out[i] = read(i, str(answer))
+                out[i] = read[i](str(answer))
             except ValueError as error:
                 out[i] = failed(f"the model gave no usable answer ({error})")
                 wrong = f"That cannot be used: {error}. Reply with the corrected JSON object alone."
