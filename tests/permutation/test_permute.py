@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -98,29 +97,26 @@ def test_an_answer_that_names_no_image_is_an_error(answer: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("question", "answers"),
+    ("question", "answer"),
     [
-        ("A. <image> B. <image> Which image shows a dog?", ["B", "(b)"]),
-        ("(A) <image> (B) <image> Which images show a dog?", ["A, B"]),
-        ("<image> <image> Which has a dog?", ["Image 2", "image B", "It is the second picture."]),
-        ("<image> <image> Which shows a dog? A. Image 1 B. Image 2", ["B. Image 2"]),
+        ("A. <image> B. <image> Which image shows a dog?", "B"),
+        ("A. <image> B. <image> Which image shows a dog?", "(b)"),
+        ("(A) <image> (B) <image> Which images show a dog?", "A, B"),
+        ("<image> <image> Which has a dog?", "Image 2"),
+        ("<image> <image> Which has a dog?", "image B"),
+        ("<image> <image> Which has a dog?", "It is the second picture."),
+        ("<image> <image> Which shows a dog? A. Image 1 B. Image 2", "B. Image 2"),
     ],
 )
-def test_an_answer_that_names_an_image_may_not_stay(question: str, answers: list[str]) -> None:
-    match = (
-        r"'q': should_change is false, but answer '.*' names image \d, which may move; set should_"
-    )
-    for answer in answers:
-        example = ask(question, answer, should_change=False)
-        for refuse in (
-            check_answer,
-            partial(permute, order=(1, 0)),
-            partial(check_moves, text="slots"),
-        ):
-            with pytest.raises(UserError, match=match):
-                refuse(example)
-        check_answer(replace(example, should_change=True))
-        check_answer(replace(example, kind="none"))
+def test_an_answer_that_names_an_image_may_not_stay(question: str, answer: str) -> None:
+    example = ask(question, answer, should_change=False)
+    match = r"'q': should_change is false, but answer '.*' names image \d, which may move; set"
+    with pytest.raises(UserError, match=match):
+        check_moves(example, "slots")
+    with pytest.raises(UserError, match=match):
+        permute(example, (1, 0))
+    check_answer(replace(example, should_change=True))
+    check_answer(replace(example, kind="none"))
 
 
 @pytest.mark.parametrize(
@@ -265,13 +261,10 @@ def test_what_cannot_be_rewritten_is_refused(question: str, match: str) -> None:
         check_moves(ask(question, "yes", should_change=False), "references")
 
 
-@pytest.mark.parametrize(
-    ("question", "answer"),
-    [("See <image> A: <image> B: <image>", "A"), (f"{NUMBERED} Which is dark?", "Image 1")],
-)
-def test_an_answer_cannot_follow_to_a_slot_without_a_name(question: str, answer: str) -> None:
-    with pytest.raises(UserError, match=f"answer '{answer}' moves to a slot that has no letter"):
-        check_moves(ask(question, answer), "slots")
+def test_an_answer_cannot_follow_to_a_slot_without_a_name() -> None:
+    for question, answer in (("See <image> A: <image> B: <image>", "A"), (NUMBERED, "Image 1")):
+        with pytest.raises(UserError, match=f"answer '{answer}' moves to a slot that has no let"):
+            check_moves(ask(question, answer), "slots")
 
 
 @pytest.mark.parametrize(
