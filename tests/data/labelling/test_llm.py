@@ -87,18 +87,19 @@ def test_rows_are_rephrased_and_labelled(tmp_path: Path, model: Model, chat: boo
         image.save(tmp_path / f"{k}.png")
     rows: list[dict[str, Any]] = []
     for asked in (WHICH, ANIMAL):
-        question: Any = asked.question
-        rows.append({"images": ["0.png", "1.png"]})
         if chat:
-            system = {"role": "system", "content": "Be brief."}
-            question = [system, {"role": "user", "content": question}]
-            rows[-1] |= {"prompt": question, "reward_model": {"ground_truth": asked.answer, "k": 1}}
+            prompt = [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": asked.question},
+            ]
+            row = {"prompt": prompt, "reward_model": {"ground_truth": asked.answer, "k": 1}}
         else:
-            rows[-1] |= {
-                "question": question,
+            row = {
+                "question": asked.question,
                 "answer": asked.answer,
                 "demonstration": asked.answer,
             }
+        rows.append({"images": ["0.png", "1.png"], **row})
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for _ in range(2):  # The second time everything is there.

@@ -1,10 +1,13 @@
 """Labels by rules: a table of questions of the types that multi-image data hold, and what every label must satisfy."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from perl.data.labelling.label import Label
 from perl.data.labelling.rules import label_by_rules
 from perl.permutation import (
     Consistency,
@@ -18,13 +21,23 @@ from perl.rewards.answers import same_answer
 from perl.types import IMAGE_SLOT, Example, Message
 
 UNSURE = ("none", False, "unsure")
+MODES: tuple[Consistency, ...] = ("slots", "references")
 
 
-def example(question: str, answer: str, kind: str = "none", should_change: bool = False) -> Example:
+def example(question: str, answer: str) -> Example:
     """`#` stands for a slot."""
     text = question.replace("#", IMAGE_SLOT)
     images = tuple(Image.new("RGB", (2, 2), (k, 0, 0)) for k in range(text.count(IMAGE_SLOT)))
-    return Example("x", images, (Message("user", text),), answer, kind, should_change)
+    return Example("x", images, (Message("user", text),), answer, "none", False)
+
+
+def labelled(question: str, answer: str, text: Consistency) -> tuple[Label, Example]:
+    """The label by rules, and the example with it, which loads."""
+    asked = example(question, answer)
+    label = label_by_rules(asked, text)
+    with_label = replace(asked, kind=label.kind, should_change=label.should_change)
+    check_answer(with_label)
+    return label, with_label
 
 
 # question, answer, the label with the text as it is, and with mentions that follow where it differs
@@ -182,23 +195,21 @@ MAY_NOT_MOVE: list[tuple[str, str]] = [
 ]
 
 
-@pytest.mark.parametrize("text", ["slots", "references"])
+@pytest.mark.parametrize("text", MODES)
 @pytest.mark.parametrize(("question", "answer"), MAY_NOT_MOVE)
 def test_what_the_sequence_may_tell_stays(question: str, answer: str, text: Consistency) -> None:
     label = label_by_rules(example(question, answer), text)
     assert (label.kind, label.should_change) == ("none", False), label.reason
 
 
-@pytest.mark.parametrize("text", ["slots", "references"])
+@pytest.mark.parametrize("text", MODES)
 def test_labels_hold_in_every_order(text: Consistency) -> None:
     """The answer goes on naming the same pictures; where the images stay there is one order."""
     for question, answer, _, _ in TABLE:
-        label = label_by_rules(example(question, answer), text)
-        labelled = example(question, answer, label.kind, label.should_change)
-        check_answer(labelled)
-        assert (num_orders(labelled) > 1) == (label.kind != "none")
-        for order in all_orders(labelled, 24, 0):
-            variant = permute(labelled, order, text)
+        label, asked = labelled(question, answer, text)
+        assert (num_orders(asked) > 1) == (label.kind != "none")
+        for order in all_orders(asked, 24, 0):
+            variant = permute(asked, order, text)
             if label.should_change and label.kind != "ordering":
                 back = original_answer(variant, variant.answer)
                 assert back is not None and same_answer(back, answer), (question, order)
@@ -214,11 +225,10 @@ def test_labels_hold_in_every_order(text: Consistency) -> None:
 )
 def test_the_names_of_slots_stay_with_the_slots(question: str, answer: str) -> None:
     assert label_by_rules(example(question, answer), "slots").sure
-    label = label_by_rules(example(question, answer), "references")
-    labelled = example(question, answer, label.kind, label.should_change)
-    for order in all_orders(labelled, 24, 0):
-        text = permute(labelled, order, "references").messages[0].content
-        assert text.split(IMAGE_SLOT)[:-1] == labelled.messages[0].content.split(IMAGE_SLOT)[:-1]
+    _, asked = labelled(question, answer, "references")
+    for order in all_orders(asked, 24, 0):
+        text = permute(asked, order, "references").messages[0].content
+        assert text.split(IMAGE_SLOT)[:-1] == asked.messages[0].content.split(IMAGE_SLOT)[:-1]
 
 
 @pytest.mark.parametrize(
@@ -253,18 +263,9 @@ def test_a_conversation_and_instructions() -> None:
     assert not label_by_rules(Example("x", images, turns, "Yes")).sure
 
 
-@given(
-    st.text(max_size=80),
-    st.integers(0, 4),
-    st.text(max_size=8),
-    st.sampled_from(["slots", "references"]),
-)
+@given(st.text(max_size=80), st.integers(0, 4), st.text(max_size=8), st.sampled_from(MODES))
 def test_any_text_gets_a_label_that_loads(
     before: str, count: int, answer: str, text: Consistency
 ) -> None:
-    asked = example("#" * count + before.replace("#", ""), answer)
-    label = label_by_rules(asked, text)
+    label, _ = labelled("#" * count + before.replace("#", ""), answer, text)
     assert label.reason
-    check_answer(
-        example("#" * count + before.replace("#", ""), answer, label.kind, label.should_change)
-    )
