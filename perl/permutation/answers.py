@@ -16,7 +16,7 @@ of the old slots. If no option does, or two do, there is no right answer and the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -201,6 +201,11 @@ def rename(answer: str, slots: Sequence[int], names: Names) -> str | None:
         return None
 
 
+def inverse(order: Sequence[int]) -> list[int]:
+    """For each original image the slot where it is now."""
+    return sorted(range(len(order)), key=lambda slot: order[slot])
+
+
 def is_choice(names: Lettering, answer: str) -> bool:
     """Whether an answer gives letters of options in words, alone or with the text of one."""
     alone = _replace(names, answer, lambda letter: letter) is not None
@@ -242,7 +247,15 @@ def follow(names: Lettering, answer: str, where: Sequence[int], rewritten: bool)
         raise NoAnswer("its letters label images as well as options in words")
 
     def moved_letter(letter: str) -> str:
-        return letter if rewritten else _moved_letter(letter, where, options)
+        if rewritten:
+            return letter
+        said = options[letter]
+        if not images_in(said):
+            raise NoAnswer(f"option {letter} speaks of no image")
+        new = letter_of(moved(said, where), options)
+        if new is None or letter_of(said, options) is None:
+            raise NoAnswer(f"no option, or more than one, says what {letter} says when images move")
+        return new
 
     both = _letter_and_text(names, answer)
     if both is None:
@@ -268,9 +281,8 @@ def back(names: Lettering, answer: str, order: Sequence[int], rewritten: bool) -
     """
     options = meanings(names)
     if both := _letter_and_text(names, answer):
-        where = sorted(range(len(order)), key=lambda slot: order[slot])
         shown = options[both[1].upper()]
-        if _says(names, both[2]) != (moved(shown, where) if rewritten else shown):
+        if _says(names, both[2]) != (moved(shown, inverse(order)) if rewritten else shown):
             return None
         answer = both[1]
 
@@ -289,16 +301,6 @@ def _says(names: Lettering, text: str) -> Meaning:
     """What an option or an answer says."""
     one = bare_name(text, names.in_text) if names.bare else None
     return meaning(text, [one] if one else mentions(text, names.in_text))
-
-
-def _moved_letter(letter: str, where: Sequence[int], options: Mapping[str, Meaning]) -> str:
-    said = options[letter]
-    if not images_in(said):
-        raise NoAnswer(f"option {letter} speaks of no image")
-    new = letter_of(moved(said, where), options)
-    if new is None or letter_of(said, options) is None:
-        raise NoAnswer(f"no option, or more than one, says what {letter} says when images move")
-    return new
 
 
 def _letter_and_text(names: Lettering, answer: str) -> re.Match[str] | None:

@@ -19,6 +19,7 @@ from perl.permutation.answers import (
     NoAnswer,
     back,
     follow,
+    inverse,
     is_choice,
     lettering,
     meanings,
@@ -207,7 +208,7 @@ def _rewritten(example: Example, order: Order, names: Lettering) -> tuple[Messag
             if start <= m.start and m.end <= end
         ]
         try:
-            content = write(message.content, own, _inverse(order), names.in_text)
+            content = write(message.content, own, inverse(order), names.in_text)
         except LookupError as error:
             raise UserError(
                 f"example '{example.id}': its text names an image by number that moves to slot "
@@ -234,14 +235,14 @@ def _answer_in(example: Example, order: Order, text: Consistency, names: Letteri
         return answer
     if names.lines:
         try:
-            return follow(names, answer, _inverse(order), text == "references")
+            return follow(names, answer, inverse(order), text == "references")
         except NoAnswer as error:
             other = ', or use permutation.text = "references"' if text == "slots" else ""
             raise UserError(
                 f"example '{example.id}': answer '{one_line(answer, 60)}' cannot follow its image: {error}; "
                 f"set should_change to false if the answer stays when images move{other}"
             ) from None
-    new = rename(answer, _inverse(order), names.in_answers)
+    new = rename(answer, inverse(order), names.in_answers)
     if new is None:
         raise UserError(
             f"example '{example.id}': answer '{one_line(answer, 60)}' moves to a slot that has no "
@@ -249,8 +250,3 @@ def _answer_in(example: Example, order: Order, text: Consistency, names: Letteri
             "label every movable slot, use numbers, or restrict its kind"
         )
     return new
-
-
-def _inverse(order: Order) -> list[int]:
-    """For each original image the slot where it is now."""
-    return sorted(range(len(order)), key=lambda slot: order[slot])

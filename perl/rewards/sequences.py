@@ -48,7 +48,10 @@ def temporal_iou(
         wanted = _span(value) if isinstance(value, str) else tuple(float(v) for v in value)
         if wanted is None or len(wanted) != 2:
             raise ValueError(f"the gold {value!r} is no span of two times")
-        whole, found = _duration(length[0]), _span(final_answer(text))
+        whole = _seconds(length[0]) if isinstance(length[0], str) else float(length[0])
+        if not whole > 0:
+            raise ValueError(f"the duration {length[0]!r} is not above 0 s")
+        found = _span(final_answer(text))
         if found is None:
             return 0.0
         score = _overlap(found, wanted)
@@ -104,13 +107,13 @@ def frame_index(
     orders: Sequence[Any] = columns.get("order") or [None] * len(completions)
     if frames is None and None in orders:
         raise UserError("reward frame_index: how many frames there are is not known; set frames")
-    scores: list[float | None] = []
-    for text, order in zip(completions, orders, strict=True):
+
+    def score(text: str, order: Any) -> float:
         named = [int(n) for n in re.findall(r"[0-9]{1,9}", tagged(text, "index") or "")]
         there = range(first, first + (len(order) if frames is None else frames))
-        valid = len(named) == len(set(named)) == count and all(n in there for n in named)
-        scores.append(float(valid))
-    return scores
+        return float(len(named) == len(set(named)) == count and all(n in there for n in named))
+
+    return list(map(score, completions, orders))
 
 
 def kendall_tau(ranks: Sequence[int]) -> float:
@@ -131,13 +134,6 @@ def _items(answer: str) -> list[str]:
 def _span(text: str) -> tuple[float, float] | None:
     times = [_seconds(match[0]) for match in _TIME.finditer(text)][:2]
     return (times[0], times[1]) if len(times) == 2 else None
-
-
-def _duration(value: Any) -> float:
-    seconds = _seconds(value) if isinstance(value, str) else float(value)
-    if not seconds > 0:
-        raise ValueError(f"the duration {value!r} is not above 0 s")
-    return seconds
 
 
 def _seconds(time: str) -> float:

@@ -178,23 +178,22 @@ class Recorder(Display):
         super().__init__(is_main_process())
         self.command, self.run, self.profiler = command, run, profiler
         self.clock = StageClock()
-        self.timed: list[dict[str, Any]] = []
-        self.traced: list[dict[str, Any]] = []
+        self.steps: list[dict[str, Any]] = []
+        """Laps of all steps: those that warm up, the timed ones, the traced ones."""
         self.cut: set[str] = set()
         """Parts of a step that were not traced to their end."""
         self.peak: dict[str, int] = {}
         """Bytes of the process and of a GPU until the last timed step: torch.profiler takes memory of its own."""
-        self._taken = 0
+        self._untraced = command.warmup + command.steps
         self._passes: defaultdict[str, int] = defaultdict(int)
         self._paused = False
 
     @property
     def _tracing(self) -> bool:
-        return self._taken >= self.command.warmup + self.command.steps
+        return len(self.steps) >= self._untraced
 
     def stage(self, name: str, total: int, done: int = 0, unit: str = "steps") -> None:
-        command = self.command
-        super().stage(f"profile {name}", command.warmup + command.steps + command.traced)
+        super().stage(f"profile {name}", self._untraced + self.command.traced)
 
     def advance(self, steps: int = 1, numbers: Mapping[str, float] | None = None) -> None:
         """A step is done."""
@@ -203,16 +202,12 @@ class Recorder(Display):
         from perl.timing import peak_rss_bytes
 
         super().advance(steps, numbers)
-        step = self.clock.lap()
-        if self._tracing:
-            self.traced.append(step)
-        elif self._taken >= self.command.warmup:
-            self.timed.append(step)
+        if not self._tracing:
             self.peak = {"peak_rss_bytes": peak_rss_bytes()}
             if torch.cuda.is_available():
                 self.peak["peak_device_bytes"] = torch.cuda.max_memory_allocated()
-        self._taken += 1
-        if self._taken == self._total:
+        self.steps.append(self.clock.lap())
+        if len(self.steps) == self._total:
             raise _Finished
         self._passes.clear()
         self.profiler.step()
@@ -243,12 +238,15 @@ class Recorder(Display):
 
         from perl.training.profile_report import add_device, figures, hints
 
-        rows = list(read_rows(self.run.metrics))[self.command.warmup :]
-        for step, row in zip(self.timed + self.traced, rows, strict=True):
+        for step, row in zip(self.steps, read_rows(self.run.metrics), strict=True):
             step["metrics"] = row
-        out = figures(self.timed, self.traced, config) | self.peak
+        timed, traced = (
+            self.steps[self.command.warmup : self._untraced],
+            self.steps[self._untraced :],
+        )
+        out = figures(timed, traced, config) | self.peak
         out["traced_in_part"] = sorted(self.cut)
-        if self.traced and torch.cuda.is_available():
+        if traced and torch.cuda.is_available():
             add_device(out, self.profiler.events(), self.cut)
         return out | {"hints": list(hints(out, config))}
 
@@ -273,9 +271,8 @@ def _work_folder(output: Path, overwrite: bool) -> Iterator[Path]:
     """
     from perl.distributed import on_main_process
 
-    work = (
-        output.resolve() / ".run"
-    )  # Made of resolved parents: `output` may be a link to nothing yet.
+    # Made of resolved parents: `output` may be a link to nothing yet.
+    work = output.resolve() / ".run"
 
     def begin() -> None:
         problem = ""

@@ -20,13 +20,7 @@ Step = dict[str, Any]
 
 
 def figures(timed: Sequence[Step], traced: Sequence[Step], config: Config) -> dict[str, Any]:
-    """What one or more timed steps say; seconds, calls and metrics are their means.
-
-    Args:
-        timed: steps without the profiler.
-        traced: steps under it.
-        config: what was run.
-    """
+    """What one or more `timed` steps say, means over them, with the steps `traced` under the profiler."""
     stages = dict.fromkeys(name for step in timed for name in step["stages"])
     names = [k for k, value in timed[0]["metrics"].items() if number(value) is not None]
     metrics = {name: mean(step["metrics"].get(name) for step in timed) for name in names}
@@ -74,7 +68,8 @@ def add_device(out: dict[str, Any], events: Iterable[Any], cut: Iterable[str]) -
     for event in events:
         start, end = event.time_range.start, event.time_range.end
         if event.device_type.name != "CPU":
-            if not _is_range(event):
+            # Not a name that somebody gave to a time, but an operator, a kernel or a copy.
+            if not event.key.startswith(PREFIX) and not event.is_user_annotation:
                 busy += max(0.0, end - max(start, reached))
                 reached = max(reached, end)
             continue
@@ -91,11 +86,6 @@ def add_device(out: dict[str, Any], events: Iterable[Any], cut: Iterable[str]) -
         stage["launches"] = launches[name] / steps if whole else None
     if not cut:
         out["device_idle"] = 1 - busy / 1e6 / sum(step["seconds"] for step in out["traced_steps"])
-
-
-def _is_range(event: Any) -> bool:
-    """Whether it is a name that somebody gave to a time, and no operator, kernel or copy."""
-    return event.key.startswith(PREFIX) or bool(event.is_user_annotation)
 
 
 def hints(out: dict[str, Any], config: Config) -> Iterator[str]:
