@@ -13,7 +13,8 @@ from benchmarks.conftest import TakeTurn
 from benchmarks.harness.contest import Contest, Provider, Run, Unavailable, Work
 from benchmarks.harness.proof import Proven, Results
 from perl.model.packed.attention import IMPLEMENTATIONS, choose
-from perl.model.packed.layout import PackedLayout
+from perl.model.packed.layout import AttentionArgs, PackedLayout
+from perl.types import UserError
 
 
 class Piece(NamedTuple):
@@ -160,7 +161,7 @@ def _ours(name: str) -> Provider:
             raise Unavailable("without a GPU it is SDPA with a dense mask")
         try:
             choose(name, p.device, bfloat16)
-        except ValueError as error:
+        except UserError as error:
             raise Unavailable(str(error)) from error
         layout = _layout(p.pieces, p.device)
         return Run(lambda: p.results(_packed(name, p.inputs, layout), p.inputs, p.upstream))
@@ -170,7 +171,7 @@ def _ours(name: str) -> Provider:
 
 def _packed(name: str, inputs: list[Tensor], layout: PackedLayout) -> Tensor:
     q, k, v = inputs
-    return IMPLEMENTATIONS[name](q, k, v, layout, causal=True, scale=None, dropout=0.0)
+    return IMPLEMENTATIONS[name](q, k, v, layout, AttentionArgs())
 
 
 def _layout(pieces: list[Piece], device: torch.device) -> PackedLayout:

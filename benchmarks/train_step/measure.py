@@ -105,10 +105,7 @@ def make_trainee(setting: Setting) -> Trainee:
         enable({"use_reentrant": False})
     half = setting.dtype == "bfloat16"
     # Of the implementations those whose operations can be counted.
-    try:
-        attention, _ = choose("varlen" if half and device.type == "cuda" else "sdpa", device, half)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    attention, _ = choose("varlen" if half and device.type == "cuda" else "sdpa", device, half)
     return Trainee(
         model.train(),
         family,

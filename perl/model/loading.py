@@ -17,7 +17,6 @@ from perl.model.families import FAMILIES, Family, family_of
 from perl.model.layers import check_compiler, check_liger, compile_layers, use_liger
 from perl.model.packed.attention import (
     WITHOUT_DROPOUT,
-    announce,
     choose,
     use_packed_attention,
 )
@@ -45,11 +44,8 @@ def load_policy(folder: str, config: ModelConfig, device: torch.device) -> Polic
     model = _load_weights(folder)
     if family is None:
         return _padded_policy(model, folder, config)
-    try:
-        name, reason = choose(config.attention, device, uses_bfloat16(config.dtype))
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    announce(name, reason)
+    name, reason = check_kernels(config, device)
+    _say_once(logging.INFO, f"attention: {name} ({reason})")
     core = cast(Any, model).model
     tower = family.tower(core)
     if name in WITHOUT_DROPOUT and getattr(core.language_model.config, "attention_dropout", 0):
@@ -59,13 +55,33 @@ def load_policy(folder: str, config: ModelConfig, device: torch.device) -> Polic
         )
     use_packed_attention(core.language_model, tower if family.packed_tower else (), name)
     if config.liger:
-        check_liger(device)
         use_liger(core.language_model)
     if config.compile:
-        check_compiler()
         compile_layers(core.language_model)
     model = _prepared(model, config, tower, r".*language_model.*\.(q|k|v|o|gate|up|down)_proj")
     return Policy(model, family, config.feature_cache_mb * 2**20, config.compile)
+
+
+def check_kernels(config: ModelConfig, device: torch.device | None = None) -> tuple[str, str]:
+    """See that what packed rows run on is there; padded batches have no use for it.
+
+    Args:
+        config: what is asked for.
+        device: of the model; left out, a GPU if there is one.
+
+    Returns:
+        The attention implementation, and why that one.
+
+    Raises:
+        UserError: something is not.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    attention = choose(config.attention, device, uses_bfloat16(config.dtype))
+    if config.liger:
+        check_liger(device)
+    if config.compile:
+        check_compiler()
+    return attention
 
 
 def _load_weights(folder: str) -> Any:
@@ -94,7 +110,12 @@ def _load_weights(folder: str) -> Any:
 
 def _padded_policy(model: Any, folder: str, config: ModelConfig) -> PaddedPolicy:
     """A model without a family, or with a language model that its family cannot pack."""
-    warn(_obstacle(model.config))
+    _say_once(
+        logging.WARNING,
+        f"training on padded batches, as {_obstacle(model.config)}: prompts are computed once per completion and images "
+        "once per completion, rows are padded; expect several times the work; a family class in perl/model/families "
+        "would change that, see docs/models.md",
+    )
     processor = load_processor(folder, config)
     assert isinstance(processor, PaddedProcessor)
     check_head(model, folder, processor.eos_token_id)
@@ -108,14 +129,9 @@ def _padded_policy(model: Any, folder: str, config: ModelConfig) -> PaddedPolicy
 
 
 @cache
-def warn(reason: str) -> None:
-    """Say once a process why rows are padded and what that costs."""
-    logger.warning(
-        "training on padded batches, as %s: prompts are computed once per completion and images once per completion, "
-        "rows are padded; expect several times the work; a family class in perl/model/families would change that, see "
-        "docs/models.md",
-        reason,
-    )
+def _say_once(level: int, message: str) -> None:
+    """Put it into the log, once a process."""
+    logger.log(level, message)
 
 
 def _prepared(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -79,8 +80,12 @@ def make_tiny_model(name: str, words: Sequence[str], folder: Path, seed: int) ->
     from transformers import AutoModelForImageTextToText
 
     internvl = name == TINY_INTERNVL
-    tokenizer = make_internvl_tokenizer(words) if internvl else make_tokenizer(words)
-    config = tiny_internvl_config(tokenizer) if internvl else tiny_config(name, tokenizer)
+    if internvl:
+        special = (*SPECIAL_TOKENS[:3], *INTERNVL_TOKENS.values())
+        tokenizer = make_tokenizer(words, special, INTERNVL_TOKENS, INTERNVL_CHAT_TEMPLATE)
+    else:
+        tokenizer = make_tokenizer(words)
+    config = tiny_config(name, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
@@ -97,22 +102,13 @@ def make_tiny_model(name: str, words: Sequence[str], folder: Path, seed: int) ->
         save_processor(tokenizer, make_image_processor(config.vision_config), folder)
 
 
-def make_tokenizer(words: Sequence[str]) -> Any:
-    """A word-level tokenizer with Qwen's special tokens and a chat template with images."""
-    named = {"image_token": "<|image_pad|>"}
-    return make_word_tokenizer(words, SPECIAL_TOKENS, named, CHAT_TEMPLATE)
-
-
-def make_internvl_tokenizer(words: Sequence[str]) -> Any:
-    """A word-level tokenizer with InternVL's special tokens and chat template."""
-    special = (*SPECIAL_TOKENS[:3], *INTERNVL_TOKENS.values())
-    return make_word_tokenizer(words, special, INTERNVL_TOKENS, INTERNVL_CHAT_TEMPLATE)
-
-
-def make_word_tokenizer(
-    words: Sequence[str], special: Sequence[str], named: dict[str, str], template: str
+def make_tokenizer(
+    words: Sequence[str],
+    special: Sequence[str] = SPECIAL_TOKENS,
+    named: Mapping[str, str] = MappingProxyType({"image_token": "<|image_pad|>"}),
+    template: str = CHAT_TEMPLATE,
 ) -> Any:
-    """A tokenizer of whole words.
+    """A tokenizer of whole words, with Qwen's special tokens and images in its chats unless others are given.
 
     Args:
         words: its vocabulary besides what follows.
@@ -135,82 +131,17 @@ def make_word_tokenizer(
         unk_token="<unk>",
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
-        extra_special_tokens=named,
+        extra_special_tokens=dict(named),
         chat_template=template,
         clean_up_tokenization_spaces=False,
     )
 
 
 def tiny_config(name: str, tokenizer: Any) -> Any:
-    """The transformers config of a tiny Qwen-VL over the given tokenizer's vocabulary."""
-    from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
+    """The transformers config of a tiny model over the given tokenizer's vocabulary."""
+    from transformers import InternVLConfig, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 
-    start, end, image, video = tokenizer.convert_tokens_to_ids(
-        ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    )
-    text = _text_config(tokenizer)
-    text["rope_parameters"]["mrope_section"] = [4, 6, 6]
-    tokens = {
-        "vision_start_token_id": start,
-        "vision_end_token_id": end,
-        "image_token_id": image,
-        "video_token_id": video,
-        "tie_word_embeddings": True,
-    }
-    vision: dict[str, Any] = {
-        "depth": _VISION_DEPTH,
-        "num_heads": _VISION_HEADS,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-    }
-    if name == "tiny-qwen2-vl":
-        vision |= {"embed_dim": _VISION_HIDDEN, "mlp_ratio": 2, "hidden_size": _HIDDEN}
-        return Qwen2VLConfig(text_config=text, vision_config=vision, **tokens)
-    vision |= {
-        "hidden_size": _VISION_HIDDEN,
-        "intermediate_size": 2 * _VISION_HIDDEN,
-        "out_hidden_size": _HIDDEN,
-    }
-    if name == "tiny-qwen2.5-vl":
-        vision |= {"window_size": 112, "fullatt_block_indexes": [_VISION_DEPTH - 1]}
-        return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
-    if name == "tiny-qwen3-vl":
-        text["head_dim"] = _HIDDEN // _HEADS
-        text["rope_parameters"]["mrope_interleaved"] = True
-        vision |= {
-            "patch_size": 16,
-            "num_position_embeddings": 256,
-            "deepstack_visual_indexes": [0, 1],
-        }
-        return Qwen3VLConfig(text_config=text, vision_config=vision, **tokens)
-    raise ValueError(f"no tiny model is called {name}; there are {', '.join(TINY_MODELS)}")
-
-
-def tiny_internvl_config(tokenizer: Any) -> Any:
-    """The transformers config of a tiny InternVL: tiles of 28 x 28 pixels, one visual token each."""
-    from transformers import InternVLConfig
-
-    vision = {
-        "hidden_size": _VISION_HIDDEN,
-        "num_hidden_layers": _VISION_DEPTH,
-        "num_attention_heads": _VISION_HEADS,
-        "intermediate_size": 2 * _VISION_HIDDEN,
-        "image_size": [28, 28],
-        "patch_size": [14, 14],
-    }
-    return InternVLConfig(
-        text_config={"model_type": "qwen2", **_text_config(tokenizer)},
-        vision_config=vision,
-        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
-        image_seq_length=1,
-        tie_word_embeddings=True,
-    )
-
-
-def _text_config(tokenizer: Any) -> dict[str, Any]:
-    """What the language models of all of them have in common."""
-    return {
+    text: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": _HIDDEN,
         "intermediate_size": 4 * _HIDDEN,
@@ -224,6 +155,56 @@ def _text_config(tokenizer: Any) -> dict[str, Any]:
         "pad_token_id": tokenizer.pad_token_id,
         "tie_word_embeddings": True,
     }
+    sizes = {"hidden_size": _VISION_HIDDEN, "intermediate_size": 2 * _VISION_HIDDEN}
+    if name == TINY_INTERNVL:
+        # Tiles of 28 x 28 pixels, one visual token each.
+        vision: dict[str, Any] = {
+            **sizes,
+            "num_hidden_layers": _VISION_DEPTH,
+            "num_attention_heads": _VISION_HEADS,
+            "image_size": [28, 28],
+            "patch_size": [14, 14],
+        }
+        return InternVLConfig(
+            text_config={"model_type": "qwen2", **text},
+            vision_config=vision,
+            image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+            image_seq_length=1,
+            tie_word_embeddings=True,
+        )
+    rope = text["rope_parameters"]
+    rope["mrope_section"] = [4, 6, 6]
+    vision = {
+        "depth": _VISION_DEPTH,
+        "num_heads": _VISION_HEADS,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+    if name == "tiny-qwen2-vl":
+        make: Any = Qwen2VLConfig
+        vision |= {"embed_dim": _VISION_HIDDEN, "mlp_ratio": 2, "hidden_size": _HIDDEN}
+    elif name == "tiny-qwen2.5-vl":
+        make = Qwen2_5_VLConfig
+        vision |= {**sizes, "out_hidden_size": _HIDDEN, "window_size": 112}
+        vision["fullatt_block_indexes"] = [_VISION_DEPTH - 1]
+    else:
+        make = Qwen3VLConfig
+        vision |= {**sizes, "out_hidden_size": _HIDDEN, "patch_size": 16}
+        vision |= {"num_position_embeddings": 256, "deepstack_visual_indexes": [0, 1]}
+        text["head_dim"] = _HIDDEN // _HEADS
+        rope["mrope_interleaved"] = True
+    names = ("vision_start", "vision_end", "image_pad", "video_pad")
+    start, end, image, video = tokenizer.convert_tokens_to_ids([f"<|{n}|>" for n in names])
+    return make(
+        text_config=text,
+        vision_config=vision,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        image_token_id=image,
+        video_token_id=video,
+        tie_word_embeddings=True,
+    )
 
 
 def make_image_processor(vision_config: Any) -> Any:

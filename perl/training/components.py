@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from perl.config import EVAL_SEED, Config, DataConfig, ModelConfig
+from perl.config import EVAL_SEED, Config, DataConfig
 from perl.data.dataset import BUNDLED, Dataset, load_examples
 from perl.data.resample import parse_histogram
 from perl.data.streams import ExampleStream, MixedStream, Stream, read_mix
@@ -19,9 +19,13 @@ from perl.data.tasks import vocabulary
 from perl.distributed import process_state
 from perl.files import RunFolder, replacing
 from perl.model.head import HeadLoss, make_policy_loss
-from perl.model.layers import check_compiler, check_liger
-from perl.model.loading import check_model, load_policy, load_processor, uses_bfloat16
-from perl.model.packed.attention import choose
+from perl.model.loading import (
+    check_kernels,
+    check_model,
+    load_policy,
+    load_processor,
+    uses_bfloat16,
+)
 from perl.model.policy import Policy
 from perl.model.processor import Processor
 from perl.model.tiny import TINY_MODELS, make_tiny_model
@@ -192,10 +196,10 @@ def check_setup(config: Config) -> Processor | None:
         packed = check_model(config.model.path) is not None
         processor = load_processor(config.model.path, config.model)
         if packed:
-            _check_kernels(config.model)
+            check_kernels(config.model)
         return processor
     _bundled_pictures(config)
-    _check_kernels(config.model)
+    check_kernels(config.model)
     return None
 
 
@@ -212,19 +216,6 @@ def _check_stage(stage: Stage) -> None:
         )
     make_policy_loss(config.loss, completion)
     Scorer(config.reward.functions, config.reward.weights, config.reward.timeout)
-
-
-def _check_kernels(config: ModelConfig) -> None:
-    """What packed rows run on; padded batches have no use for it."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        choose(config.attention, device, uses_bfloat16(config.dtype))
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if config.liger:
-        check_liger(device)
-    if config.compile:
-        check_compiler()
 
 
 def _bundled_pictures(config: Config) -> str:

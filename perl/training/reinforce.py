@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -91,7 +91,7 @@ class PolicyStep:
                 row = self.optimizer.step(number, batches, self.loss, old[k], ref[k])
                 rows += [row] if row else []
         means = {name: mean([row[name] for row in rows]) for name in (rows[0] if rows else ())}
-        return means | {f"packing/{name}": value for name, value in asdict(report).items()}
+        return means | {f"packing/{name}": value for name, value in report.items()}
 
     def _segments(self, groups: Sequence[Group]) -> list[Segment]:
         """What this process trains on of all processes' groups."""

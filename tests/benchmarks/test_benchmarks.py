@@ -47,9 +47,9 @@ def pytest_collection():
         output = loss(*args, **kwargs)
         return output._replace(loss=output.loss * 1.001)
 
-    def across_pieces(query, key, value, layout, **kwargs):
+    def across_pieces(query, key, value, layout, how):
         whole = PackedLayout.from_cu_seqlens(torch.tensor([0, layout.tokens]))
-        return attention(query, key, value, whole, **kwargs)
+        return attention(query, key, value, whole, how)
 
     def population(*args, **kwargs):
         return advantages(*args, unbiased=False, **kwargs)

@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from perl.model.packed import flash
 from perl.model.packed.attention import IMPLEMENTATIONS, attention_function, use_packed_attention
 from perl.model.packed.flash import flash_attn_problem
-from perl.model.packed.flex import causal_mask, full_mask, run_compiled
+from perl.model.packed.flex import block_mask, run_compiled
 from perl.model.packed.gather import gather_rows
 from perl.model.packed.layout import PackedLayout
 
@@ -263,14 +263,10 @@ def test_a_batch_with_a_mask_is_transformers_own(name: str) -> None:
     torch.testing.assert_close(out, dense(*qkv, mask, 0.4))
 
 
-def test_what_packed_rows_cannot_do_is_refused(name: str) -> None:
+def test_a_sliding_window_is_refused() -> None:
     layout, _ = packed(ROWS["no prefix"])
-    qkv = inputs(layout.tokens)
     with pytest.raises(ValueError, match=r"sliding window \(here 8 tokens\)"):
-        attend(name, qkv, packed_layout=layout, sliding_window=8)
-    if name in ("flex", "varlen"):
-        with pytest.raises(ValueError, match=f"{name} attention has no dropout"):
-            attend(name, qkv, packed_layout=layout, dropout=0.1)
+        attend("sdpa", inputs(layout.tokens), packed_layout=layout, sliding_window=8)
 
 
 def test_sdpa_drops_out() -> None:
@@ -294,8 +290,8 @@ def test_float32_from_rotary_embeddings_becomes_autocasts_dtype(name: str) -> No
 
 def test_what_a_layout_needs_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     layout, _ = packed(ROWS["several completions"])
-    assert layout.once(causal_mask) is layout.once(causal_mask)
-    assert layout.once(full_mask) is not layout.once(causal_mask)
+    assert layout.once(block_mask, True) is layout.once(block_mask, True)
+    assert layout.once(block_mask, False) is not layout.once(block_mask, True)
     cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32)
     made = []
     from_cu_seqlens = PackedLayout.from_cu_seqlens
@@ -342,18 +338,18 @@ def test_a_compiled_layer_is_not_compiled_again_for_another_layout(name: str) ->
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("make", [causal_mask, full_mask])
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("row", ["one piece", "several completions", "more than a block"])
-def test_blocks_of_flex_are_those_of_its_mask(row: str, make: Callable[..., Any]) -> None:
+def test_blocks_of_flex_are_those_of_its_mask(row: str, causal: bool) -> None:
     segments = [*ROWS[row], (300, [100, 300, 40])]
     layout, sees = packed(segments)
-    mask = layout.once(make)
+    mask = block_mask(layout, causal)
     n = mask.seq_lengths[0]
     want = create_block_mask(mask.mask_mod, 1, 1, n, n, device="cpu")
     assert torch.equal(mask.to_dense(), want.to_dense())
     for part in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
         assert torch.equal(getattr(mask, part), getattr(want, part))
-    if make is causal_mask:
+    if causal:
         token = torch.arange(layout.tokens)
         assert torch.equal(mask.mask_mod(0, 0, token[:, None], token), sees)
 
@@ -364,8 +360,8 @@ def test_flex_is_not_compiled_again_for_another_layout() -> None:
     compiled: Any = torch.compile(flex_attention, backend=counter, dynamic=True)
     for segments in (ROWS["one piece"], ROWS["more than a block"], [(400, [5]), (150, [9, 70])]):
         layout, sees = packed(segments)
-        for make in (full_mask, causal_mask):
-            mask = layout.once(make)
+        for causal in (False, True):
+            mask = block_mask(layout, causal)
             q, k, v = (x.detach() for x in inputs(mask.seq_lengths[0]))
             out = run_compiled(compiled, q, k, v, mask, 0.4)
         tokens = layout.tokens

@@ -13,6 +13,7 @@ import torch
 from perl.model.packed import attention
 from perl.model.packed.attention import IMPLEMENTATIONS, choose
 from perl.model.packed.flash import flash_attn_problem
+from perl.types import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -78,7 +79,7 @@ def test_what_is_asked_for_is_chosen(machine) -> None:
 )
 def test_what_cannot_run_is_refused(machine, wanted, device, bfloat16, has, message) -> None:
     machine(**has)
-    with pytest.raises(ValueError, match=f"model.attention = {wanted} needs .*{message}"):
+    with pytest.raises(UserError, match=f"model.attention = {wanted} needs .*{message}"):
         choose(wanted, device, bfloat16)
 
 

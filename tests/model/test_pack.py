@@ -95,11 +95,6 @@ def test_two_rows_never_fit_into_one(lengths: list[int]) -> None:
     assert sum(n <= budget // 2 for n in used) <= 1
 
 
-def test_budget_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="at least 1 token, got 0"):
-        plan([Load(1, (1,))], 0)
-
-
 def test_two_prompts_in_a_row() -> None:
     """The example in the docstring of PackedBatch."""
     batch = pack_row([segment(prompt(5), [7, 8, 9], [5, 6]), segment(prompt(4), [3])])
@@ -116,10 +111,11 @@ def test_two_prompts_in_a_row() -> None:
 
 
 def test_every_completion_takes_the_positions_behind_its_prompt() -> None:
-    p = prompt(2)
-    p = EncodedPrompt(p.input_ids, p.position_ids, 31, p.images, IMAGE)
+    p = replace(prompt(2), next_position=31)
     batch = pack_row([segment(p, [1, 2, 3], [4, 5])])
     assert batch.position_ids.tolist() == [[0, 1, 31, 32, 33, 31, 32]] * 3
+    one_axis = replace(p, position_ids=p.position_ids[:1])
+    assert pack_row([segment(one_axis, [1], [4])]).position_ids.tolist() == [[0, 1, 31, 31]]
 
 
 def test_log_probs_of_an_earlier_policy_stand_beside_their_tokens() -> None:
@@ -130,12 +126,6 @@ def test_log_probs_of_an_earlier_policy_stand_beside_their_tokens() -> None:
     sampled = pack_row([on_policy, off_policy]).sampled_logprobs
     assert sampled is not None and sampled.dtype == torch.float32
     np.testing.assert_array_equal(sampled, [np.nan, np.nan, -1.5, -2.5, -0.5])
-
-
-def test_one_axis_of_positions() -> None:
-    p = prompt(2)
-    p = EncodedPrompt(p.input_ids, p.position_ids[:1], 2, p.images, IMAGE)
-    assert pack_row([segment(p, [1], [4, 5])]).position_ids.tolist() == [[0, 1, 2, 2, 3]]
 
 
 def test_an_image_shown_twice_stands_once() -> None:
@@ -228,18 +218,11 @@ def test_the_report() -> None:
         segment(prompt(7, cat, dog), [1, 2], [3, 4]),
         segment(prompt(7, dog, cat), [1, 2], [3, 4]),
     ]
-    report = packing_report(pack(segments, 28), segments, 28)
-    assert (report.rows, report.tokens, report.images) == (1, 28, 2)
-    assert report.fill == 1.0
-    assert report.token_sharing == 48 / 28
-    assert report.image_sharing == 4.0
+    assert packing_report(pack(segments, 28), segments, 28) == {
+        **{"rows": 1, "tokens": 28, "images": 2, "fill": 1.0},
+        **{"token_sharing": 48 / 28, "image_sharing": 4.0},
+    }
     repeated = packing_report(pack(segments, 28, share=False), segments, 28)
-    assert (repeated.rows, repeated.token_sharing, repeated.fill) == (2, 1.0, 48 / 56)
-    nothing = packing_report([], [], 28)
-    assert (nothing.fill, nothing.token_sharing, nothing.image_sharing) == (0.0, 1.0, 1.0)
-
-
-def test_no_segments() -> None:
-    assert pack([], 10) == []
-    with pytest.raises(ValueError, match="at least one segment"):
-        pack_row([])
+    assert repeated.items() >= {"rows": 2, "token_sharing": 1.0, "fill": 48 / 56}.items()
+    nothing = packing_report(pack([], 28), [], 28)
+    assert nothing.items() >= {"fill": 0.0, "token_sharing": 1.0, "image_sharing": 1.0}.items()

@@ -16,10 +16,10 @@ from perl.cli import main
 from perl.config import ModelConfig
 from perl.data.tasks import vocabulary
 from perl.model.head import HeadLoss
-from perl.model.loading import check_model, load_policy, load_processor, warn
+from perl.model.loading import _say_once, check_model, load_policy, load_processor
 from perl.model.padded import PaddedBatch, PaddedPolicy, check_head
 from perl.model.padded_processor import PaddedProcessor
-from perl.model.tiny import make_word_tokenizer
+from perl.model.tiny import make_tokenizer
 from perl.rollout.engine import SamplingParams
 from perl.rollout.padded import PaddedEngine, make_engine
 from perl.types import Message, Segment, UserError
@@ -51,7 +51,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     special = ["<|endoftext|>", "<s>", "<|im_end|>", "<image>"]
-    tokenizer = make_word_tokenizer(WORDS, special, {}, TEMPLATE)
+    tokenizer = make_tokenizer(WORDS, special, {}, TEMPLATE)
     tokenizer.bos_token = "<s>"
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     vision = CLIPVisionConfig(**sizes, num_attention_heads=2, image_size=28, patch_size=14)
@@ -227,7 +227,7 @@ def test_frozen_towers_and_adapters(load, tmp_path: Path) -> None:
 
 
 def test_what_is_lost_is_said_once(load, caplog: pytest.LogCaptureFixture) -> None:
-    warn.cache_clear()
+    _say_once.cache_clear()
     with caplog.at_level(logging.WARNING, "perl"):
         load()
         load()

@@ -7,10 +7,9 @@ transformers' models take any attention that is registered by name, so no model 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from functools import cache, partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,12 +17,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from perl.model.packed.flash import flash_attention_2, flash_attn_problem, varlen
 from perl.model.packed.flex import flex
-from perl.model.packed.layout import PackedLayout
+from perl.model.packed.layout import AttentionArgs, PackedLayout
 from perl.model.packed.sdpa import sdpa
-
-logger = logging.getLogger(__name__)
-
-Attention = Literal["auto", "flash_attention_2", "varlen", "flex", "sdpa"]
+from perl.types import UserError
 
 IMPLEMENTATIONS: dict[str, Callable[..., torch.Tensor]] = {
     "flash_attention_2": flash_attention_2,
@@ -33,17 +29,16 @@ IMPLEMENTATIONS: dict[str, Callable[..., torch.Tensor]] = {
 }
 """Each computes softmax(scale q k^T) v over the keys that each query sees, called as
 
-    f(query [1, heads, T, d], key [1, kv_heads, T, d], value [1, kv_heads, T, d], layout, causal, scale, dropout)
+    f(query [1, heads, T, d], key [1, kv_heads, T, d], value [1, kv_heads, T, d], layout, how)
 
--> [1, T, heads, d], all of one dtype. `causal`: a token sees its own sequence only up to itself; `scale` None:
-1 / sqrt(d); `dropout` is a probability.
+-> [1, T, heads, d], all of one dtype.
 """
 
 WITHOUT_DROPOUT = ("varlen", "flex")
 """Implementations whose kernels have no dropout."""
 
 
-def choose(wanted: Attention, device: torch.device, bfloat16: bool = True) -> tuple[str, str]:
+def choose(wanted: str, device: torch.device, bfloat16: bool = True) -> tuple[str, str]:
     """The implementation that serves, and why: (a name in `IMPLEMENTATIONS`, one sentence).
 
     Args:
@@ -52,13 +47,13 @@ def choose(wanted: Attention, device: torch.device, bfloat16: bool = True) -> tu
         bfloat16: whether the forward runs in bfloat16, without which the flash kernels do not work.
 
     Raises:
-        ValueError: what is asked for cannot run here.
+        UserError: what is asked for cannot run here.
     """
     if wanted == "flex" and device.type != "cuda":
         return wanted, "asked for; slow without a GPU"
     if wanted != "auto":
         if problem := _obstacle(wanted, device, bfloat16):
-            raise ValueError(f"model.attention = {wanted} needs {problem}")
+            raise UserError(f"model.attention = {wanted} needs {problem}")
         return wanted, "asked for"
     if device.type != "cuda":
         return "sdpa", "no GPU"
@@ -86,12 +81,6 @@ def _obstacle(name: str, device: torch.device, bfloat16: bool) -> str:
     if name == "varlen" and not torch.backends.cuda.is_flash_attention_available():
         return "a PyTorch that was built with flash attention: use flex"
     return ""
-
-
-@cache
-def announce(name: str, reason: str) -> None:
-    """Put the decision into the log, once a process."""
-    logger.info("attention: %s (%s)", name, reason)
 
 
 def use_packed_attention(language_model: nn.Module, tower: Iterable[nn.Module], name: str) -> None:
@@ -151,7 +140,7 @@ def _attend(
         [1, T, heads, d] in the dtype that autocast asks for, and None (no weights).
 
     Raises:
-        ValueError: a packed row with a sliding window, or with dropout that the implementation does not have.
+        ValueError: a packed row with a sliding window.
     """
     if cu_seq_lens_q is not None:
         layout = _tower_layout(cu_seq_lens_q)
@@ -174,13 +163,9 @@ def _attend(
         raise ValueError(
             f"packed rows cannot be attended with a sliding window (here {sliding_window} tokens)"
         )
-    if dropout and name in WITHOUT_DROPOUT:
-        raise ValueError(
-            f"{name} attention has no dropout; use model.attention = sdpa or flash_attention_2"
-        )
     causal = bool(module.is_causal if is_causal is None else is_causal)
     query, key, value = _one_dtype(query, key, value)
-    out = IMPLEMENTATIONS[name](query, key, value, layout, causal, scaling, dropout)
+    out = IMPLEMENTATIONS[name](query, key, value, layout, AttentionArgs(causal, scaling, dropout))
     # The same memory, but no view to autograd: code compiled after this would else be bound to the sizes of the padded
     # batch under it, and be compiled again for another layout.
     return torch.ops.aten._unsafe_view(out, out.shape), None

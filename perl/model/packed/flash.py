@@ -14,21 +14,15 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from perl.model.packed.gather import gather_rows
-from perl.model.packed.layout import PackedLayout
+from perl.model.packed.layout import AttentionArgs, PackedLayout
 
 
 def flash_attention_2(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: PackedLayout,
-    causal: bool,
-    scale: float | None,
-    dropout: float,
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, how: AttentionArgs
+) -> Tensor:
     """`flash_attn_varlen_func` of flash-attn 2.1 or newer, the first to align to the last query and key. On CUDA, in
     bfloat16 or float16."""
     out = _flash_attn_kernel()(
@@ -37,22 +31,16 @@ def flash_attention_2(
         cu_seqlens_k=layout.cu_seqlens_k,
         max_seqlen_q=layout.max_seqlen_q,
         max_seqlen_k=layout.max_seqlen_k,
-        dropout_p=dropout,
-        softmax_scale=scale,
-        causal=causal,
+        dropout_p=how.dropout,
+        softmax_scale=how.scale,
+        causal=how.causal,
     )
     return out[None]
 
 
 def varlen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: PackedLayout,
-    causal: bool,
-    scale: float | None,
-    dropout: float,
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, how: AttentionArgs
+) -> Tensor:
     """`torch.nn.attention.varlen.varlen_attn`, which has no dropout. On CUDA, in bfloat16 or float16.
 
     It aligns to the last query and key as flash-attn does: the window (-1, 0) becomes `is_causal`, `mha_varlen_fwd` in
@@ -78,8 +66,8 @@ def varlen(
         cu_seq_k=layout.cu_seqlens_k,
         max_q=layout.max_seqlen_q,
         max_k=layout.max_seqlen_k,
-        scale=scale,
-        window_size=(-1, 0 if causal else -1),
+        scale=how.scale,
+        window_size=(-1, 0 if how.causal else -1),
         **options,
     )
     return out[None]
@@ -108,8 +96,8 @@ def _flash_attn_kernel() -> Callable[..., Any]:
 
 
 def _rows(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout
+) -> tuple[Tensor, Tensor, Tensor]:
     """[1, h, T, d] -> queries [T, h, d], keys and values [K, h, d]"""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if layout.shared:

@@ -11,37 +11,32 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from perl.model.packed.layout import PackedLayout
+from perl.model.packed.layout import AttentionArgs, PackedLayout
 
 BLOCK = 128
 """Rows and columns of a block, of which the kernel skips those that nobody sees; PyTorch's default."""
 
 
 def flex(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: PackedLayout,
-    causal: bool,
-    scale: float | None,
-    dropout: float,
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, how: AttentionArgs
+) -> Tensor:
     """FlexAttention, compiled on CUDA; elsewhere, where it has no gradients, the same mask is made dense for SDPA. It has
     no dropout."""
-    mask = layout.once(causal_mask if causal else full_mask)
+    mask = layout.once(block_mask, how.causal)
     tokens = query.shape[2]
     q, k, v = (F.pad(x, (0, 0, 0, mask.seq_lengths[0] - tokens)) for x in (query, key, value))
     if query.is_cuda:
-        out = run_compiled(_compiled(), q, k, v, mask, scale)
+        out = run_compiled(_compiled(), q, k, v, mask, how.scale)
     else:
         row = torch.arange(q.shape[2], device=q.device)
         dense = mask.mask_mod(row, row, row[:, None], row)
         grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=dense, scale=scale, enable_gqa=grouped
+            q, k, v, attn_mask=dense, scale=how.scale, enable_gqa=grouped
         )
     return out[:, :, :tokens].transpose(1, 2)
 
@@ -53,12 +48,12 @@ def _compiled() -> Any:
 
 def run_compiled(
     kernel: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     mask: BlockMask,
     scale: float | None,
-) -> torch.Tensor:
+) -> Tensor:
     """Call a compiled `flex_attention`, which is not compiled again for another number of tokens.
 
     Args:
@@ -74,17 +69,7 @@ def run_compiled(
         return kernel(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
 
 
-def causal_mask(layout: PackedLayout) -> BlockMask:
-    """The mask where a token sees its sequence up to itself."""
-    return _block_mask(layout, causal=True)
-
-
-def full_mask(layout: PackedLayout) -> BlockMask:
-    """The mask where a token sees its whole sequence."""
-    return _block_mask(layout, causal=False)
-
-
-def _block_mask(layout: PackedLayout, causal: bool) -> BlockMask:
+def block_mask(layout: PackedLayout, causal: bool) -> BlockMask:
     """[1, 1, n, n] for the T tokens and a sequence of padding, n a multiple of 128.
 
     At least two blocks: torch.compile makes a kernel of its own for sizes of one.
@@ -101,7 +86,7 @@ def _block_mask(layout: PackedLayout, causal: bool) -> BlockMask:
     # create_block_mask() would make the mask of all pairs of tokens; of spans, the overlaps with each block do.
     block = torch.arange(0, n, BLOCK, device=layout.device)
 
-    def overlap(start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+    def overlap(start: Tensor, end: Tensor) -> Tensor:
         """[n, blocks]"""
         first = torch.maximum(start[:, None], block)
         return (torch.minimum(end[:, None], block + BLOCK) - first).clamp(min=0)
@@ -116,7 +101,7 @@ def _block_mask(layout: PackedLayout, causal: bool) -> BlockMask:
     )
 
 
-def _spans(layout: PackedLayout, n: int, causal: bool) -> list[torch.Tensor]:
+def _spans(layout: PackedLayout, n: int, causal: bool) -> list[Tensor]:
     """Own start, own end, prefix start, prefix end of each of n tokens: int32 [n] on the CPU."""
     # Behind the row there is padding: one more sequence, without a prefix.
     starts = F.pad(layout.starts, (0, 1), value=layout.tokens)
@@ -133,7 +118,7 @@ def _spans(layout: PackedLayout, n: int, causal: bool) -> list[torch.Tensor]:
     return spans
 
 
-def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """bool [rows, columns] -> how many blocks a row has, int32 [1, 1, rows], and which, int32 [1, 1, rows, columns]"""
     order = blocks.int().argsort(dim=1, descending=True, stable=True)
     return blocks.sum(1).int()[None, None], order.int()[None, None]

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.nn import functional as F
 
 Made = TypeVar("Made")
+
+
+class AttentionArgs(NamedTuple):
+    """How a layer attends: softmax(scale q k^T) v, from which weights drop out."""
+
+    causal: bool = True
+    """Whether a token sees its own sequence only up to itself."""
+    scale: float | None = None
+    """None: 1 / sqrt(d)."""
+    dropout: float = 0.0
 
 
 class PackedLayout:
@@ -42,7 +52,7 @@ class PackedLayout:
         """Whether any sequence has a prefix."""
         self.cu_seqlens_q = cu_seqlens_q.int().to(device)
         """int32 [Q+1]"""
-        self._made: dict[Callable[[PackedLayout], Any], Any] = {}
+        self._made: dict[Any, Any] = {}
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: torch.Tensor) -> PackedLayout:
@@ -55,11 +65,11 @@ class PackedLayout:
         none = torch.zeros(len(starts) - 1, dtype=torch.int64)
         return cls(starts, none, none, cu_seqlens.device)
 
-    def once(self, make: Callable[[PackedLayout], Made]) -> Made:
-        """`make(self)`, made for the first layer that asks and kept for the others."""
-        if make not in self._made:
-            self._made[make] = make(self)
-        return self._made[make]
+    def once(self, make: Callable[..., Made], *args: Any) -> Made:
+        """`make(self, *args)`, made for the first layer that asks and kept for the others."""
+        if (make, args) not in self._made:
+            self._made[make, args] = make(self, *args)
+        return self._made[make, args]
 
     @cached_property
     def cu_seqlens_k(self) -> torch.Tensor:

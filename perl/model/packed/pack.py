@@ -8,7 +8,6 @@ sequence at a time. Each distinct image stands once in the batch however many se
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -44,8 +43,6 @@ def pack_row(segments: Sequence[Segment], shares: Sequence[Share] | None = None)
     """
     if shares is None:
         shares = [Share(i, tuple(range(len(s.completions)))) for i, s in enumerate(segments)]
-    if not shares:
-        raise ValueError("a packed row needs at least one segment")
     row = _Row()
     for share in shares:
         segment = segments[share.segment]
@@ -152,31 +149,19 @@ def _join(parts: Sequence[np.ndarray]) -> torch.Tensor:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class PackingReport:
-    """What packing and sharing saved; see `packing_report`."""
-
-    rows: int
-    tokens: int
-    """Tokens that go through the language model."""
-    images: int
-    """Distinct images that go through the vision tower."""
-    fill: float
-    """Tokens over rows x budget: 1 means no room is left."""
-    token_sharing: float
-    """Tokens if every completion had its own prompt, over `tokens`."""
-    image_sharing: float
-    """Images if every completion had its own, over the distinct ones; 1 without images."""
-
-
 def packing_report(
     batches: Sequence[PackedBatch], segments: Sequence[Segment], budget: int
-) -> PackingReport:
+) -> dict[str, float]:
     """How full the rows are and how much was shared.
 
     Args:
         batches: what `pack` made of `segments`.
         budget: most tokens of a row.
+
+    Returns:
+        `rows`; `tokens` that go through the language model and distinct `images` that go through the tower; `fill`,
+        tokens over rows x budget; `token_sharing` and `image_sharing`, how many times as many tokens and images there
+        would be if every completion had its own prompt.
     """
     repeated = sum(
         len(s.prompt.input_ids) * len(s.completions) + sum(map(len, s.completions))
@@ -185,11 +170,11 @@ def packing_report(
     shown = sum(len(s.prompt.images) * len(s.completions) for s in segments)
     distinct = len({image.key for b in batches for image in b.images})
     tokens = sum(b.num_tokens for b in batches)
-    return PackingReport(
-        rows=len(batches),
-        tokens=tokens,
-        images=distinct,
-        fill=tokens / (len(batches) * budget) if batches else 0.0,
-        token_sharing=repeated / tokens if tokens else 1.0,
-        image_sharing=shown / distinct if distinct else 1.0,
-    )
+    return {
+        "rows": len(batches),
+        "tokens": tokens,
+        "images": distinct,
+        "fill": tokens / (len(batches) * budget) if batches else 0.0,
+        "token_sharing": repeated / tokens if tokens else 1.0,
+        "image_sharing": shown / distinct if distinct else 1.0,
+    }

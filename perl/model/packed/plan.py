@@ -48,8 +48,6 @@ def plan(loads: Sequence[Load], budget: int, share: bool = True) -> list[Row]:
     Returns:
         Rows; in each the shares are ordered by segment.
     """
-    if budget < 1:
-        raise ValueError(f"budget must be at least 1 token, got {budget}")
     groups: defaultdict[int, list[int]] = defaultdict(list)
     for index, load in enumerate(loads):
         groups[load.group].append(index)

@@ -10,67 +10,54 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from perl.model.packed.gather import gather_rows
-from perl.model.packed.layout import PackedLayout
+from perl.model.packed.layout import AttentionArgs, PackedLayout
 
 
 def sdpa(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: PackedLayout,
-    causal: bool,
-    scale: float | None,
-    dropout: float,
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, how: AttentionArgs
+) -> Tensor:
     """On every device, in every dtype."""
     sequences = len(layout.lengths)
     if not layout.shared and layout.tokens == sequences * layout.max_seqlen_q:
         # Sequences of one length are a batch already.
         q, k, v = (_as_batch(_rows(x), sequences, x.shape[1]) for x in (query, key, value))
-        out = _attend(q, k, v, None, causal, scale, dropout)
+        out = _attend(q, k, v, None, how)
         return out.transpose(1, 2).reshape(1, layout.tokens, *query.shape[1::2])
     batches = layout.once(_batches)
     q, k, v = (_rows(x) for x in (query, key, value))
     outputs = []
     for batch in batches.parts:
-        mask = batch.causal if causal else batch.full
+        mask = batch.causal if how.causal else batch.full
         # Only keys may repeat in a way that gradients have to be summed: a query's padding is never gathered.
         out = _attend(
             _as_batch(q.index_select(0, batch.queries), batch.sequences, query.shape[1]),
             _as_batch(gather_rows(k, batch.keys), batch.sequences, key.shape[1]),
             _as_batch(gather_rows(v, batch.keys), batch.sequences, key.shape[1]),
             mask,
-            mask is None,
-            scale,
-            dropout,
+            how._replace(causal=mask is None),
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1).flatten(1))
     out = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     return out.index_select(0, batches.slots).view(1, layout.tokens, *query.shape[1::2])
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def _rows(x: Tensor) -> Tensor:
     """[1, h, T, d] -> [T, h d]"""
     return x[0].transpose(0, 1).flatten(1)
 
 
-def _as_batch(rows: torch.Tensor, sequences: int, heads: int) -> torch.Tensor:
+def _as_batch(rows: Tensor, sequences: int, heads: int) -> Tensor:
     """[sequences longest, h d] -> [sequences, h, longest, d]"""
     return rows.unflatten(1, (heads, -1)).unflatten(0, (sequences, -1)).transpose(1, 2)
 
 
 def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    causal: bool,
-    scale: float | None,
-    dropout: float,
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: AttentionArgs
+) -> Tensor:
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and query.is_cuda and (mask is not None or query.dtype == torch.float32):
         # Of CUDA's kernels only flash takes fewer key heads, and it takes neither masks nor float32; SDPA would
@@ -81,9 +68,9 @@ def _attend(
         key,
         value,
         attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=causal,
-        scale=scale,
+        dropout_p=how.dropout,
+        is_causal=how.causal,
+        scale=how.scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
 
@@ -94,20 +81,20 @@ class _Batch:
     query of a token sees them, and what their own queries give is not gathered."""
 
     sequences: int
-    queries: torch.Tensor
+    queries: Tensor
     """int64 [sequences L]: the token at each place, L the longest sequence."""
-    keys: torch.Tensor
+    keys: Tensor
     """int64 [sequences K]: the token at each place, those of the prefix first."""
-    causal: torch.Tensor | None
+    causal: Tensor | None
     """bool [sequences, 1, L, K]: which keys a query sees; None: those up to itself."""
-    full: torch.Tensor
+    full: Tensor
     """The same, [sequences, 1, 1, K], where a query sees its whole sequence."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Batches:
     parts: list[_Batch]
-    slots: torch.Tensor
+    slots: Tensor
     """int64 [T]: the place of each token among those of all parts."""
 
 
@@ -157,7 +144,7 @@ def _alike(layout: PackedLayout) -> list[list[int]]:
     return groups
 
 
-def _spread(start: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _spread(start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
     """[n] spans -> the tokens [n, longest] of each, its last one repeated to the end, and which are its own."""
     column = torch.arange(int(length.max()))
     source = start[:, None] + torch.minimum(column, length[:, None] - 1)
