@@ -18,18 +18,6 @@ from perl_kernels import (
     linear_grpo_loss,
     linear_token_logprobs,
 )
-from perl_kernels.dispatch import available_backends
-
-__all__ = [
-    "SUPERVISED",
-    "HeadLoss",
-    "LossOutput",
-    "PolicyLoss",
-    "available_backends",
-    "make_policy_loss",
-    "needs_reference",
-    "step_normalizer",
-]
 
 SUPERVISED = PolicyLoss(surrogate="reinforce", aggregation="token-mean")
 """With advantage 1 this is cross entropy."""

@@ -50,16 +50,20 @@ def compile_layers(language_model: nn.Module, backend: Any = "inductor") -> None
         language_model: with `layers`.
         backend: of torch.compile.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     layers: Any = language_model.layers
     forward = type(layers[0]).forward
-    run = _run
-    if _checkpoints_in_forward():
-        # torch.compile skips a function that checkpoints code with a graph break: the checkpoint goes around it.
-        forward, run = forward.__wrapped__, _run_checkpointed
+    # Older transformers checkpoint in `__call__` instead, around the `forward` that is compiled.
+    inside = "__call__" not in vars(GradientCheckpointingLayer)
     logger.info("compiling decoder layers: the first steps take longer")
-    compiled = torch.compile(forward, dynamic=True, backend=backend)
+    compiled = torch.compile(
+        forward.__wrapped__ if inside else forward, dynamic=True, backend=backend
+    )
+    # torch.compile skips a function that checkpoints code with a graph break: the checkpoint goes around it.
+    run = partial(_run_checkpointed, compiled) if inside else compiled
     for layer in layers:
-        layer.forward = partial(run, compiled, layer)
+        layer.forward = partial(run, layer)
 
 
 @contextmanager
@@ -67,18 +71,6 @@ def uncompiled() -> Iterator[None]:
     """Run what is compiled as it is written: generation grows its cache token by token, which would compile anew."""
     with torch.compiler.set_stance("force_eager"):
         yield
-
-
-def _checkpoints_in_forward() -> bool:
-    """Whether a layer checkpoints in its `forward`, which wraps the one that is written, or in `__call__`, as older
-    transformers do."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return "__call__" not in vars(GradientCheckpointingLayer)
-
-
-def _run(compiled: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
-    return compiled(layer, *args, **kwargs)
 
 
 def _run_checkpointed(compiled: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:

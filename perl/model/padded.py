@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,20 +39,6 @@ class PaddedBatch(PackedBatch):
         return len(self.prompts) * int(self.cu_seqlens_q.diff().max())
 
 
-class _Tower:
-    """What a Policy's `vision` says where images are encoded anew with each row."""
-
-    trained = False
-    """No features are handed around; the tower's own gradients come with the backward of each micro-batch."""
-
-    def __init__(self) -> None:
-        self.images_encoded = 0
-        self.weights: list[nn.Parameter] = []
-
-    def clear_cache(self) -> None:
-        """Nothing is kept."""
-
-
 class PaddedPolicy(Policy):
     """A vision-language model of any kind with the surface of `Policy`.
 
@@ -64,7 +51,11 @@ class PaddedPolicy(Policy):
     def __init__(self, model: nn.Module, processor: PaddedProcessor) -> None:
         nn.Module.__init__(self)
         self.model, self.processor, self.compiled = model, processor, False
-        self.vision = cast(Any, _Tower())
+        # Images are encoded anew with each row: no features are kept or handed around, and the tower's own gradients
+        # come with the backward of each micro-batch.
+        self.vision: Any = SimpleNamespace(
+            images_encoded=0, trained=False, weights=[], clear_cache=lambda: None
+        )
 
     @property
     def core(self) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
@@ -24,6 +25,9 @@ from perl.types import (
     Variant,
 )
 
+_CACHE_BYTES = 2**29
+"""How much of processed images is kept, by content."""
+
 
 class Processor:
     """A tokenizer with its chat template and an image processor, and a cache of processed images.
@@ -33,7 +37,6 @@ class Processor:
         image_processor: of the family.
         family: how images become pixels, tokens and positions.
         min_pixels, max_pixels: images outside this range are resized, keeping their aspect.
-        cache_bytes: how much of processed images is kept, by content.
     """
 
     def __init__(
@@ -43,7 +46,6 @@ class Processor:
         family: Family,
         min_pixels: int,
         max_pixels: int,
-        cache_bytes: int = 2**29,
     ) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -53,7 +55,7 @@ class Processor:
         self.eos_token_id = int(tokenizer.eos_token_id)
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self._cache: OrderedDict[str, EncodedImage] = OrderedDict()
-        self._cache_bytes, self._cached_bytes = cache_bytes, 0
+        self._cached_bytes = 0
 
     def encode_image(self, image: Image.Image) -> EncodedImage:
         """Pixels of one picture; the same content is processed once."""
@@ -67,7 +69,7 @@ class Processor:
         )
         self._cache[key] = encoded
         self._cached_bytes += encoded.pixel_values.nbytes
-        while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
+        while self._cached_bytes > _CACHE_BYTES and len(self._cache) > 1:
             _, oldest = self._cache.popitem(last=False)
             self._cached_bytes -= oldest.pixel_values.nbytes
         return encoded
@@ -201,11 +203,8 @@ def check_slots(messages: Sequence[Message], images: Sequence[Image.Image], wher
 
 def parts(content: str) -> list[dict[str, str]]:
     """`"A <image> B"` as the parts that chat templates take."""
-    texts = content.split(IMAGE_SLOT)
-    out: list[dict[str, str]] = []
-    for index, text in enumerate(texts):
-        if text:
-            out.append({"type": "text", "text": text})
-        if index < len(texts) - 1:
-            out.append({"type": "image"})
-    return out
+    return [
+        {"type": "image"} if part == IMAGE_SLOT else {"type": "text", "text": part}
+        for part in re.split(f"({IMAGE_SLOT})", content)
+        if part
+    ]

@@ -25,8 +25,8 @@ def examine() -> bool:
 
     import torch
 
-    from perl.model.head import available_backends
     from perl.model.packed.attention import choose
+    from perl_kernels.dispatch import available_backends
 
     system = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     print(f"python       {platform.python_version()} on {system}")
