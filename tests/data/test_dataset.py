@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from perl.config import DataConfig
-from perl.data.dataset import RowDataset, load_examples, validate
+from perl.data.dataset import load_examples, validate
 from perl.data.tasks import BundledTasks
 from perl.permutation import orders
 from perl.types import Example, Message, UserError
@@ -60,28 +60,16 @@ def reds(example: Example) -> list[int]:
 
 
 def test_perls_own_columns(tmp_path: Path) -> None:
-    row = perl_row(
-        kind="blocks:1,2",
-        should_change="true",
-        demonstration="...",
-        task="t",
-        id=7,
-        level=3,
-        note=None,
-    )
-    example = load_row(tmp_path, row)
+    columns = {"kind": "blocks:1,2", "should_change": "true", "demonstration": "...", "task": "t"}
+    example = load_row(tmp_path, perl_row(**columns, id=7, level=3, note=None))
     assert reds(example) == [0, 1]
     assert all(image.mode == "RGB" for image in example.images)
     assert (example.id, example.answer, example.kind) == ("7", "B", "blocks:1,2")
     assert (example.should_change, example.demonstration, example.task) == (True, "...", "t")
     assert example.extra == {"level": 3, "note": None}
     plain = load_row(tmp_path, perl_row())
-    assert (plain.id, plain.kind, plain.should_change, plain.demonstration) == (
-        "row-000000",
-        "all",
-        True,
-        None,
-    )
+    assert (plain.id, plain.kind) == ("row-000000", "all")
+    assert (plain.should_change, plain.demonstration) == (True, None)
 
 
 def test_chats_with_parts_are_slots(tmp_path: Path) -> None:
@@ -184,19 +172,10 @@ def test_every_file_type(tmp_path: Path, name: str) -> None:
 
 
 def test_parquet_and_saved_folders_with_embedded_images(tmp_path: Path) -> None:
-    features = datasets.Features(
-        {
-            "images": datasets.List(datasets.Image()),
-            "question": datasets.Value("string"),
-            "answer": datasets.Value("string"),
-        }
-    )
-    rows = {
-        "images": [[Image.new("RGB", (4, 4), (5, 0, 0)), Image.new("RGB", (4, 4), (6, 0, 0))]],
-        "question": ["<image> <image>"],
-        "answer": ["A"],
-    }
-    table = datasets.Dataset.from_dict(rows, features=features)
+    images = [Image.new("RGB", (4, 4), (red, 0, 0)) for red in (5, 6)]
+    row = {"images": images, "question": "<image> <image>", "answer": "A"}
+    table = datasets.Dataset.from_list([row])
+    table = table.cast_column("images", datasets.List(datasets.Image()))
     table.to_parquet(tmp_path / "embedded.parquet")
     table.save_to_disk(str(tmp_path / "saved"))
     splits: Any = {"train": table, "validation": table}
@@ -267,13 +246,6 @@ def test_a_limit_is_a_seeded_sample(tmp_path: Path) -> None:
     assert ids(0, 50) == ids(0, None) == list(range(20))
 
 
-def test_rows_are_decoded_one_at_a_time(tmp_path: Path) -> None:
-    data = load_examples(
-        write_rows(tmp_path, [perl_row(), perl_row(images=["0.png", "gone.png"])]), AUTO, "train", 0
-    )
-    assert isinstance(data, RowDataset) and data[0].images[0].size == (6, 4)
-
-
 def bad_image_files(folder: Path) -> None:
     (folder / "text.png").write_text("no picture")
     (folder / "cut.png").write_bytes(encoded((1, 0, 0), size=(64, 64))[:80])
@@ -308,6 +280,7 @@ def test_bad_images(tmp_path: Path, image: Any, match: str) -> None:
     bad_image_files(tmp_path)
     rows = [perl_row(), perl_row(images=["0.png", image])]
     data = load_examples(write_rows(tmp_path, rows), AUTO, "train", 0)
+    assert data[0].images[0].size == (6, 4)  # Rows are decoded one at a time.
     whole = rf"data\.jsonl line 2, image 2: .*{match}"
     with pytest.raises(UserError, match=whole) as caught:
         data[1]
@@ -382,9 +355,7 @@ def test_missing_columns_are_named_at_once(tmp_path: Path) -> None:
     match = r"line 1: columns query, pic fit no known convention \(easyr1: problem, answer, images"
     with pytest.raises(UserError, match=match):
         load_examples(source, AUTO, "train", 0)
-    match = (
-        "no column prompt and no reward_model; data.columns=verl wants .*, found images, question"
-    )
+    match = "no column prompt and no reward_model; data.columns=verl wants .*, found images, quest"
     with pytest.raises(UserError, match=match):
         load_row(tmp_path, perl_row(), DataConfig(columns="verl"))
     row = {"prompt": "<image>", "images": ["0.png"], "reward_model": {"style": "rule"}}
@@ -425,22 +396,25 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes, match: str) -> Non
         load_examples(str(tmp_path / name), AUTO, "train", 0)
 
 
-@pytest.mark.parametrize("source", ["no/such.jsonl", "./nothing", "/nothing", "a/b/c", "x.parquet"])
-def test_missing_files_are_not_looked_for_on_the_hub(source: str) -> None:
-    with pytest.raises(UserError, match=f"there is no data file or folder {source}"):
-        load_examples(source, AUTO, "train", 0)
+# A missing file is not looked for on the hub.
+MISSING = ("no/such.jsonl", "./nothing", "/nothing", "a/b/c", "x.parquet")
 
 
-def test_a_folder_without_data(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot read the data set"):
-        load_examples(str(tmp_path), AUTO, "train", 0)
-
-
-def test_bad_arguments() -> None:
-    with pytest.raises(UserError, match=r"data\.eval is empty; name a data set"):
-        load_examples("", AUTO, "test", 0)
-    with pytest.raises(UserError, match="unknown picture collection 'letters'"):
-        load_examples("bundled:letters", AUTO, "test", 0)
+@pytest.mark.parametrize(
+    ("source", "match"),
+    [
+        *((source, f"there is no data file or folder {source}") for source in MISSING),
+        (".", "cannot read the data set"),
+        ("", r"data\.eval is empty; name a data set"),
+        ("bundled:letters", "unknown picture collection 'letters'"),
+    ],
+)
+def test_bad_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, match: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=match):
+        load_examples(source, AUTO, "test", 0)
 
 
 def test_bundled_examples_are_endless_or_limited() -> None:

@@ -46,8 +46,8 @@ def rewrite(data: Path, output: Path, indices: Sequence[int]) -> list[dict[str, 
     return rows_of(output)
 
 
-def write(folder: Path, *images: list[Any], **columns: Any) -> Path:
-    rows = [{"question": QUESTION, "images": each, "answer": "A", **columns} for each in images]
+def write(folder: Path, *images: list[Any]) -> Path:
+    rows = [{"question": QUESTION, "images": each, "answer": "A"} for each in images]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / "rows.jsonl"
 
@@ -76,16 +76,20 @@ def test_files_are_linked_once_and_keep_their_form(
     assert rewrite(data, elsewhere / "new.jsonl", [0, 1, 2, 2]) == rows
 
 
+def refuse_links(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(*paths: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("os.link", refuse)
+
+
 @pytest.mark.parametrize("number", [errno.EXDEV, errno.EPERM, errno.EMLINK])
 def test_where_links_are_refused_files_are_copied(
     number: int, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*paths: Any) -> None:
-        raise OSError(number, os.strerror(number))
-
     folder, elsewhere = folders
     data = write(folder, ["a/one.JPG", "two.png"])
-    monkeypatch.setattr("os.link", refuse)
+    refuse_links(monkeypatch, number)
     for _ in range(2):
         (row,) = rewrite(data, elsewhere / "new.jsonl", [0])
     copy = elsewhere / row["images"][0]
@@ -103,11 +107,7 @@ def test_a_link_left_by_a_kill_does_not_harm_the_source(
     (name, _) = rewrite(data, elsewhere / "new.jsonl", [0])[0]["images"]
     path = elsewhere / name
     path.rename(path.with_name(f".{path.name}.tmp"))
-
-    def refuse(*paths: Any) -> None:
-        raise OSError(errno.EPERM, "no links")
-
-    monkeypatch.setattr("os.link", refuse)
+    refuse_links(monkeypatch, errno.EPERM)
     rewrite(data, elsewhere / "new.jsonl", [0])
     assert (folder / "a" / "one.JPG").read_bytes() == content == path.read_bytes()
     assert not path.with_name(f".{path.name}.tmp").exists()
@@ -142,14 +142,8 @@ def test_embedded_images(form: str, suffix: str | None, tmp_path: Path) -> None:
     from datasets import Dataset
 
     content = [encoded((40 * k, 30, 0), form) for k in range(4)]
-    rows = [
-        {
-            "question": QUESTION,
-            "answer": "A",
-            "images": [{"bytes": c} for c in content[2 * k :][:2]],
-        }
-        for k in range(2)
-    ]
+    images = [[{"bytes": c} for c in pair] for pair in (content[:2], content[2:])]
+    rows = [{"question": QUESTION, "answer": "A", "images": pair} for pair in images]
     Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     written = rewrite(tmp_path / "rows.parquet", tmp_path / "new.jsonl", [1])
     files = [tmp_path / name for name in written[0]["images"]]

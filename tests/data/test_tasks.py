@@ -121,13 +121,11 @@ def test_the_documented_form() -> None:
 def test_tasks_take_turns_and_say_what_may_move(made: list[Example]) -> None:
     assert [example.task for example in made[:7]] == [*ALL, ALL[0]]
     by_task = {task: [e for e in made if e.task == task] for task in ALL}
-    assert {e.should_change for e in by_task["count"] + by_task["same"] + by_task["single"]} == {
-        False
-    }
+    fixed = by_task["count"] + by_task["same"] + by_task["single"]
+    assert not any(e.should_change for e in fixed)
     assert {e.kind for e in by_task["single"]} == {"none"}
-    assert {len(e.images) for e in by_task["single"]} == {1}
-    assert {len(e.images) for e in by_task["odd"]} == {3, 4, 5, 6}
-    assert {len(e.images) for e in by_task["which"]} == {2, 3, 4, 5, 6}
+    for task, counts in (("single", {1}), ("odd", {3, 4, 5, 6}), ("which", {2, 3, 4, 5, 6})):
+        assert {len(e.images) for e in by_task[task]} == counts
     for example in by_task["same"]:
         n = len(example.images)
         assert num_orders(example) == 2 * math.factorial(n - 2)
@@ -187,10 +185,8 @@ def test_noise_replaces_the_final_answer_by_a_wrong_one(made: list[Example]) -> 
         noisy = with_noise(example, 1.0, rng)
         answer = extract_answer(noisy)
         assert answer != example.answer and answer in example.extra["choices"]
-        assert (
-            noisy.rpartition("\\boxed{")[0]
-            == (example.demonstration or "").rpartition("\\boxed{")[0]
-        )
+        steps, *_ = (example.demonstration or "").rpartition("\\boxed{")
+        assert noisy.rpartition("\\boxed{")[0] == steps
     share = sum(with_noise(e, 0.4, rng) != e.demonstration for e in made) / len(made)
     assert 0.33 < share < 0.47
 
@@ -224,13 +220,10 @@ def test_a_folder_is_a_collection(tmp_path: Path) -> None:
     assert [len(keys) for keys in pets.keys["test"]] == [2, 1, 1]
     assert [len(keys) for keys in pets.keys["train"]] == [8, 1, 4]
     assert {"cat", "dog", "red_fox"} <= set(vocabulary(source))
-    tasks = bundled(source, tasks=ALL, max_images=6)
-    for i in range(60):
-        example = tasks[i]
+    tasks, words = bundled(source, tasks=ALL, max_images=6), set(vocabulary(source))
+    for example in map(tasks.__getitem__, range(60)):
         assert example.id.startswith("pets-train-")
-        assert set(f"{example.question} {example.demonstration}".split(" ")) <= set(
-            vocabulary(source)
-        )
+        assert words.issuperset(f"{example.question} {example.demonstration}".split(" "))
 
 
 @pytest.mark.parametrize(
