@@ -5,7 +5,7 @@ A run that was stopped, damaged or never measured still gives a page; the page s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from perl.files import replacing
@@ -65,6 +65,7 @@ def write_report(run_dir: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {"percent": percent, "duration": duration}
     page = environment.get_template("report.html.j2").render(
         title=run_dir.resolve().name,
         facts=_facts(top, runs, several=bool(seeds)),
@@ -75,12 +76,12 @@ def write_report(run_dir: Path) -> Path:
         tasks=_task_table(runs),
         pictures=[(p, data_uri(p.path.read_bytes(), "image/png")) for p in pictures],
         several=len(runs) > 1,
-        times=_time_table(seconds),
+        seconds=seconds,
         groups=groups,
         shown=shown,
         total=total,
         config=_config_text([run_dir, runs[0].folder]),
-        versions=_versions(top, runs),
+        versions=top.summary.get("versions") or runs[0].summary.get("versions"),
     )
     path = run_dir / "report.html"
     with replacing(path) as draft:
@@ -204,12 +205,6 @@ def _task_table(runs: Sequence[RunLog]) -> list[tuple[str, list[str]]]:
     ]
 
 
-def _time_table(seconds: Mapping[str, float]) -> list[tuple[str, str, str]]:
-    total = sum(seconds.values())
-    rows = [(s.replace("_", " "), duration(v), percent(v / total)) for s, v in seconds.items()]
-    return [*rows, ("all", duration(total), percent(1.0))] if rows else []
-
-
 def _config_text(folders: Sequence[Path]) -> str:
     for folder in folders:
         try:
@@ -217,8 +212,3 @@ def _config_text(folders: Sequence[Path]) -> str:
         except OSError:
             continue
     return ""
-
-
-def _versions(top: RunLog, runs: Sequence[RunLog]) -> list[tuple[str, str]]:
-    versions = top.summary.get("versions") or runs[0].summary.get("versions")
-    return [(k, str(v)) for k, v in versions.items()] if isinstance(versions, dict) else []
