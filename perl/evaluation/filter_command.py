@@ -180,23 +180,22 @@ def _print_selection(
     accuracies: Sequence[float], chosen: Sequence[int], histogram: Sequence[float], why_few: bool
 ) -> None:
     """Shares before and after; and what keeps the selection small where it is less than half of what was measured."""
-    from perl.data.resample import scarce_level, shares_of
+    from perl.data.resample import LEVELS, scarce_level, shares_of
     from perl.report.metrics import mean
 
-    count = len(histogram)
     kept = [accuracies[k] for k in chosen]
     before, after = shares_of(accuracies), shares_of(kept)
     measured = sum(not math.isnan(a) for a in accuracies)
     rows = [["accuracy", "before", "after", "target"]]
     for level, shares in enumerate(zip(before, after, histogram, strict=True)):
-        rows.append([f"{level / (count - 1):.1f}", *(f"{100 * share:.1f} %" for share in shares)])
+        rows.append([f"{level / (LEVELS - 1):.1f}", *(f"{100 * share:.1f} %" for share in shares)])
     rows.append(["questions", str(measured), str(len(chosen)), ""])
     rows.append(["mean", f"{mean(accuracies):.3f}", f"{mean(kept):.3f}", ""])
-    print_table(rows, rules=(count + 1,))
+    print_table(rows, rules=(LEVELS + 1,))
     if why_few and 2 * len(chosen) < measured:
         level = scarce_level(accuracies, histogram, chosen)
         print(
-            f"kept {len(chosen)} of {measured}: of accuracy {level / (count - 1):.1f} there are only "
+            f"kept {len(chosen)} of {measured}: of accuracy {level / (LEVELS - 1):.1f} there are only "
             f"{100 * before[level]:.1f} %, and {100 * histogram[level]:.1f} % are "
             "wanted; --size and --repeat keep more"
         )

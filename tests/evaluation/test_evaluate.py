@@ -63,11 +63,14 @@ def test_pictures_with_the_same_bytes_and_other_palettes_are_two(
     assert encode(one).key != encode(other).key
 
 
-def test_long_prompts_of_a_run_are_an_error_or_left_out(
+def test_what_a_run_was_set_to_holds_when_its_model_is_asked(
     short_recipe: Path, capsys: pytest.CaptureFixture[str], error_of: Callable[..., str]
 ) -> None:
     folder = short_recipe.parent / "run"
-    assert run("train", short_recipe, "--train.steps", "0") == 0
+    assert run("train", short_recipe, "--train.steps", "0", "--rollout.max-new-tokens", "1") == 0
+    capsys.readouterr()
+    assert run("generate", folder, "--prompt", "three", "--n", "8") == 0
+    assert "[cut at 1 tokens]" in capsys.readouterr().out
     words = ("evaluate", folder, "--eval.examples", "2", "--max-prompt-tokens")
     assert "raise it with --max-prompt-tokens, or leave" in error_of(*words, "5")
     assert "every held-out example has a prompt over" in error_of(*words, "5", "--overlong", "drop")
@@ -80,16 +83,6 @@ def test_long_prompts_of_a_run_are_an_error_or_left_out(
     said = capsys.readouterr()
     assert "1 examples are left out" in said.out
     assert "evaluate: 2 examples" in said.err and "steps" not in said.err
-
-
-def test_generate_writes_as_long_as_the_run_did(
-    short_recipe: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = short_recipe.parent / "run"
-    assert run("train", short_recipe, "--train.steps", "0", "--rollout.max-new-tokens", "1") == 0
-    capsys.readouterr()
-    assert run("generate", folder, "--prompt", "three", "--n", "8") == 0
-    assert "[cut at 1 tokens]" in capsys.readouterr().out
 
 
 def test_names_that_are_no_folder(

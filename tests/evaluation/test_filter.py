@@ -177,36 +177,31 @@ def test_other_settings_are_refused(
     assert len(kept) == 9 and len({row["id"] for row in kept}) == 9 > len({r["own"] for r in kept})
 
 
-@pytest.fixture
-def long_data(data: Path) -> Path:
+def test_a_higher_limit_measures_what_was_left_out(
+    data: Path, run: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
     """A question of the second chunk has a longer prompt than the others."""
     originals = read(data)
     originals[35]["question"] += " Which image shows three ?" * 20
     data.write_text("".join(json.dumps(row) + "\n" for row in originals))
-    return data
-
-
-def test_a_higher_limit_measures_what_was_left_out(
-    long_data: Path, run: Callable[..., Any], caplog: pytest.LogCaptureFixture, error_of: ErrorOf
-) -> None:
-    record = long_data.with_name("rows.accuracies.jsonl")
+    record = data.with_name("rows.accuracies.jsonl")
 
     def measured() -> list[tuple[str, float | None, int]]:
         return [(row["id"], row["accuracy"], row["rollouts"]) for row in read(record)]
 
-    assert run("--data", long_data) == 0
+    assert run("--data", data) == 0
     whole = measured()
-    short = ("--data", long_data, "--max-prompt-tokens", 60, "--overlong", "drop")
+    short = ("--data", data, "--max-prompt-tokens", 60, "--overlong", "drop")
     assert run(*short, "--overwrite") == 0
     left = record.read_bytes()
     assert measured()[35] == ("q35", None, 0) and measured()[:CHUNK] == whole[:CHUNK]
     assert run(*short) == 0 and record.read_bytes() == left and "again" not in caplog.text
-    assert run("--data", long_data, "--max-prompt-tokens", 400) == 0
+    assert run("--data", data, "--max-prompt-tokens", 400) == 0
     assert "1 questions were left out with max_prompt_tokens = 60; question 32" in caplog.text
     assert measured() == whole
     limits = [row["max_prompt_tokens"] for row in read(record)]
     assert limits == [60] * CHUNK + [400] * (ROWS - CHUNK)  # The first chunk was not done again.
-    assert run("--data", long_data) == 0 and measured() == whole
+    assert run("--data", data) == 0 and measured() == whole
 
 
 def command(*words: object) -> int | str | None:

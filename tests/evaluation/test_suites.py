@@ -74,11 +74,15 @@ def test_all_eight_in_one_go(
         assert warning in caplog.text
         assert values["interval"][0] <= values["accuracy"] <= values["interval"][1]
         assert 0 <= values["score"] <= 1 and values["too_long"] == 0
-    for name, moved in {"mantis_eval": 1, "blink": 1, "mmiu": 1, "mv_math": 1}.items():
-        assert numbers[name]["orders"]["items"] == moved
+    for name in ("mantis_eval", "blink", "mmiu", "mv_math"):
+        assert numbers[name]["orders"]["items"] == 1
         assert 0 <= numbers[name]["orders"]["consistency"] <= 1
         orders = [tuple(row["order"]) for row in rows(out / f"{name}.jsonl") if row["movable"]]
         assert len(set(orders)) == 2
+    found = [r for r in rows(out / "mv_math.jsonl") if r["id"] == "1"]
+    assert len(found) == 2 and found[0]["order"] == [0, 1, 2, 3] and found[0]["gold"] == "C"
+    for row in found:  # The answer follows its image.
+        assert row["order"]["ABCD".index(row["gold"])] == 2
     assert all(numbers[name]["orders"] is None for name in ("mathvista", "mathverse", "remi"))
     table = (out / "table.md").read_text()
     header = (
@@ -88,14 +92,6 @@ def test_all_eight_in_one_go(
     assert "| PeRL 7B † | 76.39 | 58.53 |" in table
     assert "† published, arXiv 2506.14907" in table and "† published" in said.out
     assert "blink: 14 items" in said.err and "steps" not in said.err
-
-
-def test_the_answer_follows_its_image_in_the_rows(evaluate: Evaluate, tmp_path: Path) -> None:
-    assert evaluate("--orders", "2", suite="mv_math") == 0
-    found = [r for r in rows(tmp_path / "out" / "mv_math.jsonl") if r["id"] == "1"]
-    assert len(found) == 2 and found[0]["order"] == [0, 1, 2, 3] and found[0]["gold"] == "C"
-    for row in found:
-        assert row["order"]["ABCD".index(row["gold"])] == 2
 
 
 def test_answers_are_kept_and_not_asked_for_again(
@@ -166,23 +162,18 @@ def test_what_is_missing_is_listed_before_a_model_is_loaded(
     (other / "mv_math" / "images" / "batch10_2.jpg").unlink()
     next((other / "mmiu").rglob("spot_the_diff_0_1.jpg")).unlink()
     shutil.rmtree(other / "remi")
-    words = (
-        "evaluate",
-        without_weights,
-        "--suite-root",
-        other,
-        "--output",
-        tmp_path / "out",
-        "--suite",
-    )
-    said = error_of(*words, "blink")
-    assert "lacks Counting/val-*.parquet, Jigsaw/val-*.parquet; get them from https://" in said
-    assert "lacks images/batch10_2.jpg; get" in error_of(*words, "mv_math")
-    assert "lacks Low-level-semantic/spot_the_diff/spot_the_diff_0_1.jpg" in error_of(
-        *words, "mmiu"
-    )
-    assert "remi lacks test.parquet" in error_of(*words, "remi")
+    words = ("evaluate", without_weights, "--suite-root", other, "--output", tmp_path / "out")
+    for suite, lacks in {
+        "blink": "lacks Counting/val-*.parquet, Jigsaw/val-*.parquet; get them from https://",
+        "mv_math": "lacks images/batch10_2.jpg; get",
+        "mmiu": "lacks Low-level-semantic/spot_the_diff/spot_the_diff_0_1.jpg",
+        "remi": "remi lacks test.parquet",
+    }.items():
+        assert lacks in error_of(*words, "--suite", suite)
     assert not (tmp_path / "out").exists()
+
+
+REMI = ("--suite", "remi", "--suite-root", "ROOT")
 
 
 @pytest.mark.parametrize(
@@ -195,23 +186,24 @@ def test_what_is_missing_is_listed_before_a_model_is_loaded(
         (["--orders", "2"], "--orders is for --suite"),
         (["--suite", "blink", "--orders", "0"], "--orders 0: must be greater than or equal to 1"),
         (["--suite", "blink", "--limit", "0"], "--limit 0: must be greater than or equal to 1"),
+        ([*REMI, "--output", "full"], "is not empty and holds no answers"),
+        ([*REMI, "--output", "full/x"], "is a file; with --suite it is a folder"),
     ],
 )
 def test_options_that_do_not_fit(
-    options: list[str], match: str, tiny_folder: Callable[[str], Path], error_of: ErrorOf
+    options: list[str],
+    match: str,
+    root: Path,
+    without_weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error_of: ErrorOf,
 ) -> None:
-    assert match in error_of("evaluate", tiny_folder("tiny-qwen2.5-vl"), *options)
-
-
-def test_folders_that_hold_something_else(
-    root: Path, tmp_path: Path, tiny_folder: Callable[[str], Path], error_of: ErrorOf
-) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "x").write_text("x")
-    words = ("evaluate", tiny_folder("tiny-qwen2.5-vl"), "--suite", "remi", "--suite-root", root)
-    assert "is not empty and holds no answers" in error_of(*words, "--output", tmp_path / "full")
-    file = tmp_path / "full" / "x"
-    assert "is a file; with --suite it is a folder" in error_of(*words, "--output", file)
+    monkeypatch.chdir(tmp_path)
+    Path("full").mkdir()
+    Path("full/x").write_text("x")
+    given = [str(root) if option == "ROOT" else option for option in options]
+    assert match in error_of("evaluate", without_weights, *given)
 
 
 def test_the_layout_is_printed_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
