@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, product
 
 from perl.permutation import original_answer
 from perl.rewards.answers import extract_answer, normalise
@@ -19,9 +19,7 @@ def chosen_picture(rollout: Rollout) -> str | None:
 
 
 def agreement(by_order: Sequence[Sequence[str | None]]) -> float:
-    """How often two completions from different orders choose the same picture.
-
-    The share of equal pairs among all pairs from two different orders; an answer that names nothing agrees with none.
+    """The share of equal pairs among all pairs of choices from two different orders; None equals none.
 
     Args:
         by_order: for each order the choices of its completions.
@@ -29,13 +27,9 @@ def agreement(by_order: Sequence[Sequence[str | None]]) -> float:
     Returns:
         0 to 1; NaN with fewer than two orders.
     """
-    equal = total = 0
-    for one, other in combinations(by_order, 2):
-        for a in one:
-            for b in other:
-                equal += a is not None and a == b
-                total += 1
-    return equal / total if total else math.nan
+    pairs = [pair for both in combinations(by_order, 2) for pair in product(*both)]
+    equal = sum(a is not None and a == b for a, b in pairs)
+    return equal / len(pairs) if pairs else math.nan
 
 
 def group_agreement(group: Group) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 import datasets
 from PIL import Image
 
+from perl.evaluation.suites import SUITES
 from perl.evaluation.suites.blink import TASKS
 
 RED, GREEN, BLUE, GREY = PICTURES = tuple(
@@ -70,10 +71,9 @@ def blink(folder: Path) -> None:
 
 
 def mmiu(folder: Path) -> None:
-    folders = ["2D-spatial", "3D-spatial", "Continuous-temporal", "Discrete-temporal"]
-    folders += ["High-level-obj-semantic", "High-level-sub-semantic", "Low-level-semantic"]
+    objects, low_level = "High-level-obj-semantic", "Low-level-semantic"
     rows = []
-    for task, name in (("forensic_detection_blink", folders[4]), ("spot_the_diff", folders[6])):
+    for task, name in (("forensic_detection_blink", objects), ("spot_the_diff", low_level)):
         paths = [f"./{name}/{task}/{task}_0_{k}.jpg" for k in range(2)]
         for path, picture in zip(paths, PICTURES, strict=False):
             # One archive unpacked in place, the other into a folder of its own name.
@@ -93,7 +93,7 @@ def mmiu(folder: Path) -> None:
                 "output": "B",
             }
         )
-    for name in folders:
+    for name in SUITES["mmiu"].folders:
         (folder / name).mkdir(parents=True, exist_ok=True)
     parquet(folder / "all.parquet", rows)
 

@@ -146,26 +146,20 @@ class Items:
         return len(self._where)
 
     def __getitem__(self, i: int) -> Example:
-        return self.suite.example(self._item(i, decode=True))
+        return self.suite.example(self.item(i, decode=True))
 
     def without_pixels(self, i: int) -> Example:
         """Example i, of whose pictures only the headers are read."""
-        return self.suite.example(self._item(i))
+        return self.suite.example(self.item(i))
 
     def missing_pictures(self) -> list[Path]:
         """Picture files that items need and that are not there."""
         if self.suite.picture_files is None:
             return []
-        needed = (p for i in range(len(self)) for p in self.suite.picture_files(self._item(i)))
+        needed = (p for i in range(len(self)) for p in self.suite.picture_files(self.item(i)))
         return [path for path in dict.fromkeys(needed) if not path.is_file()]
 
-    def check(self) -> None:
-        """Raise UserError for the first item that could be asked but not judged."""
-        if self.suite.check_item is not None:
-            for i in range(len(self)):
-                self.suite.check_item(self._item(i))
-
-    def _item(self, i: int, decode: bool = False) -> Item:
+    def item(self, i: int, decode: bool = False) -> Item:
         source, row = self._where[i]
         return Item(source.row(row), i, self.folder, source.place(row), self.think, decode)
 
@@ -185,7 +179,9 @@ def open_items(suite: Suite, root: Path, think: bool) -> Items:
         items = Items(suite, folder, think)
         missing = [str(path.relative_to(folder)) for path in items.missing_pictures()]
         if not missing:
-            items.check()
+            if suite.check_item is not None:
+                for i in range(len(items)):
+                    suite.check_item(items.item(i))
             return items
     shown = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if missing[20:] else "")
     raise UserError(
