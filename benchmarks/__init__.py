@@ -1,8 +1,8 @@
 """Measurements beside other implementations; README.md says what and how.
 
-`bench_*.py` are the cases: most give `contests(cuda, quick)`, which pytest runs (`conftest.py`) and `compare.py` lists; the
-last two are programs. `providers/` has who takes part, `harness/` what proves and times them, `train_step/` and `trainer/` what
-the two programs run, `report/` what is made of the figures; `run.py` does all of it.
+`cases/` says what is measured, `providers/` who takes part, `harness/` proves and times them: under pytest (`test_cases.py`,
+`conftest.py`), or in `compare.py` beside another revision. `bench_train_step.py` and `bench_trainer.py` are programs, of what
+`train_step/` and `trainer/` hold. `report/` is what is made of the figures; `run.py` does all of it.
 
-To add a case: another `Contest` in a `contests`. To add somebody's implementation: `providers/`.
+To add a case: `cases/`. To add somebody's implementation: `providers/`.
 """

@@ -16,7 +16,6 @@ Exit code: 1 if something is slower, takes more memory, is wrong or fails; 0 if 
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -34,6 +33,7 @@ from typing import Any
 import torch
 
 import perl
+from benchmarks.cases import NAMES, contests_of
 from benchmarks.harness.contest import Contest, Provider
 from benchmarks.harness.device import free_memory
 from benchmarks.harness.options import Parser, device_of, environment, exit_code, positive
@@ -202,17 +202,15 @@ class Worker:
         self.device = torch.device(device)
         self.cases: dict[Case, tuple[Contest, Provider] | str] = {}  # Or why a module is not.
         cuda = device == "cuda"
-        for file in sorted(ROOT.glob("benchmarks/bench_*.py")):
-            if "\ndef contests(" not in file.read_text(encoding="utf-8"):
-                continue
+        for name in NAMES:
             try:
-                contests = importlib.import_module(f"benchmarks.{file.stem}").contests(cuda, quick)
+                contests = contests_of(name, cuda, quick)
             except Exception as error:
-                self.cases[file.stem,] = str(error)
+                self.cases[name,] = str(error)
                 continue
             for c in contests:
                 ours = (provider for provider in c.providers if provider.ours)
-                self.cases |= {(file.stem, c.op, c.case, p.name): (c, p) for p in ours}
+                self.cases |= {(name, c.op, c.case, p.name): (c, p) for p in ours}
 
     def list(self) -> list[Case]:
         return list(self.cases)

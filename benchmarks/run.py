@@ -2,7 +2,7 @@
 
     python benchmarks/run.py --quick
 
-Microbenchmarks (`bench_*.py`, under pytest-benchmark), a training step three ways (`bench_train_step.py`), and a whole
+Microbenchmarks (`cases/`, under pytest-benchmark), a training step three ways (`bench_train_step.py`), and a whole
 optimizer step beside TRL's trainer (`bench_trainer.py`) run one after the other on the device that is there, and
 `results/<device>/<date>-<commit>.json`, `.md` and pictures are written. Nothing is fetched. A case that would start after its
 time is left out, and the table says so.

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness.contest import Work
+from benchmarks.harness.contest import Contest, Provider, Work
 from benchmarks.harness.proof import Proven, Results
 
 CLIP, KL = 0.2, 0.5
@@ -37,8 +37,7 @@ MODELS = tuple(_MODELS)
 
 @dataclass(frozen=True)
 class Head:
-    """N rows of H features before a vocabulary of V tokens, `itemsize` bytes an element; and the least that operations
-    on them cost."""
+    """N rows of H features before a vocabulary of V tokens, `itemsize` bytes an element."""
 
     model: str
     N: int
@@ -49,34 +48,6 @@ class Head:
     @property
     def case(self) -> str:
         return f"{self.model}, N = {self.N}"
-
-    def asdict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def loss(self, frozen: bool = False) -> Work:
-        """Forward and backward: a product of 2NHV for the logits, one for the gradient of the hidden states, one for
-        that of the head unless it is frozen. Hidden states and head are read once, gradients written once. The logits
-        need not be kept.
-        """
-        matrices = self.N * self.H + (0 if frozen else self.V * self.H)
-        read = self.N * self.H + self.V * self.H
-        return Work(
-            (4 if frozen else 6) * self.N * self.H * self.V, self.itemsize * (read + matrices)
-        )
-
-    def logprobs(self) -> Work:
-        """Forward alone."""
-        read = self.N * self.H + self.V * self.H
-        return Work(2 * self.N * self.H * self.V, self.itemsize * read + 8 * self.N)
-
-    def logits_loss(self) -> Work:
-        """Logits in, their gradient out: each is moved once. A row is larger than what a multiprocessor holds, so
-        real kernels read twice, unless a cache helps."""
-        return Work(0, 2 * self.itemsize * self.N * self.V)
-
-    def logits_logprobs(self) -> Work:
-        """Forward alone: the logits are read once."""
-        return Work(0, self.itemsize * self.N * self.V + 8 * self.N)
 
 
 def head(model: str, n: int, itemsize: int, fraction: int = 1) -> Head:
@@ -106,6 +77,16 @@ class HeadProblem(Proven):
     cu_seqlens: Tensor  # [S+1] int32, on the host, where a trainer knows it
     old: Tensor  # [N] float32
     ref: Tensor  # [N] float32
+
+    @staticmethod
+    def work(size: Head, frozen: bool = False) -> Work:
+        """Forward and backward: a product of 2NHV for the logits, one for the gradient of the hidden states, one for
+        that of the head unless it is frozen. Hidden states and head are read once, gradients written once. The logits
+        need not be kept.
+        """
+        hidden, weight = size.N * size.H, size.V * size.H
+        elements = 2 * (hidden + weight) - weight * frozen
+        return Work((4 if frozen else 6) * hidden * size.V, size.itemsize * elements)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -139,11 +120,11 @@ class HeadProblem(Proven):
 
     def gradients(self, loss: Tensor) -> Results:
         """What a training step needs of `loss`."""
+        inputs = {"grad hidden": self.hidden, "grad weight": self.weight}
         if self.frozen:
-            (hidden,) = torch.autograd.grad(loss, (self.hidden,))
-            return {"loss": loss.detach(), "grad hidden": hidden}
-        hidden, weight = torch.autograd.grad(loss, (self.hidden, self.weight))
-        return {"loss": loss.detach(), "grad hidden": hidden, "grad weight": weight}
+            del inputs["grad weight"]
+        found = torch.autograd.grad(loss, list(inputs.values()))
+        return {"loss": loss.detach(), **dict(zip(inputs, found, strict=True))}
 
     @torch.no_grad()
     def expected(self, dtype: torch.dtype) -> Results:
@@ -192,6 +173,12 @@ class CrossEntropyProblem(HeadProblem):
 class LogprobsProblem(HeadProblem):
     """The same, asked for log-probs and entropies alone, as of an older policy."""
 
+    @staticmethod
+    def work(size: Head, frozen: bool = False) -> Work:
+        """Forward alone."""
+        hidden, weight = size.N * size.H, size.V * size.H
+        return Work(2 * hidden * size.V, size.itemsize * (hidden + weight) + 8 * size.N)
+
     @torch.no_grad()
     def expected(self, dtype: torch.dtype) -> Results:
         hidden, weight = self.hidden.to(dtype), self.weight.to(dtype)
@@ -203,13 +190,16 @@ class LogprobsProblem(HeadProblem):
 class LogitsProblem(HeadProblem):
     """The same behind the product: `logits` [N, V] are the input, and the gradient is theirs."""
 
+    @staticmethod
+    def work(size: Head, frozen: bool = False) -> Work:
+        """Logits in, their gradient out: each is moved once. A row is larger than what a multiprocessor holds, so
+        real kernels read twice, unless a cache helps."""
+        return Work(0, 2 * size.itemsize * size.N * size.V)
+
     @cached_property
     def logits(self) -> Tensor:
         with torch.no_grad():
             return self.hidden @ self.weight.T
-
-    def gradients(self, loss: Tensor) -> Results:
-        raise TypeError("ask for the gradient of the logits that the provider was given")
 
     def _logprobs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         blocks = _blocks(self.hidden, self.weight)
@@ -231,6 +221,11 @@ class LogitsProblem(HeadProblem):
 @dataclass(frozen=True)
 class LogitsLogprobsProblem(LogitsProblem):
     """The same, asked for log-probs and entropies alone."""
+
+    @staticmethod
+    def work(size: Head, frozen: bool = False) -> Work:
+        """Forward alone: the logits are read once."""
+        return Work(0, size.itemsize * size.N * size.V + 8 * size.N)
 
     @torch.no_grad()
     def expected(self, dtype: torch.dtype) -> Results:
@@ -281,6 +276,27 @@ def make_problem(
         cu_seqlens=torch.arange(sequences + 1, dtype=torch.int32) * (head.N // sequences),
         old=other_policy(),
         ref=other_policy(),
+    )
+
+
+def head_contest(
+    op: str,
+    kind: type[HeadProblem],
+    size: Head,
+    providers: Sequence[Provider],
+    case: str = "",
+    axis: str = "",
+    **options: Any,
+) -> Contest:
+    """`options` are those of `make_problem`, and stand in the contest's shape."""
+    return Contest(
+        op,
+        case or size.case,
+        {**asdict(size), **options},
+        partial(make_problem, kind, size, **options),
+        providers,
+        kind.work(size, options.get("frozen", False)),
+        axis=axis,
     )
 
 

@@ -111,7 +111,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("packing or permutation or preprocessing", 5),
         # Of a series of sizes the ends that are small.
         ("growth and (N-64 or N-256 or V-2048 or H-32 or H-512)", 1),
-        ("bench_step and (step-2-images or step-4-images-2-orders-1-rollouts)", 1),
+        ("Training-step and (step-2-images or step-4-images-2-orders-1-rollouts)", 1),
     ],
 )
 def test_every_benchmark_proves_its_result(chosen: str, ops: int, tmp_path: Path) -> None:

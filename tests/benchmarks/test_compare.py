@@ -15,7 +15,7 @@ import torch
 from benchmarks.compare import judged
 
 ROOT = Path(__file__).parents[2]
-KEPT = {"bench_advantages.py", "bench_packing.py", "bench_permutation.py"}
+KEPT = ("advantages", "packing", "permutation")
 
 SLOWER = """
 _plan = plan
@@ -43,13 +43,15 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three commits: `broken`, whose packages cannot be imported; `older`, without `orders`; and what is there now."""
     root = tmp_path_factory.mktemp("compare") / "repository"
 
-    def left_out(folder: str, names: list[str]) -> set[str]:
-        return {"__pycache__"} | {n for n in names if n.startswith("bench_") and n not in KEPT}
-
     for folder in ("benchmarks", "kernels", "perl"):
-        shutil.copytree(ROOT / folder, root / folder, ignore=left_out)
-    advantages = root / "benchmarks/bench_advantages.py"
-    advantages.write_text(re.sub(r"(?m)^SIZES = .*", "SIZES = (4,)", advantages.read_text()))
+        shutil.copytree(ROOT / folder, root / folder, ignore=lambda *_: {"__pycache__"})
+    cases = root / "benchmarks/cases"
+    for name, setting in (("__init__", f"NAMES = {KEPT}"), ("advantages", "SIZES = (4,)")):
+        file = cases / f"{name}.py"
+        variable = setting.partition(" ")[0]
+        text, changed = re.subn(rf"(?ms)^{variable} = \(.*?\)$", setting, file.read_text())
+        assert changed == 1
+        file.write_text(text)
     (root / ".gitignore").write_text("__pycache__/\n")
     git(root, "init", "--quiet", "--initial-branch=main")
     permutation, package = root / "perl/permutation/permute.py", root / "perl/__init__.py"

@@ -8,7 +8,6 @@ from functools import partial
 import numpy as np
 import torch
 
-from benchmarks.conftest import TakeTurn
 from benchmarks.harness.contest import Contest, Inputs, Provider, Run
 from perl.model.packed.pack import pack_row
 from perl.model.packed.plan import Load, Row, Share, plan
@@ -115,7 +114,3 @@ def _segment(group: int, seed: int) -> Segment:
     encoded = EncodedPrompt(ids, positions, len(ids), images, IMAGE_TOKEN)
     completions = tuple(rng.integers(100, 1000, COMPLETION_TOKENS) for _ in range(2))
     return Segment(encoded, completions, (1.0, 1.0), group)
-
-
-def test_packing(race: TakeTurn) -> None:
-    race()

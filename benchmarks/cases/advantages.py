@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.conftest import TakeTurn
 from benchmarks.harness.contest import Contest, Provider, Run, Work
 from benchmarks.harness.proof import Proven, Results
 from benchmarks.providers.common import need_cuda
@@ -91,7 +90,3 @@ def _table(p: _Rewards) -> Run:
         return {"advantages": ((table - mean) / (std + EPS)).flatten()}
 
     return Run(call)
-
-
-def test_advantages(race: TakeTurn) -> None:
-    race()

@@ -7,7 +7,6 @@ from functools import partial
 import torch
 from PIL import Image
 
-from benchmarks.conftest import TakeTurn
 from benchmarks.harness.contest import Contest, Inputs, Provider, Run
 from perl.permutation import Order, orders, permute
 from perl.types import Example, Variant
@@ -76,7 +75,3 @@ def _example(count: int) -> Example:
         question="<image>" * count + "Put the images in order.",
         answer=", ".join(str(slot + 1) for slot in range(count)),
     )
-
-
-def test_permutation(race: TakeTurn) -> None:
-    race()

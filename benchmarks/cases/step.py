@@ -12,7 +12,6 @@ from functools import partial
 import torch
 
 from benchmarks.bench_train_step import parse
-from benchmarks.conftest import TakeTurn
 from benchmarks.harness.contest import Contest, Problem, Provider, Refused, Run
 from benchmarks.train_step.measure import Reference, fresh, make_trainee
 from benchmarks.train_step.variants import Step
@@ -80,7 +79,3 @@ def _run(variant: str, p: StepProblem) -> Run:
     step: Callable[[], Step] = partial(p.trainee.step, variant)
     clear = partial(p.trainee.model.zero_grad, set_to_none=True)
     return Run(step, clear, lambda found: (variant, found))
-
-
-def test_step(race: TakeTurn) -> None:
-    race()

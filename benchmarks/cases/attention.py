@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.conftest import TakeTurn
 from benchmarks.harness.contest import Contest, Provider, Run, Unavailable, Work
 from benchmarks.harness.proof import Proven, Results
 from perl.model.packed.attention import IMPLEMENTATIONS, choose
@@ -239,7 +238,3 @@ def _repeated(p: PackedRow) -> Run:
         return sums
 
     return Run(lambda: p.results(_packed(name, copies, layout), copies, spread), read=added_up)
-
-
-def test_attention(race: TakeTurn) -> None:
-    race()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
-from benchmarks.bench_linear_loss import OP
-from benchmarks.conftest import TakeTurn
+from benchmarks.cases.linear_loss import OP
 from benchmarks.harness.contest import Contest
-from benchmarks.harness.head_problem import Head, HeadProblem, head, make_problem
+from benchmarks.harness.head_problem import Head, HeadProblem, head, head_contest
 from benchmarks.providers import LINEAR_LOSS
 
 _SHOWN = ("PeRL, Triton", "PeRL, PyTorch", "PyTorch, eager")
@@ -38,16 +36,5 @@ def contests(cuda: bool, quick: bool) -> list[Contest]:
 def _contest(start: Head, axis: str, value: int) -> Contest:
     size = replace(start, **{axis: value})
     rest = ", ".join(f"{k} = {getattr(size, k)}" for k in "NHV" if k != axis)
-    return Contest(
-        OP,
-        f"{axis} = {value} ({rest})",
-        size.asdict(),
-        partial(make_problem, HeadProblem, size),
-        [provider for provider in LINEAR_LOSS if provider.name in _SHOWN],
-        size.loss(),
-        axis=axis,
-    )
-
-
-def test_growth(race: TakeTurn) -> None:
-    race()
+    shown = [provider for provider in LINEAR_LOSS if provider.name in _SHOWN]
+    return head_contest(OP, HeadProblem, size, shown, f"{axis} = {value} ({rest})", axis)

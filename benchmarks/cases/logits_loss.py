@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
-from benchmarks.conftest import TakeTurn
 from benchmarks.harness.contest import Contest, Provider
-from benchmarks.harness.head_problem import Head, Level, LogitsProblem, head, make_problem
+from benchmarks.harness.head_problem import Head, Level, LogitsProblem, head, head_contest
 from benchmarks.providers import LOGITS_LOSS, soon_ready
+
+OP = "GRPO loss of logits, forward and backward"
 
 
 def contests(cuda: bool, quick: bool) -> list[Contest]:
@@ -27,15 +27,5 @@ def contests(cuda: bool, quick: bool) -> list[Contest]:
 
 
 def _contest(size: Head, providers: Sequence[Provider], level: Level = "token") -> Contest:
-    return Contest(
-        "GRPO loss of logits, forward and backward",
-        size.case + (", sequence-level" if level == "sequence" else ""),
-        {**size.asdict(), "level": level},
-        partial(make_problem, LogitsProblem, size, level=level),
-        providers,
-        size.logits_loss(),
-    )
-
-
-def test_logits_loss(race: TakeTurn) -> None:
-    race()
+    case = size.case + ", sequence-level" * (level == "sequence")
+    return head_contest(OP, LogitsProblem, size, providers, case, level=level)

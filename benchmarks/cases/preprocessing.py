@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.conftest import TakeTurn
 from benchmarks.harness.contest import Contest, Inputs, Provider, Run
 from perl.config import ModelConfig
 from perl.model.processor import Processor, parts
@@ -126,7 +125,3 @@ def _theirs(p: Inputs) -> Run:
         return [(e["input_ids"][0].tolist(), e["pixel_values"].numpy()) for e in encoded]
 
     return Run(lambda: [encode(variant) for variant in p.value], read=read)
-
-
-def test_preprocessing(race: TakeTurn) -> None:
-    race()
