@@ -34,12 +34,12 @@ from benchmarks.harness.options import (  # noqa: E402
     device_of,
     exit_code,
     step_parser,
-    write_report,
 )
 from benchmarks.report.results_file import Steps, TrainStep  # noqa: E402
 from benchmarks.report.steps import steps_markdown  # noqa: E402
 from benchmarks.train_step.measure import Setting, measure  # noqa: E402
 from benchmarks.train_step.workload import Workload  # noqa: E402
+from perl.files import write_json  # noqa: E402
 from perl.types import UserError  # noqa: E402
 
 NUMBERS = {
@@ -58,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
         setting, file = parse(arguments)
         report = measure(setting)
         print("\n\n".join([*steps_markdown(Steps(train_step=TrainStep(**report))), *busy_line()]))
-        write_report(file, report)
+        if file:
+            write_json(file, report)
         return 0
 
     return exit_code(run)

@@ -35,12 +35,12 @@ from benchmarks.harness.options import (  # noqa: E402
     check_writable,
     exit_code,
     step_parser,
-    write_report,
 )
 from benchmarks.report.results_file import Steps, Trainer  # noqa: E402
 from benchmarks.report.steps import steps_markdown  # noqa: E402
 from benchmarks.trainer.measure import measure  # noqa: E402
 from benchmarks.trainer.start import MODELS, Setting  # noqa: E402
+from perl.files import write_json  # noqa: E402
 from perl.report.progress import Display  # noqa: E402
 from perl.types import UserError  # noqa: E402
 
@@ -79,7 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
             print("\n\n".join([*found, *busy_line()]))
         else:
             print(f"not compared: {report['reason']}")
-        write_report(file, report)
+        if file:
+            write_json(file, report)
         return 0
 
     return exit_code(run)

@@ -155,11 +155,12 @@ def _version(name: str) -> str:
         return ""
 
 
-def software() -> dict[str, Any]:
+def software(device: torch.device) -> dict[str, Any]:
     """What a report on training steps says of the machine."""
     import transformers
 
     return {
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -9,9 +9,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from perl.files import write_json
 from perl.types import UserError
 
 
@@ -101,7 +100,7 @@ def step_parser(
 
 
 def exit_code(run: Callable[[], int]) -> int:
-    """Of a program: what `run` returns, 2 for bad input and 1 for a wrong result, each said in one line."""
+    """Of a program: what `run` returns, 2 for bad input or a file that cannot be written, 1 for a wrong result, each said in one line."""
     try:
         return run()
     except UserError as error:
@@ -110,6 +109,9 @@ def exit_code(run: Callable[[], int]) -> int:
     except AssertionError as error:
         print(f"error: {error}; nothing is timed", file=sys.stderr)
         return 1
+    except OSError as error:  # The disk is full, or a folder is gone.
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def check_writable(file: Path | None) -> None:
@@ -125,19 +127,6 @@ def check_writable(file: Path | None) -> None:
             raise UserError(f"--json {file}: give a file in a folder that is there")
         with tempfile.NamedTemporaryFile(dir=file.absolute().parent, prefix=f".{file.name}."):
             pass
-    except OSError as error:
-        raise UserError(f"--json {file}: it cannot be written ({error.strerror})") from error
-
-
-def write_report(file: Path | None, report: Any) -> None:
-    """
-    Raises:
-        UserError: the disk is full, or the folder is gone.
-    """
-    if file is None:
-        return
-    try:
-        write_json(file, report)
     except OSError as error:
         raise UserError(f"--json {file}: it cannot be written ({error.strerror})") from error
 

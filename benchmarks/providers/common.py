@@ -22,18 +22,30 @@ LOGITS_LOSS: list[Provider] = []
 LOGITS_LOGPROBS: list[Provider] = []
 """`LogitsLogprobsProblem`: logits to log-probs."""
 
-NO_ENTROPY = frozenset({"entropy"})
 EAGER = "log-probs alone: the loss behind them is eager PyTorch"
 
 Logprobs = Callable[[], tuple[Tensor, Tensor | None]]
 """Differentiable log-probs [N], and entropies [N] without a gradient or None."""
 
 
-def takes_part(contest: list[Provider], name: str, package: str, **options: Any) -> Any:
-    """Decorate the `prepare` of a provider; `options` are the other fields of `Provider`."""
+def takes_part(
+    contest: list[Provider],
+    name: str,
+    package: str,
+    note: str = "",
+    entropy: bool = True,
+    **options: Any,
+) -> Any:
+    """Decorate the `prepare` of a provider; `options` are the other fields of `Provider`.
+
+    Args:
+        entropy: whether it gives entropies; the note says if it does not.
+    """
+    omits = frozenset() if entropy else frozenset({"entropy"})
+    said = joined("" if entropy else "no entropy", note)
 
     def add(prepare: Callable[[Any], Run]) -> Callable[[Any], Run]:
-        contest.append(Provider(name, prepare, package, **options))
+        contest.append(Provider(name, prepare, package, said, omits, **options))
         return prepare
 
     return add
@@ -47,17 +59,12 @@ def gives_logprobs(
     Args:
         note: for both, `loss_note` for the loss.
     """
-    omits = frozenset() if entropy else NO_ENTROPY
-    lack = "" if entropy else "no entropy"
+    loss = takes_part(LINEAR_LOSS, name, package, joined(EAGER, note, loss_note), entropy)
+    alone = takes_part(LOGPROBS, name, package, note, entropy)
 
     def add(prepare: Callable[[HeadProblem], Logprobs]) -> Callable[[HeadProblem], Logprobs]:
-        notes = {"loss": joined(lack, EAGER, note, loss_note), "logprobs": joined(lack, note)}
-        LINEAR_LOSS.append(
-            Provider(name, lambda p: loss_behind(p, prepare(p)), package, notes["loss"], omits)
-        )
-        LOGPROBS.append(
-            Provider(name, lambda p: logprobs_alone(prepare(p)), package, notes["logprobs"], omits)
-        )
+        loss(lambda p: loss_behind(p, prepare(p)))
+        alone(lambda p: logprobs_alone(prepare(p)))
         return prepare
 
     return add

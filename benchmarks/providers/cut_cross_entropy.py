@@ -31,8 +31,8 @@ def _exact(p: HeadProblem) -> common.Logprobs:
     common.LINEAR_LOSS,
     "Cut Cross-Entropy",
     _PACKAGE,
-    note=f"no entropy; {common.EAGER}; negligible blocks of the gradient are left out",
-    omits=common.NO_ENTROPY,
+    note=f"{common.EAGER}; negligible blocks of the gradient are left out",
+    entropy=False,
 )
 def _filtered_loss(p: HeadProblem) -> Any:
     """As it comes: blocks of the gradient without an element above 1/32 of the precision are left out."""
@@ -44,16 +44,14 @@ def _filtered_loss(p: HeadProblem) -> Any:
     common.LINEAR_LOSS,
     "Cut Cross-Entropy, every block",
     _PACKAGE,
-    note=f"no entropy; {common.EAGER}",
-    omits=common.NO_ENTROPY,
+    note=common.EAGER,
+    entropy=False,
 )
 def _exact_loss(p: HeadProblem) -> Any:
     return common.loss_behind(p, _exact(p))
 
 
-@common.takes_part(
-    common.LOGPROBS, "Cut Cross-Entropy", _PACKAGE, note="no entropy", omits=common.NO_ENTROPY
-)
+@common.takes_part(common.LOGPROBS, "Cut Cross-Entropy", _PACKAGE, entropy=False)
 def _exact_logprobs(p: HeadProblem) -> Any:
     """Without a gradient there is nothing to leave out."""
     return common.logprobs_alone(_exact(p))

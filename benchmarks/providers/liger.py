@@ -26,8 +26,8 @@ def _options(p: HeadProblem) -> dict[str, Any]:
     common.LINEAR_LOSS,
     "Liger, LigerFusedLinearGRPOLoss",
     _PACKAGE,
-    note="no entropy; products of the backward pass in fp32, without TF32, as PyTorch has it by default",
-    omits=common.NO_ENTROPY,
+    note="products of the backward pass in fp32, without TF32, as PyTorch has it by default",
+    entropy=False,
 )
 def _linear_loss(p: HeadProblem) -> Run:
     chunked_loss = common.peer("liger_kernel.chunked_loss", _PACKAGE)
@@ -87,8 +87,8 @@ def _padded(p: LogitsProblem) -> tuple[Tensor, Any]:
     common.LOGITS_LOSS,
     "Liger, triton_grpo_loss",
     _PACKAGE,
-    note="no entropy; writes the gradient over the logits, which have one row more for each sequence",
-    omits=common.NO_ENTROPY,
+    note="writes the gradient over the logits, which have one row more for each sequence",
+    entropy=False,
 )
 def _logits_loss(p: LogitsProblem) -> Run:
     common.need_cuda(p.logits)
@@ -122,8 +122,8 @@ def _logits_loss(p: LogitsProblem) -> Run:
     common.LOGITS_LOGPROBS,
     "Liger, fused_selective_log_softmax",
     _PACKAGE,
-    note="no entropy; the logits have one row more for each sequence",
-    omits=common.NO_ENTROPY,
+    note="the logits have one row more for each sequence",
+    entropy=False,
 )
 def _logits_logprobs(p: LogitsProblem) -> Run:
     common.need_cuda(p.logits)

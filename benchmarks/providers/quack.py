@@ -37,7 +37,7 @@ def _linear(p: HeadProblem) -> common.Logprobs:
     "QuACK, chunked_linear_cross_entropy",
     _PACKAGE,
     note="cross entropy alone, mean over tokens: no ratio, KL term or result of each token",
-    omits=common.NO_ENTROPY,
+    entropy=False,
     asked=CrossEntropyProblem.of,
 )
 def _chunked(p: HeadProblem) -> Run:
@@ -52,8 +52,8 @@ def _chunked(p: HeadProblem) -> Run:
     common.LOGITS_LOSS,
     "QuACK, cross_entropy",
     _PACKAGE,
-    note=f"no entropy; {common.EAGER}; writes the gradient over the logits",
-    omits=common.NO_ENTROPY,
+    note=f"{common.EAGER}; writes the gradient over the logits",
+    entropy=False,
 )
 def _logits_loss(p: LogitsProblem) -> Run:
     common.need_cuda(p.logits)
@@ -71,8 +71,7 @@ def _logits_loss(p: LogitsProblem) -> Run:
     common.LOGITS_LOGPROBS,
     "QuACK, cross_entropy",
     _PACKAGE,
-    note="no entropy",
-    omits=common.NO_ENTROPY,
+    entropy=False,
 )
 def _logits_logprobs(p: LogitsProblem) -> Run:
     common.need_cuda(p.logits)

@@ -51,12 +51,9 @@ def _chunked(p: HeadProblem) -> common.Logprobs:
 
 def _of_logits(name: str, **options: Any) -> Any:
     """Decorate log-probs of logits: a provider of both contests of logits."""
-    lack = "no entropy" if options else ""
 
     def add(prepare: Callable[[LogitsProblem, Tensor], common.Logprobs]) -> None:
-        @common.takes_part(
-            common.LOGITS_LOSS, name, _PACKAGE, note=common.joined(lack, common.EAGER), **options
-        )
+        @common.takes_part(common.LOGITS_LOSS, name, _PACKAGE, common.EAGER, **options)
         def loss(p: LogitsProblem) -> Run:
             logits = p.logits.detach().requires_grad_()
             logprobs = prepare(p, logits)
@@ -67,7 +64,7 @@ def _of_logits(name: str, **options: Any) -> Any:
 
             return Run(call)
 
-        @common.takes_part(common.LOGITS_LOGPROBS, name, _PACKAGE, note=lack, **options)
+        @common.takes_part(common.LOGITS_LOGPROBS, name, _PACKAGE, **options)
         def alone(p: LogitsProblem) -> Run:
             return common.logprobs_alone(prepare(p, p.logits))
 
@@ -108,7 +105,7 @@ def _both(p: LogitsProblem, logits: Tensor) -> common.Logprobs:
     return logprobs
 
 
-@_of_logits("TRL, selective_log_softmax, PyTorch", omits=common.NO_ENTROPY)
+@_of_logits("TRL, selective_log_softmax, PyTorch", entropy=False)
 def _one(p: LogitsProblem, logits: Tensor) -> common.Logprobs:
     function = _torch(p).selective_log_softmax
     return lambda: (

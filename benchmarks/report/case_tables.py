@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.report.cases import Case, Peer, by_op, peers
+from benchmarks.report.cases import Case, by_op, peers
 from benchmarks.report.results_file import Results, Row
 from benchmarks.report.tables import (
     NONE,
@@ -71,15 +71,17 @@ def _summary(op: str, cases: Sequence[Case]) -> Iterator[list[str]]:
     """A line for each peer; the first names the operation, and whose time of ours it is."""
     ours = " or ".join(dict.fromkeys(c.reference.provider for c in cases if c.reference))
     title = f"**{plain(op)}**" + (f", over {plain(ours)}" if ours else "")
-    for peer in peers(cases):
-        verdicts = Counter(peer.differences)
+    for provider, rows in peers(cases).items():
+        compared = [(case, row) for case, row in rows if case.ratio(row)]
+        verdicts = Counter(case.difference(row) for case, row in compared)
+        number = counted(len(rows), "case")
         yield [
             title,
-            plain(peer.provider),
-            _spread(peer.ratios),
-            _spread(peer.memory),
-            _share(peer),
-            *(str(verdicts[sign]) if peer.ratios else NONE for sign in (1, 0, -1)),
+            plain(provider),
+            _spread([case.ratio(row) for case, row in compared]),
+            _spread([case.memory_ratio(row) for case, row in rows]),
+            number if len(compared) == len(rows) else f"{len(compared)} of {number}",
+            *(str(verdicts[sign]) if compared else NONE for sign in (1, 0, -1)),
         ]
         title = ""
 
@@ -97,16 +99,12 @@ def _trouble(op: str, cases: Sequence[Case]) -> Iterator[str]:
         yield f"- {plain(op)}, {name}: {status} in {count} of {counted(turns[name], 'case')}"
 
 
-def _spread(ratios: Sequence[float]) -> str:
+def _spread(found: Sequence[float | None]) -> str:
+    ratios = [ratio for ratio in found if ratio is not None]
     if not ratios:
         return NONE
     low, high = (times(end(ratios)).removesuffix("x") for end in (min, max))
     return times(median(ratios)) + (f" ({low} to {high})" if len(ratios) > 1 else "")
-
-
-def _share(peer: Peer) -> str:
-    cases = counted(peer.cases, "case")
-    return cases if len(peer.ratios) == peer.cases else f"{len(peer.ratios)} of {cases}"
 
 
 def cases_markdown(ops: Mapping[str, Sequence[Case]]) -> Iterator[str]:

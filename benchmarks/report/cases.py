@@ -6,7 +6,7 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from statistics import geometric_mean, median
 
@@ -94,35 +94,14 @@ def by_op(rows: Iterable[Row]) -> dict[str, list[Case]]:
     return ops
 
 
-@dataclass
-class Peer:
-    """Somebody else's implementation over the cases of an operation."""
-
-    provider: str
-    ratios: list[float] = field(default_factory=list)
-    """Of times, where both it and ours were timed."""
-    memory: list[float] = field(default_factory=list)
-    """Where both have a figure."""
-    differences: list[int] = field(default_factory=list)
-    """As in `Case.difference`, for each of the ratios."""
-    cases: int = 0
-    """Where it was to take part."""
-
-
-def peers(cases: Iterable[Case]) -> list[Peer]:
-    found: dict[str, Peer] = {}
+def peers(cases: Iterable[Case]) -> dict[str, list[tuple[Case, Row]]]:
+    """Of each of somebody else's implementations the cases in which it was to take part."""
+    found: dict[str, list[tuple[Case, Row]]] = {}
     for case in cases:
         for row in case.rows:
-            if row.ours:
-                continue
-            peer = found.setdefault(row.provider, Peer(row.provider))
-            peer.cases += 1
-            if ratio := case.ratio(row):
-                peer.ratios.append(ratio)
-                peer.differences.append(case.difference(row))
-            if (memory := case.memory_ratio(row)) is not None:
-                peer.memory.append(memory)
-    return list(found.values())
+            if not row.ours:
+                found.setdefault(row.provider, []).append((case, row))
+    return found
 
 
 @dataclass(frozen=True)

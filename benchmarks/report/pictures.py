@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,33 +35,14 @@ _LEAST_BYTES = 2**16
 """Where a logarithmic axis of memory begins."""
 
 
+_Look = dict[str, Any]
+"""Options of `Axes.plot`."""
+
+
 @dataclass(frozen=True)
 class Picture:
     path: Path
     alt: str
-
-
-@dataclass(frozen=True)
-class _Look:
-    """Colours and markers tell packages apart, markers and dashes the providers of one package."""
-
-    colour: str
-    marker: str
-    dashes: str
-    ours: bool
-
-    def line(self) -> dict[str, Any]:
-        strong = self.ours and self.dashes == _DASHES[0]
-        return {
-            "color": self.colour,
-            "marker": self.marker,
-            "ls": self.dashes,
-            "lw": 2.6 if strong else 1.5,
-            "ms": 6.5 if strong else 5,
-            "mec": "white",
-            "mew": 0.6,
-            "zorder": 4 if self.ours else 3,
-        }
 
 
 def draw(results: Results, stem: Path) -> list[Picture]:
@@ -104,27 +86,28 @@ def draw(results: Results, stem: Path) -> list[Picture]:
 
 
 def _looks(rows: Sequence[Row]) -> dict[str, _Look]:
-    """Of each provider, in the order of the rows."""
-    packages: dict[str, list[str]] = {}
-    ours: set[str] = set()
+    """The style of each provider's line, in the order of the rows: colours and markers tell packages apart, markers and
+    dashes the providers of one package."""
+    packages: dict[str, dict[str, None]] = {}
     for row in rows:
-        package = "" if row.ours else row.package_name
-        members = packages.setdefault(package, [])
-        if row.provider not in members:
-            members.append(row.provider)
-        ours |= {row.provider} if row.ours else set()
-    others = iter(range(len(packages)))
-    colours = {p: _PEERS[next(others) % len(_PEERS)] if p else BLUE for p in packages}
-    return {
-        provider: _Look(
-            colours[package],
-            _MARKERS[(place + place // len(_MARKERS) + i) % len(_MARKERS)],
-            _DASHES[i % len(_DASHES)],
-            provider in ours,
-        )
-        for place, (package, members) in enumerate(packages.items())
-        for i, provider in enumerate(members)
-    }
+        packages.setdefault("" if row.ours else row.package_name, {})[row.provider] = None
+    others = itertools.cycle(_PEERS)
+    looks: dict[str, _Look] = {}
+    for place, (package, members) in enumerate(packages.items()):
+        colour = next(others) if package else BLUE
+        for i, provider in enumerate(members):
+            strong = not package and i % len(_DASHES) == 0
+            looks[provider] = {
+                "color": colour,
+                "marker": _MARKERS[(place + place // len(_MARKERS) + i) % len(_MARKERS)],
+                "ls": _DASHES[i % len(_DASHES)],
+                "lw": 2.6 if strong else 1.5,
+                "ms": 6.5 if strong else 5,
+                "mec": "white",
+                "mew": 0.6,
+                "zorder": 3 if package else 4,
+            }
+    return looks
 
 
 def _draw_ratios(figure: Figure, rows: Sequence[Row], looks: Mapping[str, _Look]) -> bool:
@@ -178,7 +161,7 @@ def _draw_cases(
             for row in case.rows
             if row.provider == provider and (ratio := case.ratio(row))
         ]
-        style = {**looks[provider].line(), "ls": "", "ms": 6.5}
+        style = {**looks[provider], "ls": "", "ms": 6.5}
         axes.plot(*zip(*points, strict=True), label=provider, **style)
     axes.set_xscale("log")
     axes.set_yticks(range(len(cases)), [case.name for case in cases], fontsize=9)
@@ -259,7 +242,7 @@ def _draw_panels(
         axes.remove()
     for axes, (op, providers) in zip(grid, ops.items(), strict=False):
         for provider, line in providers.items():
-            axes.plot(*zip(*line, strict=True), label=provider, **looks[provider].line())
+            axes.plot(*zip(*line, strict=True), label=provider, **looks[provider])
         axes.set_xscale("log", base=2)
         ticks = _apart(sorted({x for line in providers.values() for x, _ in line}))
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])

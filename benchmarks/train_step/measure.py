@@ -49,7 +49,7 @@ def measure(setting: Setting) -> Report:
     """Prove, count and time all variants.
 
     Returns:
-        `variants`, `ratios` (what padded takes over what a variant takes), and `setting`.
+        `variants` and `setting`.
 
     Raises:
         AssertionError: a variant's log-probs or gradients are not those of padded.
@@ -77,14 +77,7 @@ def measure(setting: Setting) -> Report:
     print("timing", file=sys.stderr)
     for name, seconds in time_rounds(trainee, setting.repeats).items():
         variants[name] |= {"seconds": statistics.median(seconds), "seconds_by_round": seconds}
-    ratios = {
-        name: {
-            key: variants["padded"][key] / max(1e-9, found[key])
-            for key in ("lm_tokens", "images_encoded", "flops", "seconds", "peak_bytes")
-        }
-        for name, found in variants.items()
-    }
-    return {"variants": variants, "ratios": ratios, "setting": described(setting, trainee)}
+    return {"variants": variants, "setting": described(setting, trainee)}
 
 
 def make_trainee(setting: Setting) -> Trainee:
@@ -218,7 +211,6 @@ def described(setting: Setting, trainee: Trainee) -> dict[str, Any]:
     return {
         **asdict(setting.workload),
         **{k: v for k, v in asdict(setting).items() if k not in ("workload", "repeats")},
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "parameters": sum(p.numel() for p in trainee.model.parameters()),
         "attention": trainee.attention,
         "sequences": len(trainee.lengths),
@@ -226,5 +218,5 @@ def described(setting: Setting, trainee: Trainee) -> dict[str, Any]:
         "mean_completion": statistics.mean(trainee.lengths),
         "mean_tokens_per_image": statistics.mean(images),
         "padded_micro_batch": trainee.padded_size,
-        **software(),
+        **software(device),
     }

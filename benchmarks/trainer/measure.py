@@ -69,7 +69,7 @@ def measure(setting: Setting, display: Display | None = None) -> Report:
 
     Returns:
         `available`, false with a `reason` where there is no TRL; else also `setting`, `proof`, `trainers` (`trl` and
-        `perl`), `ratios` (what TRL takes over what PeRL takes) and `differences`.
+        `perl`), and `differences`.
 
     Raises:
         AssertionError: the trainers make different steps of the same completions.
@@ -90,7 +90,7 @@ def measure(setting: Setting, display: Display | None = None) -> Report:
                 "available": True,
                 "setting": _described(start),
                 "proof": proof,
-                **_measured(start, Path(folder), display),
+                "trainers": _measured(start, Path(folder), display),
                 "differences": list(DIFFERENCES),
             }
         finally:
@@ -121,7 +121,7 @@ def why_not() -> str:
 
 
 def _measured(start: Start, folder: Path, display: Display) -> dict[str, Any]:
-    """`trainers` and `ratios`."""
+    """Seconds and counts of each trainer."""
     from benchmarks.trainer.perl_trainer import PerlTrainer
     from benchmarks.trainer.trl_trainer import TrlTrainer
 
@@ -138,8 +138,7 @@ def _measured(start: Start, folder: Path, display: Display) -> dict[str, Any]:
             times[name].append(_time(sides[name], start, own, setting.seed + number))
         display.advance()
     display.close()
-    trainers = {name: {**_seconds(times[name]), **counted[name]} for name in sides}
-    return {"trainers": trainers, "ratios": _ratios(trainers)}
+    return {name: {**_seconds(times[name]), **counted[name]} for name in sides}
 
 
 def count(make: Make, start: Start, folder: Path, steps: int = 2) -> dict[str, Any]:
@@ -178,20 +177,6 @@ def _seconds(rounds: list[list[StepTime]]) -> dict[str, Any]:
     }
 
 
-def _ratios(trainers: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What TRL takes over what PeRL takes."""
-    trl, perl = trainers["trl"], trainers["perl"]
-    rounds = zip(trl["seconds_by_round"], perl["seconds_by_round"], strict=True)
-    by_round = [theirs / ours for theirs, ours in rounds]
-    keys = ("seconds", "lm_tokens", "images_encoded", "peak_bytes")
-    parts = {name: trl["parts"][name] / max(1e-9, perl["parts"][name]) for name in PARTS[:-1]}
-    return {
-        **{key: trl[key] / perl[key] for key in keys},
-        "seconds_range": [min(by_round), max(by_round)],
-        "parts": parts,
-    }
-
-
 def _described(start: Start) -> dict[str, Any]:
     """The setting, and what it came to on this machine."""
     import trl
@@ -209,8 +194,7 @@ def _described(start: Start) -> dict[str, Any]:
         "padded_micro_batch": size,
         "parameters": start.parameters,
         "packed_attention": choose("auto", device, setting.half)[0],
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        **software(),
+        **software(device),
         "trl": trl.__version__,
     }
 

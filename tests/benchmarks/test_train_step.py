@@ -98,9 +98,6 @@ def test_shared_computes_least(report: dict[str, Any]) -> None:
     assert shared["peak_bytes"] < padded["peak_bytes"]
     # Heads score the same tokens, and nothing else reaches them.
     assert len({v["flops_by_part"]["head"] for v in (padded, packed, shared)}) == 1
-    ratio = padded["flops"] / shared["flops"]
-    assert report["ratios"]["shared"]["flops"] == pytest.approx(ratio)
-    assert report["ratios"]["padded"]["seconds"] == 1
 
 
 def test_tower_operations_follow_the_images(report: dict[str, Any], trainee: Trainee) -> None:
