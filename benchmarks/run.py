@@ -126,35 +126,35 @@ def run(given: argparse.Namespace) -> int:
 def measure(given: argparse.Namespace, folder: Path, variables: dict[str, str]) -> dict[str, Any]:
     """Everything for the file."""
     started = time.monotonic()
-    cuda = device_of(given.device) == "cuda"
+    given.device = device_of(given.device)
+    cuda = given.device == "cuda"
     if not cuda:
         # TRL's trainer takes a GPU that it sees.
-        variables = {**variables, "CUDA_VISIBLE_DEVICES": ""}
+        variables["CUDA_VISIBLE_DEVICES"] = ""
     default = QUICK_MINUTES if given.quick else FULL_MINUTES if cuda else CPU_MINUTES
     seconds = 60 * (given.minutes or default)
     for_steps = 0.0 if given.only else min(seconds / 2, 60 if given.quick else 220)
-    head = {
-        "schema": 1,
-        "date": date.today().isoformat(),
-        "commit": _commit(),
-        "mode": "quick" if given.quick else "full",
-    }
+    # Before minutes in which files may change, or a day end.
+    commit, today = _commit(), date.today().isoformat()
     rows, steps = folder / "rows.json", {}
     load = os.getloadavg()[0]
     if load > 1:
         print(f"this machine is busy (load {load:.1f}): its times will say little", file=sys.stderr)
     interrupted = False
     try:
-        _microbenchmarks(given, rows, variables, seconds - for_steps, cuda)
+        _microbenchmarks(given, rows, variables, seconds - for_steps)
         for waiting, name in zip((2, 1), () if given.only else STEPS, strict=False):
             left = max(30.0, seconds - (time.monotonic() - started))
-            steps[name] = _step(name, given, folder, variables, left / waiting, cuda)
+            steps[name] = _step(name, given, folder, variables, left / waiting)
     except KeyboardInterrupt:
         interrupted = True
     if not rows.exists():
         raise UserError("no case was finished; nothing is written")
     return {
-        **head,
+        "schema": 1,
+        "date": today,
+        "commit": commit,
+        "mode": "quick" if given.quick else "full",
         "minutes": round((time.monotonic() - started) / 60, 2),
         **json.loads(rows.read_text()),
         "load": [load, os.getloadavg()[0]],
@@ -200,18 +200,14 @@ def _normal(name: str) -> str:
 
 
 def _microbenchmarks(
-    given: argparse.Namespace,
-    file: Path,
-    variables: dict[str, str],
-    seconds: float,
-    cuda: bool,
+    given: argparse.Namespace, file: Path, variables: dict[str, str], seconds: float
 ) -> None:
     """Machine, peaks and rows into `file`, case by case, so that a crash loses what was running alone."""
     options = [
         f"--passes={given.passes or (2 if given.quick else 3)}",
         f"--results={file}",
         f"--minutes={seconds / 60}",
-        f"--device={'cuda' if cuda else 'cpu'}",
+        f"--device={given.device}",
     ]
     options += ["--quick"] * given.quick
     options += [f"--threads={given.threads}"] if given.threads else []
@@ -234,17 +230,12 @@ def _microbenchmarks(
 
 
 def _step(
-    name: str,
-    given: argparse.Namespace,
-    folder: Path,
-    variables: dict[str, str],
-    seconds: float,
-    cuda: bool,
+    name: str, given: argparse.Namespace, folder: Path, variables: dict[str, str], seconds: float
 ) -> dict[str, Any]:
     """A script's report, or why there is none."""
     file = folder / f"{name}.json"
     script = str(ROOT / "benchmarks" / STEPS[name])
-    command = [sys.executable, script, f"--json={file}", f"--device={'cuda' if cuda else 'cpu'}"]
+    command = [sys.executable, script, f"--json={file}", f"--device={given.device}"]
     command += ["--quick"] * given.quick
     try:
         done = subprocess.run(command, env=variables, timeout=seconds)

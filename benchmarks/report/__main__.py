@@ -3,7 +3,7 @@
     python -m benchmarks.report benchmarks/results/DEVICE/FILE.json
 
 Run from the repository's root. Writes FILE.md, and FILE-ratio.svg, FILE-bound.svg and FILE-memory.svg where there are
-figures for them; `--readme` prints a short table instead. Nothing is left out because it is bad for this repository.
+figures for them. Nothing is left out because it is bad for this repository.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from benchmarks.harness.options import Parser, exit_code
-from benchmarks.report.case_tables import cases_markdown, readme_table, summary_markdown
+from benchmarks.report.case_tables import cases_markdown, summary_markdown
 from benchmarks.report.cases import CERTAIN_ERROR, CERTAIN_POINTS, by_op, series
 from benchmarks.report.results_file import Peaks, Results, Row, read
 from benchmarks.report.steps import steps_markdown, steps_summary
@@ -40,12 +40,7 @@ def run(arguments: list[str] | None) -> int:
         description="A file of results as Markdown with pictures beside it.",
     )
     parser.add_argument("file", type=Path, metavar="FILE.json", help="results of the benchmarks")
-    parser.add_argument("--readme", action="store_true", help="only print a short table")
-    given = parser.parse_args(arguments)
-    if given.readme:
-        print(readme_table(read(given.file)))
-        return 0
-    for path in write(given.file):
+    for path in write(parser.parse_args(arguments).file):
         print(f"written: {path}")
     return 0
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from benchmarks.report.tables import plain
 from perl.types import UserError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -76,6 +77,11 @@ class Peaks(_Part):
 class Failed(_Part):
     failed: str
 
+    @property
+    def why_not(self) -> str:
+        """Why there are no figures; empty if there are."""
+        return f"not measured: {plain(self.failed)}."
+
 
 class Variant(_Part):
     """A way to make a training step."""
@@ -96,6 +102,7 @@ class TrainStep(_Part):
 
     variants: dict[Literal["padded", "packed", "shared"], Variant]
     setting: dict[str, Any]
+    why_not: ClassVar = ""
 
 
 class Side(_Part):
@@ -121,6 +128,10 @@ class Trainer(_Part):
     trainers: dict[Literal["trl", "perl"], Side] = {}
     proof: dict[str, Any] = {}
     differences: list[str] = []
+
+    @property
+    def why_not(self) -> str:
+        return "" if self.available else f"not compared: {plain(self.reason)}."
 
     @model_validator(mode="after")
     def _has_both_sides(self) -> Trainer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from benchmarks.report.results_file import Failed, Side, Steps, Trainer, TrainStep, Variant
+from benchmarks.report.results_file import Side, Steps, Trainer, TrainStep, Variant
 from benchmarks.report.tables import counted, figure, mebibytes, plain, scientific, table, times
 
 _TRAIN_STEP = "A training step: padded, packed, shared"
@@ -28,15 +28,13 @@ def steps_summary(steps: Steps) -> list[str]:
     """A line for each kind of step that was asked for, with a link to its section."""
     found = []
     if step := steps.train_step:
-        what = _why_not(step)
-        if isinstance(step, TrainStep):
-            both = {"padded", "shared"} <= step.variants.keys()
-            what = _over(step.variants["padded"], step.variants["shared"]) if both else ""
-        what = what or "not both measured."
+        what = step.why_not or "not both measured."
+        if isinstance(step, TrainStep) and {"padded", "shared"} <= step.variants.keys():
+            what = _over(step.variants["padded"], step.variants["shared"])
         found.append(f"[A training step](#{_anchor(_TRAIN_STEP)}), padded over shared: {what}")
     if step := steps.trainer:
-        what = _why_not(step)
-        if isinstance(step, Trainer) and step.available:
+        what = step.why_not
+        if isinstance(step, Trainer) and not what:
             what = _over(step.trainers["trl"], step.trainers["perl"])
         found.append(f"[Two trainers](#{_anchor(_TRAINER)}), TRL over PeRL: {what}")
     return found
@@ -44,26 +42,16 @@ def steps_summary(steps: Steps) -> list[str]:
 
 def steps_markdown(steps: Steps) -> Iterator[str]:
     """Blocks of text; none for what was not asked for."""
-    if step := steps.train_step:
-        yield f"## {_TRAIN_STEP}"
-        yield from _train_step(step) if isinstance(step, TrainStep) else _capital(_why_not(step))
-    if step := steps.trainer:
-        yield f"## {_TRAINER}"
-        there = isinstance(step, Trainer) and step.available
-        yield from _trainer(step) if there else _capital(_why_not(step))
-
-
-def _why_not(step: TrainStep | Trainer | Failed) -> str:
-    """Why there are no figures."""
-    if isinstance(step, Failed):
-        return f"not measured: {plain(step.failed)}."
-    if isinstance(step, Trainer) and not step.available:
-        return f"not compared: {plain(step.reason)}."
-    return ""
-
-
-def _capital(sentence: str) -> Iterator[str]:
-    yield sentence[0].upper() + sentence[1:]
+    for heading, step in ((_TRAIN_STEP, steps.train_step), (_TRAINER, steps.trainer)):
+        if step is None:
+            continue
+        yield f"## {heading}"
+        if step.why_not:
+            yield step.why_not[0].upper() + step.why_not[1:]
+        elif isinstance(step, TrainStep):
+            yield from _train_step(step)
+        elif isinstance(step, Trainer):
+            yield from _trainer(step)
 
 
 def _anchor(heading: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import itertools
 import json
@@ -44,10 +43,6 @@ MODELS = ("Qwen3-0.6B", "Qwen2.5-VL-3B", "Qwen2.5-VL-7B", "Qwen3-VL-8B")
 
 def markdown(found: dict[str, Any]) -> str:
     return report.markdown(Results.model_validate(found))
-
-
-def readme_table(found: dict[str, Any]) -> str:
-    return report.readme_table(Results.model_validate(found))
 
 
 def row(op: str, model: str, n: int, provider: str, **changes: Any) -> dict[str, Any]:
@@ -263,7 +258,6 @@ def test_a_ratio_shows_its_range_over_turns() -> None:
         "1",
         "0 |",
     ]
-    assert "| ~1.1x |" in " ".join(readme_table(found).split())
     peer["turns"] = [[1.1], [1.2]]
     text = markdown(found)
     assert cells(text, case, "| CCE")[2] == "1.10 (1.10 to 1.20)"
@@ -411,54 +405,6 @@ def test_training_steps() -> None:
     assert "What padded takes" not in text and "Seconds: median of 3 rounds." in text
     del found["steps"]
     assert "step" not in markdown(found).partition("## Growth")[2]
-
-
-def test_a_short_table_for_the_readme() -> None:
-    found = results()
-    # An operation that nobody else does says nothing beside others.
-    alone = copy.deepcopy(found["rows"][0]) | {"op": "Packing", "provider": "PeRL"}
-    found["rows"].append(alone)
-    two = copy.deepcopy([r for r in found["rows"] if r["provider"] in ("PeRL, Triton", "CCE")])
-    found["rows"] += [r | {"op": "Third"} for r in two]
-    table, legend = readme_table(found).split("\n\n")
-    lines = [[cell.strip() for cell in line.split(" | ")] for line in table.splitlines()[2:]]
-    # 7 of each of two operations and 1 of the third: the slowest is left out.
-    assert len(lines) == 14 and "Left out: 1 more, no faster than" in legend
-    assert lines[-1][0].startswith("| **Third**") and lines[-1][2:4] == ["CCE", "1.1x"]
-    # Of the cases of the main model the first of those with most times, not the first of all.
-    assert lines[0][0] == f"| **{OPS[0]}**<br>Qwen2.5-VL-3B, N = 8192"
-    assert lines[0][1:] == ["123", "PyTorch, torch.compile", "0.80x", "300", "4,748 |"]
-    assert lines[1] == ["|", "", "CCE", "1.1x", "", "10 |"]
-    # The best of each package, but PyTorch's eager and compiled code always; nobody who took no part.
-    names = [line[2] for line in lines]
-    assert names[2:7] == [
-        "verl, linear cross entropy",
-        "Liger, fused linear GRPO",
-        "PyTorch, eager",
-        "TRL, selective log-softmax",
-        "PyTorch, F.linear_cross_entropy",
-    ]
-    assert names[7:13] == names[:6]
-    assert "Quack" not in names
-
-    names = ("PeRL, Triton", "PyTorch, eager", "CCE", "CCE")
-    rows = [row(OPS[0], MODELS[1], SIZES[-1], name) for name in names]
-    rows[3] |= {"provider": "CCE, every block", "median": rows[2]["median"] / 2}
-    table, legend = readme_table({**found, "rows": rows}).split("\n\n")
-    assert [line.split(" | ")[2].strip() for line in table.splitlines()[2:]] == [
-        "CCE, every block",
-        "PyTorch, eager",
-    ]
-    assert "out of memory" in table and "Left out" not in legend
-
-
-def test_the_command_prints_the_short_table(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = written(tmp_path, results())
-    assert report.main([str(file), "--readme"]) == 0
-    assert capsys.readouterr().out == readme_table(results()) + "\n"
-    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_the_command_writes_the_report_and_its_pictures(tmp_path: Path) -> None:
