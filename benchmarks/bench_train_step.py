@@ -21,6 +21,7 @@ import os
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 # As perl-rl does: threads that wait must not spin where other work is running. Read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -32,14 +33,13 @@ from benchmarks.harness.options import (  # noqa: E402
     busy_line,
     check_writable,
     device_of,
-    exit_code,
     step_parser,
+    step_program,
 )
 from benchmarks.report.results_file import Steps, TrainStep  # noqa: E402
 from benchmarks.report.steps import steps_markdown  # noqa: E402
 from benchmarks.train_step.measure import Setting, measure  # noqa: E402
 from benchmarks.train_step.workload import Workload  # noqa: E402
-from perl.files import write_json  # noqa: E402
 from perl.types import UserError  # noqa: E402
 
 NUMBERS = {
@@ -54,15 +54,11 @@ NUMBERS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    def run() -> int:
-        setting, file = parse(arguments)
-        report = measure(setting)
-        print("\n\n".join([*steps_markdown(Steps(train_step=TrainStep(**report))), *busy_line()]))
-        if file:
-            write_json(file, report)
-        return 0
+    return step_program(lambda: parse(arguments), measure, table)
 
-    return exit_code(run)
+
+def table(report: dict[str, Any]) -> list[str]:
+    return [*steps_markdown(Steps(train_step=TrainStep(**report))), *busy_line()]
 
 
 def parse(arguments: list[str] | None) -> tuple[Setting, Path | None]:

@@ -33,14 +33,13 @@ import torch  # noqa: E402
 from benchmarks.harness.options import (  # noqa: E402
     busy_line,
     check_writable,
-    exit_code,
     step_parser,
+    step_program,
 )
 from benchmarks.report.results_file import Steps, Trainer  # noqa: E402
 from benchmarks.report.steps import steps_markdown  # noqa: E402
 from benchmarks.trainer.measure import measure  # noqa: E402
 from benchmarks.trainer.start import MODELS, Setting  # noqa: E402
-from perl.files import write_json  # noqa: E402
 from perl.report.progress import Display  # noqa: E402
 from perl.types import UserError  # noqa: E402
 
@@ -71,19 +70,13 @@ NUMBERS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    def run() -> int:
-        setting, file = parse(arguments)
-        report = measure(setting, Display())
-        if report["available"]:
-            found = steps_markdown(Steps(trainer=Trainer(**report)))
-            print("\n\n".join([*found, *busy_line()]))
-        else:
-            print(f"not compared: {report['reason']}")
-        if file:
-            write_json(file, report)
-        return 0
+    return step_program(lambda: parse(arguments), lambda s: measure(s, Display()), table)
 
-    return exit_code(run)
+
+def table(report: dict[str, Any]) -> list[str]:
+    if not report["available"]:
+        return [f"not compared: {report['reason']}"]
+    return [*steps_markdown(Steps(trainer=Trainer(**report))), *busy_line()]
 
 
 def parse(arguments: list[str] | None) -> tuple[Setting, Path | None]:

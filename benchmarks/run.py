@@ -94,7 +94,14 @@ def run(given: argparse.Namespace) -> int:
     """0: done; 1: a result of this repository's was wrong, or it failed; 130: interrupted. What was found by then is written."""
     from perl.files import replacing
 
-    _check_writable(given.output)
+    # Before minutes are spent on what then cannot be kept.
+    try:
+        given.output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=given.output):
+            pass
+    except OSError as error:
+        reason = f"nothing can be written there ({error.strerror}); name another folder"
+        raise UserError(f"--output {given.output}: {reason}") from error
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         variables = environment()
@@ -162,18 +169,6 @@ def measure(given: argparse.Namespace, folder: Path, variables: dict[str, str]) 
         **({"steps": steps} if steps else {}),
         **({"interrupted": True} if interrupted else {}),
     }
-
-
-def _check_writable(output: Path) -> None:
-    """Before minutes are spent on what then cannot be kept."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"--output {output}: nothing can be written there ({error.strerror}); name another folder"
-        ) from error
 
 
 def _unpacked(wheels: Path, folder: Path) -> str:

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from benchmarks.harness.contest import Contest, Inputs, Provider, Run
+from benchmarks.harness.contest import Contest, Inputs, own_contest
 from perl.model.packed.pack import pack_row
 from perl.model.packed.plan import Load, Row, Share, plan
 from perl.types import EncodedImage, EncodedPrompt, PackedBatch, Segment
@@ -27,14 +27,9 @@ def contests(cuda: bool, quick: bool) -> list[Contest]:
 
 
 def _plan(prompts: int) -> Contest:
-    return Contest(
-        "Plan of packed rows",
-        f"{prompts} prompts of 6 completions",
-        {"prompts": prompts},
-        partial(_loads, prompts),
-        [Provider("PeRL", lambda p: Run(lambda: plan(p.value, BUDGET)))],
-        host=True,
-        axis="prompts",
+    case, loads = f"{prompts} prompts of 6 completions", partial(_loads, prompts)
+    return own_contest(
+        "Plan of packed rows", case, "prompts", prompts, loads, lambda loads: plan(loads, BUDGET)
     )
 
 
@@ -62,15 +57,8 @@ def _loads(count: int, device: torch.device) -> Inputs:
 
 
 def _pack_row(prompts: int) -> Contest:
-    return Contest(
-        "A packed row of segments",
-        f"{prompts} prompts of 2 completions",
-        {"prompts": prompts},
-        partial(_segments, prompts),
-        [Provider("PeRL", lambda p: Run(lambda: pack_row(p.value)))],
-        host=True,
-        axis="prompts",
-    )
+    case, segments = f"{prompts} prompts of 2 completions", partial(_segments, prompts)
+    return own_contest("A packed row of segments", case, "prompts", prompts, segments, pack_row)
 
 
 def _segments(count: int, device: torch.device) -> Inputs:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from PIL import Image
 
-from benchmarks.harness.contest import Contest, Inputs, Provider, Run
+from benchmarks.harness.contest import Contest, Inputs, own_contest
 from perl.permutation import Order, orders, permute
 from perl.types import Example, Variant
 
@@ -30,12 +28,11 @@ def _orders(images: int) -> Contest:
 
         return Inputs(_example(images), check)
 
-    return _contest(
-        f"{ORDERS} orders of an example",
-        images,
-        problem,
-        lambda p: Run(lambda: orders(p.value, ORDERS, seed=0, epoch=0)),
-    )
+    def call(example: Example) -> list[Order]:
+        return orders(example, ORDERS, seed=0, epoch=0)
+
+    op = f"{ORDERS} orders of an example"
+    return own_contest(op, f"{images} images", "images", images, problem, call)
 
 
 def _permute(images: int) -> Contest:
@@ -55,17 +52,11 @@ def _permute(images: int) -> Contest:
 
         return Inputs((example, order), check)
 
-    return _contest(
-        "An example in another order",
-        images,
-        problem,
-        lambda p: Run(partial(permute, *p.value)),
-    )
+    def call(inputs: tuple[Example, Order]) -> Variant:
+        return permute(*inputs)
 
-
-def _contest(op: str, images: int, problem, prepare) -> Contest:
-    case, shape = f"{images} images", {"images": images}
-    return Contest(op, case, shape, problem, [Provider("PeRL", prepare)], host=True, axis="images")
+    op = "An example in another order"
+    return own_contest(op, f"{images} images", "images", images, problem, call)
 
 
 def _example(count: int) -> Example:

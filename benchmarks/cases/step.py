@@ -17,11 +17,11 @@ from benchmarks.train_step.measure import Reference, fresh, make_trainee
 from benchmarks.train_step.variants import Step
 
 OP = "Training step"
-NOTES = {
-    "padded": "stock model: padding, and a prompt and images for each completion",
-    "packed": "no padding; a prompt and images for each completion",
-    "shared": "no padding; each prompt and each image once",
-}
+SHARED, PACKED, PADDED = (
+    "no padding; each prompt and each image once",
+    "no padding; a prompt and images for each completion",
+    "stock model: padding, and a prompt and images for each completion",
+)
 
 
 def contests(cuda: bool, quick: bool) -> list[Contest]:
@@ -40,11 +40,9 @@ def _contest(axis: str, images: tuple[int, ...], rollouts: int) -> Contest:
         shape,
         partial(StepProblem, images, rollouts),
         [
-            Provider("PeRL, shared", partial(_run, "shared"), note=NOTES["shared"]),
-            Provider("PeRL, packed", partial(_run, "packed"), note=NOTES["packed"]),
-            Provider(
-                "transformers, padded", partial(_run, "padded"), "transformers", NOTES["padded"]
-            ),
+            Provider("PeRL, shared", partial(_run, "shared"), note=SHARED),
+            Provider("PeRL, packed", partial(_run, "packed"), note=PACKED),
+            Provider("transformers, padded", partial(_run, "padded"), "transformers", PADDED),
         ],
         axis=axis,
     )

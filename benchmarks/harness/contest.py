@@ -97,7 +97,7 @@ class Problem(ABC):
     ) -> float | None:
         """The largest relative error; raises Refused if it is more than low precision explains.
 
-        None where results are right or wrong. See `benchmarks.harness.proof.near` for `slack`.
+        None where results are right or wrong. See `benchmarks.harness.proof.Proven` for `slack`.
         """
 
 
@@ -138,3 +138,16 @@ class Contest:
     @property
     def id(self) -> str:
         return f"{self.op}, {self.case}"
+
+
+def own_contest(
+    op: str,
+    case: str,
+    axis: str,
+    size: int,
+    problem: Callable[[torch.device], Inputs],
+    call: Callable[[Any], Any],
+) -> Contest:
+    """Of this repository alone, on the host; `call` takes what the problem's `Inputs` hold."""
+    provider = Provider("PeRL", lambda p: Run(lambda: call(p.value)))
+    return Contest(op, case, {axis: size}, problem, [provider], host=True, axis=axis)

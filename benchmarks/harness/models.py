@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from perl.model.families.qwen import QwenVL
+from perl.model.loading import check_model
+from perl.types import UserError
 
 
 class _Size(NamedTuple):
@@ -81,6 +86,19 @@ def shape(name: str) -> Any:
         video_token_id=size.special + 4,
         tie_word_embeddings=size.tied,
     )
+
+
+def given_model(name: str, shapes: Sequence[str]) -> Path:
+    """The folder of a model whose pixels the benchmarks can make.
+
+    Raises:
+        UserError: there is none, or it is of another family.
+    """
+    if not (Path(name) / "config.json").is_file():
+        raise UserError(f"--model {name}: choose {', '.join(shapes)} or a model folder")
+    if not isinstance(check_model(name), QwenVL):
+        raise UserError(f"--model {name}: it is none of {', '.join(QwenVL.model_types)}")
+    return Path(name)
 
 
 def special_tokens(config: Any) -> list[int]:

@@ -7,10 +7,11 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from perl.files import write_json
 from perl.types import UserError
 
 
@@ -97,6 +98,24 @@ def step_parser(
         add(f"--{name}", type=count, metavar="N", help=said, **several)
     add("--seed", type=int, default=0, metavar="N", help="of all that is random; default: 0")
     return parser
+
+
+def step_program(
+    parse: Callable[[], tuple[Any, Path | None]],
+    measure: Callable[[Any], dict[str, Any]],
+    shown: Callable[[dict[str, Any]], Iterable[str]],
+) -> int:
+    """From options to a printed table and a report in a file; gives the exit code."""
+
+    def run() -> int:
+        setting, file = parse()
+        report = measure(setting)
+        print("\n\n".join(shown(report)))
+        if file:
+            write_json(file, report)
+        return 0
+
+    return exit_code(run)
 
 
 def exit_code(run: Callable[[], int]) -> int:

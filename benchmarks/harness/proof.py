@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import NamedTuple
 
@@ -15,9 +15,6 @@ from benchmarks.harness.contest import Problem, Refused, Unavailable
 
 Results = Mapping[str, Tensor]
 """Names to tensors; the names of gradients start with `grad`."""
-
-Proof = Callable[[Results, frozenset[str], float], float]
-"""Of results, the names of those that are left out, and slack: the largest relative error; see `near`."""
 
 
 class Difference(NamedTuple):
@@ -83,48 +80,13 @@ def allowance(
     )
 
 
-def near(truth: Results, plain: Results, dtype: torch.dtype) -> Proof:
-    """The proof that results are as exact as plain PyTorch's, up to a small factor.
-
-    See `allowance`: k = 2 for values and 3 for gradients, 1 for the scale, all times the slack; floor = 64 eps, but no
-    more than 0.004, so a factor of 1.01 is refused in 16 bits as well. What it returns is the largest
-    max|e| / max|truth|; it raises Refused.
-
-    Args:
-        truth: the results in fp64.
-        plain: the same from plain PyTorch in `dtype`.
-        dtype: of the inputs that are timed; gives eps.
-
-    Raises:
-        Unavailable: plain PyTorch is so far off itself that it would let anything pass.
-    """
-    eps = torch.finfo(dtype).eps
-    lost = {name: difference(plain[name], exact) for name, exact in truth.items()}
-    for name, loss in lost.items():
-        if not loss.norm <= math.sqrt(eps):
-            raise Unavailable(
-                f"{name}: plain PyTorch is off by {loss.norm:.2e} of the norm, which proves nothing"
-            )
-
-    def prove(got: Results, omits: frozenset[str] = frozenset(), slack: float = 1.0) -> float:
-        expected = truth.keys() - omits
-        if got.keys() != expected:
-            raise Refused(f"results {sorted(got)}, expected {sorted(expected)}")
-        worst = 0.0
-        for name, tensor in got.items():
-            k = slack * (3 if name.startswith("grad") else 2)
-            found = difference(tensor, truth[name])
-            allowed = allowance(lost[name], tensor.numel(), eps, k, slack, min(64 * eps, 4e-3))
-            if excess := found.excess(allowed):
-                raise Refused(f"{name}: off by {excess}; not timed")
-            worst = max(worst, found.most)
-        return worst
-
-    return prove
-
-
 class Proven(Problem):
-    """A problem whose results are tensors: its own formula in plain PyTorch, in fp64, is the truth."""
+    """A problem whose results are tensors: its own formula in plain PyTorch, in fp64, is the truth.
+
+    Results have to be as exact as plain PyTorch's in the dtype of the inputs, up to a small factor (see `allowance`): k = 2
+    for values and 3 for gradients, 1 for the scale, all times the slack; floor = 64 eps, but no more than 0.004, so a
+    factor of 1.01 is refused in 16 bits as well.
+    """
 
     @property
     @abstractmethod
@@ -136,16 +98,41 @@ class Proven(Problem):
         """The results as plain PyTorch has them, products in `dtype`."""
 
     @cached_property
-    def proof(self) -> Proof:
-        return near(self.expected(torch.float64), self.expected(self.dtype), self.dtype)
+    def truth(self) -> dict[str, tuple[Tensor, Difference]]:
+        """Of each result, and what plain PyTorch loses of it.
+
+        Raises:
+            Unavailable: plain PyTorch is so far off itself that it would let anything pass.
+        """
+        exact, plain = self.expected(torch.float64), self.expected(self.dtype)
+        found = {name: (tensor, difference(plain[name], tensor)) for name, tensor in exact.items()}
+        for name, (_, lost) in found.items():
+            if not lost.norm <= math.sqrt(torch.finfo(self.dtype).eps):
+                raise Unavailable(
+                    f"{name}: plain PyTorch is off by {lost.norm:.2e} of the norm, which proves nothing"
+                )
+        return found
 
     def find_truth(self) -> None:
-        _ = self.proof
+        _ = self.truth
 
     def prove(
         self, results: Results, omits: frozenset[str] = frozenset(), slack: float = 1.0
     ) -> float:
-        return self.proof(results, omits, slack)
+        """The largest max|e| / max|truth|; raises Refused."""
+        expected, eps = self.truth.keys() - omits, torch.finfo(self.dtype).eps
+        if results.keys() != expected:
+            raise Refused(f"results {sorted(results)}, expected {sorted(expected)}")
+        worst = 0.0
+        for name, tensor in results.items():
+            exact, lost = self.truth[name]
+            k = slack * (3 if name.startswith("grad") else 2)
+            found = difference(tensor, exact)
+            allowed = allowance(lost, tensor.numel(), eps, k, slack, min(64 * eps, 4e-3))
+            if excess := found.excess(allowed):
+                raise Refused(f"{name}: off by {excess}; not timed")
+            worst = max(worst, found.most)
+        return worst
 
 
 Gradients = Mapping[str, Tensor]

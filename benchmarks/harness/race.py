@@ -124,17 +124,12 @@ class Race:
     def _failures(self, row: Row) -> Iterator[None]:
         with failures(row):
             yield
-        if row.reason:
-            self._probe(row)
-
-    def _probe(self, row: Row) -> None:
-        """Whether the GPU still works: after a bad access of memory it does no more in this process."""
-        if self.device.type != "cuda":
-            return
-        try:
-            torch.cuda.synchronize()
-        except Exception:
-            self.unusable = f"the GPU cannot be used since {row.provider.name} failed"
+        if row.reason and self.device.type == "cuda":
+            # After a bad access of memory a GPU does no more in this process.
+            try:
+                torch.cuda.synchronize()
+            except Exception:
+                self.unusable = f"the GPU cannot be used since {row.provider.name} failed"
 
     def _time(self, row: Row, benchmark: BenchmarkFixture) -> None:
         run = row.run

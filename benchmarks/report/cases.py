@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from statistics import geometric_mean, median
 
 import numpy as np
@@ -124,7 +125,10 @@ class Growth:
 def fit(points: Iterable[tuple[float, float]]) -> Growth | None:
     """Least squares on the logarithms of (size, cost), both positive; None for too few or too close sizes."""
     points = sorted(points)
-    at = {x: geometric_mean(y for _, y in same) for x, same in itertools.groupby(points, _size)}
+    at = {
+        x: geometric_mean(y for _, y in same)
+        for x, same in itertools.groupby(points, itemgetter(0))
+    }
     if len(at) < FEWEST_POINTS or max(at) < NARROWEST * min(at):
         return None
     x, y = np.log(points).T
@@ -138,10 +142,6 @@ def fit(points: Iterable[tuple[float, float]]) -> Growth | None:
         math.log(y1 / y0) / math.log(x1 / x0),
         len(at),
     )
-
-
-def _size(point: tuple[float, float]) -> float:
-    return point[0]
 
 
 @dataclass(frozen=True)

@@ -74,10 +74,5 @@ def scientific(value: float | None) -> str:
     return f"{value:.0e}" if value else "0"
 
 
-def details(summary: str, text: str) -> str:
-    """Folded up. GitHub reads Markdown inside only behind an empty line."""
-    return f"<details>\n<summary>{summary}</summary>\n\n{text}\n\n</details>"
-
-
 def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"

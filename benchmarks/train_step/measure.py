@@ -9,19 +9,17 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.harness.device import peak_memory, software, synchronize
-from benchmarks.harness.models import SHAPES, shape
+from benchmarks.harness.models import SHAPES, given_model, shape
 from benchmarks.harness.proof import GradientProof, copied_gradients, gradients
 from benchmarks.train_step.flops import flops
 from benchmarks.train_step.variants import VARIANTS, Step, Trainee
 from benchmarks.train_step.workload import Workload
 from perl.model.families import family_of
-from perl.model.families.qwen import QwenVL
 from perl.model.packed.attention import choose
 from perl.types import UserError
 
@@ -116,23 +114,18 @@ def make_model(name: str, device: torch.device) -> Any:
     Raises:
         UserError: no model of the Qwen-VL family can be read there.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
     auto: Any = AutoModelForImageTextToText
     if name in SHAPES:
         with device:
             return auto.from_config(shape(name), dtype=torch.float32)
-    if not (Path(name) / "config.json").is_file():
-        raise UserError(f"--model {name}: choose {', '.join(SHAPES)} or a model folder")
+    folder = given_model(name, SHAPES)
     try:
-        kind = AutoConfig.from_pretrained(name).model_type
-        # The workload makes pixels itself, in the patches that these take.
-        if kind in QwenVL.model_types:
-            return auto.from_pretrained(name, dtype=torch.float32).to(device)
+        return auto.from_pretrained(folder, dtype=torch.float32).to(device)
     except Exception as error:  # transformers raises many types for broken files.
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"--model {name}: no model can be read there ({reason})") from error
-    raise UserError(f"--model {name}: {kind} is not one of {', '.join(QwenVL.model_types)}")
 
 
 def fresh(trainee: Trainee, name: str) -> Callable[[], Step]:

@@ -11,12 +11,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from benchmarks.harness.models import shape
+from benchmarks.harness.models import given_model, shape
 from perl.config import DataConfig, ModelConfig
 from perl.data.streams import Drawn, ExampleStream
 from perl.data.tasks import BundledTasks, vocabulary
-from perl.model.families.qwen import QwenVL
-from perl.model.loading import check_model, load_processor
+from perl.model.loading import load_processor
 from perl.model.processor import Processor, parts
 from perl.model.tiny import make_image_processor, make_tokenizer, save_processor, tiny_config
 from perl.permutation import orders, permute
@@ -115,7 +114,7 @@ def make_start(setting: Setting, folder: Path) -> Start:
         model = folder / "model"
         _make_model(setting, model)
     else:
-        model = _given(setting.model)
+        model = given_model(setting.model, MODELS)
     vision = AutoConfig.from_pretrained(model).vision_config
     pixels = (setting.side * vision.patch_size * vision.spatial_merge_size) ** 2
     limits = ModelConfig(min_pixels=pixels, max_pixels=pixels)
@@ -152,16 +151,6 @@ def _parameters(model: Path) -> int:
         return sum(
             p.numel() for p in auto.from_config(AutoConfig.from_pretrained(model)).parameters()
         )
-
-
-def _given(name: str) -> Path:
-    path = Path(name)
-    if not (path / "config.json").is_file():
-        raise UserError(f"--model {name}: choose {', '.join(MODELS)} or a model folder")
-    family = check_model(name)
-    if not isinstance(family, QwenVL):
-        raise UserError(f"--model {name}: it is none of {', '.join(QwenVL.model_types)}")
-    return path
 
 
 def _make_model(setting: Setting, folder: Path) -> None:
