@@ -30,7 +30,7 @@ setup: $(STAMP) ## make .venv with the pinned versions, or bring it up to date
 demo: $(STAMP) ## train a tiny model on bundled questions over several images; writes runs/demo
 	.venv/bin/perl-rl train demo --overwrite $(ARGS)
 
-test: $(STAMP) ## run the tests; ARGS="-k packing" selects some
+test: $(STAMP) ## run the tests; ARGS="-k pack" selects some
 	.venv/bin/python -m pytest --numprocesses $(THREADS) --dist worksteal $(ARGS)
 
 lint: $(STAMP) ## ruff and pyright
@@ -73,7 +73,7 @@ clean: ## remove .venv, builds and caches; runs/ stays
 	@ls .venv/stamp-$(VENV)-* >/dev/null 2>&1 || { echo "Making .venv with $(PYTHON)"; "$(PYTHON)" -m venv --clear .venv; }
 	@rm -f .venv/stamp-*
 	@echo "Installing the pinned packages (several minutes the first time)"
-	@# torch first and alone: the build of the native ops compiles against its headers.
+	@# torch first and alone: a build of native ops would compile against its headers.
 	@$(PIP) torch
 	@$(PIP) --editable '.[dev]'
 	@touch $@

@@ -1,6 +1,6 @@
 """One frozen dataclass per stage of the data's way through PeRL; nothing here computes anything.
 
-Example --permute--> Variant --generate--> Rollout --reward--> Group --filter--> Group --pack--> PackedBatch
+Example --permute--> Variant --generate--> Rollout --reward--> Group --filter--> Group --> Segment --pack--> PackedBatch
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """What the packer takes: one prompt with the completions that continue it, and the weights of their gradients.
+    """What the packer takes: one prompt with the completions that continue it, and their advantages.
 
     `completions` R arrays int64 [L_r], each may be empty; `advantages` R scalars (1 for supervised fine-tuning).
     `group` says which segments belong to one Example: they show the same images and are kept together.
@@ -244,10 +244,10 @@ class PackedBatch:
     visual_source: torch.Tensor
     """int64 [K]: which row of the concatenated features of `images` each of them shows."""
     source: tuple[tuple[int, int], ...]
-    """For each of the B completions the segment and the number in it, in the list that was packed."""
+    """For each of the B completions (index of its segment, index of the completion in it) in the packed list."""
     sampled_logprobs: torch.Tensor | None
-    """float32 [N]: of the completions that an earlier policy sampled their log-probs under it, of the others NaN; None: all
-    are of the present one."""
+    """float32 [N]: log-probs under the earlier policy that sampled, for off-policy completions; NaN for the rest. None: all are
+    on-policy."""
 
     @property
     def num_tokens(self) -> int:

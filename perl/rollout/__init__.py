@@ -2,6 +2,5 @@
 
 `prompts.py` makes prompts of variants, `sample.py` rollouts of prompts, `collect.py` groups with signal of examples, with the
 help of `filtering.py` (which groups are kept), `advantages.py` and `replay.py` (groups of earlier steps). Engines
-(`engine.py`, `padded.py`) answer `generate(prompts, params, seed)`; another one needs that method alone, and a line in
-`make_engine`. `opening.py` finds a trained model and makes it ready to generate.
+(`engine.py`, `padded.py`, which also chooses) answer `generate(prompts, params, seed)` from the weights of this process. `opening.py` finds a trained model and makes it ready to generate.
 """

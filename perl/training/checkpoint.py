@@ -27,7 +27,7 @@ class Progress:
     """How far a run has come; JSON-able."""
 
     stage: str = ""
-    """The point where the run stands (see `perl.stages.points`); empty: at its start."""
+    """The point where the run stands (see `perl.recipe.points`); empty: at its start."""
     step: int = 0
     """Steps of that stage that are complete."""
     streams: dict[str, Any] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Progress:
     seconds: dict[str, float] = field(default_factory=dict)
     """Time spent, by stage of the work."""
     elapsed: float = 0.0
-    """Seconds of training so far, over all sittings."""
+    """Seconds of training so far, including those before a resume."""
     records: dict[str, int] = field(default_factory=dict)
     """Lengths of metrics.jsonl and rollouts.jsonl."""
 

@@ -90,7 +90,7 @@ class Components:
     def stream(self) -> Stream:
         """The stage's training examples, in an order of its own."""
         sources = training_sources(self.config)
-        # Different stages see different questions.
+        # Different stages see different questions; primes keep the seeds of stages and sources apart.
         seed = self.config.run.seed * 2 + (self.stage.kind == "rl") + 1_000_003 * self.stage.number
         streams = []
         for number, (source, _) in enumerate(sources):

@@ -62,6 +62,8 @@ class Optimizer:
         self.accelerator, self.processes = accelerator, Processes(accelerator)
         self.head, self.policy, self.schedule = head, head.policy, schedule
         self.max_grad_norm = config.max_grad_norm
+        self.updates = 0
+        """How often the weights have changed since the optimizer was made."""
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         # Norms and biases are not decayed: they have no scale that decay would bound.
         decayed = [p for p in self.parameters if p.ndim >= 2]
@@ -87,7 +89,7 @@ class Optimizer:
 
         Args:
             number: of the optimizer step, for the schedule.
-            batches: this process's micro-batches; may be empty, other processes' gradients still arrive.
+            batches: this process's micro-batches; may be empty, gradients are summed over processes all the same.
             loss: whose denominator is that of all micro-batches of all processes.
             old: float32 [N] for each batch, log-probs of the policies that sampled; None: the present one did.
             ref: float32 [N] for each batch, log-probs of the reference, if the loss has a KL term.
@@ -131,7 +133,7 @@ class Optimizer:
                     totals[name] = torch.maximum(totals[name], value.float())
                 elif name in _COUNTS:
                     totals[name] += value.float()
-                else:
+                else:  # Means over the batch's tokens, all of which the trainer gives the weight 1.
                     totals[name] += value.float() * batch.num_scored
         # Summed, not averaged: each loss was divided by the count of the whole step already.
         with span("sync"):
@@ -152,6 +154,7 @@ class Optimizer:
             group["lr"] = lr
         with span("optimizer"):
             self.adamw.step()
+        self.updates += 1
         # Features that the rollouts and the log-probs shared are those of the old tower.
         if self.policy.vision.trained:
             self.policy.vision.clear_cache()

@@ -47,7 +47,9 @@ def reinforce(session: Session, stage: Stage) -> None:
         # An evaluation belongs to its step: a run that goes on from the step's checkpoint does not repeat it.
         _measure_if_due(session, step)
         session.end_step(step)
-    if stage != session.stages[-1]:
+    if (
+        stage != session.stages[-1]
+    ):  # The last stage's model is exported as `final` when the run ends.
         save_model(components, stage.name)
     session.finish_stage()
 
@@ -75,7 +77,7 @@ class PolicyStep:
         with watch("pack"):
             minibatches = [self._segments(groups[k :: self.updates]) for k in range(self.updates)]
             packed = [session.pack(segments) for segments in minibatches]
-        # All of them before the first update: they are those of the policy that sampled.
+        # All old log-probs before the first update, under the policy that sampled.
         with watch("logprobs"), session.components.accelerator.autocast():
             old = [self._old_logprobs(batches) for batches in packed]
             ref = [self.reference and [self.reference(b) for b in batches] for batches in packed]
@@ -116,7 +118,7 @@ class PolicyStep:
 
 
 def old_logprobs(head: HeadLoss, batch: PackedBatch) -> torch.Tensor:
-    """Log-probs [N] under the policies that sampled: the present one, or an earlier one, which left its own behind."""
+    """Log-probs [N] under the policies that sampled: the current one's, or those stored at sampling time."""
     logprobs = head.logprobs(batch).logprobs
     if batch.sampled_logprobs is None:
         return logprobs
@@ -154,7 +156,7 @@ class Reference:
             return self.head.logprobs(batch).logprobs
 
     def begin_step(self) -> None:
-        """Keep no features of earlier steps; where the tower is the policy's, they have gone already."""
+        """Drop features of earlier steps; a tower shared with the policy has been cleared with it."""
         if self.own_tower:
             self.head.policy.vision.clear_cache()
 
@@ -162,7 +164,9 @@ class Reference:
 def segments_of(group: Group, condition: str) -> list[Segment]:
     """What can be learnt from a group: rollouts that could be scored, behind the prompts they are conditioned on.
 
-    Those are the prompts they were sampled from (`permuted`), or all the original one, which stands first (`original`).
+    Those are the prompts they were sampled from (`permuted`), or all the original one, which stands first (`original`). Under
+    `original` old log-probs are taken on the original prompt too, so the first update's ratio is 1 by definition; log-probs of
+    an earlier policy would be on another prompt, which is why `perl.recipe` refuses replay there.
     """
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for i in np.flatnonzero(~np.isnan(group.rewards)):
@@ -217,6 +221,7 @@ def group_metrics(collected: Collected) -> dict[str, float]:
 
 
 def _keep_rollouts(session: Session, step: int, collected: Collected) -> None:
+    # Two groups of the main process are enough to look at; pictures of all would be most of a run folder.
     every = session.config.run.save_rollouts_every
     if every and step % every == 0 and session.components.is_main:
         session.gallery.keep_groups("rl", session.stage.first_step + step + 1, collected.seen[:2])

@@ -27,7 +27,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ProcessShare:
-    """A process's share of a stage's examples. All processes draw the same ones, and stay at one place in the data."""
+    """A process's share of a stage's examples.
+
+    Every process advances the same stream by the same amount and keeps every n-th example.
+    """
 
     stream: Stream
     processes: Processes
@@ -71,6 +74,7 @@ class Session:
         self._saved_point: tuple[str, int] | None = None
         self._checkpoint = None
         self._replay_state: dict[str, Any] | None = None
+        self._recorded_updates = 0
         self._started = time.perf_counter()
 
     def restore(self) -> None:
@@ -85,7 +89,7 @@ class Session:
         self._checkpoint, self.progress = found
         if self.progress.stage not in self.points:
             raise UserError(
-                f"the checkpoint stands in stage {self.progress.stage}, which config.toml does not have "
+                f"the checkpoint is from stage {self.progress.stage}, which config.toml no longer defines "
                 f"({', '.join(s.name for s in self.stages)}); restore its stages or start a new run"
             )
         self.checkpoints.restore_model(self._checkpoint, self.components.policy)
@@ -93,12 +97,12 @@ class Session:
         self._started = time.perf_counter() - self.progress.elapsed
         self._saved_point = (self.progress.stage, self.progress.step)
         self.display.say(
-            f"going on with {self.progress.stage}, {self.progress.step} steps done ({self._checkpoint})"
+            f"resuming {self.progress.stage} after step {self.progress.step} ({self._checkpoint})"
         )
 
     @property
     def elapsed(self) -> float:
-        """Seconds of this run, over all sittings."""
+        """Seconds of this run, including those before a resume."""
         return time.perf_counter() - self._started
 
     @property
@@ -147,7 +151,7 @@ class Session:
             yield step
 
     def finish_stage(self, save: bool = True) -> None:
-        """The point where the run stands is done: save, so that nothing of it is done twice."""
+        """Mark the current point as finished and checkpoint, so that a resume does not repeat it."""
         self.display.close()
         following = self.points[self.points.index(self.progress.stage) + 1]
         self.progress.stage, self.progress.step = following, 0
@@ -174,7 +178,7 @@ class Session:
             if state := load_replay(self._checkpoint, self.processes.index):
                 components.collector.replay.load_state_dict(state)
         # Only the stage that the run stopped in goes on from it; later ones start afresh.
-        self._checkpoint = None
+        self._checkpoint, self._recorded_updates = None, 0
         return self.optimizer
 
     def stream(self) -> Stream:
@@ -192,24 +196,25 @@ class Session:
         )
 
     def record_step(self, step: int, row: dict[str, Any], shown: dict[str, float]) -> None:
-        """A step is complete: write its metrics down, and some of them behind the progress bar."""
+        """A step is complete: write its metrics down, and show some of them behind the progress bar."""
         self.progress.step = step + 1
         self.progress.streams[self.stage.name] = self.source.stream.state_dict()
-        lap = self.components.watch.lap()
+        lap = self.components.watch.lap()  # Of this step, also where its row is not written.
         if self.components.is_main and (step + 1) % self.config.run.log_every == 0:
             number = self.stage.first_step + step + 1
             here = {"stage": self.stage.kind, "step": number, "name": self.stage.name}
             self.record({**here, **row, **lap})
         self.display.advance(numbers=shown)
-        # As it is between steps: a step that fails has taken groups out, and is done again.
+        # Between steps: one that fails has already taken groups out, and a resumed run takes it again.
         replay = self.components.collector.replay
         self._replay_state = replay.state_dict() if replay.active else None
+        self._recorded_updates = self.optimizer.updates if self.optimizer else 0
 
     def end_step(self, step: int) -> None:
-        """Save if it is time; stop if that was asked for.
+        """Checkpoint when due; stop if requested.
 
         Raises:
-            Interrupted: it was, and the step is saved.
+            Interrupted: stop was requested; the step has been saved.
         """
         every = self.config.run.checkpoint_every
         stop = self.processes.any(self.stop.requested)
@@ -227,7 +232,8 @@ class Session:
             for k, v in row.items()
             if isinstance(v, int | float) and k != "step"
         }
-        # Trackers count the steps of all stages together: wandb's steps never go back.
+        # Trackers count the steps of all stages together: wandb's steps never go back. What is measured after another kind of
+        # stage than RL stands at that stage's end.
         before = sum(s.steps for s in self.stages[: self.stages.index(self.stage)])
         trained = row["stage"] == self.stage.kind or self.stage.kind == "rl"
         here = row["step"] - self.stage.first_step if trained else self.stage.steps
@@ -257,7 +263,9 @@ class Session:
     def rescue(self, error: UserError) -> None:
         """Keep what was done before a user's mistake, raised in every process, stopped the run."""
         self.display.close()
-        if self.progress.step > 0:
+        # A step of several updates that failed behind its first has changed the weights: they are those of no step.
+        updates = self.optimizer.updates if self.optimizer else self._recorded_updates
+        if self.progress.step > 0 and updates == self._recorded_updates:
             self.save()
             logger.info(
                 "kept %s step %d before: %s", self.progress.stage, self.progress.step, error

@@ -1,6 +1,6 @@
 """The training run: its stages in turn, by default cold start, measure, reinforce, measure.
 
-    Example -> Variant -> Rollout -> Group -> PackedBatch -> linear_grpo_loss -> step
+    Example -> Variant -> Rollout -> Group -> Segment -> PackedBatch -> linear_grpo_loss -> step
 
 Everything is decided in the stages and their components; after every step a run can be interrupted and resumed.
 """

@@ -11,8 +11,10 @@ import torch
 
 from perl.model.packed.pack import pack_row
 from perl.permutation import permute
+from perl.training.checkpoint import Progress
 from perl.training.reinforce import old_logprobs, segments_of
-from perl.types import EncodedPrompt, Example, Group, Rollout
+from perl.training.session import Session
+from perl.types import EncodedPrompt, Example, Group, Rollout, UserError
 
 EXAMPLE = Example("row", ("a", "b"), "A <image> B <image> which", "A")  # type: ignore[arg-type]
 
@@ -77,3 +79,18 @@ def test_off_policy_groups_keep_the_log_probs_they_were_sampled_with() -> None:
     present, sampled = [-9.0] * 10, [-0.0, -1.0, -1.0, -3.0, -3.0, -3.0, -3.0]
     assert old.tolist() == present + sampled
     assert old_logprobs(head, pack_row(segments[:2])).tolist() == present
+
+
+@pytest.mark.parametrize(("updates", "kept"), [(4, ["saved"]), (5, [])])
+def test_a_step_that_failed_between_its_updates_is_not_saved(
+    updates: int, kept: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps of two updates are recorded; the third step fails in its first update, or in its second."""
+    saved: list[str] = []
+    monkeypatch.setattr(Session, "save", lambda self: saved.append("saved"))
+    session: Any = object.__new__(Session)
+    session.display = SimpleNamespace(close=lambda: None)
+    session.progress = Progress(stage="rl", step=2)
+    session.optimizer, session._recorded_updates = SimpleNamespace(updates=updates), 4
+    session.rescue(UserError("the gradient is not finite"))
+    assert saved == kept
