@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from perl.model.families import ImageFeatures
 from perl.model.policy import Policy
 from perl.model.processor import Processor
 from perl.model.vision import StepFeatures
+from perl.rollout.engine import Completion
 from perl.types import EncodedPrompt, Message, PackedBatch, Segment
 
 Logprobs = dict[tuple[int, int], torch.Tensor]
@@ -100,6 +102,16 @@ def completions_of(segments: list[Segment]) -> list[tuple[int, int]]:
     return [(i, r) for i, s in enumerate(segments) for r in range(len(s.completions))]
 
 
+def segments_of_samples(
+    prompts: Sequence[EncodedPrompt], sampled: Sequence[Sequence[Completion]]
+) -> list[Segment]:
+    """What an engine sampled, to be scored."""
+    return [
+        Segment(p, tuple(c.token_ids for c in cs), (1.0,) * len(cs))
+        for p, cs in zip(prompts, sampled, strict=True)
+    ]
+
+
 def batch_logprobs(
     policy: Policy, batch: PackedBatch, features: ImageFeatures | None = None
 ) -> Logprobs:
@@ -110,15 +122,13 @@ def batch_logprobs(
     return dict(zip(batch.source, parts, strict=True))
 
 
-def shared_step(
-    policy: Policy, segments: list[Segment], budget: int, share: bool = True
-) -> Logprobs:
-    """In micro-batches of a budget, images encoded once for all; gradients of the weighted log-probs stay on the policy."""
-    return step_of(policy, policy.pack(segments, budget, share))
+def shared_step(policy: Policy, segments: list[Segment], budget: int) -> Logprobs:
+    """In micro-batches of a budget; see `step_of`."""
+    return step_of(policy, policy.pack(segments, budget, True))
 
 
 def step_of(policy: Policy, batches: list[PackedBatch]) -> Logprobs:
-    """The same for micro-batches in an order of one's own."""
+    """Images encoded once for all micro-batches; gradients of the weighted log-probs stay on the policy."""
     out: Logprobs = {}
     features = StepFeatures(policy.vision.encode, batches) if policy.vision.trained else None
     for number, batch in enumerate(batches):

@@ -96,13 +96,19 @@ def with_gradients(out: Tensor, qkv: Sequence[Tensor], upstream: Tensor) -> list
     return [out.detach(), *torch.autograd.grad(out, qkv, upstream)]
 
 
-def check(name: str, segments: Segments, groups: int) -> None:
-    layout, sees = packed(segments)
-    qkv = inputs(layout.tokens, groups)
-    upstream = torch.randn(1, layout.tokens, 4, DIM, dtype=torch.float64)
-    got = with_gradients(attend(name, qkv, packed_layout=layout), qkv, upstream)
-    want = with_gradients(dense(*qkv, sees, 0.4), qkv, upstream)
+def check(
+    run: Callable[[Sequence[Tensor]], Tensor], qkv: list[Tensor], sees: Tensor, scale: float = 0.4
+) -> None:
+    """Output and gradients are those of a dense mask."""
+    upstream = torch.randn(1, len(sees), 4, DIM, dtype=torch.float64)
+    got = with_gradients(run(qkv), qkv, upstream)
+    want = with_gradients(dense(*qkv, sees, scale), qkv, upstream)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def check_row(name: str, segments: Segments, groups: int) -> None:
+    layout, sees = packed(segments)
+    check(lambda x: attend(name, x, packed_layout=layout), inputs(layout.tokens, groups), sees)
 
 
 def check_poison(
@@ -216,7 +222,7 @@ def test_stand_ins_have_the_parameters_of_the_kernels() -> None:
 @pytest.mark.parametrize("row", ROWS)
 def test_values_and_gradients_are_those_of_a_dense_mask(name: str, row: str) -> None:
     for groups in (1, 2, 4):
-        check(name, ROWS[row], groups)
+        check_row(name, ROWS[row], groups)
 
 
 SEGMENTS = st.lists(
@@ -227,7 +233,7 @@ SEGMENTS = st.lists(
 @settings(max_examples=80)
 @given(st.sampled_from(["sdpa", "sdpa", "sdpa", "flex"]), SEGMENTS, st.sampled_from([1, 2, 4]))
 def test_any_row(name: str, segments: Segments, groups: int) -> None:
-    check(name, segments, groups)
+    check_row(name, segments, groups)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -244,11 +250,8 @@ def test_segments_of_a_vision_tower(name: str, lengths: list[int]) -> None:
     sees = torch.block_diag(*(torch.ones(n, n) for n in lengths)).bool()
     qkv = inputs(sum(lengths), groups=1)
     how = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": max(lengths)}
-    upstream = torch.randn(1, sum(lengths), 4, DIM, dtype=torch.float64)
     # A scale that is not given is 1 / sqrt(d).
-    got = with_gradients(attend(name, qkv, None, **how), qkv, upstream)
-    want = with_gradients(dense(*qkv, sees, DIM**-0.5), qkv, upstream)
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    check(lambda x: attend(name, x, None, **how), qkv, sees, DIM**-0.5)
     layout = PackedLayout.from_cu_seqlens(cu_seqlens)
     check_poison(lambda qkv: attend(name, qkv, **how), qkv, layout, sees)
 

@@ -44,55 +44,44 @@ def large_tiles(folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("budget", [60, 1000])
-def test_tiles_of_several_tokens(budget: int, large_tiles: Path, load, capsys) -> None:
-    assert_equal_to_stock(large_tiles, budget, load, capsys)
+def test_tiles_of_several_tokens(budget: int, large_tiles: Path, load) -> None:
+    assert_equal_to_stock(large_tiles, budget, load)
 
 
 @pytest.mark.parametrize("text_type", ["qwen3", "llama"])
 def test_every_language_model_that_may_be_inside(
-    text_type: str, folder: Path, tmp_path: Path, load, capsys
+    text_type: str, folder: Path, tmp_path: Path, load
 ) -> None:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     copy = Path(shutil.copytree(folder, tmp_path / text_type))
     config = json.loads((copy / "config.json").read_text())
     text = config["text_config"]
-    kept = [
-        "vocab_size",
-        "hidden_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "eos_token_id",
-    ]
+    sizes = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads")
     config["text_config"] = {
-        **{key: text[key] for key in kept},
+        **{key: text[key] for key in (*sizes, "eos_token_id")},
         **{"model_type": text_type, "num_hidden_layers": 2, "intermediate_size": 64},
         **{"head_dim": 32, "tie_word_embeddings": True},
     }
     (copy / "config.json").write_text(json.dumps(config))
     AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(copy)).save_pretrained(copy)
     assert check_model(str(copy)) is family_of("internvl")
-    assert_equal_to_stock(copy, 60, load, capsys)
+    assert_equal_to_stock(copy, 60, load)
     config["text_config"]["model_type"] = "gemma2"
     (copy / "config.json").write_text(json.dumps(config))
     assert check_model(str(copy)) is None
 
 
-def assert_equal_to_stock(folder: Path, budget: int, load, capsys) -> None:
+def assert_equal_to_stock(folder: Path, budget: int, load) -> None:
     """Prompts shared, each image encoded once for several rows, against the stock model."""
     policy, processor = load(folder, replace(CONFIG, max_pixels=56 * 56 * 4))
     stock, segments = stock_model(folder), segments_of(processor)
     assert (len(policy.pack(segments, budget, True)) > 1) == (budget == 60)
     found = shared_step(policy, segments, budget)
     assert policy.vision.images_encoded == 3
-    value = furthest_value(found, naive_step(stock, segments))
+    assert furthest_value(found, naive_step(stock, segments)) < 1e-12
     gradient, compared = furthest_gradient(policy, stock)
-    with capsys.disabled():
-        print(
-            f"\n{folder.name}: max |d log p| {value:.1e}, max relative |d gradient| {gradient:.1e}",
-            end="",
-        )
-    assert value < 1e-12 and gradient < 1e-6 and compared > 60
+    assert gradient < 1e-6 and compared > 60
 
 
 def test_pictures_become_tiles_within_the_bounds(folder: Path, large_tiles: Path) -> None:
@@ -110,9 +99,8 @@ def test_pictures_become_tiles_within_the_bounds(folder: Path, large_tiles: Path
     assert tiles((170, 56), 1) == 4  # 3 x 1
     assert tiles((170, 56), 1, max_pixels=area) == 1
     assert tiles((170, 56), 1, max_pixels=area // 2) == 1
-    assert (
-        tiles((400, 400), 1, max_pixels=100 * area) == 10
-    )  # 3 x 3: the checkpoint's own bound is 12
+    # 3 x 3: the checkpoint's own bound is 12.
+    assert tiles((400, 400), 1, max_pixels=100 * area) == 10
     assert tiles((28, 28), 1, min_pixels=2 * area) == 5
     assert tiles((90, 90), 4, large_tiles) == 1
     assert tiles((170, 56), 4, large_tiles, max_pixels=12 * area) == 4
@@ -130,18 +118,14 @@ def test_our_prompt_is_the_stock_processors(large_tiles: Path, load) -> None:
     stock.image_token, stock.image_seq_length = tokenizer.context_image_token, 4
     images = [picture(28, 28, 1), picture(170, 56, 2)]
     prompt = ours.encode_messages((Message("user", "A <image> B <image> which image ?"),), images)
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": parts("A <image> B <image> which image ?")}],
-        tokenize=False,
-        add_generation_prompt=True,
-    )
+    chat = [{"role": "user", "content": parts("A <image> B <image> which image ?")}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     counts = {"num_patches": [i.grid[0] for i in prompt.images]}
     assert counts == {"num_patches": [1, 4]}
     first, second, third = text.split(stock.image_token)
     replaced = [stock.replace_image_token(counts, i) for i in range(2)]
-    expected = tokenizer(
-        first + replaced[0] + second + replaced[1] + third, add_special_tokens=False
-    )
+    whole = first + replaced[0] + second + replaced[1] + third
+    expected = tokenizer(whole, add_special_tokens=False)
     assert prompt.input_ids.tolist() == expected["input_ids"]
     assert (prompt.input_ids == ours.image_token_id).sum() == 20
     theirs = ours.image_processor.images(

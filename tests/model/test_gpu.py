@@ -19,7 +19,7 @@ from perl.model.packed.pack import pack_row
 from perl.model.tiny import TINY_QWEN
 from perl.rollout.engine import InProcessEngine, SamplingParams
 from perl.types import Message, Segment
-from tests.model.steps import picture, shared_step
+from tests.model.steps import picture, segments_of_samples, shared_step
 
 pytestmark = pytest.mark.gpu
 
@@ -52,8 +52,7 @@ def test_logprobs_and_gradients_are_those_of_the_cpu(
         out = InProcessEngine(there, processor, 8).generate(
             prompts, SamplingParams(3, 1.0, 9), seed=1
         )
-        sampled = [tuple(c.token_ids for c in cs) for cs in out]
-        batch = pack_row([Segment(p, s, (1.0,) * 3) for p, s in zip(prompts, sampled, strict=True)])
+        batch = pack_row(segments_of_samples(prompts, out))
         ours = HeadLoss(there, banned, 1.0).logprobs(batch).logprobs.cpu()
     expected = HeadLoss(here, banned, 1.0).logprobs(batch).logprobs
     of_engine = torch.from_numpy(np.concatenate([c.logprobs for cs in out for c in cs]))

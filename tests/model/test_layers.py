@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from perl.config import ModelConfig
 from perl.model.layers import check_compiler, check_liger, compile_layers, use_liger
-from perl.model.loading import load_policy, load_processor
 from perl.model.packed.pack import pack_row
 from perl.model.policy import Policy
 from perl.model.tiny import TINY_MODELS
@@ -66,13 +65,10 @@ def step(policy: Policy, batch: PackedBatch) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("name", "checkpointing"), [("tiny-qwen2.5-vl", False), ("tiny-qwen3-vl", True)]
 )
-def test_no_step_compiles_after_the_first(
-    name: str, checkpointing: bool, tiny_folder: Callable[[str], Path]
-) -> None:
+def test_no_step_compiles_after_the_first(name: str, checkpointing: bool, load) -> None:
     torch._dynamo.reset()
     config = replace(CONFIG, gradient_checkpointing=checkpointing)
-    plain = load_policy(str(tiny_folder(name)), config, torch.device("cpu")).train()
-    compiled = load_policy(str(tiny_folder(name)), config, torch.device("cpu")).train()
+    plain, compiled = (load(name, config)[0].float().train() for _ in range(2))
     counter = CompileCounterWithBackend("aot_eager")
     compile_layers(compiled.core.language_model, counter)
     batches = rows(3)
@@ -97,12 +93,9 @@ def test_a_compiler_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     check_compiler()
 
 
-def test_generation_runs_uncompiled(tiny_folder: Callable[[str], Path]) -> None:
-    config = replace(CONFIG, compile=True)
-    folder = str(tiny_folder("tiny-qwen2.5-vl"))
-    policy = load_policy(folder, config, torch.device("cpu"))
+def test_generation_runs_uncompiled(load) -> None:
+    policy, processor = load("tiny-qwen2.5-vl", replace(CONFIG, compile=True))
     compile_layers(policy.core.language_model, never)
-    processor = load_processor(folder, config)
     prompt = processor.encode_messages((Message("user", "which image ?"),), ())
     [[completion]] = InProcessEngine(policy, processor, 4).generate(
         [prompt], SamplingParams(1, 0.0, 3), seed=0

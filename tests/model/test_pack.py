@@ -51,9 +51,8 @@ def tokens_of(loads: list[Load], row: list[Share]) -> int:
 def test_every_completion_once_and_no_row_over_budget(loads: list[Load], budget: int) -> None:
     rows = plan(loads, budget)
     placed = [(s.segment, i) for row in rows for s in row for i in s.completions]
-    assert sorted(placed) == [
-        (i, r) for i, x in enumerate(loads) for r in range(len(x.completions))
-    ]
+    every = [(i, r) for i, x in enumerate(loads) for r in range(len(x.completions))]
+    assert sorted(placed) == every
     for row in rows:
         # Only a prompt that is over the budget with one completion may be, and it stands alone.
         assert tokens_of(loads, row) <= budget or (
