@@ -201,12 +201,14 @@ def check_every_order(case: Case, mode: Any) -> None:
             named = case.pictures(case.stem(now), variant.images)
             assert named == case.pictures(case.stem(text), example.images)
             assert len(named) == case.said
-            shown = replace(
-                example, images=variant.images, question=variant.messages, answer=variant.answer
-            )
-            back = permute(shown, [order.index(image) for image in example.images], mode)
-            before = (example.images, example.messages, example.answer)
-            assert (back.images, back.messages, back.answer) == before
+            # With a query before the numbered images, `<image_1>` may be written, which is not read again.
+            if case.numbered[0] == 0:
+                shown = replace(
+                    example, images=variant.images, question=variant.messages, answer=variant.answer
+                )
+                back = permute(shown, [order.index(image) for image in example.images], mode)
+                before = (example.images, example.messages, example.answer)
+                assert (back.images, back.messages, back.answer) == before
         else:
             assert variant.messages == example.messages
         # Answers that count as the same choice in two orders name the same pictures.
