@@ -75,6 +75,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _no_llm_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A developer's own is never asked."""
+    for name in list(os.environ):
+        if name.startswith(("PERL_LLM_", "OPENAI_")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
 def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from perl.training.checkpoint import CheckpointManager
-from tests.command_line import ErrorOf, metrics, run
+from tests.command_line import ErrorOf, json_lines, metrics, rewarded, run
 from tests.pictures import png_header
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +26,7 @@ class Custom: ...
 
 def write_rows(recipe: Path, **changes: Any) -> Path:
     """The recipe's data with changes to its fourth row."""
-    rows = [json.loads(line) for line in recipe.with_name("data.jsonl").open()]
+    rows = json_lines(recipe.with_name("data.jsonl"))
     rows[3] |= changes
     path = recipe.with_name("changed.jsonl")
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -134,18 +134,15 @@ def test_texts_that_name_images(
 
 def test_data_sets_without_rows(short_recipe: Path, error_of: ErrorOf) -> None:
     folder = short_recipe.parent
-    (folder / "empty.jsonl").touch()
-    (folder / "blank.jsonl").write_text("\n\n")
-    (folder / "list.json").write_text("[]")
-    for name in ("empty.jsonl", "blank.jsonl", "list.json"):
+    for name, text in {"empty.jsonl": "", "blank.jsonl": "\n\n", "list.json": "[]"}.items():
+        (folder / name).write_text(text)
         said = error_of("train", short_recipe, "--data.train", folder / name)
         assert said == f"{folder / name}: the data set is empty; give one with rows"
-    assert "there is no data file or folder" in error_of(
-        "train", short_recipe, "--data.train", folder / "nowhere.jsonl"
-    )
-    assert "unknown picture collection 'cats'" in error_of(
-        "train", short_recipe, "--data.train", "bundled:cats"
-    )
+    for source, match in {
+        folder / "nowhere.jsonl": "there is no data file or folder",
+        "bundled:cats": "unknown picture collection 'cats'",
+    }.items():
+        assert match in error_of("train", short_recipe, "--data.train", source)
 
 
 def test_an_image_cut_short_stops_a_run_that_keeps_its_last_step(
@@ -168,40 +165,47 @@ def test_an_image_cut_short_stops_a_run_that_keeps_its_last_step(
     assert [row["step"] for row in metrics(folder / "run")] == list(range(1, 10))
 
 
-@pytest.mark.parametrize(
-    ("changes", "match"),
-    [
-        (
-            {"question": "A <image> B <image> <|image_pad|> ?"},
-            "example row-3: the text itself holds <|image_pad|>; write <image> for an image",
-        ),
-        (
-            {"demonstration": "<answer> A </answer> <|vision_start|>"},
-            "example row-3: its demonstration holds <|vision_start|>, which stands for an image",
-        ),
-    ],
-)
-def test_image_tokens_in_texts_are_found_before_a_run_is_replaced(
-    changes: dict[str, str], match: str, short_recipe: Path, error_of: ErrorOf
-) -> None:
-    folder = short_recipe.parent / "run"
-    assert run("train", short_recipe) == 0
-    before = (folder / "metrics.jsonl").read_text()
-    data = write_rows(short_recipe, **changes)
-    assert match in error_of("train", short_recipe, "--data.train", data, "--overwrite")
-    assert (folder / "metrics.jsonl").read_text() == before
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_run_that_never_took_a_step_gives_the_replaced_one_back(
-    short_recipe: Path, error_of: ErrorOf
-) -> None:
+def test_a_run_that_is_there_stays_as_it_is(short_recipe: Path, error_of: ErrorOf) -> None:
+    """Whether a mistake shows before a new run begins or, as the last one, when it has begun."""
     folder = short_recipe.parent / "run"
-    assert run("train", short_recipe) == 0
-    before = (folder / "metrics.jsonl").read_text()
-    said = error_of("train", short_recipe, "--data.max-prompt-tokens", "5", "--overwrite")
-    assert "over data.max_prompt_tokens = 5" in said
-    assert (folder / "metrics.jsonl").read_text() == before
-    assert (folder / "models" / "final" / "model.safetensors").exists()
+    train, small = ("train", short_recipe), ("--data.max-prompt-tokens", "5")
+    assert "over data.max_prompt_tokens = 5" in error_of(*train, *small, "--overwrite")
+    assert not folder.exists()
+    assert run(*train) == 0
+    before = content(folder)
+    assert "is already there: go on with `perl-rl resume" in error_of(*train)
+    for options, match in {
+        ("--resume",): "exclude each other",
+        ("--model.path", "/nowhere"): "there is no such folder",
+        ("--model.path", folder / "models" / "final"): "would delete model.path",
+        ("--data.train", "/nowhere.jsonl"): "there is no data file",
+        ("--data.image-root", folder): "would delete data.image_root",
+        ("--reward.functions", "acuracy", "--reward.weights", "1"): "did you mean 'accuracy'?",
+        ("--run.trackers", "wandb"): "wandb is not installed",
+        ("--run.trackers", "nonsense"): "nonsense is unknown",
+        ("--loss.preset", "gpro"): "no preset named 'gpro'",
+        ("--model.attention", "flash_attention_2"): "flash_attention_2 needs",
+        small: "over data.max_prompt_tokens = 5",
+    }.items():
+        assert match in error_of(*train, "--overwrite", *options), options
+    own = error_of("train", folder / "config.toml", "--overwrite")
+    assert "would delete the recipe" in own
+    image_token = "example row-3: the text itself holds <|image_pad|>; write <image> for an image"
+    start_token = "example row-3: its demonstration holds <|vision_start|>, which stands for an"
+    for changes, match in (
+        ({"question": "A <image> B <image> <|image_pad|> ?"}, image_token),
+        ({"demonstration": "<answer> A </answer> <|vision_start|>"}, start_token),
+    ):
+        data = write_rows(short_recipe, **changes)
+        assert match in error_of(*train, "--data.train", data, "--overwrite")
+    assert content(folder) == before
+    assert run(*train, "--overwrite") == 0
+    assert content(folder) != before
+    assert [p.name for p in folder.parent.iterdir() if p.name.startswith(".")] == []
 
 
 def test_prompts_over_the_budget(short_recipe: Path, error_of: ErrorOf) -> None:
@@ -250,10 +254,7 @@ def test_bad_reward_functions(
     source: str, match: str, short_recipe: Path, error_of: ErrorOf
 ) -> None:
     """None of these takes a step, so none leaves a run folder."""
-    file = short_recipe.with_name("reward.py")
-    file.write_text(source)
-    reward = ("--reward.functions", f"{file}:f", "--reward.weights", "1")
-    assert match in error_of("train", short_recipe, *reward)
+    assert match in error_of("train", short_recipe, *rewarded(short_recipe.parent, source))
     assert not (short_recipe.parent / "run").exists()
 
 
@@ -361,11 +362,5 @@ def test_code_in_a_model_folder_is_never_run(
 def test_nothing_unpickles_and_no_foreign_code_is_trusted() -> None:
     sources = [p for folder in ("perl", "kernels") for p in (ROOT / folder).rglob("*.py")]
     text = "\n".join(p.read_text() for p in sources)
-    for word in (
-        "torch.load(",
-        "np.load(",
-        "allow_pickle",
-        "import pickle",
-        "trust_remote_code=True",
-    ):
-        assert word not in text
+    loads = ("torch.load(", "np.load(", "allow_pickle", "import pickle", "trust_remote_code=True")
+    assert [word for word in loads if word in text] == []

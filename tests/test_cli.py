@@ -1,6 +1,7 @@
 """The commands: what each refuses in one line, what it leaves alone, and how a run is stopped and goes on."""
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,47 +16,24 @@ import torch
 from perl import cli
 from perl import files as hub
 from perl.cli import COMMANDS
-from tests.command_line import ErrorOf, metrics, run
+from tests.command_line import ErrorOf, metrics, rewarded, run
 
 STOPPER = """
 import os, signal
 from pathlib import Path
 
-def stop(prompts, completions, **columns):
+def f(prompts, completions, **columns):
     flag = Path(__file__).with_suffix(".flag")
     if not flag.exists():
         flag.touch()
-        os.kill(os.getpid(), signal.{signal})
+        os.kill(os.getpid(), signal.{})
     return [float(i % 2) for i in range(len(completions))]
 """
+"""A reward that sends this process a signal the first time it is called."""
 
 
 def steps(folder: Path) -> list[int]:
     return [row["step"] for row in metrics(folder)]
-
-
-@pytest.fixture
-def stopper(short_recipe: Path) -> Callable[[str], list[str]]:
-    """Options for a reward that sends this process a signal the first time it is called."""
-
-    def options(name: str) -> list[str]:
-        file = short_recipe.with_name("stopper.py")
-        file.write_text(STOPPER.format(signal=name))
-        return ["--reward.functions", f"{file}:stop", "--reward.weights", "1"]
-
-    return options
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def unfinished(folder: Path) -> Path:
-    """A run folder that has its settings and no model yet."""
-    other = folder.with_name("unfinished")
-    other.mkdir()
-    (other / "config.toml").write_bytes((folder / "config.toml").read_bytes())
-    return other
 
 
 @pytest.mark.parametrize(
@@ -146,7 +124,10 @@ def test_a_run_is_evaluated_asked_and_reported(
 ) -> None:
     folder = short_recipe.parent / "run"
     assert run("train", short_recipe, "--train.steps", "0") == 0
-    assert "has no finished model yet" in error_of("evaluate", unfinished(folder))
+    unfinished = folder.with_name("unfinished")
+    unfinished.mkdir()
+    shutil.copy(folder / "config.toml", unfinished)
+    assert "has no finished model yet" in error_of("evaluate", unfinished)
     wrong = {
         ("--eval.examples", "0"): "eval.examples = 0: must be 1 or more",
         ("--eval.max-orders", "0"): "eval.max_orders = 0: must be",
@@ -165,32 +146,6 @@ def test_a_run_is_evaluated_asked_and_reported(
     assert capsys.readouterr().out.rstrip().endswith("report.html")
 
 
-def test_a_run_that_is_there_stays_as_it_is(short_recipe: Path, error_of: ErrorOf) -> None:
-    folder = short_recipe.parent / "run"
-    assert run("train", short_recipe) == 0
-    before = content(folder)
-    train = ("train", short_recipe)
-    assert "is already there: go on with `perl-rl resume" in error_of(*train)
-    for options, match in {
-        ("--resume",): "exclude each other",
-        ("--model.path", "/nowhere"): "there is no such folder",
-        ("--model.path", folder / "models" / "final"): "would delete model.path",
-        ("--data.train", "/nowhere.jsonl"): "there is no data file",
-        ("--data.image-root", folder): "would delete data.image_root",
-        ("--reward.functions", "acuracy", "--reward.weights", "1"): "did you mean 'accuracy'?",
-        ("--run.trackers", "wandb"): "wandb is not installed",
-        ("--run.trackers", "nonsense"): "nonsense is unknown",
-        ("--loss.preset", "gpro"): "no preset named 'gpro'",
-        ("--model.attention", "flash_attention_2"): "flash_attention_2 needs",
-    }.items():
-        assert match in error_of(*train, "--overwrite", *options), options
-    own = error_of("train", folder / "config.toml", "--overwrite")
-    assert "would delete the recipe" in own
-    assert content(folder) == before
-    assert run(*train, "--overwrite") == 0
-    assert content(folder) != before
-
-
 def test_folders_that_are_no_runs(short_recipe: Path, tmp_path: Path, error_of: ErrorOf) -> None:
     other = tmp_path / "other"
     (other / "checkpoints").mkdir(parents=True)
@@ -206,30 +161,27 @@ def test_folders_that_are_no_runs(short_recipe: Path, tmp_path: Path, error_of: 
 
 
 def test_train_resume_goes_on_in_the_folder(
-    short_recipe: Path, stopper: Callable[[str], list[str]], capsys: pytest.CaptureFixture[str]
+    short_recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = short_recipe.parent / "run"
-    reward = stopper("SIGINT")
-    options = ["--resume", "--train.steps", "3", "--run.checkpoint-every", "1"]
-    assert run("train", short_recipe, *options, *reward) == 130
+    reward = rewarded(folder.parent, STOPPER.format("SIGINT"))
+    command = ("train", short_recipe, "--resume", "--train.steps", "3", *reward)
+    assert run(*command) == 130
     assert steps(folder) == [1]
     capsys.readouterr()
-    assert run("train", short_recipe, *options, *reward, "--train.lr", "1") == 0
-    said = capsys.readouterr().err
-    assert "not used: train.lr" in said
+    assert run(*command, "--train.lr", "1") == 0
+    assert "not used: train.lr" in capsys.readouterr().err
     assert steps(folder) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_stops_after_a_checkpoint_and_resume_goes_on(
-    name: str,
-    short_recipe: Path,
-    stopper: Callable[[str], list[str]],
-    capsys: pytest.CaptureFixture[str],
+    name: str, short_recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = short_recipe.parent / "run"
     before = signal.getsignal(getattr(signal, name))
-    assert run("train", short_recipe, "--train.steps", "2", *stopper(name)) == 130
+    reward = rewarded(folder.parent, STOPPER.format(name))
+    assert run("train", short_recipe, "--train.steps", "2", *reward) == 130
     assert signal.getsignal(getattr(signal, name)) is before
     said = capsys.readouterr().err
     assert said.rstrip().endswith(f"stopped after rl step 1; go on with perl-rl resume {folder}")
@@ -243,13 +195,10 @@ def test_a_signal_stops_after_a_checkpoint_and_resume_goes_on(
 def test_a_second_signal_stops_at_once(
     short_recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    twice = short_recipe.with_name("twice.py")
     # Rewards are computed in a thread; the main thread takes one signal at a time.
     kill = "os.kill(os.getpid(), signal.SIGINT); time.sleep(0.3)"
-    twice.write_text(
-        f"import os, signal, time\ndef f(**columns):\n    {kill}\n    {kill}\n    time.sleep(9)"
-    )
-    reward = ["--reward.functions", f"{twice}:f", "--reward.weights", "1"]
+    twice = f"import os, signal, time\ndef f(**columns):\n    {kill}\n    {kill}\n    time.sleep(9)"
+    reward = rewarded(short_recipe.parent, twice)
     assert run("train", short_recipe, *reward) == 130
     assert "stopped at once" in capsys.readouterr().err.splitlines()[-1]
 

@@ -1,54 +1,57 @@
 """Recipes and overrides: every key is known, typed and within a range that makes sense, wherever it was written."""
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perl.cli import main
 from perl.config import Config, part_name
 from perl.recipe import check_config, load_recipe, read_config, recipe_names, save_config
 from perl.rewards.scorer import Scorer
 from perl.types import UserError
-from tests.command_line import ErrorOf
+from tests.command_line import ErrorOf, run
 
 OUT_OF_RANGE = {
-    "run.seed": ("-1", "9999999999"),
-    "run.log_every": ("0",),
-    "run.checkpoint_every": ("-1",),
-    "run.keep_checkpoints": ("0", "-2"),
-    "model.lora_rank": ("-1",),
-    "model.lora_alpha": ("0.0",),
-    "model.max_pixels": ("0",),
-    "data.min_images": ("0",),
-    "data.max_prompt_tokens": ("0",),
-    "cold_start.steps": ("-1",),
-    "cold_start.lr": ("-0.1", "inf"),
-    "cold_start.noise": ("-0.1", "1.1", "nan"),
-    "permutation.orders": ("0",),
-    "rollout.per_order": ("0",),
-    "rollout.temperature": ("0.0", "-1.0", "inf"),
-    "rollout.max_new_tokens": ("0",),
-    "rollout.batch_size": ("0",),
-    "filter.max_tries": ("0",),
-    "loss.clip_low": ("-0.2",),
-    "loss.kl_coef": ("-1.0", "nan"),
-    "loss.entropy_coef": ("nan",),
-    "train.steps": ("-1",),
-    "train.examples_per_step": ("0",),
-    "train.updates_per_batch": ("0",),
-    "train.tokens_per_micro_batch": ("0",),
-    "train.lr": ("-1e-6", "nan"),
-    "train.weight_decay": ("-0.1",),
-    "train.max_grad_norm": ("0.0", "nan"),
-    "eval.max_orders": ("0",),
-    "eval.samples": ("0",),
-    "eval.every": ("-1",),
+    "run.seed": (-1, 9999999999),
+    "run.log_every": (0,),
+    "run.checkpoint_every": (-1,),
+    "run.keep_checkpoints": (0, -2),
+    "model.lora_rank": (-1,),
+    "model.lora_alpha": (0.0,),
+    "model.max_pixels": (0,),
+    "data.min_images": (0,),
+    "data.max_prompt_tokens": (0,),
+    "cold_start.steps": (-1,),
+    "cold_start.lr": (-0.1, math.inf),
+    "cold_start.noise": (-0.1, 1.1, math.nan),
+    "permutation.orders": (0,),
+    "rollout.per_order": (0,),
+    "rollout.temperature": (0.0, -1.0, math.inf),
+    "rollout.max_new_tokens": (0,),
+    "rollout.batch_size": (0,),
+    "reward.timeout": (-1.0,),
+    "filter.max_tries": (0,),
+    "filter.max_accuracy": (1.5,),
+    "loss.clip_low": (-0.2,),
+    "loss.kl_coef": (-1.0, math.nan),
+    "loss.entropy_coef": (math.nan,),
+    "train.steps": (-1,),
+    "train.examples_per_step": (0,),
+    "train.updates_per_batch": (0,),
+    "train.tokens_per_micro_batch": (0,),
+    "train.lr": (-1e-6, math.nan),
+    "train.weight_decay": (-0.1,),
+    "train.max_grad_norm": (0.0, math.nan),
+    "eval.max_orders": (0,),
+    "eval.samples": (0,),
+    "eval.every": (-1,),
 }
 
 
@@ -61,11 +64,6 @@ def recipe(tmp_path: Path) -> Callable[[str], str]:
         return str(tmp_path / "recipe.toml")
 
     return write
-
-
-def toml(key: str, value: str) -> str:
-    section, name = key.split(".")
-    return f"[{section}]\n{name} = {value}\n"
 
 
 def test_every_bundled_recipe_is_valid_and_names_its_folder() -> None:
@@ -82,13 +80,15 @@ def test_a_saved_config_reads_back(tmp_path: Path) -> None:
 
 
 def test_the_printed_recipe_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["config", "demo", "--train.steps", "7", "--run.seeds"])
-    assert stop.value.code == 0
+    assert run("config", "demo", "--train.steps", "7", "--run.seeds") == 0
     (tmp_path / "printed.toml").write_text(capsys.readouterr().out)
     config = read_config(tmp_path / "printed.toml")
     assert config.train.steps == 7 and config.run.seeds == ()
     assert config.model == load_recipe("demo").model
+
+
+def test_a_measure_that_nothing_asks_for_need_not_be_there(recipe: Callable[[str], str]) -> None:
+    load_recipe(recipe('[reward]\nfunctions = ["choice", "format"]'))
 
 
 def test_a_whole_number_may_stand_for_a_real_one(recipe: Callable[[str], str]) -> None:
@@ -110,58 +110,63 @@ def test_every_number_has_a_range() -> None:
     check_config(Config())
 
 
+@pytest.fixture
+def refused(recipe: Callable[[str], str], error_of: ErrorOf) -> Callable[..., tuple[str, str]]:
+    """What is said of values in a recipe, behind its path, and of the same on the command line."""
+
+    def both(values: dict[str, Any]) -> tuple[str, str]:
+        sections: dict[str, dict[str, Any]] = {}
+        options: list[object] = []
+        for key, value in values.items():
+            section, name = key.split(".")
+            sections.setdefault(section, {})[name] = value
+            options += [
+                f"--{key.replace('_', '-')}",
+                *(value if isinstance(value, list) else [value]),
+            ]
+        path = recipe(tomli_w.dumps(sections))
+        said = error_of("train", path)
+        assert said.startswith(f"{path}: ")
+        return said.removeprefix(f"{path}: "), error_of("train", "demo", *options)
+
+    return both
+
+
 @pytest.mark.parametrize(("key", "value"), [(k, v) for k, vs in OUT_OF_RANGE.items() for v in vs])
 def test_numbers_out_of_range(
-    key: str, value: str, recipe: Callable[[str], str], error_of: ErrorOf
+    key: str, value: float, refused: Callable[..., tuple[str, str]]
 ) -> None:
-    path = recipe(toml(key, value))
-    in_file = error_of("train", path)
-    assert in_file.startswith(f"{path}: {key} = ") and "must be" in in_file
-    on_command_line = error_of("train", "demo", f"--{key.replace('_', '-')}", value)
-    assert on_command_line.startswith(f"{key} = ") and "must be" in on_command_line
+    for said in refused({key: value}):
+        assert said.startswith(f"{key} = ") and "must be" in said
 
 
 @pytest.mark.parametrize(
-    ("text", "options", "match"),
+    ("values", "match"),
     [
-        ("[run]\nseeds = [0, -1]", ["--run.seeds", "0", "-1"], "run.seeds.1 = -1: must be"),
-        ("[run]\nseeds = [1, 1]", ["--run.seeds", "1", "1"], "names one seed twice"),
+        ({"run.seeds": [0, -1]}, "run.seeds.1 = -1: must be"),
+        ({"run.seeds": [1, 1]}, "names one seed twice"),
+        ({"train.betas": [0.9, 1.0]}, "train.betas.1 = 1.0: must be less than 1"),
+        ({"data.min_images": 5}, "data.min_images = 5 is more than data.max_images = 4"),
+        ({"model.max_pixels": 100}, "model.min_pixels = 784 is more than"),
         (
-            "[train]\nbetas = [0.9, 1.0]",
-            ["--train.betas", "0.9", "1.0"],
-            "train.betas.1 = 1.0: must be less than 1",
-        ),
-        (
-            "[data]\nmin_images = 5",
-            ["--data.min-images", "5"],
-            "data.min_images = 5 is more than data.max_images = 4",
-        ),
-        (
-            "[model]\nmax_pixels = 100",
-            ["--model.max-pixels", "100"],
-            "model.min_pixels = 784 is more than",
-        ),
-        (
-            "[reward]\nweights = [1.0]",
-            ["--reward.weights", "1"],
+            {"reward.weights": [1.0]},
             "reward.weights = [1.0] for 2 reward.functions (accuracy, format); give one",
         ),
+        ({"permutation.orders": 1, "rollout.per_order": 1}, "nothing to be compared with"),
         (
-            "[permutation]\norders = 1\n[rollout]\nper_order = 1",
-            ["--permutation.orders", "1", "--rollout.per-order", "1"],
-            "nothing to be compared with",
+            {"filter.min_accuracy": 0.6, "filter.max_accuracy": 0.5},
+            "filter.min_accuracy = 0.6 is more than filter.max_accuracy = 0.5",
+        ),
+        (
+            {"filter.replay": 9, "filter.replay_size": 8},
+            "filter.replay = 9 is more than filter.replay_size = 8",
         ),
     ],
 )
 def test_values_that_do_not_go_together(
-    text: str,
-    options: list[str],
-    match: str,
-    recipe: Callable[[str], str],
-    error_of: ErrorOf,
+    values: dict[str, Any], match: str, refused: Callable[..., tuple[str, str]]
 ) -> None:
-    assert match in error_of("train", recipe(text))
-    assert match in error_of("train", "demo", *options)
+    assert all(match in said for said in refused(values))
 
 
 SPECS = ("accuracy", "accuracy(tags=True)", "accuracy(unordered=True)", "format", "choice")
@@ -197,6 +202,9 @@ def test_names_of_rewards(key: str, recipe: Callable[[str], str]) -> None:
     iou = "box_iou(threshold=0.5)"
     assert said([iou, "format"], iou) is None and said([iou, "format"], "box_iou") is None
     alike = ["accuracy(tags=True)", "accuracy(unordered=True)"]
+    own = ["accuracy(tags=True)", "box_iou(column='a:b')", "mine.py:f(scale=2)"]
+    assert [said(own, name) for name in ("accuracy", "box_iou", "f")] == [None] * 3
+    assert "is none of reward.functions (box_iou, f); name" in str(said(own[1:], "accuracy"))
     assert said(alike, alike[1]) is None
     assert f"'accuracy' may be any of {', '.join(alike)}; write" in str(said(alike, "accuracy"))
     assert said([*alike, "accuracy"], "accuracy") is None

@@ -29,6 +29,10 @@ def endpoint(url: str, **values: Any) -> Endpoint:
     return Endpoint(url, "m", **{"api_key": KEY, "max_retries": 2, **values})
 
 
+def text_of(body: dict[str, Any]) -> str:
+    return body["messages"][0]["content"]
+
+
 def test_completions_come_in_order_and_side_by_side() -> None:
     under_way, most, lock = 0, 0, threading.Lock()
 
@@ -37,7 +41,7 @@ def test_completions_come_in_order_and_side_by_side() -> None:
         with lock:
             under_way += 1
             most = max(most, under_way)
-        text = body["messages"][0]["content"]
+        text = text_of(body)
         time.sleep(0.03 if text in ("0", "1") else 0.01)
         with lock:
             under_way -= 1
@@ -62,6 +66,11 @@ def test_messages_with_images_go_as_they_are() -> None:
     with serving(lambda body, _: says(json.dumps(body["messages"]))) as url:
         (text,) = endpoint(url).complete([chat])
     assert json.loads(text) == chat
+
+
+def test_an_empty_answer_is_an_empty_text() -> None:
+    with serving(lambda *_: says(None)) as url:
+        assert endpoint(url).complete(["x"]) == [""]
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
@@ -140,7 +149,7 @@ def test_an_endpoint_that_is_down_is_not_asked_for_every_prompt() -> None:
 
 def test_one_prompt_that_fails_leaves_the_others_alone() -> None:
     def reply(body: dict[str, Any], headers: dict[str, str]) -> Reply:
-        text = body["messages"][0]["content"]
+        text = text_of(body)
         return says(text) if text != "bad" else (400, b"not even JSON")
 
     with serving(reply) as url:
@@ -179,7 +188,7 @@ def test_an_answer_that_is_no_completion_fails_alone_and_after_more_tries() -> N
     asked: list[str] = []
 
     def reply(body: dict[str, Any], headers: dict[str, str]) -> Reply:
-        text = body["messages"][0]["content"]
+        text = text_of(body)
         asked.append(text)
         if text == "bad" or (text == "once" and asked.count(text) == 1):
             return 200, {"error": {"message": f"overloaded {KEY}"}}
@@ -195,7 +204,7 @@ def test_an_answer_that_is_no_completion_fails_alone_and_after_more_tries() -> N
 
 def test_a_completion_says_whether_it_was_cut() -> None:
     def reply(body: dict[str, Any], headers: dict[str, str]) -> Reply:
-        text = body["messages"][0]["content"]
+        text = text_of(body)
         return 200, {"choices": [{"message": {"content": text}, "finish_reason": text}]}
 
     with serving(reply) as url:
@@ -265,11 +274,6 @@ def test_a_prompt_that_cannot_be_written_is_an_error() -> None:
         endpoint(url).complete(["a", [{"role": b"user"}], "b"])  # type: ignore[list-item]
 
 
-def test_an_empty_answer_is_an_empty_text() -> None:
-    with serving(lambda *_: says(None)) as url:
-        assert endpoint(url).complete(["x"]) == [""]
-
-
 def test_the_key_does_not_follow_a_redirection() -> None:
     seen: list[dict[str, str]] = []
 
@@ -295,7 +299,6 @@ def test_the_environment_names_the_endpoint(
     environment: dict[str, str], url: str, key: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """OpenAI's key is sent to OpenAI's address alone."""
-    clear(monkeypatch)
     for name, value in {**environment, "PERL_LLM_MODEL": "m"}.items():
         monkeypatch.setenv(name, value)
     found = Endpoint.from_env()
@@ -305,19 +308,11 @@ def test_the_environment_names_the_endpoint(
 def test_an_environment_without_an_endpoint_says_what_to_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    clear(monkeypatch)
     with pytest.raises(UserError, match="set PERL_LLM_URL"):
         Endpoint.from_env()
     monkeypatch.setenv("PERL_LLM_URL", "http://a/v1")
     with pytest.raises(UserError, match="set PERL_LLM_MODEL"):
         Endpoint.from_env()
-
-
-def clear(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("URL", "MODEL", "API_KEY"):
-        monkeypatch.delenv(f"PERL_LLM_{name}", raising=False)
-    for name in ("BASE_URL", "API_KEY"):
-        monkeypatch.delenv(f"OPENAI_{name}", raising=False)
 
 
 @pytest.mark.parametrize(

@@ -7,37 +7,38 @@ from pathlib import Path
 
 from PIL import Image
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-LOSSES = (Path(__file__).parent.parent / "docs" / "losses.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str, document: str = README) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", document, flags=re.DOTALL)
 
 
+def printed(code: str) -> str:
+    # A process starts with the peak memory of the one it was forked from; the shell's is small.
+    shell = ["sh", "-c", '"$0" "$@"; exit $?', sys.executable, "-c", code]
+    done = subprocess.run(shell, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_the_example_runs_as_printed() -> None:
     code, _ = blocks("python")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    first, second = done.stdout.splitlines()
+    first, second = printed(code).splitlines()
     assert "torch.Size([11])" in first
     assert second == "tensor(True) tensor(True)"
 
 
 def test_the_way_from_padded_batches_runs() -> None:
-    (code,) = blocks("python", LOSSES)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "'tokens': 14.0" in done.stdout and "'invalid_rows': 0.0" in done.stdout
+    (code,) = blocks("python", (ROOT / "docs" / "losses.md").read_text())
+    said = printed(code)
+    assert "'tokens': 14.0" in said and "'invalid_rows': 0.0" in said
 
 
 def test_the_comparison_gives_the_same_loss_in_less_memory() -> None:
     _, code = blocks("python")
-    # A process starts with the peak of the one it was forked from; the shell's is small.
-    shell = ["sh", "-c", '"$0" "$@"; exit $?', sys.executable, "-c", code]
-    done = subprocess.run(shell, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    ours, plain = (re.findall(r"-?[\d.]+", line) for line in done.stdout.splitlines())
+    ours, plain = (re.findall(r"-?[\d.]+", line) for line in printed(code).splitlines())
     assert abs(float(ours[0]) - float(plain[0])) < 1e-4
     assert 4 * int(ours[1]) < int(plain[1])
 
@@ -69,10 +70,9 @@ def test_the_data_is_read(tmp_path: Path) -> None:
 
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (Path(__file__).parent.parent / target).exists(), target
+        assert (ROOT / target).exists(), target
 
 
 def test_nothing_is_left_to_fill_in() -> None:
-    root = Path(__file__).parent.parent
-    for document in (*root.glob("*.md"), *root.glob("docs/**/*.md")):
+    for document in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")):
         assert "<!--" not in document.read_text(), document

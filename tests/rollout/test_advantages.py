@@ -1,11 +1,16 @@
-"""Advantages over the group, over each order, and over both."""
+"""Advantages over the group, over each order, and over both; weights of groups, hard examples first."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from perl.config import AdvantageConfig
-from perl.rollout.advantages import advantages_of
+from perl.rollout.advantages import advantages_of, group_mean, group_weight
 
 REWARDS = np.array([1.0, 0.0, 0.0, 1.0, 1.0, 0.5])
 
@@ -16,11 +21,8 @@ def z(values: np.ndarray) -> np.ndarray:
 
 def test_over_the_group_over_each_order_and_both() -> None:
     per_order = np.concatenate([z(REWARDS[:3]), z(REWARDS[3:])])
-    for over, expected in (
-        ("group", z(REWARDS)),
-        ("order", per_order),
-        ("order+group", z(REWARDS) + per_order),
-    ):
+    both = z(REWARDS) + per_order
+    for over, expected in (("group", z(REWARDS)), ("order", per_order), ("order+group", both)):
         got = advantages_of(REWARDS, [6], [3, 3], AdvantageConfig(over=over))  # type: ignore[arg-type]
         np.testing.assert_allclose(got, expected, rtol=1e-5)
 
@@ -55,3 +57,20 @@ def test_what_cannot_be_scored_counts_nowhere() -> None:
 
 def test_a_step_without_rollouts() -> None:
     assert advantages_of(np.zeros(0), [], [], AdvantageConfig(over="order+group")).shape == (0,)
+
+
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_group_weights_are_the_papers_and_fall(a: float, b: float) -> None:
+    low, high = sorted((a, b))
+    assert group_weight(a, "none") == 1
+    assert group_weight(a, "exp") == pytest.approx(math.exp(1 - a))
+    assert group_weight(a, "power", 2) == pytest.approx((1.05 - a) ** 2)
+    assert group_weight(a, "log") == pytest.approx(max(0, -math.log(0.02 + a)))
+    for kind in ("exp", "power", "log"):
+        assert group_weight(low, kind) >= group_weight(high, kind) >= 0
+
+
+def test_a_group_without_scores_weighs_one() -> None:
+    assert group_mean(np.array([0.0, np.nan, 1.0])) == 0.5
+    assert group_weight(group_mean(np.array([np.nan])), "exp") == 1
+    assert group_weight(7.0, "power") == pytest.approx(0.05)

@@ -169,7 +169,7 @@ def collect(components: Components, reward: Path, tries: int) -> Collected:
 def test_a_step_without_a_single_reward_is_an_error(components: Components, tmp_path: Path) -> None:
     """One try may have none; a whole step without any means that rewards and data do not fit."""
     never, late = tmp_path / "never.py", tmp_path / "late.py"
-    never.write_text("def f(completions, **columns):\n    return [None] * len(completions)\n")
+    never.write_text("def f(completions, **c): return [None] * len(completions)")
     late.write_text(
         "calls = 0\n\ndef f(completions, **columns):\n    global calls\n    calls += 1\n"
         "    return [None if calls == 1 else i % 2 for i in range(len(completions))]\n"

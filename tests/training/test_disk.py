@@ -15,28 +15,10 @@ import torch
 from safetensors import SafetensorError
 
 from perl.training.checkpoint import CheckpointManager, Progress
-from tests.command_line import ErrorOf, metrics, run
+from tests.command_line import ErrorOf, metrics, rewarded, run
 
-
-@pytest.fixture
-def signal_reward(short_recipe: Path) -> tuple[str, ...]:
-    """Options for a reward that an untrained model learns from."""
-    file = short_recipe.with_name("alternating.py")
-    file.write_text("def f(prompts, **c): return [float(i % 2) for i in range(len(prompts))]")
-    return ("--reward.functions", f"{file}:f", "--reward.weights", "1")
-
-
-@pytest.fixture
-def stopped(short_recipe: Path, signal_reward: tuple[str, ...]) -> Path:
-    """A run of two steps without summary, and its checkpoints of both steps."""
-    every = ("--run.checkpoint-every", "1", "--run.keep-checkpoints", "9")
-    assert run("train", short_recipe, *signal_reward, *every, "--train.steps", "2") == 0
-    folder = short_recipe.parent / "run"
-    for checkpoint in (folder / "checkpoints").iterdir():
-        if json.loads((checkpoint / "manifest.json").read_text())["progress"]["stage"] != "rl":
-            shutil.rmtree(checkpoint)
-    (folder / "summary.json").unlink()
-    return folder
+ALTERNATING = "def f(prompts, **c): return [float(i % 2) for i in range(len(prompts))]"
+"""A reward that an untrained model learns from."""
 
 
 def corrupt_header(path: Path) -> None:
@@ -48,7 +30,7 @@ def corrupt_header(path: Path) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda c: os.truncate(c / "model.safetensors", 1000),
+        lambda c: os.truncate(c / "model.safetensors", 100),
         lambda c: (c / "optimizer.safetensors").unlink(),
         lambda c: corrupt_header(c / "model.safetensors"),
         lambda c: corrupt_header(c / "optimizer.safetensors"),
@@ -60,36 +42,43 @@ def corrupt_header(path: Path) -> None:
     ],
 )
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
-    damage: Callable[[Path], Any],
-    stopped: Path,
-    error_of: ErrorOf,
-    caplog: pytest.LogCaptureFixture,
+    damage: Callable[[Path], Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before, newest = sorted((stopped / "checkpoints").iterdir())[-2:]
+    model, manager = torch.nn.Linear(2, 2), CheckpointManager(tmp_path, 9)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    before, newest = (manager.save(model, optimizer, Progress("rl", step)) for step in (1, 2))
     damage(newest)
-    manager = CheckpointManager(stopped / "checkpoints", 9)
     with caplog.at_level(logging.WARNING, "perl.training.checkpoint"):
         found = manager.load()
     assert found is not None and found[0] == before
     assert f"checkpoint {newest} is damaged" in caplog.text
-    for checkpoint in (stopped / "checkpoints").iterdir():
-        (checkpoint / "manifest.json").write_text("no json")
-    assert "is damaged; start again with --overwrite" in error_of("resume", stopped)
 
 
 def test_a_run_resumes_from_the_checkpoint_before(
-    stopped: Path, capsys: pytest.CaptureFixture[str]
+    short_recipe: Path, capsys: pytest.CaptureFixture[str], error_of: ErrorOf
 ) -> None:
-    os.truncate(max((stopped / "checkpoints").iterdir()) / "model.safetensors", 1000)
-    assert run("resume", stopped) == 0
+    every = ("--run.checkpoint-every", "1", "--run.keep-checkpoints", "9", "--train.steps", "2")
+    reward = rewarded(short_recipe.parent, ALTERNATING)
+    assert run("train", short_recipe, *reward, *every) == 0
+    folder = short_recipe.parent / "run"
+    for checkpoint in (folder / "checkpoints").iterdir():
+        if json.loads((checkpoint / "manifest.json").read_text())["progress"]["stage"] != "rl":
+            shutil.rmtree(checkpoint)
+    (folder / "summary.json").unlink()
+    config = folder / "config.toml"
+    settings = config.read_text()
+    config.write_text(settings.replace("lora_rank = 0", "lora_rank = 4"))
+    assert "is of another model than config.toml says" in error_of("resume", folder)
+    config.write_text(settings)
+    os.truncate(max((folder / "checkpoints").iterdir()) / "model.safetensors", 1000)
+    assert run("resume", folder) == 0
     assert "going on with rl, 1 steps done" in capsys.readouterr().err
-    assert [row["step"] for row in metrics(stopped)] == [1, 2]
-
-
-def test_settings_of_another_model_do_not_resume(stopped: Path, error_of: ErrorOf) -> None:
-    config = stopped / "config.toml"
-    config.write_text(config.read_text().replace("lora_rank = 0", "lora_rank = 4"))
-    assert "is of another model than config.toml says" in error_of("resume", stopped)
+    assert [row["step"] for row in metrics(folder)] == [1, 2]
+    for checkpoint in (folder / "checkpoints").iterdir():
+        (checkpoint / "manifest.json").write_text("no json")
+    assert "is damaged; start again with --overwrite" in error_of("resume", folder)
 
 
 @pytest.fixture
@@ -110,11 +99,12 @@ def small_disk(tmp_path: Path, tiny_folder: Callable[[str], Path]) -> Iterator[P
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(
-    small_disk: Path, short_recipe: Path, signal_reward: tuple[str, ...], error_of: ErrorOf
+    small_disk: Path, short_recipe: Path, error_of: ErrorOf
 ) -> None:
     folder = small_disk / "run"
     options = ("--run.dir", folder, "--run.checkpoint-every", "1", "--train.steps", "3")
-    said = error_of("train", short_recipe, *signal_reward, *options)
+    reward = rewarded(short_recipe.parent, ALTERNATING)
+    said = error_of("train", short_recipe, *reward, *options)
     assert said.startswith(f"No space left on device: {folder}/checkpoints/000002; free some space")
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"000001"}
     subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)

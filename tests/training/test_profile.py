@@ -2,12 +2,8 @@
 
 import gzip
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +17,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from perl.config import Config, StageConfig
 from perl.timing import StageClock, span, span_of_backward
 from perl.training.profile_report import add_device, figures, print_report
-from tests.command_line import ErrorOf, run
+from tests.command_line import ErrorOf, finish, rewarded, run, spawn_two
 
 STAGES = """
 [[stages]]
@@ -93,11 +89,25 @@ def test_a_step_by_stage(
 
     error = error_of(*command)
     assert str(folder) in error and "--overwrite" in error
+    (folder / ".run").mkdir()
+    error = error_of(*command, "--overwrite")
+    assert f"--output {folder}" in error and f"remove {behind / '.run'}" in error
+    (folder / ".run").rmdir()
+    # What is not the profile's stays, also what comes during the run.
     (folder / "notes.txt").write_text("mine")
-    assert run(*command, "--overwrite", "--steps", "1", "--traced", "0", "--warmup", "0") == 0
+    writes = rewarded(
+        short_recipe.parent,
+        "import pathlib\n"
+        "def f(completions, **_):\n"
+        f"    pathlib.Path({str(folder)!r}, 'more.txt').write_text('mine')\n"
+        "    return [0.0] * len(completions)\n",
+    )
+    short = ("--overwrite", "--steps", "1", "--traced", "0", "--warmup", "0")
+    assert run(*command, *short, *writes) == 0
     assert "aten::" not in capsys.readouterr().out
     assert folder.is_symlink()
-    assert {p.name for p in folder.iterdir()} == {"profile.json", "config.toml", "notes.txt"}
+    names = {"profile.json", "config.toml", "notes.txt", "more.txt"}
+    assert {p.name for p in folder.iterdir()} == names
     assert len(json.loads((folder / "profile.json").read_text())["steps"]) == 1
 
 
@@ -139,44 +149,24 @@ def test_a_model_on_padded_batches(
 def test_a_stop_leaves_what_was_there(
     number: signal.Signals, short_recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reward = short_recipe.with_name("reward.py")
-    reward.write_text(
+    stops = rewarded(
+        short_recipe.parent,
         "import os, signal\n"
         "def f(completions, **_):\n"
         f"    os.kill(os.getpid(), {number.value})\n"
-        "    return [0.0] * len(completions)\n"
+        "    return [0.0] * len(completions)\n",
     )
     folder = short_recipe.parent / "profile"
     folder.mkdir()
     (folder / "profile.json").write_text("mine")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        stops = ("--reward.functions", f"{reward}:f", "--reward.weights", "1")
         assert run("profile", short_recipe, "--output", folder, "--overwrite", *stops) == 130
     finally:
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err.endswith("stopped at once\n")
     assert (folder / "profile.json").read_text() == "mine"
     assert [p.name for p in folder.iterdir()] == ["profile.json"]
-
-
-def test_what_comes_during_the_run_stays(short_recipe: Path, error_of: ErrorOf) -> None:
-    """And another profile cannot be written to the same place meanwhile."""
-    folder = short_recipe.parent / "profile"
-    command = ("profile", short_recipe, "--output", folder, "--traced", "0", "--steps", "1")
-    reward = short_recipe.with_name("reward.py")
-    reward.write_text(
-        "import pathlib\n"
-        "def f(completions, **_):\n"
-        f"    pathlib.Path({str(folder)!r}, 'notes.txt').write_text('mine')\n"
-        "    return [0.0] * len(completions)\n"
-    )
-    (folder / ".run").mkdir(parents=True)
-    said = error_of(*command)
-    assert f"--output {folder}" in said and f"remove {folder / '.run'}" in said
-    shutil.rmtree(folder)
-    assert run(*command, "--reward.functions", f"{reward}:f", "--reward.weights", "1") == 0
-    assert {p.name for p in folder.iterdir()} == {"profile.json", "config.toml", "notes.txt"}
 
 
 @pytest.mark.parametrize(
@@ -320,28 +310,12 @@ def test_work_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_each_process_leaves_a_trace(short_recipe: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     folder = short_recipe.parent / "profile"
-    words = ["profile", str(short_recipe), "--output", str(folder), "--steps", "1"]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "perl", *words],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **shared, "OMP_NUM_THREADS": "1", "RANK": r, "LOCAL_RANK": r},
-        )
-        for r in ("0", "1")
-    ]
-    try:
-        said = [p.communicate(timeout=150)[0] for p in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [p.returncode for p in processes] == [0, 0]
-    assert "figures of the first of 2 processes" in said[0] and not said[1]
+    done = finish(spawn_two("profile", short_recipe, "--output", folder, "--steps", "1"))
+    assert [code for code, _ in done] == [0, 0], done
+    assert "figures of the first of 2 processes" in done[0][1]
+    # The other one says nothing but what is logged.
+    assert all(line.startswith("perl") for line in done[1][1].splitlines())
     traces = {"trace-0.json.gz", "trace-1.json.gz"}
     assert {p.name for p in folder.iterdir()} == {*traces, "profile.json", "config.toml"}
     check_sums(json.loads((folder / "profile.json").read_text()))

@@ -6,19 +6,14 @@ import contextlib
 import json
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomli_w
 
-from perl.cli import main, parse
+from perl.cli import parse
 from perl.recipe import (
     filtered_file,
     filtered_sources,
@@ -30,14 +25,22 @@ from perl.recipe import (
     to_toml,
 )
 from perl.types import UserError
+from tests.command_line import (
+    ErrorOf,
+    finish,
+    json_lines,
+    metrics,
+    rewarded,
+    run,
+    same_weights,
+    spawn,
+    untimed,
+    wait_for,
+)
 
 STAGED = """
-[data]
-tasks = ["which"]
-
-[train]
-lr = 1e-4
-steps = 7
+data.tasks = ["which"]
+train = { lr = 1e-4, steps = 7 }
 
 [[stages]]
 name = "warm"
@@ -110,9 +113,7 @@ def test_the_command_line_holds_in_every_stage(tmp_path: Path) -> None:
 
 
 def test_data_behind_a_filter_stage_are_what_the_last_one_left(tmp_path: Path) -> None:
-    again = (
-        STAGED
-        + """
+    again = """
 [[stages]]
 name = "sift-again"
 kind = "filter"
@@ -122,9 +123,8 @@ data.train = "./hard.jsonl"
 name = "end"
 kind = "rl"
 """
-    )
     (tmp_path / "hard.jsonl").touch()
-    stages = plan(load_recipe(written(tmp_path, again)))
+    stages = plan(load_recipe(written(tmp_path, STAGED + again)))
     with contextlib.chdir(tmp_path):
         key = source_key("hard.jsonl")
         assert key == source_key("./hard.jsonl") == str(tmp_path / "hard.jsonl")
@@ -157,47 +157,24 @@ def test_stages_that_make_no_sense(tmp_path: Path, stage: str, match: str) -> No
 
 
 RUN = """
-[run]
-trackers = []
-checkpoint_every = 2
-save_rollouts_every = 0
-
-[data]
-max_images = 3
-
-[cold_start]
-batch_size = 4
-
-[permutation]
-rate_schedule = "linear"
-
-[rollout]
-per_order = 2
-max_new_tokens = 5
-
-[train]
-examples_per_step = 3
-tokens_per_micro_batch = 128
-lr = 1e-3
-
-[filter]
-zero_variance = false
-
-[eval]
-examples = 2
-max_orders = 2
+run = { trackers = [], checkpoint_every = 2, save_rollouts_every = 2 }
+data.max_images = 3
+cold_start.batch_size = 4
+permutation.rate_schedule = "linear"
+rollout = { per_order = 2, max_new_tokens = 5 }
+train = { examples_per_step = 3, tokens_per_micro_batch = 128, lr = 1e-3 }
+filter.zero_variance = false
+eval = { examples = 2, max_orders = 2, every = 2 }
 
 [[stages]]
 name = "warm"
 kind = "cold_start"
-cold_start.steps = 2
+cold_start.steps = 5
 
 [[stages]]
 name = "sift"
 kind = "filter"
-resample.examples = 5
-resample.rollouts = 2
-resample.histogram = "uniform"
+resample = { examples = 5, rollouts = 2, histogram = "uniform" }
 
 [[stages]]
 name = "easy"
@@ -213,43 +190,27 @@ data.mix = ["bundled:digits*3"]
 data.tasks = ["which", "odd"]
 loss.kl_coef = 0.01
 train.examples_per_step = 4
-filter.zero_variance = true
-filter.reuse_overflow = true
-filter.replay = 2
+filter = { zero_variance = true, reuse_overflow = true, replay = 2 }
 """
 
 
-def rows(folder: Path) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timing = ("time/", "throughput/", "memory/")
-    return [{k: v for k, v in row.items() if not k.startswith(timing)} for row in found]
-
-
 @pytest.mark.slow
-def test_a_run_of_four_stages_and_the_same_run_killed_in_the_last(tmp_path: Path) -> None:
-    import torch
-    from safetensors.torch import load_file
-
-    reward = tmp_path / "reward.py"
-    reward.write_text(
-        "def by_length(prompts, completions, **columns):\n"
-        "    return [len(c.split()) % 3 / 2 for c in completions]\n"
-    )
-    recipe = written(tmp_path, RUN)
-    rewarded = ["--reward.functions", f"{reward}:by_length", "--reward.weights", "1"]
+@pytest.mark.timeout(600)
+def test_a_run_of_four_stages_and_the_same_run_killed_in_two_of_them(tmp_path: Path) -> None:
+    """Killed inside the cold start and again inside the last stage: every number of the whole run, and its weights."""
+    command = ("train", written(tmp_path, RUN), *rewarded(tmp_path), "--run.dir")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    with pytest.raises(SystemExit) as stop:
-        main(["train", recipe, "--run.dir", str(whole), *rewarded])
-    assert stop.value.code in (0, None)
-    found = rows(whole)
+    assert run(*command, whole) == 0
+    found = untimed(whole)
     steps = [(r["stage"], r["step"], r.get("name")) for r in found if r["stage"] != "evaluate"]
     assert [s for s in steps if s[0] != "filter"] == [
-        *(("cold_start", step, "warm") for step in (1, 2)),
+        *(("cold_start", step, "warm") for step in (1, 2, 3, 4, 5)),
         *(("rl", step, "easy") for step in (1, 2, 3)),
         *(("rl", step, "hard") for step in (4, 5, 6, 7)),
     ]
     at = [(r["at"], r["step"]) for r in found if r["stage"] == "evaluate"]
-    assert at == [("before", 0), ("after easy", 3), ("after", 7)]
+    between = [place for place in at if place[0] != "step"]
+    assert between == [("before", 0), ("after easy", 3), ("after", 7)] and len(at) > 3
     assert {p.name for p in (whole / "models").iterdir()} == {"initial", "warm", "easy", "final"}
     kept = filtered_file(whole, "sift").read_text().splitlines()
     assert 1 <= len(kept) <= 5
@@ -264,21 +225,18 @@ def test_a_run_of_four_stages_and_the_same_run_killed_in_the_last(tmp_path: Path
     assert sum(r["groups/reused"] for r in hard) == sum(r["groups/overflow"] for r in hard[:-1]) > 0
     assert hard[0]["ratio_max"] == 1 < hard[-1]["ratio_max"]
 
-    command = [sys.executable, "-m", "perl", "train", recipe, "--run.dir", str(broken), *rewarded]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    record = broken / "metrics.jsonl"
-    while not (record.exists() and '"stage": "rl", "step": 6,' in record.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    with pytest.raises(SystemExit) as stop:
-        main(["resume", str(broken)])
-    assert stop.value.code in (0, None)
-    assert rows(broken) == found
-    one, other = (load_file(f / "models" / "final" / "model.safetensors") for f in (whole, broken))
-    assert all(torch.equal(one[n], other[n]) for n in one)
+    process = spawn(*command, broken)
+    for stage, step in (("cold_start", 3), ("rl", 6)):
+        wait_for(broken, stage, step, process)
+        process.kill()
+        process.wait()
+        assert len(metrics(broken)) < len(found)
+        process = spawn("resume", broken)
+    ((code, said),) = finish([process])
+    assert code == 0, said
+    assert untimed(broken) == found
+    assert (broken / "rollouts.jsonl").read_text() == (whole / "rollouts.jsonl").read_text()
+    assert same_weights(whole, broken)
 
 
 @pytest.mark.slow
@@ -287,28 +245,15 @@ def test_the_papers_recipes_run_on_a_tiny_model(
     recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Everything of the recipe but the model, the data and the sizes."""
-    small = {
-        "model.path": "tiny-qwen2.5-vl",
-        "data.train": "bundled:digits",
-        "data.eval": "bundled:digits",
-        "resample.examples": "4",
-        "resample.rollouts": "2",
-        "resample.histogram": "uniform",
-        "resample.size": "0",
-        "rollout.per-order": "2",
-        "rollout.max-new-tokens": "4",
-        "train.steps": "2",
-        "train.examples-per-step": "4",
-        "train.tokens-per-micro-batch": "512",
-        "eval.examples": "2",
-        "run.dir": str(tmp_path / "run"),
-    }
-    with pytest.raises(SystemExit) as stop:
-        flat = [part for k, v in small.items() for part in (f"--{k}", v)]
-        main(["train", recipe, *flat, "--run.trackers"])
-    assert stop.value.code in (0, None), capsys.readouterr().err
-    found = [r for r in rows(tmp_path / "run") if r["stage"] == "rl"]
-    assert [r["step"] for r in found] == [1, 2]
+    small = (
+        "--model.path tiny-qwen2.5-vl --data.train bundled:digits --data.eval bundled:digits "
+        "--resample.examples 4 --resample.rollouts 2 --resample.histogram uniform --resample.size 0 "
+        "--rollout.per-order 2 --rollout.max-new-tokens 4 --train.steps 2 --train.examples-per-step 4 "
+        "--train.tokens-per-micro-batch 512 --eval.examples 2 --run.trackers"
+    )
+    options = (*small.split(), "--run.dir", tmp_path / "run")
+    assert run("train", recipe, *options) == 0, capsys.readouterr().err
+    assert [r["step"] for r in metrics(tmp_path / "run", "rl")] == [1, 2]
     assert (tmp_path / "run" / "filtered").exists() == (recipe == "perl-7b")
 
 
@@ -324,92 +269,68 @@ def test_the_documents_example_is_a_recipe(tmp_path: Path) -> None:
 def two_files(short_recipe: Path) -> Path:
     """The six rows of a short recipe in two folders, images in sub-folders, and stages over them."""
     folder = short_recipe.parent
-    rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    rows = json_lines(folder / "data.jsonl")
+    lines = [json.dumps(r | {"images": [f"images/{i}" for i in r["images"]]}) for r in rows]
     for name in ("train", "test", "more"):
         (folder / name / "images").mkdir(parents=True)
-        for k in range(6):
-            shutil.copy(folder / f"{k}.png", folder / name / "images" / f"{k}.png")
-        lines = [json.dumps(r | {"images": [f"images/{i}" for i in r["images"]]}) for r in rows]
+        for image in folder.glob("*.png"):
+            shutil.copy(image, folder / name / "images")
         (folder / name / "data.jsonl").write_text("\n".join(lines))
-    more = {
-        "data": {
-            "train": str(folder / "train/data.jsonl"),
-            "eval": str(folder / "test/data.jsonl"),
-        },
-        "eval": {"examples": 2, "max_orders": 2},
-        "resample": {"rollouts": 2, "histogram": "uniform"},
-        "stages": [
-            {"name": "sift", "kind": "filter"},
-            {"name": "easy", "kind": "rl", "rollout": {"max_new_tokens": 3}},
-            {
-                "name": "hard",
-                "kind": "rl",
-                "data": {"mix": [f"{folder / 'more/data.jsonl'}*2"]},
-                "eval": {"max_orders": 1},
-            },
-        ],
-    }
+    more = f"""
+        data = {{ train = "{folder}/train/data.jsonl", eval = "{folder}/test/data.jsonl" }}
+        eval = {{ examples = 2, max_orders = 2 }}
+        resample = {{ rollouts = 2, histogram = "uniform" }}
+        [[stages]]
+        name = "sift"
+        kind = "filter"
+        [[stages]]
+        name = "easy"
+        kind = "rl"
+        rollout.max_new_tokens = 3
+        [[stages]]
+        name = "hard"
+        kind = "rl"
+        data.mix = ["{folder}/more/data.jsonl*2"]
+        eval.max_orders = 1
+    """
     recipe = tomllib.loads(short_recipe.read_text())
-    short_recipe.write_text(tomli_w.dumps(recipe | more))
+    short_recipe.write_text(tomli_w.dumps(recipe | tomllib.loads(more)))
     return short_recipe
 
 
 def test_a_filter_stage_measures_by_a_reward_of_the_run(
-    two_files: Path, tmp_path: Path, error_of: Callable[..., str]
+    two_files: Path, tmp_path: Path, error_of: ErrorOf
 ) -> None:
-    (tmp_path / "reward.py").write_text(
+    file = tmp_path / "reward.py"
+    file.write_text(
         "def whole(prompts, completions, **columns):\n    return [1.0] * len(completions)\n\n"
         "def none(prompts, completions, **columns):\n    return [None] * len(completions)\n"
     )
-    own, none = (f"{tmp_path / 'reward.py'}:{name}" for name in ("whole", "none"))
+    own, none = f"{file}:whole", f"{file}:none"
     command = ["train", two_files, "--overwrite", "--train.steps", "0"]
     said = error_of(*command, "--reward.functions", "choice", "format")
     assert "filter.measure = 'accuracy' is none of reward.functions (choice, format)" in said
     said = error_of(*command, "--reward.functions", none, "--reward.weights", "1")
     assert "no completion for" in said and f"can be scored by the reward function '{none}'" in said
-    with pytest.raises(SystemExit) as stop:
-        main([*map(str, command), "--reward.functions", own, "format", "--filter.measure", "whole"])
-    assert stop.value.code in (0, None)
-    (filtered,) = [r for r in rows(two_files.parent / "run") if r["stage"] == "filter"]
+    assert run(*command, "--reward.functions", own, "format", "--filter.measure", "whole") == 0
+    (filtered,) = metrics(two_files.parent / "run", "filter")
     assert filtered["filter/accuracy_before"] == 1.0
 
 
-def test_files_behind_a_filter_keep_their_images(two_files: Path) -> None:
+def test_files_behind_a_filter_keep_their_images(two_files: Path, error_of: ErrorOf) -> None:
     """What is filtered has its images beside it; what is not is read from where it was."""
-    with pytest.raises(SystemExit) as stop:
-        main(["train", str(two_files)])
-    assert stop.value.code in (0, None)
-    run = two_files.parent / "run"
-    assert [r["step"] for r in rows(run) if r["stage"] == "rl"] == [1, 2]
-    (filtered,) = [r for r in rows(run) if r["stage"] == "filter"]
+    assert run("train", two_files) == 0
+    folder = two_files.parent / "run"
+    assert [r["step"] for r in metrics(folder, "rl")] == [1, 2]
+    (filtered,) = metrics(folder, "filter")
     assert filtered["filter/measured"] == 6 and filtered["filter/kept"] >= 1
-    accuracies = (run / "filtered" / "sift.accuracies.jsonl").read_text().splitlines()
-    measured = [json.loads(line) for line in accuracies]
+    measured = json_lines(folder / "filtered" / "sift.accuracies.jsonl")
     assert {row["measure"] for row in measured} == {"accuracy"}
     assert all({"max_prompt_tokens", "min_pixels", "max_pixels"} <= row.keys() for row in measured)
-    kept = [json.loads(line) for line in filtered_file(run, "sift").read_text().splitlines()]
-    assert all((run / "filtered" / image).exists() for row in kept for image in row["images"])
-    # A run that stops before its last evaluation is measured with the last stage's settings all the same.
-    orders = [r["orders"] for r in rows(run) if r.get("at") == "after"]
-    assert orders == [1]
-    for checkpoint in sorted((run / "checkpoints").iterdir()):
-        manifest = checkpoint / "manifest.json"
-        state = json.loads(manifest.read_text())
-        if state["progress"]["stage"] == "done":
-            state["progress"]["stage"] = "after"
-            del state["progress"]["results"]["after"]
-            manifest.write_text(json.dumps(state))
-    with pytest.raises(SystemExit) as stop:
-        main(["resume", str(run)])
-    assert [r["orders"] for r in rows(run) if r.get("at") == "after"] == [1, 1]
-
-
-def test_overwriting_does_not_delete_what_a_stage_reads(
-    two_files: Path, error_of: Callable[..., str]
-) -> None:
-    with pytest.raises(SystemExit):
-        main(["train", str(two_files)])
-    left = two_files.parent / "run/filtered/sift.jsonl"
+    left = filtered_file(folder, "sift")
+    images = [image for row in json_lines(left) for image in row["images"]]
+    assert images and all((folder / "filtered" / image).exists() for image in images)
+    # A new run that would read from the folder does not delete it.
     for key, value in (("train", str(left)), ("mix", [str(left)])):
         recipe = tomllib.loads(two_files.read_text())
         recipe["stages"][2]["data"] = {key: value}
@@ -418,17 +339,24 @@ def test_overwriting_does_not_delete_what_a_stage_reads(
         said = error_of("train", other, "--overwrite")
         assert said.startswith(f"--overwrite would delete data.{key} = {left}")
         assert left.exists()
+    # A run that stops before its last evaluation is measured with the last stage's settings all the same.
+    assert [r["orders"] for r in metrics(folder) if r.get("at") == "after"] == [1]
+    for checkpoint in sorted((folder / "checkpoints").iterdir()):
+        manifest = checkpoint / "manifest.json"
+        state = json.loads(manifest.read_text())
+        if state["progress"]["stage"] == "done":
+            state["progress"]["stage"] = "after"
+            del state["progress"]["results"]["after"]
+            manifest.write_text(json.dumps(state))
+    assert run("resume", folder) == 0
+    assert [r["orders"] for r in metrics(folder) if r.get("at") == "after"] == [1, 1]
 
 
 @pytest.mark.parametrize(
     ("stage", "changes", "match"),
     [
         (0, {"resample": {"histogram": "papr"}}, "histogram 'papr': write paper"),
-        (
-            0,
-            {"resample": {"size": 7}},
-            "stage sift: resample.size = 7 is more than the 6 questions",
-        ),
+        (0, {"resample": {"size": 7}}, "sift: resample.size = 7 is more than the 6 questions"),
         (0, {"resample": {"orders": 3}}, "stage sift: resample.orders = 3 is more than resample"),
         (0, {"data": {"train": "bundled:digits"}}, "stage sift: bundled:digits is endless"),
         (2, {"data": {"eval": "nope.jsonl"}}, "nope.jsonl"),
@@ -440,7 +368,7 @@ def test_overwriting_does_not_delete_what_a_stage_reads(
 )
 def test_mistakes_of_any_stage_are_found_before_the_first(
     two_files: Path,
-    error_of: Callable[..., str],
+    error_of: ErrorOf,
     stage: int,
     changes: dict[str, Any],
     match: str,

@@ -1,29 +1,17 @@
-"""Whole runs of a tiny recipe: every stage, every option of the loop, and going on after a kill to the same numbers."""
+"""Whole runs of a tiny recipe: every stage, every option of the loop, and a failed step that is done again."""
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from perl.cli import main
 from perl.model.head import make_policy_loss
-
-REWARD = '''
-def by_length(prompts, completions, **columns):
-    """Differs between completions of an untrained model, as accuracy does not."""
-    return [len(c.split()) % 3 / 2 for c in completions]
-'''
+from tests.command_line import json_lines, metrics, rewarded, run, untimed
 
 SHORT = {
     "run.seeds": "",
@@ -42,64 +30,38 @@ SHORT = {
     "eval.max-orders": "2",
 }
 
-
-@pytest.fixture
-def reward_file(tmp_path: Path) -> Path:
-    path = tmp_path / "my_reward.py"
-    path.write_text(REWARD)
-    return path
+Train = Callable[..., int | str | None]
 
 
 @pytest.fixture
-def arguments(reward_file: Path) -> Callable[..., list[str]]:
-    """Arguments of `perl-rl train` for a run of seconds, into a folder, with changes."""
+def train(tmp_path: Path) -> Train:
+    """Runs `perl-rl train` for some seconds, into a folder, with changes; returns the exit code."""
+    reward = rewarded(tmp_path)
 
-    def make(folder: Path, **changes: str) -> list[str]:
+    def run_it(folder: Path, *more: str, **changes: str) -> int | str | None:
         options = SHORT | {k.replace("__", ".").replace("_", "-"): v for k, v in changes.items()}
         flat = [part for k, v in options.items() for part in (f"--{k}", *v.split())]
-        reward = ["--reward.functions", f"{reward_file}:by_length", "--reward.weights", "1"]
-        return ["train", "demo", "--run.dir", str(folder), *reward, *flat]
+        return run("train", "demo", "--run.dir", folder, *reward, *flat, *more)
 
-    return make
-
-
-def run(arguments: list[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code in (0, None)
+    return run_it
 
 
-def rows(folder: Path, stage: str | None = None) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [r for r in found if stage in (None, r["stage"])]
-
-
-def untimed(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {k: v for k, v in r.items() if not k.startswith(("time/", "throughput/", "memory/"))}
-        for r in found
-    ]
-
-
-def test_a_run_leaves_everything(tmp_path: Path, arguments: Callable[..., list[str]]) -> None:
+def test_a_run_leaves_everything(tmp_path: Path, train: Train) -> None:
     folder = tmp_path / "run"
-    run(arguments(folder, run__trackers="tensorboard", eval__every="2"))
-    assert [r["step"] for r in rows(folder, "cold_start")] == [1, 2, 3]
-    rl = rows(folder, "rl")
+    assert train(folder, run__trackers="tensorboard", eval__every="2") == 0
+    assert [r["step"] for r in metrics(folder, "cold_start")] == [1, 2, 3]
+    rl = metrics(folder, "rl")
     assert [r["step"] for r in rl] == [1, 2, 3, 4]
-    assert all(
-        math.isfinite(r[k])
-        for r in rl
-        for k in ("loss", "kl", "entropy", "grad_norm", "clip_fraction")
-    )
+    names = ("loss", "kl", "entropy", "grad_norm", "clip_fraction")
+    assert all(math.isfinite(r[name]) for r in rl for name in names)
     assert all(r["grad_norm"] > 0 and r["groups/kept"] > 0 for r in rl)
-    assert [r["at"] for r in rows(folder, "evaluate")] == ["before", "step", "after"]
+    assert [r["at"] for r in metrics(folder, "evaluate")] == ["before", "step", "after"]
     summary = json.loads((folder / "summary.json").read_text())
     for name in ("accuracy", "greedy", "consistency"):
         for at in ("before", "after"):
             assert 0 <= summary[f"{name}_{at}"] <= 1
     assert summary["seconds"] > 0 and summary["peak_rss_bytes"] > 2**20
-    kept = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+    kept = json_lines(folder / "rollouts.jsonl")
     assert {r["stage"] for r in kept} == {"rl", "evaluate"}
     assert any(r.get("advantage") for r in kept)
     assert all((folder / name).exists() for r in kept for name in r["images"])
@@ -111,14 +73,12 @@ def test_a_run_leaves_everything(tmp_path: Path, arguments: Callable[..., list[s
     AutoModelForImageTextToText.from_pretrained(folder / "models" / "final")
 
 
-def test_training_changes_what_is_trained(
-    tmp_path: Path, arguments: Callable[..., list[str]]
-) -> None:
+def test_training_changes_what_is_trained(tmp_path: Path, train: Train) -> None:
     from safetensors.torch import load_file
 
     folder = tmp_path / "run"
-    changed = arguments(folder, cold_start__steps="0", eval__examples="0", train__lr="1e-2")
-    run([*changed, "--model.freeze-vision"])
+    changes = {"cold_start__steps": "0", "eval__examples": "0", "train__lr": "1e-2"}
+    assert train(folder, "--model.freeze-vision", **changes) == 0
     before = load_file(folder / "models" / "initial" / "model.safetensors")
     after = load_file(folder / "models" / "final" / "model.safetensors")
     moved = {n for n in before if not torch.equal(before[n], after[n])}
@@ -145,102 +105,28 @@ def test_training_changes_what_is_trained(
     ],
     ids=lambda c: "-".join(f"{k.split('__')[1]}={v.split()[0]}" for k, v in c.items()),
 )
-def test_options_of_the_loop(
-    changes: dict[str, str], tmp_path: Path, arguments: Callable[..., list[str]]
-) -> None:
+def test_options_of_the_loop(changes: dict[str, str], tmp_path: Path, train: Train) -> None:
     folder = tmp_path / "run"
-    run(arguments(folder, train__steps="2", **changes))
-    rl = rows(folder, "rl")
+    assert train(folder, train__steps="2", **changes) == 0
+    rl = metrics(folder, "rl")
     assert len(rl) == 2
     assert all(math.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in rl)
     if int(changes.get("train__updates_per_batch", 1)) > 1:
         assert any(r["ratio_max"] != 1 for r in rl)
 
 
-def test_seeds_are_runs_of_their_own(tmp_path: Path, arguments: Callable[..., list[str]]) -> None:
+def test_seeds_are_runs_of_their_own(tmp_path: Path, train: Train) -> None:
     folder = tmp_path / "run"
-    run(arguments(folder, run__seeds="0 3", train__steps="1", cold_start__steps="1"))
+    assert train(folder, run__seeds="0 3", train__steps="1", cold_start__steps="1") == 0
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["seeds"] == [0, 3]
     mean = sum(s["accuracy_after"] for s in summary["per_seed"]) / 2
     assert summary["accuracy_after"] == pytest.approx(mean, abs=1e-6)
-    one, other = (rows(folder / f"seed-{s}", "cold_start")[0]["loss"] for s in (0, 3))
+    one, other = (metrics(folder / f"seed-{s}", "cold_start")[0]["loss"] for s in (0, 3))
     assert one != other
 
 
-def spawn(arguments: list[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "perl", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=os.environ,
-    )
-
-
-def wait_for(folder: Path, stage: str, step: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if (folder / "metrics.jsonl").exists():
-            lines = (folder / "metrics.jsonl").read_text().splitlines()
-            if any(f'"stage": "{stage}", "step": {step},' in line for line in lines):
-                return
-        assert process.poll() is None, process.stdout and process.stdout.read().decode()
-        time.sleep(0.02)
-    raise AssertionError(f"{stage} step {step} never came")
-
-
-@pytest.mark.slow
-def test_killed_and_resumed_is_as_if_nothing_happened(
-    tmp_path: Path, arguments: Callable[..., list[str]]
-) -> None:
-    """Killed inside the cold start and again inside RL: every number of an uninterrupted run, and its weights."""
-    from safetensors.torch import load_file
-
-    longer = {
-        "cold_start__steps": "9",
-        "train__steps": "9",
-        "run__checkpoint_every": "4",
-        "eval__every": "4",
-    }
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run(arguments(whole, **longer))
-    process = spawn(arguments(broken, **longer))
-    for stage in ("cold_start", "rl"):
-        wait_for(broken, stage, 6, process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert len(rows(broken)) < len(rows(whole))
-        process = spawn(["resume", str(broken)])
-    assert process.wait(timeout=120) == 0
-    assert untimed(rows(broken)) == untimed(rows(whole))
-    assert (broken / "rollouts.jsonl").read_text() == (whole / "rollouts.jsonl").read_text()
-    one, other = (load_file(f / "models" / "final" / "model.safetensors") for f in (whole, broken))
-    assert all(torch.equal(one[n], other[n]) for n in one)
-
-
-def test_a_mistake_gives_the_replaced_run_back(
-    tmp_path: Path, arguments: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Mistakes that show only when the run has begun: without a checkpoint nothing is replaced, or left behind."""
-    folder = tmp_path / "run"
-    with pytest.raises(SystemExit) as stop:
-        main([*arguments(folder, data__max_prompt_tokens="5"), "--overwrite"])
-    assert stop.value.code == 2 and not folder.exists()
-    run(arguments(folder))
-    before = (folder / "metrics.jsonl").read_text()
-    with pytest.raises(SystemExit) as stop:
-        main([*arguments(folder, data__max_prompt_tokens="5"), "--overwrite"])
-    assert stop.value.code == 2
-    assert (folder / "metrics.jsonl").read_text() == before
-    assert (folder / "models" / "final" / "model.safetensors").exists()
-    run([*arguments(folder, train__steps="1"), "--overwrite"])
-    assert len(rows(folder, "rl")) == 1
-    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
-
-
-def test_the_reference_of_lora_does_not_move_with_the_tower(
-    tmp_path: Path, arguments: Callable[..., list[str]]
-) -> None:
+def test_the_reference_of_lora_does_not_move_with_the_tower(tmp_path: Path) -> None:
     """LoRA leaves the tower trainable unless it is frozen: adapters off is then no reference."""
     from perl.distributed import StopSignal
     from perl.files import RunFolder
@@ -282,9 +168,9 @@ from pathlib import Path
 
 from perl.types import UserError
 
-FOLDER = Path({folder!r})
+FOLDER = Path(__file__).parent
 
-def by_length(prompts, completions, **columns):
+def f(prompts, completions, **columns):
     record, after = FOLDER / "broken" / "metrics.jsonl", FOLDER / "fail_after"
     if after.exists() and record.exists():
         if len(record.read_text().splitlines()) == int(after.read_text()):
@@ -295,24 +181,23 @@ def by_length(prompts, completions, **columns):
 
 
 def test_a_step_that_failed_is_done_again_with_the_groups_it_had_taken(
-    tmp_path: Path, arguments: Callable[..., list[str]], reward_file: Path
+    tmp_path: Path, train: Train
 ) -> None:
     """Surplus that a failed step took out of the queue is in the checkpoint that rescues the run."""
-    reward_file.write_text(FAILS_ONCE.format(folder=str(tmp_path)))
+    rewarded(tmp_path, FAILS_ONCE)
     options = {
         "cold_start__steps": "0",
         "eval__examples": "0",
         "train__steps": "6",
         "filter__max_tries": "3",
+        "filter__replay": "1",
         "run__checkpoint_every": "0",
     }
-    reuse = ["--filter.reuse-overflow", "--filter.replay", "1"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run([*arguments(whole, **options), *reuse])
-    reused = [r["step"] for r in rows(whole, "rl") if r["groups/reused"] and r["groups/tries"]]
+    assert train(whole, "--filter.reuse-overflow", **options) == 0
+    reused = [r["step"] for r in metrics(whole, "rl") if r["groups/reused"] and r["groups/tries"]]
     (tmp_path / "fail_after").write_text(str(reused[0] - 1))
-    with pytest.raises(SystemExit) as stop:
-        main([*arguments(broken, **options), *reuse])
-    assert stop.value.code == 2 and len(rows(broken)) == reused[0] - 1
-    run(["resume", str(broken)])
-    assert untimed(rows(broken)) == untimed(rows(whole))
+    assert train(broken, "--filter.reuse-overflow", **options) == 2
+    assert len(metrics(broken)) == reused[0] - 1
+    assert run("resume", broken) == 0
+    assert untimed(broken) == untimed(whole)
