@@ -27,29 +27,44 @@ MODES: tuple[Consistency, ...] = ("slots", "references")
 
 
 @st.composite
-def with_options(draw: st.DrawFn) -> Example:
-    """A question with options that name one image each."""
+def consistent(draw: st.DrawFn) -> tuple[Example, Any]:
+    """A question over labelled slots, or with options that name one image each, and a way to keep it consistent.
+
+    Where texts follow, it names images besides.
+    """
+    mode = draw(st.sampled_from(MODES))
     count = draw(st.integers(2, 6))
-    listed = draw(st.permutations(range(1, count + 1)))
-    options = "\n".join(f"{k}. Image {n}" for k, n in zip(LETTERS, listed, strict=False))
+    said = "all this"
+    if mode == "references":
+        said = " ".join(f"image {draw(st.integers(1, count))}" for _ in range(2))
+    if draw(st.booleans()):
+        question = f"{lettered(count).question} Is {said} alike?"
+    else:
+        listed = draw(st.permutations(range(1, count + 1)))
+        options = "\n".join(f"{k}. Image {n}" for k, n in zip(LETTERS, listed, strict=False))
+        question = f"{'<image>' * count} Given {said}, which?\n{options}"
     answer = draw(st.sampled_from([*LETTERS[:count], "2", "Image 1"]))
-    return ask(f"{'<image>' * count} Which?\n{options}", answer, kind=draw(kinds(count)))
+    return ask(question, answer, kind=draw(kinds(count))), mode
 
 
-@given(lettered_questions() | with_options(), st.integers(0, 5))
-def test_the_answer_follows_its_pictures_and_back(example: Example, seed: int) -> None:
+@given(lettered_questions().map(lambda e: (e, "slots")) | consistent(), st.integers(0, 5))
+def test_the_answer_follows_its_pictures_and_back(drawn: tuple[Example, Any], seed: int) -> None:
+    example, text = drawn
     count = len(example.images)
-    letters = letter_slots(example)
-    named = named_images(example.answer, count, letters)
+    named = named_images(example.answer, count, letter_slots(example))
     assert named
     for order in orders(example, 4, seed, 0):
-        variant = permute(example, order)
-        now = named_images(variant.answer, count, letters)
+        variant = permute(example, order, text)
+        # Letters are read off the text that the model sees.
+        shown = replace(
+            example, images=variant.images, question=variant.messages, answer=variant.answer
+        )
+        now = named_images(variant.answer, count, letter_slots(shown))
         assert [variant.images[s] for s in now or ()] == [example.images[s] for s in named]
         assert original_answer(variant, variant.answer) == example.answer
-        shown = replace(example, images=variant.images, answer=variant.answer)
-        back = permute(shown, [order.index(image) for image in range(count)])
-        assert (back.images, back.answer) == (example.images, example.answer)
+        back = permute(shown, [order.index(image) for image in range(count)], text)
+        before = (example.images, example.messages, example.answer)
+        assert (back.images, back.messages, back.answer) == before
 
 
 @given(st.text(max_size=40) | ODD, st.permutations(range(4)))

@@ -27,8 +27,6 @@ from tests.permutation.questions import ask
 
 MODES: tuple[Consistency, ...] = ("slots", "references")
 ORDINALS = ("first", "second", "third", "fourth")
-SUFFIXED = ("1st", "2nd", "3rd", "4th")
-WORDS = ("one", "two", "three", "four")
 LETTERS = "ABCD"
 
 LAYOUTS = {
@@ -44,18 +42,21 @@ LAYOUTS = {
     "query": "Image {n}: <image>\n",
 }
 NAMES = (
-    "Image {n}", "the {o} image", "the {s} frame", "[image {n}]", "photo #{n}", "<image_{n}>", "picture number {n}",
+    "Image {n}",
+    "the {o} image",
+    "photo #{n}",
+    "<image_{n}>",
+    "picture number {n}",
     "image {w}",
-)  # fmt: skip
+)
 OPTIONS = ("Image {n}", "the {o} picture", "{n}", "{O}", "Image {n} only")
 MARKS = ("{l}. ", "{l}) ", "({l}) ", "{l}.", "{l}: ")
 ANSWERS = ("{l}", "({l})", "{l}. {t}", "({l}) {t}", "{t}", "{n}", "Image {n}", "The {o} image")
 
 
 def name(style: str, number: int) -> str:
-    k = number - 1
-    o, s, w = ORDINALS[k], SUFFIXED[k], WORDS[k]
-    return style.format(n=number, o=o, O=o.capitalize(), s=s, w=w)
+    ordinal, word = ORDINALS[number - 1], ("one", "two", "three", "four")[number - 1]
+    return style.format(n=number, o=ordinal, O=ordinal.capitalize(), w=word)
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,12 @@ class Case:
         """The pictures that a text names, in its sequence. Ordinals count all slots."""
         slots = []
         for tag, word in re.findall(
-            r"<image_(\d)>|(\d(?:st|[nr]d|th)?|first|second|third|fourth|\bone\b|two|three|four)",
-            text.lower(),
+            r"<image_(\d)>|(\d|first|second|third|fourth|\bone\b|two|three|four)", text.lower()
         ):
-            places = next((w for w in (ORDINALS, SUFFIXED) if word in w), None)
-            if tag or places:
-                slots.append(int(tag) - 1 if tag else places.index(word))
+            if tag or word in ORDINALS:
+                slots.append(int(tag) - 1 if tag else ORDINALS.index(word))
             else:
-                number = WORDS.index(word) + 1 if word in WORDS else int(word)
+                number = {"one": 1, "two": 2, "three": 3, "four": 4}.get(word) or int(word)
                 slots.append(self.numbered[number - 1])
         return tuple(images[slot] for slot in slots)
 
@@ -125,7 +124,7 @@ def cases(draw: st.DrawFn) -> Case:
 
     def any_name(styles: tuple[str, ...]) -> tuple[str, int]:
         style = draw(st.sampled_from(styles))
-        by_slot = any(mark in style for mark in ("{o}", "{O}", "{s}", "<"))
+        by_slot = "o}" in style.lower() or "<" in style
         number = draw(st.integers(1, count if by_slot else len(numbered)))
         return name(style, number), number
 
@@ -201,14 +200,6 @@ def check_every_order(case: Case, mode: Any) -> None:
             named = case.pictures(case.stem(now), variant.images)
             assert named == case.pictures(case.stem(text), example.images)
             assert len(named) == case.said
-            # With a query before the numbered images, `<image_1>` may be written, which is not read again.
-            if case.numbered[0] == 0:
-                shown = replace(
-                    example, images=variant.images, question=variant.messages, answer=variant.answer
-                )
-                back = permute(shown, [order.index(image) for image in example.images], mode)
-                before = (example.images, example.messages, example.answer)
-                assert (back.images, back.messages, back.answer) == before
         else:
             assert variant.messages == example.messages
         # Answers that count as the same choice in two orders name the same pictures.

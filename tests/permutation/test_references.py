@@ -22,10 +22,51 @@ from perl.permutation import (
 from perl.permutation.references import write
 from perl.types import Example, UserError
 
+STYLES = (
+    "Image {n}",
+    "the {o} picture",
+    "<image_{n}>",
+    "[image {n}]",
+    "photo #{n}",
+    "the {s} frame",
+)
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
+SUFFIXED = ("1st", "2nd", "3rd", "4th", "5th", "6th")
+
+
+def named(style: str, slot: int) -> str:
+    return style.format(n=slot + 1, o=ORDINALS[slot], s=SUFFIXED[slot])
+
 
 def rewrite(text: str, slots: Sequence[int], letters: Sequence[int] = ()) -> str:
     names = Names(len(slots), letters, range(len(slots)))
     return write(text, mentions(text, names), slots, names)
+
+
+def slots_in(text: str, count: int) -> list[int]:
+    return [m.slot for m in mentions(text, Names(count, (), range(count)))]
+
+
+@st.composite
+def sentences(draw: st.DrawFn) -> tuple[int, list[int], str]:
+    """A number of images, the slots that a text mentions, and the text."""
+    count = draw(st.integers(2, 6))
+    slots = draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=5))
+    styles = [draw(st.sampled_from(STYLES)) for _ in slots]
+    words = [named(style, slot) for style, slot in zip(styles, slots, strict=True)]
+    return count, slots, "Look at " + ", then see ".join(words) + " for 3 dogs."
+
+
+@given(sentences(), st.randoms())
+def test_every_mention_follows_its_picture_and_back(sentence, random) -> None:
+    count, slots, text = sentence
+    order = list(range(count))
+    random.shuffle(order)
+    where = [order.index(image) for image in range(count)]
+    assert slots_in(text, count) == slots
+    after = rewrite(text, where)
+    assert [order[slot] for slot in slots_in(after, count)] == slots
+    assert rewrite(after, order) == text
 
 
 @given(
