@@ -120,7 +120,9 @@ def test_a_signal_to_one_stops_both_and_both_go_on_with_their_groups(tmp_path: P
     assert filtered["filter/measured"] == 7
     newest = max((folder / "checkpoints").iterdir())
     kept = {p.name for p in newest.glob("*-[01].safetensors")}
-    assert kept == {f"{name}-{rank}.safetensors" for name in ("queue", "buffer") for rank in (0, 1)}
+    assert kept == {
+        f"{name}-{rank}.safetensors" for name in ("overflow", "buffer") for rank in (0, 1)
+    }
     done = finish(spawn_two("resume", folder))
     assert [code for code, _ in done] == [0, 0], done
     rl = metrics(folder, "rl")
