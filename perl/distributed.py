@@ -67,10 +67,8 @@ class Processes:
         from torch.distributed import recv_object_list, send_object_list
 
         out, mine = [], iter(leaving)
-        for (
-            source,
-            target,
-        ) in moves:  # One after the other in all of them, so that nobody waits for one who waits.
+        # In the same sequence in all processes, to avoid a deadlock.
+        for source, target in moves:
             if self.index == source:
                 send_object_list([next(mine)], target)
             elif self.index == target:
@@ -117,8 +115,8 @@ def on_main_process(action: Callable[[], None]) -> None:
 
 
 def shutdown() -> None:
-    """Take leave of the other processes, if there are any: the first one, through which the others are
-    connected, goes last, as a process whose connection breaks while it ends may abort."""
+    """Shut down the process group, if there is one. Rank 0 leaves last, as it hosts the store: a process whose
+    connection to it breaks while it ends may abort."""
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()):

@@ -227,7 +227,7 @@ class PackedBatch:
     prefix_starts: torch.Tensor
     """int32 [Q]: where in the row each sequence's prefix starts."""
     prefix_lengths: torch.Tensor
-    """int32 [Q]: tokens of each sequence's prefix; 0: none. It has as many keys more than queries."""
+    """int32 [Q]: tokens of each sequence's prefix; 0: none. The sequence has this many more keys than queries."""
     scored: torch.Tensor
     """int64 [N]: rows of the hidden states whose *next* token is a completion token; a prompt's last row stands
     there once for each of its completions."""

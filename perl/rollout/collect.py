@@ -85,13 +85,13 @@ class Collector:
             part_name(config.reward.functions, config.filter.measure) or config.filter.measure,
         )
         self.replay = Replay(config.filter)
-        # Of image orders and of the coin that decides about them: a later stage of the same kind sees others.
+        # Seeds image orders and the draw whether an example is permuted; a later stage of the same kind gets others.
         self.seed = config.run.seed + 1_000_003 * stage.number
 
     def collect(self, source: Source, processes: Processes, step: int) -> Collected:
         """This process's groups for one step of the stage.
 
-        Processes try equally often, so that they stay at one place in the data: a try is made while any of them lacks groups.
+        All processes make the same number of tries, so that their streams stay in step: one is made while any lacks groups.
 
         Raises:
             UserError: not a single rollout of the step can be scored, or no prompt fits the budget.
@@ -106,7 +106,7 @@ class Collector:
         self.scorer.reset_faults()
         dropped_before = self.encoder.dropped
         rebuild = partial(self._rebuild, source.find)
-        # A user's mistake in one process stops all of them together, none waiting in a reduction that the others left.
+        # A UserError in one process must stop all; otherwise the rest hang in a collective.
         with processes.jointly():
             waited = self.replay.take_overflow(wanted, rebuild)
         lacking, tries = wanted - len(waited), 0
@@ -215,7 +215,7 @@ class Collector:
         return rate_at(permutation.rate, permutation.rate_schedule, progress)
 
     def _orders(self, drawn: Drawn, rate: float) -> list[Order]:
-        permutation, (_, epoch, example) = self.config.permutation, drawn
+        permutation, epoch, example = self.config.permutation, drawn.epoch, drawn.example
         if not is_permuted(example, rate, self.seed, epoch):
             return orders(example, 1, self.seed, epoch)
         if permutation.draw == "released":
@@ -242,7 +242,7 @@ class Collector:
     def _check_seen(
         self, seen: Sequence[Group], tries: int, dropped: int, processes: Processes
     ) -> None:
-        """Raise UserError if a step that rolled out has nothing to look at, in no try and no process."""
+        """Raise UserError if no try in any process produced a rollout that can be scored."""
         scorable = sum(int((~np.isnan(group.rewards)).sum()) for group in seen)
         all_tries, all_seen, found = processes.total(tries, len(seen), scorable)
         with processes.jointly():

@@ -13,6 +13,7 @@ from perl.types import Group, UserError
 logger = logging.getLogger(__name__)
 
 _SLACK = 1e-9
+"""For means of rewards that are equal to a bound but for rounding."""
 _FATES: tuple[str, ...] = ("kept", "all_best", "all_worst", "too_hard", "too_easy", "unscorable")
 _REASONS = {
     "too_hard": ("are too hard", "lower filter.min_accuracy or take easier data"),

@@ -21,7 +21,7 @@ def pack(segments: Sequence[Segment], budget: int, share: bool = True) -> list[P
 
     Args:
         segments: prompts with their completions; completions may be empty.
-        budget: most tokens of a micro-batch; a prompt whose single completion is longer stands alone.
+        budget: maximum tokens of a micro-batch; a prompt and one completion over it get a row to themselves.
         share: whether completions share their prompt; if not, each has a copy of it.
     """
     loads = [
@@ -97,7 +97,7 @@ class _Row:
         """Append a completion of the prompt that starts at `prompt_start`."""
         prompt_end = prompt_start + len(prompt.input_ids)
         start = self.tokens
-        # The first that has any tokens goes on in the prompt's sequence: nothing of it has to be gathered.
+        # The first that has any tokens goes on in the prompt's sequence: so its prefix keys need no gather.
         if len(ids) and start > prompt_end:
             self.starts.append(start)
             self.prefixes.append((prompt_start, len(prompt.input_ids)))
