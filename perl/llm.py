@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import os
 import random
@@ -130,6 +131,8 @@ class Endpoint:
                 "no LLM endpoint is set; set PERL_LLM_URL, as in http://localhost:8000/v1, and "
                 "PERL_LLM_MODEL (and PERL_LLM_API_KEY where one is needed)"
             )
+        if importlib.util.find_spec("openai") is None:  # Now, not at the first request of a run.
+            raise UserError("an LLM endpoint needs openai; pip install 'perl-rl[train]'")
         model = os.environ.get("PERL_LLM_MODEL", "")
         return cls(url.strip(), model, (key or "").strip() or None)
 

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import math
 import operator
 import re
 import tomllib
@@ -226,7 +227,10 @@ def _what_is_wrong(error: Any) -> str:
         return f"unknown key {key}; {hint}"
     if error["type"] == "dataclass_type":
         return f"{key} is a section; write [{key}] and its keys below"
-    return f"{key} = {error['input']!r}: {error['msg'].replace('Input should', 'must')}"
+    value, must = error["input"], error["msg"].replace("Input should", "must")
+    if isinstance(value, float) and not math.isfinite(value):
+        must = "must be a finite number"
+    return f"{key} = {value!r}: {must}"
 
 
 @dataclass(frozen=True, slots=True)

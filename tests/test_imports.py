@@ -129,14 +129,14 @@ def test_what_needs_no_model_needs_no_torch(package: str) -> None:
             assert not {"torch", "transformers"} & {n.split(".")[0] for n in imported(module)}
 
 
-def test_only_the_head_and_the_advantages_import_the_kernels() -> None:
+def test_only_the_head_the_advantages_and_the_doctor_import_the_kernels() -> None:
     users = {
         module
         for module in MODULES
         if in_package(module, "perl")
         and any(in_package(name, "perl_kernels") for name in imported(module))
     }
-    assert users == {"perl.model.head", "perl.rollout.advantages"}
+    assert users == {"perl.model.head", "perl.rollout.advantages", "perl.training.doctor"}
 
 
 def test_no_folder_is_crowded() -> None:

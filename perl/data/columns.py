@@ -99,7 +99,7 @@ def read_row(row: Mapping[str, Any], convention: Convention, where: str, id: str
     that has none. Raises UserError, naming `where`, for one that is incomplete or contradicts itself.
     """
     _check_columns(convention, row, where)
-    if "worked" in row:
+    if row.get("worked") is not None and "demonstration" not in row:
         raise UserError(
             f"{where}: the column worked is now called demonstration; rename it in the data"
         )

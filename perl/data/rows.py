@@ -93,9 +93,9 @@ def _ids_of_copies(dataset: Dataset, indices: Sequence[int]) -> dict[int, str]:
 class RowWriter:
     """Makes rows of a data set fit for a JSON Lines file `output`.
 
-    Relative image paths stay where the image lies in the folder of `output` or below. Every other image gets a file in `<output's stem>-images` beside it. A file becomes a
-    hard link, or a copy on another file system, named by a hash of its content, so that rows which
-    show the same picture share it. PNG, JPEG and WebP bytes are written as they are, the rest as PNG.
+    Relative image paths stay where the image lies in the folder of `output` or below. Every other image gets a file in
+    `<output's stem>-images` beside it. A file becomes a hard link, or a copy on another file system, named by a hash of its
+    content, so that rows which show the same picture share it. PNG, JPEG and WebP bytes are written as they are, the rest as PNG.
     """
 
     def __init__(self, output: Path, dataset: Dataset) -> None:

@@ -88,12 +88,15 @@ class _Worker:
                     if process.wait() == -signal.SIGALRM:
                         return TimeoutError(f"math-verify took longer than {seconds:g} s")
                     return RuntimeError(f"math-verify ended with exit code {process.returncode}")
+                try:
+                    equal = json.loads(line)
+                except ValueError:  # Cut, as the process was killed while it wrote.
+                    return RuntimeError("math-verify was killed while it answered")
                 self._process = process
             finally:
                 if self._process is None:
                     process.kill()
                     process.communicate()  # Closes the pipes and waits.
-        equal = json.loads(line)
         if equal is None:
             return ValueError(f"math-verify cannot read the gold answer '{gold}'")
         return float(equal)

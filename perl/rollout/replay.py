@@ -174,6 +174,8 @@ def load_replay(folder: Path, process: int) -> dict[str, list[StoredGroup]] | No
         UserError: a file that cannot be read, or that holds something else.
     """
     files = {name: folder / f"{name}-{process}.safetensors" for name in ("overflow", "buffer")}
+    if not files["overflow"].exists():  # The name that checkpoints had before.
+        files["overflow"] = folder / f"queue-{process}.safetensors"
     if not all(file.exists() for file in files.values()):
         return None
     return {name: _load(file) for name, file in files.items()}

@@ -116,15 +116,18 @@ class Components:
         return load_examples(config.data.eval, config.data, "test", EVAL_SEED, config.eval.examples)
 
 
-def build(stage: Stage, folder: RunFolder) -> Components:
-    """Load or make the model and put the components together.
+def build(config: Config, stage: Stage, folder: RunFolder) -> Components:
+    """Load or make the model and put the components of a stage together.
+
+    Args:
+        config: the run's, which knows all stages. A stage's own has that stage's values in place: other stages
+            planned from it would take them over.
 
     Raises:
         UserError: for whatever in the config, the model or the rewards cannot be used.
     """
-    config = stage.config
     accelerator = make_accelerator(config, folder)
-    path = model_folder(config, folder, accelerator)
+    path = model_folder(config, stage, folder, accelerator)
     torch.manual_seed(config.run.seed)
     policy = load_policy(path, config.model, accelerator.device).to(accelerator.device)
     processor = load_processor(path, config.model)
@@ -198,7 +201,7 @@ def check_setup(config: Config) -> Processor | None:
         if packed:
             check_kernels(config.model)
         return processor
-    _bundled_pictures(config)
+    _check_bundled(config)
     check_kernels(config.model)
     return None
 
@@ -218,8 +221,8 @@ def _check_stage(stage: Stage) -> None:
     Scorer(config.reward.functions, config.reward.weights, config.reward.timeout)
 
 
-def _bundled_pictures(config: Config) -> str:
-    """Name of the picture collection that a tiny model knows the words of."""
+def _check_bundled(config: Config) -> None:
+    """Raise UserError if some stage has questions other than those that a tiny model knows the words of."""
     used = [source for stage in plan(config) for source, _ in training_sources(stage.config)]
     for source in (config.data.train, *used):
         if not source.startswith(BUNDLED):
@@ -227,16 +230,16 @@ def _bundled_pictures(config: Config) -> str:
                 f"model.path = {config.model.path} knows only the words of the bundled tasks; "
                 f"with data.train = {source}, give a model folder or hub name"
             )
-    return config.data.train.removeprefix(BUNDLED)
 
 
-def model_folder(config: Config, folder: RunFolder, accelerator: Any) -> str:
+def model_folder(config: Config, stage: Stage, folder: RunFolder, accelerator: Any) -> str:
     """Where the model starts from; a tiny one is made in the run folder first."""
     if config.model.path not in TINY_MODELS:
         return config.model.path
     target = folder.models / "initial"
     if not (target / "config.json").exists() and accelerator.is_main_process:
-        words = vocabulary(_bundled_pictures(config))
+        _check_bundled(config)
+        words = vocabulary(stage.config.data.train.removeprefix(BUNDLED))
         with replacing(target, folder=True) as temporary:
             make_tiny_model(config.model.path, words, temporary, config.run.seed)
     accelerator.wait_for_everyone()

@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from perl.types import UserError
 
 _PACKAGES = {
-    "train": "transformers accelerate datasets peft tensorboard matplotlib jinja2 safetensors scikit-learn tomli-w",
+    "train": "transformers accelerate datasets huggingface-hub tokenizers peft safetensors scikit-learn scipy "
+    "tensorboard matplotlib jinja2 openai tomli-w",
     "rewards": "math-verify",
     "flash": "flash-attn",
     "liger": "liger-kernel",

@@ -47,9 +47,8 @@ def reinforce(session: Session, stage: Stage) -> None:
         # An evaluation belongs to its step: a run that goes on from the step's checkpoint does not repeat it.
         _measure_if_due(session, step)
         session.end_step(step)
-    if (
-        stage != session.stages[-1]
-    ):  # The last stage's model is exported as `final` when the run ends.
+    # The last stage's model is exported as `final` when the run ends.
+    if stage != session.stages[-1]:
         save_model(components, stage.name)
     session.finish_stage()
 

@@ -65,7 +65,7 @@ class Session:
         self.stages = plan(config)
         self.points = points(self.stages)
         self.stage = self.stages[0]
-        self.components: Components = build(self.stage, folder)
+        self.components: Components = build(config, self.stage, folder)
         self.processes = Processes(self.components.accelerator)
         self.checkpoints = CheckpointManager(folder.checkpoints, config.run.keep_checkpoints)
         self.gallery = Gallery(folder)

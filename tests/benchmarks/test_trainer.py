@@ -104,7 +104,7 @@ def at_peak(trainer: str, options: list[str], folder: Path, **steps: int) -> int
 
 
 @pytest.mark.parametrize("trainer", ["trl", "perl"])
-def test_peak_has_the_optimisers_state(trainer: str, tmp_path: Path) -> None:
+def test_peak_has_the_optimizers_state(trainer: str, tmp_path: Path) -> None:
     """Two moments of each weight beside the activations, which are most of the memory here."""
     options = [*SMALL, "--budget=16384", "--completion=8", "--tokens-per-image=64"]
     first = at_peak(trainer, options, tmp_path / "first", steps=1)

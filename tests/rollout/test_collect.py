@@ -48,7 +48,7 @@ def stage_of(config: Config) -> Stage:
 def components(tmp_path: Path) -> Components:
     folder = RunFolder(tmp_path)
     folder.make_parts()
-    return build(stage_of(CONFIG), folder)
+    return build(CONFIG, stage_of(CONFIG), folder)
 
 
 def groups(components: Components, progress: float = 0.0, **permutation: Any) -> list[Group]:

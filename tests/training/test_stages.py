@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import pytest
 import tomli_w
 
 from perl.cli import parse
+from perl.distributed import StopSignal
+from perl.files import RunFolder
 from perl.recipe import (
     filtered_file,
     filtered_sources,
@@ -24,6 +27,8 @@ from perl.recipe import (
     source_key,
     to_toml,
 )
+from perl.report.progress import Display
+from perl.training.session import Session
 from perl.types import UserError
 from tests.command_line import (
     ErrorOf,
@@ -378,3 +383,32 @@ def test_mistakes_of_any_stage_are_found_before_the_first(
     two_files.write_text(tomli_w.dumps(recipe))
     assert re.search(match, error_of("train", two_files))
     assert not (two_files.parent / "run").exists()
+
+
+def test_a_later_stage_does_not_take_over_what_the_first_one_sets(
+    tmp_path: Path, tiny_folder: Callable[[str], Path]
+) -> None:
+    """Planned from the first stage's values, the second would have one order of one rollout, which is refused."""
+    (tmp_path / "two.toml").write_text(
+        f"""
+run.trackers = []
+model.path = "{tiny_folder("tiny-qwen2.5-vl")}"
+permutation.orders = 2
+rollout.per_order = 6
+train.examples_per_step = 3
+[[stages]]
+name = "one"
+kind = "rl"
+rollout.per_order = 1
+[[stages]]
+name = "two"
+kind = "rl"
+permutation.orders = 1
+"""
+    )
+    folder = RunFolder(tmp_path / "run")
+    folder.make_parts()
+    with StopSignal() as stop:
+        session = Session(read_config(tmp_path / "two.toml"), folder, Display(enabled=False), stop)
+    sizes = [(s.config.permutation.orders, s.config.rollout.per_order) for s in session.stages]
+    assert sizes == [(2, 1), (1, 6)]

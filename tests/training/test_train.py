@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from perl.model.head import make_policy_loss
 from tests.command_line import json_lines, metrics, rewarded, run, untimed
 
 SHORT = {
@@ -150,10 +149,8 @@ def test_the_reference_of_lora_does_not_move_with_the_tower(tmp_path: Path) -> N
     folder.make_parts()
     with StopSignal() as stop:
         session = Session(config, folder, Display(enabled=False), stop)
-    step = PolicyStep(session, make_policy_loss(config.loss, 4))
-    groups = session.components.collector.roll_out(
-        session.components.draw(session.stream(), 2), seed=0
-    )
+    step = PolicyStep(session)
+    groups = session.components.collector.roll_out(session.stream().draw(2), seed=0)
     groups = [replace(g, advantages=np.linspace(-1, 1, len(g.rollouts))) for g in groups]
     (batch,) = pack([s for g in groups for s in segments_of(g, "permuted")], 10_000)
     before = step.reference(batch)
@@ -183,7 +180,7 @@ def f(prompts, completions, **columns):
 def test_a_step_that_failed_is_done_again_with_the_groups_it_had_taken(
     tmp_path: Path, train: Train
 ) -> None:
-    """Surplus that a failed step took out of the queue is in the checkpoint that rescues the run."""
+    """Overflow that a failed step took is in the checkpoint that rescues the run."""
     rewarded(tmp_path, FAILS_ONCE)
     options = {
         "cold_start__steps": "0",
