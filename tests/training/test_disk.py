@@ -74,7 +74,7 @@ def test_a_run_resumes_from_the_checkpoint_before(
     config.write_text(settings)
     os.truncate(max((folder / "checkpoints").iterdir()) / "model.safetensors", 1000)
     assert run("resume", folder) == 0
-    assert "going on with rl, 1 steps done" in capsys.readouterr().err
+    assert "resuming rl after step 1 " in capsys.readouterr().err
     assert [row["step"] for row in metrics(folder)] == [1, 2]
     for checkpoint in (folder / "checkpoints").iterdir():
         (checkpoint / "manifest.json").write_text("no json")
