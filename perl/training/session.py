@@ -96,9 +96,9 @@ class Session:
         self.components.watch.total_seconds.update(self.progress.seconds)
         self._started = time.perf_counter() - self.progress.elapsed
         self._saved_point = (self.progress.stage, self.progress.step)
-        self.display.say(
-            f"resuming {self.progress.stage} after step {self.progress.step} ({self._checkpoint})"
-        )
+        stage, step = self.progress.stage, self.progress.step
+        where = "the run is finished" if stage == "done" else f"resuming {stage} after step {step}"
+        self.display.say(f"{where} ({self._checkpoint})")
 
     @property
     def elapsed(self) -> float:

@@ -76,6 +76,8 @@ def test_a_run_resumes_from_the_checkpoint_before(
     assert run("resume", folder) == 0
     assert "resuming rl after step 1 " in capsys.readouterr().err
     assert [row["step"] for row in metrics(folder)] == [1, 2]
+    assert run("resume", folder) == 0
+    assert "the run is finished" in capsys.readouterr().err
     for checkpoint in (folder / "checkpoints").iterdir():
         (checkpoint / "manifest.json").write_text("no json")
     assert "is damaged; start again with --overwrite" in error_of("resume", folder)
