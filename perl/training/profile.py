@@ -281,10 +281,7 @@ def _work_folder(output: Path, overwrite: bool) -> Iterator[Path]:
         elif work.exists():
             problem = f"is being written by another profile (if none is running, remove {work})"
         elif output.exists() and any(output.iterdir()):
-            if not (output / RESULT).exists() or any(
-                path.name not in (RESULT, "config.toml") and not path.name.startswith("trace")
-                for path in output.iterdir()
-            ):
+            if not (output / RESULT).exists():
                 problem = "holds something else than a profile, so --overwrite leaves it alone"
             elif not overwrite:
                 problem = "is already there: replace it with --overwrite"
