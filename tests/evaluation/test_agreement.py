@@ -26,9 +26,17 @@ def test_the_same_picture_under_different_letters() -> None:
     assert chosen_picture(rollout((2, 0, 1), r"\boxed{ A }")) != chosen_picture(here)
 
 
-@pytest.mark.parametrize("text", ["", "A", r"\boxed{ Z }", r"\boxed{", r"\boxed{ a cat }"])
-def test_an_answer_that_names_no_picture_is_none(text: str) -> None:
-    assert chosen_picture(rollout((0, 1, 2), text)) is None
+@pytest.mark.parametrize(
+    ("text", "picture"),
+    [
+        (r"\boxed{ A }", "c"),
+        (r"A \boxed{ 2 } \boxed{ Image 3 }", "2"),
+        *((text, None) for text in ("", "A", r"\boxed{ Z }", r"\boxed{", r"\boxed{ a cat }")),
+    ],
+)
+def test_an_answer_that_names_no_picture_is_none(text: str, picture: str | None) -> None:
+    """In an order that shows the third picture first; pictures by their place in the data."""
+    assert chosen_picture(rollout((2, 0, 1), text)) == picture
 
 
 def test_answers_that_stay_are_compared_as_they_are() -> None:

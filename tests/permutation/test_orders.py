@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 
 import pytest
 from hypothesis import given
@@ -19,7 +20,8 @@ from perl.permutation import (
     released_orders,
     shares,
 )
-from perl.types import Example, UserError
+from perl.types import Example
+from tests.messages import refused
 from tests.permutation.questions import ask, lettered, lettered_questions
 
 
@@ -61,6 +63,8 @@ def test_all_orders_are_all_or_a_sample() -> None:
     assert len(every) == 24 and sorted(every) == sorted(set(every))
     sampled = all_orders(lettered(5), 24, 0)
     assert len(set(sampled)) == 24 and sampled[0] == (0, 1, 2, 3, 4)
+    assert all_orders(lettered(5, answer="B"), 24, 0) == sampled
+    assert all_orders(lettered(5), 24, 1) != sampled != all_orders(lettered(5, id="q2"), 24, 0)
     assert all_orders(lettered(3, kind="none"), 24, 0) == [(0, 1, 2)]
     assert all_orders(lettered(2), 1, 0) == [(0, 1)]
 
@@ -68,7 +72,7 @@ def test_all_orders_are_all_or_a_sample() -> None:
 def test_every_order_but_the_original_is_drawn() -> None:
     seen = {tuple(orders(lettered(3, id=str(i)), 2, 0, 0)[1]) for i in range(100)}
     assert len(seen) == 5
-    with pytest.raises(ValueError, match="n=0"):
+    with refused("n=0", error=ValueError):
         orders(lettered(3), 0, 0, 0)
 
 
@@ -78,35 +82,40 @@ def test_the_released_code_has_one_order_per_number_of_images() -> None:
         assert released_orders(lettered(count)) == [tuple(range(count)), order]
     assert released_orders(lettered(3, kind="first_fixed")) == [(0, 1, 2), (0, 2, 1)]
     assert released_orders(lettered(1)) == [(0,)]
+    several = ask(
+        "<image><image><image> Order?\nA. 1, 3, 2\nB. 2, 1, 3\nC. 3, 2, 1", kind="ordering"
+    )
+    assert released_orders(several) == [(0, 1, 2), (2, 0, 1)]
+
+
+KINDS = ["all", "first_fixed", "last:K", "ordering", "none", "blocks:2,4/1,3"]
 
 
 @pytest.mark.parametrize(
-    ("count", "kind", "match"),
+    ("count", "kind", "names"),
     [
-        (3, "some", "unknown kind 'some'; use all, first_fixed"),
-        (3, "", "unknown kind"),
-        (3, "last:0", "needs 1 to 3 images"),
-        (3, "last:4", "needs 1 to 3 images"),
-        (3, "last:x", "unknown kind"),
-        (0, "last:2", r"kind 'last:2' .* there are no images"),
-        (3, "blocks:", "unknown kind"),
-        (3, "blocks:1,1", "names a slot twice"),
-        (3, "blocks:1,2/2,3", "names a slot twice"),
-        (3, "blocks:0,1", "outside 1..3"),
-        (3, "blocks:1,4", "outside 1..3"),
-        (3, "blocks:1,,2", "unknown kind"),
+        *((3, kind, KINDS) for kind in ("some", "", "last:x", "blocks:", "blocks:1,,2")),
+        (3, "last:0", ["1 to 3"]),
+        (3, "last:4", ["1 to 3"]),
+        (0, "last:2", ["no images"]),
+        (3, "blocks:1,1", ["twice"]),
+        (3, "blocks:1,2/2,3", ["twice"]),
+        (3, "blocks:0,1", ["1..3"]),
+        (3, "blocks:1,4", ["1..3"]),
     ],
 )
-def test_bad_kinds(count: int, kind: str, match: str) -> None:
-    with pytest.raises(UserError, match=match):
+def test_bad_kinds(count: int, kind: str, names: list[str]) -> None:
+    with refused(f"'{kind}'", *names):
         num_orders(lettered(count, kind=kind))
 
 
 def test_the_rate_falls_as_its_schedule_says() -> None:
     assert [rate_at(0.8, "constant", p) for p in (0, 0.5, 1)] == [0.8, 0.8, 0.8]
     assert [rate_at(0.8, "linear", p) for p in (0, 0.5, 1)] == pytest.approx([0.8, 0.4, 0])
-    assert [rate_at(1, "cosine", p) for p in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
-    assert [rate_at(1, "released", p) for p in (0, 0.97, 0.98)] == [1, 1, 0.05]
+    cosine = [0.8, 0.6, 0.4, 0.2, 0]  # times (1 + cos(pi progress)) / 2
+    assert [rate_at(0.8, "cosine", k / 6) for k in (0, 2, 3, 4, 6)] == pytest.approx(cosine)
+    released = [rate_at(0.8, "released", p) for p in (0, 0.975, 0.9751, 1)]
+    assert released == pytest.approx([0.8, 0.8, 0.04, 0.04])
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.integers(0, 3))
@@ -118,11 +127,22 @@ def test_the_coin_is_the_examples_own(one: float, other: float, epoch: int) -> N
 
 
 def test_the_rate_is_the_share_of_examples_that_are_permuted() -> None:
-    permuted = [is_permuted(lettered(3, id=str(i)), 0.3, 0, 0) for i in range(2000)]
-    assert sum(permuted) / 2000 == pytest.approx(0.3, abs=0.04)  # four standard errors
+    """A coin of its own for each seed and epoch: two of them agree on 0.3^2 + 0.7^2 of the examples."""
+    coins = {
+        (seed, epoch): [is_permuted(lettered(3, id=str(i)), 0.3, seed, epoch) for i in range(1000)]
+        for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1))
+    }
+    for coin in coins.values():  # within four standard errors
+        assert sum(coin) == pytest.approx(300, abs=60)
+    for one, other in combinations(coins.values(), 2):
+        alike = sum(a == b for a, b in zip(one, other, strict=True))
+        assert alike == pytest.approx(580, abs=65)
+    # Every process and every version tosses this one.
+    assert "".join("01"[up] for up in coins[1, 1][:20]) == "00100000001101001001"
 
 
 @given(st.integers(1, 100), st.integers(1, 30))
 def test_rollouts_are_shared_out_evenly(total: int, parts: int) -> None:
     got = shares(total, parts)
     assert sum(got) == total and len(got) == parts and max(got) - min(got) <= 1
+    assert got == sorted(got, reverse=True)  # the first ones take the rest
