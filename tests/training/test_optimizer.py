@@ -1,0 +1,173 @@
+"""What an optimizer step does to the weights of a policy over two tokens, whose gradient is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from perl.config import TrainConfig
+from perl.model.head import SUPERVISED, HeadLoss, PolicyLoss
+from perl.model.packed.pack import pack_row
+from perl.training.optimizer import Optimizer, Schedule
+from perl.types import PackedBatch
+from tests.messages import refused
+from tests.training.two_tokens import Accelerator, Together, TwoTokens, segment
+
+
+@pytest.mark.parametrize(
+    ("kind", "warmup", "rates"),
+    [
+        ("constant", 0, [8, 8, 8, 8, 8, 8]),
+        ("constant", 4, [2, 4, 6, 8, 8, 8]),
+        ("linear", 0, [8, 8 * 5 / 6, 8 * 4 / 6, 8 * 3 / 6, 8 * 2 / 6, 8 / 6]),
+        ("linear", 2, [4, 8, 8, 6, 4, 2]),
+        # Half of 1 + cos of 0, 45, 90 and 135 degrees.
+        ("cosine", 2, [4, 8, 8, 4 + 4 * 0.5**0.5, 4, 4 - 4 * 0.5**0.5]),
+        ("linear", 6, [8 / 6, 16 / 6, 4, 32 / 6, 40 / 6, 8]),
+    ],
+)
+def test_learning_rates(kind: str, warmup: int, rates: list[float]) -> None:
+    schedule = Schedule(8.0, kind, warmup, 6)
+    assert [schedule(step) for step in range(6)] == pytest.approx(rates)
+
+
+Rows = Sequence[tuple[Sequence[int], float]]
+"""Completions with their advantages."""
+
+STEPS: list[list[Rows]] = [
+    [[([1], 1.0), ([0, 0], -3.0)], [([1], 0.5)]],
+    [[([0, 1], 2.0)], [([1, 1], 0.25)], [([0], -0.5)]],
+    [[([0], 0.125), ([1], -0.125)]],
+]
+"""Three optimizer steps of some micro-batches each."""
+
+
+def batch(rows: Rows) -> PackedBatch:
+    completions, advantages = zip(*rows, strict=True)
+    return pack_row([segment(completions, advantages)])
+
+
+def optimizer_of(policy: Any, accelerator: Any = None, **train: Any) -> Optimizer:
+    head = HeadLoss(policy, torch.empty(0, dtype=torch.long), temperature=1.0)
+    config = TrainConfig(**{"lr": 0.1, "betas": (0.5, 0.75), "weight_decay": 0.0, **train})
+    rate = Schedule(config.lr, "linear", 0, 4)
+    return Optimizer(accelerator or Accelerator(), head, rate, config)
+
+
+def weights_of(policy: TwoTokens) -> list[float]:
+    """The two of the head, and the gain."""
+    return [*policy.head_weight.flatten().tolist(), *policy.gain.tolist()]
+
+
+def gradient(weights: Sequence[float], tokens: Sequence[tuple[int, float]]) -> list[float]:
+    """Of -mean(A log p(y)) over tokens y with advantages A, where the logits are a * g and b * g."""
+    a, b, g = weights
+    p = 1 / (1 + math.exp((a - b) * g))  # of token 1
+    slope = sum(A * (y - p) for y, A in tokens) / len(tokens)  # of log p(1) / p(0), times -1
+    return [slope * g, -slope * g, -slope * (b - a)]
+
+
+def flat(rows: Sequence[Rows]) -> list[tuple[int, float]]:
+    return [(y, A) for micro in rows for completion, A in micro for y in completion]
+
+
+@pytest.mark.parametrize("limit", [10.0, 0.05])
+def test_steps_are_adamw_s_with_the_clipped_gradient_of_all_micro_batches(limit: float) -> None:
+    policy = TwoTokens(0.3, -0.2)
+    optimizer = optimizer_of(policy, max_grad_norm=limit, weight_decay=0.5)
+    w, mean, square = [*weights_of(policy)], [0.0] * 3, [0.0] * 3
+    for number, rows in enumerate(STEPS):
+        found = optimizer.step(number, [batch(micro) for micro in rows], SUPERVISED)
+        # Loshchilov and Hutter, "Decoupled weight decay regularization", algorithm 2; the gain is not decayed.
+        g, lr = gradient(w, flat(rows)), 0.1 * (1 - number / 4)
+        norm = math.sqrt(sum(x * x for x in g))
+        p = 1 / (1 + math.exp((w[0] - w[1]) * w[2]))
+        loss = -sum(A * math.log(p if y else 1 - p) for y, A in flat(rows)) / len(flat(rows))
+        entropy = -p * math.log(p) - (1 - p) * math.log(1 - p)
+        expected = {"loss": loss, "grad_norm": norm, "lr": lr, "entropy": entropy}
+        expected |= {"tokens": len(flat(rows)), "ratio_mean": 1, "ratio_max": 1}
+        assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+        for i in range(3):
+            x = g[i] * min(1, limit / norm)
+            mean[i] = 0.5 * mean[i] + 0.5 * x
+            square[i] = 0.75 * square[i] + 0.25 * x * x
+            unbiased = mean[i] / (1 - 0.5 ** (number + 1))
+            scale = math.sqrt(square[i] / (1 - 0.75 ** (number + 1))) + 1e-8
+            w[i] -= lr * ((0.5 * w[i] if i < 2 else 0) + unbiased / scale)
+        assert weights_of(policy) == pytest.approx(w, rel=1e-4)
+    assert optimizer.updates == 3
+
+
+def test_without_a_gradient_matrices_decay_and_vectors_stay() -> None:
+    policy = TwoTokens(2.0, -1.0)
+    optimizer_of(policy, weight_decay=0.5).step(0, [batch([([0, 1], 0.0)])], SUPERVISED)
+    # 1 - 0.1 * 0.5 of what it was.
+    assert weights_of(policy) == pytest.approx([1.9, -0.95, 1.0])
+
+
+@pytest.mark.parametrize("advantage", [math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_changes_nothing(advantage: float) -> None:
+    policy, other = TwoTokens(0.3, -0.2), TwoTokens(0.3, -0.2)
+    optimizer, unharmed = optimizer_of(policy), optimizer_of(other)
+    with refused("optimizer step 8", "learning rate", "warm-up", "checkpoint"):
+        optimizer.step(7, [batch([([1], advantage)])], SUPERVISED)
+    assert weights_of(policy) == weights_of(other) and optimizer.updates == 0
+    # Nothing of it is left in the moments or the gradient of the steps that follow.
+    for each in (optimizer, unharmed):
+        each.step(0, [batch(micro) for micro in STEPS[0]], SUPERVISED)
+    assert weights_of(policy) == weights_of(other)
+
+
+def test_without_a_token_there_is_no_step() -> None:
+    policy = TwoTokens(2.0, -1.0)
+    optimizer = optimizer_of(policy, weight_decay=0.5)
+    assert optimizer.step(0, [], SUPERVISED) == {}
+    assert optimizer.step(0, [batch([([], 1.0)])], SUPERVISED) == {}
+    assert weights_of(policy) == [2.0, -1.0, 1.0] and optimizer.updates == 0
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_features_of_a_tower_that_changed_are_dropped(trained: bool) -> None:
+    policy = TwoTokens()
+    policy.vision.trained = trained
+    optimizer = optimizer_of(policy)
+    for number in range(2):
+        optimizer.step(number, [batch(STEPS[0][0])], SUPERVISED)
+    assert policy.vision.cleared == 2 * trained
+
+
+CLIPPED = PolicyLoss(aggregation="seq-mean-token-sum", kl="k2", kl_coef=0.5)
+
+
+@pytest.mark.parametrize("share", [(3, 0), (2, 1), (0, 3)])
+def test_processes_take_one_step_together(
+    share: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has the micro-batches: weights and metrics are those of one process that has all."""
+    rows = [batch(micro) for micro in STEPS[1]]
+    now = TwoTokens(0.3, -0.2).logprobs()
+    old = [now[b.targets] - 0.1 * (1 + i) for i, b in enumerate(rows)]
+    ref = [now[b.targets] + 0.3 * (1 + i) for i, b in enumerate(rows)]
+
+    def step(own: slice, accelerator: Any) -> tuple[dict[str, float], list[float]]:
+        policy = TwoTokens(0.3, -0.2)
+        optimizer = optimizer_of(policy, accelerator, max_grad_norm=0.1)
+        return optimizer.step(0, rows[own], CLIPPED, old[own], ref[own]), weights_of(policy)
+
+    metrics, weights = step(slice(None), None)
+    # Ratios e^0.1, e^0.2 and e^0.3 of 2, 2 and 1 tokens; the KL's estimate is half of the square.
+    ratios = [math.exp(0.1)] * 2 + [math.exp(0.2)] * 2 + [math.exp(0.3)]
+    assert metrics["ratio_max"] == pytest.approx(math.exp(0.3))
+    assert metrics["ratio_mean"] == pytest.approx(sum(ratios) / 5)
+    assert metrics["kl"] == pytest.approx((2 * 0.3**2 + 2 * 0.6**2 + 0.9**2) / 2 / 5)
+    assert (metrics["tokens"], metrics["invalid_rows"]) == (5, 0)
+    together = Together(2, monkeypatch)
+    first = slice(0, share[0]), slice(share[0], 3)
+    found = together.run(lambda index: step(first[index], Accelerator(together)))
+    for own, left in found:
+        assert own == pytest.approx(metrics, rel=1e-5)
+        assert left == pytest.approx(weights, rel=1e-5)

@@ -1,0 +1,296 @@
+"""A run of a policy over two tokens, whose every number can be worked out by hand: all but the model is the run's own."""
+
+from __future__ import annotations
+
+import json
+import threading
+import tomllib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from pathlib import Path
+from queue import Queue
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import tomli_w
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from perl.config import Config
+from perl.distributed import StopSignal
+from perl.files import RunFolder
+from perl.model.packed.pack import pack
+from perl.recipe import load_recipe
+from perl.report.progress import Display
+from perl.rollout.engine import Completion, SamplingParams
+from perl.timing import Stopwatch
+from perl.training.components import Components
+from perl.training.session import Session
+from perl.training.train import train
+from perl.types import EncodedImage, EncodedPrompt, PackedBatch, Segment, Variant
+
+
+class TwoTokens(nn.Module):
+    """A policy that writes tokens 0 and 1, whatever it has read: logits = `head_weight` [2, 1] * `gain` [1].
+
+    With gain 1 the gradient of -log p(y) is p - onehot(y) in the two weights of the head. Takes as many tokens as logits.
+    """
+
+    shares_prompts, compiled, device = True, False, torch.device("cpu")
+
+    def __init__(self, *logits: float) -> None:
+        super().__init__()
+        self.head_weight = nn.Parameter(torch.tensor(logits or (0.0, 0.0))[:, None])
+        self.gain = nn.Parameter(torch.ones(1))
+        self.vision = SimpleNamespace(trained=False, images_encoded=0, cleared=0)
+        self.vision.clear_cache = self._clear
+
+    def _clear(self) -> None:
+        self.vision.cleared += 1
+
+    def forward(self, batch: PackedBatch, features: Any = None) -> torch.Tensor:
+        return self.gain.expand(batch.num_scored, 1)
+
+    def logprobs(self) -> torch.Tensor:
+        """float32 [2]: of each token."""
+        return (self.head_weight[:, 0] * self.gain).log_softmax(0).detach()
+
+    def pack(self, segments: Sequence[Segment], budget: int, share: bool) -> list[PackedBatch]:
+        return pack(segments, budget, share)
+
+    def without_adapters(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def share_tower(self, other: TwoTokens) -> None:
+        self.vision = other.vision
+
+    def save_pretrained(self, folder: Path) -> None:
+        save_file({n: p.detach().clone() for n, p in self.named_parameters()}, folder / "weights")
+
+    @classmethod
+    def load(cls, path: str, *_: Any) -> TwoTokens:
+        """Takes the place of `perl.model.loading.load_policy`: from a folder it was saved to, or new."""
+        policy = cls()
+        if Path(path).exists():
+            policy.load_state_dict(load_file(Path(path) / "weights"))
+        return policy
+
+
+class OwnEngine:
+    """Samples one to three tokens from such a policy; records seeds, temperatures and counts of what it is asked."""
+
+    def __init__(self, policy: TwoTokens) -> None:
+        self.policy = policy
+        self.asked: list[tuple[int, float, int, int]] = []
+        """Seed, temperature, completions of each prompt, prompts."""
+
+    def generate(
+        self, prompts: Sequence[EncodedPrompt], params: SamplingParams, seed: int
+    ) -> list[list[Completion]]:
+        self.asked.append((seed, params.temperature, params.n, len(prompts)))
+        rng, logprobs = np.random.default_rng(seed), self.policy.logprobs().double().numpy()
+        out = []
+        for _ in range(len(prompts) * params.n):
+            p = np.exp(logprobs)
+            ids = rng.choice(len(p), rng.integers(1, 4), p=p / p.sum())
+            if params.temperature == 0:
+                ids = logprobs.argmax(keepdims=True)
+            out.append(Completion(ids, logprobs[ids].astype(np.float32), finished=True))
+        return [out[i * params.n : (i + 1) * params.n] for i in range(len(prompts))]
+
+
+class Letters:
+    """A processor of tokens 0, 1, ... that are the letters A, B, ...; a prompt is as long as its question, and a picture
+    adds one token."""
+
+    pad_token_id = eos_token_id = image_token_id = -1
+
+    def encode(self, variant: Variant) -> EncodedPrompt:
+        shown = tuple(EncodedImage(str(i), torch.zeros(1, 1), (1, 1, 1), 1) for i in variant.order)
+        words = sum(len(m.content.split()) for m in variant.messages)
+        ids = np.array([0] * (words - len(shown)) + [-1] * len(shown))
+        return EncodedPrompt(ids, np.arange(words)[None], words, shown, -1)
+
+    def encode_completion(self, text: str, where: str = "") -> np.ndarray:
+        return np.array(["AB".index(word) for word in text.split()])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return f"\\boxed{{{' '.join('AB'[i] for i in ids)}}}"
+
+    def unsampled_token_ids(self) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.long)
+
+    def save(self, folder: Path) -> None:
+        (folder / "letters").touch()
+
+
+class Together:
+    """The processes of one run, as threads: what torch and accelerate do between processes happens between them."""
+
+    def __init__(self, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count, self.here, self.barrier = count, threading.local(), threading.Barrier(count)
+        self.lists: list[list[Any]] = [[] for _ in range(count)]
+        self.sent: defaultdict[tuple[int, int], Queue[Any]] = defaultdict(Queue)
+        for name in ("all_reduce", "send_object_list", "recv_object_list"):
+            monkeypatch.setattr(torch.distributed, name, getattr(self, name))
+        monkeypatch.setattr("accelerate.utils.gather_object", self.gather)
+
+    def run(self, work: Callable[[int], Any]) -> list[Any]:
+        """What each process returns, or the error that ends it."""
+        out: list[Any] = [None] * self.count
+
+        def thread(index: int) -> None:
+            self.here.index = index
+            try:
+                out[index] = work(index)
+            except BaseException as error:
+                out[index] = error
+
+        threads = [threading.Thread(target=thread, args=(i,)) for i in range(self.count)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join(60)
+        return out
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        self.lists[self.here.index] = items
+        self.barrier.wait(20)
+        out = [item for own in self.lists for item in own]
+        self.barrier.wait(20)
+        return out
+
+    def all_reduce(self, tensor: torch.Tensor, op: Any = torch.distributed.ReduceOp.SUM) -> None:
+        every = torch.stack(self.gather([tensor.detach().clone()]))
+        largest = op == torch.distributed.ReduceOp.MAX
+        tensor.copy_(every.amax(0) if largest else every.sum(0))
+
+    def send_object_list(self, objects: list[Any], target: int) -> None:
+        self.sent[self.here.index, target].put(objects[0])
+
+    def recv_object_list(self, box: list[Any], source: int) -> None:
+        box[0] = self.sent[source, self.here.index].get(timeout=20)
+
+
+class Accelerator:
+    """accelerate's, as far as a run asks it; keeps what is logged."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, together: Together | None = None) -> None:
+        self.together = together
+        self.num_processes = together.count if together else 1
+        self.process_index = together.here.index if together else 0
+        self.is_main_process = self.process_index == 0
+        self.logged: list[tuple[dict[str, float], int]] = []
+        self.trackers: list[Any] = []
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def reduce(self, values: torch.Tensor, reduction: str) -> torch.Tensor:
+        assert self.together and reduction == "sum"
+        self.together.all_reduce(values)
+        return values
+
+    def wait_for_everyone(self) -> None:
+        if self.together:
+            self.together.gather([])
+
+    def init_trackers(self, name: str) -> None: ...
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        self.logged.append((numbers, step))
+
+
+class Parts(Components):
+    """The components of a run whose policy has two tokens; all else is the run's own."""
+
+    together: ClassVar[Together | None] = None
+
+    @classmethod
+    def build(cls, config: Any, stage: Any, folder: Any) -> Parts:
+        """Takes the place of `perl.training.components.build`."""
+        policy: Any = TwoTokens()
+        processor: Any = Letters()
+        accelerator = Accelerator(cls.together)
+        return cls(stage, folder, accelerator, policy, processor, Stopwatch(), "initial")
+
+    @cached_property
+    def engine(self) -> Any:
+        return OwnEngine(self.policy)  # type: ignore[arg-type]
+
+
+def segment(
+    completions: Sequence[Sequence[int]], advantages: Sequence[float], group: int = 0
+) -> Segment:
+    """A prompt of two tokens with these completions."""
+    prompt = EncodedPrompt(np.zeros(2, int), np.arange(2)[None], 2, (), -1)
+    return Segment(prompt, tuple(map(np.array, completions)), tuple(advantages), group)
+
+
+def share_of_b(completions: Sequence[str], **_: Any) -> list[float]:
+    """A reward: how much of a completion is the letter B."""
+    return [c.count("B") / (c.count("A") + c.count("B")) for c in completions]
+
+
+RECIPE = {
+    "run": {"trackers": [], "checkpoint_every": 1, "save_rollouts_every": 0},
+    "cold_start": {"steps": 0, "batch_size": 2},
+    "permutation": {"orders": 2},
+    "rollout": {"per_order": 2},
+    "reward": {"functions": ["tests.training.two_tokens:share_of_b"], "weights": [1.0]},
+    "train": {"steps": 2, "examples_per_step": 2, "lr": 0.01, "tokens_per_micro_batch": 600},
+    "eval": {"examples": 0},
+}
+
+
+def config_of(folder: Path, more: str = "") -> Config:
+    """A recipe over six rows of two pictures in the folder, with these keys changed."""
+    if not (folder / "data.jsonl").exists():
+        with (folder / "data.jsonl").open("w") as file:
+            for k in range(6):
+                Image.new("L", (1, 1), k).save(folder / f"{k}.png")
+                row = {"id": f"row-{k}", "question": "A <image> B <image> Which is darker?"}
+                row |= {"images": [f"{k}.png", f"{(k + 1) % 6}.png"], "answer": "AB"[k % 2]}
+                print(json.dumps(row | {"demonstration": "A B B"}), file=file)
+    values = {"data": {name: str(folder / "data.jsonl") for name in ("train", "eval")}, **RECIPE}
+    for section, own in tomllib.loads(more).items():
+        values[section] = values.get(section, {}) | own if isinstance(own, dict) else own
+    (folder / "recipe.toml").write_text(tomli_w.dumps(values))
+    return load_recipe(str(folder / "recipe.toml"))
+
+
+@pytest.fixture
+def two_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run of the test is of such a policy."""
+    monkeypatch.setattr("perl.training.session.build", Parts.build)
+    monkeypatch.setattr("perl.training.reinforce.load_policy", TwoTokens.load)
+
+
+@pytest.fixture
+def two_processes(two_tokens: None, monkeypatch: pytest.MonkeyPatch) -> Together:
+    """They are threads, so that no signal reaches them."""
+    together = Together(2, monkeypatch)
+    monkeypatch.setattr(Parts, "together", together)
+    monkeypatch.setattr("perl.training.train.StopSignal", lambda: nullcontext(StopSignal()))
+    return together
+
+
+def session_of(config: Config, root: Path) -> Session:
+    """A session that begins in a new run folder."""
+    folder = RunFolder(root)
+    folder.create(overwrite=False)
+    folder.make_parts()
+    return Session(config, folder, Display(enabled=False), StopSignal())
+
+
+def train_in(root: Path, config: Config, resume: bool = False) -> dict[str, Any]:
+    """The summary of a run."""
+    return train(config, RunFolder(root), Display(enabled=False), resume)
