@@ -207,7 +207,9 @@ def _load(path: Path) -> list[StoredGroup]:
         with safe_open(path, "np") as file:
             header = file.metadata() or {}
             if header.get("format") != _FORMAT:
-                raise UserError(f"{path} holds no groups of rollouts in a form that is known here")
+                raise UserError(
+                    f"{path} holds no groups of rollouts in a form that is known here; remove it to start without it"
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}; remove it to start without it") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from perl.rollout.filtering import GroupFilter, shortfall, unscorable
 from perl.types import Example, Group
+from tests.messages import tells
 
 NAN = float("nan")
 
@@ -62,8 +65,8 @@ def test_a_try_that_nothing_can_score_is_no_error_yet() -> None:
     keep = GroupFilter()
     groups = [make_group(NAN), make_group(NAN, NAN)]
     assert keep(groups) == [] and keep.counts["unscorable"] == 2
-    said = str(unscorable(groups, 5))
-    assert said.startswith("no rollout of 5 groups can be scored, example 'q1' being the first")
+    tells(unscorable(groups, 5), "5", "'q1'", "reward.functions")
+    tells(unscorable([], 5), "5", "reward.functions")
 
 
 def of_ten(right: int) -> Group:
@@ -117,23 +120,32 @@ def test_a_batch_that_is_not_filled_is_said_once(caplog: pytest.LogCaptureFixtur
     for have in (4, 1, 0):
         keep.tell_shortfall(have, 4, 3)
     (record,) = caplog.records
-    assert record.getMessage() == (
-        "a step has 1 of 4 groups after 3 tries with 4 groups: 2 are too hard; lower "
-        "filter.min_accuracy or take easier data, or raise filter.max_tries (said once; the metrics count)"
+    tells(
+        record.getMessage(),
+        "1 of 4",
+        "3 tries",
+        "4 groups",
+        "2",
+        "filter.min_accuracy",
+        "filter.max_tries",
     )
 
 
 @pytest.mark.parametrize(
-    ("counts", "match"),
+    ("counts", "groups", "number", "keys"),
     [
-        ({"all_worst": 3, "all_best": 2}, "3 have equal rewards, none above zero; take easier"),
-        ({"all_best": 2, "too_easy": 1, "kept": 1}, "with 4 groups: 2 have equal rewards, all of"),
-        ({"too_easy": 1}, "1 are too easy; raise filter.max_accuracy"),
-        ({"unscorable": 5}, "5 have fewer than two rollouts with a reward; check reward.functions"),
-        ({"kept": 1}, "with 1 groups; raise filter.max_tries"),
+        ({"all_worst": 3, "all_best": 2}, 5, "3", ["rollout.per_order"]),
+        ({"all_best": 2, "too_easy": 1, "kept": 1}, 4, "2", []),
+        ({"too_easy": 1}, 1, "1", ["filter.max_accuracy"]),
+        ({"too_hard": 7, "kept": 9}, 16, "7", ["filter.min_accuracy"]),
+        ({"unscorable": 5}, 5, "5", ["reward.functions"]),
+        ({"kept": 1, "zero_variance": 9}, 1, None, []),
     ],
 )
-def test_the_commonest_reason_is_named(counts: dict[str, int], match: str) -> None:
+def test_the_commonest_reason_is_named(
+    counts: dict[str, int], groups: int, number: str | None, keys: list[str]
+) -> None:
     line = shortfall(1, 4, 2, counts)
-    assert line.startswith("a step has 1 of 4 groups after 2 tries") and match in line
-    assert "\n" not in line
+    tells(line, "1 of 4", "2 tries", f"{groups} groups")
+    assert re.findall(r"\w+\.\w+", line) == [*keys, "filter.max_tries"]
+    assert re.findall(r": (\d+)", line) == ([number] if number else [])
