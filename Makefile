@@ -20,7 +20,7 @@ test: export OMP_NUM_THREADS ?= 1
 export GOMP_SPINCOUNT ?= 1000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench bench-wheels bench-compare clean
+.PHONY: help setup demo test mutants lint format bench bench-wheels bench-compare clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,10 @@ demo: $(STAMP) ## train a tiny model on bundled questions over several images; w
 
 test: $(STAMP) ## run the tests; ARGS="-k pack" selects some
 	.venv/bin/python -m pytest --numprocesses $(THREADS) --dist worksteal $(ARGS)
+
+mutants: $(STAMP) ## whether the tests notice small wrong edits of the core, an hour; ARGS="--only rollout" is one package
+	@.venv/bin/python -c 'import cosmic_ray' 2>/dev/null || $(PIP) '.[mutants]'
+	.venv/bin/python -m tests.mutants $(ARGS)
 
 lint: $(STAMP) ## ruff and pyright
 	.venv/bin/python -m ruff check .

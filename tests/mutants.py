@@ -1,0 +1,382 @@
+"""Mutation testing: small wrong edits of the core, one at a time, and whether the tests of its package notice.
+
+    make mutants                                               a sample of every package, and the listed edits
+    make mutants ARGS="--only rollout --sample 20"             one package
+    make mutants ARGS="--only perl/rollout/replay.py --all"    every edit of a file
+    make mutants ARGS="--only lists"                           the edits of tests/edits/*.toml
+
+Edits are cosmic-ray's (operators, numbers, conditions, empty loops), a statement or a keyword argument left out, and those
+that `tests/edits/` lists; it also says of which generated edits nobody can see anything. Each is tried in a process forked
+from one that has imported torch: it reads the edited file instead of the real one, which stays as it is, and runs the tests of
+the edited package that are not marked slow, those of the file's name first, until one fails.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Read when these are imported, which is before the tests' conftest here.
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRITON_INTERPRET": "1"}
+os.environ |= {"OMP_NUM_THREADS": "1", "CI": "1"}  # Hypothesis tries the same examples each time.
+
+import argparse
+import difflib
+import hashlib
+import importlib
+import importlib.abc
+import importlib.util
+import signal
+import sys
+import tempfile
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cosmic_ray.ast import get_ast
+from cosmic_ray.mutating import MutationVisitor
+from cosmic_ray.operators.operator import Operator
+from cosmic_ray.plugins import get_operator
+from parso import parse
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[1]
+EDITS = ROOT / "tests" / "edits"
+PACKAGES = {
+    "permutation": ("perl/permutation", "tests/permutation"),
+    "rollout": ("perl/rollout", "tests/rollout"),
+    "training": ("perl/training", "tests/training"),
+    "model/packed": ("perl/model/packed", "tests/model"),
+    "evaluation": ("perl/evaluation", "tests/evaluation"),
+    "rewards": ("perl/rewards", "tests/rewards"),
+    "perl_kernels": ("kernels/perl_kernels", "tests/kernels"),
+}
+"""What `make mutants` tries: sources, and the folder of their tests."""
+
+PRELOADED = "torch transformers.models.qwen2_5_vl.modeling_qwen2_5_vl accelerate hypothesis openai"
+
+# cosmic-ray has more replacements for each operator; one of each tells as much.
+REPLACED = (
+    *("BinaryOperator_Add_Sub", "BinaryOperator_Sub_Add", "BinaryOperator_Mul_Div"),
+    *("BinaryOperator_Div_Mul", "BinaryOperator_FloorDiv_Mul", "BinaryOperator_Mod_Mul"),
+    *("BinaryOperator_Pow_Mul", "BinaryOperator_BitAnd_BitOr", "BinaryOperator_BitOr_BitAnd"),
+    *("ComparisonOperator_Eq_NotEq", "ComparisonOperator_NotEq_Eq", "ComparisonOperator_Lt_LtE"),
+    *("ComparisonOperator_LtE_Lt", "ComparisonOperator_Gt_GtE", "ComparisonOperator_GtE_Gt"),
+    *("ComparisonOperator_Is_IsNot", "ComparisonOperator_IsNot_Is", "UnaryOperator_Delete_USub"),
+    *("UnaryOperator_Delete_Not", "TrueWithFalse", "FalseWithTrue", "AndWithOr", "OrWithAnd"),
+    *("BreakWithContinue", "ContinueWithBreak"),
+)
+
+
+class _Removal(Operator):
+    """What a node becomes that is left out."""
+
+    code = ""
+
+    def mutate(self, node: Any, index: int) -> Any:
+        return parse(node.get_first_leaf().prefix + self.code)
+
+    examples = classmethod(lambda cls: ())
+
+
+class RemoveStatement(_Removal):
+    """A call that is made for its effect, or an addition to something."""
+
+    code = "pass"
+
+    def mutation_positions(self, node: Any) -> Iterator[Any]:
+        called = node.type == "atom_expr" and node.children[-1].get_first_leaf().value == "("
+        added = node.type == "expr_stmt" and node.children[1].get_code().strip() in ("+=", "|=")
+        if node.parent and node.parent.type == "simple_stmt" and (called or added):
+            yield node.start_pos, node.end_pos
+
+
+class RemoveArgument(_Removal):
+    """A keyword argument."""
+
+    code = "**{}"
+
+    def mutation_positions(self, node: Any) -> Iterator[Any]:
+        if node.type == "argument" and node.children[1].get_code() == "=":
+            yield node.start_pos, node.end_pos
+
+
+def operators() -> dict[str, Operator]:
+    names = [f"Replace{name}" for name in REPLACED]
+    names += ["AddNot", "NumberReplacer", "ZeroIterationForLoop"]
+    found: dict[str, Operator] = {name: get_operator(f"core/{name}")() for name in names}
+    return found | {"RemoveStatement": RemoveStatement(), "RemoveArgument": RemoveArgument()}
+
+
+@dataclass(frozen=True)
+class Edit:
+    file: str
+    code: str
+    """Of the whole file, edited."""
+    line: int
+    was: str
+    becomes: str
+    tests: tuple[str, ...]
+    """Those that may notice it."""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.was}  ->  {self.becomes}"
+
+
+def edit(file: str, source: str, code: str, tests: tuple[str, ...]) -> Edit:
+    old, new = source.splitlines(), code.splitlines()
+    spans = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+    spans = [span for span in spans if span[0] != "equal"]
+    was = " ".join(line.strip() for line in old[spans[0][1] : spans[-1][2]])
+    becomes = " ".join(line.strip() for line in new[spans[0][3] : spans[-1][4]])
+    return Edit(file, code, spans[0][1] + 1, was, becomes, tests)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an operator can change a file; the same line gives the same key wherever it moves."""
+
+    file: str
+    operator: str
+    number: int
+    """Of this among all places of the operator in the file."""
+    text: str
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha1(f"{self.file} {self.operator} {self.text}".encode()).hexdigest()
+
+
+class _Places(MutationVisitor):
+    """Collects the nodes that an operator would change, and leaves them."""
+
+    def __init__(self, operator: Operator) -> None:
+        super().__init__(-1, operator)
+        self.nodes: list[Any] = []
+
+    def visit(self, node: Any) -> Any:
+        self.nodes += [node for _ in self.operator.mutation_positions(node)]
+        return node
+
+
+def places(file: str) -> Iterator[Place]:
+    source = (ROOT / file).read_text(encoding="utf-8")
+    lines, tree = source.splitlines(), get_ast(source)
+    for name, operator in operators().items():
+        visitor = _Places(operator)
+        visitor.walk(tree)
+        seen: Counter[str] = Counter()
+        for number, node in enumerate(visitor.nodes):
+            if not _is_type_or_message(node):
+                text = lines[node.start_pos[0] - 1].strip()
+                seen[text] += 1
+                yield Place(file, name, number, f"{text} {seen[text]}")
+
+
+def _is_type_or_message(node: Any) -> bool:
+    """Annotations do nothing, and what a message says is not what these tests are about."""
+    while (parent := node.parent) is not None:
+        if node.type in ("tfpdef", "decorator", "raise_stmt", "assert_stmt", "fstring"):
+            return True
+        if parent.type == "annassign" and node is parent.children[1]:
+            return True
+        if parent.type == "funcdef" and node is parent.annotation:
+            return True
+        if node.type == "simple_stmt" and node.get_code().strip().startswith("logger."):
+            return True
+        node = parent
+    return False
+
+
+def generated(place: Place) -> Edit | None:
+    """The edit of a place; None where it changes nothing."""
+    source = (ROOT / place.file).read_text(encoding="utf-8")
+    code = MutationVisitor.mutate_code(source, operators()[place.operator], place.number)
+    return edit(place.file, source, code, tests_of(place.file)) if code != source else None
+
+
+def tests_of(file: str) -> tuple[str, ...]:
+    """The folder of a file's tests, behind those with the file's name."""
+    homes = (tests for sources, tests in PACKAGES.values() if file.startswith(f"{sources}/"))
+    home = next(homes, f"tests/{Path(file).parts[1]}")
+    home = home if (ROOT / home).is_dir() else "tests"
+    own = sorted((ROOT / home).glob(f"test_*{Path(file).stem}*.py"))
+    rest = home if home != "tests" else "tests/test_config.py"
+    return (*(str(path.relative_to(ROOT)) for path in own), rest)
+
+
+def listed(path: Path) -> list[Edit]:
+    """The edits of a file of tests/edits, each with the one test that must fail."""
+    found = []
+    for row in tomllib.loads(path.read_text(encoding="utf-8")).get("edit", ()):
+        source = (ROOT / row["file"]).read_text(encoding="utf-8")
+        if source.count(row["was"]) != 1:
+            sys.exit(f"error: {path}: {row['was']!r} is not once in {row['file']}; mend the entry")
+        code = source.replace(row["was"], row["becomes"])
+        found.append(edit(row["file"], source, code, (row["caught_by"],)))
+    return found
+
+
+def unseen() -> set[tuple[str, str, str]]:
+    rows = [r for p in EDITS.glob("*.toml") for r in tomllib.loads(p.read_text()).get("unseen", ())]
+    return {(row["file"], row["was"], row["becomes"]) for row in rows}
+
+
+class _Instead(importlib.abc.MetaPathFinder):
+    """Reads one module from another file."""
+
+    def __init__(self, file: str, path: Path) -> None:
+        parts = Path(file).with_suffix("").parts
+        self.name = ".".join(part for part in parts if part not in ("kernels", "__init__"))
+        self.path = path
+        self.inside = [str((ROOT / file).parent)] if file.endswith("__init__.py") else None
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != self.name:
+            return None
+        return importlib.util.spec_from_file_location(
+            name, self.path, submodule_search_locations=self.inside
+        )
+
+
+def start(tried: Edit | None, tests: tuple[str, ...], folder: Path) -> int:
+    """A process that runs the tests until one fails, and says so by its exit code."""
+    pid = os.fork()
+    if pid:
+        return pid
+    os.setsid()
+    out = os.open(folder / "out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(out, stream)
+    code = 1
+    try:
+        if tried:
+            path = folder / Path(tried.file).name
+            path.write_text(tried.code, encoding="utf-8")
+            sys.meta_path.insert(0, _Instead(tried.file, path))
+        # A listed edit names its test, slow or not.
+        chosen = [] if "::" in tests[0] else ["-m", "not slow"]
+        own = ["-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={folder / 'tmp'}"]
+        code = int(pytest.main(["-x", "-q", "--tb=line", *own, *chosen, *tests]))
+    finally:
+        os._exit(code)
+
+
+@dataclass
+class Outcome:
+    edit: Edit
+    code: int
+    """pytest's exit code; -1 after the time limit."""
+    output: str
+
+    @property
+    def caught(self) -> bool:
+        return self.code not in (0, 5)
+
+
+def attempt(edits: list[Edit], limit: float, jobs: int) -> Iterator[Outcome]:
+    """Every edit's outcome, `jobs` at a time."""
+    waiting, running = edits[::-1], {}
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    folder = Path(temporary, str(len(waiting)))
+                    folder.mkdir()
+                    tried = waiting.pop()
+                    pid = start(tried, tried.tests, folder)
+                    running[pid] = (tried, folder, time.monotonic() + limit)
+                for pid, (tried, folder, deadline) in list(running.items()):
+                    done, status = os.waitpid(pid, os.WNOHANG)
+                    late = time.monotonic() > deadline
+                    if not done and not late:
+                        continue
+                    _kill(pid)
+                    if not done:
+                        os.waitpid(pid, 0)
+                    del running[pid]
+                    code = os.waitstatus_to_exitcode(status) if done else -1
+                    yield Outcome(tried, code, (folder / "out").read_text(errors="replace"))
+                time.sleep(0.02)
+        finally:
+            for pid in running:
+                _kill(pid)
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def chosen_files(only: str) -> dict[str, list[str]]:
+    """Files by package; `only` is a package, a folder or a file."""
+    folders = {name: sources for name, (sources, _) in PACKAGES.items()}
+    if only and only not in folders:
+        folders = {only: only}
+    elif only:
+        folders = {only: folders[only]}
+    return {
+        name: [folder]
+        if folder.endswith(".py")
+        else sorted(str(p.relative_to(ROOT)) for p in (ROOT / folder).rglob("*.py"))
+        for name, folder in folders.items()
+    }
+
+
+def chosen_edits(files: list[str], count: int | None) -> list[Edit]:
+    """The same of a file's places as long as its lines stay the same."""
+    found = sorted((place for file in files for place in places(file)), key=lambda p: p.key)
+    known, edits = unseen(), []
+    for place in found:
+        made = generated(place)
+        if made and (made.file, made.was, made.becomes) not in known:
+            edits.append(made)
+        if len(edits) == count:
+            break
+    return edits
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", default="", help="a package, a folder, a file, or `lists`")
+    parser.add_argument("--sample", type=int, default=60, help="edits of each package (60)")
+    parser.add_argument("--all", action="store_true", help="every edit instead of a sample")
+    parser.add_argument("--limit", type=float, default=240, help="seconds for an edit (240)")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("-v", action="store_true", help="say which test caught an edit")
+    options = parser.parse_args()
+    for module in PRELOADED.split():
+        importlib.import_module(module)
+    count = None if options.all else options.sample
+    work: dict[str, list[Edit]] = {}
+    if options.only != "lists":
+        for name, files in chosen_files(options.only).items():
+            work[name] = chosen_edits(files, count)
+    if options.only in ("", "lists"):
+        for path in sorted(EDITS.glob("*.toml")):
+            work[f"edits/{path.stem}"] = listed(path)
+    rows = []
+    for name, edits in work.items():
+        began, caught = time.monotonic(), 0
+        outcomes = attempt(edits, options.limit, options.jobs)
+        for outcome in tqdm(outcomes, name, len(edits), leave=False, disable=None):
+            caught += outcome.caught
+            failed = [x for x in outcome.output.splitlines() if x.startswith(("FAILED", "ERROR"))]
+            if not outcome.caught:
+                tqdm.write(f"not noticed: {outcome.edit}")
+            elif options.v:
+                tqdm.write(f"{failed[:1] or outcome.code}: {outcome.edit}")
+        share = f"{caught / len(edits):.0%}" if edits else "-"
+        minutes = (time.monotonic() - began) / 60
+        rows.append(f"| {name} | {len(edits)} | {caught} | {share} | {minutes:.1f} |")
+    print("\n| package | edits | noticed | share | minutes |\n| --- | --- | --- | --- | --- |")
+    print("\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()
