@@ -16,7 +16,7 @@ from PIL import Image
 from perl.config import DataConfig
 from perl.data.dataset import load_examples, validate
 from perl.data.rows import write_rows
-from perl.types import UserError
+from tests.messages import refused
 from tests.pictures import encoded
 
 QUESTION = "A <image> B <image> Which image shows three ?"
@@ -183,7 +183,7 @@ def test_an_image_that_is_gone_leaves_the_old_rows(folders: tuple[Path, Path]) -
     rewrite(data, elsewhere / "new.jsonl", [0])
     before = (elsewhere / "new.jsonl").read_bytes(), pixels(elsewhere / "new.jsonl")
     (folder / "three.png").unlink()
-    with pytest.raises(UserError, match="line 2, image 2: there is no image file"):
+    with refused("line 2, image 2", folder / "three.png", "path"):
         rewrite(data, elsewhere / "new.jsonl", [0, 1])
     assert ((elsewhere / "new.jsonl").read_bytes(), pixels(elsewhere / "new.jsonl")) == before
     assert not list(elsewhere.rglob("*.tmp"))

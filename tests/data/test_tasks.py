@@ -18,7 +18,8 @@ from perl.data.pictures import DIGITS, Split, load_collection
 from perl.data.tasks import TASKS, BundledTasks, vocabulary, with_noise
 from perl.permutation import LETTERS, num_orders, orders, permute
 from perl.rewards.answers import accuracy, extract_answer, format_reward
-from perl.types import Example, UserError
+from perl.types import Example
+from tests.messages import refused
 
 ALL = tuple(TASKS)
 
@@ -198,7 +199,7 @@ def test_noise_on_data_without_choices() -> None:
     assert found == {"so \\boxed{A}", "so \\boxed{C}"}
     word = Example("q", images, "<image><image><image>", "blue", demonstration="so \\boxed{blue}")
     assert with_noise(word, 1.0, random.Random(0)) == "so \\boxed{blue}"
-    with pytest.raises(UserError, match="example 'q' has no demonstration"):
+    with refused("example 'q'", "demonstration", "cold_start.steps"):
         with_noise(Example("q", images, "", "B"), 1.0, random.Random(0))
 
 
@@ -227,22 +228,29 @@ def test_a_folder_is_a_collection(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("counts", "match"),
+    ("counts", "names"),
     [
-        ({}, "has 0 sub-folders with images"),
-        ({"cat": 3}, "has 1 sub-folders with images"),
-        ({"cat": 3, "dog": 1}, "dog holds 1 images; each class needs two"),
-        ({"cat": 3, "Cat": 3}, "two sub-folders are both the class 'cat'"),
+        ({}, ("0 sub-folders", "images")),
+        ({"cat": 3}, ("1 sub-folders", "images")),
+        ({"cat": 3, "dog": 1}, ("dog", "1 images", "two")),
+        ({"cat": 3, "Cat": 3}, ("'cat'", "rename")),
     ],
 )
-def test_bad_folders(tmp_path: Path, counts: dict[str, int], match: str) -> None:
-    with pytest.raises(UserError, match=match):
+def test_bad_folders(tmp_path: Path, counts: dict[str, int], names: tuple[str, ...]) -> None:
+    with refused(f"picture folder {tmp_path}", *names):
         load_collection(f"folder:{make_folder(tmp_path, counts)}")
 
 
-@pytest.mark.parametrize("source", ["digit", "folder:", "folder:/no/such/folder"])
-def test_unknown_collections(source: str) -> None:
-    with pytest.raises(UserError, match=r"use digits or folder:PATH|does not exist"):
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("digit", ("'digit'", "digits", "folder:PATH")),
+        ("folder:", ("'folder:'", "digits", "folder:PATH")),
+        ("folder:/no/such/folder", ("/no/such/folder", "path", "folder:")),
+    ],
+)
+def test_unknown_collections(source: str, names: tuple[str, ...]) -> None:
+    with refused(*names):
         load_collection(source)
 
 
@@ -250,23 +258,23 @@ def test_a_broken_picture_in_a_folder_is_named(tmp_path: Path) -> None:
     root = make_folder(tmp_path, {"cat": 2, "dog": 2})
     for file in root.rglob("*.png"):
         file.write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"\.png is no image that Pillow can read"):
+    with refused(root / "cat" / "0.png", "replace"):
         bundled(f"folder:{root}")[0]
 
 
 @pytest.mark.parametrize(
-    ("settings", "match"),
+    ("settings", "names"),
     [
-        ({"tasks": ()}, "data.tasks is empty; choose among which, odd"),
-        ({"tasks": ("whihc",)}, "unknown task 'whihc' in data.tasks"),
-        ({"min_images": 1}, "data.min_images=1"),
-        ({"min_images": 5}, "data.min_images=5 and data.max_images=4"),
-        ({"max_images": 27}, "<= 26"),
-        ({"tasks": ("odd",), "max_images": 2}, "task odd needs three images"),
+        ({"tasks": ()}, ("data.tasks", *ALL)),
+        ({"tasks": ("whihc",)}, ("'whihc'", "data.tasks", *ALL)),
+        ({"min_images": 1}, ("data.min_images=1", "data.max_images=4", 2)),
+        ({"min_images": 5}, ("data.min_images=5", "data.max_images=4", 2)),
+        ({"max_images": 27}, ("data.max_images=27", 26)),
+        ({"tasks": ("odd",), "max_images": 2}, ("odd", "data.max_images", 3)),
     ],
 )
-def test_bad_settings(settings: dict[str, Any], match: str) -> None:
-    with pytest.raises(UserError, match=match):
+def test_bad_settings(settings: dict[str, Any], names: tuple[object, ...]) -> None:
+    with refused(*names):
         bundled(**settings)
 
 

@@ -14,6 +14,7 @@ from perl.data.labelling.label import Label, kind_of
 from tests.chat_server import Model
 from tests.command_line import ErrorOf
 from tests.command_line import run as run_command
+from tests.messages import tells
 
 ROWS: list[dict[str, Any]] = [
     {"question": "A <image> B <image> Which image shows a fox?", "images": 2, "answer": "B"},
@@ -76,7 +77,7 @@ def test_rows_keep_their_columns_and_load_with_their_labels(
     validate(examples)
     assert [(examples[i].kind, examples[i].should_change) for i in range(6)] == LABELS
     table = capsys.readouterr().out
-    assert re.search(r"none +false +a single image +1\b", table)
+    assert re.search(r"none +false +a single \w+ +1\b", table)
 
 
 def test_elsewhere_the_images_go_along(data: Path, tmp_path: Path) -> None:
@@ -127,7 +128,7 @@ def test_labels_that_are_there_stay(tmp_path: Path) -> None:
     assert labels(output) == [label for _, label in rows]
     assert read(output)[5]["note"] == "\ud800 ä"
     for i in (1, 3, 6, 8):
-        assert "does not hold" in read(output)[i]["label_reason"]
+        assert read(output)[i]["label_reason"].startswith("unsure: ")
     assert run(data, "--overwrite", "--relabel") == 0
     assert labels(output)[:3] == [("all", True), ("all", True), ("all", False)]
 
@@ -153,41 +154,48 @@ def test_a_stopped_labelling_goes_on(data: Path, capsys: pytest.CaptureFixture[s
     assert output.read_text() == marked + "".join(lines[1:])
     assert "kept: " in capsys.readouterr().out
     assert run(data) == 0
-    assert "all 6 rows are labelled" in capsys.readouterr().out
+    tells(capsys.readouterr().out, "6 rows", output, "--overwrite")
     assert run(data, "--text", "references") == 2
-    assert "holds labels for --text slots, not references; replace it" in capsys.readouterr().err
+    tells(
+        capsys.readouterr().err, f"--output {output}", "--text slots", "references", "--overwrite"
+    )
     assert run(data, "--text", "references", "--overwrite") == 0
 
 
 @pytest.mark.usefixtures("no_endpoint")
 @pytest.mark.parametrize(
-    ("options", "match"),
+    ("options", "names"),
     [
-        ([], "perl-rl label needs a file first"),
-        (["bundled:digits"], "labelled already"),
-        (["none.jsonl"], "there is no data file"),
-        (["DATA", "--limit", "0"], "--limit 0: must be 1 or more"),
-        (["DATA", "--output", "DATA"], "is the data itself"),
-        (["DATA", "--output", "no/folder.jsonl"], "there is no folder to write it to"),
-        (["DATA", "--labeller", "llm"], "no LLM endpoint is set; set PERL_LLM_URL"),
-        (["DATA", "--rephrase"], "no LLM endpoint is set; set PERL_LLM_URL"),
-        (["DATA", "--labeller", "gpt"], "--labeller"),
-        (["DATA", "--output", "OTHER"], "holds something else than the first rows"),
-        (["DATA", "--output", "OTHER", "--overwrite"], "leaves it alone"),
+        ([], ["perl-rl label", "file"]),
+        (["bundled:digits"], ["bundled:digits"]),
+        (["none.jsonl"], ["none.jsonl", "path"]),
+        (["DATA", "--limit", "0"], ["--limit 0", 1]),
+        (["DATA", "--output", "DATA"], ["--output DATA", "another"]),
+        (["DATA", "--output", "no/folder.jsonl"], ["--output no/folder.jsonl", "folder"]),
+        (["DATA", "--labeller", "llm"], ["PERL_LLM_URL", "PERL_LLM_MODEL"]),
+        (["DATA", "--rephrase"], ["PERL_LLM_URL", "PERL_LLM_MODEL"]),
+        (["DATA", "--labeller", "gpt"], ["--labeller", "'gpt'"]),
+        (["DATA", "--output", "OTHER"], ["--output OTHER", "--overwrite"]),
+        (["DATA", "--output", "OTHER", "--overwrite"], ["--output OTHER", "another"]),
     ],
 )
-def test_what_is_refused(options: list[str], match: str, data: Path, error_of: ErrorOf) -> None:
+def test_what_is_refused(
+    options: list[str], names: list[object], data: Path, error_of: ErrorOf
+) -> None:
     other = data.with_name("other.jsonl")
     other.write_text('{"mine": 1}\n')
-    names = {"DATA": str(data), "OTHER": str(other)}
+
+    def placed(text: object) -> str:
+        return str(text).replace("DATA", str(data)).replace("OTHER", str(other))
+
     before = sorted(data.parent.iterdir())
-    assert match in error_of("label", *(names.get(option, option) for option in options))
+    tells(error_of("label", *map(placed, options)), *map(placed, names))
     assert sorted(data.parent.iterdir()) == before and other.read_text() == '{"mine": 1}\n'
 
 
 def test_a_row_that_cannot_be_read_is_named(data: Path, error_of: ErrorOf) -> None:
     data.write_text(data.read_text().replace("pictures/1.png", "pictures/9.png", 1))
-    assert "rows.jsonl line 1, image 2: there is no image file" in error_of("label", data)
+    tells(error_of("label", data), "rows.jsonl line 1, image 2", "pictures/9.png", "path")
     assert not data.with_name("rows.labelled.jsonl").exists()
 
 
@@ -204,10 +212,9 @@ def test_a_model_labels(data: Path, model: Model) -> None:
     assert labels(output) == [*LABELS[:4], ("all", False), LABELS[5]]
     found = read(output)
     assert len(model.asked) == 5 and found[0]["label_reason"] == "model: because"
-    assert (
-        ROWS[0]["question"] in "\n".join(model.asked)
-        and found[5]["label_reason"] == "a single image"
-    )
+    assert ROWS[0]["question"] in "\n".join(model.asked) and not found[5][
+        "label_reason"
+    ].startswith("model: ")
 
 
 def test_a_model_is_asked_where_the_rules_are_unsure(data: Path, model: Model) -> None:
@@ -220,13 +227,13 @@ def test_a_model_is_asked_where_the_rules_are_unsure(data: Path, model: Model) -
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        ("I cannot tell", "there is no JSON object"),
+        ("I cannot tell", "JSON object"),
         ("{'kind': 'all'}", "malformed JSON"),
-        ('{"kind": "all", "should_change": "yes", "reason": ""}', "should_change true or false"),
-        (label_json("most", False), "unknown kind 'most'"),
-        (label_json("last:9", False), "needs 1 to 2 images"),
-        (label_json("all", True), "names none of its 2 images"),
-        (label_json("ordering", True), "kind 'ordering' needs an answer"),
+        ('{"kind": "all", "should_change": "yes", "reason": ""}', "should_change"),
+        (label_json("most", False), "'most'"),
+        (label_json("last:9", False), "last:9"),
+        (label_json("all", True), "2 images"),
+        (label_json("ordering", True), "'ordering'"),
         ((400, {"error": {"message": "too long"}}), "too long"),
     ],
 )
@@ -249,7 +256,8 @@ def test_a_model_may_not_say_that_a_letter_of_an_image_stays(tmp_path: Path, mod
     data = write(tmp_path / "rows.jsonl", [ROWS[0]])
     assert run(data, "--labeller", "llm") == 0
     assert labels(tmp_path / "rows.labelled.jsonl") == [("all", True)]
-    assert len(model.asked) == 2 and "answer 'B' names image 2, which may move" in model.asked[1]
+    assert len(model.asked) == 2
+    tells(model.asked[1], "'B'", "image 2")
 
 
 def test_an_endpoint_that_goes_down_loses_nothing(
@@ -260,7 +268,7 @@ def test_an_endpoint_that_goes_down_loses_nothing(
     output = tmp_path / "rows.labelled.jsonl"
     model.answer = lambda task: (500, {}) if "lamp 35" in task else label_json("all", False)
     said = error_of("label", data, "--labeller", "llm")
-    assert "answered 500" in said and "35 of 40 rows are labelled" in said and "goes on" in said
+    tells(said, 500, "35 of 40", output)
     assert [row["answer"] for row in read(output)] == [f"a lamp {k}" for k in range(35)]
     model.asked.clear()
     model.answer = lambda task: label_json("all", False)
@@ -289,7 +297,13 @@ def test_the_documents_rows_are_read(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     (tmp_path / "train.jsonl").write_text(rows)
-    validate(load_examples(str(tmp_path / "train.jsonl"), DataConfig(), "train", 0))
+    examples = load_examples(str(tmp_path / "train.jsonl"), DataConfig(), "train", 0)
+    validate(examples)
+    written = [json.loads(line) for line in rows.splitlines() if line.strip()]
+    found = [examples[i] for i in range(len(examples))]
+    assert [(e.answer, len(e.images)) for e in found] == [
+        (row["answer"], len(row["images"])) for row in written
+    ]
 
 
 def test_names_of_kinds() -> None:
