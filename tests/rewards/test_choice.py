@@ -17,7 +17,10 @@ CHOSEN = {
         "Maybe (A). No: the answer is B", "<answer>e.g. B</answer>", "<answer>i.e., the second: (B)</answer>",
         "<answer>E.G. option B</answer>", "<answer>B.Dog</answer>",
     ),
-    "C": ("<answer>The answer is (C)</answer>", "I think that (C) fits"),
+    "C": (
+        "<answer>The answer is (C)</answer>", "I think that (C) fits", "Option A? No, option C", "(A)? No, (C), like (C) before",
+        "<answer>Option C, not option A</answer>", "<answer>(C), not (A)</answer>", "<answer>it is C, not A</answer>",
+    ),
     "D": ("<answer>**D**</answer>",),
     None: ("<answer>a.m.</answer>", "A cat is to be seen.", "<answer>a dog</answer>", "<answer></answer>", ""),
 }  # fmt: skip

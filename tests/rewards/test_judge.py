@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from perl.rewards.scorer import Scorer
-from perl.types import UserError
 from tests.chat_server import Model, Reply, says
+from tests.messages import refused, tells
 from tests.rewards.scoring import totals
 
 NAN = float("nan")
@@ -37,7 +37,7 @@ def test_facts_are_counted(model: Model) -> None:
     texts = ["it is red", "red and round", "it is blue", "red", "red"]
     _, scores = totals("caption_facts", texts, facts=facts)
     np.testing.assert_allclose(scores, [1 / 2, 2 / 3, 0, NAN, NAN])
-    with pytest.raises(UserError, match="no column 'notes'"):
+    with refused("caption_facts", "column 'notes'", "facts"):
         totals("caption_facts(column='notes')", ["x"], facts=[["a"]])
 
 
@@ -71,33 +71,30 @@ def test_only_a_whole_reply_with_the_wanted_words_counts(
     np.testing.assert_allclose(scores, [value, 1])
 
 
-@pytest.mark.parametrize(
-    ("bad", "reason"),
-    [((400, {}), "answered 400"), ("perhaps", "replied 'perhaps' where yes or no")],
-)
+@pytest.mark.parametrize(("bad", "named"), [((400, {}), "400"), ("perhaps", "'perhaps'")])
 def test_one_request_that_fails_costs_one_rollout(
-    bad: str | Reply, reason: str, model: Model, caplog: pytest.LogCaptureFixture
+    bad: str | Reply, named: str, model: Model, caplog: pytest.LogCaptureFixture
 ) -> None:
     model.answer = lambda text: bad if "poison" in text else "yes"
     columns = {"answer": ["A"] * 3, "id": ["q1", "q2", "q3"]}
     scorer, scores = totals("judge", ["a", "poison", "b"], **columns)
     np.testing.assert_array_equal(scores, [1, NAN, 1])
     assert scorer.faults == {"judge": 1}
-    assert reason in caplog.text and "on example 'q2'" in caplog.text
+    tells(caplog.text, "'judge'", named, "example 'q2'")
 
 
 def test_a_model_that_is_not_served_is_one_error(model: Model) -> None:
     """Before a run starts, and again if it happens later."""
     model.answer = lambda text: (404, {})
-    with pytest.raises(UserError, match="answered 404"):
+    with refused("404"):
         Scorer(("caption_facts",), (1.0,))
     model.answer = lambda text: "yes"
     scorer = Scorer(("judge",), (1.0,))
     model.answer = lambda text: (404, {})
-    with pytest.raises(UserError, match="answered 404"):
+    with refused("404"):
         scorer.score(["q"] * 3, ["a"] * 3, {"answer": ["A"] * 3})
 
 
 def test_no_endpoint_is_an_error_before_the_run(no_endpoint: None) -> None:
-    with pytest.raises(UserError, match="set PERL_LLM_URL"):
+    with refused("PERL_LLM_URL"):
         Scorer(("judge",), (1.0,))

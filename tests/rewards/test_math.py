@@ -13,7 +13,7 @@ import pytest
 
 from perl.rewards import math as reward_math
 from perl.rewards.scorer import Scorer
-from perl.types import UserError
+from tests.messages import refused
 from tests.rewards.scoring import score, totals
 
 _NOISY = """
@@ -66,5 +66,5 @@ def test_math_is_not_misled_by_what_its_package_prints_or_an_interrupt_leaves() 
 
 def test_math_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs math-verify; pip install 'perl-rl\[rewards\]'"):
+    with refused("reward math", "math-verify", "'perl-rl[rewards]'"):
         Scorer(("math",), (1.0,))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from perl.rewards.scorer import Scorer, rollout_columns
-from perl.types import Example, Rollout, UserError, Variant
+from perl.types import Example, Rollout, Variant
+from tests.messages import refused
 
 
 def test_scorer_weights_accuracy_and_format() -> None:
@@ -41,17 +42,17 @@ def test_columns_reach_the_function_in_its_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("functions", "weights", "match"),
+    ("functions", "weights", "names"),
     [
-        ((), (), "functions is empty"),
-        (("accuracy",), (0.9, 0.1), "2 numbers for 1 functions"),
-        (("accuracy",), (float("nan"),), "must be finite"),
-        (("accuracy", "accuracy"), (1.0, 1.0), "one function twice"),
-        (("ordering(kendall=True)", "ordering(kendall=True)"), (1.0, 1.0), "one function twice"),
+        ((), (), ["reward.functions", "accuracy"]),
+        (("accuracy",), (0.9, 0.1), ["reward.weights", "2 numbers", "1 functions"]),
+        (("accuracy",), (float("nan"),), ["reward.weights", "nan"]),
+        (("accuracy", "accuracy"), (1.0, 1.0), ["accuracy", "twice"]),
+        (("ordering(kendall=True)",) * 2, (1.0, 1.0), ["ordering(kendall=True)", "twice"]),
     ],
 )
-def test_bad_settings(functions: Any, weights: Any, match: str) -> None:
-    with pytest.raises(UserError, match=match):
+def test_bad_settings(functions: Any, weights: Any, names: list[str]) -> None:
+    with refused(*names):
         Scorer(functions, weights)
 
 
