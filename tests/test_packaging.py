@@ -64,8 +64,8 @@ def test_pins_carry_no_local_version() -> None:
     assert [name for name, pinned in PINS.items() if "+" in pinned] == []
 
 
-def test_dev_installs_every_other_extra_but_those_for_a_gpu() -> None:
-    included = {"flash", "bench-cutedsl", "dev"}
+def test_dev_installs_every_other_extra_but_those_for_a_gpu_and_mutants() -> None:
+    included = {"flash", "bench-cutedsl", "mutants", "dev"}
     pending = ["dev"]
     while pending:
         for requirement in map(Requirement, EXTRAS[pending.pop()]):
