@@ -7,6 +7,7 @@ CPU tensors, or everywhere with PERL_CHECKS=1.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -72,10 +73,12 @@ def check_temperature(temperature: object, n_tokens: int) -> None:
         if temperature.ndim == 0:
             raise ValueError("temperature has shape [], must be a float or a tensor [N]")
         check_length("temperature", temperature, n_tokens)
-        if values_visible(temperature) and not (
-            (temperature > 0).all() and temperature.isfinite().all()
-        ):
-            raise ValueError("temperature must be above 0 and finite in every row")
+        if values_visible(temperature):
+            refused = temperature[~((temperature > 0) & temperature.isfinite())]
+            if refused.numel():
+                raise ValueError(
+                    f"temperature holds {refused[0].item()}, must be above 0 and finite in every row"
+                )
     else:
         number = check_number("temperature", temperature, "a float or a tensor [N]")
         _check_positive("temperature", number)
@@ -112,8 +115,10 @@ def check_linear(
         )
     vocab = matrix.shape[0]
     check_targets(targets, rows.shape[0], vocab)
-    if bias is not None and len(check_floating("bias", bias, 1, "[V]")) != vocab:
-        raise ValueError(f"bias has another length than weight: must be [V] with V = {vocab}")
+    if bias is not None:
+        shape = list(check_floating("bias", bias, 1, "[V]").shape)
+        if shape != [vocab]:
+            raise ValueError(f"bias has shape {shape}, must be [V] with V = {vocab}")
     if rows.dtype != matrix.dtype and not torch.is_autocast_enabled(rows.device.type):
         raise TypeError(
             f"weight has dtype {matrix.dtype}, must be that of hidden, {rows.dtype}, outside of "
@@ -154,8 +159,12 @@ def check_cu_seqlens(cu_seqlens: object, n_tokens: int) -> Tensor:
                 f"cu_seqlens runs from {values[0]} to {values[-1]}, must run from 0 to N = "
                 f"{n_tokens}: it is cumulative, [0, length 1, length 1 + length 2, ...]"
             )
-        if (bounds[1:] < bounds[:-1]).any():
-            raise ValueError("cu_seqlens decreases, must be monotone")
+        for before, after in pairwise(values):
+            if after < before:
+                raise ValueError(
+                    f"cu_seqlens decreases from {before} to {after}, must be monotone: it is "
+                    "cumulative, [0, length 1, length 1 + length 2, ...]"
+                )
     return bounds
 
 
@@ -216,4 +225,4 @@ def check_normalizer(normalizer: object) -> None:
 def check_weights(weights: object, n_tokens: int) -> None:
     tensor = check_length("weights", weights, n_tokens)
     if values_visible(tensor) and tensor.dtype != torch.bool and (tensor < 0).any():
-        raise ValueError("weights holds a negative value, must be at least 0")
+        raise ValueError(f"weights holds {tensor.min().item()}, must be at least 0")

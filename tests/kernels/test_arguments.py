@@ -29,6 +29,7 @@ from perl_kernels import (
     token_logprobs,
 )
 from perl_kernels.objective import Aggregation, Surrogate
+from tests.messages import refused, tells
 
 N, V, H = 6, 7, 4
 NAN = math.nan
@@ -50,128 +51,141 @@ def bounds(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+LOGPROBS = ("old_logprobs", "ref_logprobs", "rollout_logprobs")
+POSITIVE = [0.0, -1.0, math.inf, NAN]
+ELSEWHERE = {
+    name: tensor.to("meta")
+    for name, tensor in arguments(
+        **dict.fromkeys([*LOGPROBS, "temperature", "weights"], torch.ones(N)), bias=torch.ones(V)
+    ).items()
+    if isinstance(tensor, torch.Tensor) and name != "hidden"
+}
+
+
 @pytest.mark.parametrize(
-    ("changes", "error", "match"),
+    ("changes", "error", "names"),
     [
-        (
-            {"hidden": torch.randn(N, 2, H)},
-            ValueError,
-            r"hidden has shape \[6, 2, 4\], must be \[N, H\]",
-        ),
-        ({"hidden": [1.0]}, TypeError, r"hidden is a list, must be a tensor \[N, H\]"),
-        ({"hidden": torch.ones(N, H).long()}, TypeError, "hidden has dtype torch.int64"),
-        ({"weight": torch.randn(V, 3)}, ValueError, r"weight has shape \[7, 3\], must be .* 4"),
-        ({"weight": torch.randn(V, H).bfloat16()}, TypeError, "weight has dtype torch.bfloat16"),
-        ({"bias": torch.randn(3)}, ValueError, "bias has another length"),
-        ({"targets": torch.arange(5)}, ValueError, r"targets has shape \[5\], must be .* N = 6"),
-        ({"targets": torch.rand(N)}, TypeError, "targets has dtype torch.float32"),
-        ({"targets": torch.full((N,), V)}, ValueError, r"targets holds 7, must be in \[0, V\)"),
-        ({"targets": torch.full((N,), -100)}, ValueError, "targets holds -100"),
-        ({"temperature": 0.0}, ValueError, "temperature is 0.0, must be above 0"),
-        ({"temperature": "1"}, TypeError, "temperature is a str"),
-        ({"temperature": torch.ones(3)}, ValueError, r"temperature has shape \[3\]"),
-        ({"temperature": torch.tensor(1.0)}, ValueError, r"temperature has shape \[\]"),
-        ({"temperature": torch.zeros(N)}, ValueError, "temperature must be above 0 and finite in"),
-        (
-            {"temperature": float("inf")},
-            ValueError,
-            "temperature is inf, must be above 0 and finite",
-        ),
-        ({"softcap": -1.0}, ValueError, "softcap is -1.0, must be above 0"),
-        ({"softcap": "a"}, TypeError, "softcap is a str, must be a float or None"),
-        ({"chunk_size": "a"}, TypeError, "chunk_size is a str, must be an int or None"),
-        ({"chunk_size": 2.0}, TypeError, "chunk_size is a float, must be an int or None"),
-        ({"chunk_size": 0}, ValueError, "chunk_size is 0, must be at least 1"),
-        ({"advantages": torch.ones(3)}, ValueError, r"advantages has shape \[3\], .* B = 2, N = 6"),
-        ({"advantages": 1.0}, TypeError, "advantages is a float, must be a tensor"),
-        (
-            {"advantages": GroupedRewards(rewards=torch.ones(3), group_sizes=[3])},
-            ValueError,
-            "advantages.rewards has length 3, must be .B. with B = 2",
-        ),
-        ({"cu_seqlens": bounds(0, 2, 5)}, ValueError, "cu_seqlens runs from 0 to 5, .* N = 6"),
-        ({"cu_seqlens": bounds(1, 2, 6)}, ValueError, "cu_seqlens runs from 1 to 6"),
-        ({"cu_seqlens": bounds(0, 5, 2, 6)}, ValueError, "cu_seqlens decreases, must be monotone"),
-        ({"cu_seqlens": bounds()}, ValueError, r"cu_seqlens has shape \[0\]"),
-        ({"cu_seqlens": bounds(0)}, ValueError, "so B = 0, but there are N = 6"),
-        ({"cu_seqlens": torch.tensor([0.0, 6.0])}, TypeError, "cu_seqlens has dtype torch.float32"),
-        ({"loss": "grpo"}, TypeError, "loss is a str, must be a PolicyLoss"),
-        ({"loss": PolicyLoss.preset("perl")}, ValueError, "ref_logprobs is None.* kl='k3'"),
-        (
-            {"loss": PolicyLoss(correction="token_mask")},
-            ValueError,
-            "rollout_logprobs is None.* correction='token_mask'",
-        ),
-        ({"loss": PolicyLoss.preset("dr_grpo")}, ValueError, "max_completion_length is None"),
-        (
-            {"old_logprobs": torch.ones(3)},
-            ValueError,
-            r"old_logprobs has shape \[3\], must be \[N\]",
-        ),
-        ({"ref_logprobs": torch.ones(N, 1)}, ValueError, r"ref_logprobs has shape \[6, 1\]"),
-        ({"rollout_logprobs": 0.0}, TypeError, "rollout_logprobs is a float"),
-        *(
-            (
-                {f"{name}_logprobs": torch.zeros(N, dtype=torch.int64)},
-                TypeError,
-                f"{name}_logprobs has dtype torch.int64, must be floating point",
-            )
-            for name in ("old", "ref", "rollout")
-        ),
-        ({"weights": torch.ones(5)}, ValueError, r"weights has shape \[5\]"),
-        ({"weights": -torch.ones(N)}, ValueError, "weights holds a negative value"),
-        ({"normalizer": torch.ones(2)}, ValueError, r"normalizer has shape \[2\]"),
-        ({"normalizer": "6"}, TypeError, "normalizer is a str"),
-        ({"normalizer": True}, TypeError, "normalizer is a bool"),
-        ({"normalizer": -1.0}, ValueError, "normalizer is -1.0, must be above 0 and finite"),
-        ({"normalizer": 0.0}, ValueError, "normalizer is 0.0, must be above 0 and finite"),
-        ({"normalizer": torch.tensor(0)}, ValueError, "normalizer is 0, must be above 0"),
-        (
-            {"normalizer": torch.ones((), device="meta")},
-            ValueError,
-            "normalizer is on meta, must be on cpu",
-        ),
-        (
-            {"weights": torch.ones(N, device="meta")},
-            ValueError,
-            "weights is on meta, must be on cpu",
-        ),
-        ({"backend": "cuda"}, ValueError, "backend is 'cuda', must be one of auto, triton"),
-        ({"backend": "native"}, ValueError, "'native' is not available: this build .* no native"),
-        ({"backend": "native"}, ValueError, "'native' is not available"),
+        # what has the wrong shape, the shape that came, the shape that is wanted
+        ({"hidden": torch.randn(N, 2, H)}, ValueError, ("hidden", [N, 2, H], "[N, H]", "hidden[mask]")),
+        ({"hidden": torch.randn(N)}, ValueError, ("hidden", [N], "[N, H]")),
+        ({"weight": torch.randn(V)}, ValueError, ("weight", [V], "[V, H]")),
+        ({"weight": torch.randn(V, 3)}, ValueError, ("weight", [V, 3], "[V, H]", "hidden", H)),
+        ({"weight": torch.empty(0, H)}, ValueError, ("targets", "V = 0")),
+        ({"bias": torch.randn(V, 1)}, ValueError, ("bias", [V, 1], "[V]", "bias[mask]")),
+        ({"bias": torch.randn(3)}, ValueError, ("bias", [3], "[V]", "V = 7")),
+        ({"targets": torch.arange(5)}, ValueError, ("targets", [5], "[N]", "N = 6")),
+        ({"temperature": torch.ones(3)}, ValueError, ("temperature", [3], "[N]", "N = 6")),
+        ({"temperature": torch.tensor(1.0)}, ValueError, ("temperature", [], "[N]")),
+        ({"advantages": torch.ones(3)}, ValueError, ("advantages", [3], "[B]", "B = 2", "N = 6")),
+        ({"advantages": torch.ones(2, 3)}, ValueError, ("advantages", [2, 3], "[B]", "[N]")),
+        ({"advantages": GroupedRewards(torch.ones(3), [3])}, ValueError, ("advantages.rewards", 3, "[B]", "B = 2")),
+        ({"cu_seqlens": bounds()}, ValueError, ("cu_seqlens", [0], "[B + 1]")),
+        ({"cu_seqlens": bounds(0)}, ValueError, ("cu_seqlens", [1], "B = 0", "N = 6")),
+        ({"cu_seqlens": bounds(0, 2, 5)}, ValueError, ("cu_seqlens", 0, 5, "N = 6")),
+        ({"cu_seqlens": bounds(1, 2, N)}, ValueError, ("cu_seqlens", 1, 6, "N = 6")),
+        ({"cu_seqlens": bounds(0, 5, 2, N)}, ValueError, ("cu_seqlens", 5, 2)),
+        ({"ref_logprobs": torch.ones(N, 1)}, ValueError, ("ref_logprobs", [N, 1], "[N]", "ref_logprobs[mask]")),
+        *(({name: torch.ones(3)}, ValueError, (name, [3], "[N]", "N = 6")) for name in LOGPROBS),
+        ({"weights": torch.ones(5)}, ValueError, ("weights", [5], "[N]", "N = 6")),
+        ({"normalizer": torch.ones(2)}, ValueError, ("normalizer", [2], "0-dim")),
+        # of the wrong type, or dtype
+        ({"hidden": [1.0]}, TypeError, ("hidden", "list", "[N, H]")),
+        ({"hidden": torch.ones(N, H).long()}, TypeError, ("hidden", "torch.int64")),
+        ({"weight": torch.randn(V, H).bfloat16()}, TypeError, ("weight", "torch.bfloat16", "hidden", "torch.float32", "autocast")),
+        ({"bias": torch.ones(V).long()}, TypeError, ("bias", "torch.int64")),
+        ({"targets": torch.rand(N)}, TypeError, ("targets", "torch.float32", "int64", "int32")),
+        ({"temperature": "1"}, TypeError, ("temperature", "str", "float", "[N]")),
+        ({"temperature": True}, TypeError, ("temperature", "bool")),
+        ({"softcap": "a"}, TypeError, ("softcap", "str", "float", "None")),
+        *(({name: "a"}, TypeError, (name, "str", "int", "None")) for name in ("chunk_size", "memory_budget")),
+        *(({name: 2.0}, TypeError, (name, "float", "int", "None")) for name in ("chunk_size", "memory_budget")),
+        ({"chunk_size": True}, TypeError, ("chunk_size", "bool", "int")),
+        ({"advantages": 1.0}, TypeError, ("advantages", "float", "tensor")),
+        ({"cu_seqlens": torch.tensor([0.0, 6.0])}, TypeError, ("cu_seqlens", "torch.float32", "int32", "int64")),
+        ({"loss": "grpo"}, TypeError, ("loss", "str", "PolicyLoss.preset('grpo')")),
+        ({"loss": 3}, TypeError, ("loss", "int", "PolicyLoss")),
+        ({"rollout_logprobs": 0.0}, TypeError, ("rollout_logprobs", "float", "[N]")),
+        *(({name: torch.zeros(N).long()}, TypeError, (name, "torch.int64")) for name in LOGPROBS),
+        ({"normalizer": "6"}, TypeError, ("normalizer", "str", "float", "0-dim")),
+        ({"normalizer": True}, TypeError, ("normalizer", "bool", "float")),
+        # out of range
+        ({"targets": torch.full((N,), V)}, ValueError, ("targets", V, "[0, V)", "V = 7")),
+        ({"targets": torch.full((N,), -100)}, ValueError, ("targets", -100, "[0, V)", "V = 7")),
+        *(({"temperature": x}, ValueError, ("temperature", x, 0)) for x in POSITIVE),
+        *(({"temperature": torch.full((N,), x)}, ValueError, ("temperature", x, 0)) for x in POSITIVE),
+        *(({"softcap": x}, ValueError, ("softcap", x, 0, "None")) for x in POSITIVE),
+        *(({"normalizer": x}, ValueError, ("normalizer", x, 0)) for x in POSITIVE),
+        *(({"normalizer": torch.tensor(x)}, ValueError, ("normalizer", x, 0)) for x in POSITIVE),
+        ({"normalizer": torch.tensor(0)}, ValueError, ("normalizer", 0)),
+        ({"chunk_size": 0}, ValueError, ("chunk_size", 0, 1)),
+        ({"memory_budget": 0}, ValueError, ("memory_budget", 0, 1)),
+        ({"chunk_size": 1, "memory_budget": 1}, ValueError, ("chunk_size", "memory_budget")),
+        ({"logits_dtype": torch.float64}, ValueError, ("logits_dtype", "torch.float64", "torch.float32")),
+        ({"weights": -0.5 * torch.ones(N)}, ValueError, ("weights", -0.5, 0)),
+        ({"weights": -torch.ones(N).int()}, ValueError, ("weights", -1, 0)),
+        ({"backend": "cuda"}, ValueError, ("backend", "'cuda'", "auto", "triton", "torch")),
+        ({"backend": "native"}, ValueError, ("'native'",)),
+        # missing, where the loss needs it
+        ({"loss": PolicyLoss.preset("perl")}, ValueError, ("ref_logprobs", "None", "kl='k3'")),
+        ({"loss": PolicyLoss(correction="token_mask")}, ValueError, ("rollout_logprobs", "None", "correction='token_mask'")),
+        ({"loss": PolicyLoss.preset("dr_grpo")}, ValueError, ("PolicyLoss.max_completion_length", "None", "aggregation='seq-mean-token-sum-norm'")),
+        # on another device
+        *(({name: tensor}, ValueError, (name, "meta", "cpu")) for name, tensor in ELSEWHERE.items()),
+        ({"normalizer": torch.ones((), device="meta")}, ValueError, ("normalizer", "meta", "cpu")),
+        ({"advantages": GroupedRewards(torch.ones(2, device="meta"), [2])}, ValueError, ("advantages", "meta", "cpu")),
     ],
-)
-def test_refused(changes: dict[str, Any], error: type[Exception], match: str) -> None:
-    with pytest.raises(error, match=match):
+)  # fmt: skip
+def test_refused(changes: dict[str, Any], error: type[Exception], names: tuple[Any, ...]) -> None:
+    with refused(*names, error=error):
         linear_grpo_loss(**arguments(**changes))
 
 
 def test_the_other_functions_check_too() -> None:
     logits, targets = torch.randn(N, V), torch.arange(N)
-    cu_seqlens, advantages = bounds(0, 2, N), torch.ones(2)
-    with pytest.raises(ValueError, match=r"logits has shape \[6\], must be \[N, V\]"):
+    common = (torch.ones(2), bounds(0, 2, N))
+    with refused("logits", [N], "[N, V]", error=ValueError):
         token_logprobs(logits[:, 0], targets)
-    with pytest.raises(ValueError, match="targets holds 8"):
-        grpo_loss(logits, targets + 3, advantages, cu_seqlens, PolicyLoss())
-    with pytest.raises(ValueError, match="targets holds -1"):
+    with refused("temperature", 0.0, error=ValueError):
+        token_logprobs(logits, targets, temperature=0.0)
+    with refused("targets", "meta", "cpu", error=ValueError):
+        token_logprobs(logits, targets.to("meta"))
+    with refused("targets", 8, "V = 7", error=ValueError):
+        grpo_loss(logits, targets + 3, *common, PolicyLoss())
+    with refused("targets", -1, "V = 7", error=ValueError):
         linear_token_logprobs(torch.randn(N, H), torch.randn(V, H), targets - 1)
-    with pytest.raises(ValueError, match=r"logprobs has shape \[6, 7\], must be \[N\]"):
-        policy_loss(logits, advantages, cu_seqlens, PolicyLoss())
-    with pytest.raises(TypeError, match="logprobs has dtype"):
-        policy_loss(targets, advantages, cu_seqlens, PolicyLoss())
-    with pytest.raises(ValueError, match="entropy is None, but the loss has entropy_coef"):
-        policy_loss(logits[:, 0], advantages, cu_seqlens, PolicyLoss(entropy_coef=0.1))
-    with pytest.raises(TypeError, match=r"entropy has dtype torch.int64, must be floating point"):
-        policy_loss(logits[:, 0], advantages, cu_seqlens, PolicyLoss(), entropy=targets)
-    with pytest.raises(TypeError, match="eps is a str, must be a number"):
-        perl_kernels.group_advantages(advantages, [2], eps="a")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"entropy has shape \[7\]"):
-        policy_loss(logits[:, 0], advantages, cu_seqlens, PolicyLoss(), entropy=logits[0])
+    with refused("logprobs", [N, V], "[N]", error=ValueError):
+        policy_loss(logits, *common, PolicyLoss())
+    with refused("logprobs", "torch.int64", error=TypeError):
+        policy_loss(targets, *common, PolicyLoss())
+    with refused("entropy", "None", "entropy_coef=0.1", error=ValueError):
+        policy_loss(logits[:, 0], *common, PolicyLoss(entropy_coef=0.1))
+    for entropy, error, names in (
+        (targets, TypeError, ("torch.int64",)),
+        (logits[0], ValueError, ([V], "[N]")),
+        (logits[:, 0].to("meta"), ValueError, ("meta", "cpu")),
+    ):
+        with refused("entropy", *names, error=error):
+            policy_loss(logits[:, 0], *common, PolicyLoss(), entropy=entropy)
     for function in (token_logprobs, grpo_loss, linear_token_logprobs, policy_loss):
         given = arguments(logits=logits, logprobs=logits[:, 0], backend="native")
         names = function.__code__.co_varnames[: function.__code__.co_argcount]
-        with pytest.raises(ValueError, match="'native' is not available"):
+        with refused("'native'", error=ValueError):
             function(**{name: given[name] for name in names}, backend="native")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_nothing_else_is_refused(dtype: torch.dtype) -> None:
+    """The last target, an empty first completion, bounds of either type, a cold row, weights that are flags."""
+    changes: dict[str, Any] = {
+        "targets": torch.tensor([0, V - 1, 0, 1, 2, 3], dtype=dtype),
+        "cu_seqlens": bounds(0, 0, N).to(dtype),
+        "temperature": torch.full((N,), 1e-3),
+        "weights": torch.ones(N, dtype=torch.bool),
+        "chunk_size": 1,
+        "logits_dtype": torch.float32,
+        "normalizer": torch.tensor(1e-3),
+    }
+    assert linear_grpo_loss(**arguments(**changes)).metrics["invalid_rows"] == 0
 
 
 def test_broken_values_that_may_not_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +245,7 @@ def test_group_sizes_that_may_not_be_looked_at(monkeypatch: pytest.MonkeyPatch) 
         assert all(values.isnan().all() for values in (seen.advantages, seen.mean, seen.std))
         assert not seen.active.any()
         # A list is on the host, whatever the rewards are on.
-        with pytest.raises(ValueError, match="group_sizes must be at least 0 and sum to the 4"):
+        with refused("group_sizes", 4, error=ValueError):
             perl_kernels.group_advantages(torch.ones(4), sizes)
 
 
@@ -282,14 +296,22 @@ def test_no_synchronisation(
     }
     given["hidden"].requires_grad_()
     grouped = GroupedRewards(torch.ones(2, device="meta"), [2], reward_weights=[1.0])
-    for advantages in (given["advantages"], grouped):
-        for normalizer in (None, 6.0, torch.ones((), device="meta"), torch.tensor(6.0)):
-            for old in (given["old_logprobs"], None):
-                changes = {"advantages": advantages, "normalizer": normalizer, "old_logprobs": old}
-                # As within an operator, where autograd does not look.
-                monkeypatch.setattr(torch, "is_grad_enabled", lambda: True)
-                with NoCopyFromTheHost(), torch.no_grad():
-                    linear_grpo_loss(**{**given, **changes})
+    # As within an operator, where autograd does not look.
+    monkeypatch.setattr(torch, "is_grad_enabled", lambda: True)
+    old = given["old_logprobs"]
+    for changes in (
+        {"normalizer": None, "old_logprobs": old},
+        {"normalizer": 6.0, "old_logprobs": old, "advantages": grouped},
+        {"normalizer": torch.ones((), device="meta"), "old_logprobs": None},
+        {"normalizer": torch.tensor(6.0), "old_logprobs": None, "advantages": grouped},
+    ):
+        with NoCopyFromTheHost(), torch.no_grad():
+            output = linear_grpo_loss(**{**given, **changes})
+        assert output.loss.is_meta and output.logprobs.shape == (N,)
+    # Here everything is looked at, and so nothing can go unnoticed above.
+    monkeypatch.setenv("PERL_CHECKS", "1")
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"), torch.no_grad():
+        linear_grpo_loss(**given)
 
 
 @pytest.mark.gpu
@@ -301,16 +323,22 @@ def test_no_synchronisation_on_a_gpu() -> None:
     given["hidden"].requires_grad_()
     grouped = GroupedRewards(torch.ones(2, device="cuda"), [2], reward_weights=[1.0])
     linear_grpo_loss(**given).loss.backward()
+    losses = []
     try:
         torch.cuda.set_sync_debug_mode("error")
         for advantages in (given["advantages"], grouped):
-            linear_grpo_loss(**{**given, "advantages": advantages}).loss.backward()
+            losses.append(linear_grpo_loss(**{**given, "advantages": advantages}).loss)
+            losses[-1].backward()
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            losses[0].item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    # Every ratio is 1: the mean of the advantages, of ones and of equal rewards.
+    torch.testing.assert_close(torch.stack(losses).cpu(), torch.tensor([-1.0, 0.0]))
 
 
 def test_entropy_is_no_argument_where_it_is_computed() -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'entropy'"):
+    with refused("'entropy'", error=TypeError):
         linear_grpo_loss(**arguments(entropy=torch.ones(N)))
 
 
@@ -322,11 +350,11 @@ def test_grouped_rewards_can_be_compared() -> None:
 
 def test_backend_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PERL_BACKEND", "native")
-    with pytest.raises(ValueError, match="'native' is not available"):
+    with refused("'native'", error=ValueError):
         linear_grpo_loss(**arguments())
     linear_grpo_loss(**arguments(backend="torch"))
     monkeypatch.setenv("PERL_BACKEND", "fastest")
-    with pytest.raises(ValueError, match="PERL_BACKEND is 'fastest'"):
+    with refused("PERL_BACKEND", "'fastest'", "auto", "torch", error=ValueError):
         linear_grpo_loss(**arguments())
 
 
@@ -339,8 +367,7 @@ def test_auto_says_once_what_it_chose(
         linear_grpo_loss(**arguments())
         linear_grpo_loss(**arguments())
     assert len(caplog.records) == 1
-    on_a_gpu = torch.cuda.is_available()
-    assert ("chose triton" if on_a_gpu else "chose torch") in caplog.text
+    tells(caplog.text, "triton" if torch.cuda.is_available() else "torch")
     assert dispatch.available_backends()["torch"][0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from perl_kernels import PolicyLoss, linear_grpo_loss, policy_loss, token_logprobs
 from tests.kernels.naive import Problem
+from tests.messages import refused
 
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -104,14 +106,38 @@ def test_all_tokens_masked(name: str) -> None:
     assert output.loss == 0 and all((gradient == 0).all() for gradient in gradients)
 
 
-def test_extreme_log_ratios_stay_finite() -> None:
-    problem = Problem.make()
-    logprobs = problem.ref_logprobs.clone().requires_grad_()
-    arguments = {**problem.loss_arguments(), "old_logprobs": problem.old_logprobs - 500}
-    for name in ("perl", "gspo", "sapo", "vespo", "gmpo", "dppo_kl", "cispo"):
-        output = policy_loss(logprobs, loss=PolicyLoss.preset(name), **arguments)
-        (gradient,) = torch.autograd.grad(output.loss, logprobs)
-        assert output.loss.isfinite() and gradient.isfinite().all()
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("shift", [500.0, -500.0])
+@pytest.mark.parametrize("name", ["clip", "sequence", "cispo", "sapo", "gmpo", "vespo", "dppo_kl"])
+def test_log_ratios_beyond_their_bound(name: str, shift: float, backend: str) -> None:
+    """They count as +-20 in the value, and have no slope there."""
+    lp, tau, k, lam = math.log(0.5), 1.0, 2.0, 3.0  # those of an advantage above 0
+    r = math.exp(math.copysign(20.0, shift))
+    clipped = min(r, 1.2)
+    w = max(r, 1e-8)
+    phi = math.exp(lam + k * math.log(w) - lam * w)
+    # the factor of -A in the loss, and in its derivative by the log-prob; A = 1
+    value, slope = {
+        "clip": (clipped, 0.0),
+        "sequence": (clipped, 0.0),
+        "cispo": (lp * max(clipped, 0.8), max(clipped, 0.8)),
+        "sapo": (4 / tau / (1 + math.exp(-tau * (r - 1))), 0.0),
+        # gmpo bounds the log-ratio itself by 0.4 where the advantage gains
+        "gmpo": (math.exp(0.4) if shift > 0 else r, 0.0),
+        "vespo": (lp * phi, phi),
+        # a divergence upwards is refused, one downwards is taken with the ratio
+        "dppo_kl": (0.0, 0.0) if shift > 0 else (lp * r, r),
+    }[name]  # fmt: skip
+    axes: Any = {"ratio": name} if name == "sequence" else {"surrogate": name}
+    loss = PolicyLoss(**axes, clip_high=0.4 if name == "gmpo" else 0.2)
+    logprobs = torch.tensor([lp], requires_grad=True)
+    bounds = torch.tensor([0, 1], dtype=torch.int32)
+    given = (torch.ones(1), bounds, loss)
+    output = policy_loss(logprobs, *given, old_logprobs=torch.tensor([lp - shift]), backend=backend)  # type: ignore[arg-type]
+    (gradient,) = torch.autograd.grad(output.loss, logprobs)
+    torch.testing.assert_close(output.loss, torch.tensor(-value))
+    torch.testing.assert_close(gradient, torch.tensor([-slope]))
+    torch.testing.assert_close(output.metrics["ratio_max"], torch.tensor(r))
 
 
 def test_logits_far_below_zero_and_long_rows() -> None:
@@ -159,5 +185,5 @@ def test_an_engine_that_rounds_log_probs_above_zero() -> None:
 
 
 def test_an_empty_vocabulary() -> None:
-    with pytest.raises(ValueError, match="the vocabulary is empty"):
+    with refused("targets", "V = 0", error=ValueError):
         token_logprobs(torch.empty(2, 0), torch.zeros(2, dtype=torch.int64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,12 +16,14 @@ from perl_kernels import (
     grpo_loss,
     linear_grpo_loss,
     linear_token_logprobs,
+    ops,
     policy_loss,
     reference,
     token_logprobs,
 )
 from perl_kernels.tiles import HeadTiles
 from tests.kernels.naive import Problem, naive_logprobs
+from tests.messages import refused
 
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -201,59 +204,77 @@ def test_passes_over_the_logits(
         assert len(calls) == blocks
 
 
-class LargestTensor(TorchDispatchMode):
-    numel = 0
+class Inside(TorchDispatchMode):
+    """What the operators of this package do, which a mode around them does not see: the matrix
+    products, and the largest tensor."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.products, self.largest = 0, 0
+        for name in ("loss_pass", "stats_pass", "gradient_pass"):
+            monkeypatch.setattr(ops, name, self.around(getattr(ops, name)))
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def within(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return function(*args, **kwargs)
+
+        return within
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.products += "mm" in func.name()
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor):
-                self.numel = max(self.numel, tensor.numel())
+                self.largest = max(self.largest, tensor.numel())
         return result
 
 
 @pytest.mark.parametrize("name", ["perl", "gspo"])
-def test_logits_of_all_tokens_never_exist(name: str) -> None:
-    lengths, vocab = (60, 4, 36), 50
-    problem = Problem.make(lengths, vocab)
+def test_logits_of_all_tokens_never_exist(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    vocab = 50
+    problem = Problem.make((60, 4, 36), vocab)
     hidden, weight = leaves_of(problem)
-    with LargestTensor() as largest:
-        linear_grpo_loss(
-            hidden,
-            weight,
-            problem.targets,
-            loss=PolicyLoss.preset(name),
-            chunk_size=8,
-            **problem.loss_arguments(),
-        ).loss.backward()
-    # The parameters themselves are larger than a block of logits here.
-    assert largest.numel <= max(hidden.numel(), weight.numel(), 8 * vocab) < 100 * vocab
+    inside, loss = Inside(monkeypatch), PolicyLoss.preset(name)
+    given = {"loss": loss, "chunk_size": 8, **problem.loss_arguments()}
+    linear_grpo_loss(hidden, weight, problem.targets, **given).loss.backward()
+    assert inside.largest == 8 * vocab
 
 
-@pytest.mark.parametrize("old", [True, False])
-def test_frozen_weight_costs_nothing(old: bool) -> None:
+@pytest.mark.parametrize("name", ["perl", "gspo"])
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True), (False, False)])
+def test_products_of_what_needs_a_gradient(
+    needs: tuple[bool, bool], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One for the logits, and one for each gradient that somebody asks for."""
     problem = Problem.make()
-    hidden, weight = leaves_of(problem)
-    arguments = {"loss": PolicyLoss.preset("gspo"), **problem.loss_arguments(old=old)}
-    full = linear_grpo_loss(hidden, weight, problem.targets, **arguments).loss
-    wanted, _ = torch.autograd.grad(full, (hidden, weight))
-    weight.requires_grad_(False)
-
-    class NoWeightGradient(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
-            assert "addmm" not in str(func)
-            return func(*args, **(kwargs or {}))
-
-    with NoWeightGradient():
-        loss = linear_grpo_loss(hidden, weight, problem.targets, **arguments).loss
-        loss.backward()
-    torch.testing.assert_close(hidden.grad, wanted, **EXACT)
-    assert weight.grad is None
-    # The other way round: hidden states that need no gradient.
-    weight.requires_grad_()
-    loss = linear_grpo_loss(hidden.detach(), weight, problem.targets, **arguments).loss
-    loss.backward()
-    assert weight.grad is not None
+    leaves = leaves_of(problem)
+    arguments = {"loss": PolicyLoss.preset(name), **problem.loss_arguments()}
+    whole = linear_grpo_loss(*leaves, problem.targets, **arguments).loss
+    wanted = torch.autograd.grad(whole, leaves)
+    inside = Inside(monkeypatch)
+    for leaf, needed in zip(leaves, needs, strict=True):
+        leaf.requires_grad_(needed)
+    output = linear_grpo_loss(*leaves, problem.targets, **arguments)
+    assert inside.products == 1 + sum(needs)
+    if any(needs):
+        output.loss.backward()
+        assert inside.products == 1 + sum(needs)
+    for leaf, gradient, needed in zip(leaves, wanted, needs, strict=True):
+        if needed:
+            torch.testing.assert_close(leaf.grad, gradient, **EXACT)
+        else:
+            assert leaf.grad is None
+    inside.products = 0
+    with torch.no_grad():
+        linear_grpo_loss(*leaves, problem.targets, **arguments)
+    assert inside.products == 1
+    # Without the loss the logits are made again in the backward.
+    seen = linear_token_logprobs(*leaves, problem.targets).logprobs.sum()
+    assert inside.products == 2
+    if any(needs):
+        seen.backward()
+        assert inside.products == 3 + sum(needs)
 
 
 def test_no_grad_and_scaled_backward() -> None:
@@ -315,7 +336,7 @@ def test_autocast(name: str) -> None:
     # The gradient of a weight kept in fp32 is not rounded to bf16 on its way.
     torch.testing.assert_close(weight.grad.bfloat16(), half[1].grad)  # type: ignore[union-attr]
     # Autocast off: operands of two dtypes are a mistake.
-    with pytest.raises(TypeError, match="weight has dtype"):
+    with refused("weight", "torch.float32", "torch.bfloat16", "autocast", error=TypeError):
         linear_grpo_loss(half[0], weight, problem.targets, **arguments)
 
 
@@ -331,6 +352,32 @@ def test_weight_gradient_is_accumulated_in_fp32() -> None:
     logprobs.backward(upstream)
     assert weight.grad is not None
     assert weight.grad[0] == 0.5 * (1 + 512 * 2.0**-9)
+
+
+def test_bias_gradient_is_a_sum_in_fp32() -> None:
+    """257 halves are 128.5, of which bf16 leaves 128."""
+    hidden, weight = (torch.zeros(n, 1, dtype=torch.bfloat16) for n in (257, 2))
+    bias = torch.zeros(2, requires_grad=True)
+    targets = torch.zeros(257, dtype=torch.int64)
+    linear_token_logprobs(hidden, weight, targets, bias=bias).logprobs.sum().backward()
+    assert bias.grad is not None and bias.grad.tolist() == [128.5, -128.5]
+    bounds = torch.tensor([0, 257], dtype=torch.int32)
+    loss = PolicyLoss(surrogate="reinforce", aggregation="seq-mean-token-sum")
+    given = (targets, -torch.ones(1), bounds, loss)
+    output = linear_grpo_loss(hidden, weight, *given, bias=bias)
+    assert torch.autograd.grad(output.loss, bias)[0].tolist() == [128.5, -128.5]
+
+
+def test_autocast_leaves_fp64_alone() -> None:
+    problem = Problem.make()
+    leaves = leaves_of(problem)
+    arguments = {"loss": PolicyLoss.preset("perl"), **problem.loss_arguments()}
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = linear_grpo_loss(*leaves, problem.targets, **arguments)
+        found.append((output.logprobs, *torch.autograd.grad(output.loss, leaves)))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["perl", "gspo"])

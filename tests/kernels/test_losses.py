@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, get_args
@@ -127,6 +128,34 @@ def test_kl(kl: str, bias_correction: bool) -> None:
         loss = preset(name, kl=kl, kl_coef=0.3, kl_bias_correction=bias_correction)
         check(loss, Problem.make(seed=3))
         check(loss, Problem.make(seed=3), old=False)
+
+
+@pytest.mark.parametrize(
+    ("kl", "backend"),
+    [*((kl, "torch") for kl in get_args(KL)), ("abs", "triton"), ("k3", "triton")],
+)
+def test_kl_by_distance(kl: str, backend: Any) -> None:
+    """To the last digits of fp32, also where exp(d) - 1 - d would lose them; k3 is bounded at 20."""
+    loss = PolicyLoss(surrogate="reinforce", kl=kl, kl_coef=1.0)  # type: ignore[arg-type]
+    bounds, ref = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([-32.0])
+    for d in (0.0, 2.0**-12, -(2.0**-12), 0.375, -0.375, 0.625, -3.0, 25.0, -25.0):
+        inside = max(-20.0, min(d, 20.0))
+        k3, k3_slope = math.expm1(inside) - inside, -math.expm1(inside) * (d == inside)
+        value, slope = {
+            "k1": (-d, 1.0),
+            "k1+": (-d, -d),
+            "abs": (abs(d), -math.copysign(1.0, d) if d else 0.0),
+            "k2": (d * d / 2, -d),
+            "k3": (k3, k3_slope),
+            "k3+": (k3, -d),
+        }[kl]
+        logprobs = (ref - d).requires_grad_()
+        given = {"ref_logprobs": ref, "backend": backend}
+        output = policy_loss(logprobs, torch.zeros(1), bounds, loss, **given)
+        (gradient,) = torch.autograd.grad(output.loss, logprobs)
+        found = torch.stack([output.loss.detach(), output.metrics["kl"], gradient[0]])
+        wanted = torch.tensor([value, value, slope])
+        torch.testing.assert_close(found, wanted, rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("ratio", ["token", "sequence", "sequence_token"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from perl_kernels import PolicyLoss, policy_loss, top_entropy_weights
+from tests.messages import refused
 
 
 @pytest.mark.parametrize(("fraction", "kept"), [(0.2, 2), (0.25, 3), (1.0, 10), (1e-9, 1)])
@@ -53,11 +54,17 @@ def test_nothing_to_choose_from() -> None:
 
 def test_errors() -> None:
     for fraction in (0.0, 1.5, float("nan")):
-        with pytest.raises(ValueError, match="fraction is"):
+        with refused("fraction", fraction, 0, 1, error=ValueError):
             top_entropy_weights(torch.rand(3), fraction)
-    with pytest.raises(TypeError, match="fraction is a str"):
+    with refused("fraction", "str", error=TypeError):
         top_entropy_weights(torch.rand(3), "half")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"weights has shape \[2\]"):
+    with refused("weights", [2], "[N]", error=ValueError):
         top_entropy_weights(torch.rand(3), 0.5, weights=torch.ones(2))
-    with pytest.raises(TypeError, match="entropy has dtype"):
-        top_entropy_weights(torch.arange(3), 0.5)
+    with refused("weights", -1.0, error=ValueError):
+        top_entropy_weights(torch.rand(1), 0.5, weights=-torch.ones(1))
+    for entropy, error, names in (
+        (torch.arange(3), TypeError, ("torch.int64",)),
+        (torch.rand(3, 1), ValueError, ([3, 1], "[N]")),
+    ):
+        with refused("entropy", *names, error=error):
+            top_entropy_weights(entropy, 0.5)
