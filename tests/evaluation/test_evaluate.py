@@ -1,97 +1,285 @@
-"""Evaluation takes examples as they come: by position, in every order, loaded a few at a time."""
+"""Held-out examples in every order of their pictures: what is asked, what is counted, what a command tells of it."""
 
+from __future__ import annotations
+
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
-from perl.config import Config, EvalConfig, ModelConfig, RolloutConfig
-from perl.evaluation.evaluate import aggregate, evaluate
-from perl.model.loading import load_policy, load_processor
-from perl.rollout.engine import InProcessEngine
+from perl.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    PermutationConfig,
+    RolloutConfig,
+)
+from perl.evaluation.evaluate import ExampleResult, accuracies_of, aggregate, evaluate
+from perl.model.loading import load_processor
+from perl.permutation import permute
 from perl.rollout.prompts import PromptEncoder, PromptLimit
-from perl.types import Example, UserError
-from tests.command_line import run
-
-PICTURES = tuple(Image.new("RGB", (28, 28), c) for c in ("red", "green", "blue"))
-
-
-def example(name: str, count: int = 2) -> Example:
-    slots = " ".join(f"{letter} <image>" for letter in "ABC"[:count])
-    return Example(name, PICTURES[:count], f"{slots} which image shows two ?", "A", task="which")
+from perl.types import EncodedPrompt, Example, Rollout
+from tests.command_line import ErrorOf, run
+from tests.messages import refused, tells
+from tests.stand_ins import Asked, TableEngine, example
 
 
-def config(**measured: int) -> Config:
-    return Config(eval=EvalConfig(**measured), rollout=RolloutConfig(max_new_tokens=4))
+def measured(
+    answer: Callable[[Asked], str], *examples: Example, **sections: Any
+) -> tuple[list[ExampleResult], list[Rollout], TableEngine]:
+    config = Config(**{"rollout": RolloutConfig(max_new_tokens=4, temperature=0.3), **sections})
+    engine: Any = TableEngine(answer)
+    encoder = PromptEncoder(engine.processor, PromptLimit.to_generate(config), config.data.overlong)
+    results, shown = evaluate(engine, encoder, examples, range(len(examples)), config)
+    return results, shown, engine
+
+
+def by_hand(asked: Asked) -> str:
+    """Of two samples the first says A, the second what is right; the greedy completion says A, well formed."""
+    if asked.params.temperature == 0:
+        return r"<think></think>\boxed{A}"
+    letter = "A" if asked.number == 0 else asked.variant.answer
+    return (
+        rf"<think></think>\boxed{{{letter}}}"
+        if asked.variant.order == (0, 1)
+        else rf"\boxed{{{letter}}}"
+    )
+
+
+def test_numbers_by_hand() -> None:
+    """Right are A and B. Samples say A, A and A, B, that is picture 1, 1 and 2, 1; greedy ones A and A, picture 1 and 2."""
+    (one, single), shown, _ = measured(
+        by_hand, example("q", 10, 20, task="t"), example("s", 10), eval=EvalConfig(samples=2)
+    )
+    assert one == ExampleResult(
+        id="q",
+        task="t",
+        accuracy=3 / 4,
+        greedy=1 / 2,
+        consistency=2 / 4,
+        greedy_consistency=0.0,
+        format=2 / 4,
+        orders=2,
+    )
+    assert (single.accuracy, single.greedy, single.orders) == (1, 1, 1)
+    assert math.isnan(single.consistency) and math.isnan(single.greedy_consistency)
+    assert [(r.variant.order, r.text) for r in shown] == [
+        ((0, 1), r"<think></think>\boxed{A}"),
+        ((1, 0), r"\boxed{A}"),
+        ((0,), r"\boxed{A}"),
+    ]
+
+
+def test_what_the_model_is_asked() -> None:
+    """Chunks of 32 examples are sampled at temperature 1, each with a seed of its own, and then greedily."""
+    results, shown, engine = measured(
+        by_hand,
+        *(example(f"q{i}", 10, 20) for i in range(33)),
+        example("q0", 10, 20, 30, 40),
+        eval=EvalConfig(samples=3, max_orders=5),
+    )
+    calls = engine.calls
+    assert [(c.params.n, c.params.temperature, c.params.max_new_tokens) for c in calls] == [
+        (3, 1.0, 4),
+        (1, 0.0, 4),
+    ] * 2
+    assert [len(c.variants) for c in calls] == [64, 64, 7, 7]
+    assert calls[0].seed != calls[2].seed
+    # Equal ids stay two examples, and the original order is one of those that are drawn.
+    assert [r.id for r in results] == [*(f"q{i}" for i in range(33)), "q0"]
+    assert [r.orders for r in results] == [2] * 33 + [5]
+    orders = [v.order for v in calls[2].variants]
+    assert orders[:3] == [(0, 1), (1, 0), (0, 1, 2, 3)] and len(set(orders)) == 7
+    assert len(shown) == 64  # The first chunk's.
+    again = measured(
+        by_hand,
+        *(example(f"q{i}", 10, 20) for i in range(33)),
+        example("q0", 10, 20, 30, 40),
+        eval=EvalConfig(samples=3, max_orders=5),
+    )[2]
+    assert [(c.seed, c.params) for c in again.calls] == [(c.seed, c.params) for c in calls]
+    assert [v.order for v in again.calls[2].variants] == orders
+
+
+def test_examples_are_taken_by_index_a_few_at_a_time() -> None:
+    class Counting(list[Example]):
+        loaded = 0
+
+        def __getitem__(self, i: Any) -> Any:
+            self.loaded += 1
+            return super().__getitem__(i)
+
+    data, config = Counting(example(f"q{i}", 1) for i in range(70)), Config()
+    engine: Any = TableEngine(lambda asked: "")
+    encoder = PromptEncoder(engine.processor, PromptLimit(99, ""), "error")
+    told: list[tuple[int, int]] = []
+    results, shown = evaluate(
+        engine,
+        encoder,
+        data,
+        range(69, 1, -2),
+        config,
+        lambda done: told.append((done, data.loaded)),
+    )
+    assert [r.id for r in results] == [f"q{i}" for i in range(69, 1, -2)]
+    assert told == [(32, 32), (2, 34)] and len(shown) == 32
+
+
+def test_examples_over_the_budget_are_left_out() -> None:
+    """Prompts of two pictures have 7 words, those of three 9."""
+    config = {"data": DataConfig(max_prompt_tokens=8, overlong="drop")}
+    two, three = (10, 20), (10, 20, 30)
+    data = [example("a", *three), example("b", *two), example("c", *three), example("d", *two)]
+    results, shown, _ = measured(
+        lambda asked: rf"\boxed{{{asked.variant.answer}}}", *data, **config
+    )
+    assert [(r.id, r.accuracy, r.greedy) for r in results] == [("b", 1, 1), ("d", 1, 1)]
+    assert [r.variant.example.id for r in shown] == ["b", "b", "d", "d"]
+    results, *_ = measured(by_hand, data[0], **config)
+    with refused("data.max_prompt_tokens", "train.tokens_per_micro_batch", "model.max_pixels"):
+        aggregate(results)
+
+
+def test_texts_follow_where_the_run_says_so() -> None:
+    question = "<image> <image> Is the second image darker?"
+    asked = example("q", 10, 20, question=question, answer="no", should_change=False)
+    references = PermutationConfig(text="references")
+    *_, engine = measured(by_hand, asked, permutation=references)
+    for call in engine.calls:
+        texts = [v.messages[0].content for v in call.variants]
+        assert texts == [question, question.replace("second", "first")]
+
+
+def result(task: str, accuracy: float, consistency: float = 0.5, orders: int = 2) -> ExampleResult:
+    return ExampleResult("q", task, accuracy, 0.25, consistency, 1.0, 0.0, orders)
+
+
+def test_means_in_all_and_by_task() -> None:
+    nan = math.nan
+    found = aggregate(
+        [result("a", 1.0), result("", 0.0, nan, 1), result("b", 0.0, nan, 1), result("a", 1 / 3)]
+    )
+    same = {"greedy": 0.25, "greedy_consistency": 1.0, "format": 0.0}
+    assert found == {
+        **same,
+        "accuracy": 0.333333,
+        "consistency": 0.5,  # of those that have one
+        "orders": 1.5,
+        "examples": 4,
+        "by_task": {
+            "a": {**same, "accuracy": 0.666667, "consistency": 0.5, "orders": 2, "examples": 2},
+            "b": {**same, "accuracy": 0.0, "consistency": None, "orders": 1, "examples": 1},
+        },
+    }
+
+
+def test_right_in_its_own_order() -> None:
+    empty: Any = EncodedPrompt(None, None, 0, (), 0)  # type: ignore[arg-type]
+    asked = example("q", 10, 20)
+    rollouts = [
+        Rollout(permute(e, order), empty, None, None, r"\boxed{A}", True)  # type: ignore[arg-type]
+        for e, order in ((asked, (0, 1)), (asked, (1, 0)))
+    ]
+    assert accuracies_of(rollouts) == [1, 0]
 
 
 @pytest.fixture
-def tools(tiny_folder: Callable[[str], Path]) -> tuple[InProcessEngine, PromptEncoder]:
-    folder, model = str(tiny_folder("tiny-qwen2.5-vl")), ModelConfig()
-    processor = load_processor(folder, model)
-    engine = InProcessEngine(load_policy(folder, model, torch.device("cpu")), processor, 64)
-    return engine, PromptEncoder(processor, PromptLimit(20, "20"), "drop")
+def data(tmp_path: Path) -> Path:
+    """Two questions over two pictures and a longer one over three; the darkest is right."""
+    rows = []
+    for number, count in enumerate((2, 3, 2)):
+        names = [f"{20 * k}.png" for k in range(count)]
+        for k, name in enumerate(names):
+            Image.new("RGB", (1, 1), (20 * k,) * 3).save(tmp_path / name)
+        slots = " ".join(f"{letter} <image>" for letter in "ABC"[:count])
+        row = {"id": f"q{number}", "question": f"{slots} Which is darkest?", "images": names}
+        rows.append(json.dumps({**row, "answer": "A", "task": f"of {count}"}) + "\n")
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    return tmp_path / "rows.jsonl"
 
 
-def test_equal_ids_stay_two_examples(tools: tuple[InProcessEngine, PromptEncoder]) -> None:
-    data = [example("0"), example("0"), example("1")]
-    results, shown = evaluate(*tools, data, range(3), config(samples=2))
-    assert [(r.id, r.orders) for r in results] == [("0", 2), ("0", 2), ("1", 2)]
-    assert len(shown) == 6
-    assert aggregate(results)["by_task"]["which"]["examples"] == 3
-
-
-def test_examples_over_the_budget_are_left_out(
-    tools: tuple[InProcessEngine, PromptEncoder],
+def test_the_command_tells_and_writes_its_numbers(
+    data: Path, engine: TableEngine, without_weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = [example("short"), example("long", 3), example("short too")]
-    results, _ = evaluate(*tools, data, [0, 1, 2], config())
-    assert [r.id for r in results] == ["short", "short too"]
-    with pytest.raises(UserError, match="every held-out example has a prompt over"):
-        aggregate(evaluate(*tools, data, [1], config())[0])
+    """Samples are always right; greedy completions say A, which is right in 1/2 and 1/3 of the orders."""
+    engine.answer = lambda asked: (
+        r"\boxed{A}" if asked.params.temperature == 0 else rf"\boxed{{{asked.variant.answer}}}"
+    )
+    out = data.with_name("out.json")
+    words = ("evaluate", without_weights, "--data", data, "--output", out, "--max-new-tokens", 7)
+    assert run(*words, "--eval.samples", 2) == 0
+    assert [(c.params.n, c.params.max_new_tokens) for c in engine.calls] == [(2, 7), (1, 7)]
+    numbers = json.loads(out.read_text())
+    assert (numbers["examples"], numbers["accuracy"], numbers["consistency"]) == (3, 1.0, 1.0)
+    assert numbers["greedy"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 2) / 3, abs=1e-6)
+    assert numbers["by_example"][1] == {
+        **{"id": "q1", "task": "of 3", "orders": 6},
+        **{"accuracy": 1.0, "greedy": pytest.approx(1 / 3), "consistency": 1.0},
+    }
+    said = capsys.readouterr()
+    lines = [" ".join(line.split()) for line in said.out.splitlines()]
+    assert "of 3 1 6 100.0 % 33.3 % 100.0 % 0.0 %" in lines
+    assert "all 3 3.33333 100.0 % 44.4 % 100.0 % 0.0 %" in lines
+    tells(said.err, "3 examples")
+    assert run(*words, "--max-prompt-tokens", 8, "--overlong", "drop", "--eval.max-orders", 1) == 0
+    said = capsys.readouterr()
+    tells(said.out, "1", "data.max_prompt_tokens = 8")
+    assert [(r["id"], r["consistency"]) for r in json.loads(out.read_text())["by_example"]] == [
+        ("q0", None),
+        ("q2", None),
+    ]
+    assert "all 2 1 100.0 % 100.0 % - 0.0 %" in [" ".join(x.split()) for x in said.out.splitlines()]
+
+
+def test_what_evaluate_refuses(
+    data: Path, engine: TableEngine, without_weights: Path, error_of: ErrorOf
+) -> None:
+    for options, names in (
+        (("--eval.examples", 0), ["eval.examples = 0", "1"]),
+        (("--output", data), ["--output", data]),
+        (
+            ("--max-prompt-tokens", 6, "--overlong", "drop"),
+            ["data.max_prompt_tokens", "model.max_pixels"],
+        ),
+    ):
+        tells(error_of("evaluate", without_weights, "--data", data, *options), *names)
+
+
+def test_what_a_run_was_set_to_holds_when_its_model_is_asked(
+    data: Path,
+    trained: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    error_of: ErrorOf,
+) -> None:
+    """A real model, which is asked by `evaluate` and by `generate`."""
+    own = DataConfig(eval=str(data), max_prompt_tokens=5)
+    folder = trained(data=own, rollout=RolloutConfig(max_new_tokens=1))
+    tells(
+        error_of("evaluate", folder),
+        "q0",
+        "data.max_prompt_tokens = 5",
+        "--max-prompt-tokens",
+        "--overlong drop",
+    )
+    assert run("evaluate", folder, "--max-prompt-tokens", 99, "--eval.examples", 2) == 0
+    tells(capsys.readouterr().err, "2 examples")
+    assert run("generate", folder, "--prompt", "three", "--n", "8") == 0
+    tells(capsys.readouterr().out, "cut at 1 tokens")
 
 
 def test_pictures_with_the_same_bytes_and_other_palettes_are_two(
-    tools: tuple[InProcessEngine, PromptEncoder],
+    tiny_folder: Callable[[str], Path],
 ) -> None:
     one, other = Image.new("P", (28, 28), 1), Image.new("P", (28, 28), 1)
     one.putpalette([0, 0, 0, 255, 0, 0])
     other.putpalette([0, 0, 0, 0, 0, 255])
-    encode = tools[1].processor.encode_image
+    encode = load_processor(str(tiny_folder("tiny-qwen2.5-vl")), ModelConfig()).encode_image
     assert encode(one).key != encode(other).key
-
-
-def test_what_a_run_was_set_to_holds_when_its_model_is_asked(
-    short_recipe: Path, capsys: pytest.CaptureFixture[str], error_of: Callable[..., str]
-) -> None:
-    folder = short_recipe.parent / "run"
-    assert run("train", short_recipe, "--train.steps", "0", "--rollout.max-new-tokens", "1") == 0
-    capsys.readouterr()
-    assert run("generate", folder, "--prompt", "three", "--n", "8") == 0
-    assert "[cut at 1 tokens]" in capsys.readouterr().out
-    words = ("evaluate", folder, "--eval.examples", "2", "--max-prompt-tokens")
-    assert "raise it with --max-prompt-tokens, or leave" in error_of(*words, "5")
-    assert "every held-out example has a prompt over" in error_of(*words, "5", "--overlong", "drop")
-    data = short_recipe.parent / "data.jsonl"
-    first, second, *_ = data.read_text().splitlines()
-    longer = second.replace("Which image", "Which image " + "image " * 20)
-    data.write_text(f"{first}\n{longer}\n")
-    capsys.readouterr()
-    assert run(*words, "30", "--overlong", "drop") == 0
-    said = capsys.readouterr()
-    assert "1 examples are left out" in said.out
-    assert "evaluate: 2 examples" in said.err and "steps" not in said.err
-
-
-def test_names_that_are_no_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error_of: Callable[..., str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("runs").mkdir()
-    for command in (("generate", "runs/nope", "--prompt", "x"), ("evaluate", "runs/nope")):
-        assert "runs/nope: there is no such folder; give a run folder" in error_of(*command)
 
 
 def test_help_shows_what_evaluate_uses(capsys: pytest.CaptureFixture[str]) -> None:

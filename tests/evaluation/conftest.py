@@ -1,0 +1,53 @@
+"""Commands that ask a model, with an engine that answers as a test says in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perl.config import Config
+from perl.recipe import save_config
+from perl.rollout.prompts import PromptEncoder, PromptLimit
+from tests.stand_ins import TableEngine
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> TableEngine:
+    """What `evaluate` and `filter` ask whatever their model is; the test sets its `answer`."""
+    engine = TableEngine(lambda asked: "")
+
+    def engine_and_encoder(config: Config) -> tuple[TableEngine, PromptEncoder]:
+        limit = replace(PromptLimit.to_generate(config), advice="")
+        return engine, PromptEncoder(engine.processor, limit, config.data.overlong)  # type: ignore[arg-type]
+
+    for module in ("commands", "filter_command"):
+        monkeypatch.setattr(f"perl.evaluation.{module}.engine_and_encoder", engine_and_encoder)
+    return engine
+
+
+@pytest.fixture
+def without_weights(tmp_path: Path) -> Path:
+    """A model folder that no model can be loaded from."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def trained(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+    """A function from sections of settings to the folder of a run with them, which has left the tiny model."""
+
+    def folder(**sections: Any) -> Path:
+        root = tmp_path / "run"
+        (root / "models").mkdir(parents=True, exist_ok=True)
+        if not (root / "models" / "final").exists():
+            (root / "models" / "final").symlink_to(tiny_folder("tiny-qwen2.5-vl"))
+        save_config(Config(**sections), root / "config.toml")
+        return root
+
+    return folder

@@ -1,0 +1,105 @@
+"""Which model and which settings the name of a run, a folder or a hub model stands for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from perl.config import Config, RolloutConfig, RunConfig, StageConfig
+from perl.recipe import save_config
+from perl.rollout.opening import config_of, fingerprint
+from tests.messages import refused, tells
+
+STAGES = (
+    StageConfig(name="warm", kind="cold_start", set={}),
+    StageConfig(name="easy", kind="rl", set={"rollout": {"max_new_tokens": 7}}),
+    StageConfig(name="hard", kind="rl", set={"rollout": {"max_new_tokens": 9}}),
+)
+
+
+def run_folder(folder: Path, *models: str, **sections: object) -> Path:
+    """A run that has left these models."""
+    folder.mkdir()
+    save_config(Config(**sections), folder / "config.toml")  # type: ignore[arg-type]
+    for name in models:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("left", "newest", "tokens"),
+    [
+        (["warm"], "warm", 5),
+        (["warm", "easy"], "easy", 7),
+        (["initial", "warm", "easy", "hard", "final"], "final", 9),
+    ],
+)
+def test_a_run_gives_its_newest_model_with_the_settings_of_its_stage(
+    left: list[str], newest: str, tokens: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_folder(
+        tmp_path / "run",
+        *(f"models/{name}" for name in left),
+        stages=STAGES,
+        rollout=RolloutConfig(max_new_tokens=5),
+    )
+    config = config_of(str(folder), rollout={"temperature": 0.5, "batch_size": None})
+    assert config.model.path == str(folder / "models" / newest)
+    assert config.rollout == RolloutConfig(max_new_tokens=tokens, temperature=0.5)
+    said = capsys.readouterr().err
+    tells(said, folder / "models" / newest)
+    assert ("perl-rl resume" in said) == (newest != "final")
+
+
+def test_a_run_of_several_seeds_gives_its_first(tmp_path: Path) -> None:
+    models = ("seed-4/models/final", "seed-3/models/final")
+    folder = run_folder(tmp_path / "run", *models, run=RunConfig(seeds=(4, 3)))
+    assert config_of(str(folder)).model.path == str(folder / "seed-4" / "models" / "final")
+
+
+def test_models_that_no_run_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    for name in ("model", str(tmp_path / "model"), "Qwen/Qwen2-VL-2B", "some-model"):
+        config = config_of(name)
+        assert config.model.path == name and config.rollout == Config().rollout
+
+
+def test_names_that_stand_for_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs/empty").mkdir(parents=True)
+    run_folder(tmp_path / "runs" / "new", "models/initial")
+    for name in ("runs/nope", "./nope", "../nope", "~/no/nope", "/nope", "a/b/c"):
+        with refused(name, "a run folder", "a model folder"):
+            config_of(name)
+    with refused("runs/empty", "config.toml", "config.json"):
+        config_of("runs/empty")
+    with refused("runs/new", "perl-rl resume"):
+        config_of("runs/new")
+
+
+def test_a_fingerprint_changes_with_the_weights(tmp_path: Path) -> None:
+    """Head, middle and tail of each file, its size and its name."""
+    size = 1 << 20
+
+    def changed(place: int | None = None, size: int = size, name: str = "a") -> str:
+        for old in tmp_path.glob("*.safetensors"):
+            old.unlink()
+        content = bytearray(size)
+        if place is not None:
+            content[place] = 1
+        (tmp_path / f"{name}.safetensors").write_bytes(content)
+        return fingerprint(str(tmp_path))
+
+    same = changed()
+    assert changed() == same and len(same) == 16
+    samples = (0, (1 << 16) - 1, size // 2, size // 2 + (1 << 16) - 1, size - (1 << 16), size - 1)
+    others = [changed(place) for place in samples]
+    others += [changed(size=size + 1), changed(name="b"), changed(0, 9), changed(8, 9)]
+    assert len({same, *others}) == len(others) + 1
+    (tmp_path / "b.safetensors").write_bytes(b"x")
+    assert fingerprint(str(tmp_path)) not in {same, *others}
+    assert fingerprint("Qwen/Qwen2-VL-2B") == ""
