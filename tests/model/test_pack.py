@@ -169,6 +169,78 @@ def test_pack_tells_where_completions_came_from(share: bool, budget: int) -> Non
         assert all(b.prefix_lengths.sum() == 0 for b in batches)
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_rows_hold_whole_groups(share: bool) -> None:
+    """By size alone best fit would put the prompts 0 and 3 together, and 1 and 2."""
+    sizes = ((6, 0), (6, 1), (3, 0), (4, 1))
+    segments = [segment(prompt(n - 1), [7], group=group) for n, group in sizes]
+    rows = [[i for i, _ in batch.source] for batch in pack(segments, 10, share)]
+    assert rows == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("loads", "budget", "share", "rows"),
+    [
+        pytest.param(
+            [(2, (1,), 0), (2, (1,), 1), (2, (1,), 0), (2, (1,), 1)],
+            12,
+            True,
+            ["0:0 1:0 2:0 3:0"],
+            id="shares of interleaved groups in the order of segments",
+        ),
+        pytest.param(
+            [(4, (1,), 0), (4, (1,), 1), (4, (1,), 0)],
+            6,
+            True,
+            ["0:0", "1:0", "2:0"],
+            id="rows in the order of their first segment",
+        ),
+        pytest.param(
+            [(4, (3, 1, 2, 3, 1), 0)],
+            10,
+            True,
+            ["0:0,3", "0:1,2,4"],
+            id="completions over two rows, each full",
+        ),
+        pytest.param(
+            [(4, (3, 1), 0)], 8, False, ["0:0", "0:1"], id="a copy of the prompt for each"
+        ),
+        pytest.param(
+            [(4, (3, 1), 0)], 12, False, ["0:0 0:1"], id="the copies of a group in one row"
+        ),
+        pytest.param(
+            [(4, (), 0), (5, (), 1)], 5, True, ["0:", "1:"], id="prompts without completions"
+        ),
+        pytest.param([(4, (), 0), (2, (1,), 0)], 5, False, ["1:0"], id="of which no copy is made"),
+        pytest.param(
+            [(3, (9, 1, 1), 0), (1, (2,), 1)],
+            5,
+            True,
+            ["0:0", "0:1,2", "1:0"],
+            id="one over the budget stands alone",
+        ),
+        pytest.param(
+            [(6, (1, 1, 1), 0)], 5, True, ["0:0", "0:1", "0:2"], id="a prompt over the budget"
+        ),
+        pytest.param(
+            [(n, (0,), i) for i, n in enumerate((3, 6, 5, 2, 4))],
+            10,
+            True,
+            ["0:0 2:0 3:0", "1:0 4:0"],
+            id="the largest first, each where it leaves least",
+        ),
+    ],
+)
+def test_plans(
+    loads: list[tuple[int, tuple[int, ...], int]], budget: int, share: bool, rows: list[str]
+) -> None:
+    planned = plan([Load(*load) for load in loads], budget, share)
+    written = [
+        " ".join(f"{s.segment}:{','.join(map(str, s.completions))}" for s in row) for row in planned
+    ]
+    assert written == rows
+
+
 def sees(batch: PackedBatch) -> list[list[int]]:
     """The rows that each token of a batch may read, from its pieces alone."""
     out = []

@@ -1,18 +1,23 @@
 """The vision tower's cache: how often an image is encoded, and when what was made is no longer good."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
+from torch import nn
 
-from perl.model.families import ImageFeatures
+from perl.model import vision as vision_module
+from perl.model.families import Family, ImageFeatures
 from perl.model.head import HeadLoss
 from perl.model.packed.pack import pack_row
 from perl.model.tiny import TINY_MODELS, TINY_QWEN
-from perl.model.vision import Vision
+from perl.model.vision import StepFeatures, Vision
 from perl.rollout.engine import InProcessEngine, SamplingParams
-from perl.types import EncodedImage
+from perl.types import EncodedImage, PackedBatch
+from tests.messages import tells
 from tests.model.conftest import CONFIG
 from tests.model.steps import batch_logprobs, segments_of, shared_step
 
@@ -61,20 +66,36 @@ def test_a_reference_model_reads_the_features_of_an_equal_tower(load) -> None:
     assert all(p.device.type == "meta" for p in reference.core.visual.parameters())
 
 
-def test_the_feature_cache_keeps_to_its_bound(caplog: pytest.LogCaptureFixture) -> None:
-    weight, encoded = torch.nn.Linear(1, 1), []
+class Blank:
+    """A family whose tower is one weight, 1 at first: an image is its number times the weight, 8 numbers a token."""
 
-    class Blank:
-        def tower(self, core: object) -> list[torch.nn.Module]:
-            return [weight]
+    def __init__(self) -> None:
+        self.weight = nn.Linear(1, 1, bias=False)
+        nn.init.ones_(self.weight.weight)
+        self.encoded: list[str] = []
 
-        def encode(self, core: object, images: Sequence[EncodedImage]) -> ImageFeatures:
-            encoded.extend(image.key for image in images)
-            rows = [torch.full((i.tokens, 8), float(i.key)) for i in images]
-            return ImageFeatures(torch.cat(rows))
+    def tower(self, core: object) -> list[nn.Module]:
+        return [self.weight]
 
-    images = [EncodedImage(str(k), torch.empty(0), (1, 2, 2), 1 + k % 2) for k in range(6)]
-    vision = Vision(None, Blank(), cache_bytes=32 * 4)  # type: ignore[arg-type]
+    def encode(self, core: object, images: Sequence[EncodedImage]) -> ImageFeatures:
+        self.encoded += [image.key for image in images]
+        numbers = torch.tensor([[float(i.key)] for i in images for _ in range(i.tokens)])
+        return ImageFeatures(self.weight(numbers.to(self.weight.weight.dtype)).expand(-1, 8))
+
+
+def image(key: int, tokens: int = 1) -> EncodedImage:
+    return EncodedImage(str(key), torch.empty(0), (1, 2, 2), tokens)
+
+
+@pytest.fixture
+def blank() -> Blank:
+    return Blank()
+
+
+@pytest.fixture
+def features(blank: Blank) -> Callable[..., list[float]]:
+    """Features without gradient, of a cache of four tokens: the first number of each token."""
+    vision = Vision(None, cast(Family, blank), cache_bytes=4 * 8 * 4)
 
     def features(*images: EncodedImage) -> list[float]:
         with torch.no_grad():
@@ -82,15 +103,139 @@ def test_the_feature_cache_keeps_to_its_bound(caplog: pytest.LogCaptureFixture) 
         assert found is not None
         return found.rows[:, 0].tolist()
 
-    assert features(images[0], images[1], images[0]) == [0, 1, 1, 0] and encoded == ["0", "1"]
-    features(*images[2:4])
-    # Four tokens fit: the two oldest images went.
-    assert features(*images[2:4]) == [2, 3, 3]
-    assert features(images[1]) == [1, 1]
-    assert encoded == ["0", "1", "2", "3", "1"]
+    features.vision = vision
+    return features
+
+
+def test_what_was_read_last_is_kept_longest(blank: Blank, features) -> None:
+    one, two, three = image(1), image(2, tokens=2), image(3, tokens=2)
+    assert features(one, two, one) == [1, 2, 2, 1]
+    features(one)
+    # Five tokens: the two that were read longest ago go.
+    assert features(three) == [3, 3]
+    assert blank.encoded == ["1", "2", "3"]
+    assert features(one, three) == [1, 3, 3]
+    assert blank.encoded == ["1", "2", "3"]
+    features(two)
+    assert blank.encoded == ["1", "2", "3", "2"]
+
+
+def test_what_one_call_needs_is_joined_before_anything_goes(
+    blank: Blank, features, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = [image(k, tokens=2) for k in range(3)]
+    for _ in range(2):
+        assert features(*images) == [0, 0, 1, 1, 2, 2]
+    # Over the bound the oldest goes: so it does each time.
+    assert blank.encoded == ["0", "1", "2", "0"]
+    [warning] = caplog.records
+    tells(warning.getMessage(), "model.feature_cache_mb")
+
+
+def test_a_cleared_cache_is_as_large_as_a_new_one(blank: Blank, features) -> None:
+    for _ in range(2):
+        features(image(0, tokens=4))
+        features.vision.clear_cache()
+    assert features(image(0, tokens=2), image(1, tokens=2)) == [0, 0, 1, 1]
+    features(image(0, tokens=2))
+    assert blank.encoded == ["0", "0", "0", "1"]
+
+
+def test_changed_weights_and_another_precision_make_features_anew(blank: Blank, features) -> None:
+    def dtype() -> torch.dtype:
+        with torch.no_grad():
+            return features.vision.features([image(3)]).rows.dtype
+
+    assert features(image(3)) == [3]
     with torch.no_grad():
-        weight.weight += 1
-    features(images[1])
-    assert encoded[5:] == ["1"]
-    warnings = [r.getMessage() for r in caplog.records]
-    assert len(warnings) == 1 and "model.feature_cache_mb = 0 is too small" in warnings[0]
+        blank.weight.weight += 1
+    assert features(image(3)) == [6]
+    assert dtype() == torch.float32 and len(blank.encoded) == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dtype() == dtype() == torch.bfloat16
+    assert dtype() == torch.float32 and len(blank.encoded) == 4
+    blank.weight.double()
+    assert dtype() == torch.float64 and len(blank.encoded) == 5
+
+
+def test_images_go_through_the_tower_in_parts_where_no_gradient_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(vision_module, "_TOKENS_AT_ONCE", 4)
+    calls: list[list[str]] = []
+
+    class Counted(Blank):
+        def encode(self, core: object, images: Sequence[EncodedImage]) -> ImageFeatures:
+            calls.append([i.key for i in images])
+            return super().encode(core, images)
+
+    vision = Vision(None, cast(Family, Counted()), cache_bytes=2**20)
+    images = [image(k, tokens) for k, tokens in enumerate((2, 2, 1, 7, 3, 1))]
+    with torch.no_grad():
+        found = vision.features(images)
+    assert found is not None
+    assert found.rows[:, 0].tolist() == [0, 0, 1, 1, 2, *[3] * 7, 4, 4, 4, 5]
+    assert calls == [["0", "1"], ["2"], ["3"], ["4", "5"]] and vision.images_encoded == 6
+    found = vision.features([images[1], images[0], images[1]])
+    assert found is not None and found.rows.requires_grad
+    assert calls[4:] == [["1", "0"]] and found.rows[:, 0].tolist() == [1, 1, 0, 0, 1, 1]
+
+
+def batches(*shown: Sequence[EncodedImage]) -> list[PackedBatch]:
+    return [cast(PackedBatch, SimpleNamespace(images=images)) for images in shown]
+
+
+def test_gradients_of_many_micro_batches_add_up_in_float32() -> None:
+    """256 + 1 is 256 in bfloat16."""
+    weight = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    step = StepFeatures(lambda images: ImageFeatures(weight * 1), batches(*[[image(0)]] * 1000))
+    for number in range(1000):
+        with step.of(number) as found:
+            assert found is not None
+            found.rows.sum().backward()
+    assert weight.grad is not None and weight.grad.item() == 1000
+
+
+def test_the_tower_is_back_propagated_behind_the_last_micro_batch_that_shows_an_image() -> None:
+    """Features are one weight each times 1, of two tensors; the loss takes 10^number of each micro-batch."""
+    weights = [torch.ones((), requires_grad=True) for _ in range(3)]
+    encoded: list[list[str]] = []
+
+    def encode(images: Sequence[EncodedImage]) -> ImageFeatures:
+        encoded.append([i.key for i in images])
+        rows = torch.stack([weights[int(i.key)] for i in images])[:, None]
+        return ImageFeatures(rows, (rows * 2,))
+
+    def gradients() -> list[float]:
+        return [0 if w.grad is None else w.grad.item() for w in weights]
+
+    a, b, c = (image(k) for k in range(3))
+    step = StepFeatures(encode, batches([a, b], [], [b, c], [a]))
+    after = []
+    for number, (first, second) in enumerate([(1, 0), (0, 0), (0, 1), (1, 0)]):
+        with step.of(number) as found:
+            if found is None:
+                assert number == 1
+            else:
+                # The first image of a micro-batch by its rows, the second by its deepstack.
+                loss = first * found.rows[0] + second * found.deepstack[0][-1]
+                (10**number * loss).sum().backward()
+        after.append(gradients())
+    assert encoded == [["0"], ["1"], ["2"]]
+    # Only `a` of the first, the deepstack of `c` (2 x 100) and `a` of the last enter a loss.
+    assert after == [[0, 0, 0], [0, 0, 0], [0, 0, 200], [1001, 0, 200]]
+
+
+def test_images_that_are_last_shown_together_are_encoded_together() -> None:
+    encoded: list[list[str]] = []
+
+    def encode(images: Sequence[EncodedImage]) -> ImageFeatures:
+        encoded.append([i.key for i in images])
+        return ImageFeatures(torch.tensor([[float(i.key)] for i in images]))
+
+    a, b, c = (image(k) for k in range(3))
+    step = StepFeatures(encode, batches([a, b, c], [c, a]))
+    for number, rows in enumerate(([[0], [1], [2]], [[2], [0]])):
+        with step.of(number) as found:
+            assert found is not None and found.rows.tolist() == rows
+    assert encoded == [["0", "2"], ["1"]]

@@ -166,6 +166,10 @@ def test_work_is_balanced_within_grahams_bound(costs: list[list[float]]) -> None
 
 def test_little_work_moves() -> None:
     assert balance([[3.0, 3.0], [3.0, 3.1]]) == [[0, 0], [1, 1]]
+    # 6.1 and 5.9 could become 6.0 and 6.0: within 5 % of the mean it is not worth a move.
+    uneven = [[3.0, 3.0, 0.1], [3.0, 2.9]]
+    assert balance(uneven) == [[0, 0, 0], [1, 1]]
+    assert balance(uneven, tolerance=1.01) != [[0, 0, 0], [1, 1]]
     # The second process keeps what it has and gets one piece more.
     assert balance([[4.0, 4.0, 1.0], [1.0]]) == [[0, 1, 0], [1]]
     assert balance([[], [5.0, 4.0]]) == [[], [1, 0]]

@@ -1,0 +1,162 @@
+"""The loss at the head of a policy of two hidden states, in numbers; and what the config makes of a preset."""
+
+import math
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from perl.config import LossConfig
+from perl.model.head import (
+    SUPERVISED,
+    HeadLoss,
+    make_policy_loss,
+    needs_reference,
+    step_normalizer,
+)
+from perl.model.packed.pack import pack_row
+from perl.model.policy import Policy
+from perl.types import EncodedPrompt, PackedBatch, Segment
+from perl_kernels import PolicyLoss
+from tests.messages import refused
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LossConfig(preset="perl"), PolicyLoss.preset("perl")),
+        (LossConfig(preset="gspo"), PolicyLoss.preset("gspo")),
+        (
+            LossConfig(preset="dapo", clip_low=0.1, clip_high=0.4, entropy_coef=-0.5),
+            PolicyLoss.preset("dapo", clip_low=0.1, clip_high=0.4, entropy_coef=-0.5),
+        ),
+        (LossConfig(preset="dapo", clip_low=0.0), PolicyLoss.preset("dapo", clip_low=0.0)),
+        (LossConfig(preset="dr_grpo"), PolicyLoss.preset("dr_grpo", max_completion_length=64)),
+        (
+            LossConfig(preset="grpo", aggregation="seq-mean-token-sum-norm"),
+            PolicyLoss(aggregation="seq-mean-token-sum-norm", max_completion_length=64),
+        ),
+        (
+            LossConfig(preset="dr_grpo", aggregation="token-mean"),
+            PolicyLoss(aggregation="token-mean"),
+        ),
+        (
+            LossConfig(preset="grpo", kl_coef=0.25),
+            PolicyLoss.preset("grpo", kl="k3", kl_coef=0.25),
+        ),
+        (LossConfig(preset="grpo", kl_coef=0.0), PolicyLoss.preset("grpo")),
+        (LossConfig(preset="perl", kl_coef=0.5), PolicyLoss.preset("perl", kl_coef=0.5)),
+        (LossConfig(preset="perl", kl_coef=0.0), PolicyLoss.preset("perl", kl_coef=0.0)),
+    ],
+    ids=str,
+)
+def test_what_the_config_makes_of_a_preset(config: LossConfig, expected: PolicyLoss) -> None:
+    loss = make_policy_loss(config, 64)
+    assert loss == expected
+    assert needs_reference(loss) == (config.kl_coef != 0 and loss.kl is not None)
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        (LossConfig(preset="grbo"), ("loss", "grbo", "grpo")),
+        (LossConfig(clip_low=1.5), ("loss", "clip_low", 1.5)),
+        (LossConfig(aggregation="mean"), ("loss", "aggregation", "mean", "token-mean")),
+    ],
+)
+def test_what_is_no_loss_is_refused(config: LossConfig, names: tuple[object, ...]) -> None:
+    with refused(*names):
+        make_policy_loss(config, 64)
+
+
+def test_what_a_step_is_divided_by() -> None:
+    by_token, by_sequence = PolicyLoss.preset("dapo"), PolicyLoss.preset("grpo")
+    assert [step_normalizer(by_token, n, 7) for n in (0, 1, 90)] == [1, 1, 90]
+    assert [step_normalizer(by_sequence, 90, n) for n in (0, 1, 7)] == [1, 1, 7]
+
+
+class TwoStates(nn.Module):
+    """A policy whose hidden state is (1, 0), (0, 1), (1, 0), ... for the scored tokens of a batch, halved where it
+    drops out; a head over four tokens."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_weight = nn.Parameter(
+            torch.tensor([[0.5, 1.0], [2.0, -1.0], [0.0, 3.0], [9.0, 9.0]])
+        )
+
+    def forward(self, batch: PackedBatch, features: object = None) -> torch.Tensor:
+        assert features in (None, "features")
+        states = torch.eye(2).repeat(batch.num_scored, 1)[: batch.num_scored]
+        return states * 0.5 if self.training else states
+
+
+COMPLETIONS = ([0, 2], [1])
+BANNED = torch.tensor([3])
+
+
+def batch() -> PackedBatch:
+    prompt = EncodedPrompt(np.arange(3), np.arange(3)[None], 3, (), -1)
+    return pack_row([Segment(prompt, tuple(map(np.array, COMPLETIONS)), (2.0, -1.0))])
+
+
+def logprobs(policy: TwoStates, temperature: float, scale: float = 1.0) -> torch.Tensor:
+    """[3, 3] over the tokens that are sampled: of (1, 0), (0, 1) and (1, 0) again."""
+    states = scale * torch.eye(2)[[0, 1, 0]]
+    return (states @ policy.head_weight[:3].T / temperature).log_softmax(-1)
+
+
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 4.0])
+def test_logprobs_are_of_what_is_sampled_at_the_temperature_without_dropout(
+    temperature: float,
+) -> None:
+    policy = TwoStates()
+    head = HeadLoss(cast(Policy, policy), BANNED, temperature)
+    for training in (True, False):
+        policy.train(training)
+        out = head.logprobs(batch())
+        assert policy.training == training
+        assert not out.logprobs.requires_grad
+        want = logprobs(policy, temperature)
+        torch.testing.assert_close(out.logprobs, want[[0, 1, 2], [0, 2, 1]])
+        torch.testing.assert_close(out.entropy, -(want.exp() * want).sum(-1))
+
+
+def test_dropout_comes_back_where_scoring_fails() -> None:
+    policy = TwoStates().train()
+    with pytest.raises(AttributeError):
+        HeadLoss(cast(Policy, policy), BANNED, 1.0).logprobs(None)  # type: ignore[arg-type]
+    assert policy.training
+
+
+def test_a_micro_batch_is_its_share_of_the_step() -> None:
+    """Old log-probs a tenth below make ratios of e^0.1; k3 against log-probs that are 0.3 above; at temperature 2."""
+    loss = PolicyLoss.preset("dapo", kl="k3", kl_coef=0.5)
+    ours, plain = TwoStates(), TwoStates()
+    own = logprobs(plain, 2.0, 0.5)[[0, 1, 2], [0, 2, 1]]
+    old, ref = own.detach() - 0.1, own.detach() + 0.3
+    advantages = torch.tensor([2.0, 2.0, -1.0])
+    kl = (ref - own).exp() - (ref - own) - 1
+    want = ((-advantages * (own - old).exp()) + 0.5 * kl).sum() / 8
+    # sum(A) = 3, all ratios e^0.1 and within the bounds; k3 = e^0.3 - 1.3
+    assert want.item() == pytest.approx((-3 * math.exp(0.1) + 1.5 * (math.exp(0.3) - 1.3)) / 8)
+    want.backward()
+    head = HeadLoss(cast(Policy, ours), BANNED, 2.0)
+    out = head(batch(), loss, 8.0, cast(None, "features"), old, ref)
+    torch.testing.assert_close(out.loss, want)
+    out.loss.backward()
+    torch.testing.assert_close(ours.head_weight.grad, plain.head_weight.grad)
+
+
+def test_supervised_is_cross_entropy() -> None:
+    policy = TwoStates().eval()
+    one = batch()
+    one.advantages.fill_(1.0)
+    out = HeadLoss(cast(Policy, policy), BANNED, 1.0)(one, SUPERVISED, 3.0)
+    targets = torch.tensor([0, 2, 1])
+    want = nn.functional.cross_entropy(torch.eye(2)[[0, 1, 0]] @ policy.head_weight[:3].T, targets)
+    torch.testing.assert_close(out.loss, want)
