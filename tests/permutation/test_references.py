@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -43,8 +44,8 @@ def rewrite(text: str, slots: Sequence[int], letters: Sequence[int] = ()) -> str
     return write(text, mentions(text, names), slots, names)
 
 
-def slots_in(text: str, count: int) -> list[int]:
-    return [m.slot for m in mentions(text, Names(count, (), range(count)))]
+def slots_in(text: str, count: int, letters: Sequence[int] = ()) -> list[int]:
+    return [m.slot for m in mentions(text, Names(count, letters, range(count)))]
 
 
 @st.composite
@@ -88,6 +89,10 @@ def test_any_text_is_survived(text: str, order: list[int]) -> None:
         ("The last image is dark.", "The first image is dark."),
         ("Second photo, 2ND photo", "Third photo, 3rd photo"),
         ("the first two images", "images 2 and 3"),
+        (
+            "images 1–2, pics 1 to 2; photos 1 through 2",
+            "images 2 and 3, pics 2 and 3; photos 2 and 3",
+        ),
         ("images 1-3 and picture 1", "images 1, 2 and 3 and picture 2"),
         ("Is <image_3> like Image-1?", "Is <image_1> like Image-2?"),
         ("image A or image C", "image B or image A"),
@@ -101,6 +106,122 @@ def test_any_text_is_survived(text: str, order: list[int]) -> None:
 def test_what_is_a_mention(text: str, after: str | None) -> None:
     """Each image moves one slot on; None: the text names none."""
     assert rewrite(text, (1, 2, 0), (0, 1, 2)) == (after or text)
+
+
+NOUNS = ["image", "img", "picture", "pic", "photo", "photograph", "figure", "frame", "panel"]
+VERBS = [
+    "is",
+    "are",
+    "was",
+    "were",
+    "has",
+    "have",
+    "had",
+    "do",
+    "does",
+    "did",
+    "show",
+    "shows",
+    "contain",
+    "contains",
+    "depict",
+    "depicts",
+    "look",
+    "looks",
+    "seem",
+    "seems",
+    "differ",
+    "differs",
+    "match",
+    "matches",
+    "appear",
+    "appears",
+    "and",
+    "or",
+    "but",
+    "than",
+    "to",
+    "in",
+    "on",
+    "at",
+    "with",
+    "from",
+    "of",
+    "the",
+    "for",
+    "that",
+    "which",
+    "where",
+    "by",
+    "as",
+    "both",
+    "together",
+    "respectively",
+    "could",
+    "will",
+    "would",
+    "only",
+    "instead",
+    "share",
+    "shares",
+    "vs",
+    "versus",
+    "nor",
+    "if",
+    "like",
+    "not",
+    "above",
+    "below",
+    "alike",
+    "darker",
+    "lighter",
+    "brighter",
+    "larger",
+    "smaller",
+    "taller",
+    "bigger",
+    "similar",
+    "different",
+]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "parts"),
+    [
+        ("Is {} 2 dark?", [*NOUNS, "fig.", "Image", "PHOTO"]),
+        ("{}s 1 and 3", NOUNS),
+        ("Image{}2", [" ", " number ", " no. ", " No ", " nr. ", " nr ", "-", "_", "#", " #", " number #", ""]),
+        ("images 1{}3", [" and ", ", and ", " or ", " nor ", " vs. ", " vs ", " Versus ", " & ", "&", "/", ", "]),
+        ("image 1{}3", [" and ", " or ", "/", " to ", " and image ", ", image ", ", the image "]),
+        ("in the image 2 {} it", VERBS),
+        ("As {}", ["<image_2>", "<image-2>", "<image 2>", "<image2>", "<IMAGE_2>", "[image 2]", "[Image_2]"]),
+    ],
+)  # fmt: skip
+def test_every_way_of_writing_a_number(pattern: str, parts: list[str]) -> None:
+    """Each image moves one slot on: 1, 2, 3 become 2, 3, 1."""
+    for text in map(pattern.format, parts):
+        wanted = re.sub("[123]", lambda digit: str(int(digit[0]) % 3 + 1), text)
+        assert rewrite(text, (1, 2, 0)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("the {} image", """first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth
+         fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth twentieth"""),
+        ("the {} image", "1st 2nd 3rd 4th 5th 6th 7th 8th 9th 10th 11th 12th 13th 14th 15th 16th 17th 18th 19th 20th 21st 22nd 23rd 24th"),
+        ("image {}, with", """one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+         seventeen eighteen nineteen twenty"""),
+        ("image {} is", "A B C D E F G H I J K L M N O P Q R S T U V W X Y Z"),
+    ],
+)  # fmt: skip
+def test_every_word_for_a_place(pattern: str, words: str) -> None:
+    """Each image moves one slot on, the last one to the first."""
+    texts = [pattern.format(word) for word in words.split()]
+    on = [*range(1, len(texts)), 0]
+    for slot, text in enumerate(texts):
+        assert slots_in(text, 26, range(26)) == [slot]
+        assert rewrite(text, on, range(len(on))) == texts[on[slot]]
 
 
 def test_many_images_are_named_by_numbers_where_words_end() -> None:
