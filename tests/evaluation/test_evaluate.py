@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,15 +251,18 @@ def test_what_evaluate_refuses(
         tells(error_of("evaluate", without_weights, "--data", data, *options), *names)
 
 
+@pytest.mark.slow
 def test_what_a_run_was_set_to_holds_when_its_model_is_asked(
     data: Path,
     trained: Callable[..., Path],
+    tiny_folder: Callable[[str], Path],
     capsys: pytest.CaptureFixture[str],
     error_of: ErrorOf,
 ) -> None:
     """A real model, which is asked by `evaluate` and by `generate`."""
     own = DataConfig(eval=str(data), max_prompt_tokens=5)
     folder = trained(data=own, rollout=RolloutConfig(max_new_tokens=1))
+    shutil.copytree(tiny_folder("tiny-qwen2.5-vl"), folder / "models" / "final", dirs_exist_ok=True)
     tells(
         error_of("evaluate", folder),
         "q0",
