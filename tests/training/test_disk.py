@@ -2,13 +2,11 @@
 
 import errno
 import json
-import logging
 import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,41 +17,6 @@ from tests.command_line import ErrorOf, metrics, rewarded, run
 
 ALTERNATING = "def f(prompts, **c): return [float(i % 2) for i in range(len(prompts))]"
 """A reward that an untrained model learns from."""
-
-
-def corrupt_header(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[8:40] = b"\xff" * 32
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda c: os.truncate(c / "model.safetensors", 100),
-        lambda c: (c / "optimizer.safetensors").unlink(),
-        lambda c: corrupt_header(c / "model.safetensors"),
-        lambda c: corrupt_header(c / "optimizer.safetensors"),
-        lambda c: corrupt_header(c / "rng.safetensors"),
-        lambda c: (c / "manifest.json").write_text("no json"),
-        lambda c: (c / "manifest.json").write_text("[]"),
-        lambda c: (c / "manifest.json").write_text('{"files": [], "progress": {}}'),
-        lambda c: (c / "manifest.json").write_bytes(b"\xff"),
-    ],
-)
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(
-    damage: Callable[[Path], Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    model, manager = torch.nn.Linear(2, 2), CheckpointManager(tmp_path, 9)
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(2)).sum().backward()
-    optimizer.step()
-    before, newest = (manager.save(model, optimizer, Progress("rl", step)) for step in (1, 2))
-    damage(newest)
-    with caplog.at_level(logging.WARNING, "perl.training.checkpoint"):
-        found = manager.load()
-    assert found is not None and found[0] == before
-    assert f"checkpoint {newest} is damaged" in caplog.text
 
 
 def test_a_run_resumes_from_the_checkpoint_before(

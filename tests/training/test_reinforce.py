@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +13,10 @@ import torch
 
 from perl.model.packed.pack import pack_row
 from perl.permutation import permute
-from perl.training.checkpoint import Progress
-from perl.training.reinforce import old_logprobs, segments_of
-from perl.training.session import Session
-from perl.types import EncodedPrompt, Example, Group, Rollout, UserError
+from perl.rollout.collect import Collected
+from perl.training.reinforce import PolicyStep, group_metrics, old_logprobs, segments_of
+from perl.types import EncodedPrompt, Example, Group, Rollout
+from tests.training.two_tokens import config_of, session_of
 
 EXAMPLE = Example("row", ("a", "b"), "A <image> B <image> which", "A")  # type: ignore[arg-type]
 
@@ -81,16 +83,122 @@ def test_off_policy_groups_keep_the_log_probs_they_were_sampled_with() -> None:
     assert old_logprobs(head, pack_row(segments[:2])).tolist() == present
 
 
-@pytest.mark.parametrize(("updates", "kept"), [(4, ["saved"]), (5, [])])
-def test_a_step_that_failed_between_its_updates_is_not_saved(
-    updates: int, kept: list[str], monkeypatch: pytest.MonkeyPatch
+TOKENS = ([1], [0, 1], [0, 0, 1], [1, 1, 0, 1])
+"""What the four rollouts of a group wrote."""
+
+
+def written(number: int, off_policy: bool) -> Group:
+    """A group of such rollouts, with advantages of its own; its prompts are as in `group`."""
+    made = group([1, 0, 1, 0], off_policy)
+    rollouts = tuple(
+        replace(r, token_ids=np.array(t)) for r, t in zip(made.rollouts, TOKENS, strict=True)
+    )
+    return replace(made, rollouts=rollouts, advantages=made.advantages * np.float32(number + 1))
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.5])
+@pytest.mark.parametrize("updates", [1, 2, 3])
+@pytest.mark.parametrize("off_policy", [(), (1, 4)], ids=["fresh", "stored"])
+def test_updates_share_a_batch_out_and_compare_with_the_policy_that_sampled(
+    updates: int, off_policy: tuple[int, ...], kl: float, tmp_path: Path, two_tokens: None
 ) -> None:
-    """Two steps of two updates are recorded; the third step fails in its first update, or in its second."""
-    saved: list[str] = []
-    monkeypatch.setattr(Session, "save", lambda self: saved.append("saved"))
-    session: Any = object.__new__(Session)
-    session.display = SimpleNamespace(close=lambda: None)
-    session.progress = Progress(stage="rl", step=2)
-    session.optimizer, session._recorded_updates = SimpleNamespace(updates=updates), 4
-    session.rescue(UserError("the gradient is not finite"))
-    assert saved == kept
+    """Two steps on five groups, against torch's autograd and AdamW on the formula of clipped policy gradients."""
+    more = f"""
+        train = {{ steps = 2, updates_per_batch = {updates}, lr = 0.2, schedule = "linear" }}
+        loss = {{ preset = "dapo", kl_coef = {kl} }}
+    """
+    session = session_of(config_of(tmp_path, more), tmp_path / "run")
+    session.enter_stage(session.stages[1])
+    step = PolicyStep(session)
+    groups = [written(number, number in off_policy) for number in range(5)]
+
+    head, gain = torch.zeros(2, requires_grad=True), torch.ones(1, requires_grad=True)
+    adamw = torch.optim.AdamW(
+        [{"params": [head], "weight_decay": 0.01}, {"params": [gain], "weight_decay": 0.0}], lr=1.0
+    )
+    start = torch.zeros(2).log_softmax(0)
+    for number in range(2):
+        found = step(number, groups)
+        present = (head * gain).log_softmax(0).detach()
+        rows = []
+        for k in range(updates):
+            terms, ratios = [], []
+            for g in groups[k::updates]:
+                for rollout, advantage in zip(g.rollouts, g.advantages, strict=True):
+                    for y, sampled in zip(rollout.token_ids, rollout.logprobs, strict=True):
+                        logprob = (head * gain).log_softmax(0)[y]
+                        ratio = (logprob - (float(sampled) if g.off_policy else present[y])).exp()
+                        clipped = ratio.clamp(0.8, 1.28)
+                        d = start[y] - logprob
+                        gained = torch.minimum(ratio * float(advantage), clipped * float(advantage))
+                        terms.append(-gained + kl * (d.exp() - d - 1))
+                        ratios.append(ratio.item())
+            loss = torch.stack(terms).mean()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_([head, gain], 1.0)
+            rate = 0.2 * (1 - (number * updates + k) / (2 * updates))
+            for own in adamw.param_groups:
+                own["lr"] = rate
+            adamw.step()
+            adamw.zero_grad()
+            rows.append(
+                {
+                    "loss": loss.item(),
+                    "lr": rate,
+                    "grad_norm": float(norm),
+                    "ratio_max": max(ratios),
+                    "tokens": len(terms),
+                }
+            )
+        expected = {name: sum(row[name] for row in rows) / updates for name in rows[0]}
+        assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+        policy: Any = session.components.policy
+        assert policy.head_weight.flatten().tolist() == pytest.approx(head.tolist(), rel=1e-4)
+        assert policy.gain.tolist() == pytest.approx(gain.tolist(), rel=1e-4)
+    # Each prompt stands in the row once, with ten tokens behind both: 2 + 3 + 10 of a group instead of 2 * 5 + 10.
+    assert found["packing/token_sharing"] == pytest.approx(20 / 15)
+
+
+def test_what_a_step_s_rollouts_were_like() -> None:
+    """Of two groups the second lost a reward; one rollout of each was cut off."""
+    seen = [
+        replace(g, reward_parts={"own": np.array(g.rewards) / 2}, rollouts=(*g.rollouts[:3], cut))
+        for g in (group([1, 0, 1, 0]), group([1, 1, np.nan, 1]))
+        for cut in [replace(g.rollouts[3], finished=False, text=r"\boxed{A}")]
+    ]
+    counts = {"kept": 3, "zero_variance": 4, "too_hard": 5, "too_easy": 6, "unscorable": 7}
+    collected = Collected(
+        groups=[],
+        seen=seen,
+        replayed=8,
+        overflow=9,
+        short=10,
+        tries=11,
+        rate=0.25,
+        dropped=12,
+        ages=[1, 4],
+        faults={"own": 13},
+        counts=counts,
+    )
+    assert group_metrics(collected) == {
+        "reward/mean": pytest.approx(5 / 7),
+        "reward/own": pytest.approx(5 / 14),
+        "reward/faults/own": 13,
+        "consistency": 0.0,
+        "permutation/rate": 0.25,
+        "permutation/orders": 2.0,
+        "length/mean": 2.5,
+        "length/truncated": 0.25,
+        "groups/seen": 2,
+        **{f"groups/{name}": count for name, count in counts.items()},
+        "groups/overflow": 9,
+        "groups/reused": 2,
+        "groups/replayed": 8,
+        "groups/age": 2.5,
+        "groups/short": 10,
+        "groups/tries": 11,
+        "prompts/dropped": 12,
+        "tokens/prompt": 2 * (2 + 2 + 3 + 3),
+        "tokens/completion": 2 * (1 + 2 + 3 + 4),
+        "images/shown": 0,
+    }

@@ -83,17 +83,18 @@ class TwoTokens(nn.Module):
 
 
 class OwnEngine:
-    """Samples one to three tokens from such a policy; records seeds, temperatures and counts of what it is asked."""
+    """Samples one to three tokens from such a policy; the most likely one at temperature 0."""
+
+    asked: ClassVar[list[tuple[int, SamplingParams, int]]] = []
+    """Of all engines: the seed, the parameters and how many prompts."""
 
     def __init__(self, policy: TwoTokens) -> None:
         self.policy = policy
-        self.asked: list[tuple[int, float, int, int]] = []
-        """Seed, temperature, completions of each prompt, prompts."""
 
     def generate(
         self, prompts: Sequence[EncodedPrompt], params: SamplingParams, seed: int
     ) -> list[list[Completion]]:
-        self.asked.append((seed, params.temperature, params.n, len(prompts)))
+        self.asked.append((seed, params, len(prompts)))
         rng, logprobs = np.random.default_rng(seed), self.policy.logprobs().double().numpy()
         out = []
         for _ in range(len(prompts) * params.n):
@@ -136,6 +137,8 @@ class Together:
     def __init__(self, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count, self.here, self.barrier = count, threading.local(), threading.Barrier(count)
         self.lists: list[list[Any]] = [[] for _ in range(count)]
+        self.policies: dict[int, TwoTokens] = {}
+        self.stops: dict[int, StopSignal] = {}
         self.sent: defaultdict[tuple[int, int], Queue[Any]] = defaultdict(Queue)
         for name in ("all_reduce", "send_object_list", "recv_object_list"):
             monkeypatch.setattr(torch.distributed, name, getattr(self, name))
@@ -158,6 +161,11 @@ class Together:
         for each in threads:
             each.join(60)
         return out
+
+    def stop(self) -> AbstractContextManager[StopSignal]:
+        """Takes the place of `StopSignal`, which the main thread alone can install."""
+        self.stops[self.here.index] = StopSignal()
+        return nullcontext(self.stops[self.here.index])
 
     def gather(self, items: list[Any]) -> list[Any]:
         self.lists[self.here.index] = items
@@ -220,6 +228,8 @@ class Parts(Components):
         policy: Any = TwoTokens()
         processor: Any = Letters()
         accelerator = Accelerator(cls.together)
+        if cls.together:
+            cls.together.policies[accelerator.process_index] = policy
         return cls(stage, folder, accelerator, policy, processor, Stopwatch(), "initial")
 
     @cached_property
@@ -252,35 +262,20 @@ RECIPE = {
 
 
 def config_of(folder: Path, more: str = "") -> Config:
-    """A recipe over six rows of two pictures in the folder, with these keys changed."""
-    if not (folder / "data.jsonl").exists():
-        with (folder / "data.jsonl").open("w") as file:
-            for k in range(6):
-                Image.new("L", (1, 1), k).save(folder / f"{k}.png")
-                row = {"id": f"row-{k}", "question": "A <image> B <image> Which is darker?"}
-                row |= {"images": [f"{k}.png", f"{(k + 1) % 6}.png"], "answer": "AB"[k % 2]}
-                print(json.dumps(row | {"demonstration": "A B B"}), file=file)
+    """A recipe over `data.jsonl`, six rows of two pictures in the folder, with these keys changed; `more.jsonl` has more."""
+    rows = []
+    for k in range(6):
+        Image.new("L", (1, 1), k).save(folder / f"{k}.png")
+        row = {"id": f"row-{k}", "question": "A <image> B <image> Which is darker?"}
+        row |= {"images": [f"{k}.png", f"{(k + 1) % 6}.png"], "answer": "AB"[k % 2]}
+        rows.append(json.dumps(row | {"demonstration": "A B B"}) + "\n")
+    for name in ("data.jsonl", "more.jsonl"):
+        (folder / name).write_text("".join(rows).replace("row", name))
     values = {"data": {name: str(folder / "data.jsonl") for name in ("train", "eval")}, **RECIPE}
     for section, own in tomllib.loads(more).items():
         values[section] = values.get(section, {}) | own if isinstance(own, dict) else own
     (folder / "recipe.toml").write_text(tomli_w.dumps(values))
     return load_recipe(str(folder / "recipe.toml"))
-
-
-@pytest.fixture
-def two_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every run of the test is of such a policy."""
-    monkeypatch.setattr("perl.training.session.build", Parts.build)
-    monkeypatch.setattr("perl.training.reinforce.load_policy", TwoTokens.load)
-
-
-@pytest.fixture
-def two_processes(two_tokens: None, monkeypatch: pytest.MonkeyPatch) -> Together:
-    """They are threads, so that no signal reaches them."""
-    together = Together(2, monkeypatch)
-    monkeypatch.setattr(Parts, "together", together)
-    monkeypatch.setattr("perl.training.train.StopSignal", lambda: nullcontext(StopSignal()))
-    return together
 
 
 def session_of(config: Config, root: Path) -> Session:
@@ -292,5 +287,15 @@ def session_of(config: Config, root: Path) -> Session:
 
 
 def train_in(root: Path, config: Config, resume: bool = False) -> dict[str, Any]:
-    """The summary of a run."""
+    """The summary of a run, or of what is left of it."""
+    if not resume:
+        RunFolder(root).create(overwrite=False)
     return train(config, RunFolder(root), Display(enabled=False), resume)
+
+
+def saved(root: Path) -> list[tuple[str, int]]:
+    """The stage and the step of each checkpoint."""
+    manifests = [
+        json.loads(p.read_text()) for p in sorted(root.glob("checkpoints/*/manifest.json"))
+    ]
+    return [(m["progress"]["stage"], m["progress"]["step"]) for m in manifests]

@@ -1,0 +1,25 @@
+"""Runs whose policy has two tokens, in one process or in two."""
+
+import pytest
+
+from perl.training.balancing import ModelFlops
+from tests.training.two_tokens import OwnEngine, Parts, Together, TwoTokens
+
+
+@pytest.fixture
+def two_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run of the test is of such a policy."""
+    monkeypatch.setattr("perl.training.session.build", Parts.build)
+    monkeypatch.setattr("perl.training.reinforce.load_policy", TwoTokens.load)
+    monkeypatch.setattr("perl.evaluation.selection._draw", lambda *_: None)
+    monkeypatch.setattr(OwnEngine, "asked", [])
+
+
+@pytest.fixture
+def two_processes(two_tokens: None, monkeypatch: pytest.MonkeyPatch) -> Together:
+    """They are threads, each of which trains."""
+    together = Together(2, monkeypatch)
+    monkeypatch.setattr(Parts, "together", together)
+    monkeypatch.setattr(ModelFlops, "of", lambda *_: ModelFlops(1.0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr("perl.training.train.StopSignal", together.stop)
+    return together

@@ -1,0 +1,124 @@
+"""What lies in a checkpoint, which ones stay, and which one a run goes on from."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from perl.training.checkpoint import CheckpointManager, Progress
+from tests.messages import refused, tells
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [
+        (2, [["1"], ["1", "2"], ["2", "3"], ["3", "4"]]),
+        (1, [["1"], ["2"], ["3"], ["4"]]),
+        (0, [["1"], ["2"], ["3"], ["4"]]),
+        (9, [["1"], ["1", "2"], ["1", "2", "3"], ["1", "2", "3", "4"]]),
+    ],
+)
+def test_the_newest_stay(keep: int, left: list[list[str]], tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, keep)
+    for step, expected in enumerate(left):
+        made = manager.save(nn.Linear(1, 1), None, Progress("rl", step))
+        assert names(tmp_path) == [f"00000{name}" for name in expected]
+        assert manager.load() == (made, Progress("rl", step))
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    """Trained weights, AdamW's moments, the state of torch's generator and the progress; nothing that is frozen."""
+    model, manager = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1)), CheckpointManager(tmp_path, 2)
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5, betas=(0.5, 0.75), weight_decay=0.0)
+    model[1].weight.grad, model[1].bias.grad = torch.full((1, 1), 3.0), torch.full((1,), -2.0)
+    optimizer.step()
+    trained = {f"1.{name}": p.detach().clone() for name, p in model[1].named_parameters()}
+    progress = Progress(
+        "hard", 3, {"hard": {"drawn": 7}}, {"before": None}, {"x": 1.5}, 2.5, {"m": 9}
+    )
+    rng = torch.get_rng_state()
+    path = manager.save(model, optimizer, progress, lambda f: save_file({}, f / "more.safetensors"))
+    assert names(path) == [
+        *("manifest.json", "model.safetensors", "more.safetensors"),
+        *("optimizer.safetensors", "rng.safetensors"),
+    ]
+    assert load_file(path / "model.safetensors") == trained
+
+    other = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1))
+    other[0].requires_grad_(False)
+    frozen = other[0].weight.clone()
+    assert not torch.equal(torch.get_rng_state(), rng)
+    fresh = torch.optim.AdamW(other.parameters(), lr=0.5, betas=(0.5, 0.75))
+    assert CheckpointManager(tmp_path, 2).load() == (path, progress)
+    manager.restore_model(path, other)
+    manager.restore_optimizer(path, other, fresh)
+    assert torch.equal(torch.get_rng_state(), rng) and torch.equal(other[0].weight, frozen)
+    assert other[1].weight.item() == trained["1.weight"].item()
+    # Half of the gradient, and a quarter of its square.
+    for parameter, mean, square in ((other[1].weight, 1.5, 2.25), (other[1].bias, -1.0, 1.0)):
+        state = fresh.state[parameter]
+        found = state["step"].item(), state["exp_avg"].item(), state["exp_avg_sq"].item()
+        assert found == (1, mean, square)
+    assert set(fresh.state) == {other[1].weight, other[1].bias}
+
+
+@pytest.mark.parametrize("other", [nn.Linear(3, 1), nn.Linear(2, 1, bias=False)])
+def test_another_model_s_checkpoint_is_refused(other: nn.Module, tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, 2)
+    path = manager.save(nn.Linear(2, 1), None, Progress())
+    with refused(path, "config.toml", "[model]", "--overwrite"):
+        manager.restore_model(path, other)
+
+
+def test_without_a_checkpoint_there_is_none(tmp_path: Path) -> None:
+    assert CheckpointManager(tmp_path / "none", 2).load() is None
+
+
+def corrupt_header(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[8:40] = b"\xff" * 32
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda c: os.truncate(c / "model.safetensors", 100),
+        lambda c: (c / "optimizer.safetensors").unlink(),
+        lambda c: corrupt_header(c / "model.safetensors"),
+        lambda c: corrupt_header(c / "optimizer.safetensors"),
+        lambda c: corrupt_header(c / "rng.safetensors"),
+        lambda c: (c / "manifest.json").write_text("no json"),
+        lambda c: (c / "manifest.json").write_text("[]"),
+        lambda c: (c / "manifest.json").write_text('{"files": [], "progress": {}}'),
+        lambda c: (c / "manifest.json").write_bytes(b"\xff"),
+    ],
+)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    damage: Callable[[Path], Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, manager = nn.Linear(2, 2), CheckpointManager(tmp_path, 9)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    before, newest = (manager.save(model, optimizer, Progress("rl", step)) for step in (1, 2))
+    damage(newest)
+    with caplog.at_level(logging.WARNING, "perl.training.checkpoint"):
+        assert manager.load() == (before, Progress("rl", 1))
+    tells(caplog.text, newest)
+    damage(before)
+    with refused(tmp_path, "--overwrite"):
+        manager.load()

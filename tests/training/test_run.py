@@ -1,0 +1,336 @@
+"""Whole runs of a policy over two tokens: their stages, what they record, and that they go on wherever they were stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from perl.distributed import StopSignal
+from perl.files import RunFolder
+from perl.training.optimizer import Optimizer
+from perl.training.session import ProcessShare
+from perl.types import Interrupted, UserError
+from tests.command_line import json_lines, metrics, untimed
+from tests.messages import refused, tells
+from tests.stand_ins import InARow, example, processes
+from tests.training.two_tokens import (
+    Accelerator,
+    OwnEngine,
+    Parts,
+    Together,
+    config_of,
+    saved,
+    train_in,
+)
+
+STAGES = """
+run = { save_rollouts_every = 1, seed = 4 }
+filter.zero_variance = false
+eval = { examples = 2, max_orders = 2, every = 2 }
+cold_start.lr = 0.001
+
+[[stages]]
+name = "warm"
+kind = "cold_start"
+cold_start.steps = 3
+
+[[stages]]
+name = "sift"
+kind = "filter"
+data.train = "FOLDER/more.jsonl"
+resample = { rollouts = 2, histogram = "uniform" }
+
+[[stages]]
+name = "easy"
+kind = "rl"
+train = { steps = 3, updates_per_batch = 2, warmup_steps = 4, lr = 0.2 }
+loss.kl_coef = 0.01
+
+[[stages]]
+name = "hard"
+kind = "rl"
+train.steps = 4
+data.mix = ["FOLDER/more.jsonl*3"]
+loss.kl_coef = 0.01
+filter = { zero_variance = true, reuse_overflow = true, replay = 2 }
+"""
+
+
+def staged(folder: Path) -> Any:
+    return config_of(folder, STAGES.replace("FOLDER", str(folder)))
+
+
+def test_what_a_run_of_four_stages_leaves(
+    tmp_path: Path, two_tokens: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[tuple[str, int]] = []
+
+    def log(self: Any, numbers: dict[str, float], step: int) -> None:
+        logged.append((next(iter(numbers)).partition("/")[0], step))
+
+    monkeypatch.setattr(Accelerator, "log", log)
+    folder = tmp_path / "run"
+    train_in(folder, staged(tmp_path))
+    rows = untimed(folder)
+    places = [(r["stage"], r.get("name") or r.get("at"), r["step"]) for r in rows]
+    assert places == [
+        *(("cold_start", "warm", 1), ("cold_start", "warm", 2), ("cold_start", "warm", 3)),
+        *(("filter", "sift", 0), ("evaluate", "before", 0)),
+        *(("rl", "easy", 1), ("rl", "easy", 2), ("evaluate", "step", 2), ("rl", "easy", 3)),
+        *(("evaluate", "after easy", 3), ("rl", "hard", 4), ("rl", "hard", 5)),
+        *(("evaluate", "step", 5), ("rl", "hard", 6), ("rl", "hard", 7), ("evaluate", "after", 7)),
+    ]
+    # Trackers count on over the stages: three steps of the cold start lie before the first of RL.
+    assert [step for _, step in logged] == [1, 2, 3, 3, 3, 4, 5, 5, 6, 6, 7, 8, 8, 9, 10, 10]
+    assert [stage for stage, _ in logged] == [stage for stage, *_ in places]
+    assert {p.name for p in (folder / "models").iterdir()} == {"warm", "easy", "final"}
+    assert saved(folder) == [("after", 0), ("done", 0)]
+
+    # Of "A B B" twice under even chances; a mean of p - onehot(y) of (1/6, -1/6).
+    first = rows[0]
+    assert (first["tokens"], first["lr"]) == (6, 0.001 / 50)  # The first of a warm-up of 50.
+    assert first["loss"] == pytest.approx(math.log(2))
+    assert first["grad_norm"] == pytest.approx(math.sqrt(2) / 6)
+    easy, hard = ([r for r in rows if r.get("name") == name] for name in ("easy", "hard"))
+    # Warm-up of 0.05, 0.1, 0.15 and 0.2, two updates a step.
+    assert [r["lr"] for r in easy] == pytest.approx([0.075, 0.175, 0.2])
+    # The reference is the policy that the stage began with.
+    assert [r["kl"] > 1e-6 for r in (*easy, *hard)] == [True] * 3 + [False] + [True] * 3
+    assert [r["groups/replayed"] for r in hard] == [0, 2, 2, 2]
+    assert [r["ratio_max"] == 1 for r in hard] == [True, False, False, False]
+    # Three steps of two questions go once through the six.
+    kept = [
+        (r["step"], r["example"])
+        for r in json_lines(folder / "rollouts.jsonl")
+        if r["stage"] == "rl"
+    ]
+    assert sorted({name for step, name in kept if step <= 3}) == [
+        f"data.jsonl-{k}" for k in range(6)
+    ]
+    assert {name.partition("-")[0] for step, name in kept if step > 3} == {
+        "data.jsonl",
+        "more.jsonl",
+    }
+    # No two steps sample with the same seed.
+    seeds = [
+        seed for seed, params, _ in OwnEngine.asked if params.n == 2 and params.temperature == 1
+    ]
+    assert len(set(seeds)) == len(seeds) == 1 + sum(r["groups/tries"] for r in (*easy, *hard))
+
+
+class Killed(BaseException):
+    """Of the process, at once."""
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_a_run_that_is_killed_at_each_record_ends_as_one_that_is_not(
+    written: bool, tmp_path: Path, two_tokens: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = staged(tmp_path)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train_in(whole, config)
+    append, lived = RunFolder.append, 0
+
+    def mortal(self: RunFolder, record: Path, row: dict[str, Any]) -> None:
+        nonlocal lived
+        if (
+            record.name == "metrics.jsonl"
+            and len(json_lines(record) if record.exists() else []) == lived
+        ):
+            lived += 1
+            if written:
+                append(self, record, row)
+            raise Killed
+        append(self, record, row)
+
+    monkeypatch.setattr(RunFolder, "append", mortal)
+    deaths = 0
+    while True:
+        try:
+            train_in(broken, config, resume=deaths > 0)
+            break
+        except Killed:
+            deaths += 1
+    assert deaths == len(metrics(whole)) == 16
+    assert untimed(broken) == untimed(whole)
+    assert (broken / "rollouts.jsonl").read_text() == (whole / "rollouts.jsonl").read_text()
+    for name in ("warm", "easy", "final"):
+        one, other = (load_file(f / "models" / name / "weights") for f in (whole, broken))
+        assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+FIVE = "train = { steps = 5, updates_per_batch = 2 }"
+
+
+def test_a_stop_saves_the_step_it_came_in(
+    tmp_path: Path, two_tokens: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes in the first of two updates; a second one stops at once."""
+    config = config_of(tmp_path, f"run.checkpoint_every = 0\n{FIVE}")
+    step, folder = Optimizer.step, tmp_path / "run"
+    signals = iter([0, 0, 1, 0, 0, 2])
+
+    def stopped(self: Optimizer, *arguments: Any) -> dict[str, float]:
+        for _ in range(next(signals, 0)):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Optimizer, "step", stopped)
+    with pytest.raises(Interrupted) as stop:
+        train_in(folder, config)
+    tells(stop.value, "rl", 2)
+    assert saved(folder) == [("rl", 2)] and len(metrics(folder, "rl")) == 2
+    with pytest.raises(KeyboardInterrupt):
+        train_in(folder, config, resume=True)
+    assert saved(folder) == [("rl", 2)] and len(metrics(folder, "rl")) == 2
+    train_in(folder, config, resume=True)
+    train_in(tmp_path / "whole", config)
+    assert untimed(folder) == untimed(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("fails", "kept"),
+    [(0, []), (1, []), (4, [("rl", 2)]), (5, []), (9, [])],
+    ids=["first", "first, between updates", "third", "third, between updates", "last"],
+)
+def test_a_failure_keeps_the_steps_before_it_unless_it_came_between_updates(
+    fails: int,
+    kept: list[tuple[str, int]],
+    tmp_path: Path,
+    two_tokens: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Between updates the weights are those of no step, so the run has to go on from an earlier checkpoint."""
+    config = config_of(tmp_path, f"run.checkpoint_every = 0\n{FIVE}")
+    step, done, folder = Optimizer.step, 0, tmp_path / "run"
+
+    def failing(self: Optimizer, *arguments: Any) -> dict[str, float]:
+        nonlocal done
+        done += 1
+        if done == fails + 1:
+            raise UserError("the gradient is not finite")
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Optimizer, "step", failing)
+    with refused("gradient"):
+        train_in(folder, config)
+    assert saved(folder) == kept
+    train_in(folder, config, resume=True)
+    train_in(tmp_path / "whole", config)
+    assert untimed(folder) == untimed(tmp_path / "whole")
+
+
+def test_checkpoints_and_records_come_when_due(tmp_path: Path, two_tokens: None) -> None:
+    more = "run = { checkpoint_every = 2, keep_checkpoints = 9, log_every = 3 }\ntrain.steps = 7"
+    train_in(tmp_path / "run", config_of(tmp_path, more))
+    steps = [("rl", 2), ("rl", 4), ("rl", 6)]
+    assert saved(tmp_path / "run") == [*steps, ("after", 0), ("done", 0)]
+    rows = metrics(tmp_path / "run", "rl")
+    assert [r["step"] for r in rows] == [3, 6]
+
+
+def test_every_seed_is_a_run_and_the_summary_their_mean(tmp_path: Path, two_tokens: None) -> None:
+    more = "run.seeds = [0, 3]\neval.examples = 3\ntrain.steps = 1"
+    summary = train_in(tmp_path / "run", config_of(tmp_path, more))
+    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+    one, other = summary["per_seed"]
+    assert (summary["seeds"], one["seed"], other["seed"]) == ([0, 3], 0, 3)
+    for name in ("accuracy", "greedy", "consistency"):
+        for at in (f"{name}_before", f"{name}_after"):
+            assert summary[at] == pytest.approx((one[at] + other[at]) / 2, abs=1e-6)
+    rows = [metrics(tmp_path / "run" / f"seed-{seed}", "rl") for seed in (0, 3)]
+    assert rows[0][0]["loss"] != rows[1][0]["loss"]
+    # "A" is the greedy answer of even chances, and right in one of two orders.
+    assert (one["greedy_before"], one["processes"], one["parameters"]) == (0.5, 1, 3)
+
+
+def both(processes: Together, folder: Path, config: Any) -> list[Any]:
+    """What a run that goes on in two processes comes to in each: the summary or the error."""
+    return processes.run(lambda _: train_in(folder, config, resume=True))
+
+
+def test_two_processes_take_every_step_together(
+    tmp_path: Path, two_processes: Together, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, folder = staged(tmp_path), tmp_path / "run"
+    RunFolder(folder).create(overwrite=False)
+    first, second = both(two_processes, folder, config)
+    assert first["processes"] == second["processes"] == 2
+    one, other = two_processes.policies.values()
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+    rows = untimed(folder)
+    monkeypatch.setattr(Parts, "together", None)
+    monkeypatch.setattr("perl.training.train.StopSignal", StopSignal)
+    train_in(tmp_path / "alone", config)
+    alone = untimed(tmp_path / "alone")
+    assert [(r["stage"], r["step"]) for r in rows] == [(r["stage"], r["step"]) for r in alone]
+    # The cold start does not sample: what two do together is what one does.
+    for name in ("tokens", "loss", "grad_norm"):
+        mine, its = ([r[name] for r in of[:3]] for of in (rows, alone))
+        assert mine == pytest.approx(its, rel=1e-5)
+    assert rows[3]["filter/measured"] == 6 and rows[4]["examples"] == 2
+    rl = [r for r in rows if r["stage"] == "rl"]
+    # The main process draws one of the two questions of each try.
+    assert [r["groups/seen"] for r in rl] == [r["groups/tries"] for r in rl]
+    assert [r["groups/replayed"] for r in rl] == [0] * 4 + [1] * 3
+    measured = [json_lines(folder / "filtered" / f"sift.accuracies-{k}.jsonl") for k in (0, 1)]
+    assert [[row["index"] for row in own] for own in measured] == [[0, 2, 4], [1, 3, 5]]
+    # Both sample, and never the same.
+    seeds = [s for s, params, _ in OwnEngine.asked if params.n == 2]
+    alone_seeds = 1 + sum(r["groups/tries"] for r in alone if r["stage"] == "rl")
+    here = seeds[: len(seeds) - alone_seeds]
+    assert len(set(here)) == len(here) == 2 * (1 + sum(r["groups/tries"] for r in rl))
+
+
+def test_processes_share_the_stream_out() -> None:
+    source = InARow([example(str(k), k, k + 1) for k in range(8)])
+    shares = [ProcessShare(source, processes(2, index)) for index in (0, 1)]
+    assert [d.example.id for d in shares[0].draw(4)] == ["0", "2"]
+    assert [d.example.id for d in shares[1].draw(4)] == ["5", "7"]
+    assert shares[1].find((3,)).id == "3"
+
+
+@pytest.mark.parametrize("how", ["stop", "mistake"])
+def test_what_ends_one_process_ends_both_and_both_go_on(
+    how: str, tmp_path: Path, two_processes: Together, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the rollouts of the last stage, by a request to stop or a mistake in the second process alone."""
+    config, folder = staged(tmp_path), tmp_path / "run"
+    RunFolder(folder).create(overwrite=False)
+    generate, left = OwnEngine.generate, 7
+
+    def ending(self: OwnEngine, prompts: Any, params: Any, seed: int) -> Any:
+        nonlocal left
+        if two_processes.here.index == 1 and params.n == 2:
+            left -= 1
+            if left == 0 and how == "mistake":
+                raise UserError("only here")
+            two_processes.stops[1].requested |= left == 0
+        return generate(self, prompts, params, seed)
+
+    monkeypatch.setattr(OwnEngine, "generate", ending)
+    first, second = both(two_processes, folder, config)
+    if how == "stop":
+        assert isinstance(first, Interrupted) and isinstance(second, Interrupted)
+    else:
+        assert isinstance(first, UserError) and isinstance(second, UserError)
+        tells(second, "only here")
+        assert "only here" not in str(first)
+    stage, step = saved(folder)[-1]
+    assert stage == "hard" and 0 < step < 4 and len(metrics(folder, "rl")) == 3 + step
+    newest = max((folder / "checkpoints").iterdir())
+    kept = {f"{name}-{k}.safetensors" for name in ("overflow", "buffer") for k in (0, 1)}
+    assert {p.name for p in newest.glob("*-[01].safetensors")} == kept
+    both(two_processes, folder, config)
+    whole = tmp_path / "whole"
+    RunFolder(whole).create(overwrite=False)
+    both(two_processes, whole, config)
+    assert untimed(folder) == untimed(whole)

@@ -1,0 +1,120 @@
+"""What a session keeps of a run between steps, and gives back to one that goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from perl.distributed import StopSignal
+from perl.report.progress import Display
+from perl.training.session import Session
+from tests.messages import refused
+from tests.training.two_tokens import config_of, saved, session_of
+
+TWO_STAGES = """
+[[stages]]
+name = "easy_ones"
+kind = "rl"
+train.steps = 2
+[[stages]]
+name = "hard"
+kind = "rl"
+train.steps = 0
+[[stages]]
+name = "warm_up"
+kind = "cold_start"
+cold_start.steps = 3
+"""
+
+
+def again(session: Session) -> Session:
+    """Of the same run, in another process."""
+    config = session.stages[0].config
+    other = Session(config, session.folder, Display(enabled=False), StopSignal())
+    other.restore()
+    return other
+
+
+def test_the_seconds_of_a_run_go_on(
+    tmp_path: Path, two_tokens: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=50.0)
+    monkeypatch.setattr("time.perf_counter", lambda: clock.now)
+    session = session_of(config_of(tmp_path), tmp_path / "run")
+    for step, (pause, elapsed) in enumerate([(100.0, 100.0), (7.5, 107.5), (20.0, 127.5)]):
+        clock.now += pause
+        with session.components.watch("rollout"):
+            clock.now += 2.0
+        assert session.elapsed == elapsed + 2 * (step + 1)
+        session.record({"stage": "rl", "step": 0})
+        session.progress.step = step + 1
+        session.save()
+        clock.now += 1000
+        session = again(session)
+        assert session.elapsed == elapsed + 2 * (step + 1)
+        assert session.components.watch.total_seconds["rollout"] == 2.0 * (step + 1)
+    rows = [json.loads(line) for line in session.folder.metrics.read_text().splitlines()]
+    assert [row["time/elapsed"] for row in rows] == [102, 111.5, 133.5]
+
+
+def test_each_step_begins_without_features_of_earlier_ones(
+    tmp_path: Path, two_tokens: None
+) -> None:
+    """What is encoded together differs in its last bits: a resumed run could not give the same numbers."""
+    session = session_of(config_of(tmp_path, "train.steps = 3"), tmp_path / "run")
+    session.enter_stage(session.stages[1])
+    policy: Any = session.components.policy
+    assert [(step, policy.vision.cleared) for step in session.steps()] == [(0, 1), (1, 2), (2, 3)]
+    session.progress.step = 2
+    assert list(session.steps()) == [2]
+
+
+def test_a_stage_begins_once_and_is_shown_by_its_name(tmp_path: Path, two_tokens: None) -> None:
+    shown: list[tuple[Any, ...]] = []
+    session = session_of(config_of(tmp_path, TWO_STAGES), tmp_path / "run")
+    session.display = SimpleNamespace(close=lambda: None, stage=lambda *a: shown.append(a))  # type: ignore[assignment]
+    easy, hard, warm = session.stages
+    assert session.points == [
+        *("before", "easy_ones", "after easy_ones", "hard", "after hard", "warm_up"),
+        *("after", "done"),
+    ]
+    session.enter_stage(easy)
+    assert session.begin(easy) and shown == [("RL: easy_ones", 2, 0)]
+    session.progress.step = 1
+    assert session.begin(easy) and shown[1:] == [("RL: easy_ones", 2, 1)]
+    session.finish_stage()
+    assert saved(session.folder.root) == [("after easy_ones", 0)] and not session.begin(easy)
+    # A stage without steps is over at once, and leaves no checkpoint.
+    session.enter_stage(hard)
+    assert session.trained_before == "easy_ones" and not session.begin(hard)
+    assert session.progress.stage == "after hard" and len(saved(session.folder.root)) == 1
+    session.enter_stage(warm)
+    assert session.trained_before == "easy_ones" and session.begin(warm)
+    assert shown[2:] == [("warm up", 3, 0)]
+
+
+def test_a_checkpoint_of_a_stage_that_is_no_more_is_refused(
+    tmp_path: Path, two_tokens: None
+) -> None:
+    session = session_of(config_of(tmp_path, TWO_STAGES), tmp_path / "run")
+    session.progress.stage = "warm_up"
+    session.save()
+    fewer = TWO_STAGES.partition('[[stages]]\nname = "warm_up"')[0]
+    other = Session(
+        config_of(tmp_path, fewer), session.folder, Display(enabled=False), StopSignal()
+    )
+    with refused("warm_up", "config.toml", "easy_ones, hard"):
+        other.restore()
+
+
+def test_one_point_is_saved_once(tmp_path: Path, two_tokens: None) -> None:
+    session = session_of(config_of(tmp_path, "run.keep_checkpoints = 9"), tmp_path / "run")
+    for step in (1, 1, 2):
+        session.progress.step = step
+        session.save()
+    again(session).save()
+    assert saved(session.folder.root) == [("cold_start", 1), ("cold_start", 2)]
