@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from perl.rewards.answers import (
     accuracy,
     extract_answer,
+    final_answer,
     format_reward,
     format_tags,
+    items_of,
     normalise,
     same_answer,
 )
@@ -56,8 +58,11 @@ EQUAL = (
     ("-.5", r"-\dfrac{1}{2}"),
     ("3", "+3"),
     ("-3", "\u22123"),
-    ("1234", "1,234"),
-    ("7", "007"),
+    ("1234", "1,234", "+1,234.0"),
+    ("1234567.5", "1,234,567.5"),
+    ("(A) or (B)", "(a)  or (B)."),
+    ("7", "007", "0" * 63 + "7"),
+    ("0" * 64 + "7", "image " + "0" * 64 + "7"),
     ("A, C", "A,C", "(A), (C)", "(A, C)"),
     ("1,3,2", "[1, 3, 2]"),
     ("A red car", "a  Red   car."),
@@ -81,6 +86,25 @@ def test_same_answers(alike: tuple[str, ...]) -> None:
 )  # fmt: skip
 def test_different_answers(given_: str | None, gold: str) -> None:
     assert not same_answer(given_, gold)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"<answer> A </answer> <answer>B</answer> \boxed{C}", "B"),
+        (r"<answer>A \boxed{B} \boxed{ C }", "C"),
+        ("<think>A</think>B</think> C ", "C"),
+        (r" A \boxed{B", r"A \boxed{B"),
+        ("<answer></answer>", ""),
+    ],
+)
+def test_the_final_answer(text: str, answer: str) -> None:
+    assert final_answer(text) == answer
+
+
+def test_items_of_a_list() -> None:
+    for text in ("A, c and 02", "[a; C; 2.]", "(A) > (C) > (2)", "a→c->2", "A<C&2", "A,, C AND 2,"):
+        assert items_of(text) == ["a", "c", "2"]
 
 
 def test_accuracy_scores_each_completion() -> None:

@@ -54,7 +54,7 @@ def test_box_iou() -> None:
     assert score("box_iou", text, answer="[1, 0, 3, 2]") == pytest.approx(1 / 3)
     assert score("box_iou(column='bbox')", text, bbox=[0, 0, 2, 2]) == 1
     assert score("box_iou(threshold=0.5)", text, answer="(1,0),(3,2)") == 0
-    assert score("box_iou(threshold=0.3)", text, answer="(1,0),(3,2)") == 1
+    assert score("box_iou(threshold=0.5)", text, answer="(0,0),(2,4)") == 1
     assert score("box_iou", "no box", answer="(1,0),(3,2)") == 0
     assert math.isnan(score("box_iou", text, answer=None))
     with refused("box_iou", "'B'", "0 boxes"):
@@ -112,7 +112,13 @@ def test_detection() -> None:
     assert score("detection(column='boxes')", text, boxes=gold) == pytest.approx(0.43)
     weights = "iou_weight=0, completeness_weight=2"
     assert score(f"detection({weights}, column='boxes')", text, boxes=gold) == pytest.approx(0.5)
-    assert score("detection(threshold=0.9)", text, answer="[0,0,10,10]") == 0.3 * (1 - 2 / 2)
+    # Each box counts once, the largest overlap first: 0.7 * 0.9 / 2 + 0.3 / 2, 0.7 * 1 / 2 + 0.3 * (1 - 1/2 / 2).
+    twice, both = "[0,0,10,6] [0,0,10,9]", [[0, 0, 10, 10], [0, 0, 10, 9]]
+    assert score("detection(column='boxes')", twice, boxes=gold) == pytest.approx(0.465)
+    assert score("detection(column='boxes')", "[0,0,10,9]", boxes=both) == pytest.approx(0.575)
+    assert score("detection", "[0,0,10,5]", answer="[0,0,10,10]") == pytest.approx(0.65)
+    assert score("detection(threshold=0)", "[50,50,60,60]", answer="[0,0,10,10]") == 0
+    assert score("detection(threshold=0.9)", text, answer="[0,0,10,10]") == 0
     assert score("detection", "none", answer="[0,0,10,10]") == 0
     assert score("detection", "none", answer="there is none") == 1
     assert score("detection", "[0,0,1,1]", answer="there is none") == 0
@@ -142,3 +148,21 @@ def test_grounding_reads_the_answer_in_the_order_it_is_in() -> None:
         assert score(spec, f'{{{name}, "bbox_2d": [0, 0, 4, 4]}}', **columns) == 1
     assert score(spec, "image_2 [0, 0, 4, 4]", **columns) == 0
     assert score(spec, "image 3 [0, 0, 4, 4]", **{**columns, "answer": "image_3"}) == 1
+
+
+def test_grounding_names_images_in_many_ways() -> None:
+    box = {"box": "(0,0),(4,4)"}
+    for name in (
+        "Image 12",
+        "picture #12",
+        "frame=12",
+        "image: 12",
+        "image index 12",
+        "image_id 12",
+    ):
+        for gold in (12, "12", " 12 ", "Picture 12", 12.0):
+            assert score("grounding", f"{name} [0,0,4,4]", image=gold, **box) == 1
+    assert score("grounding", "12 [0,0,4,4]", image=12, **box) == 0
+    assert score("grounding", "image 2 [0,0,4,4]", image=1, order=np.array([1, 0]), **box) == 1
+    with refused("'grounding'", "'a cat'"):
+        score("grounding", "image 1 [0,0,4,4]", image="a cat", **box)

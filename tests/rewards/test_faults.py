@@ -108,6 +108,40 @@ def test_none_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
     assert np.isnan(scores).all() and scorer.faults == {"constant": 0} and not caplog.records
 
 
+def test_what_is_called_again_alone() -> None:
+    """A call with one completion is not made twice; one value must come back alone; a place without ids is counted."""
+    called = []
+
+    def fails(completions: Any, **columns: Any) -> list[float]:
+        called.append(list(completions))
+        return [0.0, 0.0] if completions == ["bad"] else [1.0] if completions == ["ok"] else 1 / 0
+
+    with refused("'fails'", "ZeroDivisionError: division", "completion 0"):
+        totals(fails, ["worse"])
+    assert called == [["worse"]]
+    scorer, scores = totals(fails, ["ok", "bad", "worse"])
+    np.testing.assert_array_equal(scores, [1, NAN, NAN])
+    assert called[1:] == [["ok", "bad", "worse"], ["ok"], ["bad"], ["worse"]]
+    assert scorer.faults == {"fails": 2}
+
+
+def test_async_calls_alone_are_made_eight_at_a_time() -> None:
+    running, most = set[str](), 0
+
+    async def fails_together(completions: Any, **columns: Any) -> list[float]:
+        nonlocal most
+        if len(completions) > 1:
+            raise RuntimeError
+        running.update(completions)
+        most = max(most, len(running))
+        await asyncio.sleep(0.05)
+        running.difference_update(completions)
+        return [1.0]
+
+    assert totals(fails_together, [str(i) for i in range(20)])[1] == [1] * 20
+    assert most == 8
+
+
 def test_what_fails_only_together_is_scored_alone(caplog: pytest.LogCaptureFixture) -> None:
     def too_many(completions: Any, **columns: Any) -> list[float]:
         if len(completions) > 1:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import numpy as np
 import pytest
 
 from perl.rewards.scorer import Scorer
-from tests.chat_server import Model, Reply, says
+from tests.chat_server import Model, Reply, says, serving
 from tests.messages import refused, tells
 from tests.rewards.scoring import totals
 
@@ -81,6 +84,30 @@ def test_one_request_that_fails_costs_one_rollout(
     np.testing.assert_array_equal(scores, [1, NAN, 1])
     assert scorer.faults == {"judge": 1}
     tells(caplog.text, "'judge'", named, "example 'q2'")
+
+
+@pytest.mark.parametrize("function", ["judge", "caption_facts"])
+def test_the_options_of_what_is_asked(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, running, most = [], 0, 0
+
+    def reply(body: dict[str, Any], headers: Any) -> Reply:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        asked.append(body["max_tokens"])
+        time.sleep(0.1)
+        running -= 1
+        return says("yes" if function == "judge" else "1")
+
+    with serving(reply) as url:
+        monkeypatch.setenv("PERL_LLM_URL", url)
+        monkeypatch.setenv("PERL_LLM_MODEL", "m")
+        columns = {"answer": ["A"] * 6, "facts": ["x"] * 6}
+        assert (
+            totals(f"{function}(concurrency=3, max_tokens=77)", ["a"] * 6, **columns)[1] == [1] * 6
+        )
+        assert totals(function, ["a"], answer=["A"], facts=["x"])[1] == [1]
+    assert asked == [8, *[77] * 6, 512] and most == 3
 
 
 def test_a_model_that_is_not_served_is_one_error(model: Model) -> None:

@@ -12,18 +12,20 @@ import numpy as np
 import pytest
 
 from perl.rewards import math as reward_math
+from perl.rewards.math import equal_values
 from perl.rewards.scorer import Scorer
-from tests.messages import refused
+from tests.messages import refused, tells
 from tests.rewards.scoring import score, totals
 
 _NOISY = """
 import os, time
 def parse(text, **options):
-    return [text]
+    return [] if "unread" in text else [text]
 def verify(gold, given, **options):
     print("a stray line")
     os.write(1, b"another\\n")
     time.sleep("slow" in given[0] and 1)
+    "exit" in given[0] and os._exit(3)
     return gold == given
 """
 
@@ -62,6 +64,34 @@ def test_math_is_not_misled_by_what_its_package_prints_or_an_interrupt_leaves() 
     with pytest.raises(KeyboardInterrupt):
         totals("math", ["slow"], answer=["slow"])
     assert totals("math", ["1", "2", "3"], answer=["0", "2", "0"])[1] == [0, 1, 0]
+
+
+@pytest.mark.usefixtures("noisy_math")
+@pytest.mark.parametrize(
+    ("text", "gold", "names"),
+    [
+        ("slow", "slow", ["TimeoutError", "0.3 s"]),
+        ("exit", "1", ["RuntimeError", "code 3"]),
+        ("1", "unread", ["ValueError", "'unread'"]),
+    ],
+)
+def test_a_comparison_that_fails_is_a_fault_of_one(
+    text: str, gold: str, names: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    columns = {"answer": ["1", gold, "2"], "id": ["q1", "q2", "q3"]}
+    np.testing.assert_array_equal(
+        totals("math(seconds=0.3)", ["1", text, "2"], **columns)[1], [1, np.nan, 1]
+    )
+    tells(caplog.text, "'math'", "example 'q2'", *names)
+
+
+def test_values_are_compared_to_so_many_digits() -> None:
+    pytest.importorskip("math_verify")
+    third = r"\frac{1}{3}"
+    assert equal_values(third, "0.3333", 4) and equal_values("0.3333", third, 3)
+    assert not equal_values(third, "0.333", 4)
+    assert equal_values("sqrt(2)", r"$\sqrt{2}$", 5)
+    assert not equal_values("4", "((", 2) and not equal_values("((", "4", 2)
 
 
 def test_math_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

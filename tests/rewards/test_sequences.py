@@ -23,6 +23,8 @@ from tests.rewards.scoring import score
         ("<answer>1:00:01-1:00:03</answer>", (3601, 3603), 1),
         ("<answer>5 to 7 s</answer>", "8 to 9", 0),
         ("<answer>7 to 5 s</answer>", "5 to 7", 0),
+        ("<answer>5 to 7, not 8</answer>", "5.5 to 7.5", 0.6),
+        ("<answer>0:59.5 to 1:01</answer>", [60, 61.5], 0.5),
         ("<answer>7 s</answer>", "5 to 7", 0),
         ("none", "5 to 7", 0),
     ],
@@ -37,6 +39,9 @@ def test_temporal_iou_of_timestamps() -> None:
     assert score(spec, "2 to 6", answer=[4, 8], length=10) == pytest.approx(1 / 3 * 0.8 * 0.8)
     assert score(spec, "4 to 8", answer=[4, 8], length="0:10") == 1
     assert score(spec, "4 to 80", answer=[4, 8], length=10) == 0
+    for gold in ("4", [4], [4, 6, 8]):
+        with refused("'temporal_iou'", f"{gold!r}"):
+            score(spec, "4 to 8", answer=gold, length=10)
     for length in (0, math.nan):
         with refused("temporal_iou", "duration", length):
             score(spec, "2 to 6", answer=[4, 8], length=length)
