@@ -58,6 +58,9 @@ PACKAGES = {
 }
 """What `make mutants` tries: sources, and the folder of their tests."""
 
+ELSEWHERE = {"perl/rollout/padded.py": ("tests/model/test_padded.py",)}
+"""Tests of a file that are in another folder."""
+
 PRELOADED = "torch transformers.models.qwen2_5_vl.modeling_qwen2_5_vl accelerate hypothesis openai"
 
 # cosmic-ray has more replacements for each operator; one of each tells as much.
@@ -179,8 +182,10 @@ def places(file: str) -> Iterator[Place]:
 
 
 def _is_type_or_message(node: Any) -> bool:
-    """Annotations do nothing, and what a message says is not what these tests are about."""
+    """Annotations do nothing, what a message says is not what these tests are about, and `strict` of `zip` asserts."""
     while (parent := node.parent) is not None:
+        if node.type == "argument" and node.children[0].get_code().strip() == "strict":
+            return True
         if node.type in ("tfpdef", "decorator", "raise_stmt", "assert_stmt", "fstring"):
             return True
         if parent.type == "annassign" and node is parent.children[1]:
@@ -207,6 +212,7 @@ def tests_of(file: str) -> tuple[str, ...]:
     home = home if (ROOT / home).is_dir() else "tests"
     own = sorted((ROOT / home).glob(f"test_*{Path(file).stem}*.py"))
     rest = home if home != "tests" else "tests/test_config.py"
+    own += [ROOT / path for path in ELSEWHERE.get(file, ())]
     return (*(str(path.relative_to(ROOT)) for path in own), rest)
 
 

@@ -24,9 +24,9 @@ from perl.types import EncodedPrompt
 class SamplingParams:
     """How to continue a prompt. `temperature` 0 takes the most likely token."""
 
-    n: int = 1
-    temperature: float = 1.0
-    max_new_tokens: int = 512
+    n: int
+    temperature: float
+    max_new_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
