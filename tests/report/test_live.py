@@ -1,0 +1,84 @@
+"""What a run shows and keeps while it goes on: the display, tables, and rollouts to look at."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from perl.files import RunFolder
+from perl.permutation import permute
+from perl.report.gallery import Gallery
+from perl.report.progress import Display
+from perl.report.tables import print_table
+from perl.types import EncodedImage, EncodedPrompt, Group, Rollout, Variant
+from tests.stand_ins import example
+
+
+def rollout(variant: Variant, text: str) -> Rollout:
+    images = tuple(
+        EncodedImage(f"{image.getpixel((0, 0)):03}".ljust(20, "x"), torch.empty(0), (1, 1, 1), 1)
+        for image in variant.images
+    )
+    prompt = EncodedPrompt(np.zeros(1, np.int64), np.zeros((3, 1)), 1, images, 9)
+    return Rollout(variant, prompt, np.zeros(1, np.int64), np.zeros(1), text, True)
+
+
+def test_the_first_rollout_of_each_order_is_kept_with_its_numbers(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.make_parts()
+    shown = example("e", 10, 20, task="darkest")
+    variants = [permute(shown, order) for order in ((1, 0), (0, 1))]
+    group = Group(
+        example=shown,
+        variants=tuple(variants),
+        rollouts=tuple(rollout(variants[i // 2], "abcd"[i]) for i in range(4)),
+        rewards=np.array([0.1, 0.2, 0.3, 0.4]),
+        reward_parts={"accuracy": np.arange(4.0), "judge": np.array([1, 1, math.nan, 1])},
+        advantages=np.array([1.0, 2.0, -3.00004, math.nan]),
+    )
+    Gallery(folder).keep_groups("rl", 7, [group])
+    Gallery(folder).keep_rollouts("evaluate", 8, group.rollouts[2:], [1.0, 0.0])
+    one, two, *held_out = map(json.loads, folder.rollouts.read_text().splitlines())
+    names = ("stage", "step", "example", "task", "order", "answer", "text", "reward", "rewards")
+    assert [[row[name] for name in names] for row in (one, two)] == [
+        ["rl", 7, "e", "darkest", [1, 0], "B", "a", 0.1, {"accuracy": 0, "judge": 1}],
+        ["rl", 7, "e", "darkest", [0, 1], "A", "c", 0.3, {"accuracy": 2, "judge": None}],
+    ]
+    assert (one["advantage"], two["advantage"]) == (1, -3)
+    assert one["images"] == two["images"][::-1]
+    greys = [Image.open(tmp_path / name).getpixel((0, 0)) for name in two["images"]]
+    assert greys == [10, 20]
+    found = [(row["step"], row["text"], row["reward"], row["rewards"]) for row in held_out]
+    assert found == [(8, "c", 1, {"accuracy": 1}), (8, "d", 0, {"accuracy": 0})]
+
+
+def test_lines_of_a_run_without_a_terminal(monkeypatch, capsys) -> None:
+    """Every ten seconds and at the end: what is done, the numbers, and the time that the rest will take."""
+    now = [100.0]
+    monkeypatch.setattr("perl.report.progress.time.monotonic", lambda: now[0])
+    display = Display()
+    display.stage("rl", 10, done=4)
+    for seconds, steps in ((9.0, 1), (21.0, 2), (25.0, 2), (27.0, 1)):
+        now[0] = 100 + seconds
+        display.advance(steps, {"kl": 0.12345, "length": 123.4, "loss": math.nan})
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first == "rl: 6 steps"
+    numbers = "kl 0.123  length 123  loss -"
+    assert lines == [
+        f"rl 7/10  {numbers}  21 s, eta 21 s",  # Three steps in 21 seconds, and three are left.
+        f"rl 10/10  {numbers}  27 s, eta 0 s",
+    ]
+    Display(enabled=False).stage("rl", 10)
+    assert not capsys.readouterr().err
+
+
+def test_a_printed_table(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table([["model", "score"], ["[b]x", "1"], ["y", "10"]], "Title", rules=[2])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip(" ─")]
+    assert lines == [["Title"], ["model", "score"], ["[b]x", "1"], ["y", "10"]]
