@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from perl.data.labelling.label import Label
+from perl.data.labelling.label import Label, checked
 from perl.data.labelling.rules import label_by_rules
 from perl.permutation import (
     Consistency,
@@ -236,6 +236,13 @@ def test_the_names_of_slots_stay_with_the_slots(question: str, answer: str) -> N
     for order in all_orders(asked, 24, 0):
         text = permute(asked, order, "references").messages[0].content
         assert text.split(IMAGE_SLOT)[:-1] == asked.messages[0].content.split(IMAGE_SLOT)[:-1]
+
+
+def test_a_label_under_which_the_names_of_slots_would_move_does_not_hold() -> None:
+    label = Label("all", False, "given")
+    for one, two, holds in (("1", "2", True), ("one", "two", False)):
+        asked = example(f"Image {one}: # Image {two}: # Do both images show a dog?", "Yes")
+        assert checked(asked, label, "references").sure == holds
 
 
 @pytest.mark.parametrize(
