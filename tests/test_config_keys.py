@@ -1,0 +1,699 @@
+"""Each key of a recipe changes what it should, to the value: a table with a row for every one of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from perl.config import Config, StageConfig
+from perl.data.resample import PAPER
+from perl.files import RunFolder
+from perl.model.loading import check_kernels, load_policy, load_processor
+from perl.permutation import permute
+from perl.recipe import to_toml
+from perl.rollout.collect import Collected, Collector
+from perl.rollout.engine import InProcessEngine, SamplingParams
+from perl.timing import Stopwatch
+from perl.training.commands import Train
+from perl.training.components import Components, make_accelerator, model_folder, usable_trackers
+from perl.training.optimizer import Optimizer
+from perl.training.reinforce import PolicyStep
+from perl.training.session import Session
+from perl.types import Group, UserError
+from perl_kernels import PolicyLoss
+from tests.command_line import json_lines
+from tests.messages import tells
+from tests.training.two_tokens import (
+    Accelerator,
+    Letters,
+    OwnEngine,
+    Parts,
+    TwoTokens,
+    config_of,
+    session_of,
+    share_of_b,
+    train_in,
+)
+
+HERE = "tests.test_config_keys"
+SHARE = f"{share_of_b.__module__}:share_of_b"
+CPU = torch.device("cpu")
+
+
+def ones(completions: list[str], **_: Any) -> list[float]:
+    return [1.0] * len(completions)
+
+
+def half(completions: list[str], **_: Any) -> list[float]:
+    return [0.5] * len(completions)
+
+
+def where_told(completions: list[str], signal: list[int], **_: Any) -> list[float]:
+    """Differs within a question whose row has `signal`."""
+    return [i % 2 * s for i, s in enumerate(signal)]
+
+
+def slow(completions: list[str], **_: Any) -> list[float]:
+    import time
+
+    time.sleep(0.1)
+    return share_of_b(completions)
+
+
+def shuffled(seed: int) -> list[int]:
+    """The sequence in which the six rows of a data set come."""
+    order = list(range(6))
+    random.Random(f"{seed}/0").shuffle(order)
+    return order
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six rows of three grey pictures; row 5 has a long question, and one of those of the first step no signal."""
+    root = tmp_path_factory.mktemp("keys")
+    (root / "lighter").mkdir()
+    rows = []
+    for k in range(6):
+        Image.new("L", (1, 1), k).save(root / f"{k}.png")
+        Image.new("L", (1, 1), 100 + k).save(root / "lighter" / f"{k}.png")
+        question = "A <image> B <image> C <image> Which is darkest?" + " please" * 20 * (k == 5)
+        row = {"id": f"row-{k}", "question": question, "answer": "ABC"[k % 3]}
+        row |= {"images": [f"{(k + i) % 6}.png" for i in range(3)], "demonstration": "A B B"}
+        rows.append(row | {"signal": int(k != shuffled(1)[0])})
+    both = {"prompt": "<image> or <image>?", "reward_model": {"ground_truth": "A"}}
+    both |= {"question": "A <image> B <image> ?", "answer": "B", "images": ["0.png", "1.png"]}
+    mentions = "A <image> B <image> C <image> Is image 1 darker than image 2?"
+    asked = {**rows[0], "question": mentions, "answer": "yes", "should_change": False}
+    for name, lines in (("data", rows), ("both", [both]), ("asked", [asked] * 6)):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return root
+
+
+class Lab:
+    """A config, and what comes of it: each part is made when it is first looked at."""
+
+    root: Path
+    model: Path
+
+    def __init__(self, config: Config, number: int) -> None:
+        self.config, self.run_folder = config, self.root / f"run-{number}"
+        self.optimizers: list[Optimizer] = []
+        self.packed: list[int] = []
+        """Micro-batches of each update."""
+        self.tokens: list[tuple[int, int, int]] = []
+        """Of each of them its tokens, and what they would be with every prompt once, or once per completion."""
+        self.collected: list[Collected] = []
+        self.params: list[SamplingParams] = []
+        self.asked: list[int] = []
+        """The seed of each sampling."""
+        self.prompts: list[int] = []
+        self.segments: list[int] = []
+        self.limits: list[float] = []
+        self.histograms: list[Any] = []
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """metrics.jsonl of a whole run of the policy over two tokens, whose parts are watched."""
+        with pytest.MonkeyPatch.context() as patch:
+            watch(patch, self)
+            train_in(self.run_folder, self.config)
+        return [] if self.config.run.seeds else json_lines(self.run_folder / "metrics.jsonl")
+
+    @property
+    def steps(self) -> list[Collected]:
+        """What the steps of the run collected."""
+        assert self.rows
+        return self.collected
+
+    @property
+    def groups(self) -> list[Group]:
+        """Of the first step, all that were rolled out."""
+        return self.steps[0].seen
+
+    @cached_property
+    def session(self) -> Session:
+        """In its RL stage, which has not begun."""
+        session = session_of(self.config, self.run_folder.with_suffix(".begun"))
+        session.enter_stage(session.stages[-1])
+        session.begin(session.stage)
+        return session
+
+    @cached_property
+    def policy(self) -> Any:
+        return load_policy(str(self.model), self.config.model, CPU)
+
+    def examples(self, count: int) -> list[Any]:
+        """The first of the RL stage's stream."""
+        return [drawn.example for drawn in self.session.components.stream().draw(count)]
+
+
+def watch(patch: pytest.MonkeyPatch, lab: Lab) -> None:
+    """Keep what the parts of a run are asked."""
+
+    def wrap(owner: Any, name: str, note: Callable[..., Any]) -> None:
+        original = getattr(owner, name)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            out = original(*args, **kwargs)
+            note(out, *args)
+            return out
+
+        patch.setattr(owner, name, noted)
+
+    wrap(Optimizer, "__init__", lambda _, optimizer, *__: lab.optimizers.append(optimizer))
+
+    def collect(out: Collected, collector: Collector, *_: Any) -> None:
+        lab.collected.append(out)
+        lab.replayed = collector.replay
+
+    wrap(Collector, "collect", collect)
+
+    def generate(_: Any, __: OwnEngine, prompts: Any, params: SamplingParams, seed: int) -> None:
+        lab.params.append(params)
+        lab.asked.append(seed)
+        lab.prompts.append(len(prompts))
+
+    wrap(OwnEngine, "generate", generate)
+    wrap(torch.nn.utils, "clip_grad_norm_", lambda _, __, limit: lab.limits.append(limit))
+
+    def pack(batches: list[Any], _: Any, segments: list[Any], *__: Any) -> None:
+        lab.packed.append(len(batches))
+        lab.segments.append(len(segments))
+        lengths = [(len(s.prompt.input_ids), [len(c) for c in s.completions]) for s in segments]
+        once = sum(prompt + sum(own) for prompt, own in lengths)
+        each = sum(prompt * len(own) + sum(own) for prompt, own in lengths)
+        lab.tokens.append((sum(b.num_tokens for b in batches), once, each))
+
+    wrap(TwoTokens, "pack", pack)
+    patch.setattr("perl.evaluation.selection._draw", lambda *_: None)
+    selection = __import__("perl.evaluation.selection", fromlist=["resample"])
+    wrap(selection, "resample", lambda _, __, histogram, *___: lab.histograms.append(histogram))
+
+
+@pytest.fixture(scope="module")
+def lab_of(
+    folder: Path, tiny_folder: Callable[[str], Path]
+) -> Iterator[Callable[[dict[str, Any]], Lab]]:
+    """What comes of a recipe with these keys changed; the same one is not run twice."""
+    labs: dict[str, Lab] = {}
+    Lab.root, Lab.model = folder, tiny_folder("tiny-qwen2.5-vl")
+
+    def of(changes: dict[str, Any]) -> Lab:
+        config = config_of(folder)
+        for key, value in changes.items():
+            section, name = key.split(".")
+            changed = replace(getattr(config, section), **{name: value}) if name else value
+            config = replace(config, **{section: changed})
+        return labs.setdefault(to_toml(config), Lab(config, len(labs)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("perl.training.session.build", Parts.build)
+        patch.setattr("perl.training.reinforce.load_policy", TwoTokens.load)
+        yield of
+
+
+def run_folder(lab: Lab) -> list[str]:
+    """Where `perl-rl train` begins a run."""
+    shutil.rmtree(lab.root / "runs", ignore_errors=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("perl.training.commands._check", lambda _: None)
+        patch.setattr("perl.training.commands._go", lambda *_, **__: None)
+        patch.setattr(RunFolder, "settle", lambda _: None)
+        Train(config=lab.config).execute()
+    return [str(path.relative_to(lab.root)) for path in lab.root.glob("runs/*/config.toml")]
+
+
+def precision(lab: Lab) -> str:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return make_accelerator(lab.config, RunFolder(lab.root)).mixed_precision
+
+
+def initial_model(lab: Lab) -> str:
+    """The model that a run makes for itself, and its seed."""
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "perl.training.components.make_tiny_model",
+            lambda name, words, folder, seed: made.append(f"{name} {seed}"),
+        )
+        stage, accelerator = lab.session.stage, Accelerator()
+        model_folder(lab.config, stage, RunFolder(lab.run_folder / "new"), accelerator)
+    return made[0]
+
+
+def batches(lab: Lab) -> int:
+    """Forward passes over prompts that three prompts with two completions each take."""
+    passes = []
+    processor: Any = load_processor(str(lab.model), lab.config.model)
+    parts = Components(
+        lab.session.stage,
+        RunFolder(lab.root),
+        Accelerator(),
+        lab.policy,
+        processor,
+        Stopwatch(),
+        "",
+    )
+    prompts = [processor.encode(permute(e, (0, 1, 2))) for e in lab.examples(3)]
+    with pytest.MonkeyPatch.context() as patch:
+        prefill = InProcessEngine._prefill
+        patch.setattr(
+            InProcessEngine,
+            "_prefill",
+            lambda self, some, n: passes.append(len(some)) or prefill(self, some, n),
+        )
+        parts.engine.generate(prompts, SamplingParams(2, 1.0, 1), 0)
+    return len(passes)
+
+
+def visual_tokens(side: int) -> Callable[[Lab], int]:
+    """Of a square picture of so many pixels a side; a token stands for 28 x 28 pixels."""
+
+    def look(lab: Lab) -> int:
+        processor = load_processor(str(lab.model), lab.config.model)
+        example = replace(lab.examples(1)[0], images=(Image.new("RGB", (side, side)),) * 3)
+        return processor.encode(permute(example, (0, 1, 2))).images[0].tokens
+
+    return look
+
+
+def attention(lab: Lab) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        return check_kernels(lab.config.model, CPU)[0]
+
+
+def lora(lab: Lab) -> tuple[set[int], set[float]]:
+    """Ranks and scales of the adapters."""
+    modules = [m for m in lab.policy.modules() if hasattr(m, "lora_A")]
+    return {m.lora_A["default"].weight.shape[0] for m in modules}, {
+        m.scaling["default"] for m in modules
+    }
+
+
+def noisy(lab: Lab) -> int:
+    """How many of the first ten demonstrations are trained on as they are."""
+    from perl.training.cold_start import _segment
+
+    texts: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Letters, "encode_completion", lambda _, text, __: texts.append(text) or np.zeros(1, int)
+        )
+        examples = lab.examples(10)
+        for example in examples:
+            _segment(lab.session, example)
+    return sum(t == e.demonstration for t, e in zip(texts, examples, strict=True))
+
+
+def weighting(lab: Lab) -> str:
+    """How groups count, read off their advantages and means."""
+    formulas: dict[str, Callable[[float], float]] = {
+        "1": lambda m: 1.0,
+        "exp(1 - m)": lambda m: math.exp(1 - m),
+        "1.05 - m": lambda m: 1.05 - m,
+        "(1.05 - m)^2": lambda m: (1.05 - m) ** 2,
+    }
+    means = {
+        name: [float(g.reward_parts[name].mean()) for g in lab.groups]
+        for name in lab.groups[0].reward_parts
+    }
+    found = []
+    for g in lab.groups:
+        z = (g.rewards - g.rewards.mean()) / (g.rewards.std(ddof=1) + 1e-6)
+        found.append(float(np.abs(g.advantages).max() / np.abs(z).max()))
+    return next(
+        f"{formula} of {name}" if formula != "1" else "1"
+        for formula, weight in formulas.items()
+        for name in means
+        if found == pytest.approx([weight(m) for m in means[name]], rel=1e-4)
+    )
+
+
+def advantages(lab: Lab) -> tuple[str, str, str]:
+    """`over`, `scale` and `baseline`, read off advantages and rewards."""
+    every = np.concatenate([g.rewards for g in lab.groups])
+
+    def z(values: np.ndarray, scale: str, baseline: str) -> np.ndarray:
+        n = len(values)
+        mean = values.mean()
+        base = mean if baseline == "mean" else (n * mean - values) / (n - 1)
+        by = {"group": values.std(ddof=1), "batch": every.std(ddof=1)}.get(scale, 1 - 1e-6)
+        return (values - base) / (by + 1e-6)
+
+    def expected(group: Group, over: str, scale: str, baseline: str) -> np.ndarray:
+        half = len(group.rewards) // 2  # Two orders.
+        parts = {
+            "group": z(group.rewards, scale, baseline),
+            "order": np.concatenate(
+                [z(part, scale, baseline) for part in np.split(group.rewards, [half])]
+            ),
+        }
+        return np.sum([part for name, part in parts.items() if name in over.split("+")], axis=0)
+
+    return next(
+        (over, scale, baseline)
+        for over in ("group", "order", "order+group")
+        for scale in ("group", "batch", "none")
+        for baseline in ("mean", "leave_one_out")
+        if all(
+            np.allclose(g.advantages, expected(g, over, scale, baseline), atol=1e-4)
+            for g in lab.groups
+        )
+    )
+
+
+def loss_of(lab: Lab) -> PolicyLoss:
+    return PolicyStep(lab.session).loss
+
+
+def drawn_for_replay(lab: Lab) -> list[int]:
+    """Of two groups, one with three times the other's advantages, which one each of twenty seeds draws."""
+    from perl.rollout.replay import Replay
+
+    replay = Replay(lab.config.filter)
+    replay.buffer = [SimpleNamespace(priority=p, key=k, orders=()) for k, p in ((0, 1.0), (1, 3.0))]  # type: ignore[misc]
+    found: list[Any] = []
+    for seed in range(20):
+        replay.draw(1, seed, lambda key, _: found.append(key) or [])
+    return found
+
+
+def by_chance(p: float) -> list[int]:
+    """What twenty seeds draw of two where the second has the probability p."""
+    return [
+        int(np.random.default_rng(seed).choice(2, 1, replace=False, p=[1 - p, p])[0])
+        for seed in range(20)
+    ]
+
+
+def filtered(lab: Lab, name: str) -> list[dict[str, Any]]:
+    assert lab.rows
+    return json_lines(lab.run_folder / "filtered" / f"sift{name}.jsonl")
+
+
+def or_refusal(look: Callable[[Lab], Any]) -> Callable[[Lab], Any]:
+    """What is seen, or the key that the refusal names."""
+
+    def refused(lab: Lab) -> Any:
+        try:
+            return look(lab)
+        except UserError as error:
+            return error
+
+    return refused
+
+
+@dataclass(frozen=True)
+class Row:
+    """A key: what is looked at, what it is without and with this value of the key, and keys that hold in both."""
+
+    key: str
+    value: Any
+    look: Callable[[Lab], Any]
+    before: Any
+    after: Any
+    given: dict[str, Any] = field(default_factory=dict)
+
+
+def of(stage: str, name: str) -> Callable[[Lab], list[Any]]:
+    """A column of metrics.jsonl."""
+    return lambda lab: [row[name] for row in lab.rows if row["stage"] == stage]
+
+
+def each_step(look: Callable[[Collected], Any]) -> Callable[[Lab], list[Any]]:
+    return lambda lab: [look(step) for step in lab.steps]
+
+
+def in_first(look: Callable[[Group], Any]) -> Callable[[Lab], list[Any]]:
+    return lambda lab: [look(group) for group in lab.groups]
+
+
+def checkpoints(lab: Lab) -> list[int]:
+    """Steps of the RL stage that were saved in it."""
+    assert lab.rows
+    manifests = sorted(lab.run_folder.glob("checkpoints/*/manifest.json"))
+    progress = [json.loads(m.read_text())["progress"] for m in manifests]
+    return [p["step"] for p in progress if p["stage"] == "rl"]
+
+
+def saved(lab: Lab) -> int:
+    assert lab.rows
+    return len(list(lab.run_folder.glob("checkpoints/*")))
+
+
+def seed_folders(lab: Lab) -> list[str]:
+    assert not lab.rows or not lab.config.run.seeds
+    return sorted(path.name for path in lab.run_folder.glob("seed-*"))
+
+
+def compiled(lab: Lab) -> tuple[bool, bool]:
+    with pytest.MonkeyPatch.context() as patch:  # Its import takes seconds.
+        patch.setattr(torch, "compile", lambda forward, **_: forward)
+        layer = lab.policy.core.language_model.layers[0]
+    return lab.policy.compiled, "forward" in vars(layer)
+
+
+def sharing(lab: Lab) -> str:
+    """How often prompts stand in the rows that the model reads."""
+    assert lab.rows
+    found, once, each = lab.tokens[0]
+    return {once: "once", each: "for each completion"}[found]
+
+
+def kept(lab: Lab) -> list[int]:
+    assert lab.rows
+    return sorted({row["step"] for row in json_lines(lab.run_folder / "rollouts.jsonl")})
+
+
+def sources(lab: Lab) -> set[str]:
+    return {example.id.partition("-")[0] for example in lab.examples(40)}
+
+
+def counts(lab: Lab) -> tuple[int, int]:
+    """Fewest and most images of a question."""
+    found = [len(example.images) for example in lab.examples(60)]
+    return min(found), max(found)
+
+
+def held_out(lab: Lab) -> list[str]:
+    data = lab.session.components.held_out()
+    return [data[i].id for i in range(len(data))]
+
+
+def dropped(lab: Lab) -> int:
+    return lab.steps[0].dropped
+
+
+def counted(name: str) -> Callable[[Lab], int]:
+    """Groups of the first step that the filter found to be so."""
+    return lambda lab: lab.steps[0].counts[name]
+
+
+def setting(name: str, group: int = 0) -> Callable[[Lab], Any]:
+    """Of AdamW, for its weights of two dimensions."""
+
+    def look(lab: Lab) -> Any:
+        assert lab.rows
+        return lab.optimizers[-1].adamw.param_groups[group][name]
+
+    return look
+
+
+def one_order(lab: Lab) -> bool:
+    """Whether all questions have the second order that the paper's code draws for three images."""
+    return {group.variants[1].order for group in lab.groups} == {(1, 0, 2)}
+
+
+def images_of(lab: Lab) -> int:
+    return lab.examples(1)[0].images[0].getpixel((0, 0))[0]
+
+
+def mentions_follow(lab: Lab) -> bool:
+    """Whether "Is image 1 darker than image 2?" goes on naming the same pictures."""
+    variants = [v for group in lab.groups for v in group.variants]
+    asked = [v.messages[0].content.rpartition(">")[2] for v in variants]
+    places = [(v.order.index(0) + 1, v.order.index(1) + 1) for v in variants]
+    return asked == [f" Is image {one} darker than image {two}?" for one, two in places]
+
+
+BUNDLED = {"data.train": "bundled:digits"}
+TWO_PARTS = {"reward.functions": (SHARE, f"{HERE}:half"), "reward.weights": (1.0, 0.0)}
+ONES = {"reward.functions": (f"{HERE}:ones",)}
+TOLD = {"reward.functions": (f"{HERE}:where_told",)}
+WARM = {"cold_start.steps": 4, "cold_start.lr": 1.0, "cold_start.warmup_steps": 0}
+WARM |= {"cold_start.schedule": "constant"}
+ALL = {"train.examples_per_step": 6, "filter.max_tries": 1}
+MEASURED = {"eval.examples": 3}
+BAND = {**TWO_PARTS, "reward.functions": (SHARE, f"{HERE}:ones"), "filter.measure": "share_of_b"}
+MIB = 2**20
+SIFT = {"stages.": (StageConfig(name="sift", kind="filter"), StageConfig(name="rl", kind="rl"))}
+SIFT |= {"resample.histogram": "uniform", "resample.size": 1}
+SLOW = {"reward.functions": (f"{HERE}:slow",), "train.steps": 1, "train.examples_per_step": 1}
+
+ROWS = [
+    Row("run.dir", "runs/other", run_folder, ["runs/recipe/config.toml"], ["runs/other/config.toml"]),
+    # Each step, try and process has a seed: (run.seed * 1,000,003 + step) * filter.max_tries + try.
+    Row("run.seed", 7, lambda lab: lab.rows and lab.asked[0], 0, 7 * 1_000_003 * 4),
+    Row("run.seed", 7, lambda lab: [e.id for e in lab.examples(6)],
+        [f"row-{k}" for k in shuffled(1)], [f"row-{k}" for k in shuffled(15)]),
+    Row("run.seed", 7, initial_model, "tiny-qwen2.5-vl 0", "tiny-qwen2.5-vl 7", BUNDLED),
+    Row("run.seed", 7, lambda lab: lab.session.components.collector.seed, 0, 7),
+    Row("run.seeds", (3, 5), seed_folders, [], ["seed-3", "seed-5"]),
+    Row("run.log_every", 2, of("rl", "step"), [1, 2], [2]),
+    Row("run.checkpoint_every", 2, checkpoints, [1, 2], [2], {"run.keep_checkpoints": 9}),
+    Row("run.checkpoint_every", 0, checkpoints, [1, 2], [], {"run.keep_checkpoints": 9}),
+    Row("run.keep_checkpoints", 1, saved, 2, 1),
+    Row("run.save_rollouts_every", 1, kept, [1], [1, 2], {"run.save_rollouts_every": 2}),
+    Row("run.trackers", ("tensorboard",), lambda lab: list(map(str, usable_trackers(lab.config))),
+        [], ["tensorboard"]),
+
+    Row("model.path", "tiny-qwen3-vl", initial_model, "tiny-qwen2.5-vl 0", "tiny-qwen3-vl 0", BUNDLED),
+    Row("model.dtype", "bfloat16", precision,
+        "no", "bf16", {"model.dtype": "float32"}),
+    Row("model.attention", "flex", attention, "sdpa", "flex"),
+    Row("model.freeze_vision", True, lambda lab: lab.policy.vision.trained, True, False),
+    Row("model.lora_rank", 4, lora, (set(), set()), ({4}, {8.0})),
+    Row("model.lora_alpha", 8.0, lora, ({4}, {8.0}), ({4}, {2.0}), {"model.lora_rank": 4}),
+    Row("model.gradient_checkpointing", True, lambda lab: lab.policy.core.language_model.layers[0].gradient_checkpointing,
+        False, True),
+    Row("model.feature_cache_mb", 5, lambda lab: lab.policy.vision.cache_bytes, 1024 * MIB, 5 * MIB),
+    Row("model.compile", True, compiled, (False, False), (True, True)),
+    Row("model.liger", True, or_refusal(attention), "sdpa", "model.liger"),
+    Row("model.min_pixels", 56 * 56, visual_tokens(28), 1, 4),
+    Row("model.max_pixels", 56 * 56, visual_tokens(112), 16, 4),
+
+    Row("data.train", "bundled:digits", sources, {"row"}, {"digits"}),
+    Row("data.eval", "bundled:digits", held_out, ["row-0", "row-1"],
+        [f"digits-test-which-{k:06d}" for k in range(2)], {"eval.examples": 2}),
+    Row("data.columns", "perl", lambda lab: lab.examples(1)[0].answer, "A", "B", {"data.train": "both.jsonl"}),
+    Row("data.image_root", "lighter", images_of, shuffled(1)[0], 100 + shuffled(1)[0]),
+    Row("data.mix", ("bundled:digits*3",), sources, {"row"}, {"row", "digits"}),
+    Row("data.tasks", ("odd",), lambda lab: lab.examples(1)[0].task, "which", "odd", BUNDLED),
+    Row("data.min_images", 3, counts, (2, 4), (3, 4), BUNDLED),
+    Row("data.max_images", 3, counts, (2, 4), (2, 3), BUNDLED),
+    Row("data.first_slot", 1.0, lambda lab: {e.answer for e in lab.examples(40)}, set("ABCD"), {"A"}, BUNDLED),
+    Row("data.max_prompt_tokens", 10, dropped, 0, 1, {"data.overlong": "drop", **ALL}),
+    Row("data.overlong", "drop", or_refusal(dropped), "data.max_prompt_tokens = 10", 1,
+        {"data.max_prompt_tokens": 10, **ALL}),
+
+    Row("cold_start.steps", 3, of("cold_start", "step"), [], [1, 2, 3]),
+    Row("cold_start.batch_size", 4, of("cold_start", "tokens"), [6] * 4, [12] * 4, WARM),
+    Row("cold_start.lr", 0.5, of("cold_start", "lr"), [1.0] * 4, [0.5] * 4, WARM),
+    Row("cold_start.warmup_steps", 2, of("cold_start", "lr"), [1.0] * 4, [0.5, 1.0, 1.0, 1.0], WARM),
+    Row("cold_start.schedule", "linear", of("cold_start", "lr"), [1.0] * 4, [1.0, 0.75, 0.5, 0.25], WARM),
+    Row("cold_start.noise", 1.0, noisy, 10, 0, BUNDLED),
+
+    Row("permutation.orders", 4, in_first(lambda g: len(g.variants)), [2, 2], [4, 4]),
+    Row("permutation.text", "references", or_refusal(mentions_follow), "permutation.text", True,
+        {"data.train": "asked.jsonl"}),
+    Row("permutation.rate", 0.0, in_first(lambda g: len(g.variants)), [2, 2], [1, 1]),
+    Row("permutation.rate_schedule", "linear", each_step(lambda c: c.rate), [1.0, 1.0], [1.0, 0.5]),
+    Row("permutation.draw", "released", one_order, False, True, ALL),
+    Row("permutation.condition", "original", lambda lab: lab.rows and lab.segments, [4, 4], [2, 2]),
+
+    Row("rollout.per_order", 3, lambda lab: lab.steps and lab.params[0].n, 2, 3),
+    Row("rollout.temperature", 0.5, lambda lab: lab.steps and lab.params[0].temperature, 1.0, 0.5),
+    Row("rollout.temperature", 0.5, lambda lab: lab.session.components.head.temperature, 1.0, 0.5),
+    Row("rollout.max_new_tokens", 64, lambda lab: lab.steps and lab.params[0].max_new_tokens, 512, 64),
+    Row("rollout.max_new_tokens", 64, lambda lab: loss_of(lab).max_completion_length, 512, 64,
+        {"loss.preset": "dr_grpo"}),
+    Row("rollout.batch_size", 2, batches, 1, 3),
+
+    Row("reward.functions", ("format",), lambda lab: set(lab.groups[0].reward_parts), {"share_of_b"}, {"format"}),
+    Row("reward.weights", (2.0,), in_first(lambda g: g.rewards[g.rewards > 0][0] / g.reward_parts["share_of_b"][g.rewards > 0][0]),
+        [1.0] * 2, [2.0] * 2),
+    Row("reward.timeout", 0.02, or_refusal(lambda lab: len(lab.steps)), 1, "reward.timeout", SLOW),
+    Row("reward.group_weight", "exp", weighting, "1", "exp(1 - m) of share_of_b",
+        {"reward.group_weight_of": "share_of_b"}),
+    Row("reward.group_weight_of", "half", weighting, "exp(1 - m) of share_of_b", "exp(1 - m) of half",
+        {**TWO_PARTS, "reward.group_weight": "exp", "reward.group_weight_of": "share_of_b"}),
+    Row("reward.group_weight_power", 2.0, weighting, "1.05 - m of share_of_b", "(1.05 - m)^2 of share_of_b",
+        {"reward.group_weight": "power", "reward.group_weight_of": "share_of_b"}),
+
+    Row("filter.zero_variance", False, each_step(lambda c: (c.tries, len(c.groups))),
+        [(4, 0)] * 2, [(1, 2)] * 2, ONES),
+    Row("filter.max_tries", 3, each_step(lambda c: c.tries), [4, 4], [3, 3], ONES),
+    Row("filter.min_accuracy", 0.95, counted("too_hard"), 0, 8, BAND),
+    Row("filter.max_accuracy", 0.05, counted("too_easy"), 0, 8, BAND),
+    Row("filter.measure", "ones", counted("too_hard"), 8, 0, {**BAND, "filter.min_accuracy": 0.95}),
+    Row("filter.reuse_overflow", True, of("rl", "groups/reused"), [0, 0], [0, 1], TOLD),
+    Row("filter.replay", 1, of("rl", "groups/replayed"), [0, 0], [0, 1]),
+    Row("filter.replay_size", 3, lambda lab: lab.steps and len(lab.replayed.buffer), 4, 3, {"filter.replay": 1}),
+    Row("filter.replay_power", 0.0, drawn_for_replay, by_chance(0.75), by_chance(0.5), {"filter.replay": 1}),
+
+    Row("advantage.over", "order", advantages, ("group", "group", "mean"), ("order", "group", "mean"),
+        {"rollout.per_order": 4}),
+    Row("advantage.scale", "batch", advantages, ("group", "group", "mean"), ("group", "batch", "mean")),
+    Row("advantage.scale", "none", advantages, ("group", "group", "mean"), ("group", "none", "mean")),
+    Row("advantage.baseline", "leave_one_out", advantages, ("group", "group", "mean"),
+        ("group", "group", "leave_one_out")),
+
+    Row("loss.preset", "dapo", loss_of, PolicyLoss.preset("perl"), PolicyLoss.preset("dapo")),
+    Row("loss.clip_low", 0.1, lambda lab: loss_of(lab).clip_low, 0.2, 0.1),
+    Row("loss.clip_high", 0.4, lambda lab: loss_of(lab).clip_high, 0.2, 0.4),
+    Row("loss.kl_coef", 0.5, lambda lab: (loss_of(lab).kl, loss_of(lab).kl_coef), ("k3", 0.01), ("k3", 0.5)),
+    Row("loss.entropy_coef", 0.25, lambda lab: loss_of(lab).entropy_coef, 0.0, 0.25),
+    Row("loss.aggregation", "seq-mean-token-mean", lambda lab: loss_of(lab).aggregation,
+        "token-mean", "seq-mean-token-mean"),
+
+    Row("resample.rollouts", 4, lambda lab: {r["rollouts"] for r in filtered(lab, ".accuracies")}, {10}, {4}, SIFT),
+    Row("resample.orders", 2, lambda lab: filtered(lab, "") and lab.prompts[0], 6, 12, SIFT),
+    Row("resample.examples", 3, lambda lab: len(filtered(lab, ".accuracies")), 6, 3, SIFT),
+    Row("resample.histogram", "paper", lambda lab: filtered(lab, "") and list(lab.histograms[0]),
+        [1 / 11] * 11, [share / sum(PAPER) for share in PAPER], SIFT),
+    Row("resample.size", 2, lambda lab: len(filtered(lab, "")), 1, 2, SIFT),
+
+    Row("train.steps", 3, of("rl", "step"), [1, 2], [1, 2, 3]),
+    Row("train.examples_per_step", 4, of("rl", "groups/seen"), [2, 2], [4, 4]),
+    Row("train.updates_per_batch", 2, lambda lab: lab.steps and lab.optimizers[-1].updates, 2, 4),
+    Row("train.tokens_per_micro_batch", 20, lambda lab: lab.steps and lab.packed, [1, 1], [4, 4],
+        {"rollout.max_new_tokens": 3}),
+    Row("train.share_prompts", False, sharing, "once", "for each completion"),
+    Row("train.lr", 0.5, of("rl", "lr"), [0.01] * 2, [0.5] * 2),
+    Row("train.schedule", "linear", of("rl", "lr"), [0.01] * 2, [0.01, 0.005]),
+    Row("train.warmup_steps", 2, of("rl", "lr"), [0.01] * 2, [0.005, 0.01]),
+    Row("train.weight_decay", 0.5, setting("weight_decay"), 0.01, 0.5),
+    Row("train.betas", (0.5, 0.75), setting("betas"), (0.9, 0.999), (0.5, 0.75)),
+    Row("train.max_grad_norm", 0.125, lambda lab: lab.steps and lab.limits, [1.0] * 2, [0.125] * 2),
+
+    Row("eval.examples", 3, of("evaluate", "examples"), [], [3, 3]),
+    Row("eval.max_orders", 4, of("evaluate", "orders"), [6.0] * 2, [4.0] * 2, MEASURED),
+    Row("eval.samples", 3, lambda lab: lab.steps and [(p.n, p.temperature) for p in lab.params[:2]],
+        [(1, 1.0), (1, 0.0)], [(3, 1.0), (1, 0.0)], MEASURED),
+    Row("eval.every", 1, of("evaluate", "at"), ["before", "after"], ["before", "step", "after"], MEASURED),
+]  # fmt: skip
+
+
+def test_every_key_has_a_row() -> None:
+    config = Config()
+    sections = [f.name for f in fields(config) if f.name != "stages"]
+    keys = [f"{s}.{f.name}" for s in sections for f in fields(getattr(config, s))]
+    assert list(dict.fromkeys(row.key for row in ROWS)) == keys
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.key}={row.value}")
+def test_each_key_changes_what_it_should(row: Row, lab_of: Callable[[dict[str, Any]], Lab]) -> None:
+    for given, seen in ((row.given, row.before), (row.given | {row.key: row.value}, row.after)):
+        found = row.look(lab_of(given))
+        if isinstance(found, UserError):
+            tells(found, seen)
+        else:
+            numbers = isinstance(seen, list) and all(isinstance(value, float) for value in seen)
+            assert found == (pytest.approx(seen) if numbers else seen)
