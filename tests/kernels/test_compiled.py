@@ -52,6 +52,7 @@ def compiled() -> list[Resources]:
     return table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", EXPECTATIONS)
 def test_no_variant(fault: str, compiled: list[Resources]) -> None:
     holds = EXPECTATIONS[fault]
@@ -59,17 +60,20 @@ def test_no_variant(fault: str, compiled: list[Resources]) -> None:
     assert not found, f"{fault}: {'; '.join(found)}"
 
 
+@pytest.mark.slow
 def test_wgmma_is_looked_for(compiled: list[Resources]) -> None:
     assert any(row.wants_wgmma for row in compiled)
     assert any(row.wants_vector_loads for row in compiled)
     assert {row.architecture for row in compiled} >= {90, 100}
 
 
+@pytest.mark.slow
 def test_variants_are_told_apart(compiled: list[Resources]) -> None:
     keys = [(row.kernel, row.variant, row.architecture) for row in compiled]
     assert len(set(keys)) == len(keys)
 
 
+@pytest.mark.slow
 def test_the_document_lists_the_variants(compiled: list[Resources]) -> None:
     """Not their registers, which change with the version of Triton."""
     document = DOCUMENT.read_text(encoding="utf-8")
@@ -80,6 +84,7 @@ def test_the_document_lists_the_variants(compiled: list[Resources]) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_document_says_what_each_kernel_does(compiled: list[Resources]) -> None:
     before, _, _ = DOCUMENT.read_text(encoding="utf-8").partition("## Resources")
     described = set(re.findall(r"^\| `(\w+)` \|", before, re.MULTILINE))
@@ -106,6 +111,7 @@ def test_occupancy_follows_the_scarcest_resource() -> None:
     assert blocks(100, 4, 32, 0, 256) == 2  # tensor memory: 512 columns
 
 
+@pytest.mark.slow
 def test_every_variant_compiles() -> None:
     """As far as Triton's intermediate form; the machine code is that of the launch cases."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

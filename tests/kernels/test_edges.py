@@ -108,14 +108,12 @@ def test_all_tokens_masked(name: str) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("shift", [500.0, -500.0])
-@pytest.mark.parametrize("name", ["clip", "sequence", "cispo", "sapo", "gmpo", "vespo", "dppo_kl"])
+@pytest.mark.parametrize("name", ["clip", "sequence", "cispo", "sapo", "gmpo", "dppo_kl"])
 def test_log_ratios_beyond_their_bound(name: str, shift: float, backend: str) -> None:
     """They count as +-20 in the value, and have no slope there."""
-    lp, tau, k, lam = math.log(0.5), 1.0, 2.0, 3.0  # those of an advantage above 0
+    lp, tau = math.log(0.5), 1.0
     r = math.exp(math.copysign(20.0, shift))
     clipped = min(r, 1.2)
-    w = max(r, 1e-8)
-    phi = math.exp(lam + k * math.log(w) - lam * w)
     # the factor of -A in the loss, and in its derivative by the log-prob; A = 1
     value, slope = {
         "clip": (clipped, 0.0),
@@ -124,7 +122,6 @@ def test_log_ratios_beyond_their_bound(name: str, shift: float, backend: str) ->
         "sapo": (4 / tau / (1 + math.exp(-tau * (r - 1))), 0.0),
         # gmpo bounds the log-ratio itself by 0.4 where the advantage gains
         "gmpo": (math.exp(0.4) if shift > 0 else r, 0.0),
-        "vespo": (lp * phi, phi),
         # a divergence upwards is refused, one downwards is taken with the ratio
         "dppo_kl": (0.0, 0.0) if shift > 0 else (lp * r, r),
     }[name]  # fmt: skip
@@ -135,9 +132,61 @@ def test_log_ratios_beyond_their_bound(name: str, shift: float, backend: str) ->
     given = (torch.ones(1), bounds, loss)
     output = policy_loss(logprobs, *given, old_logprobs=torch.tensor([lp - shift]), backend=backend)  # type: ignore[arg-type]
     (gradient,) = torch.autograd.grad(output.loss, logprobs)
-    torch.testing.assert_close(output.loss, torch.tensor(-value))
-    torch.testing.assert_close(gradient, torch.tensor([-slope]))
-    torch.testing.assert_close(output.metrics["ratio_max"], torch.tensor(r))
+    found = torch.stack([output.loss.detach(), gradient[0], output.metrics["ratio_max"]])
+    torch.testing.assert_close(found, torch.tensor([-value, -slope, r]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("log_ratios", "correction", "log_weight"),
+    [
+        ((0.5, 0.25), None, 0.75),
+        # each in +-20, then the sum, and not below log 1e-8
+        ((30.0, -15.0), None, 5.0),
+        ((15.0, 15.0), None, 20.0),
+        ((-15.0, -15.0), None, math.log(1e-8)),
+        # 0.25 is what the trainer's old policy has more than the engine, on both tokens
+        ((0.5, 0.25), "token_mask", 1.25),
+        ((0.5, 0.25), "sequence_mask", 1.25),
+        # dropped, that is a weight of 1e-8 for each token
+        ((20.0, 20.0), "token_truncate", 20.0),
+        ((19.0, 1.0), "token_drop", 20.0 + 2 * math.log(1e-8)),
+        ((19.0, 1.0), "sequence_drop", 20.0 + math.log(1e-8)),
+    ],
+)
+def test_weight_of_a_vespo_sequence(
+    log_ratios: tuple[float, ...], correction: str | None, log_weight: float, backend: Any
+) -> None:
+    """-exp(lam + k log w - lam w) A lp, where w is bounded; small k and lam leave something at the bounds."""
+    axes: dict[str, Any] = {"correction": correction, "correction_high": 2.0}
+    if correction and correction.endswith("drop"):
+        axes = {"correction": correction.replace("drop", "mask"), "correction_high": 1.0}
+    loss = PolicyLoss(
+        surrogate="vespo",
+        vespo_k_pos=0.125,
+        vespo_lambda_pos=1e-9,
+        vespo_k_neg=0.25,
+        vespo_lambda_neg=2e-9,
+        **axes,
+    )
+    old = torch.tensor([-2.0, -1.0])
+    for advantage, k, lam in ((1.0, 0.125, 1e-9), (-1.0, 0.25, 2e-9)):
+        logprobs = (old + torch.tensor(log_ratios)).requires_grad_()
+        output = policy_loss(
+            logprobs,
+            torch.tensor([advantage]),
+            torch.tensor([0, 2], dtype=torch.int32),
+            loss,
+            old_logprobs=old,
+            rollout_logprobs=old - 0.25,
+            backend=backend,
+        )
+        phi = math.exp(lam + k * log_weight - lam * math.exp(log_weight))
+        (gradient,) = torch.autograd.grad(output.loss, logprobs)
+        value = -phi * advantage * float(logprobs.detach().mean())
+        torch.testing.assert_close(output.loss, torch.tensor(value), rtol=1e-5, atol=0)
+        wanted = torch.full((2,), -phi * advantage / 2)
+        torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=0)
 
 
 def test_logits_far_below_zero_and_long_rows() -> None:

@@ -34,7 +34,6 @@ from tests.kernels.test_losses import PRESETS, preset
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 BAD = [math.nan, math.inf, -math.inf]
 
 
@@ -48,44 +47,50 @@ def check_case(loss: PolicyLoss, entry: str = "policy_loss", **fields: Any) -> N
             assert seed < 50
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("old", [True, False], ids=["off-policy", "on-policy"])
 @pytest.mark.parametrize("name", PRESETS)
-def test_preset(name: str, old: bool, dtype: torch.dtype) -> None:
-    entry = "grpo_loss" if dtype == torch.float16 else "linear_grpo_loss"
+def test_preset(name: str, old: bool) -> None:
+    """In half precision; `test_losses.py` has fp32."""
+    entry, dtype = ("linear_grpo_loss", torch.bfloat16) if old else ("grpo_loss", torch.float16)
     check_case(preset(name), entry, old=old, dtype=dtype)
 
 
-@pytest.mark.parametrize("old", [True, False], ids=["off-policy", "on-policy"])
+@pytest.mark.parametrize(
+    ("old", "advantages"), [(True, "token"), (True, "grouped"), (False, "completion")]
+)
 @pytest.mark.parametrize("ratio", get_args(Ratio))
 @pytest.mark.parametrize("surrogate", ["clip", "cispo", "sapo"])
-def test_ratio(surrogate: Any, ratio: Any, old: bool) -> None:
-    for advantages in ("completion", "token", "grouped"):
-        check_case(PolicyLoss(surrogate=surrogate, ratio=ratio), old=old, advantages=advantages)
+def test_ratio(surrogate: Any, ratio: Any, old: bool, advantages: str) -> None:
+    check_case(PolicyLoss(surrogate=surrogate, ratio=ratio), old=old, advantages=advantages)
 
 
 @pytest.mark.parametrize("bias_correction", [False, True])
 @pytest.mark.parametrize("kl", get_args(KL))
 def test_kl(kl: Any, bias_correction: bool) -> None:
     loss = PolicyLoss(kl=kl, kl_coef=0.3, kl_bias_correction=bias_correction, entropy_coef=0.1)
-    check_case(loss, "grpo_loss")
-    check_case(replace(loss, ratio="sequence"), upstream=-2.0)
+    if bias_correction:
+        check_case(loss, "grpo_loss")
+    else:
+        check_case(replace(loss, ratio="sequence"), upstream=-2.0)
 
 
-@pytest.mark.parametrize("name", ["perl", "gspo", "vespo", "gmpo"])
+@pytest.mark.parametrize(
+    ("name", "old"), [("perl", True), ("gspo", True), ("vespo", True), ("gmpo", False)]
+)
 @pytest.mark.parametrize("correction", get_args(Correction))
-def test_correction(correction: Any, name: str) -> None:
+def test_correction(correction: Any, name: str, old: bool) -> None:
     loss = preset(name, correction=correction, correction_low=0.8, correction_high=1.3)
-    check_case(loss)
-    check_case(loss, old=False)
+    check_case(loss, old=old)
 
 
-@pytest.mark.parametrize("normalizer", ["none", "float", "tensor", "int tensor"])
+@pytest.mark.parametrize(
+    ("normalizer", "weights"),
+    [("none", "zeros"), ("float", "none"), ("tensor", "bool"), ("int tensor", "zeros")],
+)
 @pytest.mark.parametrize("aggregation", get_args(Aggregation))
-def test_aggregation(aggregation: Any, normalizer: str) -> None:
+def test_aggregation(aggregation: Any, normalizer: str, weights: str) -> None:
     loss = PolicyLoss(aggregation=aggregation, max_completion_length=9)
-    for weights in ("none", "zeros", "bool"):
-        check_case(loss, normalizer=normalizer, weights=weights)
+    check_case(loss, normalizer=normalizer, weights=weights)
 
 
 @pytest.mark.parametrize(
@@ -174,10 +179,13 @@ def narrow(problem: Problem) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("value", BAD)
 @pytest.mark.parametrize(
-    "argument",
-    ["hidden", "weight", "old_logprobs", "ref_logprobs", "rollout_logprobs", "advantages"],
+    ("argument", "value"),
+    [
+        *(("hidden", value) for value in BAD),
+        *(("weight", math.nan), ("advantages", -math.inf), ("old_logprobs", math.inf)),
+        *(("ref_logprobs", -math.inf), ("rollout_logprobs", math.nan)),
+    ],
 )
 def test_broken_input_is_a_nan_loss(argument: str, value: float) -> None:
     given: dict[str, Any] = {**narrow(Problem.make((3, 1, 0, 4))), "weights": None}
@@ -190,8 +198,6 @@ def test_broken_input_is_a_nan_loss(argument: str, value: float) -> None:
             output = linear_grpo_loss(**{**given, "hidden": hidden}, loss=loss, backend=backend)
             assert output.loss.isnan()
             broken[backend] = int(output.metrics["invalid_rows"])
-            silent = linear_grpo_loss(**given, loss=loss, backend=backend)
-            assert silent.loss.isnan() and silent.metrics["invalid_rows"] == broken[backend]
         assert broken["triton"] == broken["torch"] > 0
 
 
@@ -220,7 +226,7 @@ def test_masked_rows_are_not_looked_at(name: str) -> None:
     loss = PolicyLoss.preset(name, kl="k3", kl_coef=0.1, entropy_coef=0.1)
     masked = given["weights"] == 0
     results = []
-    for filler in (0.5, *BAD):
+    for filler in (0.5, math.nan, math.inf):
         dirty = {
             key: value.masked_fill(masked, filler) if key.endswith("_logprobs") else value
             for key, value in given.items()
@@ -270,25 +276,6 @@ def test_all_tokens_masked(name: str) -> None:
         output = linear_grpo_loss(**given, loss=PolicyLoss.preset(name), backend="triton")
         gradients = torch.autograd.grad(output.loss, leaves)
         assert output.loss == 0 and all((gradient == 0).all() for gradient in gradients)
-
-
-@pytest.mark.parametrize("name", ["perl", "gspo", "sapo", "vespo", "gmpo", "dppo_kl", "cispo"])
-def test_extreme_log_ratios(name: str) -> None:
-    """Finite, and those of the PyTorch backend."""
-    given = narrow(Problem.make((3, 1, 0, 4)))
-    for key in ("hidden", "weight", "targets"):
-        del given[key]
-    logprobs = given["ref_logprobs"].clone().requires_grad_()
-    for shift in (-500.0, 500.0):
-        given["old_logprobs"] = given["ref_logprobs"].clamp(max=-0.1) + shift
-        results = []
-        for backend in ("triton", "torch"):
-            loss = PolicyLoss.preset(name)
-            output = policy_loss(logprobs, loss=loss, **given, backend=backend)  # type: ignore[arg-type]
-            (gradient,) = torch.autograd.grad(output.loss, logprobs)
-            assert output.loss.isfinite() and gradient.isfinite().all()
-            results.append((output.loss.detach(), gradient, output.metrics))
-        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("vocab", [5, 8197])
