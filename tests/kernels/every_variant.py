@@ -44,10 +44,12 @@ def objectives() -> Iterator[PolicyLoss]:
     for surrogate in get_args(Surrogate):
         several = surrogate in ("clip", "cispo", "sapo")
         for ratio in get_args(Ratio) if several else ("token",):
-            for correction in (None, *get_args(Correction)):
-                yield PolicyLoss(surrogate=surrogate, ratio=ratio, correction=correction)
-    for surrogate in ("clip", "gmpo", "vespo"):
-        for kl in get_args(KL):
+            yield PolicyLoss(surrogate=surrogate, ratio=ratio)
+    for surrogate, ratio in (("clip", "token"), ("clip", "sequence"), ("vespo", "token")):
+        for correction in get_args(Correction):
+            yield PolicyLoss(surrogate=surrogate, ratio=ratio, correction=correction)
+    for surrogate in ("clip", "gmpo"):
+        for kl in get_args(KL) if surrogate == "clip" else ("k3",):
             for bias in (False, True):
                 kind: dict[str, Any] = {"kl": kl, "kl_coef": 0.1, "kl_bias_correction": bias}
                 yield PolicyLoss(surrogate=surrogate, **kind, **shared)
