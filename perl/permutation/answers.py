@@ -304,9 +304,11 @@ def _says(names: Lettering, text: str) -> Meaning:
 
 
 def _letter_and_text(names: Lettering, answer: str) -> re.Match[str] | None:
-    """The letter of an option in words, and the text behind it."""
+    """The letter of an option in words, and the text behind it; None for a list of letters (`A, C`)."""
     match = _LETTER_AND_TEXT.fullmatch(answer)
-    return match if match and match[1].upper() in {line.letter for line in names.lines} else None
+    if match is None or _replace(names, answer, lambda letter: letter) is not None:
+        return None
+    return match if match[1].upper() in {line.letter for line in names.lines} else None
 
 
 def _replace(names: Lettering, answer: str, new: Callable[[str], str]) -> str | None:

@@ -10,6 +10,7 @@ from tests.messages import refused
 from tests.permutation.questions import ask
 
 TWO, THREE = "<image><image> Which?\n", "<image><image><image> Which?\n"
+FOX = THREE + "A. Image 2\nB. Image 3\nC. Image 1"
 
 
 @pytest.mark.parametrize(
@@ -23,6 +24,11 @@ TWO, THREE = "<image><image> Which?\n", "<image><image><image> Which?\n"
         (THREE + "A. red\nB. blue", "A", (1, 0, 2), None, "A"),
         (TWO + "A. Image 1 has dogs\nB. Image 2 has cats", "A", (1, 0), None, "A"),
         (TWO + "A. Image 1 is like image 2 then\nB. Red", "A", (1, 0), None, "A"),
+        (FOX, "OPTION B AND c", (2, 0, 1), "OPTION C AND a", "OPTION B AND c"),
+        (FOX, "B, A", (2, 0, 1), "C, B", "B, A"),
+        (FOX, "(B), (c) & Choice A.", (2, 0, 1), "(C), (a) & Choice B.", "(B), (c) & Choice A."),
+        (FOX, "B — THE THIRD IMAGE", (2, 0, 1), "C — THE First IMAGE", "B — THE First IMAGE"),
+        (TWO + "CHOICE A. IMAGE 2\nCHOICE B. THE FIRST PHOTO", "A", (1, 0), "B", "A"),
         (TWO + "A.Image 2\nB.Image 1", "A", (1, 0), "B", "A"),
         (TWO + "(a) Image 2 (b) Image 1", "a", (1, 0), "b", "a"),
         (TWO + "A. Second\nB. First", "A", (1, 0), "B", "A"),
@@ -56,6 +62,8 @@ def test_answers_with_options(
 
 def test_bare_numbers_that_are_no_images_stay() -> None:
     example = ask(TWO + "A. 2\nB. 1", "A", should_change=False)
+    assert letter_slots(example) == ()
+    assert letter_slots(ask(TWO + "A. Image 2\nB. 1\nC. both")) == (1,)
     for mode in ("slots", "references"):
         variant = permute(example, (1, 0), mode)
         assert (variant.messages, variant.answer) == (example.messages, "A")
@@ -68,7 +76,6 @@ def test_an_option_that_names_a_moving_image_does_not_stay() -> None:
     assert permute(example, (1, 0), "references").answer == "A"
 
 
-FOX = THREE + "A. Image 2\nB. Image 3\nC. Image 1"
 NEITHER = TWO + "A. Image 2\nB. Image 1\nC. Neither"
 
 
@@ -89,7 +96,7 @@ def test_options_follow_their_images_and_the_letter_stays() -> None:
     [
         # By number the same answer moves, and with it both ways of giving it.
         (ask(FOX, "B"), (2, 0, 1), "references", {"B": "B", "Image 1": "Image 3"}),
-        (ask(FOX, "B"), (2, 0, 1), "slots", {"C": "B"}),
+        (ask(FOX, "B"), (2, 0, 1), "slots", {"C": "B", "C, A": "B, C"}),
         (ask(NEITHER), (1, 0), "slots", {"B. Image 1": "A", "B": "A", "A. Image 1": None, "C": "C"}),
         (ask(NEITHER), (1, 0), "references", {"A. Image 1": "A", "A. Image 2": None, "C. neither": "C"}),
         (ask(THREE + "A. Images 1 and 2\nB. Images 2 and 3", "Image 3"), (1, 0, 2), "references", {"B": "B"}),

@@ -91,7 +91,9 @@ def test_the_example_of_the_types_swaps() -> None:
     [
         ("A", "C"), ("b", "a"), ("(C)", "(B)"), ("Image 2", "Image 1"), ("image 3.", "image 2."), ("1", "3"),
         ("A, C", "C, B"), ("1, 3, 2", "3, 2, 1"), ("A and B", "C and A"), ("[2, 1]", "[1, 3]"), (" B ", " A "),
-        ("the second image", "the first image"),
+        ("the second image", "the first image"), ("See image 1, then image 2", "See image 3, then image 1"),
+        ("IMAGE 2 AND IMAGE 3", "IMAGE 1 AND IMAGE 2"), ("1 AND 3", "3 AND 2"), ("Option b.", "Option a."),
+        ("3 → 1 < 2", "2 → 3 < 1"), ("B & C; A", "A & B; C"), ("Third PICTURE", "Second PICTURE"), ("[image_1]", "[image_3]"),
     ],
 )  # fmt: skip
 def test_every_shape_of_answer(answer: str, after: str) -> None:
@@ -99,6 +101,17 @@ def test_every_shape_of_answer(answer: str, after: str) -> None:
     variant = permute(lettered(3, answer), order)
     assert variant.answer == after
     assert original_answer(variant, after) == answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "slots"),
+    [
+        ("C, A", (2, 0)), ("B. Image 2", (1,)), ("(b) the second image", (1,)), ("B. Image 1", None), ("D. Image 4", None),
+        ("Images 1 and 3", (0, 2)), ("image 2, 2 dogs", (1,)), ("image 2 (A)", None), ("A" + " " * 399, (0,)), ("A" + " " * 400, None),
+    ],
+)  # fmt: skip
+def test_what_an_answer_names(answer: str, slots: tuple[int, ...] | None) -> None:
+    assert named_images(answer, 3, range(3)) == slots
 
 
 @pytest.mark.parametrize("answer", ["D", "4", "0", "Image 9", "A, D", "yes", "", "AB", "the dog"])
