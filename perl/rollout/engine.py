@@ -114,8 +114,9 @@ class InProcessEngine:
     def _sample(
         self, logits: torch.Tensor, temperature: float, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # In fp32: the log-probs are compared with the trainer's, and bf16 has three digits.
-        logits = logits.float().index_fill(1, self.banned.to(logits.device), -torch.inf)
+        # In fp32 at least: the log-probs are compared with the trainer's, and bf16 has three digits.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.index_fill(1, self.banned.to(logits.device), -torch.inf)
         if temperature == 0:
             logprobs = logits.log_softmax(-1)
             token = logprobs.argmax(-1)

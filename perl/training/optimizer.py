@@ -109,7 +109,7 @@ class Optimizer:
         normalizer = step_normalizer(loss, tokens, sequences)
         self.policy.train()
         totals: defaultdict[str, torch.Tensor] = defaultdict(
-            lambda: torch.zeros((), device=self.policy.device)
+            lambda: torch.zeros((), dtype=torch.float64, device=self.policy.device)
         )
         # A trained tower encodes an image once for all micro-batches that show it; see StepFeatures.
         shared = StepFeatures(self._encode, batches) if self.policy.vision.trained else None
@@ -130,11 +130,11 @@ class Optimizer:
             totals["scored"] += batch.num_scored
             for name, value in output.metrics.items():
                 if name.endswith("_max"):
-                    totals[name] = torch.maximum(totals[name], value.float())
+                    totals[name] = torch.maximum(totals[name], value)
                 elif name in _COUNTS:
-                    totals[name] += value.float()
+                    totals[name] += value
                 else:  # Means over the batch's tokens, all of which the trainer gives the weight 1.
-                    totals[name] += value.float() * batch.num_scored
+                    totals[name] += value.double() * batch.num_scored
         # Summed, not averaged: each loss was divided by the count of the whole step already.
         with span("sync"):
             self._sum_over_processes()
@@ -178,7 +178,7 @@ class Optimizer:
     def _reduced(self, totals: dict[str, torch.Tensor]) -> dict[str, float]:
         """Means over all tokens of all processes; one transfer to the host."""
         names = sorted({*totals, *_ALWAYS})
-        values = torch.stack([totals[name].double() for name in names])
+        values = torch.stack([totals[name] for name in names])
         if self.accelerator.num_processes > 1:
             maxima = values.clone()
             torch.distributed.all_reduce(values)
