@@ -22,6 +22,7 @@ from perl.model.packed.flash import flash_attn_problem
 from perl.model.packed.flex import block_mask, run_compiled
 from perl.model.packed.gather import gather_rows
 from perl.model.packed.layout import PackedLayout
+from tests.messages import refused
 
 DIM = 8
 
@@ -268,7 +269,7 @@ def test_a_batch_with_a_mask_is_transformers_own(name: str) -> None:
 
 def test_a_sliding_window_is_refused() -> None:
     layout, _ = packed(ROWS["no prefix"])
-    with pytest.raises(ValueError, match=r"sliding window \(here 8 tokens\)"):
+    with refused("sliding window", "8 tokens", error=ValueError):
         attend("sdpa", inputs(layout.tokens), packed_layout=layout, sliding_window=8)
 
 

@@ -21,7 +21,8 @@ from perl.model.packed.pack import pack_row
 from perl.model.policy import Policy
 from perl.model.tiny import TINY_MODELS
 from perl.rollout.engine import InProcessEngine, SamplingParams
-from perl.types import EncodedPrompt, Message, PackedBatch, Segment, UserError
+from perl.types import EncodedPrompt, Message, PackedBatch, Segment
+from tests.messages import refused
 
 CONFIG = ModelConfig()
 
@@ -87,7 +88,7 @@ def test_no_step_compiles_after_the_first(name: str, checkpointing: bool, load) 
 def test_a_compiler_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"model\.compile needs a C\+\+ compiler.*leave it off"):
+    with refused("model.compile", "g++", "clang++", "PATH"):
         check_compiler()
     (tmp_path / "g++").touch(mode=0o755)
     check_compiler()
@@ -237,8 +238,8 @@ def test_liger_s_kernels_compute_the_same(name: str, functional: Any, language_m
 
 def test_where_liger_cannot_run(functional: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(UserError, match=r"model\.liger needs a GPU, this run is on cpu"):
+    with refused("model.liger", "cpu"):
         check_liger(torch.device("cpu"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="needs liger-kernel: pip install"):
+    with refused("model.liger", "liger-kernel", "pip install"):
         check_liger(torch.device("cuda"))

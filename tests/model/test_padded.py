@@ -23,7 +23,8 @@ from perl.model.processor import Processor
 from perl.model.tiny import make_tokenizer
 from perl.rollout.engine import SamplingParams
 from perl.rollout.padded import PaddedEngine, make_engine
-from perl.types import Message, Segment, UserError
+from perl.types import Message, Segment
+from tests.messages import refused, tells
 from tests.model.steps import (
     batch_logprobs,
     completions_of,
@@ -227,8 +228,7 @@ def test_what_is_lost_is_said_once(load, caplog: pytest.LogCaptureFixture) -> No
         load()
         load()
     [said] = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert "the family llava is not known" in said
-    assert "prompts are computed once per completion" in said and "docs/models.md" in said
+    tells(said, "llava", "perl/model/families", "docs/models.md")
 
 
 def test_a_step_on_the_command_line(llava: Path, short_recipe: Path) -> None:
@@ -273,18 +273,16 @@ def test_a_head_that_is_no_plain_product_is_refused(load) -> None:
     policy, _ = load()
     check_head(policy.base, "folder", 5)
     policy.base.lm_head.bias = torch.nn.Parameter(torch.ones(len(policy.head_weight)).double())
-    with pytest.raises(UserError, match="a bias, a scale or a soft cap"):
+    with refused("model.path", "folder", "LlavaForConditionalGeneration", "bias"):
         check_head(policy.base, "folder", 5)
 
 
 def test_prompts_it_cannot_read(load) -> None:
     _, processor = load()
-    with pytest.raises(UserError, match="1 <image> slots but 0 images"):
-        processor.encode_messages((Message("user", "<image> ?"),), ())
-    with pytest.raises(
-        UserError, match=r"the completion holds <image>, .* is never sampled; remove"
-    ):
-        processor.encode_completion("three <image>")
+    with refused("row 3", "1 <image>", "0 images"):
+        processor.encode_messages((Message("user", "<image> ?"),), (), "row 3")
+    with refused("row 3", "<image>"):
+        processor.encode_completion("three <image>", "row 3")
     assert processor.unsampled_token_ids().tolist() == [3]
     huge, tiny = picture(900, 600, 0), picture(3, 2, 0)
     prompt = processor.encode_messages((Message("user", "<image> <image>"),), (huge, tiny))

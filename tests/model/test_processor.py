@@ -5,7 +5,8 @@ import torch
 
 from perl.model.processor import parts
 from perl.model.tiny import TINY_QWEN
-from perl.types import Message, UserError
+from perl.types import Message
+from tests.messages import refused
 from tests.model.conftest import CONFIG
 from tests.model.steps import picture, segments_of, stock_inputs, stock_model
 
@@ -60,7 +61,9 @@ def test_our_prompt_is_the_stock_processors(name: str, load, tiny_folder) -> Non
 
 def test_slots_and_images_must_match(load) -> None:
     _, processor = load(TINY_QWEN[0])
-    with pytest.raises(UserError, match="2 <image> slots but 1 images"):
-        processor.encode_messages((Message("user", "<image> <image> ?"),), [picture(28, 28, 0)])
-    with pytest.raises(UserError, match="the text itself holds"):
-        processor.encode_messages((Message("user", "<|image_pad|> ?"),), [])
+    with refused("row 3", "2 <image>", "1 images"):
+        processor.encode_messages(
+            (Message("user", "<image> <image> ?"),), [picture(28, 28, 0)], "row 3"
+        )
+    with refused("row 3", "<|image_pad|>", "<image>"):
+        processor.encode_messages((Message("user", "<|image_pad|> ?"),), [], "row 3")
