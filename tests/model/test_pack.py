@@ -107,6 +107,14 @@ def test_two_prompts_in_a_row() -> None:
     assert batch.completion_cu_seqlens.tolist() == [0, 3, 5, 6]
     assert batch.advantages.tolist() == [0.5, -0.5, 0.5]
     assert batch.source == ((0, 0), (0, 1), (1, 0))
+    wide, narrow = torch.int64, torch.int32
+    dtypes = {
+        "input_ids position_ids scored targets visual_positions visual_source": wide,
+        "cu_seqlens_q prefix_starts prefix_lengths completion_cu_seqlens": narrow,
+        "advantages": torch.float32,
+    }
+    for names, dtype in dtypes.items():
+        assert {getattr(batch, name).dtype for name in names.split()} == {dtype}
 
 
 def test_every_completion_takes_the_positions_behind_its_prompt() -> None:
@@ -171,11 +179,11 @@ def test_pack_tells_where_completions_came_from(share: bool, budget: int) -> Non
 
 @pytest.mark.parametrize("share", [True, False])
 def test_rows_hold_whole_groups(share: bool) -> None:
-    """By size alone best fit would put the prompts 0 and 3 together, and 1 and 2."""
-    sizes = ((6, 0), (6, 1), (3, 0), (4, 1))
+    """By size alone best fit would put the prompts 0 and 2 together, and 1 and 3."""
+    sizes = ((6, 0), (6, 1), (4, 1), (3, 0))
     segments = [segment(prompt(n - 1), [7], group=group) for n, group in sizes]
     rows = [[i for i, _ in batch.source] for batch in pack(segments, 10, share)]
-    assert rows == [[0, 2], [1, 3]]
+    assert rows == [[0, 3], [1, 2]]
 
 
 @pytest.mark.parametrize(
@@ -209,7 +217,7 @@ def test_rows_hold_whole_groups(share: bool) -> None:
             [(4, (3, 1), 0)], 12, False, ["0:0 0:1"], id="the copies of a group in one row"
         ),
         pytest.param(
-            [(4, (), 0), (5, (), 1)], 5, True, ["0:", "1:"], id="prompts without completions"
+            [(5, (), 0), (5, (), 0)], 5, True, ["0:", "1:"], id="prompts without completions"
         ),
         pytest.param([(4, (), 0), (2, (1,), 0)], 5, False, ["1:0"], id="of which no copy is made"),
         pytest.param(
