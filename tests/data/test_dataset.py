@@ -325,6 +325,16 @@ BAD_ROWS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"answer": "yes"}, ("should_change", "false")),
     ({"kind": "some"}, ("kind", "'some'")),
     ({"kind": "last:3"}, ("last:3", "1 to 2")),
+    ({"kind": "ordering"}, ("kind", "'ordering'", "2, 1, 3")),
+    (
+        {
+            "question": "<image> <image> What is the order of events? A. 2, 1 B. 1, 2",
+            "kind": "ordering",
+            "should_change": False,
+        },
+        ("should_change", "true", "kind", "none"),
+    ),
+    ({"should_change": False}, ("'B'", "image 2", "should_change", "true", "kind", "none")),
     ({"should_change": "perhaps"}, ("should_change", "'perhaps'", "true", "false")),
     ({"worked": "<think>"}, ("worked", "demonstration")),
     ({"question": " "}, ("question", "empty")),
