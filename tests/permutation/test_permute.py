@@ -188,12 +188,43 @@ SYSTEM = Message("system", "Hi")
         ("first_fixed", "Look: <image> (A) <image> (B): <image>", (1, 2)),
         ("all", "Look: <image>\nA. <image>\nB. <image>", (1, 2)),
         ("all", "B <image> A <image> C <image>", (1, 0, 2)),
+        ("all", "<image>\n(B)\n<image>\n(C)\n<image>\n(A)", (2, 0, 1)),
+        (
+            "all",
+            "<image>\n(B) <image>\n(C) <image>\n(A) ",
+            (0, 1, 2),
+        ),  # the next one's, but for the last
+        ("all", "A <image> <image> B <image>", (0, 1, 2)),  # whose is the one between?
+        ("all", "A <image> and <image> B <image>", (0, 2)),
+        ("all", "<image> (A) <image> <image> (B)", (0, 1, 2)),
+        ("all", "<image> (A) <image> and <image> (B)", (0, 2)),
         ("all", "I <image> see <image> <image>", (0, 1, 2)),
         ("all", (SYSTEM, Message("user", "A)<image> B)<image> C)<image>")), (0, 1, 2)),
     ],
 )
 def test_what_letters_name(kind: str, question: Any, slots: tuple[int, ...]) -> None:
     assert letter_slots(replace(lettered(3, kind=kind), question=question)) == slots
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "unclear"),
+    [
+        ("<image> Image 1: <image>", "2", "Image 1"),
+        ("<image> Image 1: <image>\nWhich?\nA. a dog\nB. Image 2", "B", "Image 1"),
+        ("<image> Image 1: <image>\nWhich?\nA. a dog\nB. a cat", "B", None),
+        ("<image> Option A: <image>", "A", "Option A"),
+        ("<image> Option A: <image>\nWhich?\nA. Image 1\nB. Image 2", "A", None),
+        ("<image> Image 3: <image>", "2", None),
+        ("Image 2: <image> Image 1: <image>", "2", None),
+    ],
+)
+def test_what_may_be_a_label_or_not(question: str, answer: str, unclear: str | None) -> None:
+    """Answers that count images are refused beside it."""
+    if unclear:
+        with refused("'q'", f"'{unclear}'", "kind"):
+            check_answer(ask(question, answer))
+    else:
+        check_answer(ask(question, answer))
 
 
 def test_letters_of_options_follow_their_pictures() -> None:

@@ -34,6 +34,8 @@ def test_iou_is_a_count_of_pixels(a: Any, b: Any) -> None:
     assert (iou(a, b) == 1) == (a == b)
     empty, turned = (a[0], a[1], a[0], a[3]), (a[2], a[3], a[0], a[1])
     assert iou(empty, empty) == iou(turned, a) == 0
+    small, tiny = [tuple(v / 16 for v in box) for box in (a, b)]
+    assert iou(small, tiny) == iou(a, b)
 
 
 @given(boxes)
