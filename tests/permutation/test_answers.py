@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from perl.permutation import Consistency, check_moves, letter_slots, original_answer, permute
+from perl.permutation import (
+    Consistency,
+    check_moves,
+    letter_slots,
+    option_lines,
+    original_answer,
+    permute,
+)
 from perl.types import Example
 from tests.messages import refused
 from tests.permutation.questions import ask
@@ -58,6 +65,27 @@ def test_answers_with_options(
                 check_moves(example, mode)
         else:
             assert permute(example, order, mode).answer == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        *((text, ["red", "blue"]) for text in (
+            "A. red\nB. blue", "A. red\nB. blue\nThink first.", "Which? A. red B. blue", "Which? (a) red; (b) blue, ", "[A] red [B] blue",
+            "A) red,\nB) blue;", "A.red\nB.blue", "a. red\nb. blue", "A: red\nB:blue", "A:) red\nB:) blue", "A red\nB blue", "A | red\nB | blue",
+            "A - red\nB - blue", "A – red\nB – blue", "> **A.** red\n> **B.** blue", "OPTION A: red\nChoice B: blue", "A.\nred\nB.\nblue",
+            "A. red\nB. blue\nD. green", "A. one\nB. two\nA) red\nB) blue", "A) red\nB) blue\nC. five", "A. green\nA. red\nB. blue",
+            "A. <image>\nB. <image>\nC. <image>\nA. red\nB. blue",
+        )),
+        ("A. one\nB. two\nC. three\nA) red\nB) blue", ["one", "two", "three"]), ("A. <image>\nB. <image>", ["<image>", "<image>"]),
+        *((text, []) for text in (
+            "A. red", "B. red\nC. blue", "A. and\nB. OR", "a red\nb blue", "so a. red or b. blue", "(A red\n(B blue", "A. red\nB) blue",
+        )),
+        ("A. x\nB. " + "y" * 500 + "y\n", ["x", "y" * 500]), ("A. x\nB. " + "y" * 499 + "\nz", ["x", "y" * 499]),
+    ],
+)  # fmt: skip
+def test_what_the_options_are(text: str, options: list[str]) -> None:
+    assert option_lines(text) == dict(zip("ABC", options, strict=False))
 
 
 def test_bare_numbers_that_are_no_images_stay() -> None:

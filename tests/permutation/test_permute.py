@@ -194,6 +194,8 @@ SYSTEM = Message("system", "Hi")
             "<image>\n(B) <image>\n(C) <image>\n(A) ",
             (0, 1, 2),
         ),  # the next one's, but for the last
+        ("all", "<image> image b\n<image> image a\n<image> image c", (1, 0, 2)),
+        ("all", "<image> b\n<image> a\n<image> c", (0, 1, 2)),
         ("all", "A <image> <image> B <image>", (0, 1, 2)),  # whose is the one between?
         ("all", "A <image> and <image> B <image>", (0, 2)),
         ("all", "<image> (A) <image> <image> (B)", (0, 1, 2)),
@@ -213,6 +215,7 @@ def test_what_letters_name(kind: str, question: Any, slots: tuple[int, ...]) -> 
         ("<image> Image 1: <image>\nWhich?\nA. a dog\nB. Image 2", "B", "Image 1"),
         ("<image> Image 1: <image>\nWhich?\nA. a dog\nB. a cat", "B", None),
         ("<image> Option A: <image>", "A", "Option A"),
+        ("A <image> <image> B <image>", "C", "A"),
         ("<image> Option A: <image>\nWhich?\nA. Image 1\nB. Image 2", "A", None),
         ("<image> Image 3: <image>", "2", None),
         ("Image 2: <image> Image 1: <image>", "2", None),
@@ -246,6 +249,7 @@ def test_letters_of_options_follow_their_pictures() -> None:
         ("<image> (Image 1)\n<image> (Image 2)\nDescribe image 2.", None, "<image> (Image 1)\n<image> (Image 2)\nDescribe image 1.", None),
         ("**Image 1**: <image> **Image 2**: <image> image 2?", None, "**Image 1**: <image> **Image 2**: <image> image 1?", None),
         ("Image 1 is <image>, image 2 is <image>", None, "Image 1 is <image>, image 2 is <image>", None),
+        ("I <image> see <image> in image 1", "2", "I <image> see <image> in image 2", "1"),
         ("Say if the odd one is image 1.\n<image><image>", None, "Say if the odd one is image 2.\n<image><image>", None),
         ("<image><image> In image 1, 2 dogs play", None, "<image><image> In image 2, 2 dogs play", None),
         ("<image><image> Does image two have a dog?", None, "<image><image> Does image one have a dog?", None),
