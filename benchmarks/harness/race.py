@@ -12,7 +12,14 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.harness.contest import Contest, Problem, Provider, Refused, Unavailable
-from benchmarks.harness.device import clock, cool, free_memory, measure_peaks, peak_memory
+from benchmarks.harness.device import (
+    clock,
+    cool,
+    free_memory,
+    measure_peaks,
+    peak_memory,
+    synchronize,
+)
 from benchmarks.harness.results import Findings, Row
 
 _MOST_ROUNDS = 50
@@ -179,8 +186,12 @@ def try_out(row: Row, device: torch.device) -> None:
         if run.reset:
             run.reset()
         _, row.peak_extra_bytes = peak_memory(run.call, device)
+    if run.reset:
+        run.reset()
+    synchronize(device)
     start = time.perf_counter()
-    run.once(device)
+    run.call()
+    synchronize(device)
     row.call_seconds = max(1e-9, time.perf_counter() - start)
 
 

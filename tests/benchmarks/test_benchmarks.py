@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,136 +19,285 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-
-from benchmarks.harness.contest import Contest, Inputs, Provider, Refused, Run
+import perl.model.packed.sdpa
+import perl.permutation
+import perl_kernels
+from benchmarks import run as program
+from benchmarks.cases import NAMES, contests_of
+from benchmarks.cases.packing import plan
+from benchmarks.harness import head_problem
+from benchmarks.harness.contest import Contest
 from benchmarks.harness.device import Peaks
-from benchmarks.harness.head_problem import Head, HeadProblem, logprobs_by_blocks, make_problem
 from benchmarks.harness.race import Race
-from benchmarks.harness.results import Findings
-from benchmarks.providers import LINEAR_LOSS
+from benchmarks.harness.results import Findings, Row
+from perl.model.packed.attention import IMPLEMENTATIONS
+from perl.model.packed.layout import PackedLayout
+from tests.messages import tells
 
 ROOT = Path(__file__).parents[2]
 
-# Each mistake is small or of a kind that looks fast: it must be the proof that finds it. The last is a peer's.
-PLANTED = """
-import pytest
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection():
-    import perl.model.packed.sdpa, perl.model.packed.plan, perl.permutation, perl.model.vision, perl_kernels
-    import torch
-    from perl.model.packed.layout import PackedLayout
-
-    loss, plan = perl_kernels.linear_grpo_loss, perl.model.packed.plan.plan
-    attention, permute = perl.model.packed.sdpa.sdpa, perl.permutation.permute
-    advantages, chunked = perl_kernels.group_advantages, torch.nn.functional.linear_cross_entropy
-
-    def scaled_loss(*args, **kwargs):
-        output = loss(*args, **kwargs)
-        return output._replace(loss=output.loss * 1.001)
-
-    def across_pieces(query, key, value, layout, how):
-        whole = PackedLayout.from_cu_seqlens(torch.tensor([0, layout.tokens]))
-        return attention(query, key, value, whole, how)
-
-    def population(*args, **kwargs):
-        return advantages(*args, unbiased=False, **kwargs)
-
-    perl_kernels.linear_grpo_loss = scaled_loss
-    perl_kernels.group_advantages = population
-    perl.model.packed.sdpa.sdpa = across_pieces
-    perl.model.packed.plan.plan = lambda lengths, budget: plan(lengths, budget)[:-1]
-    perl.permutation.permute = lambda example, order: permute(example, range(len(order)))
-    torch.nn.functional.linear_cross_entropy = lambda *args, **kwargs: (
-        1.001 * chunked(*args, **kwargs)
-    )
-"""
-REFUSED = {
-    ("Linear GRPO loss, forward and backward", "PeRL, PyTorch"): "loss: off by",
-    ("Linear GRPO loss, forward and backward", "PyTorch, F.linear_cross_entropy"): "off by",
-    ("Packed attention, forward and backward", "PeRL, sdpa"): "out: off by",
-    ("Advantages of groups", "PeRL, PyTorch"): "advantages: off by",
-    ("Plan of packed rows", "PeRL"): "a completion is lost",
-    ("An example in another order", "PeRL"): "images do not stand in the order",
+OPS = {
+    # What each file of cases is about.
+    "linear_loss": ["Linear GRPO loss, forward and backward"],
+    "logits_loss": ["GRPO loss of logits, forward and backward"],
+    "logprobs": ["Log-probs of hidden states, forward", "Log-probs of logits, forward"],
+    "attention": ["Packed attention, forward and backward"],
+    "growth": ["Linear GRPO loss, forward and backward"],
+    "step": ["Training step"],
+    "advantages": ["Advantages of groups"],
+    "packing": ["Plan of packed rows", "A packed row of segments"],
+    "permutation": ["8 orders of an example", "An example in another order"],
+    "preprocessing": ["Preprocessing of a question in 4 orders"],
 }
-PLANTED_CASES = (
-    "(linear_loss and 256 and not frozen and not sequence or attention and equal"
-    " or advantages and groups-of-4-P or Plan and 64 or another-order-4) and not compile"
+
+
+@pytest.fixture
+def small_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an eighth of the width, and of the vocabulary."""
+    models = {name: (h // 8, v // 8) for name, (h, v) in head_problem._MODELS.items()}
+    monkeypatch.setattr(head_problem, "_MODELS", models)
+
+
+def proven(contests: list[Contest]) -> list[Row]:
+    """What becomes of each provider that compiles nothing; nothing is timed."""
+    findings = Findings(torch.device("cpu"), peaks=Peaks(1.0, 1.0, "float32"))
+    race = Race(findings, 0.1, None, lambda line: None)
+    untimed: Any = SimpleNamespace(enabled=False, group="", pedantic=lambda run: run())
+    for contest in contests:
+        for provider in contest.providers:
+            if "compile" not in provider.name:
+                with suppress(pytest.skip.Exception, pytest.fail.Exception):
+                    race.run(contest, provider, untimed)
+    race.leave()
+    return findings.rows
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_benchmark_proves_its_result(name: str, small_heads: None) -> None:
+    """At the smallest size of each operation; of heads at both levels, frozen or not."""
+    by_op: dict[str, list[Contest]] = {}
+    for contest in contests_of(name, cuda=False, quick=True):
+        by_op.setdefault(contest.op, []).append(contest)
+    assert list(by_op) == OPS[name]
+    whole = name in ("linear_loss", "logits_loss", "logprobs", "attention")
+    chosen = [c for contests in by_op.values() for c in (contests if whole else contests[:1])]
+    rows = proven(chosen)
+    assert {row.status for row in rows} <= {"proven", "missing"}
+    # What is of this repository takes part everywhere, but for what needs a GPU.
+    ours = {row.contest.case for row in rows if row.provider.ours and row.status == "proven"}
+    assert ours == {contest.case for contest in chosen}
+
+
+def scaled_loss(*arguments: Any, **options: Any) -> Any:
+    output = perl_kernels.linear_grpo_loss(*arguments, **options)
+    return output._replace(loss=output.loss * 1.001)
+
+
+def across_pieces(query: Any, key: Any, value: Any, layout: Any, how: Any) -> Any:
+    whole = PackedLayout.from_cu_seqlens(torch.tensor([0, layout.tokens]))
+    return perl.model.packed.sdpa.sdpa(query, key, value, whole, how)
+
+
+def population(*arguments: Any, **options: Any) -> Any:
+    return perl_kernels.group_advantages(*arguments, unbiased=False, **options)
+
+
+def off(*arguments: Any, **options: Any) -> Any:
+    return 1.001 * CHUNKED(*arguments, **options)
+
+
+def unmoved(example: Any, order: Any) -> Any:
+    return PERMUTE(example, range(len(order)))
+
+
+CHUNKED, PERMUTE = torch.nn.functional.linear_cross_entropy, perl.permutation.permute
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "provider", "place", "planted", "said"),
+    [
+        ("linear_loss", 0, "PeRL, PyTorch", "benchmarks.providers.ours.linear_grpo_loss", scaled_loss, "loss"),
+        ("linear_loss", 0, "PyTorch, F.linear_cross_entropy", "torch.nn.functional.linear_cross_entropy", off, "loss"),
+        ("attention", 0, "PeRL, sdpa", IMPLEMENTATIONS, across_pieces, "out"),
+        ("advantages", 0, "PeRL, PyTorch", "benchmarks.cases.advantages.group_advantages", population, "advantages"),
+        ("packing", 0, "PeRL", "benchmarks.cases.packing.plan", lambda *given: plan(*given)[:-1], "lost"),
+        ("permutation", -5, "PeRL", "benchmarks.cases.permutation.permute", unmoved, "order"),
+    ],
+    ids=["loss", "of a peer", "attention", "advantages", "packing", "permutation"],
+)  # fmt: skip
+def test_a_wrong_implementation_is_refused(
+    name: str, case: int, provider: str, place: Any, planted: Any, said: str, small_heads: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Each mistake is small or of a kind that looks fast: it must be the proof that finds it."""
+    if isinstance(place, str):
+        monkeypatch.setattr(place, planted)
+    else:
+        monkeypatch.setitem(place, "sdpa", planted)
+    rows = proven([contests_of(name, cuda=False, quick=True)[case]])
+    (row,) = (row for row in rows if row.provider.name == provider)
+    assert row.status == "refused"
+    tells(row.reason, said)
+    right = [row for row in rows if row.status == "proven"]
+    assert right or len(rows) == 1
+
+
+class Processes:
+    """What run.py starts, without starting it: pytest writes rows, scripts their reports."""
+
+    TimeoutExpired = subprocess.TimeoutExpired
+
+    def __init__(self, *rows: dict[str, Any]) -> None:
+        machine = {"kind": "cpu", "device": "Some CPU @ 2", "threads": 3}
+        self.found = {"machine": machine, "peaks": None, "rows": list(rows)}
+        self.ends: dict[str, int | type[BaseException]] = {}
+        """How a part ends, if not well: pytest or a script."""
+        self.asked: dict[str, tuple[list[str], dict[str, Any]]] = {}
+
+    def run(self, command: list[str], **options: Any) -> Any:
+        if command[0] == "git":
+            said = "abc123456\n" if "rev-parse" in command else " M perl/x.py\n"
+            return SimpleNamespace(returncode=0, stdout=said)
+        name = "pytest" if "pytest" in command else Path(command[1]).stem
+        self.asked[name] = command, options
+        end = self.ends.get(name, 0)
+        if name == "pytest" and end in (0, 1, KeyboardInterrupt):
+            self.write(command, "--results=", self.found)
+        elif end == 0:
+            self.write(command, "--json=", {"failed": f"as {name} says"})
+        if isinstance(end, type):
+            raise end(command, 1) if end is subprocess.TimeoutExpired else end
+        return SimpleNamespace(returncode=end)
+
+    @staticmethod
+    def write(command: list[str], option: str, content: Any) -> None:
+        (file,) = (word.removeprefix(option) for word in command if word.startswith(option))
+        Path(file).write_text(json.dumps(content))
+
+
+def row(provider: str, status: str = "timed", **fields: Any) -> dict[str, Any]:
+    values = {
+        "op": "Op",
+        "case": "case",
+        "shape": {},
+        "provider": provider,
+        "ours": provider == "PeRL",
+    }
+    return {**values, "status": status, "median": 1.0, "reason": "", **fields}  # fmt: skip
+
+
+Run = Callable[..., tuple[int, Processes, dict[str, Any]]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The program with these processes; gives its exit code, what it started, and the file it wrote."""
+
+    def main(*options: str, processes: Processes) -> tuple[int, Processes, dict[str, Any]]:
+        monkeypatch.setattr(program, "subprocess", processes)
+        monkeypatch.setattr(program.os, "getloadavg", lambda: (0.5, 0, 0))
+        code = program.main(["--device=cpu", f"--output={tmp_path}", *options])
+        files = list(tmp_path.glob("*/*.json"))
+        return code, processes, json.loads(files[0].read_text()) if files else {}
+
+    return main
+
+
+def test_all_that_was_found_is_in_one_file(run: Run, tmp_path: Path) -> None:
+    rows = [row("PeRL"), row("peer", "refused", median=None), row("out", "failed", median=None)]
+    code, processes, found = run("--quick", "--threads=3", processes=Processes(*rows))
+    assert code == 0  # What is wrong is a peer's.
+    (file,) = tmp_path.glob("*/*.json")
+    today = date.today().isoformat()
+    assert file.relative_to(tmp_path) == Path(f"some-cpu-2-3-threads/{today}-abc123456-changed-quick.json")  # fmt: skip
+    assert found["rows"] == rows and found["load"] == [0.5, 0.5]
+    assert (found["commit"], found["mode"], found["date"]) == ("abc123456+", "quick", today)
+    assert found["steps"] == {
+        "train_step": {"failed": "as bench_train_step says"},
+        "trainer": {"failed": "as bench_trainer says"},
+    }
+    assert "only" not in found and "interrupted" not in found
+    command, options = processes.asked["pytest"]
+    # Four and a half minutes, of which whole training steps have one.
+    given = {"--passes=2", "--minutes=3.5", "--device=cpu", "--quick", "--threads=3"}
+    assert given <= set(command) and options["timeout"] == 3.5 * 60 + 120
+    assert options["env"]["CUDA_VISIBLE_DEVICES"] == ""
+    for name, least in (("bench_train_step", 130), ("bench_trainer", 260)):
+        command, options = processes.asked[name]
+        assert {"--device=cpu", "--quick"} <= set(command)
+        assert least < options["timeout"] <= 270  # What is left, halved for the first of two.
+    assert file.with_suffix(".md").read_text().startswith("# Benchmarks on Some CPU @ 2\n")
+
+
+def test_a_part_does_not_take_the_place_of_all(run: Run, tmp_path: Path) -> None:
+    _, processes, found = run("--only=x and y", "--passes=4", "--minutes=2", processes=Processes())
+    command, _ = processes.asked["pytest"]
+    assert command[-2:] == ["-k", "x and y"] and {"--passes=4", "--minutes=2.0"} <= set(command)
+    assert processes.asked.keys() == {"pytest"} and found["only"] == "x and y"
+    assert [file.name.partition("changed")[2] for file in tmp_path.glob("*/*.json")] == ["-part.json"]  # fmt: skip
+
+
+@pytest.mark.parametrize("status", ["refused", "failed"])
+def test_what_is_wrong_here_fails(status: str, run: Run, capsys) -> None:
+    processes = Processes(row("PeRL", status, median=None, reason="off by 3"))
+    processes.ends["pytest"] = 1
+    assert run(processes=processes)[0] == 1
+    tells(capsys.readouterr().err, status, "Op", "case", "PeRL", "off by 3")
+
+
+def test_what_was_found_before_an_interruption_is_written(run: Run, capsys) -> None:
+    processes = Processes(row("PeRL"))
+    processes.ends["pytest"] = KeyboardInterrupt
+    code, processes, found = run(processes=processes)
+    assert code == 130 and found["interrupted"] is True and found["rows"] == [row("PeRL")]
+    assert processes.asked.keys() == {"pytest"}
+    tells(capsys.readouterr().err, "interrupted")
+
+
+def test_a_step_that_is_not_measured_says_why(run: Run) -> None:
+    processes = Processes(row("PeRL"))
+    processes.ends |= {"bench_train_step": 3, "bench_trainer": subprocess.TimeoutExpired}
+    code, _, found = run(processes=processes)
+    assert code == 0
+    tells(found["steps"]["train_step"]["failed"], "bench_train_step.py", 3)
+    tells(found["steps"]["trainer"]["failed"], "--minutes")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "end", "names"),
+    [
+        (["--only=nothing"], pytest.ExitCode.NO_TESTS_COLLECTED, ["--only", "nothing"]),
+        (["--only=a b"], pytest.ExitCode.USAGE_ERROR, ["--only", "a b", "-k"]),
+        ([], pytest.ExitCode.INTERNAL_ERROR, ["case"]),
+        (["--device=tpu"], 0, ["--device", "tpu", "cuda"]),
+        (["--minutes=0"], 0, ["--minutes", "0"]),
+        (["--passes=none"], 0, ["--passes", "none"]),
+        (["--wheels=nowhere"], 0, ["--wheels", "nowhere", "bench-wheels"]),
+        (["--output=pyproject.toml/there"], 0, ["--output", "pyproject.toml/there"]),
+    ],
 )
-
-# What a user's machine has; beside other tests pytest-benchmark would not measure.
-ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
-
-
-def bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider"]
-    return subprocess.run(
-        [*command, "--device=cpu", "--threads=1", "--quick", *arguments],
-        cwd=ROOT,
-        env=ENVIRONMENT | environment,
-        capture_output=True,
-        text=True,
-    )
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "run.py"), *arguments],
-        env=ENVIRONMENT | {"PYTHONPATH": ""},
-        capture_output=True,
-        text=True,
-    )
+def test_bad_input_is_one_line(arguments, end, names, run: Run, tmp_path, capsys) -> None:
+    processes = Processes()
+    processes.ends |= dict.fromkeys(("pytest", "bench_train_step", "bench_trainer"), end)
+    assert run(*arguments, processes=processes)[0] == 2
+    (error,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("error: "))
+    tells(error, *names)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(0)  # However long others keep the machine busy.
-@pytest.mark.parametrize(
-    ("chosen", "ops"),
-    [
-        ("linear_loss", 1),
-        ("logits_loss or logprobs", 3),
-        ("attention or advantages", 2),
-        ("packing or permutation or preprocessing", 5),
-        # Of a series of sizes the ends that are small.
-        ("growth and (N-64 or N-256 or V-2048 or H-32 or H-512)", 1),
-        ("Training-step and (step-2-images or step-4-images-2-orders-1-rollouts)", 1),
-    ],
-)
-def test_every_benchmark_proves_its_result(chosen: str, ops: int, tmp_path: Path) -> None:
-    file = tmp_path / "rows.json"
-    done = bench("--benchmark-disable", "-k", f"({chosen}) and not compile", f"--results={file}")
-    assert done.returncode == 0, done.stdout
-    rows = json.loads(file.read_text())["rows"]
-    ours = [row for row in rows if row["ours"]]
-    assert len({row["op"] for row in rows}) == ops
-    assert not [row for row in rows if row["status"] in ("refused", "failed", "left out")]
-    # What is of this repository takes part everywhere, but for what needs a GPU.
-    assert {row["case"] for row in ours if row["status"] == "proven"} == {r["case"] for r in rows}
-
-
-def test_a_wrong_implementation_is_not_timed(tmp_path: Path) -> None:
-    (tmp_path / "planted.py").write_text(PLANTED)
-    file = tmp_path / "rows.json"
-    options = ("-pplanted", "--budget=0.001", f"--results={file}")
-    done = bench(*options, "-k", PLANTED_CASES, PYTHONPATH=str(tmp_path))
-    assert done.returncode == 1, done.stdout
-    rows = json.loads(file.read_text())["rows"]
-    refused = {(r["op"], r["provider"]): r["reason"] for r in rows if r["status"] == "refused"}
-    assert refused.keys() == REFUSED.keys()
-    assert all(REFUSED[key] in reason for key, reason in refused.items())
-    assert not any("median" in r or "turns" in r for r in rows if r["status"] == "refused")
-    failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED ")]
-    # A peer that is wrong is a row; what is wrong here fails.
-    assert len(failed) == len(REFUSED) - 1
-    timed = {(r["op"], r["provider"]) for r in rows if r["status"] == "timed"}
-    assert ("Linear GRPO loss, forward and backward", "PyTorch, eager") in timed
-
-
 def test_one_command_writes_figures_and_a_table(tmp_path: Path) -> None:
-    done = run(
-        *("--quick", "--device=cpu", "--threads=1", "--passes=3"),
-        *("--only=advantages and groups-of-8-P", f"--output={tmp_path}"),
+    """As a user runs it; beside other tests pytest-benchmark would not measure."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    done = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "benchmarks" / "run.py"), "--quick", "--device=cpu"),
+            *("--threads=1", "--passes=3", "--only=advantages and groups-of-8-P"),
+            f"--output={tmp_path}",
+        ],
+        env=environment | {"PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = tmp_path.glob("*/*.json")
@@ -159,149 +308,12 @@ def test_one_command_writes_figures_and_a_table(tmp_path: Path) -> None:
     rows = [row for row in results["rows"] if row["status"] == "timed"]
     providers = ["PeRL, PyTorch", "PyTorch, loop over groups", "PyTorch, rows of a table"]
     assert [row["provider"] for row in rows] == providers
-    for row in rows:
-        assert len(row["turns"]) == 3 and all(row["turns"])
-        assert row["median"] > 0 and row["error"] < 1e-6
-        assert 0 < row["fraction"] < 1
+    for found in rows:
+        assert len(found["turns"]) == 3 and all(found["turns"])
+        assert found["median"] > 0 and found["error"] < 1e-6
+        assert found["fraction"] == found["bound"] / found["median"]
+        # 512 rewards in and out in fp32, 64 sizes.
+        assert found["bound"] == (8 * 512 + 8 * 64) / results["peaks"]["bytes_per_s"]
     table = file.with_suffix(".md").read_text()
-    assert providers[-1] in table and "its kernels need a GPU" in table
-
-
-@pytest.mark.parametrize("factor", [1.01, 0.98])
-def test_a_factor_is_refused_in_sixteen_bits(factor: float) -> None:
-    """Where single elements are rounded by more than that."""
-    problem = in_bfloat16()
-    right = plain(problem)
-    assert problem.prove(right) > 0.01
-    for name in right:
-        with pytest.raises(Refused, match=f"{name}: off"):
-            problem.prove({**right, name: right[name] * factor})
-
-
-def test_a_missing_term_is_refused_in_sixteen_bits() -> None:
-    problem = in_bfloat16()
-    present, _ = logprobs_by_blocks(problem.hidden, problem.weight, problem.targets)
-    results = plain(replace(problem, ref=present))
-    with pytest.raises(Refused):
-        problem.prove(results)
-    sparse = plain(problem)
-    small = sparse["grad weight"].abs() < 0.1 * sparse["grad weight"].abs().max()
-    with pytest.raises(Refused):
-        problem.prove({**sparse, "grad weight": sparse["grad weight"].masked_fill(small, 0.0)})
-
-
-def in_bfloat16() -> HeadProblem:
-    problem = make_problem(
-        HeadProblem, Head("none", N=512, H=256, V=4096, itemsize=2), torch.device("cpu")
-    )
-    hidden, weight = (
-        x.detach().bfloat16().requires_grad_() for x in (problem.hidden, problem.weight)
-    )
-    return replace(problem, hidden=hidden, weight=weight)
-
-
-def plain(problem: HeadProblem) -> dict[str, torch.Tensor]:
-    """What eager PyTorch gives."""
-    (eager,) = (p for p in LINEAR_LOSS if p.name == "PyTorch, eager")
-    return eager.prepare(problem).call()
-
-
-class Dead(RuntimeError):
-    """As of a GPU after a bad access."""
-
-
-class Stopwatch:
-    """What a race asks of pytest-benchmark's fixture."""
-
-    enabled, group = True, ""
-
-    def pedantic(self, run: Callable[[], Any], **_: Any) -> None:
-        run()
-        self.stats = SimpleNamespace(stats=SimpleNamespace(data=[1.0]))
-
-
-def test_who_breaks_the_device_is_named_and_what_was_timed_is_kept(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A GPU does nothing more after a bad access; its errors are then everybody's."""
-    broken = []
-
-    def synchronize() -> None:
-        if broken:
-            raise Dead("an illegal memory access was encountered")
-
-    def peer() -> None:
-        broken.append(True)
-        raise Dead("an illegal memory access was encountered")
-
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    monkeypatch.setattr(torch.cuda, "empty_cache", synchronize)
-    findings = Findings(torch.device("cuda"), peaks=Peaks(1.0, 1.0, "float32"))
-    race = Race(findings, 0.001, None, lambda line: None)
-    providers = [
-        Provider("ours", lambda p: Run(lambda: None)),
-        Provider("theirs", lambda p: Run(peer), "torch"),
-        Provider("after", lambda p: Run(lambda: None)),
-    ]
-    contests = [
-        Contest("op", case, {}, lambda device: Inputs(None, lambda _: None), providers, host=True)
-        for case in "ab"
-    ]
-    for contest in (contests[0], contests[0], contests[1]):
-        for provider in providers:
-            with suppress(pytest.skip.Exception):
-                race.run(contest, provider, Stopwatch())
-    said = {(r.contest.case, r.provider.name): (r.status, r.reason) for r in findings.rows}
-    assert said["a", "ours"][0] == "timed"
-    assert said["a", "theirs"][0] == "failed"
-    for key in (("a", "after"), ("b", "ours"), ("b", "theirs")):
-        assert said[key] == ("left out", "the GPU cannot be used since theirs failed")
-
-
-def test_what_was_found_before_an_interruption_is_written(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--quick", "--device=cpu"]
-    process = subprocess.Popen(
-        [*command, "--only=permutation or Plan", f"--output={tmp_path}"],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout
-    while "another order" not in process.stdout.readline():
-        assert process.poll() is None
-    os.killpg(process.pid, signal.SIGINT)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
-    assert "Traceback" not in said and "interrupted" in said
-    (file,) = tmp_path.glob("*/*.json")
-    assert json.loads(file.read_text())["interrupted"] is True
-
-
-def test_time_that_is_over_is_said(tmp_path: Path) -> None:
-    file = tmp_path / "rows.json"
-    done = bench("--minutes=1e-9", "-k", "Plan and 64", f"--results={file}")
-    assert done.returncode == 0, done.stdout
-    (row,) = json.loads(file.read_text())["rows"]
-    assert row["status"] == "left out" and "--minutes" in row["reason"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--only=nothing-of-that-name"], "no microbenchmark has that in its name"),
-        (["--device=tpu"], "invalid choice"),
-        (["--minutes=0"], "not a positive number"),
-        (["--passes=none"], "not a positive whole number"),
-        (["--wheels=nowhere"], "there is no .whl file"),
-        (["--only=a b"], "pytest's -k cannot read that"),
-        (["--output=pyproject.toml/there"], "nothing can be written there"),
-    ],
-)
-def test_bad_input_is_one_line(arguments: list[str], said: str, tmp_path: Path) -> None:
-    done = run(f"--output={tmp_path}", *arguments)
-    assert done.returncode == 2
-    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert said in error
-    assert not list(tmp_path.iterdir())
+    assert all(name in table for name in providers)
+    assert re.search(r"PeRL, Triton.* missing: ", table)
