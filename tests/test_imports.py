@@ -7,9 +7,9 @@ import itertools
 import os
 import subprocess
 import sys
-import time
 import tomllib
 from collections import Counter
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -34,6 +34,7 @@ MODULES = {
 }
 
 
+@cache
 def imported(module: str) -> set[str]:
     """Modules named by the import statements of `module`, those inside functions and TYPE_CHECKING too.
 
@@ -186,34 +187,24 @@ def run_python(*args: str) -> str:
     return result.stdout
 
 
+def cpu_seconds(before: str, code: str) -> float:
+    """Of this code, after the other, in a process of its own, which must not import what is heavy."""
+    shown = f"print(time.process_time() - start, *(m for m in {HEAVY} if m in sys.modules))"
+    lines = ("import sys, time", before, "start = time.process_time()", code, shown)
+    seconds, *heavy = run_python("-c", "\n".join(lines)).splitlines()[-1].split()
+    assert not heavy
+    return float(seconds)
+
+
 def test_importing_the_kernels_costs_at_most_a_second_beyond_torch() -> None:
-    code = (
-        "import time, sys, torch; start = time.perf_counter(); import perl_kernels;"
-        f"print(time.perf_counter() - start, *(m for m in {HEAVY} if m in sys.modules))"
-    )
-    runs = [run_python("-c", code).split() for _ in range(3)]
-    assert all(len(run) == 1 for run in runs), f"imported: {runs[0][1:]}"
-    assert min(float(run[0]) for run in runs) <= 1.0
+    assert any(cpu_seconds("import torch", "import perl_kernels") <= 1.0 for _ in range(3))
+
+
+def test_help_takes_at_most_a_second_and_a_half() -> None:
+    code = "from perl.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass"
+    assert any(cpu_seconds("", code) <= 1.5 for _ in range(3))
 
 
 def test_the_kernels_import_without_triton() -> None:
     """As where torch is a CPU build, which does not bring it."""
     run_python("-c", "import sys; sys.modules['triton'] = None; import perl_kernels")
-
-
-def test_help_takes_at_most_a_second_and_a_half() -> None:
-    def seconds() -> float:
-        start = time.perf_counter()
-        assert "train" in run_python("-m", "perl", "--help")
-        return time.perf_counter() - start
-
-    assert min(seconds() for _ in range(3)) <= 1.5
-
-
-def test_help_imports_nothing_heavy() -> None:
-    code = (
-        "import contextlib, io, sys; from perl.cli import main; sys.argv = ['perl-rl', '--help']\n"
-        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()): main()\n"
-        f"print(*(m for m in {HEAVY} if m in sys.modules))"
-    )
-    assert run_python("-c", code).split() == []

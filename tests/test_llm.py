@@ -16,6 +16,7 @@ import pytest
 from perl.llm import Endpoint, EndpointError
 from perl.types import UserError
 from tests.chat_server import Reply, says, serving
+from tests.messages import refused, tells
 
 KEY = "sk-very-secret"
 
@@ -111,11 +112,12 @@ def test_a_connection_that_breaks_is_tried_again() -> None:
 @pytest.mark.parametrize(
     ("status", "tries", "advice"),
     [
-        (400, 1, "shorten it or choose another model"),
-        (401, 1, "set PERL_LLM_API_KEY to a key that it accepts"),
-        (404, 1, "check PERL_LLM_URL"),
+        (400, 1, "shorten"),
+        (401, 1, "PERL_LLM_API_KEY"),
+        (403, 1, "PERL_LLM_API_KEY"),
+        (404, 1, "PERL_LLM_MODEL = m"),
         (429, 3, "wait"),
-        (500, 3, "look into its log"),
+        (500, 3, "log"),
     ],
 )
 def test_a_refusal_says_where_what_and_what_to_do(status: int, tries: int, advice: str) -> None:
@@ -128,7 +130,7 @@ def test_a_refusal_says_where_what_and_what_to_do(status: int, tries: int, advic
     with serving(reply) as url, pytest.raises(EndpointError) as error:
         endpoint(url).complete(["x"])
     said = str(error.value)
-    assert url in said and str(status) in said and advice in said and "no, Bearer [key]" in said
+    tells(said, url, status, advice, "no, Bearer [key]")
     assert KEY not in said and error.value.status == status and len(asked) == tries
     assert error.value.of_request == (status == 400)
     assert isinstance(error.value, UserError)
@@ -143,7 +145,7 @@ def test_an_endpoint_that_is_down_is_not_asked_for_every_prompt() -> None:
     assert time.monotonic() - start < 2
     assert len(failures) == 50
     assert all(isinstance(f, EndpointError) and f.status is None for f in failures)
-    with pytest.raises(UserError, match=rf"127.0.0.1:{port}/v1 cannot be reached .*start it"):
+    with refused(f"127.0.0.1:{port}/v1", "PERL_LLM_URL"):
         down.complete(["x"])
 
 
@@ -155,7 +157,7 @@ def test_one_prompt_that_fails_leaves_the_others_alone() -> None:
     with serving(reply) as url:
         good, bad, also = endpoint(url).complete_each(["a", "bad", "b"])
     assert (good, also) == ("a", "b")
-    assert isinstance(bad, EndpointError) and "not even JSON" in str(bad)
+    assert isinstance(bad, EndpointError) and bad.status == 400
 
 
 def test_a_late_answer_is_given_up() -> None:
@@ -163,8 +165,7 @@ def test_a_late_answer_is_given_up() -> None:
         time.sleep(0.4)
         return says("late")
 
-    late = r"no answer within 0.1 s"
-    with serving(reply) as url, pytest.raises(EndpointError, match=late):
+    with serving(reply) as url, refused(url, "0.1 s", error=EndpointError):
         endpoint(url, timeout=0.1, max_retries=0).complete(["x"])
 
 
@@ -180,7 +181,7 @@ def test_a_late_answer_is_given_up() -> None:
     ],
 )
 def test_what_is_no_chat_completion_is_an_error(answer: Any) -> None:
-    with serving(lambda *_: (200, answer)) as url, pytest.raises(UserError, match="no chat compl"):
+    with serving(lambda *_: (200, answer)) as url, refused(url, "/v1", error=EndpointError):
         endpoint(url).complete(["x"])
 
 
@@ -239,8 +240,7 @@ def dripping(head: bytes) -> Iterator[str]:
 )
 def test_the_limit_is_of_the_whole_try(head: bytes) -> None:
     start = time.monotonic()
-    late = r"no answer within 0.2 s"
-    with dripping(head) as url, pytest.raises(EndpointError, match=late):
+    with dripping(head) as url, refused(url, "0.2 s", error=EndpointError):
         endpoint(url, timeout=0.2, max_retries=0).complete(["x"])
     assert time.monotonic() - start < 1
 
@@ -308,31 +308,35 @@ def test_the_environment_names_the_endpoint(
 def test_an_environment_without_an_endpoint_says_what_to_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(UserError, match="set PERL_LLM_URL"):
+    with refused("PERL_LLM_URL", "PERL_LLM_MODEL"):
         Endpoint.from_env()
     monkeypatch.setenv("PERL_LLM_URL", "http://a/v1")
-    with pytest.raises(UserError, match="set PERL_LLM_MODEL"):
+    with refused("http://a/v1", "PERL_LLM_MODEL"):
         Endpoint.from_env()
 
 
 @pytest.mark.parametrize(
-    ("url", "values", "match"),
+    ("url", "values", "names"),
     [
-        ("localhost:8000", {}, "is no http address"),
-        ("http://[::x", {}, "address cannot be read"),
-        ("ftp://a", {}, "is no http address"),
-        ("http://me:hush@a", {}, "put a key into PERL_LLM_API_KEY"),
-        (f"http://a/v1?api-key={KEY} x", {}, "holds blanks, control characters"),
-        ("http://a/v1?api-key=hush\x00", {}, "holds blanks, control characters"),
-        ("http://a/v\u00e4", {}, "letters beyond ASCII"),
-        ("http://a", {"timeout": 0.0}, "timeout must be above 0"),
-        ("http://a", {"concurrency": 0}, "concurrency 1 or more"),
-        ("http://a", {"api_key": f"{KEY}\nX: y"}, "characters that no HTTP header can carry"),
+        ("localhost:8000", {}, ["localhost:8000", "http"]),
+        ("http://[::x", {}, ["address", "http://localhost:8000/v1"]),
+        ("ftp://a", {}, ["ftp://a", "http"]),
+        ("http:///v1", {}, ["http:///v1", "http"]),
+        ("http://me:hush@a", {}, ["http://a", "PERL_LLM_API_KEY"]),
+        ("http://me@a", {}, ["http://a", "PERL_LLM_API_KEY"]),
+        (f"http://a/v1?api-key={KEY} x", {}, ["blanks", "percent-encoded"]),
+        ("http://a/v1?api-key=hush\x00", {}, ["control characters", "percent-encoded"]),
+        ("http://a/v\u00e4", {}, ["ASCII", "percent-encoded"]),
+        ("http://a", {"timeout": 0.0}, ["http://a", "timeout", 0]),
+        ("http://a", {"concurrency": 0}, ["http://a", "concurrency 1"]),
+        ("http://a", {"max_retries": -1}, ["http://a", "max_retries 0"]),
+        ("http://a", {"api_key": f"{KEY}\nX: y"}, ["http://a", "key", "HTTP"]),
     ],
 )
-def test_values_that_cannot_work(url: str, values: dict[str, Any], match: str) -> None:
-    with pytest.raises(UserError, match=match) as error:
+def test_values_that_cannot_work(url: str, values: dict[str, Any], names: list[object]) -> None:
+    with pytest.raises(UserError) as error:
         endpoint(url, **values)
+    tells(error.value, *names)
     assert KEY not in str(error.value) and "hush" not in str(error.value)
 
 
