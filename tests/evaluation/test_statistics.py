@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from perl.evaluation.statistics import bootstrap_interval, compare_scores, mcnemar, wilson
+from tests.messages import refused
 
 ITEMS = st.integers(1, 400)
 
@@ -67,11 +68,20 @@ def test_a_comparison_counts_what_one_alone_got_right(pairs: list[tuple[bool, bo
     assert (turned.p, turned.difference) == (found.p, -found.difference)
 
 
+def test_a_comparison_by_hand() -> None:
+    """A score of exactly 1/2 is right. Of three discordant items two or more go one way with probability 1."""
+    found = compare_scores([0.5, 1.0, 0.4, 0.0], [0.4, 0.5, 0.6, 1.0], range(4))
+    assert (found.items, found.first_only, found.second_only, found.p) == (4, 1, 2, 1.0)
+    assert (found.first, found.second) == pytest.approx((1.9 / 4, 2.5 / 4))
+    assert found.difference == pytest.approx(0.6 / 4)
+    assert compare_scores([0.0] * 6, [1.0] * 6, range(6)).p == pytest.approx(2 / 2**6)
+
+
 def test_equal_answers_do_not_differ() -> None:
     same = compare_scores([1, 0, 1], [1, 0, 1], range(3))
     assert (same.difference, same.interval, same.p) == (0.0, (0.0, 0.0), 1.0)
     for pair in (([1.0], [1.0, 0.0]), ([], [])):
-        with pytest.raises(ValueError, match="the same items"):
+        with refused(f"{len(pair[0])} and {len(pair[1])}", error=ValueError):
             compare_scores(*pair, range(2))
 
 
@@ -94,5 +104,8 @@ def test_clusters_of_different_sizes_weigh_by_their_items() -> None:
     differences, owner = [1] * 50 + [-1] * 10, [0] * 50 + list(range(1, 11))
     low, high = bootstrap_interval(differences, owner)
     assert low == -1 and high > 50 / 60
-    with pytest.raises(ValueError, match="give one each"):
-        bootstrap_interval([1, 0], [0])
+    for clusters in ([0], []):
+        with refused("2 items", f"{len(clusters)} clusters", error=ValueError):
+            bootstrap_interval([1, 0], clusters)
+    with refused("0 items", error=ValueError):
+        bootstrap_interval([], [])

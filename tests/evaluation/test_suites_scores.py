@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from perl.evaluation.suites import SUITES
-from perl.evaluation.suites.base import THINK, Items, open_items
+from perl.evaluation.suites.base import THINK, Items, make_example, open_items
 from perl.evaluation.suites.reading import (
     Reply,
     image_kind,
@@ -49,6 +50,8 @@ CASES = {
         ("The third image", "B", 1),
         ("\\boxed{A}", "A", 0),
         ("The correct answer is **B**", "B", 1),
+        ("The answer is A. No, the answer is B", "B", 1),  # the last one counts
+        ("Answer: B, not answer: (A)", "A", 0),
         ("I cannot help", None, 0),
     ],
     "mmiu forensic_detection_blink/0": [
@@ -244,6 +247,36 @@ def test_image_kind(question: str, options: list[str], count: int, kind: str) ->
     assert image_kind(question, options, count) == kind
 
 
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [("B", "all"), ("(B)", "all"), ("A, B", "none"), ("E", "none"), ("yes", "none"), ("", "none")],
+)
+def test_images_move_only_with_an_answer_that_names_one(answer: str, kind: str) -> None:
+    pictures = [Image.new("L", (1, 1))] * 3
+    made = make_example("q", pictures, "<image> Which?", answer, "t", "all", own=7)
+    assert (made.kind, made.should_change) == (kind, kind == "all")
+    # Images without a slot stand before the text.
+    assert (made.question, made.extra) == ("<image><image><image> Which?", {"own": 7})
+
+
+@pytest.mark.parametrize(
+    ("reply", "choices", "nearest"),
+    [
+        ("kat", ["k", "cat"], "cat"),  # one letter replaced against two left out
+        ("kat", ["kats!", "caz"], "kats!"),  # two more against two replaced: the first
+        ("kat", ["xkat", "cats"], "xkat"),  # one more against one replaced and one more
+        ("flaw", ["lawn", "f"], "lawn"),  # one left out and one more against three left out
+        ("x" * 100, ["y", "xx"], "xx"),
+        ("x" * 101, ["y", "xx"], None),
+    ],
+)
+def test_the_nearest_choice(reply: str, choices: list[str], nearest: str | None) -> None:
+    extra = {"choices": choices, "answer_type": "text", "precision": None}
+    asked = Example("q", (), "", choices[0], extra=extra)
+    judged = SUITES["mathvista"].judge(asked, choices[0], Reply.of(rf"\boxed{{{reply}}}"))
+    assert (judged.answer, judged.score) == (nearest, float(nearest == choices[0]))
+
+
 FORMS = [
     "{}",
     "({})",
@@ -266,6 +299,7 @@ def test_a_letter_is_read_from_every_common_form(count: int, data: st.DataObject
     assert option_letter(form.format(beyond), count) is None
 
 
+@settings(max_examples=40)
 @given(st.text(max_size=80), st.text(max_size=40))
 def test_any_text_is_judged_without_an_error(text: str, gold: str) -> None:
     option_letter(text, 4, [gold, "b"])
