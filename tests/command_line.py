@@ -23,6 +23,9 @@ def f(prompts, completions, **columns):
 """
 """A reward that differs between completions of an untrained model, as accuracy does not."""
 
+ALTERNATING = "def f(prompts, **c): return [float(i % 2) for i in range(len(prompts))]"
+"""A reward that an untrained model learns from."""
+
 
 def run(*arguments: object) -> int | str | None:
     """The exit code."""

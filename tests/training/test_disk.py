@@ -13,10 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from perl.training.checkpoint import CheckpointManager, Progress
-from tests.command_line import ErrorOf, metrics, rewarded, run
-
-ALTERNATING = "def f(prompts, **c): return [float(i % 2) for i in range(len(prompts))]"
-"""A reward that an untrained model learns from."""
+from tests.command_line import ALTERNATING, ErrorOf, metrics, rewarded, run
 
 
 def test_a_run_resumes_from_the_checkpoint_before(

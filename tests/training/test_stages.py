@@ -32,15 +32,9 @@ from perl.training.session import Session
 from perl.types import UserError
 from tests.command_line import (
     ErrorOf,
-    finish,
     json_lines,
     metrics,
-    rewarded,
     run,
-    same_weights,
-    spawn,
-    untimed,
-    wait_for,
 )
 
 STAGED = """
@@ -159,89 +153,6 @@ def test_stages_that_make_no_sense(tmp_path: Path, stage: str, match: str) -> No
         load_recipe(written(tmp_path, f"[[stages]]\n{stage}\n"))
     with pytest.raises(UserError, match="stages is a list of tables"):
         load_recipe(written(tmp_path, '[stages]\nname = "a"\n'))
-
-
-RUN = """
-run = { trackers = [], checkpoint_every = 2, save_rollouts_every = 2 }
-data.max_images = 3
-cold_start.batch_size = 4
-permutation.rate_schedule = "linear"
-rollout = { per_order = 2, max_new_tokens = 5 }
-train = { examples_per_step = 3, tokens_per_micro_batch = 128, lr = 1e-3 }
-filter.zero_variance = false
-eval = { examples = 2, max_orders = 2, every = 2 }
-
-[[stages]]
-name = "warm"
-kind = "cold_start"
-cold_start.steps = 5
-
-[[stages]]
-name = "sift"
-kind = "filter"
-resample = { examples = 5, rollouts = 2, histogram = "uniform" }
-
-[[stages]]
-name = "easy"
-kind = "rl"
-train.steps = 3
-loss.kl_coef = 0.01
-
-[[stages]]
-name = "hard"
-kind = "rl"
-train.steps = 4
-data.mix = ["bundled:digits*3"]
-data.tasks = ["which", "odd"]
-loss.kl_coef = 0.01
-train.examples_per_step = 4
-filter = { zero_variance = true, reuse_overflow = true, replay = 2 }
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_run_of_four_stages_and_the_same_run_killed_in_two_of_them(tmp_path: Path) -> None:
-    """Killed inside the cold start and again inside the last stage: every number of the whole run, and its weights."""
-    command = ("train", written(tmp_path, RUN), *rewarded(tmp_path), "--run.dir")
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert run(*command, whole) == 0
-    found = untimed(whole)
-    steps = [(r["stage"], r["step"], r.get("name")) for r in found if r["stage"] != "evaluate"]
-    assert [s for s in steps if s[0] != "filter"] == [
-        *(("cold_start", step, "warm") for step in (1, 2, 3, 4, 5)),
-        *(("rl", step, "easy") for step in (1, 2, 3)),
-        *(("rl", step, "hard") for step in (4, 5, 6, 7)),
-    ]
-    at = [(r["at"], r["step"]) for r in found if r["stage"] == "evaluate"]
-    between = [place for place in at if place[0] != "step"]
-    assert between == [("before", 0), ("after easy", 3), ("after", 7)] and len(at) > 3
-    assert {p.name for p in (whole / "models").iterdir()} == {"initial", "warm", "easy", "final"}
-    kept = filtered_file(whole, "sift").read_text().splitlines()
-    assert 1 <= len(kept) <= 5
-    assert "Stage sift: questions by the accuracy" in (whole / "report.html").read_text()
-    # The reference of a stage is the policy it started from: no distance before the first step.
-    first = {r["name"]: r["kl"] for r in reversed(found) if r["stage"] == "rl"}
-    assert first["easy"] == pytest.approx(0, abs=1e-6) == first["hard"]
-    assert max(r["kl"] for r in found if r["stage"] == "rl") > 1e-5
-    # The last stage takes groups of earlier steps, whose policy was another one.
-    hard = [r for r in found if r.get("name") == "hard"]
-    assert [r["groups/replayed"] for r in hard] == [0, 2, 2, 2]
-    assert sum(r["groups/reused"] for r in hard) == sum(r["groups/overflow"] for r in hard[:-1]) > 0
-    assert hard[0]["ratio_max"] == 1 < hard[-1]["ratio_max"]
-
-    process = spawn(*command, broken)
-    for stage, step in (("cold_start", 3), ("rl", 6)):
-        wait_for(broken, stage, step, process)
-        process.kill()
-        process.wait()
-        assert len(metrics(broken)) < len(found)
-        process = spawn("resume", broken)
-    ((code, said),) = finish([process])
-    assert code == 0, said
-    assert untimed(broken) == found
-    assert (broken / "rollouts.jsonl").read_text() == (whole / "rollouts.jsonl").read_text()
-    assert same_weights(whole, broken)
 
 
 @pytest.mark.slow
