@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.nn import functional as F
 from torch.nn.attention import varlen as torch_varlen
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -257,6 +258,40 @@ def test_segments_of_a_vision_tower(name: str, lengths: list[int]) -> None:
     check_poison(lambda qkv: attend(name, qkv, **how), qkv, layout, sees)
 
 
+@pytest.mark.parametrize(
+    ("segments", "shapes"),
+    [
+        ([(100, []), (100, [])], [(2, 100, 100)]),
+        ([(128, []), (1, [])], [(2, 128, 128)]),
+        ([(96, []), (129, [])], [(2, 129, 129)]),
+        ([(95, []), (129, [])], [(1, 129, 129), (1, 95, 95)]),
+        ([(512, []), (384, [])], [(2, 512, 512)]),
+        ([(512, []), (383, [])], [(1, 512, 512), (1, 383, 383)]),
+        ([(513, []), (480, [])], [(2, 513, 513)]),
+        ([(513, []), (479, [])], [(1, 513, 513), (1, 479, 479)]),
+        # With a prefix apart from without, by the keys: 60 and 9 or 8 of their own.
+        ([(60, [2, 9, 8]), (70, [1])], [(2, 71, 71), (2, 9, 69)]),
+        ([(127, [1, 30, 4, 1]), (127, [1])], [(2, 128, 128), (3, 30, 157)]),
+    ],
+    ids=str,
+)
+def test_sequences_of_like_length_share_a_call_of_sdpa(
+    segments: Segments, shapes: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding costs up to 16/9 of a call from 128 keys on, 256/225 from 512 on."""
+    called = []
+    real = F.scaled_dot_product_attention
+
+    def counted(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+        called.append((q.shape[0], q.shape[2], k.shape[2]))
+        return real(q, k, v, **how)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    layout, _ = packed(segments)
+    attend("sdpa", [torch.ones(1, 1, layout.tokens, 1)] * 3, packed_layout=layout)
+    assert called == shapes
+
+
 def test_a_batch_with_a_mask_is_transformers_own(name: str) -> None:
     qkv = [x[..., :3, :].repeat(2, 1, 1, 1) for x in inputs(4, groups=1)]
     mask = (
@@ -366,7 +401,7 @@ def test_flex_is_not_compiled_again_for_another_layout() -> None:
         layout, sees = packed(segments)
         for causal in (False, True):
             mask = block_mask(layout, causal)
-            q, k, v = (x.detach() for x in inputs(mask.seq_lengths[0]))
+            q, k, v = (x.detach() for x in inputs(mask.seq_lengths[0], groups=4))
             out = run_compiled(compiled, q, k, v, mask, 0.4)
         tokens = layout.tokens
         want = dense(*(x[:, :, :tokens] for x in (q, k, v)), sees, 0.4)

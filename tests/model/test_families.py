@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from perl.config import ModelConfig
 from perl.model.families import FAMILIES, family_of
-from perl.model.loading import check_model, load_processor
+from perl.model.loading import check_model, load_policy, load_processor, uses_bfloat16
 from perl.model.processor import parts
-from perl.model.tiny import TINY_INTERNVL
+from perl.model.tiny import TINY_INTERNVL, TINY_MODELS
 from perl.types import Message
 from tests.messages import refused
 from tests.model.steps import (
@@ -27,6 +28,7 @@ from tests.model.steps import (
 )
 
 CONFIG = ModelConfig(max_pixels=28 * 28 * 4)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -152,6 +154,33 @@ def test_an_image_processor_that_does_not_fit(folder: Path, tmp_path: Path) -> N
     CLIPImageProcessorPil(size={"height": 28, "width": 28}).save_pretrained(copy)
     with refused("model.path", copy, "preprocessor"):
         load_processor(str(copy), CONFIG)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_a_visual_token_is_made_of_four_patches(name: str, tiny_folder) -> None:
+    config = AutoConfig.from_pretrained(tiny_folder(name))
+    family = family_of(config.model_type)
+    assert family is not None and family.patches_per_token(config) == 4
+
+
+def test_dropout_of_attention_is_refused_where_the_kernel_has_none(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder("tiny-qwen2.5-vl"), tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["attention_dropout"] = 0.1
+    (folder / "config.json").write_text(json.dumps(config))
+    load_policy(str(folder), replace(CONFIG, attention="sdpa"), CPU)
+    with refused("model.attention", "flex", "attention_dropout", "sdpa"):
+        load_policy(str(folder), replace(CONFIG, attention="flex"), CPU)
+
+
+def test_which_precision_auto_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there, supported in ((True, True), (True, False), (False, True)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda s=supported: s)
+        assert uses_bfloat16("auto") == (there and supported)
+        assert uses_bfloat16("bfloat16") and not uses_bfloat16("float32")
 
 
 def test_families_are_found_by_model_type() -> None:

@@ -114,7 +114,8 @@ def test_two_prompts_in_a_row() -> None:
         "advantages": torch.float32,
     }
     for names, dtype in dtypes.items():
-        assert {getattr(batch, name).dtype for name in names.split()} == {dtype}
+        for each in (batch, pack_row([segment(prompt(3))])):
+            assert {getattr(each, name).dtype for name in names.split()} == {dtype}
 
 
 def test_every_completion_takes_the_positions_behind_its_prompt() -> None:

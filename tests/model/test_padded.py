@@ -23,7 +23,7 @@ from perl.model.processor import Processor
 from perl.model.tiny import make_tokenizer
 from perl.rollout.engine import SamplingParams
 from perl.rollout.padded import PaddedEngine, make_engine
-from perl.types import Message, Segment
+from perl.types import EncodedImage, EncodedPrompt, Message, Segment
 from tests.messages import refused, tells
 from tests.model.steps import (
     batch_logprobs,
@@ -166,6 +166,34 @@ def test_logprobs_and_gradients_equal_one_sequence_at_a_time(
     (theirs * weights).sum().backward()
     gradient, compared = furthest_gradient(policy, stock)
     assert gradient < 1e-6 and compared > 40
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (30, [[(0, 1), (0, 0), (2, 0)], [(1, 0)], [(1, 1)]]),
+        (29, [[(0, 1), (0, 0)], [(2, 0)], [(1, 0)], [(1, 1)]]),
+        (44, [[(0, 1), (0, 0), (2, 0)], [(1, 0), (1, 1)]]),
+        (43, [[(0, 1), (0, 0), (2, 0)], [(1, 0)], [(1, 1)]]),
+        (1, [[(0, 1)], [(0, 0)], [(2, 0)], [(1, 0)], [(1, 1)]]),
+    ],
+)
+def test_rows_of_like_length_and_kind_share_a_batch(
+    budget: int, expected: list[list[tuple[int, int]]]
+) -> None:
+    def segment(prompt: int, lengths: tuple[int, ...], *images: EncodedImage) -> Segment:
+        ids = np.arange(prompt)
+        encoded = EncodedPrompt(ids, ids[None], prompt, images, -1)
+        return Segment(encoded, tuple(np.ones(n, int) for n in lengths), (1.0,) * len(lengths))
+
+    image = EncodedImage("a", torch.empty(0), (), 0)
+    segments = [segment(5, (2, 1)), segment(10, (2, 12), image), segment(8, (2,))]
+    policy = PaddedPolicy.__new__(PaddedPolicy)
+    batches = policy.pack(segments, budget, share=True)
+    assert [list(batch.source) for batch in batches] == expected
+    lengths = {(0, 0): 7, (0, 1): 6, (2, 0): 10, (1, 0): 12, (1, 1): 22}
+    for batch, rows in zip(batches, expected, strict=True):
+        assert batch.num_tokens == len(rows) * max(lengths[row] for row in rows)
 
 
 def test_the_engine_samples_from_the_distribution_that_is_trained(load) -> None:

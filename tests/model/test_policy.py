@@ -178,6 +178,23 @@ def test_lora_trains_adapters_only_and_starts_as_the_base(load, tmp_path: Path) 
     assert not torch.allclose(changed, plain, atol=1e-3)
 
 
+def test_lora_beside_a_trained_tower(load) -> None:
+    """peft freezes the tower, which is trained all the same; rank and scale are the config's."""
+    policy, _ = load(TINY_QWEN[0], replace(CONFIG, lora_rank=4, lora_alpha=12.0))
+    trained = {n for n, p in policy.named_parameters() if p.requires_grad}
+    adapters = {n for n in trained if "lora_" in n}
+    tower = {n for n, p in policy.named_parameters() for w in policy.vision.weights if p is w}
+    assert tower == trained - adapters and policy.vision.trained
+    # Seven layers of each of four blocks, two matrices each.
+    assert len(adapters) == 2 * 7 * 4 and all("language_model" in n for n in adapters)
+    layer = policy.core.language_model.layers[0].mlp.up_proj
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    torch.nn.init.normal_(b)
+    x = torch.randn(3, a.shape[1], dtype=torch.float64)
+    want = x @ layer.base_layer.weight.T + 3.0 * x @ a.T @ b.T
+    torch.testing.assert_close(layer(x), want)
+
+
 @every
 def test_the_engine_samples_from_the_packed_models_distribution(name: str, load) -> None:
     policy, processor = load(name)

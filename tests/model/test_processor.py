@@ -1,11 +1,14 @@
 """Prompts and positions are those of transformers' own processors and models."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from perl.model import processor as processor_module
 from perl.model.processor import parts
-from perl.model.tiny import TINY_QWEN
-from perl.types import Message
+from perl.model.tiny import TINY_MODELS, TINY_QWEN
+from perl.types import Example, Message
 from tests.messages import refused
 from tests.model.conftest import CONFIG
 from tests.model.steps import picture, segments_of, stock_inputs, stock_model
@@ -67,3 +70,74 @@ def test_slots_and_images_must_match(load) -> None:
         )
     with refused("row 3", "<|image_pad|>", "<image>"):
         processor.encode_messages((Message("user", "<|image_pad|> ?"),), [], "row 3")
+
+
+def test_a_picture_is_processed_once_while_it_is_kept(
+    load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its size and colours, whatever its mode; what was asked for longest ago goes first."""
+    policy, processor = load(TINY_QWEN[0])
+    made = []
+    preprocess = type(policy.family).preprocess
+    monkeypatch.setattr(
+        type(policy.family), "preprocess", lambda *a: made.append(a[2].size) or preprocess(*a)
+    )
+    wide, high, grey = (
+        Image.new("RGB", (56, 28)),
+        Image.new("RGB", (28, 56)),
+        Image.new("L", (28, 28), 9),
+    )
+    one = processor.encode_image(wide)
+    assert processor.encode_image(wide.copy()) is one
+    other = processor.encode_image(high)
+    assert (one.grid, other.grid) == ((1, 2, 4), (1, 4, 2)) and one.key != other.key
+    shade = processor.encode_image(grey)
+    assert processor.encode_image(grey.convert("RGBA")) is shade
+    assert made == [(56, 28), (28, 56), (28, 28)]
+    # `wide` is read once more; then there is room for two of the larger ones.
+    processor.encode_image(wide)
+    monkeypatch.setattr(processor_module, "_CACHE_BYTES", 2 * one.pixel_values.nbytes)
+    processor.encode_image(Image.new("RGB", (56, 28), "red"))
+    for picture_, times in ((wide, 0), (high, 1), (high, 0), (grey, 1)):
+        before = len(made)
+        processor.encode_image(picture_)
+        assert len(made) == before + times
+    # One over the bound by itself is kept until the next.
+    monkeypatch.setattr(processor_module, "_CACHE_BYTES", 0)
+    assert processor.encode_image(wide) is processor.encode_image(wide)
+
+
+def test_completions_as_tokens_and_back(load) -> None:
+    _, processor = load(TINY_QWEN[0])
+    ids = processor.encode_completion("A which image")
+    words = processor.tokenizer.convert_ids_to_tokens(ids.tolist())
+    assert words == ["A", "which", "image", "<|im_end|>"] and ids.dtype == np.int64
+    assert processor.decode(ids) == "A which image"
+    messages = (Message("user", "A <image> which oddword image ?"), Message("user", "odd oddword"))
+    assert processor.unknown_words(messages) == ["oddword", "odd"]
+    processor.tokenizer.unk_token = "[UNK]"
+    assert processor.unknown_words(messages) == []
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_texts_that_hold_tokens_of_images_are_refused(name: str, load) -> None:
+    policy, processor = load(name)
+    fine = {"id": "7", "images": (), "question": "A <image> which ?", "answer": "A"}
+    processor.check_texts(Example(**fine, demonstration="<answer> A </answer>"))
+    processor.check_texts(Example(**fine))
+    for token in policy.family.vision_tokens:
+        with refused("example 7", token, "<image>"):
+            processor.check_texts(Example(**{**fine, "question": f"A <image> {token} ?"}))
+        with refused("example 7", "demonstration", token):
+            processor.check_texts(Example(**fine, demonstration=f"A {token}"))
+        with refused("row 3", token):
+            processor.encode_completion(f"A {token}", "row 3")
+    unsampled = processor.tokenizer.convert_ids_to_tokens(processor.unsampled_token_ids().tolist())
+    assert sorted(unsampled) == sorted(policy.family.vision_tokens)
+
+
+def test_a_template_without_images_is_refused(load) -> None:
+    _, processor = load(TINY_QWEN[0])
+    processor.tokenizer.chat_template = "{% for m in messages %}text{% endfor %}"
+    with refused("row 3", "chat template"):
+        processor.encode_messages((Message("user", "<image> ?"),), [picture(28, 28, 0)], "row 3")
