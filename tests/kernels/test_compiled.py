@@ -98,6 +98,8 @@ def test_a_case_is_a_launch(case: CompileCase) -> None:
     parameters = inspect.signature(case.kernel.fn).parameters
     constants = {name for name, x in parameters.items() if "constexpr" in str(x.annotation)}
     assert constants == {name for name, x in case.constexprs.items() if x is not None}
+    sizes = [x for x in case.constexprs.values() if type(x) is int]
+    assert all(size & (size - 1) == 0 for size in sizes), "Triton's blocks are powers of two"
     assert {*case.divisible_by_16} <= {*case.signature}
     for name in case.divisible_by_16:
         # A vector load needs its address, and the stride from row to row, to be a multiple of 16.

@@ -1,7 +1,8 @@
-"""linear_token_logprobs over a vocabulary that is split over processes, against that of one process.
+"""linear_token_logprobs over a vocabulary that is split over ranks, against that of one process.
 
-Three processes run every case one after the other, in groups of two or three of them; each test
-reads what became of one case.
+Three threads, each a rank of PyTorch's threaded process group, run the cases one after the other, in
+groups of two or three of them; each test reads what became of one case. Real processes run those
+that need them.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.testing._internal.distributed import multi_threaded_pg
 
 from perl_kernels import TokenLogprobs, linear_token_logprobs, reference
 from tests.kernels.naive import Problem
@@ -39,6 +42,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "softcap": {"bias": True, "softcap": 1.5, "temperature": 1.3},
     "row-temperature": {"temperature": ROW_TEMPERATURE},
 }
+
+# Threads share what is patched, and the interpreter of Triton.
+OF_PROCESSES = ("plain-3", "triton", "bad_targets", "number_of_collectives")
 
 Case = Callable[[dist.ProcessGroup], None]
 CASES: dict[str, tuple[int, Case]] = {}
@@ -336,37 +342,55 @@ def frozen_parts_and_layouts(group: dist.ProcessGroup) -> None:
     torch.testing.assert_close(found, wanted[: len(found)], **EXACT)
 
 
-def run_cases(rank: int, folder: Path) -> None:
-    """What one process does: write down the error of each case, an empty text if there was none."""
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=WORLD,
-        timeout=timedelta(seconds=30),
-    )
+def run_cases(rank: int, names: Iterable[str]) -> dict[str, str]:
+    """What one rank does: the error of each case, an empty text if there was none."""
     groups = {size: dist.new_group(list(range(size))) for size in SPLITS}
     errors = {}
-    for name, (world, run) in CASES.items():
+    for name in names:
+        world, run = CASES[name]
         if rank >= world:
             continue
-        torch.manual_seed(0)
         try:
             run(groups[world])
             errors[name] = ""
-        except BaseException:
+        except BaseException as error:
             errors[name] = traceback.format_exc()
             # The others may be waiting in a collective: these no longer belong together.
+            multi_threaded_pg.ProcessLocalGroup.exception_handle(error)
             break
-    (folder / f"{rank}.json").write_text(json.dumps(errors))
-    if not any(errors.values()):
-        dist.barrier()
-        dist.destroy_process_group()
+    return errors
+
+
+Errors = list[dict[str, str]]
 
 
 @pytest.fixture(scope="module")
-def errors(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    """Of each process, by case."""
+def of_threads() -> Iterator[Errors]:
+    """Of each rank, by case."""
+    multi_threaded_pg._install_threaded_pg()
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    store, errors = dist.HashStore(), [{} for _ in range(WORLD)]
+
+    def work(rank: int) -> None:
+        dist.init_process_group("threaded", rank=rank, world_size=WORLD, store=store)
+        errors[rank] = run_cases(rank, [name for name in CASES if name not in OF_PROCESSES])
+
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(WORLD)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+        yield errors
+    finally:
+        multi_threaded_pg.ProcessLocalGroup.reset()
+        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+        multi_threaded_pg._uninstall_threaded_pg()
+
+
+@pytest.fixture(scope="module")
+def of_processes(tmp_path_factory: pytest.TempPathFactory) -> Errors:
+    """Of each rank, by case."""
     folder = tmp_path_factory.mktemp("ranks")
     environment = {
         **os.environ,
@@ -396,12 +420,37 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return [json.loads(file.read_text()) for file in files]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_ranks(name: str, errors: list[dict[str, str]]) -> None:
+def check_case(name: str, errors: Errors) -> None:
     for rank in range(CASES[name][0]):
         error = errors[rank].get(name, "not reached, because an earlier case failed")
         assert not error, f"rank {rank}: {error}"
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if name not in OF_PROCESSES])
+def test_ranks(name: str, of_threads: Errors) -> None:
+    check_case(name, of_threads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_PROCESSES)
+def test_ranks_that_are_processes(name: str, of_processes: Errors) -> None:
+    check_case(name, of_processes)
+
+
+def main(rank: int, folder: Path) -> None:
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=30),
+    )
+    errors = run_cases(rank, OF_PROCESSES)
+    (folder / f"{rank}.json").write_text(json.dumps(errors))
+    if not any(errors.values()):
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 if __name__ == "__main__":
-    run_cases(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), Path(sys.argv[2]))
