@@ -17,15 +17,15 @@ from tests.stand_ins import TableEngine
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> TableEngine:
-    """What `evaluate` and `filter` ask whatever their model is; the test sets its `answer`."""
+    """What `evaluate`, `filter` and `generate` ask whatever their model is; the test sets its `answer`."""
     engine = TableEngine(lambda asked: "")
 
     def engine_and_encoder(config: Config) -> tuple[TableEngine, PromptEncoder]:
         limit = replace(PromptLimit.to_generate(config), advice="")
         return engine, PromptEncoder(engine.processor, limit, config.data.overlong)  # type: ignore[arg-type]
 
-    for module in ("commands", "filter_command"):
-        monkeypatch.setattr(f"perl.evaluation.{module}.engine_and_encoder", engine_and_encoder)
+    for module in ("evaluation.commands", "evaluation.filter_command", "rollout.opening"):
+        monkeypatch.setattr(f"perl.{module}.engine_and_encoder", engine_and_encoder)
     return engine
 
 

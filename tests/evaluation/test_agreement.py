@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perl.evaluation.agreement import agreement, chosen_picture
+from perl.evaluation.agreement import agreement, chosen_picture, group_agreement
 from perl.permutation import permute
-from perl.types import EncodedPrompt, Example, Rollout
+from perl.types import EncodedPrompt, Example, Group, Rollout
 
 PICTURES = tuple(Image.new("RGB", (4, 4), color) for color in ("red", "green", "blue"))
 EXAMPLE = Example("e", PICTURES, "A <image> B <image> C <image> which image shows red ?", "A")
@@ -52,3 +52,11 @@ def test_agreement_counts_pairs_from_different_orders() -> None:
     assert agreement([[None], [None]]) == 0
     assert math.isnan(agreement([["x", "x"]]))
     assert math.isnan(agreement([]))
+
+
+def test_a_group_compares_its_orders() -> None:
+    """a, c and none against c and c: two of six pairs are equal."""
+    texts = {(0, 1, 2): ("A", "C", ""), (2, 0, 1): ("A", "A")}
+    rollouts = tuple(rollout(order, rf"\boxed{{{t}}}") for order, ts in texts.items() for t in ts)
+    none = np.zeros(0)
+    assert group_agreement(Group(EXAMPLE, (), rollouts, none, {}, none)) == pytest.approx(2 / 6)

@@ -144,6 +144,13 @@ def test_other_settings_are_not_mixed(
     words = (*words, "--output", out)
     assert run(*words, "--limit", 1) == 0
     before = (out / "mathvista.jsonl").read_bytes()
+    settings = json.loads((out / "settings.json").read_text())
+    assert len(settings.pop("weights")) == 16
+    assert settings == {
+        **{"model": str(without_weights), "instruction": "official", "max_new_tokens": 2048},
+        **{"orders": 1, "extract": "rules", "min_pixels": 784, "max_pixels": 262144},
+        "dtype": "auto",
+    }
     for options, key, change in (
         (("--instruction", "think"), "instruction", ("official", "think")),
         (("--max-new-tokens", 3), "max_new_tokens", (2048, 3)),

@@ -233,5 +233,22 @@ def test_the_policy_is_left_as_it_was(training: bool, monkeypatch: pytest.Monkey
     assert policy.training == training
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_compiled_layers_run_uncompiled(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step has another shape."""
+    policy, entered = FormulaPolicy(), []
+    policy.compiled = compiled
+
+    @contextmanager
+    def uncompiled() -> Any:
+        entered.append(len(policy.core.language_model.read))
+        yield
+        entered.append(len(policy.core.language_model.read))
+
+    monkeypatch.setattr("perl.rollout.engine.uncompiled", uncompiled)
+    generate(policy, SamplingParams(1, 0.0, 2))
+    assert entered == ([0, 2] if compiled else [])
+
+
 def test_no_prompts() -> None:
     assert engine_of(FormulaPolicy()).generate([], SamplingParams(2, 1.0, 2), 1) == []

@@ -1,0 +1,132 @@
+"""`perl-rl generate`: what the model is asked, and what it says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from perl.config import DataConfig, RolloutConfig
+from perl.permutation import permute
+from perl.types import Example, Message
+from tests.command_line import ErrorOf, run
+from tests.messages import tells
+from tests.stand_ins import TableEngine, WordPrompt, Words
+
+
+class Chat(Words):
+    def encode_messages(
+        self, messages: Sequence[Message], images: Sequence[Any], where: str
+    ) -> WordPrompt:
+        asked = Example(where, tuple(images), tuple(messages), "")
+        return self.encode(permute(asked, range(len(images))))
+
+    def unknown_words(self, messages: Sequence[Message]) -> list[str]:
+        return [w for w in messages[-1].content.split() if w.startswith("un")]
+
+
+@pytest.fixture
+def folder(
+    engine: TableEngine,
+    trained: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """A run over two held-out questions, whose model says so many words as its number."""
+    engine.processor = Chat()
+    engine.answer = lambda asked: "word " * asked.number + "end"
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (1, 1), (9, 0, 0)).save("nine.png")
+    Image.new("RGB", (1, 1), (5, 0, 0)).save("five.png")
+    rows = [
+        {"question": f"<image> Which {i} ?", "images": [f"{name}.png"], "answer": name}
+        for i, name in enumerate(("nine", "five"))
+    ]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = DataConfig(eval=str(tmp_path / "rows.jsonl"))
+    return trained(data=own, rollout=RolloutConfig(max_new_tokens=3))
+
+
+@pytest.mark.parametrize(
+    ("options", "n", "temperature", "longest", "seed"),
+    [
+        ((), 1, 0.0, 3, 0),
+        (("--n", 5), 5, 1.0, 3, 0),
+        (("--n", 5, "--temperature", 0), 5, 0.0, 3, 0),
+        (("--temperature", 0.5, "--max-new-tokens", 4, "--seed", 7), 1, 0.5, 4, 7),
+    ],
+)
+def test_how_it_samples(
+    options: tuple[object, ...],
+    n: int,
+    temperature: float,
+    longest: int,
+    seed: int,
+    folder: Path,
+    engine: TableEngine,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("generate", folder, "--prompt", "Which unlike one ?", *options) == 0
+    (call,) = engine.calls
+    assert (call.params.n, call.params.temperature) == (n, temperature)
+    assert (call.params.max_new_tokens, call.seed) == (longest, seed)
+    said = capsys.readouterr()
+    tells(said.err, "unlike")
+    lines = said.out.splitlines()
+    assert len(lines) == n and lines[:3] == ["end", "word end", "word word end"][:n]
+    for line in lines[3:]:
+        assert line.startswith("word " * longest) and "end" not in line
+        tells(line, f"cut at {longest} tokens")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        ("Which ?", "<image> <image> Which ?"),
+        ("A <image> B <image> Which ?", "A <image> B <image> Which ?"),
+    ],
+)
+def test_pictures_stand_before_a_text_without_slots(
+    prompt: str, shown: str, folder: Path, engine: TableEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--images", "nine.png", "five.png")
+    assert run("generate", folder, "--prompt", prompt, *words) == 0
+    ((asked,),) = [call.variants for call in engine.calls]
+    assert asked.messages == (Message("user", shown),)
+    assert [image.getpixel((0, 0))[0] for image in asked.images] == [9, 5]
+    assert "unknown" not in capsys.readouterr().err
+
+
+def test_a_held_out_example(
+    folder: Path, engine: TableEngine, capsys: pytest.CaptureFixture[str], error_of: ErrorOf
+) -> None:
+    for number, (red, name) in enumerate(((9, "nine"), (5, "five"))):
+        assert run("generate", folder, "--example", number) == 0
+        question, answer, completion = capsys.readouterr().out.splitlines()
+        assert question.endswith(f": <image> Which {number} ?") and completion == "end"
+        assert answer.endswith(f": {name}")
+        ((asked,),) = [call.variants for call in engine.calls[number:]]
+        assert asked.images[0].getpixel((0, 0))[0] == red
+    tells(error_of("generate", folder, "--example", 2), "--example 2", "2 examples")
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ([], ["--prompt", "--images", "--example"]),
+        (["--images", "nine.png"], ["--prompt"]),
+        (["--example", 0, "--prompt", "x"], ["--example", "--prompt"]),
+        (["--example", 0, "--images", "nine.png"], ["--example", "--images"]),
+        (["--prompt", "x", "--n", 0], ["--n 0", "1"]),
+        (["--prompt", "x", "--temperature", -1], ["--temperature -1.0", "0"]),
+        (["--prompt", "x", "--images", "ten.png"], ["ten.png"]),
+    ],
+)
+def test_what_it_refuses(
+    options: list[object], names: list[str], folder: Path, error_of: ErrorOf
+) -> None:
+    tells(error_of("generate", folder, *options), *names)
