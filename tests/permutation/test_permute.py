@@ -196,6 +196,13 @@ SYSTEM = Message("system", "Hi")
         ),  # the next one's, but for the last
         ("all", "<image> image b\n<image> image a\n<image> image c", (1, 0, 2)),
         ("all", "<image> b\n<image> a\n<image> c", (0, 1, 2)),
+        (
+            "all",
+            "<image> (A) <image> (B) <image> (C)",
+            (0, 1, 2),
+        ),  # those of all slots, not of the last two
+        ("all", "A <image> B <image> <image>", (0, 1, 2)),
+        ("all", "<image> <image> (A) <image> (B)", (0, 1, 2)),
         ("all", "A <image> <image> B <image>", (0, 1, 2)),  # whose is the one between?
         ("all", "A <image> and <image> B <image>", (0, 2)),
         ("all", "<image> (A) <image> <image> (B)", (0, 1, 2)),

@@ -41,6 +41,19 @@ def test_columns_reach_the_function_in_its_order() -> None:
     assert columns["order"] == [[1, 0], [0, 1]] and columns["completion_length"] == [1, 1]
 
 
+def test_a_function_that_changes_its_lists_changes_nobody_elses() -> None:
+    def sorts(completions: Any, answer: Any, **columns: Any) -> Any:
+        completions.sort()
+        answer.clear()
+        return [0.0] * len(completions)
+
+    texts = [r"\boxed{B}", r"\boxed{A}"]
+    totals, _ = Scorer((sorts, "accuracy"), (1.0, 2.0)).score(
+        ["q"] * 2, texts, {"answer": ["B", "A"]}
+    )
+    np.testing.assert_array_equal(totals, [2, 2])
+
+
 @pytest.mark.parametrize(
     ("functions", "weights", "names"),
     [
