@@ -98,6 +98,10 @@ def test_any_text_is_survived(text: str, order: list[int]) -> None:
         ("image A or image C", "image B or image A"),
         ("There are 2 dogs and 3 cats in the images.", None),
         ("Image 4 and the fourth image are not there", None),
+        (
+            "<image_0>, <image_4>, image 0, the 0th image and the 4th, the first nine images, images 1-4",
+            None,
+        ),
         ("Version 1.2 of figure 2.5", None),
         ("the previous image, the left picture", None),
         ("<image> <image> <image>", None),
@@ -194,7 +198,7 @@ VERBS = [
         ("images 1{}3", [" and ", ", and ", " or ", " nor ", " vs. ", " vs ", " Versus ", " & ", "&", "/", ", "]),
         ("image 1{}3", [" and ", " or ", "/", " to ", " and image ", ", image ", ", the image "]),
         ("in the image 2 {} it", VERBS),
-        ("As {}", ["<image_2>", "<image-2>", "<image 2>", "<image2>", "<IMAGE_2>", "[image 2]", "[Image_2]"]),
+        ("As {}", ["<image_1>", "<image_2>", "<image-2>", "<image 2>", "<image2>", "<IMAGE_2>", "[image 2]", "[Image_2]"]),
     ],
 )  # fmt: skip
 def test_every_way_of_writing_a_number(pattern: str, parts: list[str]) -> None:
