@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from perl.permutation import (
+    LETTERS,
     Consistency,
     check_moves,
     letter_slots,
@@ -89,6 +90,11 @@ def test_answers_with_options(
 )  # fmt: skip
 def test_what_the_options_are(text: str, options: list[str]) -> None:
     assert option_lines(text) == dict(zip("ABC", options, strict=False))
+
+
+def test_there_are_as_many_options_as_letters() -> None:
+    text = "".join(f"{letter}. like {letter}\n" for letter in LETTERS)
+    assert list(option_lines(f"{text}B. again")) == list(LETTERS)
 
 
 def test_bare_numbers_that_are_no_images_stay() -> None:

@@ -223,6 +223,7 @@ def test_what_letters_name(kind: str, question: Any, slots: tuple[int, ...]) -> 
         ("<image> Image 1: <image>\nWhich?\nA. a dog\nB. a cat", "B", None),
         ("<image> Option A: <image>", "A", "Option A"),
         ("A <image> <image> B <image>", "C", "A"),
+        ("Image 2: <image> Image 3: <image> <image>", "2", "Image 2"),
         ("<image> Option A: <image>\nWhich?\nA. Image 1\nB. Image 2", "A", None),
         ("<image> Image 3: <image>", "2", None),
         ("Image 2: <image> Image 1: <image>", "2", None),
