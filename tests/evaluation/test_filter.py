@@ -223,6 +223,23 @@ def test_a_sample_of_the_questions(data: Path, run: Run) -> None:
     assert measured("--limit", 40) == measured("--limit", 41) == list(range(40))
 
 
+def test_the_data_of_the_run_or_others(
+    data: Path, engine: TableEngine, pictures: dict[str, Any], trained: Callable[..., Path]
+) -> None:
+    """`data.image_root` is about the run's own."""
+    own = data.parent / "own" / "rows.jsonl"
+    own.parent.mkdir()
+    own.write_text("".join(data.read_text().splitlines(keepends=True)[:3]))
+    engine.answer = right(*[5] * ROWS)
+    words = ("--max-new-tokens", 3, "--histogram", "uniform")
+    folder = trained(data=DataConfig(train=str(own), image_root=str(data.parent)))
+    assert run_command("filter", folder, *words) == 0
+    assert len(read(own.with_name("rows.filtered.jsonl"))) == 3
+    folder = trained(data=DataConfig(train=str(own), image_root=str(own.parent)))
+    assert run_command("filter", folder, *words, "--data", data) == 0
+    assert len(read(data.with_name("rows.filtered.jsonl"))) == ROWS
+
+
 def test_a_higher_limit_measures_what_was_left_out(
     data: Path, run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:

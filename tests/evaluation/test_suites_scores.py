@@ -321,6 +321,7 @@ def test_values() -> None:
     ):
         assert not same_value(one, other), (one, other)
     assert same_value("3.14", "\\pi", digits=2)
+    assert same_value("x" * 400, "x" * 400) and not same_value("x" * 401, "x" * 401)
 
 
 @pytest.mark.parametrize(

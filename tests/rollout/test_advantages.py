@@ -74,3 +74,4 @@ def test_a_group_without_scores_weighs_one() -> None:
     assert group_mean(np.array([0.0, np.nan, 1.0])) == 0.5
     assert group_weight(group_mean(np.array([np.nan])), "exp") == 1
     assert group_weight(7.0, "power") == pytest.approx(0.05)
+    assert group_weight(-7.0, "exp") == pytest.approx(math.e)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from perl.config import Config, RolloutConfig, RunConfig, StageConfig
+from perl.config import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig, StageConfig
 from perl.recipe import save_config
-from perl.rollout.opening import config_of, fingerprint
+from perl.rollout.opening import config_of, engine_and_encoder, fingerprint
 from tests.messages import refused, tells
 
 STAGES = (
@@ -79,6 +83,35 @@ def test_names_that_stand_for_no_model(tmp_path: Path, monkeypatch: pytest.Monke
         config_of("runs/empty")
     with refused("runs/new", "perl-rl resume"):
         config_of("runs/new")
+
+
+@pytest.mark.parametrize(("dtype", "mixed"), [("float32", False), ("bfloat16", True)])
+def test_engine_and_encoder_are_those_of_the_settings(
+    dtype: Any, mixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters are merged in what a run leaves, so that none are made anew."""
+    config = Config(
+        model=ModelConfig(path="m", lora_rank=8, dtype=dtype, max_pixels=999),
+        data=DataConfig(max_prompt_tokens=77, overlong="drop"),
+        rollout=RolloutConfig(batch_size=5),
+    )
+    loaded: list[Any] = []
+
+    def load(path: str, model: ModelConfig, *device: Any) -> Any:
+        loaded.append((path, model))
+        return SimpleNamespace(to=lambda device: "policy")
+
+    monkeypatch.setattr("perl.model.loading.load_policy", load)
+    monkeypatch.setattr("perl.model.loading.load_processor", load)
+    monkeypatch.setattr("perl.rollout.padded.make_engine", lambda *parts: parts)
+    (policy, processor, batch_size, autocast), encoder = engine_and_encoder(config)
+    assert loaded == [("m", replace(config.model, lora_rank=0)), ("m", config.model)]
+    assert (policy, batch_size, encoder.processor) == ("policy", 5, processor)
+    assert (encoder.limit.tokens, encoder.overlong) == (77, "drop")
+    tells(encoder.limit.advice, "--max-prompt-tokens", "--overlong drop")
+    with autocast():
+        mixed_now = (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    assert mixed_now == mixed
 
 
 def test_a_fingerprint_changes_with_the_weights(tmp_path: Path) -> None:

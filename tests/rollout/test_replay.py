@@ -219,6 +219,13 @@ def test_what_is_saved_is_drawn_and_taken_alike(count: int, tmp_path: Path) -> N
     assert load_replay(tmp_path, 2) is None
 
 
+def test_the_name_that_checkpoints_had_before(tmp_path: Path) -> None:
+    save_replay(tmp_path, [waiting(3).state_dict()])
+    (tmp_path / "overflow-0.safetensors").rename(tmp_path / "queue-0.safetensors")
+    state = load_replay(tmp_path, 0)
+    assert state and [stored.key for stored in state["overflow"]] == [(0, 3)]
+
+
 def test_a_file_that_holds_no_groups_is_an_error(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
