@@ -29,13 +29,8 @@ from perl.recipe import (
 )
 from perl.report.progress import Display
 from perl.training.session import Session
-from perl.types import UserError
-from tests.command_line import (
-    ErrorOf,
-    json_lines,
-    metrics,
-    run,
-)
+from tests.command_line import ErrorOf, json_lines, metrics, run
+from tests.messages import refused, tells
 
 STAGED = """
 data.tasks = ["which"]
@@ -133,25 +128,25 @@ kind = "rl"
 
 
 @pytest.mark.parametrize(
-    ("stage", "match"),
+    ("stage", "names"),
     [
-        ('kind = "rl"', "stage 1 has no name; write name = ... below"),
-        ('name = "a"', "stage a has no kind; write kind = ... below"),
-        ('name = "Big"\nkind = "rl"', "stage Big: name = 'Big' must be lower-case"),
-        ('name = "after"\nkind = "rl"', "stage after: the name after is taken"),
-        ('name = "a"\nkind = "rl"\n[[stages]]\nname = "a"\nkind = "rl"', "the name a is taken"),
-        ('name = "a"\nkind = "sft"', "kind = 'sft' is not one of cold_start, filter, rl"),
-        ('name = "a"\nkind = "rl"\nmodel.path = "x"', "stage a: model is common to all stages"),
-        ('name = "a"\nkind = "rl"\ntrian.lr = 1', "stage a: unknown key trian; did you mean"),
-        ('name = "a"\nkind = "rl"\ntrain.lrr = 1', "stage a: unknown key train.lrr; did you"),
-        ('name = "a"\nkind = "rl"\ntrain.lr = "x"', "stage a: train.lr = 'x'"),
-        ('name = "a"\nkind = "rl"\ntrain.lr = -1', "stage a: train.lr = -1.*must be"),
+        ('kind = "rl"', ["stage 1", "name ="]),
+        ('name = "a"', ["stage a", "kind ="]),
+        ('name = "Big"\nkind = "rl"', ["stage Big", "name = 'Big'"]),
+        ('name = "after"\nkind = "rl"', ["stage after", "name after"]),
+        ('name = "a"\nkind = "rl"\n[[stages]]\nname = "a"\nkind = "rl"', ["stage a", "name a"]),
+        ('name = "a"\nkind = "sft"', ["stage a", "kind = 'sft'", "cold_start, filter, rl"]),
+        ('name = "a"\nkind = "rl"\nmodel.path = "x"', ["stage a", "model"]),
+        ('name = "a"\nkind = "rl"\ntrian.lr = 1', ["stage a", "trian", "train?"]),
+        ('name = "a"\nkind = "rl"\ntrain.lrr = 1', ["stage a", "train.lrr", "train.lr?"]),
+        ('name = "a"\nkind = "rl"\ntrain.lr = "x"', ["stage a", "train.lr = 'x'"]),
+        ('name = "a"\nkind = "rl"\ntrain.lr = -1', ["stage a", "train.lr = -1"]),
     ],
 )
-def test_stages_that_make_no_sense(tmp_path: Path, stage: str, match: str) -> None:
-    with pytest.raises(UserError, match=match):
+def test_stages_that_make_no_sense(tmp_path: Path, stage: str, names: list[str]) -> None:
+    with refused(*names):
         load_recipe(written(tmp_path, f"[[stages]]\n{stage}\n"))
-    with pytest.raises(UserError, match="stages is a list of tables"):
+    with refused("stages", "[[stages]]"):
         load_recipe(written(tmp_path, '[stages]\nname = "a"\n'))
 
 
@@ -164,12 +159,12 @@ def test_the_papers_recipes_run_on_a_tiny_model(
     small = (
         "--model.path tiny-qwen2.5-vl --data.train bundled:digits --data.eval bundled:digits "
         "--resample.examples 4 --resample.rollouts 2 --resample.histogram uniform --resample.size 0 "
-        "--rollout.per-order 2 --rollout.max-new-tokens 4 --train.steps 2 --train.examples-per-step 4 "
+        "--rollout.per-order 2 --rollout.max-new-tokens 4 --train.steps 1 --train.examples-per-step 2 --filter.max-tries 1 "
         "--train.tokens-per-micro-batch 512 --eval.examples 2 --run.trackers"
     )
     options = (*small.split(), "--run.dir", tmp_path / "run")
     assert run("train", recipe, *options) == 0, capsys.readouterr().err
-    assert [r["step"] for r in metrics(tmp_path / "run", "rl")] == [1, 2]
+    assert [r["step"] for r in metrics(tmp_path / "run", "rl")] == [1]
     assert (tmp_path / "run" / "filtered").exists() == (recipe == "perl-7b")
 
 
@@ -225,9 +220,9 @@ def test_a_filter_stage_measures_by_a_reward_of_the_run(
     own, none = f"{file}:whole", f"{file}:none"
     command = ["train", two_files, "--overwrite", "--train.steps", "0"]
     said = error_of(*command, "--reward.functions", "choice", "format")
-    assert "filter.measure = 'accuracy' is none of reward.functions (choice, format)" in said
+    tells(said, "filter.measure = 'accuracy'", "reward.functions", "choice, format")
     said = error_of(*command, "--reward.functions", none, "--reward.weights", "1")
-    assert "no completion for" in said and f"can be scored by the reward function '{none}'" in said
+    tells(said, none)
     assert run(*command, "--reward.functions", own, "format", "--filter.measure", "whole") == 0
     (filtered,) = metrics(two_files.parent / "run", "filter")
     assert filtered["filter/accuracy_before"] == 1.0
@@ -253,7 +248,7 @@ def test_files_behind_a_filter_keep_their_images(two_files: Path, error_of: Erro
         other = two_files.with_name("other.toml")
         other.write_text(tomli_w.dumps(recipe))
         said = error_of("train", other, "--overwrite")
-        assert said.startswith(f"--overwrite would delete data.{key} = {left}")
+        tells(said, "--overwrite", f"data.{key} = {left}", "--run.dir")
         assert left.exists()
     # A run that stops before its last evaluation is measured with the last stage's settings all the same.
     assert [r["orders"] for r in metrics(folder) if r.get("at") == "after"] == [1]
@@ -269,17 +264,17 @@ def test_files_behind_a_filter_keep_their_images(two_files: Path, error_of: Erro
 
 
 @pytest.mark.parametrize(
-    ("stage", "changes", "match"),
+    ("stage", "changes", "names"),
     [
-        (0, {"resample": {"histogram": "papr"}}, "histogram 'papr': write paper"),
-        (0, {"resample": {"size": 7}}, "sift: resample.size = 7 is more than the 6 questions"),
-        (0, {"resample": {"orders": 3}}, "stage sift: resample.orders = 3 is more than resample"),
-        (0, {"data": {"train": "bundled:digits"}}, "stage sift: bundled:digits is endless"),
-        (2, {"data": {"eval": "nope.jsonl"}}, "nope.jsonl"),
-        (2, {"data": {"mix": ["nope.jsonl*2"]}}, "nope.jsonl"),
-        (2, {"data": {"mix": ["x*0"]}}, r"data.mix: 'x\*0' must be SOURCE"),
-        (1, {"reward": {"functions": ["acuracy"], "weights": [1.0]}}, "did you mean 'accuracy'"),
-        (1, {"loss": {"preset": "gpro"}}, "no preset named 'gpro'"),
+        (0, {"resample": {"histogram": "papr"}}, ["'papr'", "paper"]),
+        (0, {"resample": {"size": 7}}, ["sift", "resample.size = 7", "6"]),
+        (0, {"resample": {"orders": 3}}, ["sift", "resample.orders = 3", "resample.rollouts = 2"]),
+        (0, {"data": {"train": "bundled:digits"}}, ["sift", "bundled:digits", "resample.examples"]),
+        (2, {"data": {"eval": "nope.jsonl"}}, ["nope.jsonl"]),
+        (2, {"data": {"mix": ["nope.jsonl*2"]}}, ["nope.jsonl"]),
+        (2, {"data": {"mix": ["x*0"]}}, ["data.mix", "'x*0'", "SOURCE*WEIGHT"]),
+        (1, {"reward": {"functions": ["acuracy"], "weights": [1.0]}}, ["acuracy", "'accuracy'"]),
+        (1, {"loss": {"preset": "gpro"}}, ["loss", "'gpro'"]),
     ],
 )
 def test_mistakes_of_any_stage_are_found_before_the_first(
@@ -287,12 +282,12 @@ def test_mistakes_of_any_stage_are_found_before_the_first(
     error_of: ErrorOf,
     stage: int,
     changes: dict[str, Any],
-    match: str,
+    names: list[str],
 ) -> None:
     recipe = tomllib.loads(two_files.read_text())
     recipe["stages"][stage] |= changes
     two_files.write_text(tomli_w.dumps(recipe))
-    assert re.search(match, error_of("train", two_files))
+    tells(error_of("train", two_files), *names)
     assert not (two_files.parent / "run").exists()
 
 
