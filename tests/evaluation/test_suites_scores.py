@@ -1,6 +1,9 @@
 """How each benchmark's rule reads completions: right, wrong and odd ones. And which images it lets move."""
 
+import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -241,6 +244,9 @@ def test_only_images_that_are_the_options_move(items: dict[str, dict[str, Items]
         ("Which?", ["yes", "no"], 2, "none"),
         ("Which?", ["Image 1"], 1, "none"),
         ("Which?", [], 2, "none"),
+        ("Which?", ["Image 1", "Image 2"], 1, "none"),
+        ("Which?", ["Image 1", "Image 2"], 2, "all"),
+        ("Which?", ["the eighth picture", "photo"], 2, "none"),
     ],
 )
 def test_image_kind(question: str, options: list[str], count: int, kind: str) -> None:
@@ -272,9 +278,95 @@ def test_images_move_only_with_an_answer_that_names_one(answer: str, kind: str) 
 )
 def test_the_nearest_choice(reply: str, choices: list[str], nearest: str | None) -> None:
     extra = {"choices": choices, "answer_type": "text", "precision": None}
-    asked = Example("q", (), "", choices[0], extra=extra)
-    judged = SUITES["mathvista"].judge(asked, choices[0], Reply.of(rf"\boxed{{{reply}}}"))
-    assert (judged.answer, judged.score) == (nearest, float(nearest == choices[0]))
+    found = judged("mathvista", rf"\boxed{{{reply}}}", choices[0], **extra)
+    assert found == (nearest, float(nearest == choices[0]))
+
+
+def judged(suite: str, reply: str, gold: str, task: str = "", **extra: Any) -> Any:
+    asked = Example("q", (), "", gold, task=task, extra=extra)
+    found = SUITES[suite].judge(asked, gold, Reply.of(reply))
+    return found.answer, found.score
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "letter"),
+    [
+        ("B. because it is", ["x", "y", "z"], "B"),
+        ("[C] it is", ["x", "y", "z"], "C"),
+        ("A) or B)", ["x", "y", "z"], None),
+        ("A. and more", ["x", "y", "z"], None),
+        ("I choose (B), as I said: (B)", ["x", "y", "z"], "B"),
+        ("(A), not (B)", ["x", "y", "z"], None),
+        ("(A) first\n\nthen (B)", ["x", "y", "z"], "B"),
+        ("(A) or (B)\n\nthen (B) or (C)", ["x", "y", "z"], None),
+        ("Option: c", ["x", "y", "z"], None),
+        ("Choice C", ["x", "y", "z"], "C"),
+        ("answer = **B**", ["x", "y", "z"], "B"),
+        ("Answer Bob", ["x", "y", "z"], None),
+        ("Yes.", ["yes", "yes it is"], "A"),
+        ("I say YES it is", ["yes", "yes it is"], None),
+        ("I say no way", ["(A) no", "(B) yes"], "A"),
+        ("I know", ["(A) no", "(B) yes"], None),
+        ("yes", ["", "yes"], "B"),
+    ],
+)
+def test_which_option_a_text_chooses(text: str, options: list[str], letter: str | None) -> None:
+    assert option_letter(text, len(options), options) == letter
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind", "precision", "answer"),
+    [
+        ("2.346", "float", 2.0, "2.35"),
+        ("about 2.346", "float", None, "2.3"),
+        ("2.346", "float", math.nan, "2.3"),
+        ("-2.9", "integer", None, "-2"),
+        ("from 7 to 1,234 or so", "integer", None, "1234"),
+        ("it is .5", "float", None, "0.5"),
+        ("nan", "float", None, None),
+    ],
+)
+def test_numbers_of_mathvista(
+    reply: str, kind: str, precision: float | None, answer: str | None
+) -> None:
+    extra = {"choices": [], "answer_type": kind, "precision": precision}
+    assert judged("mathvista", reply, "1", **extra) == (answer, 0.0)
+    assert judged("mathvista", reply, answer or "", **extra)[1] == float(answer is not None)
+
+
+@pytest.mark.parametrize(
+    ("task", "gold", "right", "wrong"),
+    [
+        ("Clocks", "100", ["90", "110", "100.0"], ["89", "111", "noon"]),
+        ("GeomCost", "50", ["48.5", "51.5"], ["48", "52"]),
+        ("GeomShape", "50", ["48.5", "51.5"], ["48", "52"]),
+        ("EmojiAlgebra", "100", ["99", "101", "100 %", "100% sure"], ["98", "102", "51.5"]),
+        ("EmojiAlgebra", "-100", ["-100", "-100.0"], ["-99.5", "-100.5"]),
+        ("RefCoco", "1,3", ["1", "3"], ["1,3", "2", "0"]),
+        ("Charts", "50\\%", ["50%", "50"], ["51"]),
+        ("Maps", "a, b", ["a, b", "A,B", "(a, b)"], ["a b", "b,a"]),
+        ("IQ", "(a)", ["a", "(A)", "( a )"], ["b", "(b)"]),
+        ("FuncRead", "g", ["g", "g(x)", "(g)"], ["f(x)", "g(y)"]),
+        ("FuncRead", "k", ["k"], ["k(x)"]),
+    ],
+)
+def test_answers_of_remi(task: str, gold: str, right: list[str], wrong: list[str]) -> None:
+    for score, answers in ((1.0, right), (0.0, wrong)):
+        for answer in answers:
+            reply = json.dumps({"explanation": "}{", "answer": answer})
+            assert judged("remi", f"So: {reply} .", gold, task) == (answer, score), answer
+    assert judged("remi", '{"explanation": 1}', gold, task) == (None, 0.0)
+
+
+def test_options_that_the_data_do_not_list() -> None:
+    """MathVerse has five then, MMIU any letter, MV-MATH always four."""
+    for suite, last, beyond in (("mathverse", "E", "F"), ("mmiu", "Z", "1"), ("mv_math", "D", "E")):
+        extra = {"options": [], "choice": True, "type": "choice"}
+        assert judged(suite, f"({last})", last.lower() if suite != "mmiu" else last, **extra) == (
+            last,
+            1.0,
+        )
+        assert judged(suite, f"({beyond})", last, **extra) == (None, 0.0)
 
 
 FORMS = [
@@ -330,6 +422,8 @@ def test_values() -> None:
         ("<image2> or <image1>?", "<image><image> or <image>?", (2, 1, 0)),
         ("<image1>, <image2>, <image1> <image3>", "<image>, <image>, image 1 <image>", (0, 1, 2)),
         ("<image9>", "<image><image><image><image9>", (0, 1, 2)),
+        ("<image4> <image0>", "<image><image><image><image4> <image0>", (0, 1, 2)),
+        ("<image3>", "<image><image><image>", (0, 1, 2)),
     ],
 )
 def test_numbered_slots(text: str, shown: str, order: tuple[int, ...]) -> None:
