@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from collections.abc import Callable
 
@@ -58,6 +59,17 @@ def test_sources_come_in_proportion_and_go_through_epochs_of_their_own() -> None
     assert max(d.epoch for d in drawn if d.example.id[0] == "b") > 50
     assert all(stream.find(d.key) is d.example for d in drawn)
     assert ids(mixed(1), 20) != ids(mixed(0), 20)
+
+
+def test_sequences_and_sources_are_drawn_by_seed_and_number_alone() -> None:
+    """Whatever program draws them: a resumed run goes on in the same ones."""
+    sequences = [random.Random(f"3/{epoch}") for epoch in range(2)]
+    epochs = [list(range(5)), list(range(5))]
+    for rng, order in zip(sequences, epochs, strict=True):
+        rng.shuffle(order)
+    assert ids(one(seed=3), 10) == [str(i) for order in epochs for i in order]
+    sources = [random.Random(f"4/mix/{k}").choices("ab", [1, 3])[0] for k in range(30)]
+    assert [name[0] for name in ids(mixed(4), 30)] == sources
 
 
 @pytest.mark.parametrize("make", [one, mixed])
