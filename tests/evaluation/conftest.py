@@ -12,6 +12,7 @@ import pytest
 from perl.config import Config
 from perl.recipe import save_config
 from perl.rollout.prompts import PromptEncoder, PromptLimit
+from tests.evaluation.benchmarks import make_benchmarks
 from tests.stand_ins import TableEngine
 
 
@@ -50,3 +51,9 @@ def trained(tmp_path: Path) -> Callable[..., Path]:
         return root
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small benchmarks; whoever changes them copies them first."""
+    return make_benchmarks(tmp_path_factory.mktemp("benchmarks"))

@@ -210,6 +210,21 @@ def test_other_settings_are_refused(
     assert len(kept) == 9 and len({row["id"] for row in kept}) == 9 > len({r["own"] for r in kept})
 
 
+def test_other_weights_are_refused(
+    data: Path, run: Run, without_weights: Path, error_of: ErrorOf
+) -> None:
+    for content in (b"one", b"two"):
+        (without_weights / "model.safetensors").write_bytes(content)
+        words = ("--data", data, "--max-new-tokens", 3, "--limit", 4)
+        if content == b"one":
+            assert run(*words) == 0
+            (row, *_) = read(data.with_name("rows.accuracies.jsonl"))
+            assert row["model"] == str(without_weights) and len(row["weights"]) == 16
+        else:
+            said = error_of("filter", without_weights, *words)
+            tells(said, "rows.accuracies.jsonl", f"the weights = {row['weights']}", "--overwrite")
+
+
 def test_a_sample_of_the_questions(data: Path, run: Run) -> None:
     """In the data's sequence, drawn by the seed; a limit as high as the data takes all."""
 

@@ -14,7 +14,6 @@ from perl.evaluation.suites.comparison import compare_folders
 from perl.evaluation.suites.summary import PUBLISHED, summarise
 from tests.command_line import ErrorOf, run
 from tests.evaluation.benchmarks import (
-    make_benchmarks,
     mantis_choice,
     mantis_eval,
     mathvision,
@@ -23,11 +22,6 @@ from tests.messages import tells
 from tests.stand_ins import Asked, TableEngine
 
 Evaluate = Callable[..., int | str | None]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_benchmarks(tmp_path_factory.mktemp("benchmarks"))
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

@@ -22,7 +22,6 @@ from perl.evaluation.suites.reading import (
 )
 from perl.permutation import all_orders, permute
 from perl.types import IMAGE_SLOT, Example
-from tests.evaluation.benchmarks import make_benchmarks
 
 CASES = {
     "mantis_eval me_0": [
@@ -145,9 +144,8 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def items(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Items]]:
+def items(root: Path) -> dict[str, dict[str, Items]]:
     """By instruction, by suite."""
-    root: Path = make_benchmarks(tmp_path_factory.mktemp("benchmarks"))
     return {
         name: {s.name: open_items(s, root, name == "think") for s in SUITES.values()}
         for name in ("official", "think")
