@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -20,11 +21,12 @@ from PIL import Image
 
 from perl.config import Config, StageConfig
 from perl.data.resample import PAPER
+from perl.evaluation import selection
 from perl.files import RunFolder
 from perl.model.loading import check_kernels, load_policy, load_processor
 from perl.permutation import permute
-from perl.recipe import to_toml
-from perl.rollout.collect import Collected, Collector
+from perl.recipe import check_config, to_toml
+from perl.rollout.collect import Collector
 from perl.rollout.engine import InProcessEngine, SamplingParams
 from perl.timing import Stopwatch
 from perl.training.commands import Train
@@ -42,14 +44,13 @@ from tests.training.two_tokens import (
     OwnEngine,
     Parts,
     TwoTokens,
-    config_of,
     session_of,
     share_of_b,
     train_in,
 )
 
 HERE = "tests.test_config_keys"
-SHARE = f"{share_of_b.__module__}:share_of_b"
+STAIRS = (0.0, 1.0, 3.0, 5.0)
 CPU = torch.device("cpu")
 
 
@@ -57,13 +58,14 @@ def ones(completions: list[str], **_: Any) -> list[float]:
     return [1.0] * len(completions)
 
 
-def half(completions: list[str], **_: Any) -> list[float]:
-    return [0.5] * len(completions)
-
-
 def where_told(completions: list[str], signal: list[int], **_: Any) -> list[float]:
-    """Differs within a question whose row has `signal`."""
+    """Differs within a question whose row has `signal`: 0, 1, 0, 1."""
     return [i % 2 * s for i, s in enumerate(signal)]
+
+
+def stairs(completions: list[str], **_: Any) -> list[float]:
+    """Of each question 0 and 1 in its first order, 3 and 5 in its second."""
+    return [STAIRS[i % 4] for i in range(len(completions))]
 
 
 def slow(completions: list[str], **_: Any) -> list[float]:
@@ -97,9 +99,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     both |= {"question": "A <image> B <image> ?", "answer": "B", "images": ["0.png", "1.png"]}
     mentions = "A <image> B <image> C <image> Is image 1 darker than image 2?"
     asked = {**rows[0], "question": mentions, "answer": "yes", "should_change": False}
-    for name, lines in (("data", rows), ("both", [both]), ("asked", [asked] * 6)):
+    signal = [{**row, "signal": 1} for row in rows]
+    files = {"data": rows, "both": [both], "asked": [asked] * 6, "signal": signal}
+    for name, lines in files.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return root
+
+
+BASE = {
+    **{"run.dir": "runs/recipe", "run.trackers": (), "run.checkpoint_every": 1},
+    **{"run.save_rollouts_every": 0, "data.train": "data.jsonl", "data.eval": "data.jsonl"},
+    **{"cold_start.batch_size": 2, "rollout.per_order": 2, "train.steps": 2, "train.lr": 0.01},
+    **{"reward.functions": (f"{share_of_b.__module__}:share_of_b",), "reward.weights": (1.0,)},
+    **{"train.examples_per_step": 2, "train.tokens_per_micro_batch": 600, "eval.examples": 0},
+}
+"""Keys of every row's recipe: two steps on two groups each."""
 
 
 class Lab:
@@ -109,44 +123,33 @@ class Lab:
     model: Path
 
     def __init__(self, config: Config, number: int) -> None:
-        self.config, self.run_folder = config, self.root / f"run-{number}"
-        self.optimizers: list[Optimizer] = []
-        self.packed: list[int] = []
-        """Micro-batches of each update."""
-        self.tokens: list[tuple[int, int, int]] = []
-        """Of each of them its tokens, and what they would be with every prompt once, or once per completion."""
-        self.collected: list[Collected] = []
-        self.params: list[SamplingParams] = []
-        self.asked: list[int] = []
-        """The seed of each sampling."""
-        self.prompts: list[int] = []
-        self.segments: list[int] = []
-        self.limits: list[float] = []
-        self.histograms: list[Any] = []
+        self.config, self.folder = config, self.root / f"run-{number}"
 
     @cached_property
-    def rows(self) -> list[dict[str, Any]]:
-        """metrics.jsonl of a whole run of the policy over two tokens, whose parts are watched."""
+    def run(self) -> dict[str, list[Any]]:
+        """What the parts of a whole run of the policy over two tokens were asked and gave, and `rows` of its metrics."""
+        seen: defaultdict[str, list[Any]] = defaultdict(list)
         with pytest.MonkeyPatch.context() as patch:
-            watch(patch, self)
-            train_in(self.run_folder, self.config)
-        return [] if self.config.run.seeds else json_lines(self.run_folder / "metrics.jsonl")
+            watch(patch, seen)
+            train_in(self.folder, self.config)
+        metrics = self.folder / "metrics.jsonl"
+        seen["rows"] = json_lines(metrics) if metrics.exists() else []
+        return seen
 
-    @property
-    def steps(self) -> list[Collected]:
-        """What the steps of the run collected."""
-        assert self.rows
-        return self.collected
+    def left(self, pattern: str) -> list[Path]:
+        """Files and folders that the run left."""
+        assert self.run
+        return sorted(self.folder.glob(pattern))
 
     @property
     def groups(self) -> list[Group]:
         """Of the first step, all that were rolled out."""
-        return self.steps[0].seen
+        return self.run["collected"][0].seen
 
     @cached_property
     def session(self) -> Session:
         """In its RL stage, which has not begun."""
-        session = session_of(self.config, self.run_folder.with_suffix(".begun"))
+        session = session_of(self.config, self.folder.with_suffix(".begun"))
         session.enter_stage(session.stages[-1])
         session.begin(session.stage)
         return session
@@ -160,47 +163,28 @@ class Lab:
         return [drawn.example for drawn in self.session.components.stream().draw(count)]
 
 
-def watch(patch: pytest.MonkeyPatch, lab: Lab) -> None:
-    """Keep what the parts of a run are asked."""
-
-    def wrap(owner: Any, name: str, note: Callable[..., Any]) -> None:
+def watch(patch: pytest.MonkeyPatch, seen: defaultdict[str, list[Any]]) -> None:
+    def keep(key: str, owner: Any, name: str, what: Callable[..., Any]) -> None:
+        """Of each call what `what` makes of its result and arguments."""
         original = getattr(owner, name)
 
-        def noted(*args: Any, **kwargs: Any) -> Any:
+        def called(*args: Any, **kwargs: Any) -> Any:
             out = original(*args, **kwargs)
-            note(out, *args)
+            seen[key].append(what(out, *args))
             return out
 
-        patch.setattr(owner, name, noted)
+        patch.setattr(owner, name, called)
 
-    wrap(Optimizer, "__init__", lambda _, optimizer, *__: lab.optimizers.append(optimizer))
-
-    def collect(out: Collected, collector: Collector, *_: Any) -> None:
-        lab.collected.append(out)
-        lab.replayed = collector.replay
-
-    wrap(Collector, "collect", collect)
-
-    def generate(_: Any, __: OwnEngine, prompts: Any, params: SamplingParams, seed: int) -> None:
-        lab.params.append(params)
-        lab.asked.append(seed)
-        lab.prompts.append(len(prompts))
-
-    wrap(OwnEngine, "generate", generate)
-    wrap(torch.nn.utils, "clip_grad_norm_", lambda _, __, limit: lab.limits.append(limit))
-
-    def pack(batches: list[Any], _: Any, segments: list[Any], *__: Any) -> None:
-        lab.packed.append(len(batches))
-        lab.segments.append(len(segments))
-        lengths = [(len(s.prompt.input_ids), [len(c) for c in s.completions]) for s in segments]
-        once = sum(prompt + sum(own) for prompt, own in lengths)
-        each = sum(prompt * len(own) + sum(own) for prompt, own in lengths)
-        lab.tokens.append((sum(b.num_tokens for b in batches), once, each))
-
-    wrap(TwoTokens, "pack", pack)
+    keep("optimizer", Optimizer, "__init__", lambda _, optimizer, *__: optimizer)
+    keep("limit", torch.nn.utils, "clip_grad_norm_", lambda _, __, limit: limit)
+    keep("collected", Collector, "collect", lambda collected, *_: collected)
+    keep("replay", Collector, "collect", lambda _, collector, *__: collector.replay)
+    keep("prompts", OwnEngine, "generate", lambda _, __, prompts, *___: len(prompts))
+    keep("params", OwnEngine, "generate", lambda _, __, ___, params, ____: params)
+    keep("seed", OwnEngine, "generate", lambda *given: given[-1])
+    keep("packed", TwoTokens, "pack", lambda batches, _, segments, *__: (batches, segments))
     patch.setattr("perl.evaluation.selection._draw", lambda *_: None)
-    selection = __import__("perl.evaluation.selection", fromlist=["resample"])
-    wrap(selection, "resample", lambda _, __, histogram, *___: lab.histograms.append(histogram))
+    keep("histogram", selection, "resample", lambda _, __, histogram, *___: list(histogram))
 
 
 @pytest.fixture(scope="module")
@@ -212,11 +196,12 @@ def lab_of(
     Lab.root, Lab.model = folder, tiny_folder("tiny-qwen2.5-vl")
 
     def of(changes: dict[str, Any]) -> Lab:
-        config = config_of(folder)
-        for key, value in changes.items():
+        config = Config()
+        for key, value in {**BASE, **changes}.items():
             section, name = key.split(".")
             changed = replace(getattr(config, section), **{name: value}) if name else value
             config = replace(config, **{section: changed})
+        check_config(config)
         return labs.setdefault(to_toml(config), Lab(config, len(labs)))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -253,7 +238,7 @@ def initial_model(lab: Lab) -> str:
             lambda name, words, folder, seed: made.append(f"{name} {seed}"),
         )
         stage, accelerator = lab.session.stage, Accelerator()
-        model_folder(lab.config, stage, RunFolder(lab.run_folder / "new"), accelerator)
+        model_folder(lab.config, stage, RunFolder(lab.folder / "new"), accelerator)
     return made[0]
 
 
@@ -322,63 +307,6 @@ def noisy(lab: Lab) -> int:
     return sum(t == e.demonstration for t, e in zip(texts, examples, strict=True))
 
 
-def weighting(lab: Lab) -> str:
-    """How groups count, read off their advantages and means."""
-    formulas: dict[str, Callable[[float], float]] = {
-        "1": lambda m: 1.0,
-        "exp(1 - m)": lambda m: math.exp(1 - m),
-        "1.05 - m": lambda m: 1.05 - m,
-        "(1.05 - m)^2": lambda m: (1.05 - m) ** 2,
-    }
-    means = {
-        name: [float(g.reward_parts[name].mean()) for g in lab.groups]
-        for name in lab.groups[0].reward_parts
-    }
-    found = []
-    for g in lab.groups:
-        z = (g.rewards - g.rewards.mean()) / (g.rewards.std(ddof=1) + 1e-6)
-        found.append(float(np.abs(g.advantages).max() / np.abs(z).max()))
-    return next(
-        f"{formula} of {name}" if formula != "1" else "1"
-        for formula, weight in formulas.items()
-        for name in means
-        if found == pytest.approx([weight(m) for m in means[name]], rel=1e-4)
-    )
-
-
-def advantages(lab: Lab) -> tuple[str, str, str]:
-    """`over`, `scale` and `baseline`, read off advantages and rewards."""
-    every = np.concatenate([g.rewards for g in lab.groups])
-
-    def z(values: np.ndarray, scale: str, baseline: str) -> np.ndarray:
-        n = len(values)
-        mean = values.mean()
-        base = mean if baseline == "mean" else (n * mean - values) / (n - 1)
-        by = {"group": values.std(ddof=1), "batch": every.std(ddof=1)}.get(scale, 1 - 1e-6)
-        return (values - base) / (by + 1e-6)
-
-    def expected(group: Group, over: str, scale: str, baseline: str) -> np.ndarray:
-        half = len(group.rewards) // 2  # Two orders.
-        parts = {
-            "group": z(group.rewards, scale, baseline),
-            "order": np.concatenate(
-                [z(part, scale, baseline) for part in np.split(group.rewards, [half])]
-            ),
-        }
-        return np.sum([part for name, part in parts.items() if name in over.split("+")], axis=0)
-
-    return next(
-        (over, scale, baseline)
-        for over in ("group", "order", "order+group")
-        for scale in ("group", "batch", "none")
-        for baseline in ("mean", "leave_one_out")
-        if all(
-            np.allclose(g.advantages, expected(g, over, scale, baseline), atol=1e-4)
-            for g in lab.groups
-        )
-    )
-
-
 def loss_of(lab: Lab) -> PolicyLoss:
     return PolicyStep(lab.session).loss
 
@@ -404,8 +332,7 @@ def by_chance(p: float) -> list[int]:
 
 
 def filtered(lab: Lab, name: str) -> list[dict[str, Any]]:
-    assert lab.rows
-    return json_lines(lab.run_folder / "filtered" / f"sift{name}.jsonl")
+    return json_lines(lab.left(f"filtered/sift{name}.jsonl")[0])
 
 
 def or_refusal(look: Callable[[Lab], Any]) -> Callable[[Lab], Any]:
@@ -434,33 +361,23 @@ class Row:
 
 def of(stage: str, name: str) -> Callable[[Lab], list[Any]]:
     """A column of metrics.jsonl."""
-    return lambda lab: [row[name] for row in lab.rows if row["stage"] == stage]
+    return lambda lab: [row[name] for row in lab.run["rows"] if row["stage"] == stage]
 
 
-def each_step(look: Callable[[Collected], Any]) -> Callable[[Lab], list[Any]]:
-    return lambda lab: [look(step) for step in lab.steps]
+def each(key: str, look: Callable[[Any], Any] = lambda found: found) -> Callable[[Lab], list[Any]]:
+    """Of all that was seen of a part of the run."""
+    return lambda lab: [look(found) for found in lab.run[key]]
 
 
-def in_first(look: Callable[[Group], Any]) -> Callable[[Lab], list[Any]]:
-    return lambda lab: [look(group) for group in lab.groups]
+def last(key: str, look: Callable[[Any], Any]) -> Callable[[Lab], Any]:
+    return lambda lab: look(lab.run[key][-1])
 
 
 def checkpoints(lab: Lab) -> list[int]:
     """Steps of the RL stage that were saved in it."""
-    assert lab.rows
-    manifests = sorted(lab.run_folder.glob("checkpoints/*/manifest.json"))
+    manifests = lab.left("checkpoints/*/manifest.json")
     progress = [json.loads(m.read_text())["progress"] for m in manifests]
     return [p["step"] for p in progress if p["stage"] == "rl"]
-
-
-def saved(lab: Lab) -> int:
-    assert lab.rows
-    return len(list(lab.run_folder.glob("checkpoints/*")))
-
-
-def seed_folders(lab: Lab) -> list[str]:
-    assert not lab.rows or not lab.config.run.seeds
-    return sorted(path.name for path in lab.run_folder.glob("seed-*"))
 
 
 def compiled(lab: Lab) -> tuple[bool, bool]:
@@ -472,14 +389,15 @@ def compiled(lab: Lab) -> tuple[bool, bool]:
 
 def sharing(lab: Lab) -> str:
     """How often prompts stand in the rows that the model reads."""
-    assert lab.rows
-    found, once, each = lab.tokens[0]
-    return {once: "once", each: "for each completion"}[found]
+    batches, segments = lab.run["packed"][0]
+    lengths = [(len(s.prompt.input_ids), [len(c) for c in s.completions]) for s in segments]
+    once = sum(prompt + sum(own) for prompt, own in lengths)
+    each = sum(prompt * len(own) + sum(own) for prompt, own in lengths)
+    return {once: "once", each: "for each completion"}[sum(b.num_tokens for b in batches)]
 
 
 def kept(lab: Lab) -> list[int]:
-    assert lab.rows
-    return sorted({row["step"] for row in json_lines(lab.run_folder / "rollouts.jsonl")})
+    return sorted({row["step"] for row in json_lines(lab.left("rollouts.jsonl")[0])})
 
 
 def sources(lab: Lab) -> set[str]:
@@ -495,25 +413,6 @@ def counts(lab: Lab) -> tuple[int, int]:
 def held_out(lab: Lab) -> list[str]:
     data = lab.session.components.held_out()
     return [data[i].id for i in range(len(data))]
-
-
-def dropped(lab: Lab) -> int:
-    return lab.steps[0].dropped
-
-
-def counted(name: str) -> Callable[[Lab], int]:
-    """Groups of the first step that the filter found to be so."""
-    return lambda lab: lab.steps[0].counts[name]
-
-
-def setting(name: str, group: int = 0) -> Callable[[Lab], Any]:
-    """Of AdamW, for its weights of two dimensions."""
-
-    def look(lab: Lab) -> Any:
-        assert lab.rows
-        return lab.optimizers[-1].adamw.param_groups[group][name]
-
-    return look
 
 
 def one_order(lab: Lab) -> bool:
@@ -534,32 +433,56 @@ def mentions_follow(lab: Lab) -> bool:
 
 
 BUNDLED = {"data.train": "bundled:digits"}
-TWO_PARTS = {"reward.functions": (SHARE, f"{HERE}:half"), "reward.weights": (1.0, 0.0)}
 ONES = {"reward.functions": (f"{HERE}:ones",)}
 TOLD = {"reward.functions": (f"{HERE}:where_told",)}
+UP = {"reward.functions": (f"{HERE}:stairs",)}
+SLOW = {"reward.functions": (f"{HERE}:slow",), "train.steps": 1, "train.examples_per_step": 1}
+# Half of them are right, all of them are.
+TWO = {"reward.functions": (f"{HERE}:where_told", f"{HERE}:ones"), "reward.weights": (1.0, 0.0)}
+HALF = {**TWO, "reward.group_weight_of": "where_told", "data.train": "signal.jsonl"}
+BAND = {**TWO, "filter.measure": "where_told", "data.train": "signal.jsonl"}
 WARM = {"cold_start.steps": 4, "cold_start.lr": 1.0, "cold_start.warmup_steps": 0}
 WARM |= {"cold_start.schedule": "constant"}
 ALL = {"train.examples_per_step": 6, "filter.max_tries": 1}
 MEASURED = {"eval.examples": 3}
-BAND = {**TWO_PARTS, "reward.functions": (SHARE, f"{HERE}:ones"), "filter.measure": "share_of_b"}
-MIB = 2**20
 SIFT = {"stages.": (StageConfig(name="sift", kind="filter"), StageConfig(name="rl", kind="rl"))}
 SIFT |= {"resample.histogram": "uniform", "resample.size": 1}
-SLOW = {"reward.functions": (f"{HERE}:slow",), "train.steps": 1, "train.examples_per_step": 1}
+MIB = 2**20
+
+variants = each("collected", lambda c: len(c.seen[0].variants))
+dropped = each("collected", lambda c: c.dropped)
+too_hard = each("collected", lambda c: c.counts["too_hard"])
+too_easy = each("collected", lambda c: c.counts["too_easy"])
+
+
+def advantages(lab: Lab) -> list[float]:
+    return lab.groups[0].advantages.tolist()
+
+
+def setting(name: str) -> Callable[[Lab], Any]:
+    """Of AdamW, for its weights of two dimensions."""
+    return last("optimizer", lambda optimizer: optimizer.adamw.param_groups[0][name])
+
+
+def z_scores(*rewards: float) -> list[float]:
+    mean, n = sum(rewards) / len(rewards), len(rewards)
+    std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (n - 1))
+    return [(r - mean) / std for r in rewards]
+
 
 ROWS = [
     Row("run.dir", "runs/other", run_folder, ["runs/recipe/config.toml"], ["runs/other/config.toml"]),
     # Each step, try and process has a seed: (run.seed * 1,000,003 + step) * filter.max_tries + try.
-    Row("run.seed", 7, lambda lab: lab.rows and lab.asked[0], 0, 7 * 1_000_003 * 4),
+    Row("run.seed", 7, lambda lab: lab.run["seed"][0], 0, 7 * 1_000_003 * 4),
     Row("run.seed", 7, lambda lab: [e.id for e in lab.examples(6)],
         [f"row-{k}" for k in shuffled(1)], [f"row-{k}" for k in shuffled(15)]),
     Row("run.seed", 7, initial_model, "tiny-qwen2.5-vl 0", "tiny-qwen2.5-vl 7", BUNDLED),
     Row("run.seed", 7, lambda lab: lab.session.components.collector.seed, 0, 7),
-    Row("run.seeds", (3, 5), seed_folders, [], ["seed-3", "seed-5"]),
+    Row("run.seeds", (3, 5), lambda lab: [p.name for p in lab.left("seed-*")], [], ["seed-3", "seed-5"]),
     Row("run.log_every", 2, of("rl", "step"), [1, 2], [2]),
     Row("run.checkpoint_every", 2, checkpoints, [1, 2], [2], {"run.keep_checkpoints": 9}),
     Row("run.checkpoint_every", 0, checkpoints, [1, 2], [], {"run.keep_checkpoints": 9}),
-    Row("run.keep_checkpoints", 1, saved, 2, 1),
+    Row("run.keep_checkpoints", 1, lambda lab: len(lab.left("checkpoints/*")), 2, 1),
     Row("run.save_rollouts_every", 1, kept, [1], [1, 2], {"run.save_rollouts_every": 2}),
     Row("run.trackers", ("tensorboard",), lambda lab: list(map(str, usable_trackers(lab.config))),
         [], ["tensorboard"]),
@@ -589,8 +512,8 @@ ROWS = [
     Row("data.min_images", 3, counts, (2, 4), (3, 4), BUNDLED),
     Row("data.max_images", 3, counts, (2, 4), (2, 3), BUNDLED),
     Row("data.first_slot", 1.0, lambda lab: {e.answer for e in lab.examples(40)}, set("ABCD"), {"A"}, BUNDLED),
-    Row("data.max_prompt_tokens", 10, dropped, 0, 1, {"data.overlong": "drop", **ALL}),
-    Row("data.overlong", "drop", or_refusal(dropped), "data.max_prompt_tokens = 10", 1,
+    Row("data.max_prompt_tokens", 10, dropped, [0, 0], [1, 1], {"data.overlong": "drop", **ALL}),
+    Row("data.overlong", "drop", or_refusal(dropped), "data.max_prompt_tokens = 10", [1, 1],
         {"data.max_prompt_tokens": 10, **ALL}),
 
     Row("cold_start.steps", 3, of("cold_start", "step"), [], [1, 2, 3]),
@@ -600,50 +523,52 @@ ROWS = [
     Row("cold_start.schedule", "linear", of("cold_start", "lr"), [1.0] * 4, [1.0, 0.75, 0.5, 0.25], WARM),
     Row("cold_start.noise", 1.0, noisy, 10, 0, BUNDLED),
 
-    Row("permutation.orders", 4, in_first(lambda g: len(g.variants)), [2, 2], [4, 4]),
+    Row("permutation.orders", 4, variants, [2, 2], [4, 4]),
     Row("permutation.text", "references", or_refusal(mentions_follow), "permutation.text", True,
         {"data.train": "asked.jsonl"}),
-    Row("permutation.rate", 0.0, in_first(lambda g: len(g.variants)), [2, 2], [1, 1]),
-    Row("permutation.rate_schedule", "linear", each_step(lambda c: c.rate), [1.0, 1.0], [1.0, 0.5]),
+    Row("permutation.rate", 0.0, variants, [2, 2], [1, 1]),
+    Row("permutation.rate_schedule", "linear", each("collected", lambda c: c.rate), [1.0, 1.0], [1.0, 0.5]),
     Row("permutation.draw", "released", one_order, False, True, ALL),
-    Row("permutation.condition", "original", lambda lab: lab.rows and lab.segments, [4, 4], [2, 2]),
+    Row("permutation.condition", "original", each("packed", lambda p: len(p[1])), [4, 4], [2, 2]),
 
-    Row("rollout.per_order", 3, lambda lab: lab.steps and lab.params[0].n, 2, 3),
-    Row("rollout.temperature", 0.5, lambda lab: lab.steps and lab.params[0].temperature, 1.0, 0.5),
+    Row("rollout.per_order", 3, last("params", lambda p: p.n), 2, 3),
+    Row("rollout.temperature", 0.5, last("params", lambda p: p.temperature), 1.0, 0.5),
     Row("rollout.temperature", 0.5, lambda lab: lab.session.components.head.temperature, 1.0, 0.5),
-    Row("rollout.max_new_tokens", 64, lambda lab: lab.steps and lab.params[0].max_new_tokens, 512, 64),
+    Row("rollout.max_new_tokens", 64, last("params", lambda p: p.max_new_tokens), 512, 64),
     Row("rollout.max_new_tokens", 64, lambda lab: loss_of(lab).max_completion_length, 512, 64,
         {"loss.preset": "dr_grpo"}),
     Row("rollout.batch_size", 2, batches, 1, 3),
 
     Row("reward.functions", ("format",), lambda lab: set(lab.groups[0].reward_parts), {"share_of_b"}, {"format"}),
-    Row("reward.weights", (2.0,), in_first(lambda g: g.rewards[g.rewards > 0][0] / g.reward_parts["share_of_b"][g.rewards > 0][0]),
-        [1.0] * 2, [2.0] * 2),
-    Row("reward.timeout", 0.02, or_refusal(lambda lab: len(lab.steps)), 1, "reward.timeout", SLOW),
-    Row("reward.group_weight", "exp", weighting, "1", "exp(1 - m) of share_of_b",
-        {"reward.group_weight_of": "share_of_b"}),
-    Row("reward.group_weight_of", "half", weighting, "exp(1 - m) of share_of_b", "exp(1 - m) of half",
-        {**TWO_PARTS, "reward.group_weight": "exp", "reward.group_weight_of": "share_of_b"}),
-    Row("reward.group_weight_power", 2.0, weighting, "1.05 - m of share_of_b", "(1.05 - m)^2 of share_of_b",
-        {"reward.group_weight": "power", "reward.group_weight_of": "share_of_b"}),
+    Row("reward.weights", (2.0,), lambda lab: lab.groups[0].rewards.tolist(),
+        [0.0, 1.0, 3.0, 5.0], [0.0, 2.0, 6.0, 10.0], UP),
+    Row("reward.timeout", 0.02, or_refusal(each("collected", lambda c: len(c.groups))), [1], "reward.timeout", SLOW),
+    # Half of a group's rollouts are right: z-scores of 0, 1, 0, 1 times the weight.
+    Row("reward.group_weight", "exp", advantages, z_scores(0, 1, 0, 1),
+        [math.exp(0.5) * z for z in z_scores(0, 1, 0, 1)], HALF),
+    Row("reward.group_weight_of", "ones", advantages, [math.exp(0.5) * z for z in z_scores(0, 1, 0, 1)],
+        z_scores(0, 1, 0, 1), {**HALF, "reward.group_weight": "exp"}),
+    Row("reward.group_weight_power", 2.0, advantages, [0.55 * z for z in z_scores(0, 1, 0, 1)],
+        [0.55**2 * z for z in z_scores(0, 1, 0, 1)], {**HALF, "reward.group_weight": "power"}),
 
-    Row("filter.zero_variance", False, each_step(lambda c: (c.tries, len(c.groups))),
+    Row("filter.zero_variance", False, each("collected", lambda c: (c.tries, len(c.groups))),
         [(4, 0)] * 2, [(1, 2)] * 2, ONES),
-    Row("filter.max_tries", 3, each_step(lambda c: c.tries), [4, 4], [3, 3], ONES),
-    Row("filter.min_accuracy", 0.95, counted("too_hard"), 0, 8, BAND),
-    Row("filter.max_accuracy", 0.05, counted("too_easy"), 0, 8, BAND),
-    Row("filter.measure", "ones", counted("too_hard"), 8, 0, {**BAND, "filter.min_accuracy": 0.95}),
+    Row("filter.max_tries", 3, each("collected", lambda c: c.tries), [4, 4], [3, 3], ONES),
+    Row("filter.min_accuracy", 0.6, too_hard, [0, 0], [8, 8], BAND),
+    Row("filter.max_accuracy", 0.4, too_easy, [0, 0], [8, 8], BAND),
+    Row("filter.measure", "ones", too_hard, [8, 8], [0, 0], {**BAND, "filter.min_accuracy": 0.6}),
     Row("filter.reuse_overflow", True, of("rl", "groups/reused"), [0, 0], [0, 1], TOLD),
     Row("filter.replay", 1, of("rl", "groups/replayed"), [0, 0], [0, 1]),
-    Row("filter.replay_size", 3, lambda lab: lab.steps and len(lab.replayed.buffer), 4, 3, {"filter.replay": 1}),
+    Row("filter.replay_size", 3, last("replay", lambda r: len(r.buffer)), 4, 3, {"filter.replay": 1}),
     Row("filter.replay_power", 0.0, drawn_for_replay, by_chance(0.75), by_chance(0.5), {"filter.replay": 1}),
 
-    Row("advantage.over", "order", advantages, ("group", "group", "mean"), ("order", "group", "mean"),
-        {"rollout.per_order": 4}),
-    Row("advantage.scale", "batch", advantages, ("group", "group", "mean"), ("group", "batch", "mean")),
-    Row("advantage.scale", "none", advantages, ("group", "group", "mean"), ("group", "none", "mean")),
-    Row("advantage.baseline", "leave_one_out", advantages, ("group", "group", "mean"),
-        ("group", "group", "leave_one_out")),
+    Row("advantage.over", "order", advantages, z_scores(*STAIRS), z_scores(0, 1) + z_scores(3, 5), UP),
+    Row("advantage.over", "order+group", advantages, z_scores(*STAIRS),
+        [a + b for a, b in zip(z_scores(*STAIRS), z_scores(0, 1) + z_scores(3, 5), strict=True)], UP),
+    Row("advantage.scale", "batch", advantages, z_scores(*STAIRS), z_scores(*STAIRS, *STAIRS)[:4], UP),
+    Row("advantage.scale", "none", advantages, z_scores(*STAIRS), [-2.25, -1.25, 0.75, 2.75], UP),
+    Row("advantage.baseline", "leave_one_out", advantages, [-2.25, -1.25, 0.75, 2.75],
+        [-3.0, -5 / 3, 1.0, 11 / 3], UP | {"advantage.scale": "none"}),
 
     Row("loss.preset", "dapo", loss_of, PolicyLoss.preset("perl"), PolicyLoss.preset("dapo")),
     Row("loss.clip_low", 0.1, lambda lab: loss_of(lab).clip_low, 0.2, 0.1),
@@ -654,16 +579,16 @@ ROWS = [
         "token-mean", "seq-mean-token-mean"),
 
     Row("resample.rollouts", 4, lambda lab: {r["rollouts"] for r in filtered(lab, ".accuracies")}, {10}, {4}, SIFT),
-    Row("resample.orders", 2, lambda lab: filtered(lab, "") and lab.prompts[0], 6, 12, SIFT),
+    Row("resample.orders", 2, lambda lab: lab.run["prompts"][0], 6, 12, SIFT),
     Row("resample.examples", 3, lambda lab: len(filtered(lab, ".accuracies")), 6, 3, SIFT),
-    Row("resample.histogram", "paper", lambda lab: filtered(lab, "") and list(lab.histograms[0]),
+    Row("resample.histogram", "paper", lambda lab: lab.run["histogram"][0],
         [1 / 11] * 11, [share / sum(PAPER) for share in PAPER], SIFT),
     Row("resample.size", 2, lambda lab: len(filtered(lab, "")), 1, 2, SIFT),
 
     Row("train.steps", 3, of("rl", "step"), [1, 2], [1, 2, 3]),
     Row("train.examples_per_step", 4, of("rl", "groups/seen"), [2, 2], [4, 4]),
-    Row("train.updates_per_batch", 2, lambda lab: lab.steps and lab.optimizers[-1].updates, 2, 4),
-    Row("train.tokens_per_micro_batch", 20, lambda lab: lab.steps and lab.packed, [1, 1], [4, 4],
+    Row("train.updates_per_batch", 2, last("optimizer", lambda o: o.updates), 2, 4),
+    Row("train.tokens_per_micro_batch", 20, each("packed", lambda p: len(p[0])), [1, 1], [4, 4],
         {"rollout.max_new_tokens": 3}),
     Row("train.share_prompts", False, sharing, "once", "for each completion"),
     Row("train.lr", 0.5, of("rl", "lr"), [0.01] * 2, [0.5] * 2),
@@ -671,11 +596,11 @@ ROWS = [
     Row("train.warmup_steps", 2, of("rl", "lr"), [0.01] * 2, [0.005, 0.01]),
     Row("train.weight_decay", 0.5, setting("weight_decay"), 0.01, 0.5),
     Row("train.betas", (0.5, 0.75), setting("betas"), (0.9, 0.999), (0.5, 0.75)),
-    Row("train.max_grad_norm", 0.125, lambda lab: lab.steps and lab.limits, [1.0] * 2, [0.125] * 2),
+    Row("train.max_grad_norm", 0.125, each("limit"), [1.0] * 2, [0.125] * 2),
 
     Row("eval.examples", 3, of("evaluate", "examples"), [], [3, 3]),
     Row("eval.max_orders", 4, of("evaluate", "orders"), [6.0] * 2, [4.0] * 2, MEASURED),
-    Row("eval.samples", 3, lambda lab: lab.steps and [(p.n, p.temperature) for p in lab.params[:2]],
+    Row("eval.samples", 3, lambda lab: [(p.n, p.temperature) for p in lab.run["params"][:2]],
         [(1, 1.0), (1, 0.0)], [(3, 1.0), (1, 0.0)], MEASURED),
     Row("eval.every", 1, of("evaluate", "at"), ["before", "after"], ["before", "step", "after"], MEASURED),
 ]  # fmt: skip
@@ -696,4 +621,4 @@ def test_each_key_changes_what_it_should(row: Row, lab_of: Callable[[dict[str, A
             tells(found, seen)
         else:
             numbers = isinstance(seen, list) and all(isinstance(value, float) for value in seen)
-            assert found == (pytest.approx(seen) if numbers else seen)
+            assert found == (pytest.approx(seen, rel=1e-5) if numbers else seen)
