@@ -3,16 +3,13 @@
 import pytest
 
 from perl.training.balancing import ModelFlops
-from tests.training.two_tokens import OwnEngine, Parts, Together, TwoTokens
+from tests.training.two_tokens import Parts, Together, stand_in
 
 
 @pytest.fixture
 def two_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run of the test is of such a policy."""
-    monkeypatch.setattr("perl.training.session.build", Parts.build)
-    monkeypatch.setattr("perl.training.reinforce.load_policy", TwoTokens.load)
-    monkeypatch.setattr("perl.evaluation.selection._draw", lambda *_: None)
-    monkeypatch.setattr(OwnEngine, "asked", [])
+    stand_in(monkeypatch)
 
 
 @pytest.fixture

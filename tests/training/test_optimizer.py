@@ -122,12 +122,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing(advantage: float) -> None
     assert weights_of(policy) == weights_of(other)
 
 
-def test_without_a_token_there_is_no_step() -> None:
+def test_a_step_needs_one_token() -> None:
     policy = TwoTokens(2.0, -1.0)
     optimizer = optimizer_of(policy, weight_decay=0.5)
     assert optimizer.step(0, [], SUPERVISED) == {}
     assert optimizer.step(0, [batch([([], 1.0)])], SUPERVISED) == {}
     assert weights_of(policy) == [2.0, -1.0, 1.0] and optimizer.updates == 0
+    found = optimizer_of(TwoTokens()).step(0, [batch([([1], 1.0)])], SUPERVISED)
+    assert (found["tokens"], found["entropy"]) == (1, pytest.approx(math.log(2)))
 
 
 @pytest.mark.parametrize("trained", [True, False])

@@ -33,7 +33,6 @@ from tests.training.two_tokens import (
 
 STAGES = """
 run = { save_rollouts_every = 1, seed = 4 }
-filter.zero_variance = false
 eval = { examples = 2, max_orders = 2, every = 2 }
 cold_start.lr = 0.001
 

@@ -254,7 +254,8 @@ RECIPE = {
     "run": {"trackers": [], "checkpoint_every": 1, "save_rollouts_every": 0},
     "cold_start": {"steps": 0, "batch_size": 2},
     "permutation": {"orders": 2},
-    "rollout": {"per_order": 2},
+    "rollout": {"per_order": 2, "max_new_tokens": 4},
+    "filter": {"zero_variance": False, "measure": "share_of_b"},
     "reward": {"functions": ["tests.training.two_tokens:share_of_b"], "weights": [1.0]},
     "train": {"steps": 2, "examples_per_step": 2, "lr": 0.01, "tokens_per_micro_batch": 600},
     "eval": {"examples": 0},
@@ -276,6 +277,14 @@ def config_of(folder: Path, more: str = "") -> Config:
         values[section] = values.get(section, {}) | own if isinstance(own, dict) else own
     (folder / "recipe.toml").write_text(tomli_w.dumps(values))
     return load_recipe(str(folder / "recipe.toml"))
+
+
+def stand_in(patch: pytest.MonkeyPatch) -> None:
+    """For the model of every run."""
+    patch.setattr("perl.training.session.build", Parts.build)
+    patch.setattr("perl.training.reinforce.load_policy", TwoTokens.load)
+    patch.setattr("perl.evaluation.selection._draw", lambda *_: None)
+    patch.setattr(OwnEngine, "asked", [])
 
 
 def session_of(config: Config, root: Path) -> Session:
