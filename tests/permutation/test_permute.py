@@ -300,6 +300,7 @@ def test_numbers_count_what_they_label(text: Consistency) -> None:
     assert permute(options, (0, 2, 1), text).answer == {"slots": "B", "references": "A"}[text]
 
 
+ARTICLES = ["The", "this", "that", "each", "every", "a", "an", "one", "any"]
 UNFOLLOWED = (
     "first one", "second ones", "3rd one", "first|/", "the last", "the second| is", "the first| of the", "the 2nd| of all",
     "twenty-first image", "ninety second| frame", "ultimate image", "penultimate photo", "last but| one", "next to| last",
@@ -318,7 +319,8 @@ NUMBERED = "Query: <image> Image 1: <image> Image 2: <image>"
         ("the first, but not image 2", "the first"), ("every second image", "second image"),
         ("image 1, 2 or 3", "image 1, 2"), ("the second image from the left", "second image"),
         ("image II and image b", "image II"), ("image A, which has no letter", "image A"),
-        ("In image 1 and 2 dogs", "image 1 and 2"), ("In images one and 2 dogs", "images one"), ("the second images", "second images"), ("image 1-3", "image 1-3"), ("in the image 2 dogs play", "image 2"),
+        ("In image 1 and 2 dogs", "image 1 and 2"), ("In images one and 2 dogs", "images one"), ("the second images", "second images"), ("image 1-3", "image 1-3"), ("Every second image: <image> <image>", "second image"),
+        *((f"{article} image 2 dogs play: <image> <image>", "image 2") for article in ARTICLES),
         ("in image two dogs play", "image two"),
         ("images 3-1", "images 3-1"), ("the first 1 image", "the first 1"), ("Is it like image 1: <image> or <image>?", "image 1"),
         ("Compare image 1 and image 2: <image><image>", "image 2"),
