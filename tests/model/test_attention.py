@@ -265,6 +265,7 @@ def test_segments_of_a_vision_tower(name: str, lengths: list[int]) -> None:
         ([(128, []), (1, [])], [(2, 128, 128)]),
         ([(96, []), (129, [])], [(2, 129, 129)]),
         ([(95, []), (129, [])], [(1, 129, 129), (1, 95, 95)]),
+        ([(80, []), (129, []), (100, [])], [(2, 129, 129), (1, 80, 80)]),
         ([(512, []), (384, [])], [(2, 512, 512)]),
         ([(512, []), (383, [])], [(1, 512, 512), (1, 383, 383)]),
         ([(513, []), (480, [])], [(2, 513, 513)]),
@@ -313,6 +314,16 @@ def test_sdpa_drops_out() -> None:
     q, k, v = inputs(layout.tokens)
     kept = attend("sdpa", [q, k, torch.ones_like(v)], packed_layout=layout, dropout=0.5)
     assert kept.min() < 0.9 and kept.max() > 1.1 and abs(kept.mean() - 1) < 0.3
+
+
+def test_flash_attn_is_told_to_drop_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    monkeypatch.setattr(
+        flash, "_flash_attn_kernel", lambda: lambda q, *_, **how: told.append(how) or q
+    )
+    layout, _ = packed(ROWS["no prefix"])
+    attend("flash_attention_2", inputs(layout.tokens), packed_layout=layout, dropout=0.25)
+    assert [how["dropout_p"] for how in told] == [0.25]
 
 
 def test_float32_from_rotary_embeddings_becomes_autocasts_dtype(name: str) -> None:
@@ -391,6 +402,11 @@ def test_blocks_of_flex_are_those_of_its_mask(row: str, causal: bool) -> None:
     if causal:
         token = torch.arange(layout.tokens)
         assert torch.equal(mask.mask_mod(0, 0, token[:, None], token), sees)
+
+
+def test_masks_of_flex_have_at_least_two_blocks() -> None:
+    sizes = [block_mask(packed([(n, [])])[0], True).seq_lengths for n in (1, 128, 256, 257, 384)]
+    assert sizes == [(n, n) for n in (256, 256, 256, 384, 384)]
 
 
 def test_flex_is_not_compiled_again_for_another_layout() -> None:
