@@ -39,7 +39,8 @@ ROWS: dict[str, Segments] = {
     "one-token completions": [(3, [1, 1, 1]), (2, [1, 4])],
     "prompts of one token": [(1, [2, 3]), (1, [1, 1])],
     "completions of no token": [(3, [0, 2, 0]), (2, [0]), (4, [2, 0, 1])],
-    "more than a block": [(150, [20, 60]), (40, [30, 1])],
+    # Tokens of the second and third block see the last one of the first, and only that.
+    "more than a block": [(127, []), (150, [20, 60]), (40, [30, 1])],
 }
 
 
@@ -279,12 +280,13 @@ def test_segments_of_a_vision_tower(name: str, lengths: list[int]) -> None:
 def test_sequences_of_like_length_share_a_call_of_sdpa(
     segments: Segments, shapes: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Padding costs up to 16/9 of a call from 128 keys on, 256/225 from 512 on."""
+    """Padding costs up to 16/9 of a call from 128 keys on, 256/225 from 512 on. Without a prefix SDPA masks itself."""
     called = []
     real = F.scaled_dot_product_attention
 
     def counted(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
         called.append((q.shape[0], q.shape[2], k.shape[2]))
+        assert (how["attn_mask"] is None) == how["is_causal"] == (q.shape[2] == k.shape[2])
         return real(q, k, v, **how)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", counted)

@@ -1,6 +1,7 @@
 """The loss at the head of a policy of two hidden states, in numbers; and what the config makes of a preset."""
 
 import math
+from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
@@ -18,6 +19,7 @@ from perl.model.head import (
 )
 from perl.model.packed.pack import pack_row
 from perl.model.policy import Policy
+from perl.timing import Listener, listening
 from perl.types import EncodedPrompt, PackedBatch, Segment
 from perl_kernels import PolicyLoss
 from tests.messages import refused
@@ -92,6 +94,7 @@ class TwoStates(nn.Module):
     def forward(self, batch: PackedBatch, features: object = None) -> torch.Tensor:
         assert features in (None, "features")
         states = torch.eye(2).repeat(batch.num_scored, 1)[: batch.num_scored]
+        states.requires_grad_()
         return states * 0.5 if self.training else states
 
 
@@ -110,7 +113,7 @@ def logprobs(policy: TwoStates, temperature: float, scale: float = 1.0) -> torch
     return (states @ policy.head_weight[:3].T / temperature).log_softmax(-1)
 
 
-@pytest.mark.parametrize("temperature", [0.25, 1.0, 4.0])
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 4.0, 100.0])
 def test_logprobs_are_of_what_is_sampled_at_the_temperature_without_dropout(
     temperature: float,
 ) -> None:
@@ -146,9 +149,12 @@ def test_a_micro_batch_is_its_share_of_the_step() -> None:
     assert want.item() == pytest.approx((-3 * math.exp(0.1) + 1.5 * (math.exp(0.3) - 1.3)) / 8)
     want.backward()
     head = HeadLoss(cast(Policy, ours), BANNED, 2.0)
-    out = head(batch(), loss, 8.0, cast(None, "features"), old, ref)
+    ranges: list[str] = []
+    with listening(cast(Listener, SimpleNamespace(enter=ranges.append, leave=str))):
+        out = head(batch(), loss, 8.0, cast(None, "features"), old, ref)
+        out.loss.backward()
     torch.testing.assert_close(out.loss, want)
-    out.loss.backward()
+    assert ranges == ["language_model", "loss", "loss.backward"]
     torch.testing.assert_close(ours.head_weight.grad, plain.head_weight.grad)
 
 

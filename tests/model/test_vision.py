@@ -120,6 +120,18 @@ def test_what_was_read_last_is_kept_longest(blank: Blank, features) -> None:
     assert blank.encoded == ["1", "2", "3", "2"]
 
 
+def test_a_cache_that_suffices_or_is_off_says_nothing(
+    blank: Blank, features, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        assert features(image(4, tokens=4)) == [4] * 4
+    assert blank.encoded == ["4"]
+    features.vision.cache_bytes = 0
+    for _ in range(2):
+        assert features(image(2)) == [2]
+    assert blank.encoded == ["4", "2", "2"] and not caplog.records
+
+
 def test_what_one_call_needs_is_joined_before_anything_goes(
     blank: Blank, features, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -227,15 +239,19 @@ def test_the_tower_is_back_propagated_behind_the_last_micro_batch_that_shows_an_
 
 
 def test_images_that_are_last_shown_together_are_encoded_together() -> None:
+    """Nothing is back-propagated where no loss was, or where the features need no gradient."""
+    weight = torch.ones((), requires_grad=True)
     encoded: list[list[str]] = []
 
     def encode(images: Sequence[EncodedImage]) -> ImageFeatures:
         encoded.append([i.key for i in images])
-        return ImageFeatures(torch.tensor([[float(i.key)] for i in images]))
+        rows = torch.tensor([[float(i.key)] for i in images])
+        return ImageFeatures(rows * weight, (rows,))
 
     a, b, c = (image(k) for k in range(3))
     step = StepFeatures(encode, batches([a, b, c], [c, a]))
     for number, rows in enumerate(([[0], [1], [2]], [[2], [0]])):
         with step.of(number) as found:
             assert found is not None and found.rows.tolist() == rows
-    assert encoded == [["0", "2"], ["1"]]
+            found.deepstack[0].sum().backward()
+    assert encoded == [["0", "2"], ["1"]] and weight.grad is None
