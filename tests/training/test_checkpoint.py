@@ -83,6 +83,18 @@ def test_another_model_s_checkpoint_is_refused(other: nn.Module, tmp_path: Path)
         manager.restore_model(path, other)
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    replace = os.replace
+    monkeypatch.setattr(os, "fsync", lambda _: events.append("synced"))
+    monkeypatch.setattr(os, "replace", lambda *a: (events.append("named"), replace(*a)))
+    CheckpointManager(tmp_path, 2).save(nn.Linear(2, 1), None, Progress())
+    # The model, the generator's state and the manifest.
+    assert events == ["synced", "synced", "synced", "named"]
+
+
 def test_without_a_checkpoint_there_is_none(tmp_path: Path) -> None:
     assert CheckpointManager(tmp_path / "none", 2).load() is None
 

@@ -106,6 +106,7 @@ def test_updates_share_a_batch_out_and_compare_with_the_policy_that_sampled(
     more = f"""
         train = {{ steps = 2, updates_per_batch = {updates}, lr = 0.2, schedule = "linear" }}
         loss = {{ preset = "dapo", kl_coef = {kl} }}
+        rollout.temperature = 2.0
     """
     session = session_of(config_of(tmp_path, more), tmp_path / "run")
     session.enter_stage(session.stages[1])
@@ -119,14 +120,14 @@ def test_updates_share_a_batch_out_and_compare_with_the_policy_that_sampled(
     start = torch.zeros(2).log_softmax(0)
     for number in range(2):
         found = step(number, groups)
-        present = (head * gain).log_softmax(0).detach()
+        present = (head * gain / 2).log_softmax(0).detach()
         rows = []
         for k in range(updates):
             terms, ratios = [], []
             for g in groups[k::updates]:
                 for rollout, advantage in zip(g.rollouts, g.advantages, strict=True):
                     for y, sampled in zip(rollout.token_ids, rollout.logprobs, strict=True):
-                        logprob = (head * gain).log_softmax(0)[y]
+                        logprob = (head * gain / 2).log_softmax(0)[y]
                         ratio = (logprob - (float(sampled) if g.off_policy else present[y])).exp()
                         clipped = ratio.clamp(0.8, 1.28)
                         d = start[y] - logprob
@@ -157,6 +158,24 @@ def test_updates_share_a_batch_out_and_compare_with_the_policy_that_sampled(
         assert policy.gain.tolist() == pytest.approx(gain.tolist(), rel=1e-4)
     # Each prompt stands in the row once, with ten tokens behind both: 2 + 3 + 10 of a group instead of 2 * 5 + 10.
     assert found["packing/token_sharing"] == pytest.approx(20 / 15)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_reference_reads_a_frozen_tower_s_features_and_drops_its_own(
+    frozen: bool, tmp_path: Path, two_tokens: None
+) -> None:
+    more = f"model.freeze_vision = {str(frozen).lower()}\nloss.kl_coef = 0.5"
+    session = session_of(config_of(tmp_path, more), tmp_path / "run")
+    session.enter_stage(session.stages[1])
+    step = PolicyStep(session)
+    for number in range(2):
+        step(number, [written(0, off_policy=False)])
+    assert step.reference is not None
+    policies: Any = step.reference.head.policy, session.components.policy
+    reference, policy = policies
+    assert (reference.vision is policy.vision) == frozen
+    assert reference.vision.cleared == (0 if frozen else 2)
+    assert not any(p.requires_grad for p in reference.parameters()) and not reference.training
 
 
 def test_what_a_step_s_rollouts_were_like() -> None:

@@ -70,10 +70,10 @@ def staged(folder: Path) -> Any:
 def test_what_a_run_of_four_stages_leaves(
     tmp_path: Path, two_tokens: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    logged: list[tuple[str, int]] = []
+    logged: list[tuple[dict[str, float], int]] = []
 
     def log(self: Any, numbers: dict[str, float], step: int) -> None:
-        logged.append((next(iter(numbers)).partition("/")[0], step))
+        logged.append((numbers, step))
 
     monkeypatch.setattr(Accelerator, "log", log)
     folder = tmp_path / "run"
@@ -89,9 +89,15 @@ def test_what_a_run_of_four_stages_leaves(
     ]
     # Trackers count on over the stages: three steps of the cold start lie before the first of RL.
     assert [step for _, step in logged] == [1, 2, 3, 3, 3, 4, 5, 5, 6, 6, 7, 8, 8, 9, 10, 10]
-    assert [stage for stage, _ in logged] == [stage for stage, *_ in places]
+    for (numbers, _), row in zip(logged, metrics(folder), strict=True):
+        own = {"step", "time/elapsed", "memory/peak_rss_bytes"}
+        kinds = {k: v for k, v in row.items() if isinstance(v, int | float) and k not in own}
+        known = {name: v for name, v in numbers.items() if not math.isnan(v)}
+        assert known == {f"{row['stage']}/{name}": v for name, v in kinds.items()}
     assert {p.name for p in (folder / "models").iterdir()} == {"warm", "easy", "final"}
     assert saved(folder) == [("after", 0), ("done", 0)]
+    # Behind a stage there is nothing for its optimizer to go on with.
+    assert not list(folder.glob("checkpoints/*/optimizer.safetensors"))
 
     # Of "A B B" twice under even chances; a mean of p - onehot(y) of (1/6, -1/6).
     first = rows[0]
@@ -105,6 +111,11 @@ def test_what_a_run_of_four_stages_leaves(
     assert [r["kl"] > 1e-6 for r in (*easy, *hard)] == [True] * 3 + [False] + [True] * 3
     assert [r["groups/replayed"] for r in hard] == [0, 2, 2, 2]
     assert [r["ratio_max"] == 1 for r in hard] == [True, False, False, False]
+    # Passes of the policy: old log-probs and the update of two parts; later the update, and old ones for replayed groups.
+    assert [r["throughput/images_encoded"] for r in metrics(folder, "rl")] == [4, 4, 4, 1, 2, 2, 2]
+    for r in metrics(folder, "rl"):
+        tokens = r["throughput/tokens_per_second"] * r["time/step"]
+        assert tokens == pytest.approx(r["tokens/prompt"] + r["tokens/completion"])
     # Three steps of two questions go once through the six.
     kept = [
         (r["step"], r["example"])
@@ -196,6 +207,39 @@ def test_a_stop_saves_the_step_it_came_in(
 
 
 @pytest.mark.parametrize(
+    ("call", "point", "records"),
+    [(1, None, 3), (2, ("before", 0), 4), (6, ("easy", 2), 8)],
+    ids=["filter", "before", "along the way"],
+)
+def test_a_stop_in_a_measurement(
+    call: int,
+    point: tuple[str, int] | None,
+    records: int,
+    tmp_path: Path,
+    two_tokens: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It ends the measurement, but for one along the way, which belongs to a step and is finished with it."""
+    config, folder = staged(tmp_path), tmp_path / "run"
+    generate, calls = OwnEngine.generate, 0
+
+    def stopped(self: OwnEngine, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return generate(self, *arguments)
+
+    monkeypatch.setattr(OwnEngine, "generate", stopped)
+    with pytest.raises(Interrupted):
+        train_in(folder, config)
+    assert saved(folder)[-1] == (point or ("sift", 0)) and len(metrics(folder)) == records
+    train_in(folder, config, resume=True)
+    train_in(tmp_path / "whole", config)
+    assert untimed(folder) == untimed(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
     ("fails", "kept"),
     [(0, []), (1, []), (4, [("rl", 2)]), (5, []), (9, [])],
     ids=["first", "first, between updates", "third", "third, between updates", "last"],
@@ -228,12 +272,21 @@ def test_a_failure_keeps_the_steps_before_it_unless_it_came_between_updates(
 
 
 def test_checkpoints_and_records_come_when_due(tmp_path: Path, two_tokens: None) -> None:
-    more = "run = { checkpoint_every = 2, keep_checkpoints = 9, log_every = 3 }\ntrain.steps = 7"
+    more = """
+        run = { checkpoint_every = 2, keep_checkpoints = 9, log_every = 3, save_rollouts_every = 3 }
+        train = { steps = 7, examples_per_step = 3 }
+    """
     train_in(tmp_path / "run", config_of(tmp_path, more))
     steps = [("rl", 2), ("rl", 4), ("rl", 6)]
     assert saved(tmp_path / "run") == [*steps, ("after", 0), ("done", 0)]
     rows = metrics(tmp_path / "run", "rl")
     assert [r["step"] for r in rows] == [3, 6]
+    # Of the first two questions a rollout of each order.
+    assert [r["step"] for r in json_lines(tmp_path / "run" / "rollouts.jsonl")] == [
+        *([1] * 4),
+        *([4] * 4),
+        *([7] * 4),
+    ]
 
 
 def test_every_seed_is_a_run_and_the_summary_their_mean(tmp_path: Path, two_tokens: None) -> None:

@@ -95,6 +95,10 @@ def test_a_stage_begins_once_and_is_shown_by_its_name(tmp_path: Path, two_tokens
     session.enter_stage(warm)
     assert session.trained_before == "easy_ones" and session.begin(warm)
     assert shown[2:] == [("warm up", 3, 0)]
+    # Trackers count all stages' steps; what is measured behind another kind than RL stands at its end.
+    session.record({"stage": "cold_start", "step": 1, "loss": 0.5})
+    session.record({"stage": "evaluate", "step": 2, "at": "after"})
+    assert [step for _, step in session.components.accelerator.logged] == [2 + 1, 2 + 3]
 
 
 def test_a_checkpoint_of_a_stage_that_is_no_more_is_refused(

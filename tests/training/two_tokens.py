@@ -48,6 +48,7 @@ class TwoTokens(nn.Module):
         super().__init__()
         self.head_weight = nn.Parameter(torch.tensor(logits or (0.0, 0.0))[:, None])
         self.gain = nn.Parameter(torch.ones(1))
+        # Every pass counts as an image.
         self.vision = SimpleNamespace(trained=False, images_encoded=0, cleared=0)
         self.vision.clear_cache = self._clear
 
@@ -55,6 +56,7 @@ class TwoTokens(nn.Module):
         self.vision.cleared += 1
 
     def forward(self, batch: PackedBatch, features: Any = None) -> torch.Tensor:
+        self.vision.images_encoded += 1
         return self.gain.expand(batch.num_scored, 1)
 
     def logprobs(self) -> torch.Tensor:
