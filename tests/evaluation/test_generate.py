@@ -111,7 +111,7 @@ def test_a_held_out_example(
         assert answer.endswith(f": {name}")
         ((asked,),) = [call.variants for call in engine.calls[number:]]
         assert asked.images[0].getpixel((0, 0))[0] == red
-    tells(error_of("generate", folder, "--example", 2), "--example 2", "2 examples")
+    tells(error_of("generate", folder, "--example", 2), "--example 2", "2 examples", "0")
 
 
 @pytest.mark.parametrize(

@@ -376,7 +376,7 @@ def test_what_cannot_be_compared(tmp_path: Path, error_of: ErrorOf) -> None:
     for pair in ((one, more), (more, one)):
         tells(error_of("compare", *pair), "blink", "1 of 5", more, "(4)", "--limit")
     alone = answers(tmp_path / "d", {"mathvista": [1]}, "d")
-    tells(error_of("compare", one, alone), one, alone)
+    tells(error_of("compare", one, alone), one, alone, "--suite")
     tells(error_of("compare", one, tmp_path), tmp_path, "settings.json", "perl-rl evaluate --suite")
     tells(error_of("compare", one), "perl-rl evaluate --suite")
     assert error_of("compare")

@@ -40,7 +40,9 @@ def compare_folders(first: Path, second: Path) -> tuple[dict[str, Comparison], l
         elif one or other:
             remarks.append(f"{name}: only in {first if one else second}, so it is left out")
     if not pairs:
-        raise UserError(f"{first} and {second} have no benchmark in common; nothing is compared")
+        raise UserError(
+            f"{first} and {second} have no benchmark in common; evaluate both with the same --suite"
+        )
     together = [pair for of_suite in pairs.values() for pair in of_suite]
     return {name: _compared(found) for name, found in {**pairs, "all": together}.items()}, remarks
 

@@ -76,7 +76,10 @@ def measure(
             # A variant that waits for its answer has its pictures undecoded: those of a whole chunk may fill the memory.
             bare = items.without_pixels(i)
             if bare.id in seen:
-                raise UserError(f"suite {items.suite.name}: two items have the id {bare.id}")
+                raise UserError(
+                    f"suite {items.suite.name}: two items have the id {bare.id}; "
+                    "the files are not the published ones"
+                )
             seen.add(bare.id)
             variants = [
                 permute(bare, order)
