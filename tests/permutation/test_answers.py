@@ -35,6 +35,7 @@ FOX = THREE + "A. Image 2\nB. Image 3\nC. Image 1"
         (THREE + "A. 2\nB. 3\nC. 1", "B", (2, 0, 1), "C", "B"),
         (THREE + "A. Two\nB. (three).\nC. ONE", "B", (2, 0, 1), "C", "B"),
         (TWO + "A. Left of Image 1\nB. Right of Image 1\nC. left of image 2", "A", (1, 0), "C", "A"),
+        (TWO + "A. Image 1\nB. Image 2\nC. the left image", "A", (1, 0), None, None),
         (FOX, "OPTION B AND c", (2, 0, 1), "OPTION C AND a", "OPTION B AND c"),
         (FOX, "B, A", (2, 0, 1), "C, B", "B, A"),
         (FOX, "(B), (c) & Choice A.", (2, 0, 1), "(C), (a) & Choice B.", "(B), (c) & Choice A."),

@@ -196,6 +196,8 @@ SYSTEM = Message("system", "Hi")
         ),  # the next one's, but for the last
         ("all", "<image> image b\n<image> image a\n<image> image c", (1, 0, 2)),
         ("all", "<image> b\n<image> a\n<image> c", (0, 1, 2)),
+        ("all", "Look: <image>\nA. see <image>\nB. see <image>", (1, 2)),
+        ("all", "Look: <image> and <image>\nA. see <image>\nB. <image><image>", (2,)),
         ("all", "<image> C) red <image> B) green <image> A) blue", (0, 1, 2)),
         (
             "all",

@@ -90,6 +90,7 @@ def test_any_text_is_survived(text: str, order: list[int]) -> None:
         ("Second photo, 2ND photo", "Third photo, 3rd photo"),
         ("the first two images", "images 2 and 3"),
         ("Last Two Photos", "Photos 1 and 3"),
+        ("the first three images", "images 1, 2 and 3"),
         (
             "images 1–2, pics 1 to 2; photos 1 through 2",
             "images 2 and 3, pics 2 and 3; photos 2 and 3",

@@ -96,6 +96,7 @@ def test_different_answers(given_: str | None, gold: str) -> None:
         ("<think>A</think>B</think> C ", "C"),
         (r" A \boxed{B", r"A \boxed{B"),
         ("<answer></answer>", ""),
+        ("I say it is B</answer>", "I say it is B</answer>"),
     ],
 )
 def test_the_final_answer(text: str, answer: str) -> None:
