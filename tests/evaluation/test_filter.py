@@ -108,6 +108,8 @@ def test_the_filtered_data_trains_directly(
     assert [b.get_center()[0] for b in after] == pytest.approx([k + 0.2 for k in range(11)])
     tells(before.get_label(), "40", "0.42")
     tells(after.get_label(), "31", "0.49")
+    (legend,) = pictures["rows.filtered.png"].legends
+    assert len(legend.get_texts()) == 3
     (target,) = axes.lines
     assert target.get_ydata().tolist() == pytest.approx([1 / 11] * 11)
     assert [label.get_text() for label in axes.get_xticklabels()][::5] == ["0.0", "0.5", "1.0"]

@@ -1,0 +1,111 @@
+"""Sampling by transformers' `generate`: what it is asked, and whose tokens and log-probs are whose."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from perl.model.padded import PaddedPolicy
+from perl.rollout.engine import InProcessEngine, SamplingParams
+from perl.rollout.padded import PaddedEngine, make_engine
+from perl.types import EncodedImage, EncodedPrompt
+
+END, PAD, BANNED = 8, 7, [5, 6]
+IMAGE = EncodedImage("k", torch.zeros(0), (1,), 1)
+
+
+def prompt(token: int, shows: bool = False) -> EncodedPrompt:
+    return EncodedPrompt(np.array([token]), np.zeros((1, 1)), 1, (IMAGE,) if shows else (), -1)
+
+
+class Padded(PaddedPolicy):
+    """Completes prompt t by t, t + 1 and the end, and its next copy by three that do not end; token t has log-prob -t."""
+
+    base: Any = None  # type: ignore[assignment]
+    device = torch.device("cpu")  # type: ignore[assignment]
+    compiled = False
+
+    def __init__(self) -> None:
+        torch.nn.Module.__init__(self)
+        self.asked: list[tuple[list[int], Any]] = []
+        self.packed: list[tuple[int, bool]] = []
+        self.before = SimpleNamespace(eos_token_id=None)
+        self.base = SimpleNamespace(generate=self.generate, generation_config=self.before)
+
+    def prompt_inputs(self, prompts: Any, side: str) -> Any:
+        assert side == "left" and len({bool(p.images) for p in prompts}) == 1
+        return {"input_ids": torch.tensor([[PAD, *p.input_ids] for p in prompts])}
+
+    def generate(self, input_ids: torch.Tensor) -> torch.Tensor:
+        asked = input_ids[:, 1].tolist()
+        self.asked.append((asked, self.base.generation_config))
+        rows = []
+        for i, t in enumerate(asked):
+            again = i and asked[i - 1] == t
+            rows.append([t, END, PAD] if not again else [t, t + 1, t + 2])
+        return torch.cat([input_ids, torch.tensor(rows)], dim=1)
+
+    def pack(self, segments: Any, tokens: int, share: bool) -> Any:
+        """One batch, the last segment's completions first."""
+        self.packed.append((tokens, share))
+        source = [
+            (s, r)
+            for s in reversed(range(len(segments)))
+            for r in range(len(segments[s].completions))
+        ]
+        ids = [segments[s].completions[r] for s, r in source]
+        ends = torch.tensor([0, *np.cumsum([len(i) for i in ids])])
+        return [SimpleNamespace(source=source, completion_cu_seqlens=ends, ids=np.concatenate(ids))]
+
+
+@pytest.mark.parametrize("temperature", [0.7, 0.0])
+def test_completions_of_prompts_with_and_without_pictures(
+    temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads: list[Any] = []
+
+    def head(policy: Any, banned: torch.Tensor, temperature: float) -> Any:
+        heads.append((banned.tolist(), temperature))
+        return SimpleNamespace(
+            logprobs=lambda batch: SimpleNamespace(logprobs=-torch.tensor(batch.ids).double())
+        )
+
+    monkeypatch.setattr("perl.rollout.padded.HeadLoss", head)
+    policy = Padded()
+    processor: Any = SimpleNamespace(
+        pad_token_id=PAD, eos_token_id=END, unsampled_token_ids=lambda: torch.tensor(BANNED)
+    )
+    engine = make_engine(policy, processor, 8, lambda: torch.autocast("cpu", enabled=False))
+    assert isinstance(engine, PaddedEngine)
+    prompts = [prompt(10, shows=True), prompt(20), prompt(30, shows=True)]
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    out = engine.generate(prompts, SamplingParams(2, temperature, 9), seed=1)
+    assert (
+        torch.equal(torch.get_rng_state(), state) and policy.base.generation_config is policy.before
+    )
+    for t, (first, second) in zip((10, 20, 30), out, strict=True):
+        assert (first.token_ids.tolist(), first.finished) == ([t, END], True)
+        assert (second.token_ids.tolist(), second.finished) == ([t, t + 1, t + 2], False)
+        assert first.logprobs.tolist() == [-t, -END] and first.logprobs.dtype == np.float32
+        assert second.logprobs.tolist() == [-t, -t - 1, -t - 2]
+    assert [asked for asked, _ in policy.asked] == [[20, 20], [10, 10, 30, 30]]
+    for _, settings in policy.asked:
+        assert (settings.max_new_tokens, settings.pad_token_id) == (9, PAD)
+        assert (settings.eos_token_id, settings.suppress_tokens) == ([END], BANNED)
+        assert settings.do_sample == (temperature > 0)
+        if temperature:
+            assert (settings.temperature, settings.top_k, settings.top_p) == (0.7, 0, 1.0)
+    assert heads == [(BANNED, temperature or 1.0)] and policy.packed == [(2**14, False)]
+
+
+def test_other_policies_are_packed() -> None:
+    policy: Any = SimpleNamespace(base=None, device="cpu")
+    processor: Any = SimpleNamespace(
+        pad_token_id=PAD, eos_token_id=END, unsampled_token_ids=lambda: torch.tensor(BANNED)
+    )
+    assert type(make_engine(policy, processor, 8, lambda: None)) is InProcessEngine  # type: ignore[arg-type]
