@@ -58,9 +58,6 @@ PACKAGES = {
 }
 """What `make mutants` tries: sources, and the folder of their tests."""
 
-ELSEWHERE = {"perl/rollout/padded.py": ("tests/model/test_padded.py",)}
-"""Tests of a file that are in another folder."""
-
 PRELOADED = "torch transformers.models.qwen2_5_vl.modeling_qwen2_5_vl accelerate hypothesis openai"
 
 # cosmic-ray has more replacements for each operator; one of each tells as much.
@@ -212,7 +209,6 @@ def tests_of(file: str) -> tuple[str, ...]:
     home = home if (ROOT / home).is_dir() else "tests"
     own = sorted((ROOT / home).glob(f"test_*{Path(file).stem}*.py"))
     rest = home if home != "tests" else "tests/test_config.py"
-    own += [ROOT / path for path in ELSEWHERE.get(file, ())]
     return (*(str(path.relative_to(ROOT)) for path in own), rest)
 
 
