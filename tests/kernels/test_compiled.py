@@ -72,6 +72,7 @@ def test_wgmma_is_looked_for(compiled: list[Resources]) -> None:
     assert {row.architecture for row in compiled} >= {90, 100}
 
 
+FLAGS = {"HAS_ENTROPY": "by_entropy_ptr", "HAS_REF": "ref_ptr", "HAS_NORMALIZER": "normalizer_ptr"}
 CASES = [case for module in resources.MODULES for case in resources._cases(module)]
 
 
@@ -98,6 +99,9 @@ def test_a_case_is_a_launch(case: CompileCase) -> None:
     parameters = inspect.signature(case.kernel.fn).parameters
     constants = {name for name, x in parameters.items() if "constexpr" in str(x.annotation)}
     assert constants == {name for name, x in case.constexprs.items() if x is not None}
+    for flag, pointer in FLAGS.items():
+        if {flag, pointer} <= {*given}:
+            assert case.constexprs[flag] == (pointer in case.signature), flag
     sizes = [x for x in case.constexprs.values() if type(x) is int]
     assert all(size & (size - 1) == 0 for size in sizes), "Triton's blocks are powers of two"
     assert {*case.divisible_by_16} <= {*case.signature}

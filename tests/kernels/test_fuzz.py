@@ -34,7 +34,7 @@ from tests.kernels.test_advantage import looped
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Compiled rather than interpreted, nearly every case needs kernels of its own, a second or more each.
-CASES = {"torch": 700, "triton": 120 if DEVICE == "cpu" else 100}
+CASES = {"torch": 500, "triton": 80 if DEVICE == "cpu" else 100}
 
 # Factor of atol, see `Scale`, in units of the last place of the dtype that is computed in: over
 # twice what any of several thousand cases needed.

@@ -83,6 +83,7 @@ def outcomes(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcomes
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PASSED)
 def test_of_liger(name: str, outcomes: Outcomes) -> None:
     outcome = outcomes[name]
@@ -91,5 +92,6 @@ def test_of_liger(name: str, outcomes: Outcomes) -> None:
         assert outcome["passed"] == PASSED[name]
 
 
+@pytest.mark.slow
 def test_no_other_failure(outcomes: Outcomes) -> None:
     assert not {name for name, count in outcomes.items() if count["failure"] + count["error"]}

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from perl_kernels import (
@@ -129,8 +128,8 @@ def test_the_reference_is_differentiable_twice(name: str) -> None:
         ).loss
 
     leaves = leaves_of(problem)
-    assert torch.autograd.gradcheck(linear, leaves)
-    assert torch.autograd.gradgradcheck(linear, leaves)
+    assert torch.autograd.gradcheck(linear, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(linear, leaves, fast_mode=True)
     logits = (leaves[0] @ leaves[1].T).detach().requires_grad_()
     for function in (
         lambda x: tuple(reference.token_logprobs(x, problem.targets)),
@@ -138,8 +137,8 @@ def test_the_reference_is_differentiable_twice(name: str) -> None:
             reference.grpo_loss(x, problem.targets, loss=loss, **problem.loss_arguments()).loss
         ),
     ):
-        assert torch.autograd.gradcheck(function, logits)
-        assert torch.autograd.gradgradcheck(function, logits)
+        assert torch.autograd.gradcheck(function, logits, fast_mode=True)
+        assert torch.autograd.gradgradcheck(function, logits, fast_mode=True)
 
 
 @pytest.mark.parametrize("old", [True, False])
@@ -380,25 +379,10 @@ def test_autocast_leaves_fp64_alone() -> None:
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["perl", "gspo"])
-def test_compiles_without_a_graph_break(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Allocation functions replaced by Python ones, as in every other test, cannot be traced.
-    monkeypatch.undo()
-    problem = Problem.make((3, 2))
-    hidden, weight = leaves_of(problem)
-    loss, arguments = PolicyLoss.preset(name), problem.loss_arguments()
-
-    def function(hidden: Tensor, weight: Tensor) -> Tensor:
-        return linear_grpo_loss(hidden, weight, problem.targets, loss=loss, **arguments).loss
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    wanted = torch.autograd.grad(function(hidden, weight), (hidden, weight))
-    got = torch.autograd.grad(compiled(hidden, weight), (hidden, weight))
-    torch.testing.assert_close(got, wanted, **EXACT)
-
-
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("argument", ["temperature", "softcap", "normalizer"])
+@pytest.mark.parametrize(
+    ("argument", "dynamic"),
+    [("temperature", None), ("temperature", True), ("softcap", True), ("normalizer", None)],
+)
 def test_compiles_for_every_value_of_a_number(
     argument: str, dynamic: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -416,32 +400,9 @@ def test_compiles_for_every_value_of_a_number(
         options = {argument: value, **arguments}
         return grpo_loss(hidden @ weight.t(), problem.targets, loss=loss, **options).loss
 
-    for function in (linear, logits)[: 1 if argument == "softcap" else 2]:
+    for function in (linear,) if dynamic else (logits,):
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
         for value in (1.0, 0.7, 1.3):
             wanted = torch.autograd.grad(function(hidden, weight, value), (hidden, weight))
             got = torch.autograd.grad(compiled(hidden, weight, value), (hidden, weight))
             torch.testing.assert_close(got, wanted, **EXACT)
-
-
-def test_a_new_number_of_tokens_does_not_recompile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    torch._dynamo.reset()
-    weight = torch.randn(13, 6, dtype=torch.float64)
-    old = torch.randn(12, dtype=torch.float64)
-
-    def function(hidden: Tensor, targets: Tensor, old: Tensor, bounds: Tensor) -> Tensor:
-        advantages, loss = bounds.new_ones(2), PolicyLoss(dual_clip=3.0)
-        given = (hidden, weight, targets, advantages, bounds, loss)
-        return linear_grpo_loss(*given, old_logprobs=old).loss
-
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(function, fullgraph=True, backend=counter)
-    for count in (6, 5, 7, 8, 12):
-        hidden = torch.randn(count, 6, dtype=torch.float64, requires_grad=True)
-        bounds = torch.tensor([0, 1, count], dtype=torch.int32)
-        given = (hidden, torch.randint(0, 13, (count,)), old[:count].clone(), bounds)
-        wanted = torch.autograd.grad(function(*given), hidden)
-        torch.testing.assert_close(torch.autograd.grad(compiled(*given), hidden), wanted, **EXACT)
-    # The second one is for any number.
-    assert counter.frame_count == 2

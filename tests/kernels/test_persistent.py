@@ -92,7 +92,7 @@ def check(case: Case, tiling: Tiling | None = SMALL) -> None:
     ("rows", "vocab", "features"),
     [
         (16, 32, 16),  # one full tile
-        (37, 75, 40),  # ragged each way, the last vocabulary tile in its first half
+        (34, 75, 40),  # ragged each way, the last vocabulary tile in its first half
         (90, 123, 24),  # ragged each way, in its second half
         (5, 1, 8),  # one word
         (1, 33, 8),  # one word in the last tile
