@@ -177,6 +177,7 @@ def test_prompts_that_are_too_long(
         *(("me_0", None), ("me_1", None)),
         *(("me_0", r"\boxed{B}"), ("me_1", r"\boxed{B}")),
     ]
+    assert [row["finished"] for row in found] == [False, False, True, True]
     values = summary(tmp_path / "out")["mantis_eval"]
     assert (values["items"], values["too_long"], values["accuracy"]) == (2, 0, 0.5)
 
