@@ -164,24 +164,25 @@ def test_train_resume_goes_on_in_the_folder(
 ) -> None:
     folder = short_recipe.parent / "run"
     reward = rewarded(folder.parent, STOPPER.format("SIGINT"))
-    command = ("train", short_recipe, "--resume", "--train.steps", "3", *reward)
+    command = ("train", short_recipe, "--resume", "--train.steps", "2", *reward)
+    before = signal.getsignal(signal.SIGINT)
     assert run(*command) == 130
+    assert signal.getsignal(signal.SIGINT) is before
     assert steps(folder) == [1]
     capsys.readouterr()
     assert run(*command, "--train.lr", "1") == 0
     tells(capsys.readouterr().err, folder / "config.toml", "train.lr")
-    assert steps(folder) == [1, 2, 3]
+    assert steps(folder) == [1, 2]
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_stops_after_a_checkpoint_and_resume_goes_on(
-    name: str, short_recipe: Path, capsys: pytest.CaptureFixture[str]
+    short_recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = short_recipe.parent / "run"
-    before = signal.getsignal(getattr(signal, name))
-    reward = rewarded(folder.parent, STOPPER.format(name))
+    before = signal.getsignal(signal.SIGTERM)
+    reward = rewarded(folder.parent, STOPPER.format("SIGTERM"))
     assert run("train", short_recipe, "--train.steps", "2", *reward) == 130
-    assert signal.getsignal(getattr(signal, name)) is before
+    assert signal.getsignal(signal.SIGTERM) is before
     tells(capsys.readouterr().err.splitlines()[-1], "rl step 1", f"perl-rl resume {folder}")
     assert steps(folder) == [1]
     assert (folder / "checkpoints" / "000001" / "manifest.json").exists()

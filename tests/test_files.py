@@ -3,6 +3,7 @@
 import json
 import math
 from datetime import date
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from perl.files import (
     RunFolder,
     append_rows,
     check_safetensors,
+    is_main_process,
     keep_rows,
     offline_if_unreachable,
     read_rows,
@@ -56,13 +58,31 @@ def test_an_overwritten_run_comes_back_unless_the_new_one_has_begun(
     assert names(tmp_path) == ["run"] and folder.summary.read_text() == "third"
 
 
-def test_a_first_run_that_never_began_leaves_nothing(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "run")
+def test_a_run_without_a_checkpoint_comes_back_too_and_one_that_never_began_leaves_nothing(
+    tmp_path: Path,
+) -> None:
+    folder = RunFolder(tmp_path / "runs" / "mine")
     folder.create(overwrite=True)
     began(folder, "first", None)
+    folder.create(overwrite=True)
+    folder.settle()
+    assert folder.summary.read_text() == "first"
     assert folder.is_run() and not folder.has_checkpoint()
     folder.settle()
-    assert names(tmp_path) == []
+    assert names(tmp_path / "runs") == []
+    folder.create(overwrite=False)
+    began(folder, "first of all")
+    folder.settle()
+    assert names(tmp_path / "runs") == ["mine"] and folder.summary.exists()
+
+
+def test_the_first_of_several_processes_is_the_main_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    found = [is_main_process()]
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        found.append(is_main_process())
+    assert found == [True, True, False]
 
 
 def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
@@ -165,35 +185,40 @@ def test_a_broken_table_of_contents_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("proxies", "reachable", "asked", "offline"),
-    [({}, False, 1, True), ({}, True, 1, False), ({"https": "p"}, False, 0, False)],
+    ("endpoint", "proxies", "reachable", "asked", "offline"),
+    [
+        ("https://hub.example", {}, False, ("hub.example", 443), True),
+        ("https://hub.example", {}, True, ("hub.example", 443), False),
+        ("http://hub.example", {}, True, ("hub.example", 80), False),
+        ("http://hub.example:8000", {}, True, ("hub.example", 8000), False),
+        ("https://hub.example", {"https": "p"}, False, None, False),
+        ("https://hub.example", {"all": "p"}, False, None, False),
+    ],
 )
 def test_the_hub_is_given_up_only_where_it_cannot_be_reached(
+    endpoint: str,
     proxies: dict[str, str],
     reachable: bool,
-    asked: int,
+    asked: tuple[str, int] | None,
     offline: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from huggingface_hub import constants
 
-    class Connection:
-        def close(self) -> None: ...
-
     tries = []
 
-    def connect(address: tuple[str, int], timeout: float) -> Connection:
+    def connect(address: tuple[str, int], timeout: float) -> BytesIO:
         tries.append((address, timeout))
         if not reachable:
             raise OSError("no route to host")
-        return Connection()
+        return BytesIO()
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.example")
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(files, "getproxies", lambda: proxies)
     monkeypatch.setattr("socket.create_connection", connect)
     offline_if_unreachable.cache_clear()
     offline_if_unreachable()
-    assert tries == [(("hub.example", 443), 5.0)] * asked
+    assert tries == ([(asked, 5.0)] if asked else [])
     assert offline == constants.HF_HUB_OFFLINE
