@@ -32,9 +32,16 @@ def test_an_ordering_question_gets_another_right_option() -> None:
     assert len({original_answer(permute(example, o), "C") for o in orders(example, 3, 0, 0)}) == 3
 
 
+def test_two_images_are_a_sequence() -> None:
+    example = ask("<image><image> In which order?\nA. 2, 1\nB. 1, 2", "b", kind="ordering")
+    assert [permute(example, order).answer for order in all_orders(example, 9, 0)] == ["b", "a"]
+
+
 @pytest.mark.parametrize(
     ("fields", "names"),
     [
+        ({"question": "<image><image> Which?\nA. 2\nB. 1"}, ["A. 2, 1, 3", "A, B", "kind"]),
+        ({"question": "<image><image> Which?\nA. 2, 2\nB. 1, 2"}, ["A. 2, 1, 3", "A, B", "kind"]),
         ({"answer": "D"}, ["'D'", "A. 2, 1, 3", "A, B, C", "kind"]),
         ({"answer": "2, 1, 3"}, ["'2, 1, 3'", "A, B, C", "kind"]),
         ({"question": "<image><image><image> In which order?"}, ["'A'", "sequences: none"]),
