@@ -64,14 +64,17 @@ def test_ratio(surrogate: Any, ratio: Any, old: bool, advantages: str) -> None:
     check_case(PolicyLoss(surrogate=surrogate, ratio=ratio), old=old, advantages=advantages)
 
 
-@pytest.mark.parametrize("bias_correction", [False, True])
 @pytest.mark.parametrize("kl", get_args(KL))
-def test_kl(kl: Any, bias_correction: bool) -> None:
-    loss = PolicyLoss(kl=kl, kl_coef=0.3, kl_bias_correction=bias_correction, entropy_coef=0.1)
-    if bias_correction:
-        check_case(loss, "grpo_loss")
-    else:
-        check_case(replace(loss, ratio="sequence"), upstream=-2.0)
+def test_kl(kl: Any) -> None:
+    """In a row of logits and of a completion; times the ratio, or alone."""
+    loss = PolicyLoss(kl=kl, kl_coef=0.3, entropy_coef=0.1)
+    corrected = replace(loss, kl_bias_correction=True)
+    check_case(corrected, "grpo_loss")
+    check_case(replace(loss, ratio="sequence"), upstream=-2.0)
+    if kl in ("k1+", "k3"):
+        check_case(corrected)
+        check_case(replace(corrected, ratio="sequence"))
+        check_case(replace(corrected, surrogate="gmpo"))
 
 
 @pytest.mark.parametrize(
