@@ -226,7 +226,7 @@ def test_all_that_was_found_is_in_one_file(run: Run, tmp_path: Path) -> None:
         command, options = processes.asked[name]
         assert {"--device=cpu", "--quick"} <= set(command)
         assert least < options["timeout"] <= 270  # What is left, halved for the first of two.
-    assert file.with_suffix(".md").read_text().startswith("# Benchmarks on Some CPU @ 2\n")
+    tells(file.with_suffix(".md").read_text(), "Some CPU @ 2")
 
 
 def test_a_part_does_not_take_the_place_of_all(run: Run, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.messages import refused
+
 FOLDER = Path(__file__).parents[2] / "docs" / "experiments"
 with pytest.MonkeyPatch.context() as patch:
     # The scripts find each other as they do when they are run.
@@ -33,7 +35,7 @@ def rows() -> list[dict[str, Any]]:
 
 def test_tables_have_means_with_intervals_and_paired_differences() -> None:
     table = report.table(rows(), "fair").splitlines()
-    assert table[0].startswith("| fair start, 2 seeds, percent | filter | accuracy, sampled |")
+    assert table[0].startswith("| fair start, 2 seeds,")
     # Two values 10 apart: the interval of two is 12.706 standard errors, which are 5.
     assert table[2] == (
         "| before RL |  | 5.0 ± 63.5 | 50.0 ± 0.0 | 40.0 ± 0.0 | 20.0 ± 0.0 | 0.0 ± 0.0 |  |"
@@ -46,9 +48,48 @@ def test_tables_have_means_with_intervals_and_paired_differences() -> None:
     assert paired[-1].startswith("| any | either | +20.0 ± 0.0 |")
 
 
-def test_the_picture_is_drawn(tmp_path: Path) -> None:
-    report.draw(rows(), tmp_path)
-    assert (tmp_path / "permutation.png").stat().st_size > 20_000
+def test_the_picture_shows_means_seeds_and_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each start a line of panels, of each filter a curve over the orders."""
+    figures: list[Any] = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, path: figures.append(figure)
+    )
+    found = rows()
+    for row in found:
+        row["consistency"] += 0.2 * (row["start"] == "biased")
+        row["accuracy"] += 0.05 * row.get("drop", False)
+    report.draw(found, tmp_path)
+    (figure,) = figures
+    axes = dict(
+        zip(
+            product(report.STARTS, ("accuracy", "consistency", "excess", "signal")),
+            figure.axes,
+            strict=True,
+        )
+    )
+    for start, shift in (("fair", 0), ("biased", 20)):
+        one = axes[start, "accuracy"]
+        (before,) = (line for line in one.lines if line.get_label() == "before RL")
+        assert list(before.get_ydata()) == pytest.approx([5, 5])  # Of 0 and 10.
+        means = [container.lines[0] for container in one.containers]
+        for drop, line in enumerate(means):
+            assert list(line.get_ydata()) == pytest.approx(
+                [10 * o + 5 + 5 * drop for o in report.ORDERS]
+            )
+        # The seeds, 10 apart, around them.
+        points = [list(line.get_ydata()) for line in one.lines if line.get_marker() == "."]
+        assert points == [
+            pytest.approx([10 * o + 5 * drop, 10 * o + 10 + 5 * drop])
+            for drop in (0, 1)
+            for o in report.ORDERS
+        ]
+        for measure, value in (("consistency", 40 + shift), ("excess", 20), ("signal", 60)):
+            for container in axes[start, measure].containers:
+                assert list(container.lines[0].get_ydata()) == pytest.approx([value] * 4)
+        labels = [container.get_label() for container in one.containers]
+        assert labels == list(report.FILTERS.values())
 
 
 def test_arms_sample_equally_often_and_differ_in_nothing_else(
@@ -89,5 +130,5 @@ def test_results_are_collected_as_far_as_they_go(tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_says_why() -> None:
-    with pytest.raises(SystemExit, match="unknown recipe nothing"):
-        experiment.call(["-m", "perl", "train", "nothing"])
+    with refused("nothing", "went wrong", error=SystemExit):
+        experiment.call(["-c", "import sys; sys.exit('it went wrong')", "nothing"])

@@ -441,7 +441,7 @@ def test_each_provider_is_proven_once_and_timed_at_each_turn(clock: Clock) -> No
 
 def test_a_wrong_result_of_ours_fails_and_a_peers_is_a_row() -> None:
     def wrong(_: Any) -> None:
-        raise AssertionError("it is lost")
+        raise AssertionError("lost")
 
     ours, peer = Provider("ours", lambda p: nothing()), Provider("peer", lambda p: nothing(), "x")
     of, running = contest(ours, peer, problem=Inputs(None, wrong)), race()
@@ -451,7 +451,7 @@ def test_a_wrong_result_of_ours_fails_and_a_peers_is_a_row() -> None:
     with pytest.raises(pytest.skip.Exception):
         running.run(of, peer, Fixture())
     found = [(row.status, row.reason, row.turns) for row in running.findings.rows]
-    assert found == [("refused", "it is lost", [])] * 2
+    assert found == [("refused", "lost", [])] * 2
 
 
 @pytest.mark.parametrize(
