@@ -193,6 +193,7 @@ def test_a_broken_table_of_contents_is_named(tmp_path: Path) -> None:
         ("http://hub.example:8000", {}, True, ("hub.example", 8000), False),
         ("https://hub.example", {"https": "p"}, False, None, False),
         ("https://hub.example", {"all": "p"}, False, None, False),
+        ("https://", {}, False, None, False),
     ],
 )
 def test_the_hub_is_given_up_only_where_it_cannot_be_reached(
@@ -222,3 +223,7 @@ def test_the_hub_is_given_up_only_where_it_cannot_be_reached(
     offline_if_unreachable()
     assert tries == ([(asked, 5.0)] if asked else [])
     assert offline == constants.HF_HUB_OFFLINE
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # As the user may have said.
+    offline_if_unreachable.cache_clear()
+    offline_if_unreachable()
+    assert len(tries) == bool(asked)
