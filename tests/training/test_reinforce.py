@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from perl.config import ModelConfig
 from perl.model.packed.pack import pack_row
 from perl.permutation import permute
 from perl.rollout.collect import Collected
 from perl.training.reinforce import PolicyStep, group_metrics, old_logprobs, segments_of
 from perl.types import EncodedPrompt, Example, Group, Rollout
-from tests.training.two_tokens import config_of, session_of
+from tests.training.two_tokens import TwoTokens, config_of, session_of
 
 EXAMPLE = Example("row", ("a", "b"), "A <image> B <image> which", "A")  # type: ignore[arg-type]
 
@@ -160,17 +161,37 @@ def test_updates_share_a_batch_out_and_compare_with_the_policy_that_sampled(
     assert found["packing/token_sharing"] == pytest.approx(20 / 15)
 
 
+def test_the_original_prompt_is_the_first_order_s_also_where_that_has_one_rollout() -> None:
+    whole = group([1, 0, 1, 0])
+    one = replace(
+        whole,
+        rollouts=whole.rollouts[1:],
+        rewards=whole.rewards[1:],
+        advantages=whole.advantages[1:],
+    )
+    (segment,) = segments_of(one, "original")
+    assert len(segment.prompt.input_ids) == 2 and segment.advantages == (-1.0, 0.5, -0.5)
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_the_reference_reads_a_frozen_tower_s_features_and_drops_its_own(
-    frozen: bool, tmp_path: Path, two_tokens: None
+    frozen: bool, tmp_path: Path, two_tokens: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    more = f"model.freeze_vision = {str(frozen).lower()}\nloss.kl_coef = 0.5"
+    loaded: list[tuple[str, int]] = []
+
+    def load(path: str, config: ModelConfig, device: torch.device) -> TwoTokens:
+        loaded.append((path, config.lora_rank))
+        return TwoTokens()
+
+    monkeypatch.setattr("perl.training.reinforce.load_policy", load)
+    model = f"model = {{ freeze_vision = {str(frozen).lower()}, lora_rank = 4 }}"
+    more = f"{model}\nloss.kl_coef = 0.5"
     session = session_of(config_of(tmp_path, more), tmp_path / "run")
     session.enter_stage(session.stages[1])
     step = PolicyStep(session)
     for number in range(2):
         step(number, [written(0, off_policy=False)])
-    assert step.reference is not None
+    assert step.reference is not None and loaded == [("initial", 0)]  # Without adapters.
     policies: Any = step.reference.head.policy, session.components.policy
     reference, policy = policies
     assert (reference.vision is policy.vision) == frozen
