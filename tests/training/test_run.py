@@ -275,14 +275,17 @@ def test_checkpoints_and_records_come_when_due(tmp_path: Path, two_tokens: None)
     more = """
         run = { checkpoint_every = 2, keep_checkpoints = 9, log_every = 3, save_rollouts_every = 3 }
         train = { steps = 7, examples_per_step = 3 }
+        eval = { examples = 1, every = 3 }
     """
     train_in(tmp_path / "run", config_of(tmp_path, more))
-    steps = [("rl", 2), ("rl", 4), ("rl", 6)]
+    steps = [("rl", 0), ("rl", 2), ("rl", 4), ("rl", 6)]
     assert saved(tmp_path / "run") == [*steps, ("after", 0), ("done", 0)]
     rows = metrics(tmp_path / "run", "rl")
     assert [r["step"] for r in rows] == [3, 6]
+    assert [r["step"] for r in metrics(tmp_path / "run", "evaluate")] == [0, 3, 6, 7]
     # Of the first two questions a rollout of each order.
-    assert [r["step"] for r in json_lines(tmp_path / "run" / "rollouts.jsonl")] == [
+    kept = json_lines(tmp_path / "run" / "rollouts.jsonl")
+    assert [r["step"] for r in kept if r["stage"] == "rl"] == [
         *([1] * 4),
         *([4] * 4),
         *([7] * 4),
