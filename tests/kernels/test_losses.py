@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -147,12 +148,17 @@ def test_kl(kl: str, bias_correction: bool) -> None:
     [*((kl, "torch") for kl in get_args(KL)), ("abs", "triton"), ("k3", "triton")],
 )
 def test_kl_by_distance(kl: str, backend: Any) -> None:
-    """To the last digits of fp32, also where exp(d) - 1 - d would lose them; k3 is bounded at 20."""
+    """To the last digits of fp32 and fp64, also where exp(d) - 1 - d would lose them; k3 is bounded at 20."""
     loss = PolicyLoss(surrogate="reinforce", kl=kl, kl_coef=1.0)  # type: ignore[arg-type]
-    bounds, ref = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([-32.0])
-    for d in (0.0, 2.0**-12, -(2.0**-12), 0.375, -0.375, 0.625, -3.0, 25.0, -25.0):
+    bounds, distances = torch.tensor([0, 1], dtype=torch.int32), (0.0, 2.0**-12, 0.375, 0.625, 25.0)
+    dtypes = [torch.float32] if backend == "triton" else [torch.float32, torch.float64]
+    signed = [sign * d for d in distances for sign in (1, -1)]
+    for d, dtype in itertools.product(signed, dtypes):
+        ref = torch.tensor([-32.0], dtype=dtype)
         inside = max(-20.0, min(d, 20.0))
         k3, k3_slope = math.expm1(inside) - inside, -math.expm1(inside) * (d == inside)
+        if abs(d) < 1:
+            k3 = sum(d**n / math.factorial(n) for n in range(20, 1, -1))
         value, slope = {
             "k1": (-d, 1.0),
             "k1+": (-d, -d),
@@ -166,8 +172,9 @@ def test_kl_by_distance(kl: str, backend: Any) -> None:
         output = policy_loss(logprobs, torch.zeros(1), bounds, loss, **given)
         (gradient,) = torch.autograd.grad(output.loss, logprobs)
         found = torch.stack([output.loss.detach(), output.metrics["kl"], gradient[0]])
-        wanted = torch.tensor([value, value, slope])
-        torch.testing.assert_close(found, wanted, rtol=2e-6, atol=0)
+        wanted = torch.tensor([value, value, slope], dtype=dtype)
+        rtol = 2e-6 if dtype == torch.float32 else 1e-14
+        torch.testing.assert_close(found, wanted, rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("ratio", ["token", "sequence", "sequence_token"])
