@@ -73,6 +73,10 @@ REPLACED = (
 )
 
 
+LATE = -999
+"""For an exit code: the time limit passed, as where a loop does not end."""
+
+
 class _Removal(Operator):
     """What a node becomes that is left out."""
 
@@ -273,7 +277,7 @@ def start(tried: Edit | None, tests: tuple[str, ...], folder: Path) -> int:
 class Outcome:
     edit: Edit
     code: int
-    """pytest's exit code; -1 after the time limit."""
+    """pytest's exit code, or `LATE`."""
     output: str
 
     @property
@@ -302,7 +306,7 @@ def attempt(edits: list[Edit], limit: float, jobs: int) -> Iterator[Outcome]:
                     if not done:
                         os.waitpid(pid, 0)
                     del running[pid]
-                    code = os.waitstatus_to_exitcode(status) if done else -1
+                    code = os.waitstatus_to_exitcode(status) if done else LATE
                     yield Outcome(tried, code, (folder / "out").read_text(errors="replace"))
                 time.sleep(0.02)
         finally:
@@ -364,10 +368,11 @@ def main() -> None:
             work[f"edits/{path.stem}"] = listed(path)
     rows = []
     for name, edits in work.items():
-        began, caught = time.monotonic(), 0
+        began, caught, late = time.monotonic(), 0, 0
         outcomes = attempt(edits, options.limit, options.jobs)
         for outcome in tqdm(outcomes, name, len(edits), leave=False, disable=None):
             caught += outcome.caught
+            late += outcome.code == LATE
             failed = [x for x in outcome.output.splitlines() if x.startswith(("FAILED", "ERROR"))]
             if not outcome.caught:
                 tqdm.write(f"not noticed: {outcome.edit}")
@@ -375,8 +380,9 @@ def main() -> None:
                 tqdm.write(f"{failed[:1] or outcome.code}: {outcome.edit}")
         share = f"{caught / len(edits):.0%}" if edits else "-"
         minutes = (time.monotonic() - began) / 60
-        rows.append(f"| {name} | {len(edits)} | {caught} | {share} | {minutes:.1f} |")
-    print("\n| package | edits | noticed | share | minutes |\n| --- | --- | --- | --- | --- |")
+        rows.append(f"| {name} | {len(edits)} | {caught} | {late} | {share} | {minutes:.1f} |")
+    print("\n| package | edits | noticed | of these by the time limit | share | minutes |")
+    print("| --- | --- | --- | --- | --- | --- |")
     print("\n".join(rows))
 
 
