@@ -30,6 +30,8 @@ class Progress:
     """The point where the run stands (see `perl.recipe.points`); empty: at its start."""
     step: int = 0
     """Steps of that stage that are complete."""
+    ended: bool = True
+    """Whether what follows the last of them, an evaluation that is due, has been done too."""
     streams: dict[str, Any] = field(default_factory=dict)
     """Position in the data, by stage."""
     results: dict[str, Any] = field(default_factory=dict)

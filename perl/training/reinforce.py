@@ -32,6 +32,9 @@ def reinforce(session: Session, stage: Stage) -> None:
         return
     components, vision = session.components, session.components.policy.vision
     policy_step = PolicyStep(session)
+    # A step whose evaluation failed was kept without it.
+    if not session.progress.ended:
+        _measure_if_due(session, session.progress.step - 1)
     for step in session.steps():
         started, encoded = time.perf_counter(), vision.images_encoded
         collected = components.collector.collect(session.source, session.processes, step)

@@ -197,7 +197,7 @@ class Session:
 
     def record_step(self, step: int, row: dict[str, Any], shown: dict[str, float]) -> None:
         """A step is complete: write its metrics down, and show some of them behind the progress bar."""
-        self.progress.step = step + 1
+        self.progress.step, self.progress.ended = step + 1, False
         self.progress.streams[self.stage.name] = self.source.stream.state_dict()
         lap = self.components.watch.lap()  # Of this step, also where its row is not written.
         if self.components.is_main and (step + 1) % self.config.run.log_every == 0:
@@ -216,6 +216,7 @@ class Session:
         Raises:
             Interrupted: stop was requested; the step has been saved.
         """
+        self.progress.ended = True
         every = self.config.run.checkpoint_every
         stop = self.processes.any(self.stop.requested)
         if stop or (every and (step + 1) % every == 0):

@@ -271,6 +271,28 @@ def test_a_failure_keeps_the_steps_before_it_unless_it_came_between_updates(
     assert untimed(folder) == untimed(tmp_path / "whole")
 
 
+def test_a_failed_evaluation_along_the_way_is_made_when_the_run_goes_on(
+    tmp_path: Path, two_tokens: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, folder = staged(tmp_path), tmp_path / "run"
+    generate, calls = OwnEngine.generate, 0
+
+    def failing(self: OwnEngine, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise UserError("a picture cannot be read")
+        return generate(self, *arguments)
+
+    monkeypatch.setattr(OwnEngine, "generate", failing)
+    with refused("picture"):
+        train_in(folder, config)
+    assert saved(folder)[-1] == ("easy", 2) and len(metrics(folder)) == 7
+    train_in(folder, config, resume=True)
+    train_in(tmp_path / "whole", config)
+    assert untimed(folder) == untimed(tmp_path / "whole")
+
+
 def test_checkpoints_and_records_come_when_due(tmp_path: Path, two_tokens: None) -> None:
     more = """
         run = { checkpoint_every = 2, keep_checkpoints = 9, log_every = 3, save_rollouts_every = 3 }
