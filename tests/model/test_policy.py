@@ -10,7 +10,6 @@ import torch
 from perl.model.head import HeadLoss
 from perl.model.loading import load_policy
 from perl.model.packed.pack import pack_row
-from perl.model.packed.plan import Share
 from perl.model.policy import Policy
 from perl.model.tiny import TINY_MODELS, TINY_QWEN
 from perl.rollout.engine import InProcessEngine, SamplingParams
@@ -76,20 +75,6 @@ def test_logprobs_and_gradients_equal_one_sequence_at_a_time(
 
 
 @every
-def test_images_that_come_back_after_others(name: str, load) -> None:
-    """Rows that show a and b, then c, then a and b again: c is done with before what was encoded earlier."""
-    policy, processor = load(name)
-    other, _ = load(name)
-    segments = segments_of(processor)
-    order = [[Share(i, (0, 1, 2, 3))] for i in (0, 4, 1, 3, 2)]
-    got = step_of(policy, [pack_row(segments, shares) for shares in order])
-    expected = shared_step(other, segments, 1000)
-    assert policy.vision.images_encoded == 3
-    assert furthest_value(got, expected) < 1e-12
-    assert furthest_gradient(policy, other.model)[0] < 1e-6
-
-
-@every
 def test_bfloat16_autocast_loses_no_more_than_the_stock_model(
     name: str, load, tiny_folder, stock_step
 ) -> None:
@@ -110,29 +95,6 @@ def test_bfloat16_autocast_loses_no_more_than_the_stock_model(
         lost = sum((grads[n].grad - e).square().sum() for n, e in exact.items())
         off[way] = (lost / sum(e.square().sum() for e in exact.values())).sqrt().item()
     assert off["shared"] <= 1.5 * off["stock"] and off["stock"] < 0.1, off
-
-
-@every
-def test_nobody_sees_a_neighbour(name: str, load) -> None:
-    """Change a completion wherever it stands, or a prompt: all that does not see it stays equal to the bit."""
-    policy, processor = load(name)
-    segments = segments_of(processor)
-    before = batch_logprobs(policy, pack_row(segments))
-
-    def check(number: int, changed: Segment, sees: set[tuple[int, int]]) -> None:
-        others = [*segments[:number], changed, *segments[number + 1 :]]
-        after = batch_logprobs(policy, pack_row(others))
-        for at, logprobs in before.items():
-            assert torch.equal(logprobs, after[at]) == (at not in sees or not len(logprobs))
-
-    for i, r in ((0, 0), (1, 1), (3, 0)):
-        completions = list(segments[i].completions)
-        completions[r] = (completions[r] + 7) % 60
-        check(i, replace(segments[i], completions=tuple(completions)), {(i, r)})
-    ids = segments[1].prompt.input_ids.copy()
-    ids[0] = 30
-    prompt = replace(segments[1].prompt, input_ids=ids)
-    check(1, replace(segments[1], prompt=prompt), {(1, r) for r in range(4)})
 
 
 @qwen
@@ -178,23 +140,6 @@ def test_lora_trains_adapters_only_and_starts_as_the_base(load, tmp_path: Path) 
     assert not torch.allclose(changed, plain, atol=1e-3)
 
 
-def test_lora_beside_a_trained_tower(load) -> None:
-    """peft freezes the tower, which is trained all the same; rank and scale are the config's."""
-    policy, _ = load(TINY_QWEN[0], replace(CONFIG, lora_rank=4, lora_alpha=12.0))
-    trained = {n for n, p in policy.named_parameters() if p.requires_grad}
-    adapters = {n for n in trained if "lora_" in n}
-    tower = {n for n, p in policy.named_parameters() for w in policy.vision.weights if p is w}
-    assert tower == trained - adapters and policy.vision.trained
-    # Seven layers of each of four blocks, two matrices each.
-    assert len(adapters) == 2 * 7 * 4 and all("language_model" in n for n in adapters)
-    layer = policy.core.language_model.layers[0].mlp.up_proj
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    torch.nn.init.normal_(b)
-    x = torch.randn(3, a.shape[1], dtype=torch.float64)
-    want = x @ layer.base_layer.weight.T + 3.0 * x @ a.T @ b.T
-    torch.testing.assert_close(layer(x), want)
-
-
 @every
 def test_the_engine_samples_from_the_packed_models_distribution(name: str, load) -> None:
     policy, processor = load(name)
@@ -209,16 +154,3 @@ def test_the_engine_samples_from_the_packed_models_distribution(name: str, load)
     torch.testing.assert_close(head.logprobs(batch).logprobs.double(), sampled, rtol=0, atol=5e-6)
     banned = set(processor.unsampled_token_ids().tolist())
     assert not banned & {t for c in completions for t in c.token_ids.tolist()}
-
-
-def test_the_engine_repeats_itself_and_greedy_ignores_the_seed(load) -> None:
-    policy, processor = load(TINY_QWEN[0])
-    prompts = [s.prompt for s in segments_of(processor)]
-    engine = InProcessEngine(policy, processor, batch_size=64)
-
-    def ids(params: SamplingParams, seed: int) -> list[list[int]]:
-        return [c.token_ids.tolist() for cs in engine.generate(prompts, params, seed) for c in cs]
-
-    assert ids(SamplingParams(2, 1.0, 8), 3) == ids(SamplingParams(2, 1.0, 8), 3)
-    assert ids(SamplingParams(2, 1.0, 8), 3) != ids(SamplingParams(2, 1.0, 8), 4)
-    assert ids(SamplingParams(1, 0.0, 8), 3) == ids(SamplingParams(1, 0.0, 8), 4)

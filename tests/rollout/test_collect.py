@@ -29,10 +29,9 @@ from perl.rewards.scorer import Scorer
 from perl.rollout.collect import Collector
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.timing import Stopwatch
-from perl.training.reinforce import segments_of
 from perl.types import Example, Group
 from tests.messages import refused, tells
-from tests.stand_ins import Asked, InARow, TableEngine, darkest, example, greys, processes
+from tests.stand_ins import Asked, InARow, TableEngine, darkest, example, processes
 
 BASE = Config(
     rollout=RolloutConfig(per_order=2, temperature=0.7, max_new_tokens=9),
@@ -383,30 +382,3 @@ def test_a_step_that_nothing_can_be_learnt_from_is_an_error() -> None:
     own = collector(data=DataConfig(max_prompt_tokens=6))
     with refused("a", "7", "data.max_prompt_tokens = 6", 'data.overlong = "drop"'):
         own.collect(InARow(pairs("ab")), processes(), 0)
-
-
-def test_what_loss_and_kl_are_conditioned_on() -> None:
-    (group,) = roll_out(collector(), example("q", 1, 2, 3))
-    permuted, original = segments_of(group, "permuted"), segments_of(group, "original")
-    assert [len(s.completions) for s in permuted] == [2, 2]
-    assert [s.prompt for s in permuted] == [group.rollouts[0].prompt, group.rollouts[2].prompt]
-    (one,) = original
-    assert one.prompt is group.rollouts[0].prompt
-    assert one.advantages == tuple(group.advantages)
-    assert all(a is r.token_ids for a, r in zip(one.completions, group.rollouts, strict=True))
-    # The original prompt serves even where none of its own rollouts could be scored.
-    group.rewards[:2] = float("nan")
-    (one,) = segments_of(group, "original")
-    assert one.prompt is group.rollouts[0].prompt and len(one.completions) == 2
-    assert len(segments_of(group, "permuted")) == 1
-
-
-def test_completions_show_the_pictures_of_their_prompts() -> None:
-    for group in roll_out(
-        collector(permutation=PermutationConfig(orders=6)), example("q", 3, 1, 2)
-    ):
-        assert len(group.variants) == 6
-        for rollout in group.rollouts:
-            shown = [(3, 1, 2)[i] for i in rollout.variant.order]
-            assert greys(rollout.variant) == shown
-            assert rollout.variant.answer == "ABC"[shown.index(1)]

@@ -51,17 +51,25 @@ def group(rewards: list[float], off_policy: bool = False) -> Group:
 
 
 @pytest.mark.parametrize(
-    ("condition", "prompts", "completions", "advantages"),
+    ("unscored", "condition", "prompts", "completions", "advantages"),
     [
-        ("permuted", [2, 3], [[1, 2], [4]], [(1.0, -1.0), (-0.5,)]),
-        ("original", [2], [[1, 2, 4]], [(1.0, -1.0, -0.5)]),
+        ([2], "permuted", [2, 3], [[1, 2], [4]], [(1.0, -1.0), (-0.5,)]),
+        ([2], "original", [2], [[1, 2, 4]], [(1.0, -1.0, -0.5)]),
+        # None of the original order's own.
+        ([0, 1], "permuted", [3], [[3, 4]], [(0.5, -0.5)]),
+        ([0, 1], "original", [2], [[3, 4]], [(0.5, -0.5)]),
     ],
 )
 def test_rollouts_stand_behind_what_they_are_conditioned_on(
-    condition: str, prompts: list[int], completions: list[list[int]], advantages: list[Any]
+    unscored: list[int],
+    condition: str,
+    prompts: list[int],
+    completions: list[list[int]],
+    advantages: list[Any],
 ) -> None:
-    """The third rollout has no reward and is left out."""
-    segments = segments_of(group([1, 0, np.nan, 0]), condition)
+    """Those without a reward are left out."""
+    own = group([np.nan if i in unscored else i % 2 for i in range(4)])
+    segments = segments_of(own, condition)
     assert [len(s.prompt.input_ids) for s in segments] == prompts
     assert [[len(c) for c in s.completions] for s in segments] == completions
     assert [s.advantages for s in segments] == advantages
