@@ -8,7 +8,8 @@
 Edits are cosmic-ray's (operators, numbers, conditions, empty loops), a statement or a keyword argument left out, and those
 that `tests/edits/` lists; it also says of which generated edits nobody can see anything. Each is tried in a process forked
 from one that has imported torch: it reads the edited file instead of the real one, which stays as it is, and runs the tests of
-the edited package that are not marked slow, those of the file's name first, until one fails.
+the edited package that are not marked slow, those of the file's name first, until one fails. Without an edit they have to
+pass, or there is nothing to say. What lasts too long has been noticed, as an endless loop; these are counted apart.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 # Read when these are imported, which is before the tests' conftest here.
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRITON_INTERPRET": "1"}
 os.environ |= {"OMP_NUM_THREADS": "1", "CI": "1"}  # Hypothesis tries the same examples each time.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # No process that is forked can use a GPU of its parent's.
 
 import argparse
 import difflib
@@ -25,15 +27,19 @@ import hashlib
 import importlib
 import importlib.abc
 import importlib.util
+import math
+import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +182,7 @@ def places(file: str) -> Iterator[Place]:
         visitor.walk(tree)
         seen: Counter[str] = Counter()
         for number, node in enumerate(visitor.nodes):
-            if not _is_type_or_message(node):
+            if not _is_type_or_message(node) and not _is_star(node):
                 text = lines[node.start_pos[0] - 1].strip()
                 seen[text] += 1
                 yield Place(file, name, number, f"{text} {seen[text]}")
@@ -197,6 +203,12 @@ def _is_type_or_message(node: Any) -> bool:
             return True
         node = parent
     return False
+
+
+def _is_star(node: Any) -> bool:
+    """One that unpacks or ends the positional arguments, which any other operator makes an error of syntax."""
+    stars = node.type == "operator" and node.value in ("*", "**")
+    return stars and node.parent.type not in ("term", "power")
 
 
 def generated(place: Place) -> Edit | None:
@@ -234,24 +246,26 @@ def unseen() -> set[tuple[str, str, str]]:
 
 
 class _Instead(importlib.abc.MetaPathFinder):
-    """Reads one module from another file."""
+    """Reads one module from another file; its `__file__` is still the real one."""
 
     def __init__(self, file: str, path: Path) -> None:
         parts = Path(file).with_suffix("").parts
         self.name = ".".join(part for part in parts if part not in ("kernels", "__init__"))
-        self.path = path
+        self.real, self.loader = ROOT / file, SourceFileLoader(self.name, str(path))
         self.inside = [str((ROOT / file).parent)] if file.endswith("__init__.py") else None
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != self.name:
             return None
         return importlib.util.spec_from_file_location(
-            name, self.path, submodule_search_locations=self.inside
+            name, self.real, loader=self.loader, submodule_search_locations=self.inside
         )
 
 
-def start(tried: Edit | None, tests: tuple[str, ...], folder: Path) -> int:
-    """A process that runs the tests until one fails, and says so by its exit code."""
+def start(tried: Edit, folder: Path) -> int:
+    """A process that runs an edit's tests until one fails, and says so by its exit code."""
+    path = folder / Path(tried.file or "none").name
+    path.write_text(tried.code, encoding="utf-8")
     pid = os.fork()
     if pid:
         return pid
@@ -261,15 +275,14 @@ def start(tried: Edit | None, tests: tuple[str, ...], folder: Path) -> int:
         os.dup2(out, stream)
     code = 1
     try:
-        if tried:
-            path = folder / Path(tried.file).name
-            path.write_text(tried.code, encoding="utf-8")
+        if tried.file:
             sys.meta_path.insert(0, _Instead(tried.file, path))
         # A listed edit names its test, slow or not.
-        chosen = [] if "::" in tests[0] else ["-m", "not slow"]
+        chosen = [] if "::" in tried.tests[0] else ["-m", "not slow"]
         own = ["-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={folder / 'tmp'}"]
-        code = int(pytest.main(["-x", "-q", "--tb=line", *own, *chosen, *tests]))
+        code = int(pytest.main(["-x", "-q", "--tb=line", *own, *chosen, *tried.tests]))
     finally:
+        sys.stdout.flush()
         os._exit(code)
 
 
@@ -279,10 +292,12 @@ class Outcome:
     code: int
     """pytest's exit code, or `LATE`."""
     output: str
+    seconds: float
 
     @property
     def caught(self) -> bool:
-        return self.code not in (0, 5)
+        # What kills a process so is the system, for its memory.
+        return self.code not in (0, 5, -signal.SIGKILL)
 
 
 def attempt(edits: list[Edit], limit: float, jobs: int) -> Iterator[Outcome]:
@@ -295,23 +310,26 @@ def attempt(edits: list[Edit], limit: float, jobs: int) -> Iterator[Outcome]:
                     folder = Path(temporary, str(len(waiting)))
                     folder.mkdir()
                     tried = waiting.pop()
-                    pid = start(tried, tried.tests, folder)
-                    running[pid] = (tried, folder, time.monotonic() + limit)
-                for pid, (tried, folder, deadline) in list(running.items()):
+                    pid = start(tried, folder)
+                    running[pid] = (tried, folder, time.monotonic())
+                for pid, (tried, folder, began) in list(running.items()):
                     done, status = os.waitpid(pid, os.WNOHANG)
-                    late = time.monotonic() > deadline
-                    if not done and not late:
+                    seconds = time.monotonic() - began
+                    if not done and seconds <= limit:
                         continue
                     _kill(pid)
                     if not done:
                         os.waitpid(pid, 0)
                     del running[pid]
                     code = os.waitstatus_to_exitcode(status) if done else LATE
-                    yield Outcome(tried, code, (folder / "out").read_text(errors="replace"))
+                    output = (folder / "out").read_text(errors="replace")
+                    shutil.rmtree(folder, ignore_errors=True)
+                    yield Outcome(tried, code, output, seconds)
                 time.sleep(0.02)
         finally:
             for pid in running:
                 _kill(pid)
+                os.waitpid(pid, 0)
 
 
 def _kill(pid: int) -> None:
@@ -347,17 +365,37 @@ def chosen_edits(files: list[str], count: int | None) -> list[Edit]:
     return edits
 
 
+def seconds_without(work: dict[str, list[Edit]], jobs: int) -> dict[str, float]:
+    """How long the tests of each part take without an edit; ends the program unless they pass."""
+    names = {}
+    for name, edits in work.items():
+        tests = tuple(dict.fromkeys(test for edit in edits for test in edit.tests))
+        if tests:
+            names[Edit("", "", 0, "", name, tests)] = name
+    found = {}
+    for outcome in attempt(list(names), math.inf, jobs):
+        name = names[outcome.edit]
+        if outcome.code != 0:
+            sys.exit(f"{outcome.output}\nerror: {name}: without an edit these tests do not pass")
+        found[name] = outcome.seconds
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="a package, a folder, a file, or `lists`")
     parser.add_argument("--sample", type=int, default=60, help="edits of each package (60)")
     parser.add_argument("--all", action="store_true", help="every edit instead of a sample")
-    parser.add_argument("--limit", type=float, default=240, help="seconds for an edit (240)")
+    parser.add_argument("--limit", type=float, default=240, help="least seconds for an edit (240)")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("-v", action="store_true", help="say which test caught an edit")
     options = parser.parse_args()
+    os.chdir(ROOT)
     for module in PRELOADED.split():
         importlib.import_module(module)
+    # tqdm's own lock is shared with forked processes, which may be killed while they hold it.
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0
     count = None if options.all else options.sample
     work: dict[str, list[Edit]] = {}
     if options.only != "lists":
@@ -366,10 +404,10 @@ def main() -> None:
     if options.only in ("", "lists"):
         for path in sorted(EDITS.glob("*.toml")):
             work[f"edits/{path.stem}"] = listed(path)
-    rows = []
+    rows, seconds = [], seconds_without(work, options.jobs)
     for name, edits in work.items():
         began, caught, late = time.monotonic(), 0, 0
-        outcomes = attempt(edits, options.limit, options.jobs)
+        outcomes = attempt(edits, max(options.limit, 3 * seconds.get(name, 0)), options.jobs)
         for outcome in tqdm(outcomes, name, len(edits), leave=False, disable=None):
             caught += outcome.caught
             late += outcome.code == LATE
