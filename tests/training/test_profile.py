@@ -147,7 +147,10 @@ def test_a_model_on_padded_batches(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_leaves_what_was_there(
-    number: signal.Signals, short_recipe: Path, capsys: pytest.CaptureFixture[str]
+    number: signal.Signals,
+    short_recipe: Path,
+    two_tokens: None,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     stops = rewarded(
         short_recipe.parent,

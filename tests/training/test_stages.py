@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ import pytest
 import tomli_w
 
 from perl.cli import parse
-from perl.distributed import StopSignal
-from perl.files import RunFolder
 from perl.recipe import (
     filtered_file,
     filtered_sources,
@@ -27,10 +24,9 @@ from perl.recipe import (
     source_key,
     to_toml,
 )
-from perl.report.progress import Display
-from perl.training.session import Session
 from tests.command_line import ErrorOf, json_lines, metrics, run
 from tests.messages import refused, tells
+from tests.training.two_tokens import config_of, session_of
 
 STAGED = """
 data.tasks = ["which"]
@@ -210,7 +206,7 @@ def two_files(short_recipe: Path) -> Path:
 
 
 def test_a_filter_stage_measures_by_a_reward_of_the_run(
-    two_files: Path, tmp_path: Path, error_of: ErrorOf
+    two_files: Path, tmp_path: Path, two_tokens: None, error_of: ErrorOf
 ) -> None:
     file = tmp_path / "reward.py"
     file.write_text(
@@ -228,7 +224,9 @@ def test_a_filter_stage_measures_by_a_reward_of_the_run(
     assert filtered["filter/accuracy_before"] == 1.0
 
 
-def test_files_behind_a_filter_keep_their_images(two_files: Path, error_of: ErrorOf) -> None:
+def test_files_behind_a_filter_keep_their_images(
+    two_files: Path, two_tokens: None, error_of: ErrorOf
+) -> None:
     """What is filtered has its images beside it; what is not is read from where it was."""
     assert run("train", two_files) == 0
     folder = two_files.parent / "run"
@@ -292,29 +290,21 @@ def test_mistakes_of_any_stage_are_found_before_the_first(
 
 
 def test_a_later_stage_does_not_take_over_what_the_first_one_sets(
-    tmp_path: Path, tiny_folder: Callable[[str], Path]
+    tmp_path: Path, two_tokens: None
 ) -> None:
     """Planned from the first stage's values, the second would have one order of one rollout, which is refused."""
-    (tmp_path / "two.toml").write_text(
-        f"""
-run.trackers = []
-model.path = "{tiny_folder("tiny-qwen2.5-vl")}"
-permutation.orders = 2
-rollout.per_order = 6
-train.examples_per_step = 3
-[[stages]]
-name = "one"
-kind = "rl"
-rollout.per_order = 1
-[[stages]]
-name = "two"
-kind = "rl"
-permutation.orders = 1
-"""
-    )
-    folder = RunFolder(tmp_path / "run")
-    folder.make_parts()
-    with StopSignal() as stop:
-        session = Session(read_config(tmp_path / "two.toml"), folder, Display(enabled=False), stop)
+    stages = """
+        permutation.orders = 2
+        rollout.per_order = 6
+        [[stages]]
+        name = "one"
+        kind = "rl"
+        rollout.per_order = 1
+        [[stages]]
+        name = "two"
+        kind = "rl"
+        permutation.orders = 1
+    """
+    session = session_of(config_of(tmp_path, stages), tmp_path / "run")
     sizes = [(s.config.permutation.orders, s.config.rollout.per_order) for s in session.stages]
     assert sizes == [(2, 1), (1, 6)]
