@@ -9,34 +9,52 @@ import pytest
 import torch
 from torch import Tensor
 
-from perl_kernels import PolicyLoss, linear_grpo_loss, policy_loss, token_logprobs
+from perl_kernels import PolicyLoss, grpo_loss, linear_grpo_loss, policy_loss, token_logprobs
 from tests.kernels.naive import Problem
 from tests.messages import refused
 
-EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BAD = [math.nan, math.inf, -math.inf]
+PRESETS = ["perl", "grpo", "gspo", "luspo", "gmpo", "vespo"]
+
+backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 
-def test_masked_rows_are_not_looked_at() -> None:
-    problem = Problem.make()
-    arguments = problem.loss_arguments()
-    masked = problem.weights == 0
-    for name in ("perl", "gspo", "gmpo", "vespo"):
-        loss = PolicyLoss.preset(name, kl="k3", kl_coef=0.1, entropy_coef=0.1)
-        results = []
-        for filler in (0.5, float("nan"), float("inf")):
-            dirty = {
-                key: value.masked_fill(masked, filler) if key.endswith("_logprobs") else value
-                for key, value in arguments.items()
-            }
-            hidden = problem.hidden.masked_fill(masked[:, None], filler).requires_grad_()
-            weight = problem.weight.clone().requires_grad_()
-            output = linear_grpo_loss(hidden, weight, problem.targets, loss=loss, **dirty)
-            gradients = torch.autograd.grad(output.loss, (hidden, weight))
-            assert (gradients[0][masked] == 0).all()
-            results.append((output.loss, *gradients))
-            assert output.metrics["invalid_rows"] == 0
-        torch.testing.assert_close(results[0], results[1], **EXACT)
-        torch.testing.assert_close(results[0], results[2], **EXACT)
+def given_of(lengths: tuple[int, ...], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """What `linear_grpo_loss` takes."""
+    problem = Problem.make(lengths)
+    given = {"hidden": problem.hidden, "weight": problem.weight, "targets": problem.targets}
+    return {
+        name: x.to(DEVICE, dtype if x.is_floating_point() else x.dtype)
+        for name, x in {**given, **problem.loss_arguments()}.items()
+    }
+
+
+@backends
+@pytest.mark.parametrize("name", ["perl", "gspo", "gmpo", "vespo"])
+def test_masked_rows_are_not_looked_at(name: str, backend: Any) -> None:
+    # A product of fp32 may take another order of summation from call to call, on a GPU.
+    dtype, rtol, atol = {
+        "torch": (torch.float64, 1e-10, 1e-12),
+        "triton": (torch.float32, 1e-5, 1e-6),
+    }[backend]
+    given = given_of((3, 1, 0, 5), dtype)
+    loss = PolicyLoss.preset(name, kl="k3", kl_coef=0.1, entropy_coef=0.1)
+    masked = given["weights"] == 0
+    results = []
+    for filler in (0.5, math.nan, math.inf):
+        dirty = {
+            key: value.masked_fill(masked, filler) if key.endswith("_logprobs") else value
+            for key, value in given.items()
+        }
+        dirty["hidden"] = given["hidden"].masked_fill(masked[:, None], filler).requires_grad_()
+        dirty["weight"] = given["weight"].clone().requires_grad_()
+        output = linear_grpo_loss(**dirty, loss=loss, backend=backend)
+        gradients = torch.autograd.grad(output.loss, (dirty["hidden"], dirty["weight"]))
+        assert (gradients[0][masked] == 0).all() and output.metrics["invalid_rows"] == 0
+        results.append((output.loss.detach(), *gradients))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=rtol, atol=atol)
 
 
 def bad_copy(tensor: Tensor, value: float) -> Tensor:
@@ -45,68 +63,84 @@ def bad_copy(tensor: Tensor, value: float) -> Tensor:
     return copy
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("value", BAD)
 @pytest.mark.parametrize(
     "argument",
     ["hidden", "weight", "old_logprobs", "ref_logprobs", "rollout_logprobs", "advantages"],
 )
 def test_broken_input_is_a_nan_loss(argument: str, value: float) -> None:
-    problem = Problem.make()
-    loss = PolicyLoss.preset("perl", correction="token_mask")
-    given = {
-        "hidden": problem.hidden,
-        "weight": problem.weight,
-        **problem.loss_arguments(),
-        "weights": None,
-    }
+    """Both backends count the same rows, with a gradient and without."""
+    given = {**given_of((3, 1, 0, 4)), "weights": None}
     given[argument] = bad_copy(given[argument], value)
-    output = linear_grpo_loss(targets=problem.targets, loss=loss, **given)
-    assert output.loss.isnan()
-    assert output.metrics["invalid_rows"] > 0
-    given["hidden"] = given["hidden"].clone().requires_grad_()
-    assert linear_grpo_loss(targets=problem.targets, loss=loss, **given).loss.isnan()
+    for name, correction in (("perl", "token_mask"), ("gspo", "sequence_truncate")):
+        loss = PolicyLoss.preset(name, correction=correction, kl="k3", kl_coef=0.1)
+        broken = set()
+        for backend, differentiated in (("torch", False), ("torch", True), ("triton", True)):
+            hidden = given["hidden"].clone().requires_grad_(differentiated)
+            output = linear_grpo_loss(**{**given, "hidden": hidden}, loss=loss, backend=backend)  # type: ignore[arg-type]
+            assert output.loss.isnan()
+            broken.add(int(output.metrics["invalid_rows"]))
+        assert len(broken) == 1 and min(broken) > 0
 
 
-def test_nothing_to_score() -> None:
-    weight = torch.randn(7, 4, requires_grad=True)
-    hidden = torch.empty(0, 4, requires_grad=True)
-    targets, empty = torch.empty(0, dtype=torch.int64), torch.empty(0)
-    for bounds in ([0], [0, 0, 0]):
-        advantages = torch.ones(len(bounds) - 1)
-        for name in ("perl", "grpo", "gspo", "luspo", "gmpo", "vespo"):
-            for old in (None, empty):
-                output = linear_grpo_loss(
-                    hidden,
-                    weight,
-                    targets,
-                    advantages,
-                    torch.tensor(bounds, dtype=torch.int32),
-                    PolicyLoss.preset(name),
-                    old_logprobs=old,
-                    ref_logprobs=empty,
-                )
-                assert output.loss == 0 and output.metrics["tokens"] == 0
-                gradients = torch.autograd.grad(output.loss, (hidden, weight))
-                assert all((gradient == 0).all() for gradient in gradients)
-                assert all(value.isfinite() for value in output.metrics.values())
-    assert token_logprobs(torch.empty(0, 7), targets).logprobs.shape == (0,)
+@pytest.mark.parametrize("value", BAD)
+def test_broken_logits_and_logprobs(value: float) -> None:
+    given = given_of((3, 1, 0, 4))
+    common = {name: given[name] for name in ("advantages", "cu_seqlens")}
+    logits = bad_copy(torch.randn(8, 13, device=DEVICE), value)
+    loss, targets = PolicyLoss.preset("grpo"), given["targets"]
+    broken = bad_copy(given["old_logprobs"], value)
+    for backend in ("triton", "torch"):
+        output = grpo_loss(logits, targets, loss=loss, **common, backend=backend)
+        assert output.loss.isnan()
+        seen = token_logprobs(logits, targets, backend=backend)
+        assert seen.logprobs[0].isnan() and seen.logprobs[1:].isfinite().all()
+        split = policy_loss(broken, entropy=broken, loss=loss, **common, backend=backend)
+        assert split.loss.isnan()
+        assert [int(x.metrics["invalid_rows"]) for x in (output, split)] == [1, 1]
 
 
-@pytest.mark.parametrize("name", ["perl", "grpo", "luspo", "gspo"])
-def test_all_tokens_masked(name: str) -> None:
-    problem = Problem.make()
-    hidden, weight = (
-        problem.hidden.clone().requires_grad_(),
-        problem.weight.clone().requires_grad_(),
-    )
-    arguments = {**problem.loss_arguments(), "weights": torch.zeros(16)}
-    loss = PolicyLoss.preset(name)
-    output = linear_grpo_loss(hidden, weight, problem.targets, loss=loss, **arguments)
-    gradients = torch.autograd.grad(output.loss, (hidden, weight))
-    assert output.loss == 0 and all((gradient == 0).all() for gradient in gradients)
+@backends
+@pytest.mark.parametrize("bounds", [[0], [0, 0, 0]], ids=["no-completion", "empty"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_nothing_to_score(name: str, bounds: list[int], backend: Any) -> None:
+    weight = torch.randn(7, 4, device=DEVICE, requires_grad=True)
+    hidden = torch.zeros(0, 4, device=DEVICE, requires_grad=True)
+    empty = torch.zeros(0, device=DEVICE)
+    for old in (None, empty):
+        output = linear_grpo_loss(
+            hidden,
+            weight,
+            empty.long(),
+            torch.ones(len(bounds) - 1, device=DEVICE),
+            torch.tensor(bounds, dtype=torch.int32),
+            PolicyLoss.preset(name),
+            old_logprobs=old,
+            ref_logprobs=empty,
+            backend=backend,
+        )
+        assert output.loss == 0 and output.metrics["tokens"] == 0
+        gradients = torch.autograd.grad(output.loss, (hidden, weight))
+        assert all((gradient == 0).all() for gradient in gradients)
+        assert all(value.isfinite() for value in output.metrics.values())
+    logits = torch.zeros(0, 7, device=DEVICE)
+    assert token_logprobs(logits, empty.long(), backend=backend).logprobs.shape == (0,)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@backends
+@pytest.mark.parametrize("name", PRESETS)
+def test_all_tokens_masked(name: str, backend: Any) -> None:
+    given = given_of((3, 1, 0, 4))
+    given["weights"] = torch.zeros(8, device=DEVICE)
+    leaves = [given[key].requires_grad_() for key in ("hidden", "weight")]
+    for old in (given["old_logprobs"], None):
+        given["old_logprobs"] = old
+        output = linear_grpo_loss(**given, loss=PolicyLoss.preset(name), backend=backend)
+        gradients = torch.autograd.grad(output.loss, leaves)
+        assert output.loss == 0 and all((gradient == 0).all() for gradient in gradients)
+
+
+@backends
 @pytest.mark.parametrize("shift", [500.0, -500.0])
 @pytest.mark.parametrize("name", ["clip", "sequence", "cispo", "sapo", "gmpo", "dppo_kl"])
 def test_log_ratios_beyond_their_bound(name: str, shift: float, backend: str) -> None:
@@ -136,7 +170,7 @@ def test_log_ratios_beyond_their_bound(name: str, shift: float, backend: str) ->
     torch.testing.assert_close(found, torch.tensor([-value, -slope, r]), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@backends
 @pytest.mark.parametrize(
     ("log_ratios", "correction", "log_weight"),
     [
@@ -189,12 +223,19 @@ def test_weight_of_a_vespo_sequence(
         torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=0)
 
 
-def test_logits_far_below_zero_and_long_rows() -> None:
+@backends
+@pytest.mark.parametrize("vocab", [5, 8197])
+def test_logits_far_below_zero(vocab: int, backend: Any) -> None:
     """A log-sum-exp that started at 0 would lose rows whose logits are all very negative."""
-    logits = torch.full((2, 5), -1e4)
-    targets = torch.tensor([0, 4])
-    seen = token_logprobs(logits, targets)
-    torch.testing.assert_close(seen.logprobs, torch.full((2,), 0.2).log())
+    logits = torch.full((2, vocab), -1e4, device=DEVICE)
+    targets = torch.tensor([0, vocab - 1], device=DEVICE)
+    seen = token_logprobs(logits, targets, backend=backend)
+    wanted = torch.full((2,), math.log(vocab))
+    torch.testing.assert_close(-seen.logprobs.cpu(), wanted)
+    torch.testing.assert_close(seen.entropy.cpu(), wanted)
+
+
+def test_a_completion_of_many_tokens() -> None:
     bounds = torch.tensor([0, 100_000, 100_001], dtype=torch.int32)
     logprobs = torch.full((100_001,), -1.0)
     output = policy_loss(
@@ -203,7 +244,7 @@ def test_logits_far_below_zero_and_long_rows() -> None:
     torch.testing.assert_close(output.loss, torch.tensor(-1.0))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@backends
 def test_nan_is_not_lost_in_a_long_completion(backend: str) -> None:
     """Neither in the largest ratio, nor in the gradient of what shares a ratio with it."""
     old = -torch.rand(2100)

@@ -12,22 +12,15 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from perl_kernels import (
     PolicyLoss,
     group_advantages,
-    grpo_loss,
-    linear_grpo_loss,
-    policy_loss,
-    token_logprobs,
 )
 from perl_kernels.grouping import Baseline, Combine
 from perl_kernels.grouping import Scale as RewardScale
 from perl_kernels.objective import KL, Aggregation, Correction, Ratio
 from tests.kernels import test_arguments
-from tests.kernels.naive import Problem
-from tests.kernels.test_edges import bad_copy
 from tests.kernels.test_fuzz import Case, Groups, NearThreshold, check, check_groups
 from tests.kernels.test_losses import PRESETS, preset
 
@@ -167,126 +160,3 @@ def test_as_in_pytorch(test: Callable[..., None], monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("PERL_BACKEND", "triton")
     with torch.device(DEVICE):
         test(monkeypatch)
-
-
-def narrow(problem: Problem) -> dict[str, Tensor]:
-    """What `linear_grpo_loss` takes, in fp32."""
-    given = {
-        "hidden": problem.hidden,
-        "weight": problem.weight,
-        "targets": problem.targets,
-        **problem.loss_arguments(),
-    }
-    return {
-        name: (x.float() if x.is_floating_point() else x).to(DEVICE) for name, x in given.items()
-    }
-
-
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [
-        *(("hidden", value) for value in BAD),
-        *(("weight", math.nan), ("advantages", -math.inf), ("old_logprobs", math.inf)),
-        *(("ref_logprobs", -math.inf), ("rollout_logprobs", math.nan)),
-    ],
-)
-def test_broken_input_is_a_nan_loss(argument: str, value: float) -> None:
-    given: dict[str, Any] = {**narrow(Problem.make((3, 1, 0, 4))), "weights": None}
-    given[argument] = bad_copy(given[argument], value)
-    for name, correction in (("perl", "token_mask"), ("gspo", "sequence_truncate")):
-        loss = PolicyLoss.preset(name, correction=correction, kl="k3", kl_coef=0.1)
-        broken = {}
-        for backend in ("triton", "torch"):
-            hidden = given["hidden"].clone().requires_grad_()
-            output = linear_grpo_loss(**{**given, "hidden": hidden}, loss=loss, backend=backend)
-            assert output.loss.isnan()
-            broken[backend] = int(output.metrics["invalid_rows"])
-        assert broken["triton"] == broken["torch"] > 0
-
-
-@pytest.mark.parametrize("value", BAD)
-def test_broken_logits_and_logprobs(value: float) -> None:
-    problem = narrow(Problem.make((3, 1, 0, 4)))
-    common = {name: problem[name] for name in ("advantages", "cu_seqlens")}
-    logits = bad_copy(torch.randn(8, 13, device=DEVICE), value)
-    found = {}
-    for backend in ("triton", "torch"):
-        loss, targets = PolicyLoss.preset("grpo"), problem["targets"]
-        output = grpo_loss(logits, targets, loss=loss, **common, backend=backend)
-        assert output.loss.isnan()
-        seen = token_logprobs(logits, targets, backend=backend)
-        assert seen.logprobs[0].isnan() and seen.logprobs[1:].isfinite().all()
-        given = bad_copy(problem["old_logprobs"], value)
-        split = policy_loss(given, entropy=given, loss=loss, **common, backend=backend)
-        assert split.loss.isnan()
-        found[backend] = [int(x.metrics["invalid_rows"]) for x in (output, split)]
-    assert found["triton"] == found["torch"] == [1, 1]
-
-
-@pytest.mark.parametrize("name", ["perl", "gspo", "gmpo", "vespo"])
-def test_masked_rows_are_not_looked_at(name: str) -> None:
-    given = narrow(Problem.make((3, 1, 0, 5)))
-    loss = PolicyLoss.preset(name, kl="k3", kl_coef=0.1, entropy_coef=0.1)
-    masked = given["weights"] == 0
-    results = []
-    for filler in (0.5, math.nan, math.inf):
-        dirty = {
-            key: value.masked_fill(masked, filler) if key.endswith("_logprobs") else value
-            for key, value in given.items()
-        }
-        dirty["hidden"] = given["hidden"].masked_fill(masked[:, None], filler).requires_grad_()
-        dirty["weight"] = given["weight"].clone().requires_grad_()
-        output = linear_grpo_loss(**dirty, loss=loss, backend="triton")
-        gradients = torch.autograd.grad(output.loss, (dirty["hidden"], dirty["weight"]))
-        assert (gradients[0][masked] == 0).all() and output.metrics["invalid_rows"] == 0
-        results.append((output.loss.detach(), *gradients))
-    for other in results[1:]:
-        # A product may take another order of summation from call to call, on a GPU.
-        torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("bounds", [[0], [0, 0, 0]], ids=["no-completion", "empty"])
-@pytest.mark.parametrize("name", ["perl", "grpo", "gspo", "luspo", "gmpo", "vespo"])
-def test_nothing_to_score(name: str, bounds: list[int]) -> None:
-    weight = torch.randn(7, 4, device=DEVICE, requires_grad=True)
-    hidden = torch.zeros(0, 4, device=DEVICE, requires_grad=True)
-    empty = torch.zeros(0, device=DEVICE)
-    for old in (None, empty):
-        output = linear_grpo_loss(
-            hidden,
-            weight,
-            empty.long(),
-            torch.ones(len(bounds) - 1, device=DEVICE),
-            torch.tensor(bounds, dtype=torch.int32),
-            PolicyLoss.preset(name),
-            old_logprobs=old,
-            ref_logprobs=empty,
-            backend="triton",
-        )
-        assert output.loss == 0 and output.metrics["tokens"] == 0
-        gradients = torch.autograd.grad(output.loss, (hidden, weight))
-        assert all((gradient == 0).all() for gradient in gradients)
-        assert all(value.isfinite() for value in output.metrics.values())
-
-
-@pytest.mark.parametrize("name", ["perl", "grpo", "luspo", "gspo", "gmpo", "vespo"])
-def test_all_tokens_masked(name: str) -> None:
-    given = narrow(Problem.make((3, 1, 0, 4)))
-    given["weights"] = torch.zeros(8, device=DEVICE)
-    leaves = [given[key].requires_grad_() for key in ("hidden", "weight")]
-    for old in (given["old_logprobs"], None):
-        given["old_logprobs"] = old  # type: ignore[assignment]
-        output = linear_grpo_loss(**given, loss=PolicyLoss.preset(name), backend="triton")
-        gradients = torch.autograd.grad(output.loss, leaves)
-        assert output.loss == 0 and all((gradient == 0).all() for gradient in gradients)
-
-
-@pytest.mark.parametrize("vocab", [5, 8197])
-def test_logits_far_below_zero(vocab: int) -> None:
-    """A log-sum-exp that started at 0 would lose rows whose logits are all very negative."""
-    logits = torch.full((2, vocab), -1e4, device=DEVICE)
-    targets = torch.tensor([0, vocab - 1], device=DEVICE)
-    seen = token_logprobs(logits, targets, backend="triton")
-    wanted = torch.full((2,), math.log(vocab))
-    torch.testing.assert_close(-seen.logprobs.cpu(), wanted)
-    torch.testing.assert_close(seen.entropy.cpu(), wanted)
