@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -87,33 +86,6 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     command = f"{sys.executable} -m perl config demo | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-@pytest.mark.parametrize(
-    ("options", "names"),
-    [
-        ([], ["--prompt", "--images", "--example"]),
-        (["--prompt", "x", "--images", "9.png"], ["9.png", "path"]),
-        (["--prompt", "<image> x"], ["1 <image>", "0 images"]),
-        (["--prompt", "<image> <image> x", "--images", "0.png"], ["2 <image>", "1 images"]),
-        (["--prompt", "<image> x", "--images", "0.png", "1.png"], ["1 <image>", "2 images"]),
-        (["--prompt", "x", "--n", "0"], ["--n 0", 1]),
-        (["--prompt", "x", "--max-new-tokens", "0"], ["--max-new-tokens 0", 1]),
-        (["--prompt", "x", "--temperature", "-1"], ["--temperature -1.0", 0]),
-        (["--prompt", "x", "--seed", "-1"], ["--seed -1", 0]),
-        (["--prompt", "x", "--example", "0"], ["--example", "--prompt", "both"]),
-        (["--example", "-1"], ["--example -1", 0]),
-    ],
-)
-def test_generate_refuses(
-    options: list[str],
-    names: list[object],
-    short_recipe: Path,
-    tiny_folder: Callable[[str], Path],
-    error_of: ErrorOf,
-) -> None:
-    beside = [str(short_recipe.parent / o) if o.endswith(".png") else o for o in options]
-    tells(error_of("generate", tiny_folder("tiny-qwen2.5-vl"), *beside), *names)
 
 
 def test_a_run_is_evaluated_asked_and_reported(

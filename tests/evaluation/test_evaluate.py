@@ -16,15 +16,12 @@ from perl.config import (
     Config,
     DataConfig,
     EvalConfig,
-    ModelConfig,
     PermutationConfig,
     RolloutConfig,
 )
-from perl.evaluation.evaluate import ExampleResult, accuracies_of, aggregate, evaluate
-from perl.model.loading import load_processor
-from perl.permutation import permute
+from perl.evaluation.evaluate import ExampleResult, aggregate, evaluate
 from perl.rollout.prompts import PromptEncoder, PromptLimit
-from perl.types import EncodedPrompt, Example, Rollout
+from perl.types import Example, Rollout
 from tests.command_line import ErrorOf, run
 from tests.messages import refused, tells
 from tests.stand_ins import Asked, TableEngine, example
@@ -179,16 +176,6 @@ def test_means_in_all_and_by_task() -> None:
     }
 
 
-def test_right_in_its_own_order() -> None:
-    empty: Any = EncodedPrompt(None, None, 0, (), 0)  # type: ignore[arg-type]
-    asked = example("q", 10, 20)
-    rollouts = [
-        Rollout(permute(e, order), empty, None, None, r"\boxed{A}", True)  # type: ignore[arg-type]
-        for e, order in ((asked, (0, 1)), (asked, (1, 0)))
-    ]
-    assert accuracies_of(rollouts) == [1, 0]
-
-
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """Two questions over two pictures and a longer one over three; the darkest is right."""
@@ -274,16 +261,6 @@ def test_what_a_run_was_set_to_holds_when_its_model_is_asked(
     tells(capsys.readouterr().err, "2 examples")
     assert run("generate", folder, "--prompt", "three", "--n", "8") == 0
     tells(capsys.readouterr().out, "cut at 1 tokens")
-
-
-def test_pictures_with_the_same_bytes_and_other_palettes_are_two(
-    tiny_folder: Callable[[str], Path],
-) -> None:
-    one, other = Image.new("P", (28, 28), 1), Image.new("P", (28, 28), 1)
-    one.putpalette([0, 0, 0, 255, 0, 0])
-    other.putpalette([0, 0, 0, 0, 0, 255])
-    encode = load_processor(str(tiny_folder("tiny-qwen2.5-vl")), ModelConfig()).encode_image
-    assert encode(one).key != encode(other).key
 
 
 def test_help_shows_what_evaluate_uses(capsys: pytest.CaptureFixture[str]) -> None:

@@ -257,36 +257,6 @@ def test_the_data_of_the_run_or_others(
     assert len(read(data.with_name("rows.filtered.jsonl"))) == ROWS
 
 
-def test_a_higher_limit_measures_what_was_left_out(
-    data: Path, run: Run, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A question of the second chunk has a longer prompt than the others."""
-    originals = read(data)
-    originals[35]["question"] += " Which image shows three ?" * 20
-    data.write_text("".join(json.dumps(row) + "\n" for row in originals))
-    record = data.with_name("rows.accuracies.jsonl")
-
-    def measured() -> list[tuple[str, float | None, int]]:
-        return [(row["id"], row["accuracy"], row["rollouts"]) for row in read(record)]
-
-    assert run("--data", data) == 0
-    whole = measured()
-    short = ("--data", data, "--max-prompt-tokens", 60, "--overlong", "drop")
-    assert run(*short, "--overwrite") == 0
-    left = record.read_bytes()
-    assert measured()[35] == ("q35", None, 0) and measured()[:CHUNK] == whole[:CHUNK]
-    assert run(*short) == 0 and record.read_bytes() == left
-    caplog.clear()
-    assert run("--data", data, "--max-prompt-tokens", 400) == 0
-    again = [r.getMessage() for r in caplog.records if "max_prompt_tokens" in r.getMessage()]
-    assert len(again) == 1
-    tells(again[0], record, "max_prompt_tokens = 60", "400")
-    assert measured() == whole
-    limits = [row["max_prompt_tokens"] for row in read(record)]
-    assert limits == [60] * CHUNK + [400] * (ROWS - CHUNK)  # The first chunk was not done again.
-    assert run("--data", data) == 0 and measured() == whole
-
-
 FEW = ("--max-new-tokens", 3, "--limit", 4)
 TAGGED = RewardConfig(functions=("accuracy(tags=True)", "format"), weights=(0.9, 0.1))
 

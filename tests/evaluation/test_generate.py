@@ -123,6 +123,9 @@ def test_a_held_out_example(
         (["--example", 0, "--images", "nine.png"], ["--example", "--images"]),
         (["--prompt", "x", "--n", 0], ["--n 0", "1"]),
         (["--prompt", "x", "--temperature", -1], ["--temperature -1.0", "0"]),
+        (["--prompt", "x", "--max-new-tokens", 0], ["--max-new-tokens 0", "1"]),
+        (["--prompt", "x", "--seed", -1], ["--seed -1", "0"]),
+        (["--example", -1], ["--example -1", "0"]),
         (["--prompt", "x", "--images", "ten.png"], ["ten.png"]),
     ],
 )

@@ -474,24 +474,6 @@ def test_a_policy_that_likes_one_letter_is_found_out(
     assert "published" not in table
 
 
-@pytest.mark.parametrize(("images", "consistency"), [(2, 0.0), (3, 0.2), (4, 5 / 23)])
-def test_one_letter_and_several_images(
-    images: int,
-    consistency: float,
-    evaluate: Evaluate,
-    engine: TableEngine,
-    tmp_path: Path,
-) -> None:
-    """Among all orders of n images some have the same one in the first place."""
-    mantis_eval(tmp_path / "suites" / "mantis_eval", [mantis_choice(images)])
-    engine.answer = always(r"\boxed{A}")
-    assert evaluate("--orders", 24, suites=tmp_path / "suites") == 0
-    moved = summary(tmp_path / "out")["mantis_eval"]["orders"]
-    assert moved["orders"] == math.factorial(images)
-    assert moved["accuracy"] == pytest.approx(1 / images)
-    assert moved["consistency"] == pytest.approx(consistency)
-
-
 @pytest.mark.parametrize("gold", ["42", "", "F"])
 def test_options_without_a_right_letter_are_found_before_a_model_is_loaded(
     gold: str, without_weights: Path, tmp_path: Path, error_of: ErrorOf

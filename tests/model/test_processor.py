@@ -64,10 +64,12 @@ def test_our_prompt_is_the_stock_processors(name: str, load, tiny_folder) -> Non
 
 def test_slots_and_images_must_match(load) -> None:
     _, processor = load(TINY_QWEN[0])
-    with refused("row 3", "2 <image>", "1 images"):
-        processor.encode_messages(
-            (Message("user", "<image> <image> ?"),), [picture(28, 28, 0)], "row 3"
-        )
+    for slots, images in ((2, 1), (1, 0), (1, 2)):
+        pictures = [picture(28, 28, 0)] * images
+        with refused("row 3", f"{slots} <image>", f"{images} images"):
+            processor.encode_messages(
+                (Message("user", "<image> " * slots + "?"),), pictures, "row 3"
+            )
     with refused("row 3", "<|image_pad|>", "<image>"):
         processor.encode_messages((Message("user", "<|image_pad|> ?"),), [], "row 3")
 
@@ -102,6 +104,10 @@ def test_a_picture_is_processed_once_while_it_is_kept(
         before = len(made)
         processor.encode_image(picture_)
         assert len(made) == before + times
+    red, blue = (Image.new("P", (28, 28), 1) for _ in range(2))
+    for palette, image in (([255, 0, 0], red), ([0, 0, 255], blue)):
+        image.putpalette([0, 0, 0, *palette])
+    assert processor.encode_image(red).key != processor.encode_image(blue).key
     # One over the bound by itself is kept until the next.
     monkeypatch.setattr(processor_module, "_CACHE_BYTES", 0)
     assert processor.encode_image(wide) is processor.encode_image(wide)
