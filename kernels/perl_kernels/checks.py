@@ -225,4 +225,5 @@ def check_normalizer(normalizer: object) -> None:
 def check_weights(weights: object, n_tokens: int) -> None:
     tensor = check_length("weights", weights, n_tokens)
     if values_visible(tensor) and tensor.dtype != torch.bool and (tensor < 0).any():
-        raise ValueError(f"weights holds {tensor.min().item()}, must be at least 0")
+        # Of the negative ones: the least of all is NaN where there is one.
+        raise ValueError(f"weights holds {tensor[tensor < 0].min().item()}, must be at least 0")
