@@ -127,19 +127,6 @@ def test_several_rewards_normalised_first() -> None:
     )
 
 
-def test_grouped_rewards_are_its_arguments() -> None:
-    rewards = torch.rand(6)
-    options: dict[str, Any] = {"scale": "none", "baseline": "leave_one_out"}
-    grouped = GroupedRewards(rewards, [2, 4], **options)
-    wanted = group_advantages(rewards, [2, 4], **options)
-    bounds = torch.tensor([0, 1, 2, 3, 4, 5, 6], dtype=torch.int32)
-    logprobs, loss = -torch.rand(6), PolicyLoss.preset("reinforce")
-    torch.testing.assert_close(
-        policy_loss(logprobs, grouped, bounds, loss).loss,
-        policy_loss(logprobs, wanted.advantages, bounds, loss).loss,
-    )
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "names"),
     [

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from perl_kernels import (
-    GroupedRewards,
     PolicyLoss,
-    group_advantages,
     grpo_loss,
     linear_grpo_loss,
     linear_token_logprobs,
@@ -25,11 +23,8 @@ from perl_kernels import (
 )
 from perl_kernels.objective import KL, Aggregation, Correction
 from tests.kernels.naive import Problem, naive_logprobs, naive_loss
+from tests.kernels.test_objective import PRESETS
 
-PRESETS = [
-    *("perl", "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "gspo_token", "luspo"),
-    *("cispo", "sapo", "vespo", "gmpo", "dppo_tv", "dppo_kl", "reinforce"),
-]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -205,16 +200,6 @@ def test_bounds_of_the_ratio_of_negative_advantages(bound: dict[str, float]) -> 
     problem = Problem.make(seed=6)
     problem = replace(problem, advantages=-problem.advantages.abs() - 0.1)
     check(PolicyLoss(**bound), problem)  # type: ignore[arg-type]
-
-
-def test_grouped_rewards_are_normalised_inside() -> None:
-    problem = Problem.make()
-    rewards = torch.tensor([1.0, 0.0, 0.5, float("nan"), 1.0])
-    grouped = GroupedRewards(rewards=rewards, group_sizes=[2, 3])
-    inside = policy_loss(problem.old_logprobs, grouped, problem.cu_seqlens, PolicyLoss())
-    advantages = group_advantages(rewards, [2, 3]).advantages
-    outside = policy_loss(problem.old_logprobs, advantages, problem.cu_seqlens, PolicyLoss())
-    assert inside.loss == outside.loss
 
 
 @pytest.mark.parametrize("name", PRESETS)

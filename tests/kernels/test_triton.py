@@ -22,7 +22,8 @@ from perl_kernels.grouping import Scale as RewardScale
 from perl_kernels.objective import KL, Aggregation, Correction, Ratio
 from tests.kernels import test_arguments
 from tests.kernels.test_fuzz import Case, Groups, NearThreshold, check, check_groups
-from tests.kernels.test_losses import PRESETS, preset
+from tests.kernels.test_losses import preset
+from tests.kernels.test_objective import PRESETS
 
 pytest.importorskip("triton")
 
