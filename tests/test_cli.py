@@ -1,9 +1,8 @@
-"""The commands: what each refuses in one line, what it leaves alone, and how a run is stopped and goes on."""
+"""The commands: what each refuses in one line and what it leaves alone."""
 
 import errno
 import json
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -16,25 +15,8 @@ import torch
 from perl import cli
 from perl import files as hub
 from perl.cli import COMMANDS
-from tests.command_line import ErrorOf, metrics, rewarded, run
+from tests.command_line import ErrorOf, run
 from tests.messages import tells
-
-STOPPER = """
-import os, signal
-from pathlib import Path
-
-def f(prompts, completions, **columns):
-    flag = Path(__file__).with_suffix(".flag")
-    if not flag.exists():
-        flag.touch()
-        os.kill(os.getpid(), signal.{})
-    return [float(i % 2) for i in range(len(completions))]
-"""
-"""A reward that sends this process a signal the first time it is called."""
-
-
-def steps(folder: Path) -> list[int]:
-    return [row["step"] for row in metrics(folder)]
 
 
 @pytest.mark.parametrize(
@@ -129,49 +111,6 @@ def test_folders_that_are_no_runs(short_recipe: Path, tmp_path: Path, error_of: 
     ):
         tells(error_of("train", short_recipe, "--overwrite", "--run.dir", folder), *names)
     assert len(list(other.iterdir())) == 2
-
-
-def test_train_resume_goes_on_in_the_folder(
-    short_recipe: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = short_recipe.parent / "run"
-    reward = rewarded(folder.parent, STOPPER.format("SIGINT"))
-    command = ("train", short_recipe, "--resume", "--train.steps", "2", *reward)
-    before = signal.getsignal(signal.SIGINT)
-    assert run(*command) == 130
-    assert signal.getsignal(signal.SIGINT) is before
-    assert steps(folder) == [1]
-    capsys.readouterr()
-    assert run(*command, "--train.lr", "1") == 0
-    tells(capsys.readouterr().err, folder / "config.toml", "train.lr")
-    assert steps(folder) == [1, 2]
-
-
-def test_a_signal_stops_after_a_checkpoint_and_resume_goes_on(
-    short_recipe: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = short_recipe.parent / "run"
-    before = signal.getsignal(signal.SIGTERM)
-    reward = rewarded(folder.parent, STOPPER.format("SIGTERM"))
-    assert run("train", short_recipe, "--train.steps", "2", *reward) == 130
-    assert signal.getsignal(signal.SIGTERM) is before
-    tells(capsys.readouterr().err.splitlines()[-1], "rl step 1", f"perl-rl resume {folder}")
-    assert steps(folder) == [1]
-    assert (folder / "checkpoints" / "000001" / "manifest.json").exists()
-    assert run("resume", folder) == 0
-    assert steps(folder) == [1, 2]
-    assert (folder / "models" / "final" / "config.json").exists()
-
-
-def test_a_second_signal_stops_at_once(
-    short_recipe: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    # Rewards are computed in a thread; the main thread takes one signal at a time.
-    kill = "os.kill(os.getpid(), signal.SIGINT); time.sleep(0.3)"
-    twice = f"import os, signal, time\ndef f(**columns):\n    {kill}\n    {kill}\n    time.sleep(9)"
-    reward = rewarded(short_recipe.parent, twice)
-    assert run("train", short_recipe, *reward) == 130
-    tells(capsys.readouterr().err.splitlines()[-1], "stopped", "perl-rl resume", "RUN")
 
 
 def test_without_network_the_hub_is_given_up_within_seconds(

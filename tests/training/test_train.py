@@ -1,6 +1,7 @@
-"""Whole runs of tiny models by the command line: what they leave, what they train, and a process that is killed."""
+"""Whole runs of tiny models by the command line: what they leave, what they train, and how they are stopped, killed and go on."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tests.command_line import (
     untimed,
     wait_for,
 )
+from tests.messages import tells
 
 SHORT = (
     "--run.seeds --run.trackers tensorboard --run.save-rollouts-every 1 --cold-start.steps 1 "
@@ -80,6 +82,56 @@ def test_training_changes_what_is_trained_and_nothing_else(
     after = load_file(short_recipe.parent / "run" / "models" / "final" / "model.safetensors")
     moved = {n for n in before if not torch.equal(before[n], after[n])}
     assert moved == {name for name in before if trained(name)}
+
+
+STOPPER = """
+import os, signal
+from pathlib import Path
+
+def f(prompts, completions, **columns):
+    flag = Path(__file__).with_suffix(".flag")
+    if not flag.exists():
+        flag.touch()
+        os.kill(os.getpid(), signal.{})
+    return [float(i % 2) for i in range(len(completions))]
+"""
+"""A reward that sends this process a signal the first time it is called."""
+
+
+def steps(folder: Path) -> list[int]:
+    return [row["step"] for row in metrics(folder)]
+
+
+@pytest.mark.parametrize(("name", "again"), [("SIGTERM", "resume"), ("SIGINT", "train")])
+def test_a_signal_stops_after_a_checkpoint_and_the_run_goes_on(
+    name: str, again: str, short_recipe: Path, two_tokens: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By `resume`, or by `train --resume`, which says which of its options do not hold."""
+    folder, number = short_recipe.parent / "run", signal.Signals[name]
+    reward = rewarded(folder.parent, STOPPER.format(name))
+    train = ("train", short_recipe, "--resume", "--train.steps", "2", *reward)
+    before = signal.getsignal(number)
+    assert run(*train) == 130
+    assert signal.getsignal(number) is before
+    tells(capsys.readouterr().err.splitlines()[-1], "rl step 1", f"perl-rl resume {folder}")
+    assert steps(folder) == [1]
+    assert (folder / "checkpoints" / "000001" / "manifest.json").exists()
+    assert run(*(("resume", folder) if again == "resume" else (*train, "--train.lr", "1"))) == 0
+    if again == "train":
+        tells(capsys.readouterr().err, folder / "config.toml", "train.lr")
+    assert steps(folder) == [1, 2]
+    assert (folder / "models" / "final" / "weights").exists()
+
+
+def test_a_second_signal_stops_at_once(
+    short_recipe: Path, two_tokens: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Rewards are computed in a thread; the main thread takes one signal at a time.
+    kill = "os.kill(os.getpid(), signal.SIGINT); time.sleep(0.3)"
+    twice = f"import os, signal, time\ndef f(**columns):\n    {kill}\n    {kill}\n    time.sleep(9)"
+    reward = rewarded(short_recipe.parent, twice)
+    assert run("train", short_recipe, *reward) == 130
+    tells(capsys.readouterr().err.splitlines()[-1], "stopped", "perl-rl resume", "RUN")
 
 
 @pytest.mark.slow
