@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from typing import Any
 
 import numpy as np
@@ -89,14 +89,18 @@ def test_one_request_that_fails_costs_one_rollout(
 @pytest.mark.parametrize("function", ["judge", "caption_facts"])
 def test_the_options_of_what_is_asked(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, running, most = [], 0, 0
+    lock, three = threading.Lock(), threading.Barrier(3)
 
     def reply(body: dict[str, Any], headers: Any) -> Reply:
         nonlocal running, most
-        running += 1
-        most = max(most, running)
-        asked.append(body["max_tokens"])
-        time.sleep(0.1)
-        running -= 1
+        with lock:
+            running += 1
+            most = max(most, running)
+            asked.append(body["max_tokens"])
+        if body["max_tokens"] == 77:
+            three.wait(20)
+        with lock:
+            running -= 1
         return says("yes" if function == "judge" else "1")
 
     with serving(reply) as url:
