@@ -1,7 +1,6 @@
 """Bad data, rewards and models: one line that says what, where and what to do; nothing foreign is run."""
 
 import json
-import random
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -11,14 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from perl.model.loading import load_policy
 from perl.recipe import load_recipe
-from perl.training.checkpoint import CheckpointManager
 from perl.training.components import check_setup
-from tests.command_line import ErrorOf, json_lines, metrics, rewarded, run
+from tests.command_line import ErrorOf, json_lines, rewarded, run
 from tests.messages import refused, tells
 
 ROOT = Path(__file__).parents[1]
@@ -75,29 +72,6 @@ def test_mistakes_in_the_data_are_found_before_anything_is_written(
     for source in (("--data.train", data), ("--data.eval", data, "--eval.examples", "6")):
         tells(error_of("train", short_recipe, *source, *options), *names)
     assert not (short_recipe.parent / "run").exists()
-
-
-def test_an_image_cut_short_stops_a_run_that_keeps_its_last_step(
-    short_recipe: Path, error_of: ErrorOf
-) -> None:
-    folder = short_recipe.parent
-    Image.effect_noise((200, 200), 50).save(folder / "whole.png")
-    (folder / "cut.png").write_bytes((folder / "whole.png").read_bytes()[:9000])
-    data = write_rows(short_recipe, images=["0.png", "cut.png"])
-    # One row a step, in the sequence that the stream shuffles them into: this many come before row 4.
-    sequence = list(range(6))
-    random.Random("1/0").shuffle(sequence)
-    complete = sequence.index(3)
-    options = ("--train.examples-per-step", "1", "--filter.max-tries", "1")
-    options += ("--train.steps", str(complete + 2))
-    said = error_of("train", short_recipe, "--data.train", data, *options)
-    tells(said, f"{data} line 4, image 2", folder / "cut.png", "replace")
-    assert [row["step"] for row in metrics(folder / "run")] == list(range(1, complete + 1))
-    newest = CheckpointManager(folder / "run" / "checkpoints", 2).load()
-    assert newest is not None and (newest[1].stage, newest[1].step) == ("rl", complete)
-    shutil.copy(folder / "whole.png", folder / "cut.png")
-    assert run("resume", folder / "run") == 0
-    assert [row["step"] for row in metrics(folder / "run")] == list(range(1, complete + 3))
 
 
 def content(folder: Path) -> dict[str, bytes]:
