@@ -270,6 +270,7 @@ def start(tried: Edit, folder: Path) -> int:
     if pid:
         return pid
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     out = os.open(folder / "out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(out, stream)
@@ -391,6 +392,8 @@ def main() -> None:
     parser.add_argument("-v", action="store_true", help="say which test caught an edit")
     options = parser.parse_args()
     os.chdir(ROOT)
+    # So that what was started ends with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     for module in PRELOADED.split():
         importlib.import_module(module)
     # tqdm's own lock is shared with forked processes, which may be killed while they hold it.
