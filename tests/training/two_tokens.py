@@ -157,11 +157,14 @@ class Together:
             except BaseException as error:
                 out[index] = error
 
-        threads = [threading.Thread(target=thread, args=(i,)) for i in range(self.count)]
+        threads = [
+            threading.Thread(target=thread, args=(i,), daemon=True) for i in range(self.count)
+        ]
         for each in threads:
             each.start()
         for each in threads:
             each.join(60)
+        assert not any(each.is_alive() for each in threads), "a process waits for ever"
         return out
 
     def stop(self) -> AbstractContextManager[StopSignal]:
