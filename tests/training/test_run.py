@@ -6,6 +6,8 @@ import json
 import math
 import os
 import signal
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from tests.training.two_tokens import (
     Together,
     config_of,
     saved,
+    stand_in,
     train_in,
 )
 
@@ -63,8 +66,26 @@ filter = { zero_variance = true, reuse_overflow = true, replay = 2 }
 """
 
 
+FIVE = "run.checkpoint_every = 0\ntrain = { steps = 5, updates_per_batch = 2 }"
+
+
 def staged(folder: Path) -> Any:
     return config_of(folder, STAGES.replace("FOLDER", str(folder)))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function from the keys of a recipe to the folder of a run that nothing has stopped."""
+
+    @cache
+    def run(more: str) -> Path:
+        root = tmp_path_factory.mktemp("whole")
+        with pytest.MonkeyPatch.context() as patch:
+            stand_in(patch)
+            train_in(root / "run", config_of(root, more.replace("FOLDER", str(root))))
+        return root / "run"
+
+    return run
 
 
 def test_what_a_run_of_four_stages_leaves(
@@ -142,11 +163,13 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("written", [False, True])
 def test_a_run_that_is_killed_at_each_record_ends_as_one_that_is_not(
-    written: bool, tmp_path: Path, two_tokens: None, monkeypatch: pytest.MonkeyPatch
+    written: bool,
+    tmp_path: Path,
+    two_tokens: None,
+    whole: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = staged(tmp_path)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train_in(whole, config)
+    config, broken, unbroken = staged(tmp_path), tmp_path / "broken", whole(STAGES)
     append, lived = RunFolder.append, 0
 
     def mortal(self: RunFolder, record: Path, row: dict[str, Any]) -> None:
@@ -169,22 +192,22 @@ def test_a_run_that_is_killed_at_each_record_ends_as_one_that_is_not(
             break
         except Killed:
             deaths += 1
-    assert deaths == len(metrics(whole)) == 16
-    assert untimed(broken) == untimed(whole)
-    assert (broken / "rollouts.jsonl").read_text() == (whole / "rollouts.jsonl").read_text()
+    assert deaths == len(metrics(unbroken)) == 16
+    assert untimed(broken) == untimed(unbroken)
+    assert (broken / "rollouts.jsonl").read_text() == (unbroken / "rollouts.jsonl").read_text()
     for name in ("warm", "easy", "final"):
-        one, other = (load_file(f / "models" / name / "weights") for f in (whole, broken))
+        one, other = (load_file(f / "models" / name / "weights") for f in (unbroken, broken))
         assert all(torch.equal(one[k], other[k]) for k in one)
 
 
-FIVE = "train = { steps = 5, updates_per_batch = 2 }"
-
-
 def test_a_stop_saves_the_step_it_came_in(
-    tmp_path: Path, two_tokens: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    two_tokens: None,
+    whole: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The signal comes in the first of two updates; a second one stops at once."""
-    config = config_of(tmp_path, f"run.checkpoint_every = 0\n{FIVE}")
+    config = config_of(tmp_path, FIVE)
     step, folder = Optimizer.step, tmp_path / "run"
     signals = iter([0, 0, 1, 0, 0, 2])
 
@@ -202,41 +225,49 @@ def test_a_stop_saves_the_step_it_came_in(
         train_in(folder, config, resume=True)
     assert saved(folder) == [("rl", 2)] and len(metrics(folder, "rl")) == 2
     train_in(folder, config, resume=True)
-    train_in(tmp_path / "whole", config)
-    assert untimed(folder) == untimed(tmp_path / "whole")
+    assert untimed(folder) == untimed(whole(FIVE))
 
 
 @pytest.mark.parametrize(
-    ("call", "point", "records"),
-    [(1, None, 3), (2, ("before", 0), 4), (6, ("easy", 2), 8)],
-    ids=["filter", "before", "along the way"],
+    ("call", "fails", "point", "records"),
+    [
+        (1, False, ("sift", 0), 3),
+        (2, False, ("before", 0), 4),
+        (6, False, ("easy", 2), 8),
+        (6, True, ("easy", 2), 7),
+    ],
+    ids=["filter", "before", "along the way", "failure along the way"],
 )
-def test_a_stop_in_a_measurement(
+def test_a_stop_or_a_failure_in_a_measurement(
     call: int,
-    point: tuple[str, int] | None,
+    fails: bool,
+    point: tuple[str, int],
     records: int,
     tmp_path: Path,
     two_tokens: None,
+    whole: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It ends the measurement, but for one along the way, which belongs to a step and is finished with it."""
+    """It ends the measurement. One along the way belongs to a step: a stop lets it finish, and after a failure it is
+    made when the run goes on."""
     config, folder = staged(tmp_path), tmp_path / "run"
     generate, calls = OwnEngine.generate, 0
 
-    def stopped(self: OwnEngine, *arguments: Any) -> Any:
+    def ended(self: OwnEngine, *arguments: Any) -> Any:
         nonlocal calls
         calls += 1
+        if calls == call and fails:
+            raise UserError("a picture cannot be read")
         if calls == call:
             os.kill(os.getpid(), signal.SIGTERM)
         return generate(self, *arguments)
 
-    monkeypatch.setattr(OwnEngine, "generate", stopped)
-    with pytest.raises(Interrupted):
+    monkeypatch.setattr(OwnEngine, "generate", ended)
+    with refused("picture") if fails else pytest.raises(Interrupted):
         train_in(folder, config)
-    assert saved(folder)[-1] == (point or ("sift", 0)) and len(metrics(folder)) == records
+    assert saved(folder)[-1] == point and len(metrics(folder)) == records
     train_in(folder, config, resume=True)
-    train_in(tmp_path / "whole", config)
-    assert untimed(folder) == untimed(tmp_path / "whole")
+    assert untimed(folder) == untimed(whole(STAGES))
 
 
 @pytest.mark.parametrize(
@@ -249,10 +280,11 @@ def test_a_failure_keeps_the_steps_before_it_unless_it_came_between_updates(
     kept: list[tuple[str, int]],
     tmp_path: Path,
     two_tokens: None,
+    whole: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Between updates the weights are those of no step, so the run has to go on from an earlier checkpoint."""
-    config = config_of(tmp_path, f"run.checkpoint_every = 0\n{FIVE}")
+    config = config_of(tmp_path, FIVE)
     step, done, folder = Optimizer.step, 0, tmp_path / "run"
 
     def failing(self: Optimizer, *arguments: Any) -> dict[str, float]:
@@ -267,30 +299,7 @@ def test_a_failure_keeps_the_steps_before_it_unless_it_came_between_updates(
         train_in(folder, config)
     assert saved(folder) == kept
     train_in(folder, config, resume=True)
-    train_in(tmp_path / "whole", config)
-    assert untimed(folder) == untimed(tmp_path / "whole")
-
-
-def test_a_failed_evaluation_along_the_way_is_made_when_the_run_goes_on(
-    tmp_path: Path, two_tokens: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, folder = staged(tmp_path), tmp_path / "run"
-    generate, calls = OwnEngine.generate, 0
-
-    def failing(self: OwnEngine, *arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 6:
-            raise UserError("a picture cannot be read")
-        return generate(self, *arguments)
-
-    monkeypatch.setattr(OwnEngine, "generate", failing)
-    with refused("picture"):
-        train_in(folder, config)
-    assert saved(folder)[-1] == ("easy", 2) and len(metrics(folder)) == 7
-    train_in(folder, config, resume=True)
-    train_in(tmp_path / "whole", config)
-    assert untimed(folder) == untimed(tmp_path / "whole")
+    assert untimed(folder) == untimed(whole(FIVE))
 
 
 def test_checkpoints_and_records_come_when_due(tmp_path: Path, two_tokens: None) -> None:
