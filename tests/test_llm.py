@@ -35,7 +35,7 @@ def text_of(body: dict[str, Any]) -> str:
 
 
 def test_completions_come_in_order_and_side_by_side() -> None:
-    under_way, most, lock = 0, 0, threading.Lock()
+    under_way, most, lock, three = 0, 0, threading.Lock(), threading.Barrier(3)
 
     def reply(body: dict[str, Any], headers: dict[str, str]) -> Reply:
         nonlocal under_way, most
@@ -43,7 +43,9 @@ def test_completions_come_in_order_and_side_by_side() -> None:
             under_way += 1
             most = max(most, under_way)
         text = text_of(body)
-        time.sleep(0.03 if text in ("0", "1") else 0.01)
+        if text != "x":  # Three at a time wait for each other; the first of them answers last.
+            three.wait(10)
+            time.sleep(0.02 if text == "0" else 0)
         with lock:
             under_way -= 1
         assert body["path"] == "/v1/chat/completions" and body["model"] == "m"

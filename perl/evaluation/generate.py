@@ -77,6 +77,6 @@ def _held_out(config: Config, number: int) -> Example:
     examples = load_examples(config.data.eval, config.data, "test", EVAL_SEED, number + 1)
     if number >= len(examples):
         raise UserError(
-            f"--example {number}: the data has only {len(examples)} examples, the first of them 0"
+            f"--example {number}: the data has {len(examples)} examples, numbered from 0"
         )
     return examples[number]

@@ -174,7 +174,8 @@ class Scorer:
             first, fault = next(iter(faults.items()))
             where = f"example '{batch['id'][first]}'" if "id" in batch else f"completion {first}"
             if len(faults) == count:
-                own = fault.error is not None and function.function in BUILT_IN.values()
+                # What a reward of ours refuses is a value of the data or of its options.
+                own = isinstance(fault.error, ValueError) and function.function in BUILT_IN.values()
                 advice = "correct its data, or the reward's options" if own else fault.advice
                 raise UserError(
                     f"reward function '{name}' {fault.what} {where}; {advice}"

@@ -78,7 +78,7 @@ def measure(
             if bare.id in seen:
                 raise UserError(
                     f"suite {items.suite.name}: two items have the id {bare.id}; "
-                    "the files are not the published ones"
+                    "get the published files again, in a folder of their own"
                 )
             seen.add(bare.id)
             variants = [
