@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError
 
 import pytest
+import torch
 
 from perl.training import doctor
 from tests.command_line import run
@@ -21,9 +22,16 @@ def line(said: str, name: str) -> str:
     return " ".join(found.removeprefix(name).split())
 
 
-def test_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def choose(*asked: object) -> tuple[str, str]:
+        return "sdpa", " ".join(map(str, asked))
+
+    monkeypatch.setattr("perl.model.packed.attention.choose", choose)
     code, said = examined(capsys)
     assert code == 0
+    cuda = torch.cuda.is_available()
+    asked = f"auto {'cuda' if cuda else 'cpu'} {cuda and torch.cuda.is_bf16_supported()}"
+    assert line(said, "attention") == f"sdpa ({asked})"
     assert line(said, "math-verify")[0].isdigit() and line(said, "transformers")[0].isdigit()
     tells(line(said, "endpoint"), "none", "PERL_LLM_URL", "PERL_LLM_MODEL")
 

@@ -14,10 +14,12 @@ import torch
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
-from perl.config import Config, StageConfig
+from perl.cli import parse
+from perl.config import Config, RolloutConfig, StageConfig
 from perl.timing import StageClock, span, span_of_backward
-from perl.training.profile_report import add_device, figures, print_report
+from perl.training.profile_report import add_device, figures, hints, print_report
 from tests.command_line import ErrorOf, finish, rewarded, run, spawn_two
+from tests.messages import tells
 
 STAGES = """
 [[stages]]
@@ -318,3 +320,44 @@ def test_each_process_leaves_a_trace(short_recipe: Path) -> None:
     traces = {"trace-0.json.gz", "trace-1.json.gz"}
     assert {p.name for p in folder.iterdir()} == {*traces, "profile.json", "config.toml"}
     check_sums(json.loads((folder / "profile.json").read_text()))
+
+
+def test_every_group_is_trained_on_at_every_step(short_recipe: Path) -> None:
+    given = "--filter.min-accuracy 0.2 --filter.max-accuracy 0.8 --eval.every 2 --train.steps 1"
+    config = parse(
+        "profile", [str(short_recipe), "--steps", "3", *given.split()]
+    ).config_to_profile()
+    kept = config.filter
+    assert (kept.zero_variance, kept.min_accuracy, kept.max_accuracy) == (False, 0.0, 1.0)
+    # One to warm up, three that are timed and one that is traced.
+    assert (config.train.steps, config.eval.every, config.run.log_every) == (5, 0, 1)
+    assert (config.run.checkpoint_every, config.run.save_rollouts_every) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "metrics", "about"),
+    [
+        # Of 10 s: a tower's share, its backward's, and the rollout's.
+        ({"update/vision": 1.5, "update/vision.backward": 1.0}, {}, ["freeze_vision"]),
+        ({"update/vision": 1.0, "update/vision.backward": 1.0}, {}, []),
+        ({"update/vision": 3.0}, {}, []),
+        ({"rollout/decode": 4.5}, {"tokens/completion": 600}, ["rollout.batch_size"]),
+        ({"rollout/decode": 4.0}, {"tokens/completion": 600}, []),
+        ({"rollout/decode": 4.5}, {"tokens/completion": 512}, []),
+        ({}, {"length/truncated": 0.6}, ["max_new_tokens"]),
+        ({}, {"length/truncated": 0.5}, []),
+        ({}, {"groups/zero_variance": 1}, ["filter.zero_variance"]),
+    ],
+)
+def test_hints_follow_from_shares(
+    seconds: dict[str, float], metrics: dict[str, float], about: list[str]
+) -> None:
+    out = {
+        "seconds_per_step": 10.0,
+        "stages": {name: {"seconds": s} for name, s in seconds.items()},
+        "metrics": {"length/mean": 2, "groups/seen": 4, "tokens/completion": 2, **metrics},
+    }
+    found = list(hints(out, Config(rollout=RolloutConfig(batch_size=256))))
+    assert len(found) == len(about)
+    for hint, name in zip(found, about, strict=True):
+        tells(hint, name)

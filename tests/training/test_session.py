@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from perl.distributed import StopSignal
+from perl.recipe import filtered_file
 from perl.report.progress import Display
 from perl.training.session import Session
 from tests.messages import refused
@@ -122,3 +123,24 @@ def test_one_point_is_saved_once(tmp_path: Path, two_tokens: None) -> None:
         session.save()
     again(session).save()
     assert saved(session.folder.root) == [("cold_start", 1), ("cold_start", 2)]
+
+
+def test_a_stage_behind_a_filter_reads_what_it_left(tmp_path: Path, two_tokens: None) -> None:
+    more = tmp_path / "more.jsonl"
+    stages = """
+        [[stages]]
+        name = "sift"
+        kind = "filter"
+        data.train = "MORE"
+        [[stages]]
+        name = "hard"
+        kind = "rl"
+        data.mix = ["MORE*3"]
+    """.replace("MORE", str(more))
+    session = session_of(config_of(tmp_path, stages), tmp_path / "run")
+    sources = []
+    for stage in session.stages:
+        session.enter_stage(stage)
+        sources.append([session.components.source(str(f))[0] for f in (more, tmp_path / "other")])
+    left = str(filtered_file(session.folder.root, "sift"))
+    assert sources == [[str(more), str(tmp_path / "other")], [left, str(tmp_path / "other")]]
