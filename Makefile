@@ -34,7 +34,7 @@ test: $(STAMP) ## run the tests; ARGS="-k pack" selects some
 	.venv/bin/python -m pytest --numprocesses $(THREADS) --dist worksteal $(ARGS)
 
 mutants: $(STAMP) ## whether the tests notice small wrong edits of the core, an hour; ARGS="--only rollout" is one package
-	@.venv/bin/python -c 'import cosmic_ray' 2>/dev/null || $(PIP) '.[mutants]'
+	@.venv/bin/python -c 'import cosmic_ray' 2>/dev/null || { echo "Installing cosmic-ray"; $(PIP) --editable '.[mutants]'; }
 	.venv/bin/python -m tests.mutants $(ARGS)
 
 lint: $(STAMP) ## ruff and pyright

@@ -13,6 +13,7 @@ _SENTENCE = re.compile(r"[A-Za-z']{2,} [A-Za-z']+ [A-Za-z']{2,}")
 
 def tells(said: object, *names: object) -> None:
     """Fails unless the text has each of these, as whole words: keys, options, commands, files, values."""
+    assert names, "a message names a place or a remedy: say which"
     for name in map(str, names):
         assert not _SENTENCE.search(name), f"{name!r} is a sentence, which may be reworded"
         found = re.search(rf"(?<!\w){re.escape(name)}(?!\w)", str(said))

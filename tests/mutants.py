@@ -383,19 +383,42 @@ def seconds_without(work: dict[str, list[Edit]], jobs: int) -> dict[str, float]:
     for outcome in attempt(list(names), math.inf, jobs):
         name = names[outcome.edit]
         if outcome.caught:
-            sys.exit(f"{outcome.output}\nerror: {name}: without an edit these tests do not pass")
+            sys.exit(
+                f"{outcome.output}\nerror: {name}: these tests do not pass without an edit; mend them first"
+            )
         found[name] = outcome.seconds
     return found
 
 
+def _part(given: str) -> str:
+    """What `--only` may be."""
+    given = given.rstrip("/")
+    sources = [sources for sources, _ in PACKAGES.values()]
+    inside = any(f"{given}/".startswith(f"{s}/") for s in ("perl", *sources))
+    if given in (*PACKAGES, "lists") or (inside and (ROOT / given).exists()):
+        return given
+    raise argparse.ArgumentTypeError(
+        f"{given}: give {', '.join(PACKAGES)}, lists, or a folder or file of perl/ or kernels/perl_kernels/"
+    )
+
+
+def _count(given: str) -> int:
+    if not given.isdigit() or int(given) < 1:
+        raise argparse.ArgumentTypeError(f"{given}: give 1 or more")
+    return int(given)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default="", help="a package, a folder, a file, or `lists`")
-    parser.add_argument("--sample", type=int, default=60, help="edits of each package (60)")
+    parser = argparse.ArgumentParser("make mutants", description=__doc__.split("\n")[0])
+    choices = f"one of {', '.join(PACKAGES)}; a folder or file of them; or lists: tests/edits"
+    parser.add_argument("--only", default="", type=_part, help=choices)
+    parser.add_argument("--sample", type=_count, default=60, help="edits of each package (60)")
     parser.add_argument("--all", action="store_true", help="every edit instead of a sample")
-    parser.add_argument("--limit", type=float, default=240, help="least seconds for an edit (240)")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("-v", action="store_true", help="say which test caught an edit")
+    limit = "time limit of an edit in seconds (240), and at least 3 times that of its tests"
+    parser.add_argument("--limit", type=float, default=240, help=limit)
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--jobs", type=_count, default=cores, help="edits at a time (the cores)")
+    parser.add_argument("-v", action="store_true", help="say which test noticed an edit")
     options = parser.parse_args()
     os.chdir(ROOT)
     # So that what was started ends with it.
@@ -428,7 +451,7 @@ def main() -> None:
         share = f"{caught / len(edits):.0%}" if edits else "-"
         minutes = (time.monotonic() - began) / 60
         rows.append(f"| {name} | {len(edits)} | {caught} | {late} | {share} | {minutes:.1f} |")
-    print("\n| package | edits | noticed | of these by the time limit | share | minutes |")
+    print("\n| package | edits | noticed | by the time limit | share | minutes |")
     print("| --- | --- | --- | --- | --- | --- |")
     print("\n".join(rows))
 

@@ -610,7 +610,9 @@ def test_every_key_has_a_row() -> None:
     config = Config()
     sections = [f.name for f in fields(config) if f.name != "stages"]
     keys = [f"{s}.{f.name}" for s in sections for f in fields(getattr(config, s))]
-    assert list(dict.fromkeys(row.key for row in ROWS)) == keys
+    rows = list(dict.fromkeys(row.key for row in ROWS))
+    assert not {*keys} - {*rows}, "add a Row to ROWS for each: what does the key change?"
+    assert rows == keys, "rows stand in the sequence of the fields"
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.key}={row.value}")

@@ -109,6 +109,14 @@ def test_without_a_gradient_matrices_decay_and_vectors_stay() -> None:
     assert weights_of(policy) == pytest.approx([1.9, -0.95, 1.0])
 
 
+def test_a_step_is_taken_in_training_mode() -> None:
+    """Dropout and recomputed activations depend on it; the rollouts before it were sampled in the other."""
+    policy, modes = TwoTokens(0.3, -0.2).eval(), []
+    policy.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    optimizer_of(policy).step(0, [batch([([1], 1.0)]), batch([([0], 1.0)])], SUPERVISED)
+    assert modes == [True, True]
+
+
 @pytest.mark.parametrize("advantage", [math.inf, math.nan])
 def test_a_gradient_that_is_not_finite_changes_nothing(advantage: float) -> None:
     policy, other = TwoTokens(0.3, -0.2), TwoTokens(0.3, -0.2)

@@ -144,3 +144,12 @@ def test_a_stage_behind_a_filter_reads_what_it_left(tmp_path: Path, two_tokens: 
         sources.append([session.components.source(str(f))[0] for f in (more, tmp_path / "other")])
     left = str(filtered_file(session.folder.root, "sift"))
     assert sources == [[str(more), str(tmp_path / "other")], [left, str(tmp_path / "other")]]
+
+
+def test_the_bar_of_a_stage_ends_with_it(tmp_path: Path, two_tokens: None) -> None:
+    session = session_of(config_of(tmp_path, TWO_STAGES), tmp_path / "run")
+    closed: list[str] = []
+    session.display.close = lambda: closed.append(session.progress.stage)  # type: ignore[method-assign]
+    session.advance_to("easy_ones")
+    session.finish_stage()
+    assert closed == ["easy_ones"]
