@@ -39,6 +39,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,7 @@ class RemoveArgument(_Removal):
             yield node.start_pos, node.end_pos
 
 
+@cache
 def operators() -> dict[str, Operator]:
     names = [f"Replace{name}" for name in REPLACED]
     names += ["AddNot", "NumberReplacer", "ZeroIterationForLoop"]
