@@ -255,20 +255,65 @@ class AdvantageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """The policy loss; see perl_kernels.PolicyLoss."""
+    """The policy loss: a preset, and each axis of it that is to differ. The fields are those of perl_kernels.PolicyLoss,
+    whose docstring has the formulas; what is left empty is the preset's."""
 
     preset: str = "perl"
-    """perl, grpo, dapo, dr_grpo, gspo, cispo, ..."""
+    """perl, grpo, bnpo, dr_grpo, dapo, gspo, gspo_token, cispo, sapo, luspo, vespo, gmpo, dppo_tv, dppo_kl, reinforce."""
+    surrogate: (
+        Literal["clip", "cispo", "sapo", "vespo", "gmpo", "dppo_tv", "dppo_kl", "reinforce"] | None
+    ) = None
+    """The policy term."""
+    ratio: Literal["token", "sequence", "sequence_token"] | None = None
+    """Importance ratio of each token, of the whole completion (GSPO), or the latter with each token's own gradient."""
     clip_low: NotNegative | None = None
-    """Lower clip range; empty: the preset's."""
+    """Lower clip range (TRL's epsilon, verl's clip_ratio_low)."""
     clip_high: NotNegative | None = None
-    """Upper clip range; empty: the preset's."""
+    """Upper clip range (TRL's epsilon_high, verl's clip_ratio_high)."""
+    dual_clip: NotNegative | None = None
+    """Bound of the loss where the advantage is negative, above 1 (verl's clip_ratio_c); 0: none."""
+    delta: NotNegative | None = None
+    """Upper bound of the unclipped ratio, above 1 + clip_high (TRL's delta); 0: none."""
+    sapo_tau_pos: AboveZero | None = None
+    """Temperature of sapo where the advantage is positive."""
+    sapo_tau_neg: AboveZero | None = None
+    """Temperature of sapo elsewhere."""
+    vespo_k_pos: NotNegative | None = None
+    """vespo's k where the advantage is not negative."""
+    vespo_lambda_pos: AboveZero | None = None
+    """vespo's lambda where the advantage is not negative."""
+    vespo_k_neg: NotNegative | None = None
+    """vespo's k elsewhere."""
+    vespo_lambda_neg: AboveZero | None = None
+    """vespo's lambda elsewhere."""
+    dppo_ratio_cap: AboveZero | None = None
+    """Upper bound of the ratio in dppo_tv and dppo_kl."""
+    kl: Literal["none", "k1", "k2", "k3", "abs", "k1+", "k3+"] | None = None
+    """Estimator of the KL to the reference model (verl's kl_loss_type); k1+ and k3+ have the gradient of k2."""
     kl_coef: NotNegative | None = None
-    """Weight of the KL to the reference model; empty: the preset's; 0: no reference model is kept."""
+    """Weight of the KL to the reference model (TRL's beta); 0: no reference model is kept."""
+    kl_bias_correction: bool | None = None
+    """Multiply the KL by the importance ratio (TRL's use_bias_correction_kl)."""
     entropy_coef: Annotated[float, Gt(-math.inf), Lt(math.inf)] | None = None
-    """Weight of the entropy bonus; empty: the preset's."""
-    aggregation: str | None = None
-    """token-mean, seq-mean-token-mean, seq-mean-token-sum, seq-mean-token-sum-norm; empty: the preset's."""
+    """Weight of the entropy bonus."""
+    aggregation: (
+        Literal[
+            "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
+        ]
+        | None
+    ) = None
+    """From the terms of tokens to one number (verl's loss_agg_mode)."""
+    max_completion_length: Positive | None = None
+    """What seq-mean-token-sum-norm divides by; empty: rollout.max_new_tokens."""
+    correction: (
+        Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None
+    ) = None
+    """Importance weight of the training policy against the engine that sampled, on the policy term (TRL's
+    vllm_importance_sampling_mode, verl's rollout_is); the metric rollout_kl says how far they are apart."""
+    correction_low: NotNegative | None = None
+    """Lower bound of that weight."""
+    correction_high: AboveZero | None = None
+    """Upper bound of that weight."""
 
 
 @dataclass(frozen=True, kw_only=True)

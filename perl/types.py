@@ -202,7 +202,9 @@ class Segment:
     advantages: tuple[float, ...]
     group: int = 0
     sampled_logprobs: tuple[np.ndarray, ...] | None = None
-    """For rollouts of an earlier policy R arrays float32 [L_r], their log-probs under it."""
+    """R arrays float32 [L_r], log-probs as the engine gave them; None where nothing was sampled."""
+    off_policy: bool = False
+    """Sampled by an earlier policy, so that these are the old log-probs of the loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,8 +248,9 @@ class PackedBatch:
     source: tuple[tuple[int, int], ...]
     """For each of the B completions (index of its segment, index of the completion in it) in the packed list."""
     sampled_logprobs: torch.Tensor | None
-    """float32 [N]: log-probs under the earlier policy that sampled, for off-policy completions; NaN for the rest. None: all are
-    on-policy."""
+    """float32 [N]: log-probs of the targets as the engine gave them when it sampled. None: nothing was sampled."""
+    off_policy: torch.Tensor | None
+    """bool [N]: whether an earlier policy sampled the target. None: the present one sampled all."""
 
     @property
     def num_tokens(self) -> int:

@@ -311,6 +311,11 @@ def loss_of(lab: Lab) -> PolicyLoss:
     return PolicyStep(lab.session).loss
 
 
+def axis(name: str) -> Callable[[Lab], Any]:
+    """Of the loss."""
+    return lambda lab: getattr(loss_of(lab), name)
+
+
 def drawn_for_replay(lab: Lab) -> list[int]:
     """Of two groups, one with three times the other's advantages, which one each of twenty seeds draws."""
     from perl.rollout.replay import Replay
@@ -438,6 +443,7 @@ TOLD = {"reward.functions": (f"{HERE}:where_told",)}
 UP = {"reward.functions": (f"{HERE}:stairs",)}
 SLOW = {"reward.functions": (f"{HERE}:slow",), "train.steps": 1, "train.examples_per_step": 1}
 # Half of them are right, all of them are.
+TRUNCATED = {"loss.correction": "token_truncate"}
 TWO = {"reward.functions": (f"{HERE}:where_told", f"{HERE}:ones"), "reward.weights": (1.0, 0.0)}
 HALF = {**TWO, "reward.group_weight_of": "where_told", "data.train": "signal.jsonl"}
 BAND = {**TWO, "filter.measure": "where_told", "data.train": "signal.jsonl"}
@@ -571,12 +577,29 @@ ROWS = [
         [-3.0, -5 / 3, 1.0, 11 / 3], UP | {"advantage.scale": "none"}),
 
     Row("loss.preset", "dapo", loss_of, PolicyLoss.preset("perl"), PolicyLoss.preset("dapo")),
-    Row("loss.clip_low", 0.1, lambda lab: loss_of(lab).clip_low, 0.2, 0.1),
-    Row("loss.clip_high", 0.4, lambda lab: loss_of(lab).clip_high, 0.2, 0.4),
-    Row("loss.kl_coef", 0.5, lambda lab: (loss_of(lab).kl, loss_of(lab).kl_coef), ("k3", 0.01), ("k3", 0.5)),
-    Row("loss.entropy_coef", 0.25, lambda lab: loss_of(lab).entropy_coef, 0.0, 0.25),
-    Row("loss.aggregation", "seq-mean-token-mean", lambda lab: loss_of(lab).aggregation,
-        "token-mean", "seq-mean-token-mean"),
+    Row("loss.surrogate", "reinforce", axis("surrogate"), "clip", "reinforce", {"loss.dual_clip": 0.0}),
+    Row("loss.ratio", "sequence", axis("ratio"), "token", "sequence"),
+    Row("loss.clip_low", 0.1, axis("clip_low"), 0.2, 0.1),
+    Row("loss.clip_high", 0.4, axis("clip_high"), 0.2, 0.4),
+    Row("loss.dual_clip", 0.0, axis("dual_clip"), 3.0, None),
+    Row("loss.delta", 4.0, axis("delta"), None, 4.0, {"loss.preset": "dapo"}),
+    Row("loss.sapo_tau_pos", 2.0, axis("sapo_tau_pos"), 1.0, 2.0),
+    Row("loss.sapo_tau_neg", 2.0, axis("sapo_tau_neg"), 1.05, 2.0),
+    Row("loss.vespo_k_pos", 1.0, axis("vespo_k_pos"), 2.0, 1.0),
+    Row("loss.vespo_lambda_pos", 1.0, axis("vespo_lambda_pos"), 3.0, 1.0),
+    Row("loss.vespo_k_neg", 1.0, axis("vespo_k_neg"), 3.0, 1.0),
+    Row("loss.vespo_lambda_neg", 1.0, axis("vespo_lambda_neg"), 2.0, 1.0),
+    Row("loss.dppo_ratio_cap", 9.0, axis("dppo_ratio_cap"), 20.0, 9.0),
+    Row("loss.kl", "k1+", axis("kl"), "k3", "k1+"),
+    Row("loss.kl_coef", 0.5, axis("kl_coef"), 0.01, 0.5),
+    Row("loss.kl_bias_correction", True, axis("kl_bias_correction"), False, True),
+    Row("loss.entropy_coef", 0.25, axis("entropy_coef"), 0.0, 0.25),
+    Row("loss.aggregation", "seq-mean-token-mean", axis("aggregation"), "token-mean", "seq-mean-token-mean"),
+    Row("loss.max_completion_length", 9, axis("max_completion_length"), 512, 9, {"loss.preset": "dr_grpo"}),
+    Row("loss.correction", "token_mask", of("rl", "correction_mean"), [1.0] * 2, [0.0] * 2,
+        {"loss.correction_low": 1.5}),
+    Row("loss.correction_low", 1.5, of("rl", "correction_mean"), [1.0] * 2, [1.5] * 2, TRUNCATED),
+    Row("loss.correction_high", 0.5, of("rl", "correction_mean"), [1.0] * 2, [0.5] * 2, TRUNCATED),
 
     Row("resample.rollouts", 4, lambda lab: {r["rollouts"] for r in filtered(lab, ".accuracies")}, {10}, {4}, SIFT),
     Row("resample.orders", 2, lambda lab: lab.run["prompts"][0], 6, 12, SIFT),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -30,20 +31,39 @@ def make_policy_loss(config: LossConfig, max_completion_length: int) -> PolicyLo
     """The preset with the config's overrides.
 
     Raises:
-        UserError: an unknown preset or a value it does not take.
+        UserError: an unknown preset, a value out of range, or axes that exclude each other.
     """
-    overrides = {
-        k: v for k, v in dataclasses.asdict(config).items() if k != "preset" and v is not None
+    overrides: dict[str, Any] = {
+        name: None if name in _OFF and value == _OFF[name] else value
+        for name, value in dataclasses.asdict(config).items()
+        if name != "preset" and value is not None
     }
+    preset = PolicyLoss()
     try:
         preset = PolicyLoss.preset(config.preset)
         if overrides.get("aggregation", preset.aggregation) == "seq-mean-token-sum-norm":
-            overrides["max_completion_length"] = max_completion_length
+            overrides.setdefault("max_completion_length", max_completion_length)
         if overrides.get("kl_coef") and preset.kl is None:
-            overrides["kl"] = "k3"
+            overrides.setdefault("kl", "k3")
+        if config.kl == "none":
+            overrides = {"kl_coef": 0.0, "kl_bias_correction": False} | overrides
         return dataclasses.replace(preset, **overrides)
     except ValueError as error:
-        raise UserError(f"loss: {error}") from error
+        said = str(error)
+        of_preset = [
+            f"preset {config.preset} has loss.{name} = {value!r}"
+            + (f", switched off by {_OFF[name]!r}" if name in _OFF else "")
+            for name, value in dataclasses.asdict(preset).items()
+            if name not in overrides and value != getattr(PolicyLoss, name) and f".{name} " in said
+        ]
+        where = "loss.preset: " if said.startswith("no preset") else ""
+        raise UserError(
+            where + "; ".join([said.replace("PolicyLoss.", "loss."), *of_preset])
+        ) from error
+
+
+_OFF = {"dual_clip": 0, "delta": 0, "kl": "none", "correction": "none"}
+"""How a recipe, which cannot write None, switches off what a preset has."""
 
 
 def needs_reference(loss: PolicyLoss) -> bool:
@@ -99,6 +119,9 @@ class HeadLoss:
                 loss,
                 old_logprobs=old_logprobs,
                 ref_logprobs=ref_logprobs,
+                rollout_logprobs=None
+                if batch.sampled_logprobs is None
+                else batch.sampled_logprobs.to(device),
                 normalizer=normalizer,
                 bias=self.bias.to(hidden.dtype),
                 temperature=self.temperature,

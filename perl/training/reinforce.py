@@ -114,7 +114,7 @@ class PolicyStep:
 
     def _old_logprobs(self, batches: Sequence[PackedBatch]) -> list[torch.Tensor] | None:
         """Of each batch; None where the present policy sampled everything, so that the loss knows that ratios are 1."""
-        if self.updates == 1 and all(batch.sampled_logprobs is None for batch in batches):
+        if self.updates == 1 and all(batch.off_policy is None for batch in batches):
             return None
         return [old_logprobs(self.head, batch) for batch in batches]
 
@@ -122,10 +122,10 @@ class PolicyStep:
 def old_logprobs(head: HeadLoss, batch: PackedBatch) -> torch.Tensor:
     """Log-probs [N] under the policies that sampled: the current one's, or those stored at sampling time."""
     logprobs = head.logprobs(batch).logprobs
-    if batch.sampled_logprobs is None:
+    if batch.off_policy is None or batch.sampled_logprobs is None:
         return logprobs
-    sampled = batch.sampled_logprobs.to(logprobs)
-    return torch.where(sampled.isnan(), logprobs, sampled)
+    off_policy = batch.off_policy.to(logprobs.device)
+    return torch.where(off_policy, batch.sampled_logprobs.to(logprobs), logprobs)
 
 
 class Reference:
@@ -179,9 +179,8 @@ def segments_of(group: Group, condition: str) -> list[Segment]:
             group.rollouts[members[0] if condition == "permuted" else 0].prompt,
             tuple(group.rollouts[i].token_ids for i in members),
             tuple(float(group.advantages[i]) for i in members),
-            sampled_logprobs=tuple(group.rollouts[i].logprobs for i in members)
-            if group.off_policy
-            else None,
+            sampled_logprobs=tuple(group.rollouts[i].logprobs for i in members),
+            off_policy=group.off_policy,
         )
         for members in by_prompt.values()
     ]

@@ -2,7 +2,7 @@
 
 import math
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -51,6 +51,18 @@ from tests.messages import refused
         (LossConfig(preset="grpo", kl_coef=0.0), PolicyLoss.preset("grpo")),
         (LossConfig(preset="perl", kl_coef=0.5), PolicyLoss.preset("perl", kl_coef=0.5)),
         (LossConfig(preset="perl", kl_coef=0.0), PolicyLoss.preset("perl", kl_coef=0.0)),
+        (
+            LossConfig(preset="perl", kl="none", dual_clip=0.0),
+            PolicyLoss.preset("perl", kl=None, kl_coef=0.0, dual_clip=None),
+        ),
+        (
+            LossConfig(preset="grpo", kl="k1+", kl_coef=0.25, kl_bias_correction=True),
+            PolicyLoss.preset("grpo", kl="k1+", kl_coef=0.25, kl_bias_correction=True),
+        ),
+        (
+            LossConfig(preset="dr_grpo", max_completion_length=9, correction="none", delta=0.0),
+            PolicyLoss.preset("dr_grpo", max_completion_length=9),
+        ),
     ],
     ids=str,
 )
@@ -63,14 +75,39 @@ def test_what_the_config_makes_of_a_preset(config: LossConfig, expected: PolicyL
 @pytest.mark.parametrize(
     ("config", "names"),
     [
-        (LossConfig(preset="grbo"), ("loss", "grbo", "grpo")),
-        (LossConfig(clip_low=1.5), ("loss", "clip_low", 1.5)),
-        (LossConfig(aggregation="mean"), ("loss", "aggregation", "mean", "token-mean")),
+        (LossConfig(preset="grbo"), ("loss.preset", "grbo", "grpo")),
+        (LossConfig(clip_low=1.5), ("loss.clip_low", 1.5)),
+        # What the preset has is named beside the key that does not go with it.
+        (
+            LossConfig(delta=4.0),
+            ("loss.delta", "loss.dual_clip", "loss.dual_clip = 3.0", 0),
+        ),
+        (LossConfig(surrogate="cispo"), ("loss.dual_clip", "loss.dual_clip = 3.0", 0)),
+        (
+            LossConfig(preset="dapo", ratio="sequence", surrogate="gmpo"),
+            ("loss.ratio", "'sequence'", "'gmpo'"),
+        ),
     ],
 )
 def test_what_is_no_loss_is_refused(config: LossConfig, names: tuple[object, ...]) -> None:
     with refused(*names):
         make_policy_loss(config, 64)
+
+
+def test_every_axis_of_the_loss_is_a_key_of_its_type() -> None:
+    def kinds(hint: Any) -> set[Any]:
+        """The types and literals that a value may be, without None and its name in recipes."""
+        inner = get_args(hint)
+        if get_origin(hint) is Literal:
+            return set(inner) - {"none"}
+        return set().union(*map(kinds, inner)) if inner else {hint} - {type(None)}
+
+    keys, axes = get_type_hints(LossConfig), get_type_hints(PolicyLoss)
+    assert list(keys) == ["preset", *axes]
+    assert {name: kinds(keys[name]) for name in axes} == {n: kinds(h) for n, h in axes.items()}
+    assert {LossConfig.__dict__[name] for name in axes} == {None}
+    may_be_off = [name for name, hint in axes.items() if type(None) in get_args(hint)]
+    assert may_be_off == ["dual_clip", "delta", "kl", "max_completion_length", "correction"]
 
 
 def test_what_a_step_is_divided_by() -> None:

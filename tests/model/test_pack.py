@@ -126,14 +126,18 @@ def test_every_completion_takes_the_positions_behind_its_prompt() -> None:
     assert pack_row([segment(one_axis, [1], [4])]).position_ids.tolist() == [[0, 1, 31, 31]]
 
 
-def test_log_probs_of_an_earlier_policy_stand_beside_their_tokens() -> None:
-    on_policy = segment(prompt(2), [1, 2])
-    logprobs = (np.array([-1.5, -2.5], np.float32), np.array([-0.5], np.float32))
-    off_policy = replace(segment(prompt(3), [4, 5], [6]), sampled_logprobs=logprobs)
-    assert pack_row([on_policy]).sampled_logprobs is None
-    sampled = pack_row([on_policy, off_policy]).sampled_logprobs
-    assert sampled is not None and sampled.dtype == torch.float32
-    np.testing.assert_array_equal(sampled, [np.nan, np.nan, -1.5, -2.5, -0.5])
+def test_log_probs_of_the_engine_stand_beside_their_tokens() -> None:
+    first = segment(prompt(2), [1, 2])
+    assert (pack_row([first]).sampled_logprobs, pack_row([first]).off_policy) == (None, None)
+    logprobs = [np.array(own, np.float32) for own in ([-2.5, -1.5], [-0.5, -3.5], [-4.5])]
+    first = replace(first, sampled_logprobs=(logprobs[0],))
+    second = replace(segment(prompt(3), [4, 5], [6]), sampled_logprobs=tuple(logprobs[1:]))
+    batch = pack_row([first, second])
+    assert batch.sampled_logprobs is not None and batch.sampled_logprobs.dtype == torch.float32
+    assert batch.sampled_logprobs.tolist() == [-2.5, -1.5, -0.5, -3.5, -4.5]
+    assert batch.off_policy is None
+    off_policy = pack_row([first, replace(second, off_policy=True)]).off_policy
+    assert off_policy is not None and off_policy.tolist() == [False] * 2 + [True] * 3
 
 
 def test_an_image_shown_twice_stands_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,7 +74,7 @@ def test_rollouts_stand_behind_what_they_are_conditioned_on(
     assert [len(s.prompt.input_ids) for s in segments] == prompts
     assert [[len(c) for c in s.completions] for s in segments] == completions
     assert [s.advantages for s in segments] == advantages
-    assert all(s.sampled_logprobs is None for s in segments)
+    assert not any(s.off_policy for s in segments)
 
 
 def test_off_policy_groups_keep_the_log_probs_they_were_sampled_with() -> None:
@@ -105,16 +106,24 @@ def written(number: int, off_policy: bool) -> Group:
     return replace(made, rollouts=rollouts, advantages=made.advantages * np.float32(number + 1))
 
 
-@pytest.mark.parametrize("kl", [0.0, 0.5])
+@pytest.mark.parametrize(("kl", "correction"), [(0.0, "none"), (0.5, "token_truncate")])
 @pytest.mark.parametrize("updates", [1, 2, 3])
 @pytest.mark.parametrize("off_policy", [(), (1, 4)], ids=["fresh", "stored"])
 def test_updates_share_a_batch_out_and_compare_with_the_policy_that_sampled(
-    updates: int, off_policy: tuple[int, ...], kl: float, tmp_path: Path, two_tokens: None
+    updates: int,
+    off_policy: tuple[int, ...],
+    kl: float,
+    correction: str,
+    tmp_path: Path,
+    two_tokens: None,
 ) -> None:
-    """Two steps on five groups, against torch's autograd and AdamW on the formula of clipped policy gradients."""
+    """Two steps on five groups, against torch's autograd and AdamW on the formula of clipped policy gradients.
+
+    The engine's log-probs are not the policy's: the weight exp(old - engine's), at most 2, corrects for it.
+    """
     more = f"""
         train = {{ steps = 2, updates_per_batch = {updates}, lr = 0.2, schedule = "linear" }}
-        loss = {{ preset = "dapo", kl_coef = {kl} }}
+        loss = {{ preset = "dapo", kl_coef = {kl}, correction = "{correction}" }}
         rollout.temperature = 2.0
     """
     session = session_of(config_of(tmp_path, more), tmp_path / "run")
@@ -132,16 +141,19 @@ def test_updates_share_a_batch_out_and_compare_with_the_policy_that_sampled(
         present = (head * gain / 2).log_softmax(0).detach()
         rows = []
         for k in range(updates):
-            terms, ratios = [], []
+            terms, ratios, gaps = [], [], []
             for g in groups[k::updates]:
                 for rollout, advantage in zip(g.rollouts, g.advantages, strict=True):
                     for y, sampled in zip(rollout.token_ids, rollout.logprobs, strict=True):
                         logprob = (head * gain / 2).log_softmax(0)[y]
-                        ratio = (logprob - (float(sampled) if g.off_policy else present[y])).exp()
+                        old = torch.tensor(sampled) if g.off_policy else present[y]
+                        gaps.append((sampled - old).item())
+                        weight = min(math.exp(-gaps[-1]), 2.0) if correction != "none" else 1.0
+                        ratio = (logprob - old).exp()
                         clipped = ratio.clamp(0.8, 1.28)
                         d = start[y] - logprob
                         gained = torch.minimum(ratio * float(advantage), clipped * float(advantage))
-                        terms.append(-gained + kl * (d.exp() - d - 1))
+                        terms.append(-weight * gained + kl * (d.exp() - d - 1))
                         ratios.append(ratio.item())
             loss = torch.stack(terms).mean()
             loss.backward()
@@ -157,6 +169,7 @@ def test_updates_share_a_batch_out_and_compare_with_the_policy_that_sampled(
                     "lr": rate,
                     "grad_norm": float(norm),
                     "ratio_max": max(ratios),
+                    "rollout_kl": sum(gaps) / len(gaps),
                     "tokens": len(terms),
                 }
             )

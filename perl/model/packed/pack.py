@@ -51,8 +51,9 @@ def pack_row(segments: Sequence[Segment], shares: Sequence[Share] | None = None)
             row.add_completion(segment.prompt, start, segment.completions[number])
             row.advantages.append(segment.advantages[number])
             row.source.append((share.segment, number))
-            logprobs = segment.sampled_logprobs
-            row.sampled.append(None if logprobs is None else logprobs[number])
+            row.off_policy.append(segment.off_policy)
+            if segment.sampled_logprobs is not None:
+                row.sampled.append(segment.sampled_logprobs[number])
     return row.batch()
 
 
@@ -68,7 +69,8 @@ class _Row:
         self.completions: list[np.ndarray] = []
         self.advantages: list[float] = []
         self.source: list[tuple[int, int]] = []
-        self.sampled: list[np.ndarray | None] = []
+        self.sampled: list[np.ndarray] = []
+        self.off_policy: list[bool] = []
         self.visual_positions: list[np.ndarray] = []
         self.visual_source: list[np.ndarray] = []
         self.images: dict[str, EncodedImage] = {}
@@ -130,15 +132,13 @@ class _Row:
             visual_positions=_join(self.visual_positions),
             visual_source=_join(self.visual_source),
             source=tuple(self.source),
-            sampled_logprobs=self._sampled_logprobs(),
+            sampled_logprobs=torch.from_numpy(np.concatenate(self.sampled).astype(np.float32))
+            if self.sampled
+            else None,
+            off_policy=torch.from_numpy(np.repeat(self.off_policy, np.diff(ends)))
+            if any(self.off_policy)
+            else None,
         )
-
-    def _sampled_logprobs(self) -> torch.Tensor | None:
-        if all(logprobs is None for logprobs in self.sampled):
-            return None
-        pairs = zip(self.completions, self.sampled, strict=True)
-        known = [np.full(len(ids), np.nan) if own is None else own for ids, own in pairs]
-        return torch.from_numpy(np.concatenate(known).astype(np.float32))
 
 
 def _join(parts: Sequence[np.ndarray]) -> torch.Tensor:
