@@ -147,11 +147,15 @@ def parse(name: str, arguments: list[str]) -> Any:
     """
     import tyro
 
+    from perl.recipe import DEFAULT_RECIPE
+
     place, wanted, _ = COMMANDS[name]
     module, _, cls = place.partition(":")
     kind: type[Command] = getattr(importlib.import_module(module), cls)
     first = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    if wanted and first is None and not _WITHOUT_TARGET & set(arguments):
+    if wanted == "recipe":
+        first = first or DEFAULT_RECIPE
+    elif wanted and first is None and not _WITHOUT_TARGET & set(arguments):
         raise UserError(
             f"perl-rl {name} needs a {wanted} first, as in: perl-rl {name} {wanted.upper()} [options]"
         )
@@ -163,6 +167,10 @@ def parse(name: str, arguments: list[str]) -> Any:
         if not stop.code:
             raise
         raise UserError(f"perl-rl {name}: {_in_one_line(said.getvalue())}") from None
+    if wanted == "recipe" and parsed.recipe != first:
+        raise UserError(
+            f"perl-rl {name}: the recipe {parsed.recipe} must stand first, as in: perl-rl {name} RECIPE [options]"
+        )
     config = getattr(parsed, "config", None)
     if isinstance(config, Config):
         from perl.recipe import check_config, without
@@ -218,6 +226,7 @@ def _overview() -> str:
             *lines,
             "",
             "first steps: perl-rl train demo; perl-rl generate runs/demo/seed-0 --example 0",
+            "your own:    perl-rl train --data.train data/train.jsonl --model.path Qwen/Qwen2.5-VL-3B-Instruct",
         )
     )
 

@@ -76,9 +76,9 @@ class RunConfig:
 class ModelConfig:
     """Which model, and which of its weights are trained."""
 
-    path: str = "tiny-qwen2.5-vl"
-    """A model folder, a hub name, or tiny-qwen2.5-vl / tiny-qwen3-vl / tiny-qwen2-vl /
-    tiny-internvl, made from config in the run folder."""
+    path: str = ""
+    """The model to train: a model folder, a hub name, or tiny-qwen2.5-vl / tiny-qwen3-vl / tiny-qwen2-vl /
+    tiny-internvl, made from config in the run folder for the bundled tasks."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward and backward; auto: bfloat16 autocast where the hardware has it."""
     attention: Literal["auto", "flash_attention_2", "varlen", "flex", "sdpa"] = "auto"
@@ -110,11 +110,11 @@ class ModelConfig:
 class DataConfig:
     """Where examples come from."""
 
-    train: str = "bundled:digits"
-    """JSONL or Parquet file, hub dataset, bundled:digits (questions made over scikit-learn's scanned digits), or
-    bundled:folder:PATH (over your pictures, one sub-folder per class)."""
-    eval: str = "bundled:digits"
-    """Held-out examples, in the same forms; the bundled tasks keep train and test images apart."""
+    train: str = ""
+    """The training data: JSONL or Parquet file, hub dataset, bundled:digits (questions made over scikit-learn's scanned
+    digits), or bundled:folder:PATH (over your pictures, one sub-folder per class)."""
+    eval: str = ""
+    """Held-out examples, in the same forms (the bundled tasks keep train and test images apart); empty: no evaluation."""
     columns: Literal["auto", "perl", "trl", "verl", "easyr1"] = "auto"
     """Whose column names the files use."""
     image_root: str = ""

@@ -21,6 +21,8 @@ from perl.files import replacing
 from perl.types import UserError
 
 _BUNDLED = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE = "default"
+"""What runs where no recipe is named."""
 STAGE_KINDS = ("cold_start", "filter", "rl")
 _TAKEN = ("before", "after", "done", "initial", "final")
 """Names of what lies between stages, and of models that no stage leaves."""
@@ -81,6 +83,18 @@ def check_config(config: Config, where: str = "") -> None:
     _validated(_values(config), where)
     for stage in config.stages:
         merged(config, stage, where)
+
+
+def check_named(config: Config) -> None:
+    """Raise UserError unless the config names a model, and training data in every stage."""
+    unnamed = [] if config.model.path else ["model.path"]
+    if not all(stage.config.data.train for stage in plan(config)):
+        unnamed.insert(0, "data.train")
+    if unnamed:
+        raise UserError(
+            f"{' and '.join(unnamed)} must be named, as in: perl-rl train --data.train data/train.jsonl "
+            "--model.path Qwen/Qwen2.5-VL-3B-Instruct; perl-rl train demo is a run that needs neither"
+        )
 
 
 def check_options(command: Command) -> None:

@@ -26,8 +26,11 @@ from tests.messages import tells
         (["trian"], ["trian", "train"]),
         (["xyz"], ["xyz", *COMMANDS]),
         (["--traim"], ["--traim"]),
-        (["train"], ["perl-rl train", "recipe", "perl-rl train", "RECIPE"]),
-        (["train", "--train.steps", "3", "demo"], ["perl-rl train", "perl-rl train", "RECIPE"]),
+        (["train"], ["data.train", "model.path", "--data.train", "--model.path", "demo"]),
+        (["train", "--data.train", "x.jsonl"], ["model.path", "--model.path"]),
+        (["train", "--model.path", "m", "--train.steps", "1"], ["data.train", "--data.train"]),
+        (["profile"], ["data.train", "model.path"]),
+        (["train", "--train.steps", "3", "demo"], ["recipe demo", "RECIPE"]),
         (["resume"], ["perl-rl resume", "RUN"]),
         (["report"], ["perl-rl report", "RUN"]),
         (["evaluate"], ["perl-rl evaluate", "MODEL"]),
@@ -51,7 +54,7 @@ def test_help_and_names(capsys: pytest.CaptureFixture[str]) -> None:
     overview = capsys.readouterr().out
     assert all(name in overview for name in COMMANDS)
     assert run("config", "--list") == 0
-    assert capsys.readouterr().out.split() == ["demo", "perl-3b-1gpu", "perl-7b", "perl-released"]
+    assert capsys.readouterr().out.split() == ["default", "demo", "perl-7b", "perl-released"]
     for name in COMMANDS:
         assert run(name, "--help") == 0
         assert "usage" in capsys.readouterr().out

@@ -454,6 +454,7 @@ MEASURED = {"eval.examples": 3}
 SIFT = {"stages.": (StageConfig(name="sift", kind="filter"), StageConfig(name="rl", kind="rl"))}
 SIFT |= {"resample.histogram": "uniform", "resample.size": 1}
 MIB = 2**20
+TINY = {**BUNDLED, "model.path": "tiny-qwen2.5-vl"}
 
 variants = each("collected", lambda c: len(c.seen[0].variants))
 dropped = each("collected", lambda c: c.dropped)
@@ -482,7 +483,7 @@ ROWS = [
     Row("run.seed", 7, lambda lab: lab.run["seed"][0], 0, 7 * 1_000_003 * 4),
     Row("run.seed", 7, lambda lab: [e.id for e in lab.examples(6)],
         [f"row-{k}" for k in shuffled(1)], [f"row-{k}" for k in shuffled(15)]),
-    Row("run.seed", 7, initial_model, "tiny-qwen2.5-vl 0", "tiny-qwen2.5-vl 7", BUNDLED),
+    Row("run.seed", 7, initial_model, "tiny-qwen2.5-vl 0", "tiny-qwen2.5-vl 7", TINY),
     Row("run.seed", 7, lambda lab: lab.session.components.collector.seed, 0, 7),
     Row("run.seeds", (3, 5), lambda lab: [p.name for p in lab.left("seed-*")], [], ["seed-3", "seed-5"]),
     Row("run.log_every", 2, of("rl", "step"), [1, 2], [2]),
@@ -493,7 +494,7 @@ ROWS = [
     Row("run.trackers", ("tensorboard",), lambda lab: list(map(str, usable_trackers(lab.config))),
         [], ["tensorboard"]),
 
-    Row("model.path", "tiny-qwen3-vl", initial_model, "tiny-qwen2.5-vl 0", "tiny-qwen3-vl 0", BUNDLED),
+    Row("model.path", "tiny-qwen3-vl", initial_model, "tiny-qwen2.5-vl 0", "tiny-qwen3-vl 0", TINY),
     Row("model.dtype", "bfloat16", precision,
         "no", "bf16", {"model.dtype": "float32"}),
     Row("model.attention", "flex", attention, "sdpa", "flex"),

@@ -132,6 +132,8 @@ def _evaluate_held_out(command: Evaluate) -> None:
     from perl.evaluation.evaluate import aggregate, evaluate
 
     config = _settings(command, command.max_new_tokens)
+    if not config.data.eval:
+        raise UserError(f"{command.model} has no data.eval of its own to measure on; give --data")
     if command.eval.examples == 0:
         raise UserError("eval.examples = 0: must be 1 or more to evaluate")
     if command.output:

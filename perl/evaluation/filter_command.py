@@ -79,6 +79,8 @@ class Filter(Command):
         histogram = parse_histogram(self.histogram)
         config = _settings(self)
         data = config.data.train
+        if not data:
+            raise UserError(f"{self.model} is no run, so there is no data of its own; give --data")
         output = self.output or file_beside(data, "filtered.jsonl")
         record = self.accuracies or file_beside(data, "accuracies.jsonl")
         for file in (output, record):

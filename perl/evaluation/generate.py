@@ -74,6 +74,10 @@ def _asked(command: Generate) -> Example:
 def _held_out(config: Config, number: int) -> Example:
     from perl.data.dataset import load_examples
 
+    if not config.data.eval:
+        raise UserError(
+            f"--example {number} is one of a run's data.eval, and there is none; give --prompt and --images"
+        )
     examples = load_examples(config.data.eval, config.data, "test", EVAL_SEED, number + 1)
     if number >= len(examples):
         raise UserError(

@@ -13,6 +13,8 @@ from tyro.conf import Positional, arg
 from perl.config import Command, Config
 from perl.files import RunFolder, is_main_process
 from perl.recipe import (
+    DEFAULT_RECIPE,
+    check_named,
     differences,
     read_config,
     recipe_names,
@@ -24,10 +26,23 @@ from perl.types import Example, UserError
 
 @dataclass(frozen=True)
 class Train(Command):
-    """Train by a recipe: cold start, evaluation, RL, evaluation, report. Every key of the recipe can be
-    overridden, as in `perl-rl train demo --train.steps 5 --run.dir runs/short`."""
+    """Train by a recipe: cold start, evaluation, RL, evaluation, report. Without one, by the recipe `default`, which
+    needs data and a model: `perl-rl train --data.train data/train.jsonl --model.path Qwen/Qwen2.5-VL-3B-Instruct`.
+    Every key can be given, as in `perl-rl train demo --train.steps 5 --run.dir runs/short`.
 
-    recipe: Positional[str] = "demo"
+    Those that matter first:
+
+        --data.train        your data: a file, a folder, a hub data set
+        --model.path        the model to train: a folder or a hub name
+        --data.eval         what is measured on: a file of its own, or nothing
+        --reward.functions  what a completion is worth, with --reward.weights; names or file.py:function
+        --train.steps       how long; --train.examples-per-step questions each
+        --rollout.*         completions per order of the images, their length, the temperature
+        --train.lr          and --model.lora-rank: how fast, and which weights
+        --run.dir           where everything goes; another one for each run
+    """
+
+    recipe: Positional[str] = DEFAULT_RECIPE
     """A bundled recipe's name (see `perl-rl config --list`) or a .toml file."""
     config: Annotated[Config, arg(name="")] = field(default_factory=Config)
     overwrite: bool = False
@@ -78,7 +93,7 @@ class Resume(Command):
 class ShowConfig(Command):
     """Print a recipe with every key, overrides included, as TOML."""
 
-    recipe: Positional[str] = "demo"
+    recipe: Positional[str] = DEFAULT_RECIPE
     """A bundled recipe's name or a .toml file."""
     config: Annotated[Config, arg(name="")] = field(default_factory=Config)
     list: bool = False
@@ -162,6 +177,7 @@ def _check(config: Config) -> None:
     from perl.recipe import plan
     from perl.training.components import check_setup, training_sources
 
+    check_named(config)
     datasets: dict[tuple[Any, ...], Any] = {}
     for stage in plan(config):
         own = stage.config
@@ -172,7 +188,7 @@ def _check(config: Config) -> None:
             if stage.kind == "filter" and source == own.data.train:
                 _check_filter(stage.name, own, datasets[key].size)
         key = ("eval", own.data.eval, own.data, own.permutation.text)
-        if own.eval.examples and stage.kind == "rl" and key not in datasets:
+        if own.eval.examples and own.data.eval and stage.kind == "rl" and key not in datasets:
             datasets[key] = load_examples(
                 own.data.eval, own.data, "test", EVAL_SEED, own.eval.examples
             )

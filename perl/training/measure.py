@@ -18,7 +18,7 @@ def measure(session: Session, at: str, step: int) -> dict[str, Any] | None:
         step: RL steps done, over all stages.
     """
     config, components = session.config, session.components
-    if config.eval.examples == 0:
+    if config.eval.examples == 0 or not config.data.eval:
         return None
     dataset = components.held_out()
     mine = range(len(dataset))[session.processes.index :: session.processes.count]

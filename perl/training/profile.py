@@ -16,7 +16,7 @@ from tyro.conf import Positional, arg
 
 from perl.config import Command, Config, StageConfig
 from perl.files import RunFolder, is_main_process, read_rows, write_json
-from perl.recipe import plan, save_config
+from perl.recipe import DEFAULT_RECIPE, check_named, plan, save_config
 from perl.report.progress import Display
 from perl.types import UserError
 
@@ -33,7 +33,7 @@ class Profile(Command):
     Groups that filter.* would drop are kept, so that every step has something to train on. Every key of the
     recipe can be overridden, as in `perl-rl profile demo --train.examples-per-step 4`."""
 
-    recipe: Positional[str] = "demo"
+    recipe: Positional[str] = DEFAULT_RECIPE
     """A bundled recipe's name or a .toml file."""
     config: Annotated[Config, arg(name="")] = field(default_factory=Config)
     steps: int = 3
@@ -71,6 +71,7 @@ class Profile(Command):
         for name, least in (("steps", 1), ("warmup", 0), ("traced", 0), ("forwards", 1)):
             if (value := getattr(self, name)) < least:
                 raise UserError(f"--{name} {value}: must be {least} or more")
+        check_named(self.config)
         config = self.config_to_profile()
         check_setup(config)
         output = self.output or Path("runs") / f"profile-{Path(self.recipe).stem}"

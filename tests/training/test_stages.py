@@ -147,7 +147,7 @@ def test_stages_that_make_no_sense(tmp_path: Path, stage: str, names: list[str])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["perl-7b", "perl-released", "perl-3b-1gpu"])
+@pytest.mark.parametrize("recipe", ["perl-7b", "perl-released", "default"])
 def test_the_papers_recipes_run_on_a_tiny_model(
     recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
