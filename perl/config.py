@@ -91,6 +91,11 @@ class ModelConfig:
     frozen); 0: train all weights."""
     lora_alpha: AboveZero = 32.0
     """Scale of the LoRA update: alpha / rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the language model's linear layers that get adapters, as in q_proj and v_proj; empty: all of attention and
+    MLP."""
+    lora_dropout: Decay = 0.0
+    """Share of the adapters' inputs that is dropped in training."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more time."""
     feature_cache_mb: Count = 1024
@@ -149,8 +154,8 @@ class ColdStartConfig:
     """Peak learning rate."""
     warmup_steps: Count = 50
     """Steps of linear warm-up."""
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Learning rate after the warm-up."""
+    schedule: str = "linear"
+    """Learning rate after the warm-up, as train.schedule."""
     noise: Share = 0.0
     """Share of demonstrations whose final answer is replaced by a random one (imperfect annotators)."""
 
@@ -187,6 +192,13 @@ class RolloutConfig:
     """Completions per order."""
     temperature: AboveZero = 1.0
     """Sampling temperature; log-probs are taken at the same one."""
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Sample only from the likeliest tokens that have this probability together; 1: from all. Log-probs stay those of
+    the whole distribution, as in TRL."""
+    top_k: Count = 0
+    """Sample only from this many likeliest tokens; 0: from all."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion, which keeps them, as in "</answer>"."""
     max_new_tokens: Positive = 512
     """Longest completion."""
     batch_size: Positive = 256
@@ -333,16 +345,17 @@ class TrainConfig:
     The gradients are the same."""
     lr: NotNegative = 1e-6
     """Peak learning rate."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after the warm-up."""
+    schedule: str = "constant"
+    """Learning rate after the warm-up: constant, linear, cosine, or another of transformers' schedulers with its options,
+    as in cosine_with_min_lr(min_lr_rate=0.1)."""
     warmup_steps: Count = 0
     """Optimizer steps of linear warm-up."""
     weight_decay: NotNegative = 0.01
     """AdamW's decoupled weight decay."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's moment decays."""
-    max_grad_norm: Annotated[float, Gt(0)] = 1.0
-    """Gradient norm is clipped to this."""
+    max_grad_norm: NotNegative = 1.0
+    """Gradient norm is clipped to this; 0: not clipped."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,6 +99,8 @@ def test_a_run_that_is_there_stays_as_it_is(short_recipe: Path, error_of: ErrorO
         ("--run.trackers", "wandb"): ["run.trackers", "wandb", "pip install"],
         ("--run.trackers", "nonsense"): ["run.trackers", "nonsense"],
         ("--loss.preset", "gpro"): ["loss", "'gpro'", "grpo"],
+        ("--train.schedule", "cosin"): ["train.schedule", "'cosin'", "cosine"],
+        ("--cold-start.schedule", "linear(x=1)"): ["cold_start.schedule", "linear(x=1)"],
         ("--model.attention", "flash_attention_2"): ["model.attention = flash_attention_2"],
         ("--train.tokens-per-micro-batch", "4"): [
             "train.tokens_per_micro_batch = 4",

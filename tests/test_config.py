@@ -49,7 +49,7 @@ OUT_OF_RANGE = {
     "train.tokens_per_micro_batch": (0,),
     "train.lr": (-1e-6, math.nan),
     "train.weight_decay": (-0.1,),
-    "train.max_grad_norm": (0.0, math.nan),
+    "train.max_grad_norm": (-0.5, math.nan),
     "eval.max_orders": (0,),
     "eval.samples": (0,),
     "eval.every": (-1,),

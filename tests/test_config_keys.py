@@ -292,6 +292,19 @@ def lora(lab: Lab) -> tuple[set[int], set[float]]:
     }
 
 
+def adapted(lab: Lab) -> set[str]:
+    """Names of the layers that have adapters."""
+    return {n.rpartition(".")[2] for n, m in lab.policy.named_modules() if hasattr(m, "lora_A")}
+
+
+def dropout(lab: Lab) -> set[float]:
+    return {
+        getattr(m.lora_dropout["default"], "p", 0.0)
+        for m in lab.policy.modules()
+        if hasattr(m, "lora_A")
+    }
+
+
 def noisy(lab: Lab) -> int:
     """How many of the first ten demonstrations are trained on as they are."""
     from perl.training.cold_start import _segment
@@ -501,6 +514,10 @@ ROWS = [
     Row("model.freeze_vision", True, lambda lab: lab.policy.vision.trained, True, False),
     Row("model.lora_rank", 4, lora, (set(), set()), ({4}, {8.0})),
     Row("model.lora_alpha", 8.0, lora, ({4}, {8.0}), ({4}, {2.0}), {"model.lora_rank": 4}),
+    Row("model.lora_targets", ("v_proj", "up_proj"), adapted,
+        {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}, {"v_proj", "up_proj"},
+        {"model.lora_rank": 4}),
+    Row("model.lora_dropout", 0.25, dropout, {0.0}, {0.25}, {"model.lora_rank": 4}),
     Row("model.gradient_checkpointing", True, lambda lab: lab.policy.core.language_model.layers[0].gradient_checkpointing,
         False, True),
     Row("model.feature_cache_mb", 5, lambda lab: lab.policy.vision.cache_bytes, 1024 * MIB, 5 * MIB),
@@ -541,6 +558,9 @@ ROWS = [
     Row("rollout.per_order", 3, last("params", lambda p: p.n), 2, 3),
     Row("rollout.temperature", 0.5, last("params", lambda p: p.temperature), 1.0, 0.5),
     Row("rollout.temperature", 0.5, lambda lab: lab.session.components.head.temperature, 1.0, 0.5),
+    Row("rollout.top_p", 0.9, last("params", lambda p: p.top_p), 1.0, 0.9),
+    Row("rollout.top_k", 20, last("params", lambda p: p.top_k), 0, 20),
+    Row("rollout.stop", ("</answer>",), last("params", lambda p: p.stop), (), ("</answer>",)),
     Row("rollout.max_new_tokens", 64, last("params", lambda p: p.max_new_tokens), 512, 64),
     Row("rollout.max_new_tokens", 64, lambda lab: loss_of(lab).max_completion_length, 512, 64,
         {"loss.preset": "dr_grpo"}),
@@ -621,6 +641,7 @@ ROWS = [
     Row("train.weight_decay", 0.5, setting("weight_decay"), 0.01, 0.5),
     Row("train.betas", (0.5, 0.75), setting("betas"), (0.9, 0.999), (0.5, 0.75)),
     Row("train.max_grad_norm", 0.125, each("limit"), [1.0] * 2, [0.125] * 2),
+    Row("train.max_grad_norm", 0.0, each("limit"), [1.0] * 2, [math.inf] * 2),
 
     Row("eval.examples", 3, of("evaluate", "examples"), [], [3, 3]),
     Row("eval.max_orders", 4, of("evaluate", "orders"), [6.0] * 2, [4.0] * 2, MEASURED),

@@ -20,7 +20,7 @@ from perl.files import append_rows, keep_rows, read_rows
 from perl.permutation import Consistency, orders, permute, shares
 from perl.report.metrics import mean
 from perl.rewards.scorer import Scorer
-from perl.rollout.engine import InProcessEngine
+from perl.rollout.engine import InProcessEngine, SamplingParams
 from perl.rollout.prompts import PromptEncoder, Shown
 from perl.rollout.sample import sample_counts
 from perl.types import Example, UserError
@@ -48,6 +48,9 @@ class Measurement:
     text: Consistency
     """How text and images are kept consistent in the other orders."""
     temperature: float
+    top_p: float
+    top_k: int
+    stop: tuple[str, ...]
     max_new_tokens: int
     seed: int
     """Of orders and sampling; the same gives the same numbers."""
@@ -63,6 +66,9 @@ class Measurement:
             orders=config.resample.orders,
             text=config.permutation.text,
             temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p,
+            top_k=config.rollout.top_k,
+            stop=config.rollout.stop,
             max_new_tokens=config.rollout.max_new_tokens,
             seed=seed,
         )
@@ -120,8 +126,14 @@ def measure_chunks(
             encoder.processor,
             shown,
             counts,
-            how.temperature,
-            how.max_new_tokens,
+            SamplingParams(
+                how.rollouts,
+                how.temperature,
+                how.max_new_tokens,
+                how.top_p,
+                how.top_k,
+                how.stop,
+            ),
             # Different for each call of a measurement; torch takes 64 bits.
             lambda _, count, start=start: (how.seed * 1_000_003 + start) * 1_009 + count,
         )
@@ -167,7 +179,7 @@ class MeasuredFile:
         advice: str | None = None,
     ) -> None:
         self.path, self.indices, self.how, self.limit = path, list(indices), how, limit
-        settings = asdict(how)
+        settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(how).items()}
         self._settings = {"asked": settings.pop("rollouts"), **(model or {}), **settings}
         self._advice = advice
         self.accuracies: list[float] = []

@@ -60,8 +60,9 @@ def evaluate(
     results: list[ExampleResult] = []
     shown: list[Rollout] = []
     longest, text = config.rollout.max_new_tokens, config.permutation.text
-    sampling = SamplingParams(config.eval.samples, 1.0, longest)
-    greedily = SamplingParams(1, 0.0, longest)
+    stop = config.rollout.stop
+    sampling = SamplingParams(config.eval.samples, 1.0, longest, stop=stop)
+    greedily = SamplingParams(1, 0.0, longest, stop=stop)
     for start in range(0, len(indices), _CHUNK):
         chunk = [dataset[i] for i in indices[start : start + _CHUNK]]
         encoded = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tyro.conf import Positional
@@ -50,7 +50,11 @@ class Generate(Command):
             print(f"words the model does not know: {', '.join(unknown)}", file=sys.stderr)
         usual = 1.0 if self.n > 1 else 0.0
         temperature = usual if self.temperature is None else self.temperature
-        params = SamplingParams(self.n, temperature, longest)
+        params = replace(
+            SamplingParams.of(config.rollout, self.n),
+            temperature=temperature,
+            max_new_tokens=longest,
+        )
         if self.example is not None:
             print(f"question: {example.messages[-1].content}\nright answer: {example.answer}")
         for completion in engine.generate([prompt], params, self.seed)[0]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -20,13 +21,15 @@ from perl.model.packed.attention import (
     choose,
     use_packed_attention,
 )
-from perl.model.padded import PaddedPolicy, check_head, lora_targets, tower_of
+from perl.model.padded import PaddedPolicy, check_head, decoder_name, tower_of
 from perl.model.padded_processor import PaddedProcessor
 from perl.model.policy import Policy
 from perl.model.processor import Processor
 from perl.types import UserError, one_line
 
 logger = logging.getLogger(__name__)
+
+_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def load_policy(folder: str, config: ModelConfig, device: torch.device) -> Policy:
@@ -58,7 +61,7 @@ def load_policy(folder: str, config: ModelConfig, device: torch.device) -> Polic
         use_liger(core.language_model)
     if config.compile:
         compile_layers(core.language_model)
-    model = _prepared(model, config, tower, r".*language_model.*\.(q|k|v|o|gate|up|down)_proj")
+    model = _prepared(model, config, tower, r".*language_model")
     return Policy(model, family, config.feature_cache_mb * 2**20, config.compile)
 
 
@@ -122,7 +125,7 @@ def _padded_policy(model: Any, folder: str, config: ModelConfig) -> PaddedPolicy
     divided = config.freeze_vision or config.lora_rank
     tower = tower_of(model, folder) if divided else []
     try:
-        model = _prepared(model, config, tower, lora_targets(model) if divided else "")
+        model = _prepared(model, config, tower, decoder_name(model) if divided else "")
     except ValueError as error:
         raise UserError(f"model.path = {folder}: {_said(error)}") from error
     return PaddedPolicy(model, processor)
@@ -135,9 +138,13 @@ def _say_once(level: int, message: str) -> None:
 
 
 def _prepared(
-    model: Any, config: ModelConfig, tower: Sequence[nn.Module], lora_targets: str
+    model: Any, config: ModelConfig, tower: Sequence[nn.Module], decoder: str
 ) -> nn.Module:
-    """Freezing, checkpointing and adapters as the config wants them."""
+    """Freezing, checkpointing and adapters as the config wants them.
+
+    Args:
+        decoder: a regular expression for the name of the language model.
+    """
     if config.freeze_vision:
         for module in tower:
             module.requires_grad_(False)
@@ -154,7 +161,8 @@ def _prepared(
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType]
-        target_modules=lora_targets,
+        lora_dropout=config.lora_dropout,
+        target_modules=_adapted(model, config.lora_targets, decoder),
     )
     wrapped = get_peft_model(model, lora)
     if not config.freeze_vision:
@@ -162,6 +170,26 @@ def _prepared(
         for module in tower:
             module.requires_grad_(True)
     return cast(nn.Module, wrapped)
+
+
+def _adapted(model: nn.Module, targets: Sequence[str], decoder: str) -> str:
+    """A regular expression for the layers that get adapters.
+
+    Raises:
+        UserError: the language model has no linear layer of a wanted name.
+    """
+    inside = re.compile(rf"{decoder}\..*\.(\w+)")
+    there = {
+        match[1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (match := inside.fullmatch(name))
+    }
+    if missing := [name for name in targets if name not in there]:
+        raise UserError(
+            f"model.lora_targets: the language model has no linear layer {missing[0]}; "
+            f"it has {', '.join(sorted(there))}"
+        )
+    return rf"{decoder}\..*\.({'|'.join(targets or _LORA_TARGETS)})"
 
 
 def check_model(folder: str) -> Family | None:

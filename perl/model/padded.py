@@ -202,8 +202,8 @@ def tower_of(model: Any, folder: str) -> list[nn.Module]:
     return [child for child in children if child is not decoder]
 
 
-def lora_targets(model: Any) -> str:
-    """A regular expression for the linear layers of the language model."""
+def decoder_name(model: Any) -> str:
+    """A regular expression for the name of the language model inside the whole one."""
     decoder = model.get_decoder()
     name = next(name for name, module in model.named_modules() if module is decoder)
-    return rf"{re.escape(name)}\..*\.(q|k|v|o|gate|up|down)_proj"
+    return re.escape(name)

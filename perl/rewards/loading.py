@@ -58,7 +58,9 @@ def load(spec: str, built_in: Mapping[str, RewardFunction]) -> BoundReward:
             "file.py:function, with options as in box_iou(threshold=0.5)"
         )
     name, module = match["name"], match["module"]
-    options = _read_options(spec, match["options"]) if match["options"] is not None else {}
+    options = (
+        read_options(f"reward '{spec}'", match["options"]) if match["options"] is not None else {}
+    )
     if module is None and name not in built_in:
         raise UserError(
             f"unknown reward function '{name}'{_nearest(name, built_in)}; known are "
@@ -78,7 +80,8 @@ def load(spec: str, built_in: Mapping[str, RewardFunction]) -> BoundReward:
     return BoundReward(function, options, frozenset(known or ()))
 
 
-def _read_options(spec: str, text: str) -> dict[str, Any]:
+def read_options(what: str, text: str) -> dict[str, Any]:
+    """The options that stand in brackets behind a name; `what` begins the message of a UserError."""
     try:
         call = ast.parse(f"f({text}\n)", mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
@@ -90,8 +93,8 @@ def _read_options(spec: str, text: str) -> dict[str, Any]:
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else one_line(error, 80)
         raise UserError(
-            f"reward '{spec}': its options cannot be read ({reason}); write them as in "
-            "box_iou(threshold=0.5), with numbers, texts in quotes, True, False, None or lists"
+            f"{what}: its options cannot be read ({reason}); write them as in "
+            "name(option=0.5), with numbers, texts in quotes, True, False, None or lists"
         ) from error
 
 

@@ -16,7 +16,7 @@ from perl.permutation import Order, is_permuted, orders, permute, rate_at, relea
 from perl.recipe import Stage
 from perl.rewards.scorer import Scorer
 from perl.rollout.advantages import advantages_of, group_mean, group_weight
-from perl.rollout.engine import InProcessEngine
+from perl.rollout.engine import InProcessEngine, SamplingParams
 from perl.rollout.filtering import GroupFilter, unscorable
 from perl.rollout.prompts import PromptEncoder, Shown
 from perl.rollout.replay import Replay
@@ -178,8 +178,7 @@ class Collector:
                 self.encoder.processor,
                 [pair for _, shown in encoded for pair in shown],
                 counts,
-                config.rollout.temperature,
-                config.rollout.max_new_tokens,
+                SamplingParams.of(config.rollout, per_example),
                 # The first seed is the step's own; the others are far from those of other steps.
                 lambda number, _: seed + (number << 56),
             )

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from perl.config import RolloutConfig
 from perl.model.layers import uncompiled
 from perl.model.policy import Policy
 from perl.model.processor import Processor
@@ -22,16 +23,26 @@ from perl.types import EncodedPrompt
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to continue a prompt. `temperature` 0 takes the most likely token."""
+    """How to continue a prompt. `temperature` 0 takes the most likely token; see `RolloutConfig` for the rest."""
 
     n: int
     temperature: float
     max_new_tokens: int
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, config: RolloutConfig, n: int) -> SamplingParams:
+        """As rollouts are sampled."""
+        longest = config.max_new_tokens
+        return cls(n, config.temperature, longest, config.top_p, config.top_k, config.stop)
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """`token_ids` int64 [L] with the end token when `finished`; `logprobs` float32 [L] of the sampling distribution."""
+    """`token_ids` int64 [L], with the end token or the stop text when `finished`; `logprobs` float32 [L] of the policy at
+    the sampling temperature, whatever top-p and top-k leave out."""
 
     token_ids: np.ndarray
     logprobs: np.ndarray
@@ -56,7 +67,7 @@ class InProcessEngine:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.policy = policy
-        self.pad = processor.pad_token_id
+        self.pad, self.processor = processor.pad_token_id, processor
         self.ends = torch.tensor(sorted(_end_tokens(policy, processor)), device=policy.device)
         self.banned = processor.unsampled_token_ids()
         self.batch_size = batch_size
@@ -92,12 +103,16 @@ class InProcessEngine:
         logprobs: list[list[float]] = [[] for _ in range(rows)]
         alive = torch.arange(rows, device=self.policy.device)
         for step in range(params.max_new_tokens):
-            token, logprob = self._sample(logits, params.temperature, generator)
+            token, logprob = self._sample(logits, params, generator)
             for row, t, p in zip(alive.tolist(), token.tolist(), logprob.tolist(), strict=True):
                 tokens[row].append(t)
                 logprobs[row].append(p)
+            ended = torch.isin(token, self.ends)
+            if params.stop:
+                stopped = [self._stops(tokens[row], params.stop) for row in alive.tolist()]
+                ended |= torch.tensor(stopped, device=ended.device)
             # Rows that have ended leave the cache, so that the longest completions are decoded alone.
-            going = (~torch.isin(token, self.ends)).nonzero().squeeze(1)
+            going = (~ended).nonzero().squeeze(1)
             if len(going) == 0 or step + 1 == params.max_new_tokens:
                 break
             if len(going) < len(alive):
@@ -105,24 +120,36 @@ class InProcessEngine:
                 state.keep(going)
             with span("decode"):
                 logits = state.decode_step(token)
-        ends = set(self.ends.tolist())
         return [
-            Completion(np.asarray(t, np.int64), np.asarray(p, np.float32), t[-1] in ends)
+            Completion(
+                np.asarray(t, np.int64), np.asarray(p, np.float32), self._finished(t, params.stop)
+            )
             for t, p in zip(tokens, logprobs, strict=True)
         ]
 
+    def _stops(self, tokens: Sequence[int], stop: Sequence[str]) -> bool:
+        """Whether one of the texts stands in the last tokens."""
+        # A token holds a byte of text at least; some more, as a tokenizer may strip what it begins with.
+        longest = max(len(text.encode()) for text in stop) + 8
+        tail = np.asarray(tokens[-longest:], np.int64)
+        return any(text in self.processor.decode(tail) for text in stop)
+
+    def _finished(self, tokens: Sequence[int], stop: Sequence[str]) -> bool:
+        return tokens[-1] in self.ends.tolist() or (bool(stop) and self._stops(tokens, stop))
+
     def _sample(
-        self, logits: torch.Tensor, temperature: float, generator: torch.Generator
+        self, logits: torch.Tensor, params: SamplingParams, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # In fp32 at least: the log-probs are compared with the trainer's, and bf16 has three digits.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logits = logits.index_fill(1, self.banned.to(logits.device), -torch.inf)
-        if temperature == 0:
+        if params.temperature == 0:
             logprobs = logits.log_softmax(-1)
             token = logprobs.argmax(-1)
         else:
-            logprobs = (logits / temperature).log_softmax(-1)
-            token = torch.multinomial(logprobs.exp(), 1, generator=generator).squeeze(1)
+            logprobs = (logits / params.temperature).log_softmax(-1)
+            likely = _likeliest(logprobs, params.top_p, params.top_k).exp()
+            token = torch.multinomial(likely, 1, generator=generator).squeeze(1)
         return token, logprobs.gather(1, token[:, None]).squeeze(1)
 
     def _prefill(self, prompts: Sequence[EncodedPrompt], n: int) -> tuple[_Decoding, torch.Tensor]:
@@ -197,6 +224,16 @@ def _end_tokens(policy: Policy, processor: Processor) -> set[int]:
     settings = getattr(policy.base, "generation_config", None)
     more = getattr(settings, "eos_token_id", None) or []
     return {processor.eos_token_id, *([more] if isinstance(more, int) else more)}
+
+
+def _likeliest(logprobs: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
+    """Log-probs [B, V] with -inf for what top-k, and of its rest top-p, leave out, by transformers' own rules."""
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+    none: Any = None  # What came before, which neither looks at.
+    if top_k:
+        logprobs = TopKLogitsWarper(top_k)(none, logprobs)
+    return TopPLogitsWarper(top_p)(none, logprobs) if top_p < 1 else logprobs
 
 
 def _by_length(prompts: Sequence[EncodedPrompt], size: int) -> Iterator[list[int]]:

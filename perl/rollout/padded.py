@@ -40,9 +40,8 @@ class PaddedEngine(InProcessEngine):
                 for place, i in enumerate(chosen):
                     ids[i] = tuple(found[place * params.n : (place + 1) * params.n])
         logprobs = self._logprobs(prompts, ids, params.temperature or 1.0)
-        ends = self.ends.tolist()
         return [
-            Completion(own, logprobs[i, r], int(own[-1]) in ends)
+            Completion(own, logprobs[i, r], self._finished(own.tolist(), params.stop))
             for i, completions in enumerate(ids)
             for r, own in enumerate(completions)
         ]
@@ -57,17 +56,19 @@ class PaddedEngine(InProcessEngine):
         devices = [policy.device] if policy.device.type == "cuda" else []
         with torch.random.fork_rng(devices), self._settings(params):
             torch.manual_seed(int(seed))
+            start = inputs["input_ids"].shape[1]
+            stops = [_Stops(self._stops, start, params.stop)] if params.stop else None
             with span("generate"):
-                out = policy.base.generate(**inputs)
-        return [self._cut(row) for row in out[:, inputs["input_ids"].shape[1] :].cpu().numpy()]
+                out = policy.base.generate(**inputs, stopping_criteria=stops)
+        return [self._cut(row, params.stop) for row in out[:, start:].cpu().numpy()]
 
     @contextmanager
     def _settings(self, params: SamplingParams) -> Iterator[None]:
-        """The pure distribution of the model, whatever top-k or penalty its checkpoint comes with."""
+        """What is asked for, whatever top-k or penalty the checkpoint comes with."""
         from transformers import GenerationConfig
 
         base: Any = self.policy.base
-        sampling = {"temperature": params.temperature, "top_k": 0, "top_p": 1.0}
+        sampling = {"temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p}
         before = base.generation_config
         base.generation_config = GenerationConfig(
             max_new_tokens=params.max_new_tokens,
@@ -82,10 +83,15 @@ class PaddedEngine(InProcessEngine):
         finally:
             base.generation_config = before
 
-    def _cut(self, ids: np.ndarray) -> np.ndarray:
-        """int64 [L]: up to the first end token, which is kept; behind it there is padding."""
-        ends = np.flatnonzero(np.isin(ids, self.ends.cpu().numpy()))
-        return ids[: ends[0] + 1 if len(ends) else len(ids)].astype(np.int64)
+    def _cut(self, ids: np.ndarray, stop: Sequence[str]) -> np.ndarray:
+        """int64 [L]: up to the first end token or stop text, which is kept; behind it there is padding."""
+        ended = np.isin(ids, self.ends.cpu().numpy())
+        length = int(ended.argmax()) + 1 if ended.any() else len(ids)
+        if stop:
+            length = next(
+                (n for n in range(1, length) if self._stops(ids[:n].tolist(), stop)), length
+            )
+        return ids[:length].astype(np.int64)
 
     def _logprobs(
         self,
@@ -104,6 +110,17 @@ class PaddedEngine(InProcessEngine):
             parts = flat.split(batch.completion_cu_seqlens.diff().tolist())
             out.update((s, p.numpy()) for s, p in zip(batch.source, parts, strict=True))
         return out
+
+
+class _Stops:
+    """Which sequences have come to a stop text, as transformers' `generate` asks after each token."""
+
+    def __init__(self, stops: Callable[..., bool], start: int, stop: Sequence[str]) -> None:
+        self.stops, self.start, self.stop = stops, start, stop
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        found = [self.stops(row, self.stop) for row in input_ids[:, self.start :].tolist()]
+        return torch.tensor(found, device=input_ids.device)
 
 
 def make_engine(

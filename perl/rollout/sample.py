@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from perl.model.processor import Processor
 from perl.rollout.engine import InProcessEngine, SamplingParams
@@ -35,11 +36,10 @@ def sample_counts(
     processor: Processor,
     shown: Sequence[Shown],
     counts: Sequence[int],
-    temperature: float,
-    max_new_tokens: int,
+    params: SamplingParams,
     seed_of: Callable[[int, int], int],
 ) -> list[list[Rollout]]:
-    """`counts[i]` rollouts of variant i; those that want equally many are sampled together.
+    """`counts[i]` rollouts of variant i, in place of `params.n`; those that want equally many are sampled together.
 
     Args:
         seed_of: the seed of a batch, given its number from 0 (the smallest count first) and its count.
@@ -47,10 +47,8 @@ def sample_counts(
     out: list[list[Rollout]] = [[] for _ in shown]
     for number, count in enumerate(sorted({count for count in counts if count})):
         members = [i for i, n in enumerate(counts) if n == count]
-        params = SamplingParams(count, temperature, max_new_tokens)
-        rollouts = sample(
-            engine, processor, [shown[i] for i in members], params, seed_of(number, count)
-        )
-        for i, own in zip(members, rollouts, strict=True):
-            out[i] = own
+        own, seed = [shown[i] for i in members], seed_of(number, count)
+        rollouts = sample(engine, processor, own, replace(params, n=count), seed)
+        for i, completions in zip(members, rollouts, strict=True):
+            out[i] = completions
     return out

@@ -19,7 +19,9 @@ def cold_start(session: Session, stage: Stage) -> None:
         return
     config, components = session.config.cold_start, session.components
     optimizer = session.make_optimizer(
-        Schedule(config.lr, config.schedule, config.warmup_steps, config.steps)
+        Schedule(
+            config.lr, config.schedule, config.warmup_steps, config.steps, "cold_start.schedule"
+        )
     )
     for step in session.steps():
         with components.watch("preprocess"), session.processes.jointly():

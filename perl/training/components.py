@@ -35,6 +35,7 @@ from perl.rollout.engine import InProcessEngine
 from perl.rollout.padded import make_engine
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.timing import Stopwatch
+from perl.training.optimizer import Schedule
 from perl.types import UserError
 
 
@@ -214,6 +215,8 @@ def _check_stage(stage: Stage) -> None:
             f"train.tokens_per_micro_batch = {budget} leaves no room for a prompt beside "
             f"rollout.max_new_tokens = {completion}; raise the first or lower the second"
         )
+    Schedule(1.0, config.train.schedule, 0, 1)
+    Schedule(1.0, config.cold_start.schedule, 0, 1, "cold_start.schedule")
     make_policy_loss(config.loss, completion)
     Scorer(config.reward.functions, config.reward.weights, config.reward.timeout)
 

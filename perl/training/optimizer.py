@@ -2,46 +2,80 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from perl.config import TrainConfig
+from perl.config import REWARD_SPEC, TrainConfig
 from perl.distributed import Processes
 from perl.model.families import ImageFeatures
 from perl.model.head import HeadLoss, PolicyLoss, step_normalizer
 from perl.model.vision import StepFeatures
+from perl.rewards.loading import read_options
 from perl.timing import span
-from perl.types import EncodedImage, PackedBatch, UserError
+from perl.types import EncodedImage, PackedBatch, UserError, one_line
 
 
-@dataclass(frozen=True, slots=True)
 class Schedule:
-    """Learning rate over optimizer steps: linear warm-up, then constant, linear or cosine decay to zero.
+    """Learning rate over optimizer steps: a linear warm-up, then one of transformers' schedulers.
 
-    A function of the step alone, so that a resumed run has no state of it to restore. transformers' schedulers start their
-    warm-up at 0, which wastes the first batch of rollouts.
+    A function of the step alone, so that a resumed run has no state of it to restore. The warm-up is our own, as theirs
+    start at 0, which wastes the first batch of rollouts.
+
+    Args:
+        peak: the highest rate.
+        kind: a scheduler's name, with options as in `cosine_with_min_lr(min_lr_rate=0.1)`.
+        warmup_steps: before the scheduler begins.
+        steps: in all.
+        key: that `kind` is the value of, for messages.
+
+    Raises:
+        UserError: no such scheduler, or options that it does not take.
     """
 
-    peak: float
-    kind: str
-    warmup_steps: int
-    steps: int
+    def __init__(
+        self, peak: float, kind: str, warmup_steps: int, steps: int, key: str = "train.schedule"
+    ) -> None:
+        self.peak, self.warmup_steps = peak, warmup_steps
+        self._factor = _scheduler(kind, peak, max(1, steps - warmup_steps), key)
 
     def __call__(self, step: int) -> float:
         """Learning rate of the optimizer step number `step`, from 0."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
-        left = 1 - (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        factor = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[
-            self.kind
-        ]
-        return self.peak * max(0.0, factor)
+        return self.peak * max(0.0, self._factor(step - self.warmup_steps))
+
+
+def _scheduler(kind: str, peak: float, steps: int, key: str) -> Callable[[int], float]:
+    """The share of the peak that a scheduler of transformers gives each of `steps` steps, from 0."""
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+    # Left out: those that follow the loss of an evaluation.
+    known = {
+        str(name.value): function
+        for name, function in TYPE_TO_SCHEDULER_FUNCTION.items()
+        if name.value not in ("reduce_lr_on_plateau", "greedy")
+    }
+    match = REWARD_SPEC.fullmatch(kind.strip())
+    if match is None or match["module"] or match["name"] not in known:
+        raise UserError(f"{key} = {kind!r} is none of {', '.join(sorted(known))}")
+    function = known[match["name"]]
+    options = read_options(f"{key} = {kind!r}", match["options"] or "")
+    wanted = inspect.signature(function).parameters
+    given = {"num_warmup_steps": 0, "num_training_steps": steps}
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak or 1.0)  # For the peak alone.
+    try:
+        scheduler: Any = function(
+            optimizer, **{k: v for k, v in given.items() if k in wanted}, **options
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{key} = {kind!r}: {one_line(error)}; correct its options") from error
+    return scheduler.lr_lambdas[0]
 
 
 class Optimizer:
@@ -61,7 +95,7 @@ class Optimizer:
     ) -> None:
         self.accelerator, self.processes = accelerator, Processes(accelerator)
         self.head, self.policy, self.schedule = head, head.policy, schedule
-        self.max_grad_norm = config.max_grad_norm
+        self.max_grad_norm = config.max_grad_norm or math.inf
         self.updates = 0
         """How often the weights have changed since the optimizer was made."""
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]

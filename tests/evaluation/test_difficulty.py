@@ -19,6 +19,7 @@ from perl.evaluation.difficulty import (
     measure_chunks,
 )
 from perl.rewards.scorer import Scorer
+from perl.rollout.engine import SamplingParams
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.types import Example
 from tests.messages import refused, tells
@@ -32,6 +33,7 @@ def examples(count: int) -> list[Example]:
 
 HOW: dict[str, Any] = {"rollouts": 10, "orders": 1, "seed": 0, "measure": "accuracy"}
 HOW |= {"text": "slots", "temperature": 0.8, "max_new_tokens": 5, "min_pixels": 1, "max_pixels": 9}
+HOW |= {"top_p": 0.9, "top_k": 7, "stop": ("!",)}
 
 
 def measure(
@@ -59,7 +61,7 @@ def test_the_share_of_right_completions() -> None:
     found, calls = measure(lambda asked: "A" if asked.number < 7 else "B", examples(40))
     assert found == [Difficulty(i, f"q{i}", 0.7, 10) for i in range(40)]
     assert [(len(c.variants), c.params.n) for c in calls] == [(32, 10), (8, 10)]
-    assert {(c.params.temperature, c.params.max_new_tokens) for c in calls} == {(0.8, 5)}
+    assert {c.params for c in calls} == {SamplingParams(10, 0.8, 5, 0.9, 7, ("!",))}
     assert calls[0].seed != calls[1].seed
 
 
@@ -178,7 +180,7 @@ def test_what_stands_in_a_line(tmp_path: Path) -> None:
     how = {k: v for k, v in HOW.items() if k != "rollouts"}
     assert first == {
         **{"index": 0, "id": "q0", "accuracy": 0.333333, "rollouts": 10, "asked": 10},
-        **{**how, "max_prompt_tokens": 9},
+        **{**how, "stop": ["!"], "max_prompt_tokens": 9},
     }
     assert (second["accuracy"], second["rollouts"], second["asked"]) == (None, 0, 10)
 

@@ -20,6 +20,7 @@ from perl.config import (
     RolloutConfig,
 )
 from perl.evaluation.evaluate import ExampleResult, aggregate, evaluate
+from perl.rollout.engine import SamplingParams
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.types import Example, Rollout
 from tests.command_line import ErrorOf, run
@@ -30,7 +31,8 @@ from tests.stand_ins import Asked, TableEngine, example
 def measured(
     answer: Callable[[Asked], str], *examples: Example, **sections: Any
 ) -> tuple[list[ExampleResult], list[Rollout], TableEngine]:
-    config = Config(**{"rollout": RolloutConfig(max_new_tokens=4, temperature=0.3), **sections})
+    rollout = RolloutConfig(max_new_tokens=4, temperature=0.3, top_p=0.5, top_k=2, stop=("!",))
+    config = Config(**{"rollout": rollout, **sections})
     engine: Any = TableEngine(answer)
     encoder = PromptEncoder(engine.processor, PromptLimit.to_generate(config), config.data.overlong)
     results, shown = evaluate(engine, encoder, examples, range(len(examples)), config)
@@ -74,7 +76,7 @@ def test_numbers_by_hand() -> None:
 
 
 def test_what_the_model_is_asked() -> None:
-    """Chunks of 32 examples are sampled at temperature 1, each with a seed of its own, and then greedily."""
+    """Chunks of 32 examples are sampled at temperature 1 from all tokens, each with a seed of its own, and then greedily."""
     results, shown, engine = measured(
         by_hand,
         *(example(f"q{i}", 10, 20) for i in range(33)),
@@ -82,10 +84,9 @@ def test_what_the_model_is_asked() -> None:
         eval=EvalConfig(samples=3, max_orders=5),
     )
     calls = engine.calls
-    assert [(c.params.n, c.params.temperature, c.params.max_new_tokens) for c in calls] == [
-        (3, 1.0, 4),
-        (1, 0.0, 4),
-    ] * 2
+    sampled = SamplingParams(3, 1.0, 4, stop=("!",))
+    greedy = SamplingParams(1, 0.0, 4, stop=("!",))
+    assert [c.params for c in calls] == [sampled, greedy] * 2
     assert [len(c.variants) for c in calls] == [64, 64, 7, 7]
     assert calls[0].seed != calls[2].seed
     # Equal ids stay two examples, and the original order is one of those that are drawn.

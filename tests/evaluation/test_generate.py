@@ -12,6 +12,7 @@ from PIL import Image
 
 from perl.config import DataConfig, RolloutConfig
 from perl.permutation import permute
+from perl.rollout.engine import SamplingParams
 from perl.types import Example, Message
 from tests.command_line import ErrorOf, run
 from tests.messages import tells
@@ -48,7 +49,7 @@ def folder(
     ]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     own = DataConfig(eval=str(tmp_path / "rows.jsonl"))
-    return trained(data=own, rollout=RolloutConfig(max_new_tokens=3))
+    return trained(data=own, rollout=RolloutConfig(max_new_tokens=3, top_p=0.9, stop=("!",)))
 
 
 @pytest.mark.parametrize(
@@ -72,8 +73,8 @@ def test_how_it_samples(
 ) -> None:
     assert run("generate", folder, "--prompt", "Which unlike one ?", *options) == 0
     (call,) = engine.calls
-    assert (call.params.n, call.params.temperature) == (n, temperature)
-    assert (call.params.max_new_tokens, call.seed) == (longest, seed)
+    assert call.params == SamplingParams(n, temperature, longest, 0.9, 0, ("!",))
+    assert call.seed == seed
     said = capsys.readouterr()
     tells(said.err, "unlike")
     lines = said.out.splitlines()

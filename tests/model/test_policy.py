@@ -14,6 +14,7 @@ from perl.model.policy import Policy
 from perl.model.tiny import TINY_MODELS, TINY_QWEN
 from perl.rollout.engine import InProcessEngine, SamplingParams
 from perl.types import Message, Segment
+from tests.messages import refused
 from tests.model.conftest import CONFIG
 from tests.model.steps import (
     batch_logprobs,
@@ -115,6 +116,11 @@ def test_many_images_and_an_image_token_inside_a_completion(name: str, load, tin
     before = stock_logprobs(stock, prompt, completions[0][:1])
     torch.testing.assert_close(with_token[:1], before, rtol=0, atol=1e-12)
     assert with_token.isfinite().all()
+
+
+def test_adapters_on_layers_that_are_not_there(load) -> None:
+    with refused("model.lora_targets", "q_prj", "q_proj"):
+        load(TINY_QWEN[0], replace(CONFIG, lora_rank=2, lora_targets=("v_proj", "q_prj")))
 
 
 def test_lora_trains_adapters_only_and_starts_as_the_base(load, tmp_path: Path) -> None:

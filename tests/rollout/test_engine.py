@@ -107,7 +107,10 @@ PROMPTS = [
 
 def engine_of(policy: Any, batch_size: int = 64, **options: Any) -> InProcessEngine:
     processor: Any = SimpleNamespace(
-        pad_token_id=7, eos_token_id=END, unsampled_token_ids=lambda: torch.tensor(BANNED)
+        pad_token_id=7,
+        eos_token_id=END,
+        unsampled_token_ids=lambda: torch.tensor(BANNED),
+        decode=lambda ids: "".join("abcdefgh.ijk"[i] for i in ids),
     )
     return InProcessEngine(policy, processor, batch_size, **options)
 
@@ -187,6 +190,43 @@ def test_tokens_come_as_often_as_they_are_likely() -> None:
     wanted = distributions(PROMPTS[0], np.array([0]), 2.0)[0].exp()
     np.testing.assert_allclose(shares, wanted, atol=0.024)
     assert shares[BANNED].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.6, 0), (1.0, 3), (0.8, 4)])
+def test_what_is_not_among_the_likeliest_is_left_out(top_p: float, top_k: int) -> None:
+    """Of the first tokens of 4000 samples; log-probs stay those of the whole distribution."""
+    params = SamplingParams(4000, 2.0, 1, top_p, top_k)
+    (found,) = engine_of(FormulaPolicy(), 4000).generate([PROMPTS[0]], params, 1)
+    every = distributions(PROMPTS[0], np.array([0]), 2.0)[0]
+    likely, of_rank = every.exp().sort(descending=True)
+    kept = likely[: top_k or WORDS]
+    kept = kept / kept.sum()
+    # The last one is that which first brings the sum to top-p.
+    count = len(kept) if top_p == 1 else int((kept.cumsum(0) < top_p).sum()) + 1
+    wanted = torch.zeros(WORDS).double()
+    wanted[of_rank[:count]] = kept[:count] / kept[:count].sum()
+    ids = [int(c.token_ids[0]) for c in found]
+    shares = np.bincount(ids, minlength=WORDS) / 4000
+    np.testing.assert_allclose(shares, wanted, atol=0.024)
+    assert set(ids) == set(of_rank[:count].tolist()) and 1 < count < WORDS - 2
+    np.testing.assert_allclose([c.logprobs[0] for c in found], every[ids], rtol=0, atol=2e-5)
+
+
+def test_a_stop_text_ends_a_completion_and_stays() -> None:
+    """It may span tokens, and stand anywhere in the last one."""
+    free = [c for cs in generate(FormulaPolicy(), SamplingParams(30, 2.0, 9)) for c in cs]
+    stop = ("bd", "k")
+    out = generate(FormulaPolicy(), SamplingParams(30, 2.0, 9, stop=stop))
+    decode = engine_of(FormulaPolicy()).processor.decode
+    stopped = 0
+    for completion in (c for cs in out for c in cs):
+        text = decode(completion.token_ids)
+        ends = [text.find(s) + len(s) for s in stop if s in text]
+        assert not ends or min(ends) == len(text)
+        assert completion.finished == (bool(ends) or text.endswith("."))
+        assert len(completion.logprobs) == len(text) and (completion.finished or len(text) == 9)
+        stopped += bool(ends) and text.endswith("bd")
+    assert stopped and any("bd" in decode(c.token_ids)[:-2] for c in free)
 
 
 def test_the_seed_says_what_is_sampled() -> None:

@@ -40,7 +40,8 @@ class Padded(PaddedPolicy):
         assert side == "left" and len({bool(p.images) for p in prompts}) == 1
         return {"input_ids": torch.tensor([[PAD, *p.input_ids] for p in prompts])}
 
-    def generate(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def generate(self, input_ids: torch.Tensor, stopping_criteria: Any = None) -> torch.Tensor:
+        self.stopping_criteria = stopping_criteria
         asked = input_ids[:, 1].tolist()
         self.asked.append((asked, self.base.generation_config))
         rows = []
@@ -101,6 +102,28 @@ def test_completions_of_prompts_with_and_without_pictures(
         if temperature:
             assert (settings.temperature, settings.top_k, settings.top_p) == (0.7, 0, 1.0)
     assert heads == [(BANNED, temperature or 1.0)] and policy.packed == [(2**14, False)]
+
+
+def test_a_stop_text_ends_a_completion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`generate` is told which rows have come to it, and what it padded behind it is cut."""
+    policy = Padded()
+    monkeypatch.setattr(PaddedEngine, "_logprobs", lambda *_: {(0, 0): "first", (0, 1): "second"})
+    processor: Any = SimpleNamespace(
+        pad_token_id=PAD,
+        eos_token_id=END,
+        unsampled_token_ids=lambda: torch.tensor(BANNED),
+        decode=lambda ids: " ".join(str(i) for i in ids),
+    )
+    engine = make_engine(policy, processor, 8, lambda: torch.autocast("cpu", enabled=False))
+    params = SamplingParams(2, 1.0, 9, 0.9, 5, ("10 11",))
+    ((first, second),) = engine.generate([prompt(10)], params, seed=1)
+    assert (first.token_ids.tolist(), first.finished) == ([10, END], True)
+    assert (second.token_ids.tolist(), second.finished) == ([10, 11], True)
+    (criterion,) = policy.stopping_criteria
+    so_far = torch.tensor([[PAD, 10, 10, 10], [PAD, 11, 10, 11], [10, 11, 10, 10]])
+    assert criterion(so_far, None).tolist() == [False, True, False]
+    ((_, settings),) = policy.asked
+    assert (settings.top_k, settings.top_p) == (5, 0.9)
 
 
 def test_other_policies_are_packed() -> None:

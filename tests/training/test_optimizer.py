@@ -28,11 +28,31 @@ from tests.training.two_tokens import Accelerator, Together, TwoTokens, segment
         # Half of 1 + cos of 0, 45, 90 and 135 degrees.
         ("cosine", 2, [4, 8, 8, 4 + 4 * 0.5**0.5, 4, 4 - 4 * 0.5**0.5]),
         ("linear", 6, [8 / 6, 16 / 6, 4, 32 / 6, 40 / 6, 8]),
+        # The same between 8 and 2.
+        ("cosine_with_min_lr(min_lr=2.0)", 2, [4, 8, 8, 5 + 3 * 0.5**0.5, 5, 5 - 3 * 0.5**0.5]),
+        ("cosine_with_restarts(num_cycles=2)", 2, [4, 8, 8, 4, 8, 4]),
+        ("polynomial(power=2.0, lr_end=0.0)", 2, [4, 8, 8, 8 * 9 / 16, 8 * 4 / 16, 8 / 16]),
+        ("warmup_stable_decay(num_decay_steps=2, decay_type='linear')", 2, [4, 8, 8, 8, 8, 4]),
     ],
 )
 def test_learning_rates(kind: str, warmup: int, rates: list[float]) -> None:
     schedule = Schedule(8.0, kind, warmup, 6)
     assert [schedule(step) for step in range(6)] == pytest.approx(rates)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("cosin", ["cosine", "linear"]),
+        ("reduce_lr_on_plateau", ["cosine", "linear"]),
+        ("cosine(cycles=2)", ["cycles"]),
+        ("constant(min_lr=1.0)", ["min_lr"]),
+        ("polynomial(lr_end=9.0)", ["lr_end"]),
+    ],
+)
+def test_what_is_no_schedule(kind: str, names: list[str]) -> None:
+    with refused("train.schedule", kind.replace("'", ""), *names):
+        Schedule(8.0, kind, 0, 6)
 
 
 Rows = Sequence[tuple[Sequence[int], float]]
