@@ -116,8 +116,9 @@ class DataConfig:
     """Where examples come from."""
 
     train: str = ""
-    """The training data: JSONL or Parquet file, hub dataset, bundled:digits (questions made over scikit-learn's scanned
-    digits), or bundled:folder:PATH (over your pictures, one sub-folder per class)."""
+    """The training data: a file (JSONL, JSON, CSV, Parquet), several (data/*.jsonl, or with commas), a folder or hub name
+    with [:CONFIG][:SPLIT], bundled:digits (questions made over scikit-learn's scanned digits), or bundled:folder:PATH
+    (over your pictures, one sub-folder per class)."""
     eval: str = ""
     """Held-out examples, in the same forms (the bundled tasks keep train and test images apart); empty: no evaluation."""
     columns: Literal["auto", "perl", "trl", "verl", "easyr1"] = "auto"

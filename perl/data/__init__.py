@@ -1,7 +1,8 @@
 """Rows of data become Examples. No model here.
 
 columns.py    whose column names a row uses, and what they mean
-sources.py    rows of JSON Lines, JSON, Parquet, saved folders and the hub
+sources.py    what a path, a pattern, a folder or a hub name stands for
+readers.py    rows by number out of JSON Lines, JSON, CSV, Parquet and `datasets`
 pictures.py   images opened with care; the labelled pictures behind bundled questions
 tasks.py      the bundled questions
 dataset.py    `load_examples`: any source as Examples by number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -27,8 +28,7 @@ def load_examples(
 ) -> Dataset:
     """The examples of a source; images are decoded one item at a time.
 
-    `source` is `bundled:digits`, `bundled:folder:PATH`, a .jsonl, .json or .parquet file, a folder
-    saved by `datasets`, or a hub name. `limit` keeps that many examples: the first of the bundled
+    `source` is `bundled:digits`, `bundled:folder:PATH`, or what `open_source` takes. `limit` keeps that many examples: the first of the bundled
     ones, a seeded sample of a file, in its order. Raises UserError for a source that cannot be read,
     is empty, or lacks columns.
     """
@@ -55,18 +55,15 @@ def validate(dataset: Dataset, inspect: Callable[[Example], None] = lambda _: No
 
 
 class RowDataset:
-    """The rows of a file, folder or hub data set as Examples, or a seeded sample of `limit` of them.
-
-    `root` is the folder that relative image paths start from.
-    """
+    """The rows of a file, folder or hub data set as Examples, or a seeded sample of `limit` of them."""
 
     def __init__(
         self, source: Source, config: DataConfig, seed: int = 0, limit: int | None = None
     ) -> None:
         self.source = source
-        self.root = source.root
+        self._image_root: Path | None = None
         if config.image_root:
-            self.root = Path(config.image_root).expanduser().resolve()
+            self._image_root = Path(os.path.abspath(Path(config.image_root).expanduser()))
         self.convention = choose_convention(config.columns, source.row(0), source.place(0))
         self._indices: Sequence[int] = range(len(source))
         if limit is not None and limit < len(source):
@@ -99,13 +96,17 @@ class RowDataset:
             raise UserError(f"{where}: {error}") from None
         return replace(example, images=self.open_images(example.images, index, decode=decode))
 
+    def root_of(self, index: int) -> Path:
+        """The folder that relative image paths of row `index` start from."""
+        return self._image_root or self.source.root_of(index)
+
     def open_images(
         self, images: Sequence[Any], index: int, *, decode: bool = True
     ) -> tuple[Any, ...]:
         """The images of row `index` from what the data holds; without `decode` only their headers are read."""
-        where = self.source.place(index)
+        where, root = self.source.place(index), self.root_of(index)
         return tuple(
-            open_stored(image, self.root, f"{where}, image {k}", decode=decode)
+            open_stored(image, root, f"{where}, image {k}", decode=decode)
             for k, image in enumerate(images, start=1)
         )
 

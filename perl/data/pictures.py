@@ -7,6 +7,7 @@ import binascii
 import functools
 import hashlib
 import io
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -123,12 +124,26 @@ def _locate(text: str, root: Path, where: str) -> Path | bytes:
         )
     if "\0" in text:
         raise UserError(f"{where}: the image path holds a NUL character; correct it")
-    path = (root / text.removeprefix("file://")).resolve()
-    if not path.is_relative_to(root):
+    path = path_inside(text, root)
+    if path is None:
         raise UserError(
             f"{where}: image path {text} leaves {root}; move the image there or set data.image_root"
         )
     return path
+
+
+def path_inside(text: str, root: Path) -> Path | None:
+    """Where a path of the data leads from the folder `root`; None if it leaves it.
+
+    What is written decides, `..` taken at its word. A link inside the folder is followed wherever it leads, as those of
+    the hub's cache are: whoever can put it there can put the file there.
+    """
+    path = os.path.normpath(root / text.removeprefix("file://"))
+    if path.startswith(os.path.join(root, "")):
+        return Path(path)
+    # The same folder by another name.
+    real = Path(path).resolve()
+    return real if real.is_relative_to(root.resolve()) else None
 
 
 def _check_size(size: tuple[int, int], where: str) -> None:

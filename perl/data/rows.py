@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from PIL import Image
 
 from perl.data.columns import read_row
 from perl.data.dataset import BUNDLED, Dataset
-from perl.data.pictures import SUFFIXES, stored_image
+from perl.data.pictures import SUFFIXES, path_inside, stored_image
 from perl.data.tasks import BundledTasks
 from perl.files import replacing, to_line
 from perl.types import Example, UserError
@@ -35,7 +36,8 @@ def file_beside(data: str, ending: str) -> Path:
         return path.with_name(f"{path.stem}.{ending}")
     if path.is_dir():
         return path.with_name(f"{path.name}.{ending}")
-    name = data.removeprefix(BUNDLED).rstrip("/").rpartition("/")[2].replace(":", "-")
+    name = data.removeprefix(BUNDLED).rstrip("/").rpartition("/")[2]
+    name = re.sub(r"[:*?\[\],]+", "-", name).strip("-")
     return Path(f"{name}.{ending}")
 
 
@@ -100,7 +102,7 @@ class RowWriter:
 
     def __init__(self, output: Path, dataset: Dataset) -> None:
         self._dataset = dataset
-        self._folder = output.resolve().parent
+        self._folder = Path(os.path.abspath(output)).parent
         self._images = self._folder / f"{output.stem}-images"
         self._linked: dict[Path, str] = {}
 
@@ -119,7 +121,8 @@ class RowWriter:
         images = read_row(labelled, dataset.convention, dataset.source.place(i)).images
         stems = _stems(i, len(images))
         names = [
-            self._name(image, stem, dataset.root) for image, stem in zip(images, stems, strict=True)
+            self._name(image, stem, dataset.root_of(i))
+            for image, stem in zip(images, stems, strict=True)
         ]
         if None in names:
             decoded = zip(names, dataset.open_images(images, i), stems, strict=True)
@@ -150,8 +153,8 @@ class RowWriter:
             return None
         if image.startswith("data:") or root == self._folder:
             return image
-        path = (root / image.removeprefix("file://")).resolve()
-        if not path.is_relative_to(root) or not path.is_file():
+        path = path_inside(image, root)
+        if path is None or not path.is_file():
             return None
         if path.is_relative_to(self._folder):
             return str(path.relative_to(self._folder))

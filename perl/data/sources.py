@@ -2,67 +2,48 @@
 
 from __future__ import annotations
 
-import json
+import difflib
+import glob
 import logging
+import os
 import re
-from array import array
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from perl.data.readers import (
+    COMPRESSED,
+    FILE_TYPES,
+    ArrowRows,
+    Several,
+    Source,
+    open_file,
+    open_parquet,
+)
 from perl.files import offline_if_unreachable
 from perl.types import UserError, one_line
 
 log = logging.getLogger(__name__)
 
-FILE_TYPES = (".jsonl", ".json", ".parquet")
-_HUB = re.compile(r"([^:]+)(?::([^:\[\]]+))??(?::([^:\[\]]+(?:\[[^\[\]]*\])?))?")
+_NAMED = re.compile(r"([^:]+)(?::([^:\[\]]+))??(?::([^:\[\]]+(?:\[[^\[\]]*\])?))?")
 _SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val", "dev")}
-
-
-class Source:
-    """Rows with random access, here those of a list in memory.
-
-    `root` is the folder that relative image paths start from and may not leave.
-    """
-
-    def __init__(self, name: str, root: Path, rows: Any) -> None:
-        self.name, self.root, self._rows = name, root, rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def row(self, i: int) -> Mapping[str, Any]:
-        """Row i, images as stored; raises UserError if it cannot be read."""
-        return self._as_object(self._rows[i], i)
-
-    def place(self, i: int) -> str:
-        """How messages name row i, counting from 1."""
-        return f"{self.name} row {i + 1}"
-
-    def _as_object(self, row: Any, i: int) -> Mapping[str, Any]:
-        if not isinstance(row, dict):
-            raise UserError(
-                f"{self.place(i)}: is a {type(row).__name__}; write an object with named columns"
-            )
-        return row
 
 
 def open_source(source: str, split: str) -> Source:
     """The rows behind a path or a hub name; raises UserError if there are none.
 
-    `source` is a .jsonl, .json or .parquet file, a folder that `datasets` saved or can load, or
-    `name[:config][:split]` on the hub. Without its own split a data set with several gives `split`,
-    and for `test` its validation split where there is no test.
+    `source` is a file of FILE_TYPES, JSON and CSV also compressed; a folder that `datasets` saved or can load,
+    or a data set on the hub, each with `[:config][:split]` behind its name; a pattern such as `data/*.jsonl`; or several of
+    these with commas, one after the other. Without its own split a data set with several gives `split`, and for `test` its
+    validation split where there is no test.
     """
-    path = Path(source).expanduser()
+    parts = [source] if Path(source).expanduser().exists() else source.split(",")
+    sources = [found for part in parts if part for found in _open_part(part, split)]
+    return sources[0] if len(sources) == 1 else Several(source, sources)
+
+
+def _open_part(source: str, split: str) -> list[Source]:
     try:
-        if path.is_file():
-            rows = _open_file(path)
-        elif path.is_dir():
-            rows = _open_folder(path, split)
-        else:
-            rows = _open_hub(source, split)
+        sources = _found(source, split)
     except UserError:
         raise
     except Exception as error:
@@ -70,98 +51,98 @@ def open_source(source: str, split: str) -> Source:
             f"cannot read the data set {source}: {type(error).__name__}: {one_line(error, 300)}; "
             "check the name and the file"
         ) from error
-    if len(rows) == 0:
-        raise UserError(f"{source}: the data set is empty; give one with rows")
-    return rows
+    for each in sources:
+        if len(each) == 0:
+            raise UserError(f"{each.name}: the data set is empty; give one with rows")
+    return sources
 
 
-class JsonLines(Source):
-    """A JSON Lines file: only the offsets of its lines are kept in memory."""
-
-    def __init__(self, path: Path) -> None:
-        self._offsets, self._lines = array("Q"), array("Q")
-        offset = 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    self._offsets.append(offset)
-                    self._lines.append(number)
-                offset += len(line)
-        super().__init__(str(path), path.resolve().parent, self._offsets)
-
-    def row(self, i: int) -> Mapping[str, Any]:
-        with open(self.name, "rb") as file:
-            file.seek(self._offsets[i])
-            line = file.readline()
-        return self._as_object(_parsed(line, self.place(i), "line"), i)
-
-    def place(self, i: int) -> str:
-        return f"{self.name} line {self._lines[i]}"
+def _found(source: str, split: str) -> list[Source]:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [open_file(path)]
+    if path.is_dir():
+        return [_open_folder(path, None, None, split)]
+    name, config, own_split = _named(source)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return [_open_folder(folder, config, own_split, split)]
+    if not glob.has_magic(name):
+        return [_open_hub(source, split)]
+    names = sorted(filter(os.path.isfile, glob.glob(str(path), recursive=True)))
+    if not names:
+        raise UserError(f"no file fits {source} ({_absolute(path)}); {_there(path)}")
+    one_folder = len({os.path.dirname(name) for name in names}) == 1
+    if one_folder and all(name.endswith(".parquet") for name in names):
+        return [open_parquet(source, names)]  # All at once: they may be thousands.
+    return [open_file(Path(name)) for name in names]
 
 
-class ArrowRows(Source):
-    """A data set of the `datasets` library, memory-mapped; its images are not decoded here."""
-
-    def __init__(self, name: str, root: Path, dataset: Any) -> None:
-        super().__init__(name, root, dataset.with_format("arrow"))
-        self._features = _undecoded(dataset.features)
-
-    def row(self, i: int) -> Mapping[str, Any]:
-        return self._features.decode_example(self._rows[i : i + 1].to_pylist()[0])
-
-
-def _parsed(text: bytes, place: str, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: malformed JSON ({error}); correct the {what}") from error
-
-
-def _open_file(path: Path) -> Source:
-    suffix, root = path.suffix.lower(), path.resolve().parent
-    if suffix == ".jsonl":
-        return JsonLines(path)
-    if suffix == ".json":
-        rows = _parsed(path.read_bytes(), str(path), "file")
-        if not isinstance(rows, list):
-            raise UserError(f"{path}: holds no list of rows; write [{{...}}, ...] or a .jsonl file")
-        return Source(str(path), root, rows)
-    if suffix == ".parquet":
-        import datasets
-
-        # The path as a pattern that matches it alone.
-        pattern = re.sub(r"([*?\[])", r"[\1]", str(path.resolve()))
-        table = datasets.load_dataset("parquet", data_files=pattern, split="train")
-        return ArrowRows(str(path), root, table)
-    raise UserError(f"{path}: cannot read '{suffix}' files; use {', '.join(FILE_TYPES)}")
-
-
-def _open_folder(path: Path, split: str) -> Source:
+def _open_folder(path: Path, config: str | None, own_split: str | None, split: str) -> Source:
     import datasets
 
     saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    found = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
-    return ArrowRows(str(path), path.resolve(), _choose_split(found, split, str(path)))
+    if saved and config:
+        raise UserError(f"{path} was saved by datasets and has no config {config}; leave it out")
+    if saved:
+        found: Any = datasets.load_from_disk(str(path))
+    else:
+        found = datasets.load_dataset(str(path), config)
+    if own_split and own_split in (found if isinstance(found, dict) else ()):
+        found = found[own_split]
+    elif own_split:
+        names = ", ".join(found) if isinstance(found, dict) else "one without a name"
+        raise UserError(f"{path}:{own_split}: there is no such split, only {names}")
+    name = f"{path}:{own_split}" if own_split else str(path)
+    return ArrowRows(name, Path(os.path.abspath(path)), _choose_split(found, split, str(path)))
+
+
+def _named(source: str) -> tuple[str, str | None, str | None]:
+    """A name with its config and split."""
+    match = _NAMED.fullmatch(source)
+    return match.groups() if match else (source, None, None)  # type: ignore[return-value]
 
 
 def _open_hub(source: str, split: str) -> Source:
-    match = _HUB.fullmatch(source)
-    looks_local = source.startswith((".", "/", "~")) or source.lower().endswith(FILE_TYPES)
-    if match is None or looks_local or source.count("/") > 1:
-        raise UserError(
-            f"there is no data file or folder {source}; correct the path, "
-            "which starts in the folder where the command is run"
-        )
+    name, config, own_split = _named(source)
+    packed = [kind + end for kind in FILE_TYPES for end in ("", *COMPRESSED)]
+    is_file = name.lower().endswith(tuple(packed))
+    if name.startswith((".", "/", "~")) or is_file or name.count("/") > 1 or ":" in name:
+        path = Path(name).expanduser()
+        raise UserError(f"there is no file or folder {source} ({_absolute(path)}); {_there(path)}")
     offline_if_unreachable()
     import datasets
     from datasets import config as settings
 
-    name, config, own_split = match.groups()
     log.info("reading %s from the hub", source)
-    found = datasets.load_dataset(name, config, split=own_split)
+    try:
+        found: Any = datasets.load_dataset(name, config, split=own_split)
+    except OSError as error:  # A DatasetNotFoundError, or no connection
+        raise UserError(
+            f"there is no file or folder {source} ({_absolute(Path(name))}), and on the hub "
+            f"{type(error).__name__}: {one_line(error)}; {_there(Path(name))}"
+        ) from error
     # Images stored as paths lie in the download cache, and nowhere else.
-    root = Path(settings.HF_CACHE_HOME).expanduser().resolve()
+    root = Path(os.path.abspath(Path(settings.HF_CACHE_HOME).expanduser()))
     return ArrowRows(source, root, _choose_split(found, split, source))
+
+
+def _absolute(path: Path) -> str:
+    return os.path.abspath(path)
+
+
+def _there(path: Path) -> str:
+    """What to do about a path that is not there: what its nearest folder has instead."""
+    parents = [
+        p for p in Path(_absolute(path)).parents if p.is_dir() and not glob.has_magic(str(p))
+    ]
+    names = sorted(p.name for p in parents[0].iterdir())
+    missing = Path(_absolute(path)).relative_to(parents[0]).parts[0]
+    near = difflib.get_close_matches(missing, names, n=1)
+    if near:
+        return f"did you mean {parents[0] / near[0]}?"
+    few = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
+    return f"correct the path: {parents[0]} has {few}"
 
 
 def _choose_split(found: Any, split: str, where: str) -> Any:
@@ -175,19 +156,3 @@ def _choose_split(found: Any, split: str, where: str) -> Any:
     raise UserError(
         f"{where} has the splits {', '.join(found)} but no {split}; name one, as in {where}:SPLIT"
     )
-
-
-def _undecoded(features: Any) -> Any:
-    """The features with every image left as its bytes and path, so that errors can name the row."""
-    import datasets
-
-    def visit(feature: Any) -> Any:
-        if isinstance(feature, datasets.Image):
-            return datasets.Image(decode=False)
-        if isinstance(feature, dict):
-            return {key: visit(value) for key, value in feature.items()}
-        if isinstance(feature, datasets.List):
-            return datasets.List(visit(feature.feature), length=feature.length)
-        return feature
-
-    return datasets.Features({key: visit(value) for key, value in features.items()})

@@ -5,6 +5,7 @@ A stream's position can be saved and gone on from, and `key` finds an example ag
 
 from __future__ import annotations
 
+import glob
 import math
 import random
 import sys
@@ -154,13 +155,13 @@ def read_mix(entries: Sequence[str]) -> list[tuple[str, float]]:
     out = []
     for entry in entries:
         source, star, weight = entry.rpartition("*")
-        if entry and not star:
-            out.append((entry, 1.0))
-            continue
         try:
             value = float(weight)
         except ValueError:
             value = math.nan
+        if entry and (not star or (math.isnan(value) and glob.glob(entry, recursive=True))):
+            out.append((entry, 1.0))
+            continue
         if not source or not 0 < value < math.inf:
             raise UserError(
                 f"data.mix: '{entry}' must be SOURCE or SOURCE*WEIGHT with a weight above 0"

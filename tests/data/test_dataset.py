@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import base64
+import bz2
+import csv
+import gzip
+import io
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +40,19 @@ def write_rows(folder: Path, rows: list[Any], name: str = "data.jsonl") -> str:
     file = folder / name
     if name.endswith(".parquet"):
         datasets.Dataset.from_list(rows).to_parquet(file)
-    elif name.endswith(".json"):
-        file.write_text(json.dumps(rows))
+        return str(file)
+    if ".json" in name.replace(".jsonl", "").lower():
+        text = json.dumps(rows)
+    elif ".csv" in name or ".tsv" in name:
+        cells = [[v if isinstance(v, str) else json.dumps(v) for v in r.values()] for r in rows]
+        lines = io.StringIO()
+        writer = csv.writer(lines, delimiter="," if ".csv" in name else "\t")
+        writer.writerows([list(rows[0]), *cells])
+        text = lines.getvalue()
     else:
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    pack = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
+    file.write_bytes(pack.get(file.suffix, bytes)(text.encode()))
     return str(file)
 
 
@@ -161,10 +175,22 @@ def test_a_picture_is_turned_upright_and_made_rgb(tmp_path: Path) -> None:
     assert images[2].getpixel((0, 0)) == (128, 128, 128)
 
 
-@pytest.mark.parametrize("name", ["data.jsonl", "data.json", "data.parquet", "da[t]a*.parquet"])
+FILES = ["data.jsonl", "data.json", "data.parquet", "da[t]a*.parquet", "a,b.jsonl", "data.csv"]
+FILES += [
+    "data.tsv",
+    "data.jsonl.gz",
+    "data.jsonl.xz",
+    "data.json.bz2",
+    "data.csv.gz",
+    "x.v2.jsonl",
+]
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_every_file_type(tmp_path: Path, name: str) -> None:
     source = write_rows(tmp_path, [perl_row(id=str(i)) for i in range(5)], name)
     data = load_examples(source, AUTO, "test", 0)
+    assert reds(data[3]) == [0, 1]
     assert len(data) == data.size == 5
     assert [data[i].id for i in range(5)] == list("01234")
     with pytest.raises(IndexError):
@@ -191,6 +217,71 @@ def test_parquet_and_saved_folders_with_embedded_images(tmp_path: Path) -> None:
     datasets.DatasetDict({"a": table, "b": table}).save_to_disk(str(tmp_path / "other"))
     with refused("a, b", "train", f"{tmp_path}/other:SPLIT"):
         load_examples(str(tmp_path / "other"), AUTO, "train", 0)
+
+
+def test_a_folder_with_its_config_and_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = (datasets.Dataset.from_list([perl_row(id=name)]) for name in "ab")
+    splits: Any = {"train": one, "extra": two}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
+    one.save_to_disk(str(tmp_path / "plain"))
+    files = tmp_path / "files"
+    files.mkdir()
+    one.to_parquet(files / "train-0.parquet")
+    two.to_parquet(files / "test-0.parquet")
+    (files / "README.md").write_text(
+        "---\nconfigs:\n- config_name: x\n  data_files:\n  - split: other\n    path: test-0.parquet\n---\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for source, wanted in (("saved", "a"), ("./saved:extra", "b"), ("files:x:other", "b")):
+        data: Any = load_examples(source, DataConfig(image_root="."), "train", 0)
+        assert data.source.row(0)["id"] == wanted
+    for source, names in {
+        "saved:dev": ("saved", "dev", "train, extra"),
+        "plain:train": ("plain", "train"),
+        "saved:x:train": ("saved", "config x"),
+        "files:x:no": ("files:no", "other"),
+        "nosuch/folder/saved:train": ("nosuch/folder/saved:train", "path"),
+    }.items():
+        with refused(*names):
+            load_examples(source, AUTO, "train", 0)
+
+
+def test_several_files_are_one_data_set_and_each_row_starts_from_its_own(tmp_path: Path) -> None:
+    for k, folder in enumerate(("a", "b")):
+        (tmp_path / folder).mkdir()
+        source = write_rows(tmp_path / folder, [perl_row(id=f"{folder}{i}") for i in range(2 + k)])
+        (tmp_path / folder / "0.png").write_bytes(encoded((100 + k, 0, 0)))
+    Path(source).with_name("more.jsonl").write_text(json.dumps(perl_row(id="m", answer="C")))
+    everything = ["a0", "a1", "b0", "b1", "b2", "m"]
+    for pattern in ("{0}/a/data.jsonl,{0}/b/data.jsonl,{0}/b/more.jsonl", "{0}/**/*.jsonl"):
+        data: Any = load_examples(pattern.format(tmp_path), AUTO, "train", 0)
+        assert [data.source.row(i)["id"] for i in range(len(data))] == everything
+        assert reds(data[1]) == [100, 1] and reds(data[2]) == [101, 1]
+        with refused("b/more.jsonl line 1", "'C'"):
+            data[5]
+        with pytest.raises(IndexError):
+            data.source.row(6)
+    table = datasets.Dataset.from_list([perl_row()])
+    for k in range(3):
+        table.to_parquet(tmp_path / "a" / f"{k}.parquet")
+    data = load_examples(f"{tmp_path}/a/*.parquet", AUTO, "train", 0)
+    assert len(data) == 3 and reds(data[2]) == [100, 1]
+
+
+def test_csv_cells_are_what_they_say(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(
+        '\ufeffid,image,question,answer,note\n007,0.png,<image> ?,None,\n8,0.png,"<image>, a\nb","[1, 2]","[""x""]"\n'
+    )
+    write_rows(tmp_path, [])
+    first, second = (load_examples(str(tmp_path / "a.csv"), AUTO, "train", 0)[i] for i in (0, 1))
+    assert (first.id, first.answer, first.extra) == ("007", "None", {"note": None})
+    assert (second.question, second.answer, second.extra) == (
+        "<image>, a\nb",
+        "[1, 2]",
+        {"note": ["x"]},
+    )
 
 
 def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,12 +386,23 @@ def test_a_cut_image_is_found_when_it_is_decoded(tmp_path: Path) -> None:
         load_row(tmp_path, perl_row(images=["cut.png", "0.png"]))
 
 
-def test_a_link_out_of_the_folder_leaves_it(tmp_path: Path) -> None:
-    (tmp_path / "inner").mkdir()
-    (tmp_path / "secret.png").write_bytes(encoded((0, 0, 0)))
-    (tmp_path / "inner" / "link.png").symlink_to(tmp_path / "secret.png")
-    with refused("link.png", tmp_path / "inner", "data.image_root"):
-        load_row(tmp_path / "inner", perl_row(images=["link.png", "0.png"]))
+def test_what_is_written_must_stay_inside_and_links_are_followed(tmp_path: Path) -> None:
+    """As in the hub's cache: `snapshots/x/data.jsonl` and its pictures are links to `blobs`."""
+    snapshot, blobs = tmp_path / "snapshots" / "x", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    write_rows(blobs, [perl_row(images=["a/1.png", "2.png"])])
+    (snapshot / "a").symlink_to(blobs)
+    for name in ("2.png", "data.jsonl"):
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    assert reds(load_examples(str(snapshot / "data.jsonl"), AUTO, "train", 0)[0]) == [1, 2]
+    assert reds(load_row(blobs, perl_row(images=["x/../1.png", str(snapshot / "2.png")]))) == [1, 2]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "3.png").write_bytes(encoded((3, 0, 0)))
+    # `a/..` is the snapshot, not the folder of what `a` points to.
+    for outside in ("a/../../other/3.png", "../../other/3.png", "../x2/2.png", str(blobs)[:-1]):
+        with refused(outside, snapshot, "data.image_root"):
+            load_row(snapshot, perl_row(images=[outside, "2.png"]))
 
 
 @pytest.mark.parametrize("images", [[], None])
@@ -394,7 +496,14 @@ def test_lines_are_counted_with_the_blank_ones(tmp_path: Path) -> None:
         ("a.jsonl", b"\xff\xfe\xff", ("line 1", "JSON")),
         ("a.json", b"[" * 100_000, ("JSON", "file")),
         ("a.parquet", b"garbage", ("ArrowInvalid", "file")),
-        ("a.csv", b"x,y", ("'.csv'", ".jsonl, .json, .parquet")),
+        ("a.json", b'{"a": 1}\n{"a": 2}', ("line 1", "a", "perl")),  # JSON Lines
+        ("a.csv", b"x,y\n", ("empty", "rows")),
+        ("a.csv", b"x,y\n1,2\n1,2,3\n", ("line 3", "header", "quotes")),
+        ("a.csv", b"x\n\xff", ("UnicodeDecodeError", "file")),
+        ("a.xlsx", b"x,y", ("'.xlsx'", ".jsonl, .json, .parquet, .csv, .tsv", ".gz")),
+        ("a.parquet.gz", b"x", ("'.gz'", ".parquet")),
+        ("a.jsonl.zst", b"x", ("zstandard", "unpack")),
+        ("a.jsonl.gz", b"x", ("BadGzipFile", "file")),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, content: bytes, names: tuple[str, ...]) -> None:
@@ -404,13 +513,24 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes, names: tuple[str, 
 
 
 # A missing file is not looked for on the hub.
-MISSING = ("no/such.jsonl", "./nothing", "/nothing", "a/b/c", "x.parquet")
+MISSING = (
+    "no/such.jsonl",
+    "./nothing",
+    "/nothing",
+    "a/b/c",
+    "x.parquet",
+    "x.csv.gz",
+    "x.json:train",
+)
 
 
 @pytest.mark.parametrize(
     ("source", "names"),
     [
         *((source, (source, "path")) for source in MISSING),
+        ("./tren.jsonl", ("./tren.jsonl", "train.jsonl")),
+        ("data/*.jsonl", ("data/*.jsonl", "path")),
+        ("train.jsonl,no.jsonl", ("no.jsonl", "train.jsonl")),
         (".", (".", "file")),
         ("", ("data.eval",)),
         ("bundled:letters", ("'letters'", "digits", "folder:PATH")),
@@ -420,6 +540,7 @@ def test_bad_sources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, names: tuple[str, ...]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path, [perl_row()], "train.jsonl")
     monkeypatch.setattr("perl.data.sources.offline_if_unreachable", lambda: pytest.fail("asked"))
     with refused(*names):
         load_examples(source, AUTO, "test", 0)

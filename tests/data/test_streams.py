@@ -6,6 +6,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -110,9 +111,12 @@ def test_a_state_of_other_data_is_refused(
         make().load_state_dict(state)
 
 
-def test_how_a_mix_is_written() -> None:
+def test_how_a_mix_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entries = ("k12.jsonl", "a*b.jsonl*0.5", "bundled:digits*2")
     assert read_mix(entries) == [("k12.jsonl", 1.0), ("a*b.jsonl", 0.5), ("bundled:digits", 2.0)]
+    (tmp_path / "1.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    assert read_mix(["*.jsonl", "?.jsonl*3"]) == [("*.jsonl", 1.0), ("?.jsonl", 3.0)]
     for wrong in ("x*0", "x*-1", "x*nan", "x*inf", "x*half", "*2"):
         with refused("data.mix", f"'{wrong}'", "SOURCE*WEIGHT", 0):
             read_mix([wrong])
