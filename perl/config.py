@@ -69,7 +69,11 @@ class RunConfig:
     save_rollouts_every: Count = 10
     """Steps between two samples of rollouts kept for the report; 0: none."""
     trackers: tuple[str, ...] = ("tensorboard",)
-    """Trackers of accelerate that also get the metrics: tensorboard, wandb, ..."""
+    """Trackers of accelerate that also get the metrics: tensorboard, wandb, trackio, ... (docs/trackers.md)"""
+    project: str = ""
+    """The trackers' project; empty: WANDB_PROJECT, or perl-rl."""
+    name: str = ""
+    """The run's name there; empty: WANDB_NAME, or the run folder's name."""
 
 
 @dataclass(frozen=True, kw_only=True)

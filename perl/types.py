@@ -101,7 +101,8 @@ class EncodedImage:
 
     `pixel_values` float32: Qwen-VL's patches [t * h * w, channels * temporal_patch * patch^2], or tiles of a fixed
     size; `grid` (t, h, w) in patches, or the number of tiles. It becomes `tokens` visual tokens, each of `merge` x `merge`
-    patches (1 for tiles). `key` is a hash of the content: equal images have equal keys.
+    patches (1 for tiles). `key` is a hash of the content: equal images have equal keys. `size` (width, height) is what the
+    picture was resized to, in pixels; None where that is not known.
 
     Example: 56 x 112 pixels in patches of 14 that are merged 2 x 2: grid `(1, 4, 8)`, `merge=2`, `tokens=8`.
     """
@@ -111,6 +112,7 @@ class EncodedImage:
     grid: tuple[int, ...]
     tokens: int
     merge: int = 1
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

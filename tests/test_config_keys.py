@@ -26,11 +26,12 @@ from perl.files import RunFolder
 from perl.model.loading import check_kernels, load_policy, load_processor
 from perl.permutation import permute
 from perl.recipe import check_config, to_toml
+from perl.report.trackers import usable_trackers
 from perl.rollout.collect import Collector
 from perl.rollout.engine import InProcessEngine, SamplingParams
 from perl.timing import Stopwatch
 from perl.training.commands import Train
-from perl.training.components import Components, make_accelerator, model_folder, usable_trackers
+from perl.training.components import Components, make_accelerator, model_folder
 from perl.training.optimizer import Optimizer
 from perl.training.reinforce import PolicyStep
 from perl.training.session import Session
@@ -220,6 +221,14 @@ def run_folder(lab: Lab) -> list[str]:
         patch.setattr(RunFolder, "settle", lambda _: None)
         Train(config=lab.config).execute()
     return [str(path.relative_to(lab.root)) for path in lab.root.glob("runs/*/config.toml")]
+
+
+def tracked(lab: Lab) -> tuple[str, str]:
+    """The project and the name of a run that begins."""
+    lab.session.start_trackers()
+    project, options = lab.session.components.accelerator.began
+    name = options["wandb"]["name"]
+    return project, "the folder's" if name == lab.session.folder.root.name else name
 
 
 def precision(lab: Lab) -> str:
@@ -506,6 +515,8 @@ ROWS = [
     Row("run.save_rollouts_every", 1, kept, [1], [1, 2], {"run.save_rollouts_every": 2}),
     Row("run.trackers", ("tensorboard",), lambda lab: list(map(str, usable_trackers(lab.config))),
         [], ["tensorboard"]),
+    Row("run.project", "team", lambda lab: tracked(lab)[0], "perl-rl", "team"),
+    Row("run.name", "first", lambda lab: tracked(lab)[1], "the folder's", "first"),
 
     Row("model.path", "tiny-qwen3-vl", initial_model, "tiny-qwen2.5-vl 0", "tiny-qwen3-vl 0", TINY),
     Row("model.dtype", "bfloat16", precision,

@@ -55,7 +55,9 @@ class PaddedProcessor(Processor):
             ids,
             np.arange(len(ids))[None],
             len(ids),
-            tuple(EncodedImage(content_key(i), torch.empty(0), (), 0) for i in raw.images),
+            tuple(
+                EncodedImage(content_key(i), torch.empty(0), (), 0, size=i.size) for i in raw.images
+            ),
             -1,
             raw,
         )

@@ -1,7 +1,8 @@
-"""Rollouts kept to look at: one line each in rollouts.jsonl, their pictures once in images/."""
+"""Rollouts kept to look at: one line each in rollouts.jsonl, each distinct picture once in images/, as the model saw it."""
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -11,6 +12,12 @@ from PIL import Image
 from perl.files import RunFolder, replacing
 from perl.types import EncodedImage, Group, Rollout
 
+Rows = list[dict[str, Any]]
+"""Lines of rollouts.jsonl; `images` names the pictures' files, in the order that the model saw."""
+
+_SMALL = 4096
+"""Bytes of a lossless file that are not worth losing anything for."""
+
 
 class Gallery:
     """Appends rollouts to a run folder's record."""
@@ -18,21 +25,26 @@ class Gallery:
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
 
-    def keep_groups(self, stage: str, step: int, groups: Iterable[Group]) -> None:
+    def keep_groups(self, stage: str, step: int, groups: Iterable[Group]) -> Rows:
         """The first rollout of every order of the groups, with rewards and advantages."""
+        rows = []
         for group in groups:
             orders = [rollout.variant.order for rollout in group.rollouts]
             for index in sorted(orders.index(order) for order in set(orders)):
                 parts = {name: values[index] for name, values in group.reward_parts.items()}
                 rollout, advantage = group.rollouts[index], _number(group.advantages[index])
-                self._keep(stage, step, rollout, group.rewards[index], parts, advantage=advantage)
+                reward = group.rewards[index]
+                rows.append(self._keep(stage, step, rollout, reward, parts, advantage=advantage))
+        return rows
 
     def keep_rollouts(
         self, stage: str, step: int, rollouts: Iterable[Rollout], rewards: Iterable[float]
-    ) -> None:
+    ) -> Rows:
         """Evaluation rollouts with their accuracy."""
-        for rollout, reward in zip(rollouts, rewards, strict=True):
+        return [
             self._keep(stage, step, rollout, reward, {"accuracy": reward})
+            for rollout, reward in zip(rollouts, rewards, strict=True)
+        ]
 
     def _keep(
         self,
@@ -42,7 +54,7 @@ class Gallery:
         reward: float,
         parts: dict[str, float],
         **more: Any,
-    ) -> None:
+    ) -> dict[str, Any]:
         variant = rollout.variant
         pictures = zip(rollout.prompt.images, variant.images, strict=True)
         row = {
@@ -57,15 +69,42 @@ class Gallery:
             "text": rollout.text,
             "reward": _number(reward),
             "rewards": {name: _number(value) for name, value in parts.items()},
+            **more,
         }
-        self.folder.append(self.folder.rollouts, row | more)
+        self.folder.append(self.folder.rollouts, row)
+        return row
 
     def _picture(self, encoded: EncodedImage, image: Image.Image) -> str:
-        path = self.folder.images / f"{encoded.key[:16]}.png"
+        path = self.folder.images / f"{encoded.key[:16]}.webp"
         if not path.exists():
             with replacing(path) as temporary:
-                image.save(temporary, format="PNG")
+                temporary.write_bytes(compact(as_shown(encoded, image)))
         return f"images/{path.name}"
+
+
+def as_shown(encoded: EncodedImage, image: Image.Image) -> Image.Image:
+    """The picture as the model saw it, RGB in the size that it was resized to."""
+    image = image.convert("RGB")
+    size = encoded.size or image.size
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def compact(image: Image.Image) -> bytes:
+    """A WebP file: a photo at quality 90, without loss where that is smaller (drawings, text) or small anyway.
+
+    A photo of 640 x 427 pixels takes 88 KiB, where PNG takes 479.
+    """
+    lossless, lossy = (
+        _webp(image, **options)
+        for options in ({"lossless": True, "quality": 20, "method": 1}, {"quality": 90})
+    )
+    return lossless if len(lossless) <= max(len(lossy), _SMALL) else lossy
+
+
+def _webp(image: Image.Image, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "WEBP", **options)
+    return file.getvalue()
 
 
 def _number(value: float) -> float | None:

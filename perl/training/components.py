@@ -29,6 +29,7 @@ from perl.model.policy import Policy
 from perl.model.processor import Processor
 from perl.model.tiny import TINY_MODELS, make_tiny_model
 from perl.recipe import Stage, plan, source_key
+from perl.report.trackers import usable_trackers
 from perl.rewards.scorer import Scorer
 from perl.rollout.collect import Collector
 from perl.rollout.engine import InProcessEngine
@@ -139,6 +140,7 @@ def make_accelerator(config: Config, folder: RunFolder) -> Any:
         UserError: a tracker that is not installed.
     """
     from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
 
     usable = usable_trackers(config)
     process_state()
@@ -146,7 +148,7 @@ def make_accelerator(config: Config, folder: RunFolder) -> Any:
         cpu=not torch.cuda.is_available(),
         mixed_precision="bf16" if uses_bfloat16(config.model.dtype) else "no",
         log_with=usable or None,
-        project_dir=str(folder.root),
+        project_config=ProjectConfiguration(logging_dir=str(folder.root / "tensorboard")),
     )
     for stage in plan(config):
         count = stage.config.train.examples_per_step
@@ -157,28 +159,6 @@ def make_accelerator(config: Config, folder: RunFolder) -> Any:
                 f"{accelerator.num_processes} processes; make it a multiple"
             )
     return accelerator
-
-
-def usable_trackers(config: Config) -> list[Any]:
-    """The trackers that are asked for, as accelerate takes them.
-
-    Raises:
-        UserError: one that is unknown or not installed.
-    """
-    from accelerate.tracking import filter_trackers
-
-    process_state()  # The logger that filter_trackers uses needs it.
-    wanted: list[Any] = [t for t in config.run.trackers if t]
-    for tracker in wanted:
-        try:
-            found = filter_trackers([tracker], config.run.dir)
-        except ValueError as error:
-            raise UserError(f"run.trackers: {tracker} is unknown ({error})") from error
-        if not found:
-            raise UserError(
-                f"run.trackers: {tracker} is not installed; pip install {tracker} or leave it out"
-            )
-    return filter_trackers(wanted, config.run.dir) if wanted else []
 
 
 def check_setup(config: Config) -> Processor | None:

@@ -46,5 +46,6 @@ def measure(session: Session, at: str, step: int) -> dict[str, Any] | None:
         session.record({"stage": "evaluate", "step": step, "at": at, **numbers})
         scored = zip(rollouts, accuracies_of(rollouts), strict=True)
         kept = [(r, s) for r, s in scored if s is not None][:24]
-        session.gallery.keep_rollouts("evaluate", step, [r for r, _ in kept], [s for _, s in kept])
+        rows = [r for r, _ in kept], [s for _, s in kept]
+        session.show(session.gallery.keep_rollouts("evaluate", step, *rows))
     return numbers

@@ -225,7 +225,8 @@ def _keep_rollouts(session: Session, step: int, collected: Collected) -> None:
     # Two groups of the main process are enough to look at; pictures of all would be most of a run folder.
     every = session.config.run.save_rollouts_every
     if every and step % every == 0 and session.components.is_main:
-        session.gallery.keep_groups("rl", session.stage.first_step + step + 1, collected.seen[:2])
+        number = session.stage.first_step + step + 1
+        session.show(session.gallery.keep_groups("rl", number, collected.seen[:2]))
 
 
 def _measure_if_due(session: Session, step: int) -> None:

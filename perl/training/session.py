@@ -13,8 +13,9 @@ from perl.data.streams import Drawn, Stream
 from perl.distributed import Processes, StopSignal
 from perl.files import RunFolder
 from perl.recipe import Stage, filtered_sources, plan, points
-from perl.report.gallery import Gallery
+from perl.report.gallery import Gallery, Rows
 from perl.report.progress import Display
+from perl.report.trackers import Trackers
 from perl.rollout.replay import load_replay, save_replay
 from perl.timing import peak_rss_bytes
 from perl.training.checkpoint import CheckpointManager, Progress
@@ -69,9 +70,11 @@ class Session:
         self.processes = Processes(self.components.accelerator)
         self.checkpoints = CheckpointManager(folder.checkpoints, config.run.keep_checkpoints)
         self.gallery = Gallery(folder)
+        self.trackers = Trackers(self.components.accelerator, config, folder)
         self.progress = Progress(stage=self.points[0])
         self.optimizer: Optimizer | None = None
         self._saved_point: tuple[str, int] | None = None
+        self._again_from: int | None = None
         self._checkpoint = None
         self._replay_state: dict[str, Any] | None = None
         self._recorded_updates = 0
@@ -79,7 +82,7 @@ class Session:
 
     def restore(self) -> None:
         """Go on from the newest whole checkpoint; without any, from the start."""
-        found = self.checkpoints.load()
+        found, self._again_from = self.checkpoints.load(), 0
         # Every process has read the checkpoint before the first cuts the records back to it.
         self.components.accelerator.wait_for_everyone()
         if self.components.is_main:
@@ -97,6 +100,9 @@ class Session:
         self._started = time.perf_counter() - self.progress.elapsed
         self._saved_point = (self.progress.stage, self.progress.step)
         stage, step = self.progress.stage, self.progress.step
+        here = self.points.index(stage)
+        before = sum(s.steps for s in self.stages if self.points.index(s.name) < here)
+        self._again_from = before + step + 1
         where = "the run is finished" if stage == "done" else f"resuming {stage} after step {step}"
         self.display.say(f"{where} ({self._checkpoint})")
 
@@ -233,12 +239,24 @@ class Session:
             for k, v in row.items()
             if isinstance(v, int | float) and k != "step"
         }
-        # Trackers count the steps of all stages together: wandb's steps never go back. What is measured after another kind of
-        # stage than RL stands at that stage's end.
+        self.trackers.log(numbers, self._tracked_step(row))
+
+    def show(self, rows: Rows) -> None:
+        """Rollouts that were kept, to the trackers."""
+        if rows:
+            self.trackers.show(rows, self._tracked_step(rows[0]))
+
+    def start_trackers(self) -> None:
+        """After `restore`, if the run goes on."""
+        with self.processes.jointly():
+            self.trackers.start(self._again_from)
+
+    def _tracked_step(self, row: dict[str, Any]) -> int:
+        """Trackers count the steps of all stages together: wandb's steps never go back. What is measured after another kind of
+        stage than RL stands at that stage's end."""
         before = sum(s.steps for s in self.stages[: self.stages.index(self.stage)])
         trained = row["stage"] == self.stage.kind or self.stage.kind == "rl"
-        here = row["step"] - self.stage.first_step if trained else self.stage.steps
-        self.components.accelerator.log(numbers, step=before + here)
+        return before + (row["step"] - self.stage.first_step if trained else self.stage.steps)
 
     def save(self) -> None:
         """A checkpoint of the last complete step."""

@@ -60,7 +60,7 @@ def _train_seed(
         session = Session(config, folder, display, stop)
         if resume:
             session.restore()
-        session.components.accelerator.init_trackers("perl-rl")
+        session.start_trackers()
         try:
             for stage in session.stages:
                 session.enter_stage(stage)
@@ -77,8 +77,7 @@ def _train_seed(
         summary = summarise(session)
         if session.components.is_main:
             write_json(folder.summary, summary)
-        for tracker in session.components.accelerator.trackers:
-            tracker.finish()
+        session.trackers.finish()
     return summary
 
 

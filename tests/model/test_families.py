@@ -94,6 +94,10 @@ def test_pictures_become_tiles_within_the_bounds(folder: Path, large_tiles: Path
         side = 28 if where == folder else 56
         assert image.pixel_values.shape == (image.grid[0], 3, side, side)
         assert image.tokens == image.grid[0] * tokens
+        # Of several tiles one more shows the whole.
+        shown = image.size[0] * image.size[1] // side**2
+        assert (shown + (shown > 1), image.size[0] % side) == (image.grid[0], 0)
+        assert (image.size[0] > image.size[1]) == (size[0] > size[1] and shown > 1)
         return image.grid[0]
 
     area = 28 * 28

@@ -93,6 +93,7 @@ def test_a_picture_is_processed_once_while_it_is_kept(
     assert processor.encode_image(wide.copy()) is one
     other = processor.encode_image(high)
     assert (one.grid, other.grid) == ((1, 2, 4), (1, 4, 2)) and one.key != other.key
+    assert (one.size, other.size) == ((56, 28), (28, 56))
     shade = processor.encode_image(grey)
     assert processor.encode_image(grey.convert("RGBA")) is shade
     assert made == [(56, 28), (28, 56), (28, 28)]

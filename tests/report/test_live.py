@@ -16,7 +16,7 @@ from perl.permutation import permute
 from perl.report.gallery import Gallery
 from perl.report.progress import Display
 from perl.report.tables import print_table
-from perl.types import EncodedImage, EncodedPrompt, Group, Rollout, Variant
+from perl.types import EncodedImage, EncodedPrompt, Example, Group, Rollout, Variant
 from tests.stand_ins import example
 
 
@@ -52,10 +52,39 @@ def test_the_first_rollout_of_each_order_is_kept_with_its_numbers(tmp_path: Path
     ]
     assert (one["advantage"], two["advantage"]) == (1, -3)
     assert one["images"] == two["images"][::-1]
-    greys = [Image.open(tmp_path / name).getpixel((0, 0)) for name in two["images"]]
+    greys = [Image.open(tmp_path / name).convert("L").getpixel((0, 0)) for name in two["images"]]
     assert greys == [10, 20]
     found = [(row["step"], row["text"], row["reward"], row["rewards"]) for row in held_out]
     assert found == [(8, "c", 1, {"accuracy": 1}), (8, "d", 0, {"accuracy": 0})]
+
+
+def test_pictures_are_kept_as_the_model_saw_them_and_small(tmp_path: Path) -> None:
+    """A noisy photo at quality 90, a drawing exactly; once, whatever shows it."""
+    folder = RunFolder(tmp_path)
+    folder.make_parts()
+    noise = np.random.default_rng(0).normal(0, 9, (300, 400, 3))
+    ramp = np.mgrid[60:180:300j, 60:180:400j].sum(0)[..., None] / 2
+    photo = Image.fromarray((ramp + noise).clip(0, 255).astype("uint8"))
+    drawing = Image.new("RGB", (400, 300), "white")
+    for k in range(0, 300, 3):
+        drawing.paste((k % 256, 0, 99), (k, k, k + 90, k + 1))
+    shown = Example("e", (photo, drawing), "<image> <image>", "A")
+    pictures = tuple(
+        EncodedImage(key * 20, torch.empty(0), (1, 1, 1), 1, size=size)
+        for key, size in (("p", (200, 150)), ("d", None))
+    )
+    prompt = EncodedPrompt(np.zeros(1, np.int64), np.zeros((3, 1)), 1, pictures, 9)
+    one = Rollout(
+        permute(shown, (0, 1)), prompt, np.zeros(1, np.int64), np.zeros(1), "", finished=True
+    )
+    first, second = Gallery(folder).keep_rollouts("evaluate", 1, [one, one], [1.0, 1.0])
+    assert first["images"] == second["images"] and len(list(folder.images.iterdir())) == 2
+    kept = [Image.open(tmp_path / name).convert("RGB") for name in first["images"]]
+    smaller = photo.resize((200, 150), Image.Resampling.BICUBIC)
+    off = np.abs(np.asarray(kept[0], int) - np.asarray(smaller, int)).mean()
+    assert kept[0].size == (200, 150) and 0 < off < 4
+    assert (tmp_path / first["images"][0]).stat().st_size < 20_000  # PNG takes 70,000.
+    assert np.array_equal(np.asarray(kept[1]), np.asarray(drawing))
 
 
 def test_lines_of_a_run_without_a_terminal(monkeypatch, capsys) -> None:

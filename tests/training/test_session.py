@@ -62,6 +62,29 @@ def test_the_seconds_of_a_run_go_on(
     assert [row["time/elapsed"] for row in rows] == [102, 111.5, 133.5]
 
 
+def test_trackers_go_on_behind_the_checkpoint(tmp_path: Path, two_tokens: None) -> None:
+    """They count the steps of all stages: three of the cold start and one of RL stay, the fifth is written again."""
+
+    def began(session: Session) -> Any:
+        session.start_trackers()
+        accelerator: Any = session.components.accelerator
+        return accelerator.began[1]["tensorboard"]["purge_step"]
+
+    session = session_of(config_of(tmp_path, "cold_start.steps = 3"), tmp_path / "run")
+    assert (began(session), began(again(session))) == (None, 0)
+    session.progress.stage, session.progress.step = "rl", 1
+    session.save()
+    assert began(again(session)) == 5
+    session.enter_stage(session.stages[1])
+    session.gallery.folder.make_parts()
+    shown: list[tuple[Any, int]] = []
+    session.trackers.show = lambda *given: shown.append(given)  # type: ignore[method-assign]
+    row = {"stage": "rl", "step": 2}
+    session.show([])
+    session.show([row])
+    assert shown == [([row], 5)]
+
+
 def test_each_step_begins_without_features_of_earlier_ones(
     tmp_path: Path, two_tokens: None
 ) -> None:

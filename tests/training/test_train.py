@@ -47,7 +47,7 @@ def test_a_run_leaves_everything(tmp_path: Path) -> None:
     assert any(r.get("advantage") for r in kept)
     assert all((folder / name).exists() for r in kept for name in r["images"])
     assert (folder / "report.html").exists()
-    assert list((folder / "perl-rl").glob("events*"))
+    assert list((folder / "tensorboard" / "perl-rl").glob("events*"))
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     AutoProcessor.from_pretrained(folder / "models" / "final")

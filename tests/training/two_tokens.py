@@ -216,7 +216,8 @@ class Accelerator:
         if self.together:
             self.together.gather([])
 
-    def init_trackers(self, name: str) -> None: ...
+    def init_trackers(self, project: str, init_kwargs: dict[str, Any]) -> None:
+        self.began = project, init_kwargs
 
     def log(self, numbers: dict[str, float], step: int) -> None:
         self.logged.append((numbers, step))

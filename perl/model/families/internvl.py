@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,17 +77,24 @@ class InternVL(Family):
         `max_pixels // pixels of a tile` tiles but at least one and no more than the checkpoint's `max_patches`, and
         of at least `min_pixels // pixels of a tile`. Where that is several, the picture as a whole is one more tile.
         """
+        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
+            get_optimal_tiled_canvas,
+        )
+
         stock, area = image_processor.images, image_processor.area
         most = max(1, min(int(stock.max_patches), max_pixels // area))
+        least = min(most, max(int(stock.min_patches), min_pixels // area))
         out = stock(
             images=[image],
             crop_to_patches=True,
-            min_patches=min(most, max(int(stock.min_patches), min_pixels // area)),
+            min_patches=least,
             max_patches=most,
             return_tensors="pt",
         )
-        tiles = int(out["num_patches"][0])
-        return EncodedImage(key, out["pixel_values"], (tiles,), tiles * image_processor.tokens)
+        tiles, side = int(out["num_patches"][0]), math.isqrt(area)
+        columns, rows = get_optimal_tiled_canvas(image.size[::-1], (side, side), least, most)
+        tokens, shown = tiles * image_processor.tokens, (columns * side, rows * side)
+        return EncodedImage(key, out["pixel_values"], (tiles,), tokens, size=shown)
 
     def placeholder(self, image: EncodedImage) -> list[str]:
         return ["<img>", *[self.image_token] * image.tokens, "</img>"]

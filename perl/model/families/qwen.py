@@ -48,8 +48,9 @@ class QwenVL(Family):
         size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
         out = image_processor(images=[image], size=size, return_tensors="pt")
         t, h, w = (int(x) for x in out["image_grid_thw"][0])
-        merge = image_processor.merge_size
-        return EncodedImage(key, out["pixel_values"], (t, h, w), t * h * w // merge**2, merge)
+        merge, patch = image_processor.merge_size, image_processor.patch_size
+        tokens, shown = t * h * w // merge**2, (w * patch, h * patch)
+        return EncodedImage(key, out["pixel_values"], (t, h, w), tokens, merge, shown)
 
     def positions(
         self, input_ids: np.ndarray, images: Sequence[EncodedImage], image_token_id: int
