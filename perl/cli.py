@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stderr, suppress
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 from perl.config import Command, Config, MeasureConfig
@@ -203,10 +202,11 @@ def _in_one_line(box: str) -> str:
 
 def _with_recipe(default: Any, recipe: str | None) -> Any:
     """The command's defaults, from the recipe or the run where it takes one."""
+    from perl.model.sources import run_of
     from perl.recipe import load_recipe, read_config
 
-    if hasattr(default, "eval") and recipe and (Path(recipe) / "config.toml").exists():
-        of_run = read_config(Path(recipe) / "config.toml").eval
+    if hasattr(default, "eval") and recipe and (run := run_of(recipe)):
+        of_run = read_config(run / "config.toml").eval
         values = {f.name: getattr(of_run, f.name) for f in fields(MeasureConfig)}
         return replace(default, eval=MeasureConfig(**values) if of_run.examples else default.eval)
     if not hasattr(default, "config") or recipe is None:

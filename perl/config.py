@@ -81,8 +81,9 @@ class ModelConfig:
     """Which model, and which of its weights are trained."""
 
     path: str = ""
-    """The model to train: a model folder, a hub name, or tiny-qwen2.5-vl / tiny-qwen3-vl / tiny-qwen2-vl /
-    tiny-internvl, made from config in the run folder for the bundled tasks."""
+    """The model to train: a model folder, a hub name, a LoRA adapter's folder, a run (its newest model) or one of its
+    checkpoints; or tiny-qwen2.5-vl / tiny-qwen3-vl / tiny-qwen2-vl / tiny-internvl, made from config in the run folder
+    for the bundled tasks."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward and backward; auto: bfloat16 autocast where the hardware has it."""
     attention: Literal["auto", "flash_attention_2", "varlen", "flex", "sdpa"] = "auto"

@@ -81,8 +81,8 @@ class RunFolder:
 
     def has_checkpoint(self) -> bool:
         """Whether there is anything to go on from, for one seed or several."""
-        return any(self.root.glob("checkpoints/[0-9]*")) or any(
-            self.root.glob("seed-*/checkpoints/[0-9]*")
+        return any(self.root.glob("checkpoints/step-*")) or any(
+            self.root.glob("seed-*/checkpoints/step-*")
         )
 
     def settle(self) -> None:

@@ -24,7 +24,7 @@ _BUNDLED = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "default"
 """What runs where no recipe is named."""
 STAGE_KINDS = ("cold_start", "filter", "rl")
-_TAKEN = ("before", "after", "done", "initial", "final")
+_TAKEN = ("before", "after", "done", "initial", "final", "best")
 """Names of what lies between stages, and of models that no stage leaves."""
 
 

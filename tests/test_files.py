@@ -26,7 +26,7 @@ from perl.recipe import save_config
 from tests.messages import refused
 
 
-def began(folder: RunFolder, mark: str, checkpoint: str | None = "checkpoints/000001") -> None:
+def began(folder: RunFolder, mark: str, checkpoint: str | None = "checkpoints/step-1") -> None:
     """A run that wrote its config and a mark, and perhaps a checkpoint."""
     save_config(Config(), folder.config)
     folder.summary.write_text(mark)
@@ -38,7 +38,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("checkpoint", ["checkpoints/000001", "seed-3/checkpoints/000001"])
+@pytest.mark.parametrize("checkpoint", ["checkpoints/step-1", "seed-3/checkpoints/step-1"])
 def test_an_overwritten_run_comes_back_unless_the_new_one_has_begun(
     checkpoint: str, tmp_path: Path
 ) -> None:

@@ -24,7 +24,7 @@ class Evaluate(Command):
     `perl-rl evaluate runs/first --suite blink --suite-root suites --output runs/first/suites`."""
 
     model: Positional[str] = ""
-    """A run folder (its last model and its settings), a model folder, or a hub name."""
+    """A run folder (its newest model and its settings), a checkpoint, a model or LoRA adapter folder, or a hub name."""
     data: str = ""
     """JSONL or Parquet file, hub dataset or bundled:digits; empty: the run's."""
     eval: MeasureConfig = field(default_factory=MeasureConfig)

@@ -25,7 +25,7 @@ class Filter(Command):
     histogram. Stopped, the same command goes on where it was."""
 
     model: Positional[str] = ""
-    """A run folder (its last model and its settings), a model folder, or a hub name."""
+    """A run folder (its newest model and its settings), a checkpoint, a model or LoRA adapter folder, or a hub name."""
     data: str = ""
     """JSONL or Parquet file, hub dataset or bundled:digits; empty: the training data of the run."""
     rollouts: Positive = 10

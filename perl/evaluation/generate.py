@@ -18,7 +18,7 @@ class Generate(Command):
     """Ask a model about images, or about a held-out example of its run."""
 
     model: Positional[str] = ""
-    """A run folder (its last model), a model folder, or a hub name."""
+    """A run folder (its newest model), a checkpoint, a model or LoRA adapter folder, or a hub name."""
     prompt: str = ""
     """The question; `<image>` marks where each image goes, else they stand before it."""
     images: tuple[Path, ...] = ()

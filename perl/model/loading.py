@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
 
 from perl.config import ModelConfig
 from perl.files import check_safetensors, offline_if_unreachable
@@ -21,39 +18,39 @@ from perl.model.packed.attention import (
     choose,
     use_packed_attention,
 )
-from perl.model.padded import PaddedPolicy, check_head, decoder_name, tower_of
+from perl.model.padded import PaddedPolicy, check_head
 from perl.model.padded_processor import PaddedProcessor
 from perl.model.policy import Policy
 from perl.model.processor import Processor
-from perl.types import UserError, one_line
+from perl.model.sources import check_layers, layers_of
+from perl.model.weights import load_weights, prepared, said
+from perl.types import UserError
 
 logger = logging.getLogger(__name__)
 
-_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 
 def load_policy(folder: str, config: ModelConfig, device: torch.device) -> Policy:
-    """Load a checkpoint's weights into a Policy, ready for packed rows.
+    """Load a model's weights into a Policy, ready for packed rows.
 
     Args:
-        folder: a model folder or hub name.
+        folder: a model folder, a hub name, or a checkpoint or LoRA adapter, which is merged into what it lies over.
         config: what to train and how to attend.
         device: decides the attention implementation.
 
     Raises:
         UserError: the folder is no model, or of a family that is not supported.
     """
-    family = check_model(folder)
-    model = _load_weights(folder)
+    family, layers = check_model(folder), layers_of(folder)
     if family is None:
-        return _padded_policy(model, folder, config)
+        return _padded_policy(load_weights(layers, None), folder, config)
     name, reason = check_kernels(config, device)
     _say_once(logging.INFO, f"attention: {name} ({reason})")
+    model = load_weights(layers, family)
     core = cast(Any, model).model
     tower = family.tower(core)
     if name in WITHOUT_DROPOUT and getattr(core.language_model.config, "attention_dropout", 0):
         raise UserError(
-            f"model.attention = {name} has no dropout, and {folder}/config.json has attention_dropout; "
+            f"model.attention = {name} has no dropout, and {layers[-1]}/config.json has attention_dropout; "
             "set it to 0 there, or model.attention to sdpa"
         )
     use_packed_attention(core.language_model, tower if family.packed_tower else (), name)
@@ -61,7 +58,7 @@ def load_policy(folder: str, config: ModelConfig, device: torch.device) -> Polic
         use_liger(core.language_model)
     if config.compile:
         compile_layers(core.language_model)
-    model = _prepared(model, config, tower, r".*language_model")
+    model = prepared(model, config, family, folder)
     return Policy(model, family, config.feature_cache_mb * 2**20, config.compile)
 
 
@@ -87,30 +84,6 @@ def check_kernels(config: ModelConfig, device: torch.device | None = None) -> tu
     return attention
 
 
-def _load_weights(folder: str) -> Any:
-    """A transformers model in float32."""
-    from transformers import AutoModelForImageTextToText
-
-    try:
-        model, info = cast(Any, AutoModelForImageTextToText).from_pretrained(
-            folder,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except Exception as error:  # transformers raises many types for broken files.
-        raise UserError(
-            f"model.path = {folder}: its weights cannot be loaded ({_said(error)})"
-        ) from error
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(
-            f"model.path = {folder}: its weights lack {len(missing)} tensors, {missing[0]} for one; "
-            "copy every file of the original checkpoint into it"
-        )
-    return model
-
-
 def _padded_policy(model: Any, folder: str, config: ModelConfig) -> PaddedPolicy:
     """A model without a family, or with a language model that its family cannot pack."""
     _say_once(
@@ -122,13 +95,7 @@ def _padded_policy(model: Any, folder: str, config: ModelConfig) -> PaddedPolicy
     processor = load_processor(folder, config)
     assert isinstance(processor, PaddedProcessor)
     check_head(model, folder, processor.eos_token_id)
-    divided = config.freeze_vision or config.lora_rank
-    tower = tower_of(model, folder) if divided else []
-    try:
-        model = _prepared(model, config, tower, decoder_name(model) if divided else "")
-    except ValueError as error:
-        raise UserError(f"model.path = {folder}: {_said(error)}") from error
-    return PaddedPolicy(model, processor)
+    return PaddedPolicy(prepared(model, config, None, folder), processor)
 
 
 @cache
@@ -137,66 +104,11 @@ def _say_once(level: int, message: str) -> None:
     logger.log(level, message)
 
 
-def _prepared(
-    model: Any, config: ModelConfig, tower: Sequence[nn.Module], decoder: str
-) -> nn.Module:
-    """Freezing, checkpointing and adapters as the config wants them.
-
-    Args:
-        decoder: a regular expression for the name of the language model.
-    """
-    if config.freeze_vision:
-        for module in tower:
-            module.requires_grad_(False)
-    if config.gradient_checkpointing:
-        # transformers 5.23 renamed it.
-        enable = getattr(
-            model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
-        )
-        enable({"use_reentrant": False})
-    if not config.lora_rank:
-        return model
-    from peft import LoraConfig, get_peft_model
-
-    lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType]
-        lora_dropout=config.lora_dropout,
-        target_modules=_adapted(model, config.lora_targets, decoder),
-    )
-    wrapped = get_peft_model(model, lora)
-    if not config.freeze_vision:
-        # peft freezes everything but its adapters.
-        for module in tower:
-            module.requires_grad_(True)
-    return cast(nn.Module, wrapped)
-
-
-def _adapted(model: nn.Module, targets: Sequence[str], decoder: str) -> str:
-    """A regular expression for the layers that get adapters.
-
-    Raises:
-        UserError: the language model has no linear layer of a wanted name.
-    """
-    inside = re.compile(rf"{decoder}\..*\.(\w+)")
-    there = {
-        match[1]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and (match := inside.fullmatch(name))
-    }
-    if missing := [name for name in targets if name not in there]:
-        raise UserError(
-            f"model.lora_targets: the language model has no linear layer {missing[0]}; "
-            f"it has {', '.join(sorted(there))}"
-        )
-    return rf"{decoder}\..*\.({'|'.join(targets or _LORA_TARGETS)})"
-
-
 def check_model(folder: str) -> Family | None:
     """Look at a model without loading it; nothing it brings is run or unpickled.
 
     Args:
-        folder: a model folder or hub name.
+        folder: as `load_policy` takes it.
 
     Returns:
         The family it is of; None: it has to be trained on padded batches.
@@ -207,6 +119,8 @@ def check_model(folder: str) -> Family | None:
     from transformers import AutoConfig, PretrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+    *above, folder = layers_of(folder)
+    check_layers(above)
     _check_files(folder)
     try:
         model_type = str(PretrainedConfig.get_config_dict(folder)[0].get("model_type"))
@@ -214,7 +128,7 @@ def check_model(folder: str) -> Family | None:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False) if known else None
     except Exception as error:  # transformers raises many types for broken files.
         raise UserError(
-            f"model.path = {folder}: no model can be read there ({_said(error)})"
+            f"model.path = {folder}: no model can be read there ({said(error)})"
         ) from error
     if config is None or config.is_encoder_decoder:
         exact = ", ".join(t for f in FAMILIES for t in f.model_types)
@@ -251,10 +165,6 @@ def _check_files(folder: str) -> None:
         raise UserError(
             f"model.path = {folder} is no model folder: it has no config.json; correct the path"
         )
-    if (path / "adapter_config.json").exists():
-        raise UserError(
-            f"model.path = {folder} holds a LoRA adapter; merge it into its model and give that folder"
-        )
     if weights := sorted(path.glob("*.safetensors")):
         for file in weights:
             try:
@@ -282,7 +192,7 @@ def load_processor(folder: str, config: ModelConfig) -> Processor:
     """
     from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
-    family = check_model(folder)
+    family, folder = check_model(folder), layers_of(folder)[-1]
     stock: Any = None
     model_config: Any = None
     try:
@@ -296,7 +206,7 @@ def load_processor(folder: str, config: ModelConfig) -> Processor:
             image_processor = family.load_image_processor(folder)
     except Exception as error:  # transformers raises many types for missing and broken files.
         raise UserError(
-            f"model.path = {folder}: no processor can be read there ({_said(error)}); copy the tokenizer and "
+            f"model.path = {folder}: no processor can be read there ({said(error)}); copy the tokenizer and "
             "preprocessor files of the original checkpoint into it, and install what they ask for"
         ) from error
     if tokenizer is None or image_processor is None:
@@ -327,7 +237,3 @@ def uses_bfloat16(dtype: str) -> bool:
     if dtype == "auto":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return dtype == "bfloat16"
-
-
-def _said(error: Exception) -> str:
-    return one_line(error) or type(error).__name__

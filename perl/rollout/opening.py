@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from perl.config import Config
-from perl.recipe import plan, read_config
+from perl.model.sources import is_adapter, is_checkpoint, newest_model, read_manifest, run_of
+from perl.recipe import Stage, plan, points, read_config
 from perl.types import UserError
 
 _SAMPLE = 1 << 16
 
 
 def config_of(model: str, **sections: Mapping[str, Any]) -> Config:
-    """Settings with a model's path: of a run folder its newest model and the settings of the stage that left it, or
-    the defaults for any other. `sections` replaces keys; those that are None stay as they are.
+    """Settings with a model's path. A run folder stands for its newest model; that, like a checkpoint or a model of a run,
+    comes with the settings of the stage that left it, any other with the defaults. `sections` replaces keys; those
+    that are None stay as they are.
 
     Raises:
-        UserError: a folder that is neither, that is not there, or a run without a model yet.
+        UserError: a folder that is no model, that is not there, or a run without a model yet.
     """
     config, path = _found(model)
     sections = {"model": {"path": path}, **sections}
@@ -37,24 +39,37 @@ def _found(model: str) -> tuple[Config, str]:
     # A name that is no folder was meant as one: `runs/nope` where there is a folder runs.
     local = model.startswith((".", "/", "~")) or model.count("/") > 1
     if not folder.exists() and (local or Path(*Path(model).parts[:1]).is_dir()):
-        raise UserError(f"{model}: there is no such folder; give a run folder or a model folder")
-    if not (folder / "config.toml").exists():
-        if (folder / "config.json").exists() or not folder.exists():
+        raise UserError(
+            f"{model}: there is no such folder; give a run folder, a checkpoint or a model folder"
+        )
+    root = run_of(folder)
+    if root is None:
+        if not folder.exists() or (folder / "config.json").exists() or is_adapter(folder):
             return Config(), model
         raise UserError(
-            f"{model} is neither a run folder (no config.toml) nor a model folder (no config.json)"
+            f"{model} is neither a run folder (no config.toml) nor a checkpoint in one, a model folder (no config.json) "
+            "or a LoRA adapter (no adapter_config.json)"
         )
-    config = read_config(folder / "config.toml")
-    if config.run.seeds:
-        folder = folder / f"seed-{config.run.seeds[0]}"
-    stages = plan(config)
-    for name, stage in (("final", stages[-1]), *((s.name, s) for s in reversed(stages))):
-        found = folder / "models" / name
-        if (found / "config.json").exists():
-            unfinished = " (the run has not finished; `perl-rl resume` goes on)"
-            print(f"model: {found}{'' if name == 'final' else unfinished}", file=sys.stderr)
-            return stage.config, str(found)
-    raise UserError(f"{model} has no finished model yet; go on with perl-rl resume {model}")
+    path = newest_model(model)
+    if path != model:
+        unfinished = is_checkpoint(path)
+        goes_on = " (the run has not finished; `perl-rl resume` goes on)"
+        print(f"model: {path}{goes_on if unfinished else ''}", file=sys.stderr)
+    return _stage_of(Path(path), plan(read_config(root / "config.toml"))).config, path
+
+
+def _stage_of(model: Path, stages: list[Stage]) -> Stage:
+    """The stage that left a checkpoint or a model of a run."""
+    if not is_checkpoint(model):
+        return next((s for s in stages if s.name == model.name), stages[-1])
+    try:
+        point = read_manifest(model)["progress"]["stage"]
+        passed = points(stages)[: points(stages).index(point) + 1]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"checkpoint {model} is damaged or of other stages than its config.toml says ({error}); give another"
+        ) from error
+    return next((s for s in reversed(stages) if s.name in passed), stages[0])
 
 
 def engine_and_encoder(config: Config) -> tuple[Any, Any]:

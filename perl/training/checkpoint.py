@@ -15,11 +15,10 @@ import torch
 from torch import nn
 
 from perl.files import check_safetensors, replacing
+from perl.model.sources import FORMAT, MANIFEST, checkpoints_in, read_manifest, step_of
 from perl.types import UserError
 
 logger = logging.getLogger(__name__)
-
-_MANIFEST = "manifest.json"
 
 
 @dataclass
@@ -30,6 +29,8 @@ class Progress:
     """The point where the run stands (see `perl.recipe.points`); empty: at its start."""
     step: int = 0
     """Steps of that stage that are complete."""
+    taken: dict[str, int] = field(default_factory=dict)
+    """Steps of the stages that are over, by name."""
     ended: bool = True
     """Whether what follows the last of them, an evaluation that is due, has been done too."""
     streams: dict[str, Any] = field(default_factory=dict)
@@ -43,9 +44,17 @@ class Progress:
     records: dict[str, int] = field(default_factory=dict)
     """Lengths of metrics.jsonl and rollouts.jsonl."""
 
+    @property
+    def steps(self) -> int:
+        """Complete steps of all stages together, each with the weights of its own."""
+        return sum(self.taken.values()) + self.step
+
 
 class CheckpointManager:
     """Saves and restores the checkpoints of one run.
+
+    They lie in `step-N`, N the steps of all stages together. Between two steps only the progress changes: the evaluation
+    behind a stage leaves the weights, and so the checkpoint, as they are.
 
     Args:
         folder: where the checkpoints lie, one sub-folder each.
@@ -55,6 +64,8 @@ class CheckpointManager:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self.keep = max(1, keep)
+        self._present: Path | None = None
+        """The checkpoint of the weights as they are now."""
 
     def save(
         self,
@@ -69,8 +80,10 @@ class CheckpointManager:
         """
         from safetensors.torch import save_file
 
-        number = max((int(p.name) for p in self._complete()), default=0) + 1
-        target = self.folder / f"{number:06d}"
+        target = self.folder / f"step-{progress.steps}"
+        if target == self._present:
+            write_progress(target, progress)
+            return target
         # Whatever is killed in the block leaves no folder of that name: a checkpoint that is there is whole.
         with replacing(target, folder=True) as temporary:
             save_file(_weights(model), temporary / "model.safetensors")
@@ -81,11 +94,15 @@ class CheckpointManager:
             more(temporary)
             # Sizes tell a file that a full disk or a crash has cut, without reading gigabytes.
             files = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
-            manifest = {"files": files, "progress": asdict(progress)}
-            (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+            manifest = {"format": FORMAT, "files": files, "progress": asdict(progress)}
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
             _sync(temporary)
-        # Only now, so that at every moment one that is whole lies there.
-        for old in self._complete()[: -self.keep]:
+        self._present = target
+        # Only now, so that at every moment one that is whole lies there. What is of later steps was damaged: the run went
+        # on from before it.
+        found = checkpoints_in(self.folder)
+        earlier = [path for path in found if step_of(path) <= progress.steps]
+        for old in {*found} - {*earlier[-self.keep :]}:
             shutil.rmtree(old)
         return target
 
@@ -93,14 +110,17 @@ class CheckpointManager:
         """The newest checkpoint that is whole, or None if there never was one.
 
         Raises:
-            UserError: there are checkpoints and every one is damaged.
+            UserError: there are checkpoints and every one is damaged, or one is of a later version.
         """
-        found = self._complete()[::-1]
+        found = checkpoints_in(self.folder)[::-1]
         for path in found:
             try:
-                return path, _verified(path)
+                progress = _verified(path)
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 logger.warning("checkpoint %s is damaged (%s); trying the one before", path, error)
+                continue
+            self._present = path
+            return path, progress
         if found:
             raise UserError(
                 f"every checkpoint in {self.folder} is damaged; start again with --overwrite"
@@ -138,14 +158,17 @@ class CheckpointManager:
                 tensor if key == "step" else tensor.to(parameter.device)
             )
 
-    def _complete(self) -> list[Path]:
-        if not self.folder.exists():
-            return []
-        return sorted(p for p in self.folder.iterdir() if p.name.isdigit())
+
+def write_progress(path: Path, progress: Progress) -> None:
+    """Say of a whole checkpoint how far the run has come since, with the same weights."""
+    manifest = read_manifest(path) | {"progress": asdict(progress)}
+    with replacing(path / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        _sync_file(temporary)
 
 
 def _verified(path: Path) -> Progress:
-    manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_manifest(path)
     for name, size in manifest["files"].items():
         actual = (path / name).stat().st_size
         if actual != size:
@@ -176,5 +199,9 @@ def _optimizer_tensors(
 def _sync(folder: Path) -> None:
     """Make the files reach the disk before the rename does."""
     for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        _sync_file(path)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

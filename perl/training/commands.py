@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 
 from perl.config import Command, Config
 from perl.files import RunFolder, is_main_process
+from perl.model.sources import newest_model
 from perl.recipe import (
     DEFAULT_RECIPE,
     check_named,
@@ -53,7 +54,9 @@ class Train(Command):
     def execute(self) -> None:
         from perl.distributed import on_main_process
 
-        config = self.config
+        # Whatever a run comes to later: this one goes on from the model of today.
+        model = replace(self.config.model, path=newest_model(self.config.model.path))
+        config = replace(self.config, model=model)
         if self.overwrite and self.resume:
             raise UserError("--overwrite and --resume exclude each other; leave one out")
         if not config.run.dir:

@@ -225,12 +225,12 @@ def _keep_rollouts(session: Session, step: int, collected: Collected) -> None:
     # Two groups of the main process are enough to look at; pictures of all would be most of a run folder.
     every = session.config.run.save_rollouts_every
     if every and step % every == 0 and session.components.is_main:
-        number = session.stage.first_step + step + 1
+        number = session.first_step + step + 1
         session.show(session.gallery.keep_groups("rl", number, collected.seen[:2]))
 
 
 def _measure_if_due(session: Session, step: int) -> None:
     config = session.config
     if config.eval.every and (step + 1) % config.eval.every == 0 and step + 1 < config.train.steps:
-        measure(session, "step", session.stage.first_step + step + 1)
+        measure(session, "step", session.first_step + step + 1)
         session.show_stage(step + 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,17 +159,35 @@ class Session:
     def finish_stage(self, save: bool = True) -> None:
         """Mark the current point as finished and checkpoint, so that a resume does not repeat it."""
         self.display.close()
-        following = self.points[self.points.index(self.progress.stage) + 1]
+        point = self.progress.stage
+        if point == self.stage.name:
+            self.progress.taken[point] = self.progress.step
+        following = self.points[self.points.index(point) + 1]
         self.progress.stage, self.progress.step = following, 0
-        self.optimizer = None
+        # Of the last stage its state stays, so that the run can be given more steps.
+        if self.stage != self.stages[-1]:
+            self.optimizer = None
         if save:
             self.save()
+        self.optimizer = None
+
+    @property
+    def first_step(self) -> int:
+        """Steps that earlier stages of this one's kind have taken."""
+        return self.taken(s for s in self._earlier if s.kind == self.stage.kind)
+
+    def taken(self, stages: Iterable[Stage]) -> int:
+        """Steps of these stages: those that were taken where one is over, else those that are planned."""
+        return sum(self.progress.taken.get(s.name, s.steps) for s in stages)
+
+    @property
+    def _earlier(self) -> Sequence[Stage]:
+        return self.stages[: self.stages.index(self.stage)]
 
     @property
     def trained_before(self) -> str | None:
         """Name of the stage whose model this one started from; None: the run's initial model."""
-        earlier = self.stages[: self.stages.index(self.stage)]
-        return next((s.name for s in reversed(earlier) if s.steps), None)
+        return next((s.name for s in reversed(self._earlier) if s.steps), None)
 
     def make_optimizer(self, schedule: Schedule) -> Optimizer:
         """The stage's optimizer, with its state and the stored groups where the run goes on inside the stage."""
@@ -207,7 +225,7 @@ class Session:
         self.progress.streams[self.stage.name] = self.source.stream.state_dict()
         lap = self.components.watch.lap()  # Of this step, also where its row is not written.
         if self.components.is_main and (step + 1) % self.config.run.log_every == 0:
-            number = self.stage.first_step + step + 1
+            number = self.first_step + step + 1
             here = {"stage": self.stage.kind, "step": number, "name": self.stage.name}
             self.record({**here, **row, **lap})
         self.display.advance(numbers=shown)
@@ -254,9 +272,9 @@ class Session:
     def _tracked_step(self, row: dict[str, Any]) -> int:
         """Trackers count the steps of all stages together: wandb's steps never go back. What is measured after another kind of
         stage than RL stands at that stage's end."""
-        before = sum(s.steps for s in self.stages[: self.stages.index(self.stage)])
         trained = row["stage"] == self.stage.kind or self.stage.kind == "rl"
-        return before + (row["step"] - self.stage.first_step if trained else self.stage.steps)
+        here = row["step"] - self.first_step if trained else self.taken([self.stage])
+        return self.taken(self._earlier) + here
 
     def save(self) -> None:
         """A checkpoint of the last complete step."""

@@ -68,8 +68,11 @@ def _train_seed(
                     _measure_once(session, "before", 0)
                 RUNS[stage.kind](session, stage)
                 if f"after {stage.name}" in session.points:
-                    _measure_once(session, f"after {stage.name}", stage.first_step + stage.steps)
-            _measure_once(session, "after", sum(s.steps for s in session.stages if s.kind == "rl"))
+                    _measure_once(
+                        session, f"after {stage.name}", session.first_step + session.taken([stage])
+                    )
+            of_rl = [s for s in session.stages if s.kind == "rl"]
+            _measure_once(session, "after", session.taken(of_rl))
         except UserError as error:
             session.rescue(error)
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,39 +23,76 @@ STAGES = (
 )
 
 
-def run_folder(folder: Path, *models: str, **sections: object) -> Path:
-    """A run that has left these models."""
+def run_folder(folder: Path, *models: str, at: str = "", **sections: object) -> Path:
+    """A run that has left these models, and with `at` step-7 of an earlier stage and step-10 of that point."""
     folder.mkdir()
     save_config(Config(**sections), folder / "config.toml")  # type: ignore[arg-type]
     for name in models:
         (folder / name).mkdir(parents=True)
         (folder / name / "config.json").write_text("{}")
+    for step, point in (("7", "warm"), ("10", at)) if at else ():
+        manifest = folder / "checkpoints" / f"step-{step}" / "manifest.json"
+        manifest.parent.mkdir(parents=True)
+        manifest.write_text(json.dumps({"format": 1, "progress": {"stage": point}}))
     return folder
 
 
 @pytest.mark.parametrize(
-    ("left", "newest", "tokens"),
+    ("asked", "models", "at", "found", "tokens"),
     [
-        (["warm"], "warm", 5),
-        (["warm", "easy"], "easy", 7),
-        (["initial", "warm", "easy", "hard", "final"], "final", 9),
+        ("", [], "warm", "checkpoints/step-10", 5),
+        ("", ["warm"], "before", "checkpoints/step-10", 5),
+        ("", ["warm"], "easy", "checkpoints/step-10", 7),
+        ("", ["easy"], "after easy", "checkpoints/step-10", 7),
+        # One that was given more steps.
+        ("", ["easy", "final"], "hard", "checkpoints/step-10", 9),
+        ("", ["easy", "final"], "done", "models/final", 9),
+        ("", ["initial", "final"], "", "models/final", 9),
+        ("checkpoints/step-7", ["final"], "done", "checkpoints/step-7", 5),
+        ("models/easy", ["easy", "final"], "done", "models/easy", 7),
+        ("models/final", ["easy", "final"], "hard", "models/final", 9),
     ],
 )
-def test_a_run_gives_its_newest_model_with_the_settings_of_its_stage(
-    left: list[str], newest: str, tokens: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_run_and_what_lies_in_it_come_with_the_settings_of_their_stage(
+    asked: str,
+    models: list[str],
+    at: str,
+    found: str,
+    tokens: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = run_folder(
         tmp_path / "run",
-        *(f"models/{name}" for name in left),
+        *(f"models/{name}" for name in models),
+        at=at,
         stages=STAGES,
         rollout=RolloutConfig(max_new_tokens=5),
     )
-    config = config_of(str(folder), rollout={"temperature": 0.5, "batch_size": None})
-    assert config.model.path == str(folder / "models" / newest)
+    config = config_of(str(folder / asked), rollout={"temperature": 0.5, "batch_size": None})
+    assert config.model.path == str(folder / found)
     assert config.rollout == RolloutConfig(max_new_tokens=tokens, temperature=0.5)
     said = capsys.readouterr().err
-    tells(said, folder / "models" / newest)
-    assert ("perl-rl resume" in said) == (newest != "final")
+    assert (str(folder / found) in said) == (not asked)
+    assert ("perl-rl resume" in said) == (not asked and found != "models/final")
+
+
+def test_a_damaged_checkpoint_is_not_the_newest(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", at="easy", stages=STAGES)
+    newest = folder / "checkpoints" / "step-10"
+    (newest / "manifest.json").write_text("{")
+    assert config_of(str(folder)).model.path == str(newest.with_name("step-7"))
+    with refused(newest):
+        config_of(str(newest))
+
+
+def test_a_checkpoint_of_a_later_version_is_refused(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", at="easy", stages=STAGES)
+    newest = folder / "checkpoints" / "step-10"
+    (newest / "manifest.json").write_text('{"format": 2, "progress": {"stage": "easy"}}')
+    for asked in (folder, newest):
+        with refused(newest, 2, 1):
+            config_of(str(asked))
 
 
 def test_a_run_of_several_seeds_gives_its_first(tmp_path: Path) -> None:
@@ -76,6 +114,10 @@ def test_names_that_stand_for_no_model(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     Path("runs/empty").mkdir(parents=True)
     run_folder(tmp_path / "runs" / "new", "models/initial")
+    Path("lone").mkdir()
+    (Path("lone") / "manifest.json").touch()
+    with refused("lone", "config.toml"):
+        config_of("lone")
     for name in ("runs/nope", "./nope", "../nope", "~/no/nope", "/nope", "a/b/c"):
         with refused(name, "a run folder", "a model folder"):
             config_of(name)

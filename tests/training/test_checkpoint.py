@@ -24,18 +24,19 @@ def names(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("keep", "left"),
     [
-        (2, [["1"], ["1", "2"], ["2", "3"], ["3", "4"]]),
-        (1, [["1"], ["2"], ["3"], ["4"]]),
-        (0, [["1"], ["2"], ["3"], ["4"]]),
-        (9, [["1"], ["1", "2"], ["1", "2", "3"], ["1", "2", "3", "4"]]),
+        (2, [["8"], ["8", "9"], ["10", "9"], ["10", "11"]]),
+        (1, [["8"], ["9"], ["10"], ["11"]]),
+        (0, [["8"], ["9"], ["10"], ["11"]]),
+        (9, [["8"], ["8", "9"], ["10", "8", "9"], ["10", "11", "8", "9"]]),
     ],
 )
 def test_the_newest_stay(keep: int, left: list[list[str]], tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path, keep)
     for step, expected in enumerate(left):
-        made = manager.save(nn.Linear(1, 1), None, Progress("rl", step))
-        assert names(tmp_path) == [f"00000{name}" for name in expected]
-        assert manager.load() == (made, Progress("rl", step))
+        progress = Progress("rl", step, taken={"warm": 8})
+        made = manager.save(nn.Linear(1, 1), None, progress)
+        assert names(tmp_path) == [f"step-{name}" for name in expected]
+        assert manager.load() == (made, progress)
 
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
@@ -47,7 +48,15 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     optimizer.step()
     trained = {f"1.{name}": p.detach().clone() for name, p in model[1].named_parameters()}
     progress = Progress(
-        "hard", 3, {"hard": {"drawn": 7}}, {"before": None}, {"x": 1.5}, 2.5, {"m": 9}
+        "hard",
+        3,
+        {"easy": 2},
+        True,
+        {"hard": {"drawn": 7}},
+        {"before": None},
+        {"x": 1.5},
+        2.5,
+        {"m": 9},
     )
     rng = torch.get_rng_state()
     path = manager.save(model, optimizer, progress, lambda f: save_file({}, f / "more.safetensors"))

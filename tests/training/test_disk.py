@@ -1,9 +1,7 @@
 """Damaged checkpoints and full disks: a run goes on from the newest checkpoint that is whole, and says so."""
 
 import errno
-import json
 import os
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,13 +22,10 @@ def test_a_run_resumes_from_the_checkpoint_before(
     reward = rewarded(short_recipe.parent, ALTERNATING)
     assert run("train", short_recipe, *reward, *every) == 0
     folder = short_recipe.parent / "run"
-    for checkpoint in (folder / "checkpoints").iterdir():
-        if json.loads((checkpoint / "manifest.json").read_text())["progress"]["stage"] != "rl":
-            shutil.rmtree(checkpoint)
     (folder / "summary.json").unlink()
     os.truncate(max((folder / "checkpoints").iterdir()) / "model.safetensors", 10)
     assert run("resume", folder) == 0
-    tells(capsys.readouterr().err, "step 1", "000001")
+    tells(capsys.readouterr().err, "step 1", "step-1")
     assert [row["step"] for row in metrics(folder)] == [1, 2]
     assert run("resume", folder) == 0
     tells(capsys.readouterr().err, "finished")
@@ -63,8 +58,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     options = ("--run.dir", folder, "--run.checkpoint-every", "1", "--train.steps", "3")
     reward = rewarded(short_recipe.parent, ALTERNATING)
     said = error_of("train", short_recipe, *reward, *options)
-    tells(said, f"{folder}/checkpoints/000002", "space")
-    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"000001"}
+    tells(said, f"{folder}/checkpoints/step-2", "space")
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"step-1"}
     subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
     assert run("resume", folder) == 0
     assert [row["step"] for row in metrics(folder)] == [1, 2, 3]

@@ -116,9 +116,11 @@ def test_what_a_run_of_four_stages_leaves(
         known = {name: v for name, v in numbers.items() if not math.isnan(v)}
         assert known == {f"{row['stage']}/{name}": v for name, v in kinds.items()}
     assert {p.name for p in (folder / "models").iterdir()} == {"warm", "easy", "final"}
-    assert saved(folder) == [("after", 0), ("done", 0)]
-    # Behind a stage there is nothing for its optimizer to go on with.
-    assert not list(folder.glob("checkpoints/*/optimizer.safetensors"))
+    # What comes behind the last step has its weights. Its optimizer stays, for a run that is given more steps.
+    assert saved(folder) == [("hard", 3), ("done", 0)]
+    assert {p.parent.name for p in folder.glob("checkpoints/*/optimizer.safetensors")} == {
+        *("step-9", "step-10")
+    }
 
     # Of "A B B" twice under even chances; a mean of p - onehot(y) of (1/6, -1/6).
     first = rows[0]
@@ -310,7 +312,7 @@ def test_checkpoints_and_records_come_when_due(tmp_path: Path, two_tokens: None)
     """
     train_in(tmp_path / "run", config_of(tmp_path, more))
     steps = [("rl", 0), ("rl", 2), ("rl", 4), ("rl", 6)]
-    assert saved(tmp_path / "run") == [*steps, ("after", 0), ("done", 0)]
+    assert saved(tmp_path / "run") == [*steps, ("done", 0)]
     rows = metrics(tmp_path / "run", "rl")
     assert [r["step"] for r in rows] == [3, 6]
     assert [r["step"] for r in metrics(tmp_path / "run", "evaluate")] == [0, 3, 6, 7]

@@ -110,6 +110,7 @@ def test_a_stage_begins_once_and_is_shown_by_its_name(tmp_path: Path, two_tokens
     assert session.begin(easy) and shown == [("RL: easy_ones", 2, 0)]
     session.progress.step = 1
     assert session.begin(easy) and shown[1:] == [("RL: easy_ones", 2, 1)]
+    session.progress.step = 2
     session.finish_stage()
     assert saved(session.folder.root) == [("after easy_ones", 0)] and not session.begin(easy)
     # A stage without steps is over at once, and leaves no checkpoint.

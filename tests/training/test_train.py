@@ -115,7 +115,7 @@ def test_a_signal_stops_after_a_checkpoint_and_the_run_goes_on(
     assert signal.getsignal(number) is before
     tells(capsys.readouterr().err.splitlines()[-1], "rl step 1", f"perl-rl resume {folder}")
     assert steps(folder) == [1]
-    assert (folder / "checkpoints" / "000001" / "manifest.json").exists()
+    assert (folder / "checkpoints" / "step-1" / "manifest.json").exists()
     assert run(*(("resume", folder) if again == "resume" else (*train, "--train.lr", "1"))) == 0
     said = capsys.readouterr().err
     if again == "train":

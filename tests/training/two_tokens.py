@@ -26,6 +26,7 @@ from perl.config import Config
 from perl.distributed import StopSignal
 from perl.files import RunFolder
 from perl.model.packed.pack import pack
+from perl.model.sources import checkpoints_in
 from perl.recipe import load_recipe
 from perl.report.progress import Display
 from perl.rollout.engine import Completion, SamplingParams
@@ -311,6 +312,6 @@ def train_in(root: Path, config: Config, resume: bool = False) -> dict[str, Any]
 def saved(root: Path) -> list[tuple[str, int]]:
     """The stage and the step of each checkpoint."""
     manifests = [
-        json.loads(p.read_text()) for p in sorted(root.glob("checkpoints/*/manifest.json"))
+        json.loads((p / "manifest.json").read_text()) for p in checkpoints_in(root / "checkpoints")
     ]
     return [(m["progress"]["stage"], m["progress"]["step"]) for m in manifests]

@@ -1,0 +1,166 @@
+"""What `model.path`, or a command's MODEL, stands for: a model folder, a hub name, a LoRA adapter, a run, or one of its
+checkpoints, which hold what training changed. The last three lie over another model, which is found here."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from perl.files import RunFolder, check_safetensors
+from perl.recipe import read_config
+from perl.types import UserError, one_line
+
+FORMAT = 1
+"""Of the checkpoints that this version writes and the highest that it reads."""
+MANIFEST = "manifest.json"
+ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of a run, by their steps."""
+    found = (p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Steps of all stages that lie before it."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: `format`, `files` with their sizes, `progress`.
+
+    Raises:
+        UserError: a later version of this program wrote it.
+        OSError, ValueError, KeyError, TypeError: it is damaged.
+    """
+    manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    if manifest["format"] > FORMAT:
+        raise UserError(
+            f"checkpoint {checkpoint} is of format {manifest['format']}, and this version reads up to {FORMAT}; "
+            "use the version that wrote it, or a later one"
+        )
+    return manifest
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    return (Path(path).expanduser() / MANIFEST).is_file()
+
+
+def is_adapter(path: str | Path) -> bool:
+    return (Path(path).expanduser() / ADAPTER_CONFIG).is_file()
+
+
+def run_of(path: str | Path) -> Path | None:
+    """The run folder that this is, or whose checkpoint or model it is; None for any other path."""
+    folder = Path(path).expanduser()
+    if RunFolder(folder).config.is_file():
+        return folder
+    if folder.parent.name in ("checkpoints", "models"):
+        root = folder.parent.parent
+        return root if folder.is_dir() and RunFolder(root).config.is_file() else None
+    return None
+
+
+def newest_model(path: str) -> str:
+    """Of a run the model that it ended with, or its newest checkpoint while it has not; any other path as it is.
+
+    Of a run of several seeds that of the first.
+
+    Raises:
+        UserError: a run without a model yet.
+    """
+    root = Path(path).expanduser()
+    if not path or run_of(path) != root:
+        return path
+    if seeds := read_config(root / "config.toml").run.seeds:
+        root = root / f"seed-{seeds[0]}"
+    final, points = root / "models" / "final", {}
+    for checkpoint in checkpoints_in(root / "checkpoints"):
+        try:
+            points[checkpoint] = read_manifest(checkpoint)["progress"]["stage"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # A damaged one; a run goes on from the one before, too.
+    newest = next(reversed(points), None)
+    if (final / "config.json").is_file() and (newest is None or points[newest] == "done"):
+        return str(final)
+    if newest is None:
+        raise UserError(f"{path} has no model yet; go on with perl-rl resume {path}")
+    return str(newest)
+
+
+def layers_of(path: str) -> list[str]:
+    """The path, what it lies over, and so on down to a model folder or hub name.
+
+    Example: `["runs/x/checkpoints/step-50", "Qwen/Qwen2.5-VL-3B-Instruct"]`.
+
+    Raises:
+        UserError: an adapter or a checkpoint that does not tell, or that lies over itself.
+    """
+    layers = [newest_model(path)]
+    while (below := _below(layers[-1])) is not None:
+        if below in layers:
+            raise UserError(
+                f"model.path = {path} lies over itself; correct {below}/{ADAPTER_CONFIG}"
+            )
+        layers.append(below)
+    return layers
+
+
+def check_layers(layers: Sequence[str]) -> None:
+    """Raise UserError if the weights of a checkpoint or an adapter are not whole; reads only their tables of contents."""
+    for path in layers:
+        file = Path(path).expanduser() / (
+            "model.safetensors" if is_checkpoint(path) else _ADAPTER_WEIGHTS
+        )
+        if not file.is_file():
+            raise UserError(
+                f"model.path = {path} has no {file.name}; copy it, or convert other weights to safetensors"
+            )
+        try:
+            check_safetensors(file)
+        except ValueError as error:
+            raise UserError(
+                f"model.path = {path}: damaged weights ({error}); give the checkpoint before, or copy them again"
+            ) from error
+
+
+def initial_model(root: Path) -> str:
+    """What a run's model started from: a tiny one lies in the run folder, others where they were."""
+    made = root / "models" / "initial"
+    return str(made) if made.is_dir() else read_config(root / "config.toml").model.path
+
+
+def _below(path: str) -> str | None:
+    if is_checkpoint(path):
+        root = run_of(path)
+        if root is None:
+            raise UserError(
+                f"{path} is a checkpoint outside of its run folder, whose config.toml says what it was trained from; "
+                "put it back into the run's checkpoints/"
+            )
+        return initial_model(root)
+    if not is_adapter(path):
+        return None
+    try:
+        text = (Path(path).expanduser() / ADAPTER_CONFIG).read_text(encoding="utf-8")
+        config = json.loads(text)
+        kind, base = config["peft_type"], config["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"model.path = {path}: its {ADAPTER_CONFIG} is not peft's ({one_line(error)}); copy it again"
+        ) from error
+    if kind != "LORA":
+        raise UserError(
+            f"model.path = {path}: an adapter of peft_type {kind} cannot be merged; give one of LORA"
+        )
+    if not base or not isinstance(base, str):
+        raise UserError(
+            f"model.path = {path}: its {ADAPTER_CONFIG} names no model; write a folder or hub name as "
+            "base_model_name_or_path"
+        )
+    return base

@@ -1,0 +1,172 @@
+"""Weights: read from a model folder or the hub, with a checkpoint or LoRA adapters over them, and made ready for training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from perl.config import ModelConfig
+from perl.model.families import Family
+from perl.model.padded import decoder_name, tower_of
+from perl.model.sources import is_checkpoint, run_of
+from perl.recipe import read_config
+from perl.types import UserError, one_line
+
+_PREFIX = "model."
+"""Of a checkpoint's names: those of the policy that holds the model."""
+_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def load_weights(layers: Sequence[str], family: Family | None) -> Any:
+    """A transformers model in float32, all of whose parameters may be trained.
+
+    Args:
+        layers: see `perl.model.sources.layers_of`.
+        family: of the model; None: trained on padded batches.
+
+    Raises:
+        UserError: weights that are missing, damaged or of another model.
+    """
+    model = _from_pretrained(layers[-1])
+    for path in reversed(layers[:-1]):
+        add = _add_checkpoint if is_checkpoint(path) else _add_adapter
+        model = add(model, path, family)
+        model.requires_grad_(True)
+    return model
+
+
+def prepared(model: Any, config: ModelConfig, family: Family | None, folder: str) -> nn.Module:
+    """Freezing, checkpointing and adapters as the config wants them.
+
+    Raises:
+        UserError: vision tower and language model cannot be told apart, or no layer has a name that is to be adapted.
+    """
+    tower: Sequence[nn.Module] = ()
+    decoder = r".*language_model"
+    if family is not None:
+        tower = family.tower(cast(Any, model).model)
+    elif config.freeze_vision or config.lora_rank:
+        tower, decoder = tower_of(model, folder), decoder_name(model)
+    if config.freeze_vision:
+        for module in tower:
+            module.requires_grad_(False)
+    if config.gradient_checkpointing:
+        # transformers 5.23 renamed it.
+        enable = getattr(
+            model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
+    if not config.lora_rank:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=config.lora_dropout,
+        target_modules=_adapted(model, config.lora_targets, decoder),
+    )
+    try:
+        wrapped = get_peft_model(model, lora)
+    except ValueError as error:
+        raise UserError(f"model.path = {folder}: {said(error)}") from error
+    if not config.freeze_vision:
+        # peft freezes everything but its adapters.
+        for module in tower:
+            module.requires_grad_(True)
+    return cast(nn.Module, wrapped)
+
+
+def _adapted(model: nn.Module, targets: Sequence[str], decoder: str) -> str:
+    """A regular expression for the layers that get adapters.
+
+    Raises:
+        UserError: the language model has no linear layer of a wanted name.
+    """
+    inside = re.compile(rf"{decoder}\..*\.(\w+)")
+    there = {
+        match[1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (match := inside.fullmatch(name))
+    }
+    if missing := [name for name in targets if name not in there]:
+        raise UserError(
+            f"model.lora_targets: the language model has no linear layer {missing[0]}; "
+            f"it has {', '.join(sorted(there))}"
+        )
+    return rf"{decoder}\..*\.({'|'.join(targets or _LORA_TARGETS)})"
+
+
+def _from_pretrained(folder: str) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        model, info = cast(Any, AutoModelForImageTextToText).from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers raises many types for broken files.
+        raise UserError(
+            f"model.path = {folder}: its weights cannot be loaded ({said(error)})"
+        ) from error
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"model.path = {folder}: its weights lack {len(missing)} tensors, {missing[0]} for one; "
+            "copy every file of the original checkpoint into it"
+        )
+    return model
+
+
+def _add_checkpoint(model: Any, path: str, family: Family | None) -> Any:
+    """What a run of this program had trained, its adapters merged."""
+    from safetensors.torch import load_file
+
+    root = run_of(path)
+    assert root is not None  # Else `layers_of` refuses it.
+    config = replace(read_config(root / "config.toml").model, gradient_checkpointing=False)
+    trained = prepared(model, config, family, path)
+    weights = {
+        name.removeprefix(_PREFIX): tensor
+        for name, tensor in load_file(Path(path).expanduser() / "model.safetensors").items()
+    }
+    own = {name: p.shape for name, p in trained.named_parameters() if p.requires_grad}
+    if {name: tensor.shape for name, tensor in weights.items()} != own:
+        raise UserError(
+            f"checkpoint {path} is of another model than {root}/config.toml says; "
+            "put the settings under [model] back, and the model that it was trained from"
+        )
+    trained.load_state_dict(weights, strict=False)
+    return cast(Any, trained).merge_and_unload() if config.lora_rank else trained
+
+
+def _add_adapter(model: Any, path: str, family: Family | None) -> Any:
+    """LoRA adapters in peft's format, merged."""
+    from peft import PeftConfig, PeftModel
+
+    try:
+        wrapped = PeftModel(model, PeftConfig.from_pretrained(path))
+        found = wrapped.load_adapter(path, "default")
+    except Exception as error:  # peft and torch raise many types for what does not fit.
+        raise UserError(
+            f"model.path = {path}: the adapter does not fit its model ({said(error)})"
+        ) from error
+    if wrong := [*found.missing_keys, *found.unexpected_keys]:
+        raise UserError(
+            f"model.path = {path}: the adapter's names are not those of its model, {wrong[0]} for one; "
+            "save it again with the transformers that is installed"
+        )
+    return cast(Any, wrapped).merge_and_unload()
+
+
+def said(error: Exception) -> str:
+    """One line about an error of a library's."""
+    return one_line(error) or type(error).__name__
