@@ -126,8 +126,14 @@ class DataConfig:
     (over your pictures, one sub-folder per class)."""
     eval: str = ""
     """Held-out examples, in the same forms (the bundled tasks keep train and test images apart); empty: no evaluation."""
-    columns: Literal["auto", "perl", "trl", "verl", "easyr1"] = "auto"
+    columns: Literal[
+        "auto", "perl", "trl", "verl", "easyr1", "open-r1", "ms-swift", "sharegpt", "alpaca"
+    ] = "auto"
     """Whose column names the files use."""
+    map: tuple[str, ...] = ()
+    """What columns of ours are called in the data, as in "question=problem_text"."""
+    frames: Count = 0
+    """Images that a video is shown as, evenly spaced over it; 0: rows with videos are refused."""
     image_root: str = ""
     """Folder that relative image paths start from and may not leave; empty: the data file's folder."""
     mix: tuple[str, ...] = ()

@@ -3,78 +3,161 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from perl.types import IMAGE_SLOT, Example, Message, UserError, one_line
+from perl.config import DataConfig
+from perl.data.chats import Chat, read_chat, with_slots
+from perl.data.videos import VIDEOS, Frame, with_frames
+from perl.rewards.answers import extract_answer, tagged
+from perl.types import Example, Message, UserError, one_line
 
 log = logging.getLogger(__name__)
+_told: set[Hashable] = set()
 
 IMAGES = ("images", "image")
 SHOULD_CHANGE = ("should_change", "change_needed")
-_TRL_ANSWERS = ("answer", "solution", "ground_truth", "target", "label")
+_ANSWERS = ("answer", "solution", "ground_truth", "target", "label")
+_CHATS = ("messages", "conversations", "conversation")
 _OPTIONAL = (*SHOULD_CHANGE, "kind", "demonstration", "task", "id")
-_ANSWER_TAG = re.compile(r"\s*<answer>(.*)</answer>\s*", re.DOTALL)
-_BOXED = re.compile(r"[\s$]*\\boxed\s*\{([^{}]*)\}[\s$]*")
-_NUMBERED = re.compile(r"<image[_ ]?([0-9]{1,2})>")
+_GROUNDING = ("<ref-object>", "<bbox>")
+_OURS = ("question", "messages", "answer", *IMAGES, *VIDEOS, *_OPTIONAL)
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-
-Messages = tuple[Message, ...]
 
 
 @dataclass(frozen=True)
 class Convention:
-    """One way of naming columns: those that question and answer may stand in."""
+    """One way of naming columns: those that question, answer and a whole response may stand in."""
 
     name: str
     question: tuple[str, ...]
     answer: tuple[str, ...]
+    response: tuple[str, ...] = ()
+    """A completion that the data give: the answer is read off it where no column holds one."""
     task: str = "task"
-    images_first: bool = False
-    """Whether images without a slot in the text stand before it (TRL's rule)."""
+    images_first: bool = True
+    """Whether images without a slot in the text stand before it."""
+    turns: tuple[str, ...] = ()
+    """Columns that hold more of the chat."""
 
-    def missing(self, columns: Iterable[str]) -> list[str]:
-        """The columns that are needed and not there."""
-        needed, found = (self.question, self.answer, IMAGES), set(columns)
+    def missing(self, columns: Iterable[str], gold: bool = False) -> list[str]:
+        """The columns that are needed and not there; with `gold` an answer is needed too."""
+        needed, found = [self.question, IMAGES], set(columns)
+        if gold and found.isdisjoint({*self.question} & {*_CHATS}):
+            needed.insert(1, (*self.answer, *self.response))
         missing = [" or ".join(names) for names in needed if found.isdisjoint(names)]
         # A chat may carry its images in its own parts.
-        in_chat = missing == [" or ".join(IMAGES)] and not found.isdisjoint(("messages", "prompt"))
-        return [] if in_chat else missing
+        elsewhere = not found.isdisjoint((*VIDEOS, "messages", "prompt"))
+        return [] if missing == [" or ".join(IMAGES)] and elsewhere else missing
 
     def __str__(self) -> str:
-        return ", ".join(self.missing(()))
+        return ", ".join(self.missing((), gold=True))
 
 
 CONVENTIONS = (
-    Convention("verl", ("prompt",), ("reward_model",), task="data_source"),
-    Convention("perl", ("question", "messages"), ("answer",)),
-    Convention("trl", ("prompt",), _TRL_ANSWERS, images_first=True),
-    Convention("easyr1", ("problem",), ("answer",)),
+    Convention("verl", ("prompt",), ("reward_model",), task="data_source", images_first=False),
+    Convention("perl", ("question",), ("answer",), images_first=False),
+    Convention("trl", ("prompt",), _ANSWERS, ("completion",)),
+    Convention("easyr1", ("problem",), ("answer",), images_first=False),
+    Convention("open-r1", ("problem",), _ANSWERS),
+    Convention(
+        "ms-swift", ("messages", "query"), _ANSWERS, ("response",), turns=("system", "history")
+    ),
+    Convention("sharegpt", _CHATS[1:], _ANSWERS, turns=("system",)),
+    Convention(
+        "alpaca", ("instruction",), _ANSWERS, ("output",), turns=("system", "history", "input")
+    ),
 )
 """The most telling one first."""
 
 
-def choose_convention(name: str, columns: Collection[str], where: str) -> Convention:
-    """The convention called `name`; for `auto` the first whose needed columns are all there.
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a data set are read."""
+
+    convention: Convention
+    names: Mapping[str, str] = field(default_factory=dict)
+    """What columns of ours are called in the data."""
+    frames: int = 0
+    """Frames that a video is shown as; 0: a row with one is refused."""
+
+    @property
+    def images(self) -> str:
+        """The column that images are written to."""
+        return next((self.names[key] for key in IMAGES if key in self.names), IMAGES[0])
+
+    def ours(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The row with our names for its columns."""
+        if not self.names:
+            return row
+        theirs = set(self.names.values())
+        rest = {key: value for key, value in row.items() if key not in theirs}
+        return {**rest, **{ours: row.get(key) for ours, key in self.names.items()}}
+
+    def theirs(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A row with our names under the data's again."""
+        return {self.names.get(key, key): value for key, value in row.items()}
+
+    def question(self, row: Mapping[str, Any], where: str) -> str:
+        """The column of a row with our names that its question stands in; UserError if all are null."""
+        for key in self.convention.question:
+            if row.get(key) is not None:
+                return key
+        names = " or ".join(self.convention.question)
+        raise UserError(f"{where}: {names} is null; fill it in or leave the row out")
+
+
+def choose_layout(config: DataConfig, row: Mapping[str, Any], where: str) -> Layout:
+    """The layout of a data set with such a row: the columns of `config.map` renamed, then the convention
+    `config.columns`; for `auto` the first whose needed columns are all there, an answer among them if possible.
 
     Raises:
         UserError: a needed column is missing, or no convention fits.
     """
-    if name != "auto":
-        chosen = next(convention for convention in CONVENTIONS if convention.name == name)
+    names = _read_map(config.map, row, where)
+    columns = list(Layout(CONVENTIONS[0], names).ours(row))
+    if config.columns != "auto":
+        chosen = next(c for c in CONVENTIONS if c.name == config.columns)
         _check_columns(chosen, columns, where)
-        return chosen
-    for convention in CONVENTIONS:
-        if not convention.missing(columns):
-            log.info("%s: columns are named as by %s", where, convention.name)
-            return convention
+        return Layout(chosen, names, config.frames)
+    for gold in (True, False):
+        for convention in CONVENTIONS:
+            # Without its answer, a convention that differs by it alone says nothing.
+            telling = gold or convention.name not in ("verl", "easyr1")
+            if telling and not convention.missing(columns, gold):
+                text = f"{where}: columns are named as by {convention.name}"
+                tell_once(logging.INFO, text, text)
+                return Layout(convention, names, config.frames)
     known = "; ".join(sorted(f"{convention.name}: {convention}" for convention in CONVENTIONS))
     raise UserError(
         f"{where}: columns {', '.join(columns) or '(none)'} fit no known convention ({known}); "
-        "rename the columns, and give questions without images an empty list of them"
+        'name yours with data.map, as in "question=THEIRS", and give questions without images an empty list of them'
     )
+
+
+def tell_once(level: int, text: str, of: Hashable) -> None:
+    """Log a text that each stage of a run would log again; `of` says what it is about."""
+    if of not in _told:
+        _told.add(of)
+        log.log(level, "%s", text)
+
+
+def _read_map(entries: Iterable[str], row: Mapping[str, Any], where: str) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for entry in entries:
+        ours, _, theirs = (part.strip() for part in entry.partition("="))
+        if ours not in _OURS or not theirs or ours in names:
+            raise UserError(
+                f'data.map has "{one_line(entry, 80)}"; write our name once, = and the name in the data, where ours '
+                f"is one of {', '.join(_OURS)}"
+            )
+        if theirs not in row:
+            raise UserError(
+                f'{where}: data.map has "{ours}={theirs}" but there is no column {theirs}; there are {", ".join(row)}'
+            )
+        names[ours] = theirs
+    return names
 
 
 def _check_columns(convention: Convention, columns: Iterable[str], where: str) -> None:
@@ -85,50 +168,66 @@ def _check_columns(convention: Convention, columns: Iterable[str], where: str) -
         )
 
 
-def may_move(convention: Convention, columns: Iterable[str]) -> bool:
-    """Whether data under a convention says something about moving its images."""
-    return convention.name == "perl" or not {"kind", *SHOULD_CHANGE}.isdisjoint(columns)
+def read_row(row: Mapping[str, Any], layout: Layout, where: str, id: str = "") -> Example:
+    """What a row means in a layout, its images as the data holds them: paths, bytes, dicts, PIL, or `Frame`.
 
-
-def read_row(row: Mapping[str, Any], convention: Convention, where: str, id: str = "") -> Example:
-    """What a row means under a convention, its images as the data holds them: paths, bytes, dicts or PIL.
-
-    Data that says neither `kind` nor `should_change` keeps its images in place unless it is in
-    PeRL's own convention, since nothing tells whether its answers would still be right. A row whose
-    images are empty and whose question has no slot is a question of text alone. `id` is for a row
-    that has none. Raises UserError, naming `where`, for one that is incomplete or contradicts itself.
+    Images keep their places where a row says neither `kind` nor `should_change`, since nothing tells
+    whether its answer would still be right, and so do frames without `kind`. A row whose images are
+    empty and whose question has no slot is a question of text alone. The last turn of a chat, if it is
+    the assistant's, is the demonstration and is not asked; where no column holds the answer, that is
+    what it concludes with. `id` is for a row that has none. Raises UserError, naming `where`, for one
+    that is incomplete or contradicts itself.
     """
+    convention, row = layout.convention, layout.ours(row)
     _check_columns(convention, row, where)
     if row.get("worked") is not None and "demonstration" not in row:
         raise UserError(
             f"{where}: the column worked is now called demonstration; rename it in the data"
         )
+    if row.get("audios"):
+        raise UserError(f"{where}: there is sound, which is not read; leave the row out")
+    question_key = layout.question(row, where)
+    row = with_frames(row, question_key, layout.frames, where)
     present = {key: value for key, value in row.items() if value is not None}
-    question_key = _first(convention.question, present, where)
-    answer_key = _first(convention.answer, present, where)
-    messages, embedded = _messages(present[question_key], where)
+    chat = read_chat(present[question_key], where)
+    more = {key: present[key] for key in convention.turns if key in present}
+    chat = _with_turns(chat, more, where)
     images_key = next((key for key in IMAGES if key in present), None)
     images = present[images_key] if images_key else ()
     images = tuple(images) if isinstance(images, (list, tuple)) else (images,)
-    images = images or embedded
-    messages = _with_slots(messages, len(images), convention.images_first, where)
+    images = images or chat.images
+    messages = with_slots(chat.messages, len(images), convention.images_first, where)
+    if present.get("objects") and any(tag in m.content for m in messages for tag in _GROUNDING):
+        raise UserError(
+            f"{where}: {' and '.join(_GROUNDING)} are not filled in from objects; write the boxes into the text"
+        )
+    answer_key = next((key for key in convention.answer if key in present), "answer")
+    response_key = next((key for key in convention.response if key in present), None)
+    response = chat.response or (response_key and _response(present[response_key], where)) or None
     change_key = next((key for key in SHOULD_CHANGE if key in present), None)
-    kind = str(present.get("kind", "all" if may_move(convention, present) else "none")).strip()
+    moves = may_move(present) and not any(isinstance(image, Frame) for image in images)
+    kind = str(present.get("kind", "all" if moves else "none")).strip()
     should_change = _truth(present[change_key], change_key, where) if change_key else True
     if not images:  # A question of text alone: nothing can move.
         kind, should_change = "none", False
-    used = {question_key, answer_key, images_key, *_OPTIONAL}
+    used = {question_key, answer_key, response_key, images_key, *more, *_OPTIONAL, *VIDEOS}
+    plain = len(messages) == 1 and isinstance(present[question_key], str)
     return Example(
         id=str(present.get("id", id)),
         images=images,
-        question=messages[0].content if isinstance(present[question_key], str) else messages,
-        answer=_answer(present[answer_key], where),
+        question=messages[0].content if plain else messages,
+        answer=_answer(present.get(answer_key, response)),
         kind=kind,
         should_change=should_change,
-        demonstration=str(present["demonstration"]) if "demonstration" in present else None,
+        demonstration=str(present["demonstration"]) if "demonstration" in present else response,
         task=str(present.get("task", present.get(convention.task, ""))),
         extra={key: value for key, value in row.items() if key not in used},
     )
+
+
+def may_move(row: Mapping[str, Any]) -> bool:
+    """Whether a row says something about moving its images."""
+    return any(row.get(key) is not None for key in ("kind", *SHOULD_CHANGE))
 
 
 def labels_of(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,99 +238,32 @@ def labels_of(row: Mapping[str, Any]) -> dict[str, Any]:
     return labels if truth is None else {**labels, "should_change": truth}
 
 
-def _first(keys: tuple[str, ...], row: Mapping[str, Any], where: str) -> str:
-    for key in keys:
-        if key in row:
-            return key
-    raise UserError(f"{where}: {' or '.join(keys)} is null; fill it in or leave the row out")
+def _with_turns(chat: Chat, row: Mapping[str, Any], where: str) -> Chat:
+    """The chat with what other columns hold of it."""
+    messages = list(chat.messages)
+    if row.get("input"):
+        messages[-1] = Message("user", f"{messages[-1].content}\n{row['input']}")
+    for exchange in reversed(row.get("history") or ()):
+        if not isinstance(exchange, (list, tuple)) or len(exchange) != 2:
+            raise UserError(
+                f"{where}: history holds {one_line(exchange, 80)}; write pairs of question and response"
+            )
+        asked, said = map(str, exchange)
+        messages[:0] = [Message("user", asked), Message("assistant", said)]
+    if row.get("system") and messages[0].role != "system":
+        messages.insert(0, Message("system", str(row["system"])))
+    return chat._replace(messages=tuple(messages))
 
 
-def _messages(value: Any, where: str) -> tuple[Messages, tuple[Any, ...]]:
-    """A text or a chat as messages, and the images that stand inside the chat's parts."""
+def _response(value: Any, where: str) -> str | None:
+    """A completion, as a text or as a chat of the assistant's turn alone (TRL)."""
     if isinstance(value, str):
-        if not value.strip():
-            raise UserError(f"{where}: the question is empty; fill it in or leave the row out")
-        return (Message("user", value),), ()
-    if not isinstance(value, (list, tuple)) or not value:
-        raise UserError(
-            f"{where}: the question is a {type(value).__name__}; write a text or a list of "
-            "messages with role and content"
-        )
-    images: list[Any] = []
-    return tuple(_message(turn, images, where) for turn in value), tuple(images)
+        return value.strip()
+    return read_chat([{"role": "user", "content": ""}, *value], where).response
 
 
-def _message(turn: Any, images: list[Any], where: str) -> Message:
-    if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
-        raise UserError(
-            f"{where}: a chat message must have role and content, got {one_line(turn, 80)}"
-        )
-    content = turn.get("content")
-    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(content, (list, tuple)):
-        raise UserError(
-            f"{where}: the content of a chat message must be a text or a list of parts, "
-            f"got {one_line(content, 80)}"
-        )
-    return Message(turn["role"], "".join(_part(part, images, where) for part in content))
-
-
-def _part(part: Any, images: list[Any], where: str) -> str:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        return part["text"]
-    if kind == "image":
-        if part.get("image") is not None:
-            images.append(part["image"])
-        return IMAGE_SLOT
-    raise UserError(
-        f"{where}: a part of a message must be a text or an image, got {one_line(part, 80)}"
-    )
-
-
-def _with_slots(messages: Messages, images: int, images_first: bool, where: str) -> Messages:
-    """The messages with one slot for each image."""
-    if _count_slots(messages) == 0:
-        messages = _numbered_slots(messages, images, where)
-    if images_first and _count_slots(messages) == 0:
-        at = next((i for i, message in enumerate(messages) if message.role == "user"), 0)
-        asked = Message(messages[at].role, IMAGE_SLOT * images + messages[at].content)
-        messages = (*messages[:at], asked, *messages[at + 1 :])
-    if (slots := _count_slots(messages)) != images:
-        raise UserError(
-            f"{where}: {images} images but {slots} {IMAGE_SLOT} slots in the question; "
-            "write one slot for each image"
-        )
-    return messages
-
-
-def _count_slots(messages: Messages) -> int:
-    return sum(message.content.count(IMAGE_SLOT) for message in messages)
-
-
-def _numbered_slots(messages: Messages, count: int, where: str) -> Messages:
-    """`<image_1> ... <image_2>` as slots where the text has no others; what is named again stays a mention."""
-    seen: list[int] = []
-
-    def replaced(match: re.Match[str]) -> str:
-        number = int(match[1])
-        if number in seen:
-            return match[0]
-        seen.append(number)
-        return IMAGE_SLOT
-
-    numbered = tuple(Message(m.role, _NUMBERED.sub(replaced, m.content)) for m in messages)
-    if not seen or set(seen) != set(range(1, count + 1)):
-        return messages  # They are mentions of images that stand elsewhere.
-    if seen != sorted(seen):
-        raise UserError(
-            f"{where}: <image_{seen[0]}> comes first in the text; number the images in the sequence in which "
-            f"they stand there, or write {IMAGE_SLOT} for each"
-        )
-    return numbered
-
-
-def _answer(value: Any, where: str) -> str:
+def _answer(value: Any) -> str:
+    """The text of an answer, or what a whole completion concludes with; empty: there is none."""
     if isinstance(value, Mapping):  # verl's reward_model
         value = value.get("ground_truth")
     if isinstance(value, (list, tuple)):
@@ -239,12 +271,8 @@ def _answer(value: Any, where: str) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # A column of whole numbers with gaps is read as floats.
     text = "" if value is None else str(value).strip()
-    for wrapped in (_ANSWER_TAG, _BOXED):
-        if match := wrapped.fullmatch(text):
-            text = match[1].strip()
-    if not text:
-        raise UserError(f"{where}: the answer is empty; fill it in or leave the row out")
-    return text
+    found = (tagged(text), extract_answer(text))
+    return next((answer for answer in found if answer is not None), text)
 
 
 def _truth(value: Any, key: str, where: str) -> bool:

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from perl.config import DataConfig
-from perl.data.columns import choose_convention, may_move, read_row
+from perl.data.columns import choose_layout, may_move, read_row, tell_once
 from perl.data.pictures import Split, open_stored
 from perl.data.sources import Source, open_source
 from perl.data.tasks import BundledTasks
+from perl.data.videos import Frame, open_frame
 from perl.permutation import check_answer
 from perl.types import Example, UserError
-
-log = logging.getLogger(__name__)
 
 BUNDLED = "bundled:"
 
@@ -36,13 +35,7 @@ def load_examples(
         raise UserError(f"data.{'train' if split == 'train' else 'eval'} is empty; name a data set")
     if source.startswith(BUNDLED):
         return BundledTasks(source.removeprefix(BUNDLED), split, config, seed, limit)
-    dataset = RowDataset(open_source(source, split), config, seed, limit)
-    if not may_move(dataset.convention, dataset.source.row(0)):
-        log.warning(
-            "%s: the data has neither kind nor should_change, so its images keep their order",
-            dataset.source.place(0),
-        )
-    return dataset
+    return RowDataset(open_source(source, split), config, seed, limit)
 
 
 def validate(dataset: Dataset, inspect: Callable[[Example], None] = lambda _: None) -> None:
@@ -51,7 +44,11 @@ def validate(dataset: Dataset, inspect: Callable[[Example], None] = lambda _: No
     `inspect` is given each and may raise too. Endless bundled examples need no check.
     """
     for i in range(dataset.size or 0):
-        inspect(dataset.check(i))
+        example = dataset.check(i)
+        try:
+            inspect(example)
+        except UserError as error:
+            raise UserError(f"{dataset.place(i)}: {error}") from None
 
 
 class RowDataset:
@@ -64,12 +61,11 @@ class RowDataset:
         self._image_root: Path | None = None
         if config.image_root:
             self._image_root = Path(os.path.abspath(Path(config.image_root).expanduser()))
-        self.convention = choose_convention(config.columns, source.row(0), source.place(0))
+        self.layout = choose_layout(config, source.row(0), source.place(0))
         self._indices: Sequence[int] = range(len(source))
         if limit is not None and limit < len(source):
             self._indices = sorted(random.Random(f"{seed}/limit").sample(self._indices, limit))
         self.size = len(self._indices)
-        self._said_text_only = False
 
     def __len__(self) -> int:
         return self.size
@@ -83,13 +79,20 @@ class RowDataset:
         index = self._indices[i]
         return self.read(self.source.row(index), index, decode=False)
 
+    def place(self, i: int) -> str:
+        """How messages name example i."""
+        return self.source.place(self._indices[i])
+
     def read(self, row: Mapping[str, Any], index: int, *, decode: bool = True) -> Example:
         """The example of row `index` of the source, as `row` has it."""
         where = self.source.place(index)
-        example = read_row(row, self.convention, where, id=f"row-{index:06d}")
-        if not example.images and not self._said_text_only:
-            self._said_text_only = True
-            log.warning("%s: a row without images is a question of text alone (said once)", where)
+        example = read_row(row, self.layout, where, id=f"row-{index:06d}")
+        if not example.images:
+            self._tell(where, "a row without images is a question of text alone")
+        elif len(example.images) > 1 and not may_move(self.layout.ours(row)):
+            self._tell(
+                where, "it has neither kind nor should_change, so its images keep their order"
+            )
         try:
             check_answer(example)
         except UserError as error:
@@ -106,9 +109,16 @@ class RowDataset:
         """The images of row `index` from what the data holds; without `decode` only their headers are read."""
         where, root = self.source.place(index), self.root_of(index)
         return tuple(
-            open_stored(image, root, f"{where}, image {k}", decode=decode)
+            (open_frame if isinstance(image, Frame) else open_stored)(
+                image, root, f"{where}, image {k}", decode=decode
+            )
             for k, image in enumerate(images, start=1)
         )
+
+    def _tell(self, where: str, what: str) -> None:
+        """Once for a source, however many of its rows are so."""
+        about = (self.root_of(0), self.source.name, what)
+        tell_once(logging.WARNING, f"{where}: {what} (said once)", about)
 
 
 Dataset = BundledTasks | RowDataset

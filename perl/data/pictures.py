@@ -93,7 +93,8 @@ def open_image(
 def stored_image(value: Any) -> Any:
     """An image as the data holds it, out of the objects that `datasets` and verl put around it."""
     while isinstance(value, dict):
-        value = next((value[k] for k in ("bytes", "image", "path", "url") if value.get(k)), None)
+        keys = ("bytes", "image", "video", "path", "url")
+        value = next((value[key] for key in keys if value.get(key)), None)
     return value
 
 
@@ -101,7 +102,7 @@ def open_stored(value: Any, root: Path, where: str, *, decode: bool = True) -> I
     """`open_image` of what a row holds: a path inside `root`, a `data:` address, bytes, or a PIL image."""
     image = stored_image(value)
     if isinstance(image, str):
-        image = _locate(image, root, where)
+        image = locate(image, root, where)
     elif not isinstance(image, bytes | Image.Image):
         raise UserError(
             f"{where}: an image is a {type(image).__name__}; give a path, "
@@ -110,7 +111,8 @@ def open_stored(value: Any, root: Path, where: str, *, decode: bool = True) -> I
     return open_image(image, where, decode=decode)
 
 
-def _locate(text: str, root: Path, where: str) -> Path | bytes:
+def locate(text: str, root: Path, where: str) -> Path | bytes:
+    """The file inside `root` that a path of the data names, or the bytes of a `data:` address."""
     if text.startswith("data:"):
         try:
             return base64.b64decode(text.partition(",")[2], validate=True)

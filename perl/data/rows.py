@@ -118,7 +118,7 @@ class RowWriter:
         row = dataset.source.row(i)
         # Its labels do not matter here, and a labeller may be about to replace wrong ones.
         labelled = {**row, "kind": "none", "should_change": False}
-        images = read_row(labelled, dataset.convention, dataset.source.place(i)).images
+        images = read_row(labelled, dataset.layout, dataset.source.place(i)).images
         stems = _stems(i, len(images))
         names = [
             self._name(image, stem, dataset.root_of(i))

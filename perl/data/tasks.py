@@ -95,6 +95,10 @@ class BundledTasks:
     def check(self, i: int) -> Example:
         return self[i]
 
+    def place(self, i: int) -> str:
+        """How messages name example i."""
+        return f"bundled:{self.name} question {i + 1}"
+
     def __getitem__(self, i: int) -> Example:
         if i < 0 or (self.size is not None and i >= self.size):
             raise IndexError(i)

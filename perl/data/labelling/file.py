@@ -142,7 +142,7 @@ class LabelledFile:
     def _replaced(self, i: int, new: Rephrased) -> dict[str, Any]:
         """The columns that hold question and answer with the new ones, and the old ones aside."""
         row = self._source.row(i)
-        convention = self._dataset.convention
+        convention = self._dataset.layout.convention
         question = next(key for key in convention.question if row.get(key) is not None)
         answer = next(key for key in convention.answer if row.get(key) is not None)
         text: Any = new.question

@@ -1,0 +1,149 @@
+"""A question as data hold it, a text or a chat, as messages with one slot for each image."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from perl.types import IMAGE_SLOT, Message, UserError, one_line
+
+Messages = tuple[Message, ...]
+
+_NUMBERED = re.compile(r"<image[_ ]?([0-9]{1,2})>")
+_SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+"""ShareGPT's, as the roles of chat templates."""
+
+
+class Chat(NamedTuple):
+    """What is asked, the images that stand inside its parts, and the response that the data give."""
+
+    messages: Messages
+    images: tuple[Any, ...] = ()
+    response: str | None = None
+
+
+def read_chat(value: Any, where: str) -> Chat:
+    """A text; or turns of `role` and `content`, of `from` and `value`, or of `human` and `assistant`.
+
+    A last turn of the assistant is the response and none of the messages.
+    """
+    if isinstance(value, str):
+        if not value.strip():
+            raise UserError(f"{where}: the question is empty; fill it in or leave the row out")
+        return Chat((Message("user", value),))
+    if not isinstance(value, (list, tuple)) or not value:
+        raise UserError(
+            f"{where}: the question is a {type(value).__name__}; write a text or a list of "
+            "messages with role and content"
+        )
+    images: list[Any] = []
+    messages = tuple(
+        Message(role, _content(content, images, where))
+        for turn in value
+        for role, content in _turns(turn, where)
+    )
+    response = None
+    if messages[-1].role == "assistant":
+        *before, last = messages
+        messages, response = tuple(before), last.content
+    if not messages or messages[-1].role in ("assistant", "system"):
+        raise UserError(
+            f"{where}: the chat has no turn of the user to answer; give it one, or leave the row out"
+        )
+    if response and IMAGE_SLOT in response:
+        raise UserError(f"{where}: the last turn, the assistant's, shows an image; leave it out")
+    return Chat(messages, tuple(images), response)
+
+
+def with_slots(messages: Messages, images: int, images_first: bool, where: str) -> Messages:
+    """The messages with one slot for each image; a single image without one stands first."""
+    if _count_slots(messages) == 0:
+        messages = _numbered_slots(messages, images, where)
+    if _count_slots(messages) == 0 and (images_first or images == 1):
+        at = next((i for i, message in enumerate(messages) if message.role == "user"), 0)
+        asked = replace(messages[at], content=IMAGE_SLOT * images + messages[at].content)
+        messages = (*messages[:at], asked, *messages[at + 1 :])
+    if (slots := _count_slots(messages)) != images:
+        raise UserError(
+            f"{where}: {images} images but {slots} {IMAGE_SLOT} slots in the question; "
+            "write one slot for each image"
+        )
+    return messages
+
+
+def _turns(turn: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """The role and the content of a turn, or of the two that an exchange is."""
+    if isinstance(turn, Mapping):
+        if isinstance(turn.get("role"), str):
+            yield turn["role"], turn.get("content")
+            return
+        if isinstance(turn.get("from"), str):
+            if turn["from"] not in _SPEAKERS:
+                raise UserError(
+                    f"{where}: a turn is from '{one_line(turn['from'], 40)}'; known are {', '.join(_SPEAKERS)}"
+                )
+            yield _SPEAKERS[turn["from"]], turn.get("value")
+            return
+        if isinstance(turn.get("human"), str):
+            yield "user", turn["human"]
+            if turn.get("assistant") is not None:
+                yield "assistant", turn["assistant"]
+            return
+    raise UserError(f"{where}: a chat message must have role and content, got {one_line(turn, 80)}")
+
+
+def _content(content: Any, images: list[Any], where: str) -> str:
+    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(content, (list, tuple)):
+        raise UserError(
+            f"{where}: the content of a chat message must be a text or a list of parts, "
+            f"got {one_line(content, 80)}"
+        )
+    return "".join(_part(part, images, where) for part in content)
+
+
+def _part(part: Any, images: list[Any], where: str) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    if kind in ("image", "image_url"):
+        if part.get(kind) is not None:
+            images.append(part[kind])
+        return IMAGE_SLOT
+    raise UserError(
+        f"{where}: a part of a message must be a text or an image, got {one_line(part, 80)}"
+    )
+
+
+def _count_slots(messages: Messages) -> int:
+    return sum(message.content.count(IMAGE_SLOT) for message in messages)
+
+
+def _numbered_slots(messages: Messages, count: int, where: str) -> Messages:
+    """`<image_1> ... <image_2>` as slots where the text has no others; what is named again stays a mention."""
+    seen: list[int] = []
+
+    def replaced(match: re.Match[str]) -> str:
+        number = int(match[1])
+        if number in seen:
+            return match[0]
+        seen.append(number)
+        return IMAGE_SLOT
+
+    numbered = tuple(replace(m, content=_NUMBERED.sub(replaced, m.content)) for m in messages)
+    if not seen or set(seen) != set(range(1, count + 1)):
+        return messages  # They are mentions of images that stand elsewhere.
+    if seen != sorted(seen):
+        raise UserError(
+            f"{where}: <image_{seen[0]}> comes first in the text; number the images in the sequence in which "
+            f"they stand there, or write {IMAGE_SLOT} for each"
+        )
+    return numbered
