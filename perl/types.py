@@ -55,6 +55,7 @@ class Example:
     question: str | tuple[Message, ...]
     """A text with one `<image>` slot per image, or a chat whose messages hold them."""
     answer: str
+    """Empty: the data have none, and no reward may read it."""
     kind: str = "all"
     """Which images may change places: `"all"`, `"first_fixed"`, `"last:K"`, `"none"`, blocks of 1-based
     slots whose images may be exchanged among themselves, as in `"blocks:2,4/1,3"`, or `"ordering"`:

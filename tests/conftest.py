@@ -175,7 +175,11 @@ def short_recipe(tmp_path: Path, tiny_folder: Callable[[str], Path]) -> Path:
     rows = []
     for k in range(6):
         Image.new("RGB", (28, 28), (40 * k, 30, 0)).save(tmp_path / f"{k}.png")
-        row = {"id": f"row-{k}", "question": "A <image> B <image> Which image shows three ?"}
+        row = {
+            "kind": "all",
+            "id": f"row-{k}",
+            "question": "A <image> B <image> Which image shows three ?",
+        }
         row |= {"images": [f"{k}.png", f"{(k + 1) % 6}.png"], "answer": "AB"[k % 2]}
         rows.append(json.dumps(row | {"demonstration": "<answer> A </answer>"}) + "\n")
     (tmp_path / "data.jsonl").write_text("".join(rows))

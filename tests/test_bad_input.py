@@ -48,7 +48,16 @@ TEXT = {"question": "<image> <image> Is image 1 a three ?", "answer": "yes", "sh
             ["changed.jsonl line 4, image 2", "none.png", "path"],
         ),
         ({"answer": "E"}, (), ["changed.jsonl line 4", "'E'", "A to B"]),
-        (TEXT, (), ["example 'row-3'", "image 1", 'permutation.text = "references"']),
+        (
+            TEXT,
+            (),
+            [
+                "changed.jsonl line 4",
+                "example 'row-3'",
+                "image 1",
+                'permutation.text = "references"',
+            ],
+        ),
         (
             TEXT | {"question": f"Image 1: <image> and this one: {TEXT['question'][8:]}"},
             ("--permutation.text", "references"),

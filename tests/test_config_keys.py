@@ -93,15 +93,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.new("L", (1, 1), k).save(root / f"{k}.png")
         Image.new("L", (1, 1), 100 + k).save(root / "lighter" / f"{k}.png")
         question = "A <image> B <image> C <image> Which is darkest?" + " please" * 20 * (k == 5)
-        row = {"id": f"row-{k}", "question": question, "answer": "ABC"[k % 3]}
+        row = {"kind": "all", "id": f"row-{k}", "question": question, "answer": "ABC"[k % 3]}
         row |= {"images": [f"{(k + i) % 6}.png" for i in range(3)], "demonstration": "A B B"}
         rows.append(row | {"signal": int(k != shuffled(1)[0])})
     both = {"prompt": "<image> or <image>?", "reward_model": {"ground_truth": "A"}}
-    both |= {"question": "A <image> B <image> ?", "answer": "B", "images": ["0.png", "1.png"]}
+    both |= {
+        "kind": "all",
+        "question": "A <image> B <image> ?",
+        "answer": "B",
+        "images": ["0.png", "1.png"],
+    }
     mentions = "A <image> B <image> C <image> Is image 1 darker than image 2?"
     asked = {**rows[0], "question": mentions, "answer": "yes", "should_change": False}
     signal = [{**row, "signal": 1} for row in rows]
-    files = {"data": rows, "both": [both], "asked": [asked] * 6, "signal": signal}
+    both["other"] = "A"
+    film = {**both, "question": "<video> ?", "images": [], "videos": ["lighter"]}
+    files = {"film": [film], "data": rows, "both": [both], "asked": [asked] * 6, "signal": signal}
     for name, lines in files.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return root
@@ -541,6 +548,10 @@ ROWS = [
     Row("data.eval", "bundled:digits", held_out, ["row-0", "row-1"],
         [f"digits-test-which-{k:06d}" for k in range(2)], {"eval.examples": 2}),
     Row("data.columns", "perl", lambda lab: lab.examples(1)[0].answer, "A", "B", {"data.train": "both.jsonl"}),
+    Row("data.map", ("answer=other",), lambda lab: lab.examples(1)[0].answer, "B", "A",
+        {"data.train": "both.jsonl", "data.columns": "perl"}),
+    Row("data.frames", 2, or_refusal(lambda lab: [i.getpixel((0, 0))[0] for i in lab.examples(1)[0].images]),
+        "data.frames", [100, 105], {"data.train": "film.jsonl", "data.columns": "perl"}),
     Row("data.image_root", "lighter", images_of, shuffled(1)[0], 100 + shuffled(1)[0]),
     Row("data.mix", ("bundled:digits*3",), sources, {"row"}, {"row", "digits"}),
     Row("data.tasks", ("odd",), lambda lab: lab.examples(1)[0].task, "which", "odd", BUNDLED),

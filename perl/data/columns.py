@@ -99,6 +99,10 @@ class Layout:
         """A row with our names under the data's again."""
         return {self.names.get(key, key): value for key, value in row.items()}
 
+    def with_frames(self, row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+        """A row with our names, its videos as images."""
+        return with_frames(row, self.question(row, where), self.frames, where)
+
     def question(self, row: Mapping[str, Any], where: str) -> str:
         """The column of a row with our names that its question stands in; UserError if all are null."""
         for key in self.convention.question:
@@ -187,7 +191,7 @@ def read_row(row: Mapping[str, Any], layout: Layout, where: str, id: str = "") -
     if row.get("audios"):
         raise UserError(f"{where}: there is sound, which is not read; leave the row out")
     question_key = layout.question(row, where)
-    row = with_frames(row, question_key, layout.frames, where)
+    row = layout.with_frames(row, where)
     present = {key: value for key, value in row.items() if value is not None}
     chat = read_chat(present[question_key], where)
     more = {key: present[key] for key in convention.turns if key in present}

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from perl.data.columns import read_row
+from perl.data.columns import IMAGES, read_row
 from perl.data.dataset import BUNDLED, Dataset
 from perl.data.pictures import SUFFIXES, path_inside, stored_image
 from perl.data.tasks import BundledTasks
@@ -64,11 +64,12 @@ def write_rows(
     anew. Where the data has no ids, rows go by their line in the new file.
     """
     writer, ids = RowWriter(output, dataset), _ids_of_copies(dataset, indices)
+    id_column = "id" if isinstance(dataset, BundledTasks) else dataset.layout.names.get("id", "id")
     with replacing(output) as temporary, temporary.open("w", encoding="utf-8") as file:
         for place, (i, accuracy) in enumerate(zip(indices, accuracies, strict=True)):
             row = {**writer.row(i), "accuracy": accuracy}
             if place in ids:
-                row["id"] = ids[place]
+                row[id_column] = ids[place]
             file.write(to_line(row))
 
 
@@ -79,7 +80,7 @@ def _ids_of_copies(dataset: Dataset, indices: Sequence[int]) -> dict[int, str]:
     if isinstance(dataset, BundledTasks):
         own = {i: dataset[i].id for i in set(indices)}
     else:
-        own = {i: dataset.source.row(i).get("id") for i in set(indices)}
+        own = {i: dataset.layout.ours(dataset.source.row(i)).get("id") for i in set(indices)}
     given = {i: None if value is None else str(value) for i, value in own.items()}
     taken, times = set(given.values()), Counter[int]()
     out: dict[int, str] = {}
@@ -115,10 +116,12 @@ class RowWriter:
         dataset = self._dataset
         if isinstance(dataset, BundledTasks):
             return self._bundled(dataset[i], i)
+        layout, where = dataset.layout, dataset.source.place(i)
         row = dataset.source.row(i)
+        row = layout.theirs(layout.with_frames(layout.ours(row), where))
         # Its labels do not matter here, and a labeller may be about to replace wrong ones.
-        labelled = {**row, "kind": "none", "should_change": False}
-        images = read_row(labelled, dataset.layout, dataset.source.place(i)).images
+        labels = layout.theirs({"kind": "none", "should_change": False})
+        images = read_row({**row, **labels}, layout, where).images
         stems = _stems(i, len(images))
         names = [
             self._name(image, stem, dataset.root_of(i))
@@ -127,7 +130,7 @@ class RowWriter:
         if None in names:
             decoded = zip(names, dataset.open_images(images, i), stems, strict=True)
             names = [name or self._encode(image, stem) for name, image, stem in decoded]
-        return dict(row) if list(images) == names else _with_images(row, names)
+        return dict(row) if list(images) == names else _with_images(row, names, layout.images)
 
     def _bundled(self, example: Example, number: int) -> dict[str, Any]:
         names = zip(example.images, _stems(number, len(example.images)), strict=True)
@@ -202,20 +205,23 @@ def _suffix_of(data: bytes) -> str | None:
     return next((suffix for magic, suffix in _AS_IS.items() if data.startswith(magic)), None)
 
 
-def _with_images(row: Mapping[str, Any], names: Sequence[str | None]) -> dict[str, Any]:
-    """The row with its images in a column `images`, and none inside the parts of a chat."""
+def _with_images(
+    row: Mapping[str, Any], names: Sequence[str | None], column: str
+) -> dict[str, Any]:
+    """The row with its images in this column, and none inside the parts of a chat."""
     rest = {
         key: [_bare_turn(turn) for turn in value] if isinstance(value, list) else value
         for key, value in row.items()
-        if key != "image"
+        if key not in IMAGES
     }
-    return {**rest, "images": list(names)}
+    return {**rest, column: list(names)}
 
 
 def _bare_turn(turn: Any) -> Any:
     parts = turn.get("content") if isinstance(turn, Mapping) else None
     if not isinstance(parts, list):
         return turn
-    images = [isinstance(part, Mapping) and part.get("type") == "image" for part in parts]
+    kinds = [part.get("type") if isinstance(part, Mapping) else None for part in parts]
+    images = [kind in ("image", "image_url") for kind in kinds]
     bare = [{"type": "image"} if k else part for k, part in zip(images, parts, strict=True)]
     return {**turn, "content": bare}

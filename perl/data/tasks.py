@@ -97,7 +97,7 @@ class BundledTasks:
 
     def place(self, i: int) -> str:
         """How messages name example i."""
-        return f"bundled:{self.name} question {i + 1}"
+        return f"{self.collection.name} question {i + 1}"
 
     def __getitem__(self, i: int) -> Example:
         if i < 0 or (self.size is not None and i >= self.size):
@@ -151,7 +151,7 @@ def with_noise(example: Example, p: float, rng: random.Random) -> str:
         return example.demonstration
     wrong = [choice for choice in _choices(example) if choice != example.answer]
     before, boxed, after = example.demonstration.rpartition(BOXED)
-    if not wrong or not boxed:
+    if not wrong or not boxed or not example.answer:
         return example.demonstration
     return before + boxed + after.replace(example.answer, rng.choice(wrong), 1)
 

@@ -105,7 +105,9 @@ def aggregate(results: Sequence[ExampleResult]) -> dict[str, Any]:
 def accuracies_of(rollouts: Sequence[Rollout]) -> list[float | None]:
     """1 where a rollout's answer is right in its order, else 0; None without a right answer."""
     return accuracy(
-        [""] * len(rollouts), [r.text for r in rollouts], [r.variant.answer for r in rollouts]
+        [""] * len(rollouts),
+        [r.text for r in rollouts],
+        [r.variant.answer or None for r in rollouts],
     )
 
 

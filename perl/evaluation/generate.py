@@ -56,7 +56,9 @@ class Generate(Command):
             max_new_tokens=longest,
         )
         if self.example is not None:
-            print(f"question: {example.messages[-1].content}\nright answer: {example.answer}")
+            print(
+                f"question: {example.messages[-1].content}\nright answer: {example.answer or '(none)'}"
+            )
         for completion in engine.generate([prompt], params, self.seed)[0]:
             text = encoder.processor.decode(completion.token_ids)
             print(text if completion.finished else f"{text} [cut at {longest} tokens]")

@@ -131,6 +131,8 @@ def _lettering(example: Example) -> Lettering:
 
 
 def _check_named(example: Example, names: Lettering) -> None:
+    if not example.answer:
+        return
     if not example.should_change:
         moving = {slot for block in movable(example.kind, names.count) for slot in block}
         if named := sorted(moving & set(plainly_named(example.answer, names))):
@@ -223,6 +225,8 @@ def _answer_in(example: Example, order: Order, text: Consistency, names: Letteri
     if num_orders(example) > 1:
         _check_named(example, names)
     answer = example.answer
+    if not answer:
+        return answer
     if not example.should_change:
         # An option that names images does not stay right where they move and its text does not.
         said = meanings(names).get(answer.strip().strip("().").upper(), ())

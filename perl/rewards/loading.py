@@ -39,6 +39,15 @@ class BoundReward:
         return self.function(**seen, **self.options)
 
     @property
+    def reads_answer(self) -> bool:
+        """Whether it cannot be called without the column `answer`, or scores nothing."""
+        parameters = _options_of(self.function, keyword_only=False) or {}
+        if "answer" in parameters:
+            return parameters["answer"].default is inspect.Parameter.empty
+        column = parameters.get("column")  # Of built-in rewards, the name of the gold one.
+        return column is not None and self.options.get("column", column.default) == "answer"
+
+    @property
     def is_async(self) -> bool:
         return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(
             getattr(self.function, "__call__", None)  # noqa: B004

@@ -29,7 +29,7 @@ from perl.rewards.loading import BoundReward, RewardFunction, load
 from perl.rewards.math import check_math, math_reward
 from perl.rewards.sequences import frame_index, ordering, temporal_iou
 from perl.rewards.shaping import length_penalty, repetition
-from perl.types import Rollout, UserError, one_line
+from perl.types import Example, Rollout, UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -140,8 +140,21 @@ class Scorer:
         self, rollouts: Sequence[Rollout]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """`score` of rollouts, with the columns of `rollout_columns`."""
+        for rollout in rollouts:
+            self.check_answer(rollout.variant.example)
         prompts, completions, columns = rollout_columns(rollouts)
         return self.score(prompts, completions, columns)
+
+    def check_answer(self, example: Example) -> None:
+        """Raise UserError if the example has no answer and a function reads it."""
+        reader = next((name for name, f in self.functions.items() if f.reads_answer), None)
+        if reader and not example.answer:
+            there = f"its other columns are {', '.join(example.extra)}; " if example.extra else ""
+            raise UserError(
+                f"reward function '{reader}' reads the column answer, which is empty or missing in example "
+                f"'{example.id}'; {there}name the one that holds it with data.map, as in \"answer=THEIRS\", "
+                "or use rewards that need no answer"
+            )
 
     def _limit(self, function: BoundReward) -> float:
         return 0.0 if function.function in _OUTSIDE else self.timeout
@@ -217,7 +230,7 @@ def rollout_columns(
 ) -> tuple[list[str], list[str], dict[str, list[Any]]]:
     """Prompts, completions and columns of rollouts, as reward functions take them.
 
-    `answer` is the one that is right in the rollout's order. `order` is that order, a list in which
+    `answer` is the one that is right in the rollout's order, None where the data have none. `order` is that order, a list in which
     place j holds the original index (from 0) of the image in slot j: what a column says about
     original image i holds for slot `order.index(i)`. `completion_length` counts tokens. A column
     that an example lacks is None there; the data's own columns of these names are not seen.
@@ -228,7 +241,7 @@ def rollout_columns(
         for key in dict.fromkeys(key for example in examples for key in example.extra)
         if key not in ("prompts", "completions")
     }
-    columns["answer"] = [rollout.variant.answer for rollout in rollouts]
+    columns["answer"] = [rollout.variant.answer or None for rollout in rollouts]
     columns["id"] = [example.id for example in examples]
     columns["task"] = [example.task for example in examples]
     columns["order"] = [list(rollout.variant.order) for rollout in rollouts]

@@ -177,11 +177,13 @@ def _check(config: Config) -> None:
     from perl.config import EVAL_SEED
     from perl.data.dataset import load_examples, validate
     from perl.permutation import check_moves
-    from perl.recipe import plan
+    from perl.recipe import measured_function, plan
+    from perl.rewards.scorer import Scorer
     from perl.training.components import check_setup, training_sources
 
     check_named(config)
     datasets: dict[tuple[Any, ...], Any] = {}
+    rewards: dict[tuple[Any, ...], set[tuple[str, ...]]] = {}
     for stage in plan(config):
         own = stage.config
         for source, _ in training_sources(own):
@@ -190,16 +192,22 @@ def _check(config: Config) -> None:
                 datasets[key] = load_examples(source, own.data, "train", own.run.seed)
             if stage.kind == "filter" and source == own.data.train:
                 _check_filter(stage.name, own, datasets[key].size)
+                rewards.setdefault(key, set()).add((measured_function(own),))
+            if stage.kind == "rl":
+                rewards.setdefault(key, set()).add(own.reward.functions)
         key = ("eval", own.data.eval, own.data, own.permutation.text)
         if own.eval.examples and own.data.eval and stage.kind == "rl" and key not in datasets:
             datasets[key] = load_examples(
                 own.data.eval, own.data, "test", EVAL_SEED, own.eval.examples
             )
     processor = check_setup(config)
-    for (*_, text), dataset in datasets.items():
+    for key, dataset in datasets.items():
+        scorers = [Scorer(functions, (1.0,) * len(functions)) for functions in rewards.get(key, ())]
 
-        def inspect(example: Example, text: Any = text) -> None:
+        def inspect(example: Example, text: Any = key[-1], scorers: Any = scorers) -> None:
             check_moves(example, text)
+            for scorer in scorers:
+                scorer.check_answer(example)
             if processor:
                 processor.check_texts(example)
 

@@ -186,7 +186,12 @@ def data(tmp_path: Path) -> Path:
         for k, name in enumerate(names):
             Image.new("RGB", (1, 1), (20 * k,) * 3).save(tmp_path / name)
         slots = " ".join(f"{letter} <image>" for letter in "ABC"[:count])
-        row = {"id": f"q{number}", "question": f"{slots} Which is darkest?", "images": names}
+        row = {
+            "kind": "all",
+            "id": f"q{number}",
+            "question": f"{slots} Which is darkest?",
+            "images": names,
+        }
         rows.append(json.dumps({**row, "answer": "A", "task": f"of {count}"}) + "\n")
     (tmp_path / "rows.jsonl").write_text("".join(rows))
     return tmp_path / "rows.jsonl"

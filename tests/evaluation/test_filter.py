@@ -31,7 +31,12 @@ def data(tmp_path: Path) -> Path:
         Image.new("RGB", (28, 28), (50 * k, 30, 0)).save(tmp_path / "pictures" / f"{k}.png")
     rows = []
     for k in range(ROWS):
-        row = {"id": f"q{k}", "question": "A <image> B <image> Which image shows three ?", "own": k}
+        row = {
+            "kind": "all",
+            "id": f"q{k}",
+            "question": "A <image> B <image> Which image shows three ?",
+            "own": k,
+        }
         row |= {"images": [f"pictures/{k % 5}.png", f"pictures/{(k + 1) % 5}.png"], "answer": "A"}
         rows.append(json.dumps(row) + "\n")
     (tmp_path / "rows.jsonl").write_text("".join(rows))

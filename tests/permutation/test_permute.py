@@ -114,13 +114,20 @@ def test_what_an_answer_names(answer: str, slots: tuple[int, ...] | None) -> Non
     assert named_images(answer, 3, range(3)) == slots
 
 
-@pytest.mark.parametrize("answer", ["D", "4", "0", "Image 9", "A, D", "yes", "", "AB", "the dog"])
+@pytest.mark.parametrize("answer", ["D", "4", "0", "Image 9", "A, D", "yes", "AB", "the dog"])
 def test_an_answer_that_names_no_image_is_an_error(answer: str) -> None:
     example = lettered(3, answer)
     for check in (lambda: permute(example, (1, 0, 2)), lambda: check_answer(example)):
         with refused("'q'", f"'{answer}'", "3 images", "A to C", "1 to 3", "should_change"):
             check()
     assert original_answer(permute(lettered(3), (1, 0, 2)), answer) is None
+
+
+def test_a_question_without_an_answer_stays_without() -> None:
+    example = lettered(3, "")
+    check_answer(example)
+    moved = permute(example, (1, 0, 2))
+    assert moved.answer == "" and original_answer(moved, "A") == "B"
 
 
 @pytest.mark.parametrize(

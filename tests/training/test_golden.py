@@ -181,7 +181,11 @@ def session_of(changes: dict[str, Any], model: Path, tmp_path: Path) -> Session:
     for number, (width, height) in enumerate(sizes):
         pixels = np.random.default_rng(number).integers(0, 255, (height, width, 3), np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
-    row = {"question": "A <image> B <image> Which image shows three ?", "answer": "A"}
+    row = {
+        "kind": "all",
+        "question": "A <image> B <image> Which image shows three ?",
+        "answer": "A",
+    }
     pairs = [[f"{i}.png", f"{j}.png"] for i in range(4) for j in range(4) if i != j]
     lines = [json.dumps({**row, "images": pair}) + "\n" for pair in pairs]
     (tmp_path / "data.jsonl").write_text("".join(lines))

@@ -274,7 +274,7 @@ def config_of(folder: Path, more: str = "") -> Config:
     rows = []
     for k in range(6):
         Image.new("L", (1, 1), k).save(folder / f"{k}.png")
-        row = {"id": f"row-{k}", "question": "A <image> B <image> Which is darker?"}
+        row = {"kind": "all", "id": f"row-{k}", "question": "A <image> B <image> Which is darker?"}
         row |= {"images": [f"{k}.png", f"{(k + 1) % 6}.png"], "answer": "AB"[k % 2]}
         rows.append(json.dumps(row | {"demonstration": "A B B"}) + "\n")
     for name in ("data.jsonl", "more.jsonl"):

@@ -142,20 +142,23 @@ class LabelledFile:
     def _replaced(self, i: int, new: Rephrased) -> dict[str, Any]:
         """The columns that hold question and answer with the new ones, and the old ones aside."""
         row = self._source.row(i)
-        convention = self._dataset.layout.convention
-        question = next(key for key in convention.question if row.get(key) is not None)
-        answer = next(key for key in convention.answer if row.get(key) is not None)
+        layout = self._dataset.layout
+        question = layout.question(row, self._source.place(i))
+        answers = (key for key in layout.convention.answer if row.get(key) is not None)
+        answer = next(answers, "answer")
         text: Any = new.question
         if not isinstance(row[question], str):
-            text = [turn for turn in row[question] if turn.get("role") == "system"]
+            text = [t for t in row[question] if "system" in (t.get("role"), t.get("from"))]
             text.append({"role": "user", "content": new.question})
         gold: Any = new.answer
-        if isinstance(row[answer], Mapping):
+        if isinstance(row.get(answer), Mapping):
             gold = {**row[answer], "ground_truth": new.answer}
         changes: dict[str, Any] = {question: text, answer: gold}
-        if row.get("demonstration") is not None:
-            changes["demonstration"] = None  # It concludes with the old answer.
-        original = {key: row[key] for key in changes}
+        # They ask for the old answer or conclude with it.
+        convention = layout.convention
+        old = ("demonstration", *convention.response, *({"input"} & {*convention.turns}))
+        changes |= {key: None for key in old if row.get(key) is not None}
+        original = {key: row.get(key) for key in changes}
         return {**changes, "rephrased": new.question_type, "original": original}
 
     def _written(self, draft: _Draft) -> dict[str, Any]:
