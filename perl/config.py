@@ -223,10 +223,10 @@ class RewardConfig:
 
     functions: tuple[str, ...] = ("accuracy", "format")
     """Names, or package.module:function / file.py:function with TRL's convention
-    f(prompts, completions, **columns) -> list of floats (None: left out of that rollout's sum); options as in
-    box_iou(threshold=0.5)."""
-    weights: tuple[float, ...] = (0.9, 0.1)
-    """One weight per function."""
+    f(prompts, completions, **columns) -> list of floats (None: left out of that rollout's sum), or verl's or EasyR1's
+    compute_score; options as in box_iou(threshold=0.5)."""
+    weights: tuple[float, ...] = ()
+    """One weight per function; empty: 1 each, but 0.9 and 0.1 for accuracy and format, the paper's."""
     timeout: NotNegative = 60.0
     """Seconds that one call of a function may take; 0: no limit."""
     group_weight: Literal["none", "exp", "power", "log"] = "none"

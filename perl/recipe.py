@@ -343,11 +343,6 @@ def _conflict(config: Config) -> str | None:
             f"run.seed = {run.seed} does nothing beside run.seeds = {list(run.seeds)}; "
             "put it into run.seeds, or leave those empty"
         )
-    if len(reward.functions) != len(reward.weights):
-        return (
-            f"reward.weights = {list(reward.weights)} for {len(reward.functions)} reward.functions "
-            f"({', '.join(reward.functions)}); give one weight for each"
-        )
     if config.advantage.over != "group" and per_order < 2:
         return (
             f"advantage.over = {config.advantage.over} with rollout.per_order = 1 leaves nothing to compare within "

@@ -68,6 +68,9 @@ class Example:
     """A name to report accuracies by."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Every other column of the data; handed to reward functions as keyword arguments."""
+    origin: dict[str, tuple[str, Any]] = field(default_factory=dict)
+    """Where the data had these fields: name here -> column there and its value, as in
+    `{"answer": ("solution", "<answer>B</answer>")}`; reward functions get them under the data's names too."""
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -188,6 +191,8 @@ class Group:
     """The step of the stage that sampled it."""
     off_policy: bool = False
     """Sampled by an earlier policy: its rollouts' `logprobs` are the old log-probs of its loss."""
+    logged: dict[str, list[Any]] = field(default_factory=dict)
+    """What reward functions say of each rollout beside their scores, by name; for the record of rollouts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,12 @@ def test_a_run_that_is_there_stays_as_it_is(short_recipe: Path, error_of: ErrorO
         ("--data.train", "/nowhere.jsonl"): ["/nowhere.jsonl", "path"],
         ("--data.image-root", folder): ["data.image_root", "--run.dir"],
         ("--data.mix", folder / "config.toml"): ["data.mix", "--run.dir"],
-        ("--reward.functions", "acuracy", "--reward.weights", "1"): ["acuracy", "'accuracy'"],
+        ("--reward.functions", "acuracy"): ["acuracy", "'accuracy'"],
+        ("--reward.weights", "1"): [
+            "reward.weights = [1.0]",
+            "reward.functions",
+            "accuracy, format",
+        ],
         ("--run.trackers", "wandb"): ["run.trackers", "wandb", "pip install"],
         ("--run.trackers", "nonsense"): ["run.trackers", "nonsense"],
         ("--loss.preset", "gpro"): ["loss", "'gpro'", "grpo"],

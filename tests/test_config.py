@@ -152,10 +152,6 @@ def test_the_command_line_is_held_to_the_same(
         ({"data.min_images": 5}, ["data.min_images = 5", "data.max_images = 4"]),
         ({"model.max_pixels": 783}, ["model.min_pixels = 784", "model.max_pixels = 783"]),
         (
-            {"reward.weights": [1.0]},
-            ["reward.weights = [1.0]", "reward.functions", "accuracy, format"],
-        ),
-        (
             {"permutation.orders": 1, "rollout.per_order": 1},
             ["rollout.per_order = 1", "permutation.orders = 1"],
         ),

@@ -216,6 +216,8 @@ def read_row(row: Mapping[str, Any], layout: Layout, where: str, id: str = "") -
         kind, should_change = "none", False
     used = {question_key, answer_key, response_key, images_key, *more, *_OPTIONAL, *VIDEOS}
     plain = len(messages) == 1 and isinstance(present[question_key], str)
+    gold_key = answer_key if answer_key in present else response_key
+    fields = {question_key: "question", gold_key: "answer", images_key: "images"}
     return Example(
         id=str(present.get("id", id)),
         images=images,
@@ -226,6 +228,11 @@ def read_row(row: Mapping[str, Any], layout: Layout, where: str, id: str = "") -
         demonstration=str(present["demonstration"]) if "demonstration" in present else response,
         task=str(present.get("task", present.get(convention.task, ""))),
         extra={key: value for key, value in row.items() if key not in used},
+        origin={
+            fields.get(key, key): (layout.names.get(key, key), value)
+            for key, value in present.items()
+            if key in used
+        },
     )
 
 

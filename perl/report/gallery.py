@@ -32,9 +32,12 @@ class Gallery:
             orders = [rollout.variant.order for rollout in group.rollouts]
             for index in sorted(orders.index(order) for order in set(orders)):
                 parts = {name: values[index] for name, values in group.reward_parts.items()}
-                rollout, advantage = group.rollouts[index], _number(group.advantages[index])
-                reward = group.rewards[index]
-                rows.append(self._keep(stage, step, rollout, reward, parts, advantage=advantage))
+                rollout, reward = group.rollouts[index], group.rewards[index]
+                more: dict[str, Any] = {"advantage": _number(group.advantages[index])}
+                if group.logged:
+                    logged = group.logged.items()
+                    more["logged"] = {name: _plain(values[index]) for name, values in logged}
+                rows.append(self._keep(stage, step, rollout, reward, parts, **more))
         return rows
 
     def keep_rollouts(
@@ -109,3 +112,8 @@ def _webp(image: Image.Image, **options: Any) -> bytes:
 
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else round(float(value), 4)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold as it is, else its text."""
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

@@ -10,18 +10,19 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from perl.config import REWARD_SPEC
+from perl.rewards.peers import GIVEN, PeerForm
 from perl.types import UserError, one_line
 
 RewardFunction = Callable[..., Any]
 
-_GIVEN = ("prompts", "completions")
+_GIVEN = ("prompts", "completions", *GIVEN, *(f"{name}s" for name in GIVEN))
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +33,33 @@ class BoundReward:
     options: Mapping[str, Any] = field(default_factory=dict)
     hidden: frozenset[str] = frozenset()
     """Names of columns that are not handed over, as options go by them."""
+    built_in: bool = False
+    """One of ours, which reads chats as texts."""
 
-    def __call__(self, **columns: Any) -> Any:
-        # Lists of its own: one function that sorts its completions must not change the next one's.
-        seen = {key: list(values) for key, values in columns.items() if key not in self.hidden}
+    def __call__(
+        self, columns: Mapping[str, Sequence[Any]], chats: Mapping[str, Sequence[Any]], **more: Any
+    ) -> Any:
+        """What the function gives for the columns, in the form that it was written for.
+
+        `chats` are prompts and completions as TRL's functions take them. A function without `**columns` is given what
+        it has parameters for, of `more` too.
+        """
+        if peer := PeerForm.of(self.function):
+            return peer.call(self.function, columns, self.options)
+        given = columns if self.built_in else {**columns, **chats}
+        named = _parameters_of(self.function)
+        seen = {
+            key: value
+            for key, value in {**given, **more}.items()
+            if key not in self.hidden and (named is None or key in named)
+        }
         return self.function(**seen, **self.options)
 
     @property
     def reads_answer(self) -> bool:
         """Whether it cannot be called without the column `answer`, or scores nothing."""
+        if peer := PeerForm.of(self.function):
+            return not {"ground_truth", "reward_input"}.isdisjoint(peer.names)
         parameters = _options_of(self.function, keyword_only=False) or {}
         if "answer" in parameters:
             return parameters["answer"].default is inspect.Parameter.empty
@@ -86,7 +105,7 @@ def load(spec: str, built_in: Mapping[str, RewardFunction]) -> BoundReward:
     for key, parameter in (known or {}).items():
         if parameter.default is inspect.Parameter.empty and key not in options:
             raise UserError(f"reward '{spec}' needs the option {key}, as in {name}({key}=...)")
-    return BoundReward(function, options, frozenset(known or ()))
+    return BoundReward(function, options, frozenset(known or ()), built_in=True)
 
 
 def read_options(what: str, text: str) -> dict[str, Any]:
@@ -105,6 +124,16 @@ def read_options(what: str, text: str) -> dict[str, Any]:
             f"{what}: its options cannot be read ({reason}); write them as in "
             "name(option=0.5), with numbers, texts in quotes, True, False, None or lists"
         ) from error
+
+
+def _parameters_of(function: RewardFunction) -> frozenset[str] | None:
+    """The names that a function takes; None: any."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (ValueError, TypeError):
+        return None
+    any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return None if any_name else frozenset(parameters)
 
 
 def _options_of(

@@ -1,11 +1,10 @@
 """What a completion is worth: the weighted sum over reward functions.
 
-A reward function follows TRL's convention: `f(prompts, completions, **columns) -> list of float or
-None`, all lists of the same length, or the same as `async def`. Completions are plain strings;
-columns hold what `rollout_columns` says and every further column of the data. None means that the
-function does not apply, and leaves it out of that completion's sum; NaN, inf, no number, an
-exception in the list, or a call that raises or takes too long is a fault, which costs the rollout
-its score but does not end the run.
+A reward function follows TRL's convention, `f(prompts, completions, **columns) -> list of float or None`, all lists of
+the same length, or the same as `async def`; or that of a peer (`peers`). Columns are those of `columns.rollout_columns`.
+None means that the function does not apply, and leaves it out of that completion's sum; a dict has the score and named
+parts of it; NaN, inf, no number, an exception in the list, or a call that raises or takes too long is a fault, which costs
+the rollout its score but does not end the run.
 docs/rewards.md has the built-in functions.
 """
 
@@ -13,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from perl.rewards.answers import accuracy, format_reward, format_tags
 from perl.rewards.boxes import box_iou, detection, grounding
 from perl.rewards.calls import Calls, Fault, call_each, failed
 from perl.rewards.choice import choice
+from perl.rewards.columns import TrainerState, conversations, rollout_columns
 from perl.rewards.judge import caption_facts, check_judge, judge
 from perl.rewards.loading import BoundReward, RewardFunction, load
 from perl.rewards.math import check_math, math_reward
@@ -60,62 +61,81 @@ _OUTSIDE: dict[RewardFunction, Callable[[], None]] = {
 UserError before a run starts if it is not there."""
 
 
+_SCORES = ("score", "overall")
+"""What the number that counts is called in a dict: verl's name and EasyR1's."""
+
+_DEFAULT = {("accuracy", "format"): (0.9, 0.1)}
+"""Weights of functions that are given none, if not 1 each: the paper's."""
+
+
 class Scorer:
     """The weighted sum of several reward functions.
 
     `functions` are names, `package.module:function`, `file.py:function`, or callables; the first
-    three may have options. `weights` has one number for each; a function of weight 0 is only
-    reported. `timeout` is the limit of one call in seconds, 0 none. `faults` counts, by the names
-    in `names`, the rollouts that a function failed on since `reset_faults`. Raises UserError for a
+    three may have options. `weights` has one number for each, or none: then 1 each, and 0.9 and 0.1 for accuracy and
+    format; a function of weight 0 is only reported. `timeout` is the limit of one call in seconds, 0 none. `state` is
+    what functions are told of the run. `faults` counts, by the names in `names`, the rollouts that a function failed on,
+    and `metrics` holds what functions logged, since `reset`. Raises UserError for a
     name that is not known, does not load, or lacks what it needs.
     """
 
     def __init__(
         self,
         functions: Sequence[str | RewardFunction] = ("accuracy", "format"),
-        weights: Sequence[float] = (0.9, 0.1),
+        weights: Sequence[float] = (),
         timeout: float = 60.0,
     ) -> None:
         if not functions:
             raise UserError("reward.functions is empty; name at least one, for example accuracy")
+        # Before their number is compared with that of the weights: one that is misspelt is why they differ, often.
+        loaded = [load_reward(f) if isinstance(f, str) else BoundReward(f) for f in functions]
+        weights = weights or _DEFAULT.get(tuple(functions), (1.0,) * len(functions))  # type: ignore[arg-type]
+        self.names = names_of(functions)
         if len(functions) != len(weights):
             raise UserError(
-                f"reward.weights has {len(weights)} numbers for {len(functions)} functions; "
-                "give one for each"
+                f"reward.weights = {list(weights)} for {len(functions)} reward.functions "
+                f"({', '.join(self.names)}); give one for each, or none: then each counts 1"
             )
         if not all(np.isfinite(weight) for weight in weights):
             raise UserError(f"reward.weights must be finite numbers, got {tuple(weights)}")
-        self.names = names_of(functions)
-        loaded = [load_reward(f) if isinstance(f, str) else BoundReward(f) for f in functions]
         self.functions = dict(zip(self.names, loaded, strict=True))
         self.weights = dict(zip(self.names, map(float, weights), strict=True))
         self.timeout = timeout
-        self.reset_faults()
+        self.state = TrainerState()
+        self.reset()
         self._said: set[str] = set()
 
-    def reset_faults(self) -> None:
+    def reset(self) -> None:
         self.faults = dict.fromkeys(self.names, 0)
+        self.metrics: defaultdict[str, list[float]] = defaultdict(list)
+        self.logged: dict[str, list[Any]] = {}
+        """What functions logged of each completion of the last call of `score`, by name."""
 
     def score(
         self,
         prompts: Sequence[Any],
         completions: Sequence[str],
         columns: Mapping[str, Sequence[Any]],
+        chats: Mapping[str, Sequence[Any]] | None = None,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Totals float64 [R] and name -> float64 [R], NaN where a function gave no score.
 
         A total is the weighted sum over the functions that did not give None for the completion; it
-        is NaN if all did, or one failed on it. Functions of weight 0 have no part in either.
+        is NaN if all did, or one failed on it. Functions of weight 0 have no part in either. Named parts of a function's
+        scores stand beside them as `function/part`.
 
-        `prompts`, `completions` and every column have length R. A function that raises or takes
+        `prompts`, `completions` and every column have length R; `chats` may hold other prompts and completions for
+        functions of TRL's convention. A function that raises or takes
         too long is called again with each completion alone, to find those it fails on. Raises
         UserError, naming the function and the first example, if it fails on all R or returns
         anything but R values.
         """
         batch = {"prompts": prompts, "completions": completions, **columns}
+        chats, self.logged = chats or {}, {}
+        everything = range(len(completions))
         # Those that wait for others do so at the same time.
         waiting = {
-            name: Calls([partial(function, **batch)], self._limit(function))
+            name: Calls([self._call(function, batch, chats, everything)], self._limit(function))
             for name, function in self.functions.items()
             if function.is_async
         }
@@ -124,9 +144,11 @@ class Scorer:
             if name in waiting:
                 (outcome,) = waiting[name].results()
             else:
-                call = partial(function, **batch)
+                call = self._call(function, batch, chats, everything)
                 (outcome,) = call_each([call], self._limit(function), at_once=True)
-            parts[name], faulty[name] = self._scores(name, function, outcome, batch)
+            values = self._values(name, function, outcome, batch, chats)
+            parts[name], faulty[name] = self._scores(name, function, values, batch)
+            parts |= _named_parts(name, values)
         deciding = {name: weight for name, weight in self.weights.items() if weight}
         totals = np.zeros(len(completions), dtype=np.float64)
         for name, weight in deciding.items():
@@ -143,7 +165,42 @@ class Scorer:
         for rollout in rollouts:
             self.check_answer(rollout.variant.example)
         prompts, completions, columns = rollout_columns(rollouts)
-        return self.score(prompts, completions, columns)
+        chats = conversations(rollouts, prompts, completions)
+        return self.score(prompts, completions, columns, chats)
+
+    def _call(
+        self,
+        function: BoundReward,
+        batch: Mapping[str, Sequence[Any]],
+        chats: Mapping[str, Sequence[Any]],
+        places: Sequence[int],
+    ) -> Callable[[], Any]:
+        """The call of a function with the completions at some places of the batch."""
+
+        # One that is too late must not write into what belongs to a later call.
+        logged, metrics = self.logged, self.metrics
+
+        def log_extra(column: str, values: Sequence[Any]) -> None:
+            own = logged.setdefault(column, [None] * len(batch["completions"]))
+            for place, value in zip(places, values, strict=True):
+                own[place] = value
+
+        def log_metric(name: str, value: float) -> None:
+            metrics[name].append(float(value))
+
+        # Lists of its own: one function that sorts its completions must not change the next one's.
+        own, own_chats = (
+            {key: [column[i] for i in places] for key, column in lists.items()}
+            for lists in (batch, chats)
+        )
+        return partial(
+            function,
+            own,
+            own_chats,
+            trainer_state=self.state,
+            log_extra=log_extra,
+            log_metric=log_metric,
+        )
 
     def check_answer(self, example: Example) -> None:
         """Raise UserError if the example has no answer and a function reads it."""
@@ -159,10 +216,15 @@ class Scorer:
     def _limit(self, function: BoundReward) -> float:
         return 0.0 if function.function in _OUTSIDE else self.timeout
 
-    def _scores(
-        self, name: str, function: BoundReward, outcome: Any, batch: Mapping[str, Sequence[Any]]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores float64 [R], NaN for None and for a fault, and which of them are faults, bool [R]."""
+    def _values(
+        self,
+        name: str,
+        function: BoundReward,
+        outcome: Any,
+        batch: Mapping[str, Sequence[Any]],
+        chats: Mapping[str, Sequence[Any]],
+    ) -> list[Any]:
+        """What the function gave for each completion, or a Fault."""
         count = len(batch["completions"])
         if not isinstance(outcome, Fault):
             values = _listed(outcome)
@@ -172,15 +234,26 @@ class Scorer:
                     f"reward function '{name}' returned {got} for {count} completions; "
                     "return a list with one number or None for each"
                 )
-        elif count <= 1:
-            values = [outcome] * count
-        else:  # Each completion alone, to find those that it fails on.
-            alone = [
-                partial(function, **{key: [column[i]] for key, column in batch.items()})
-                for i in range(count)
-            ]
-            outcomes = call_each(alone, self._limit(function), at_once=function.is_async)
-            values = [_only_value(value) for value in outcomes]
+            return values
+        if count <= 1:
+            return [outcome] * count
+        # Each completion alone, to find those that it fails on.
+        alone = [self._call(function, batch, chats, [i]) for i in range(count)]
+        outcomes = call_each(alone, self._limit(function), at_once=function.is_async)
+        values = [_only_value(value) for value in outcomes]
+        if not any(isinstance(_number(value), Fault) for value in values):
+            self._say(name, outcome, f"{count} completions together, though on none alone")
+        return values
+
+    def _scores(
+        self,
+        name: str,
+        function: BoundReward,
+        values: Sequence[Any],
+        batch: Mapping[str, Sequence[Any]],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores float64 [R], NaN for None and for a fault, and which of them are faults, bool [R]."""
+        count = len(values)
         numbers = [_number(value) for value in values]
         faults = {i: number for i, number in enumerate(numbers) if isinstance(number, Fault)}
         if faults:
@@ -195,8 +268,6 @@ class Scorer:
                 ) from fault.error
             self.faults[name] += len(faults)
             self._say(name, fault, where)
-        elif isinstance(outcome, Fault):
-            self._say(name, outcome, f"{count} completions together, though on none alone")
         faulty = np.array([isinstance(number, Fault) for number in numbers], dtype=bool)
         scores = [math.nan if isinstance(number, Fault) else number for number in numbers]
         return np.array(scores, dtype=np.float64), faulty
@@ -225,29 +296,34 @@ def load_reward(spec: str) -> BoundReward:
     return function
 
 
-def rollout_columns(
-    rollouts: Sequence[Rollout],
-) -> tuple[list[str], list[str], dict[str, list[Any]]]:
-    """Prompts, completions and columns of rollouts, as reward functions take them.
+def _score_key(value: Any) -> str | None:
+    """The name of the number that counts in a dict; None: there is none, or it is no dict."""
+    if not isinstance(value, Mapping):
+        return None
+    return next((key for key in _SCORES if key in value), None)
 
-    `answer` is the one that is right in the rollout's order, None where the data have none. `order` is that order, a list in which
-    place j holds the original index (from 0) of the image in slot j: what a column says about
-    original image i holds for slot `order.index(i)`. `completion_length` counts tokens. A column
-    that an example lacks is None there; the data's own columns of these names are not seen.
-    """
-    examples = [rollout.variant.example for rollout in rollouts]
-    columns: dict[str, list[Any]] = {
-        key: [example.extra.get(key) for example in examples]
-        for key in dict.fromkeys(key for example in examples for key in example.extra)
-        if key not in ("prompts", "completions")
+
+def _named_parts(name: str, values: Sequence[Any]) -> dict[str, np.ndarray]:
+    """`name/part` -> float64 [R] of the numbers that dicts hold beside the score; NaN where one holds none."""
+    dicts: list[dict[Any, Any]] = [
+        {part: own for part, own in value.items() if part != _score_key(value)}
+        if isinstance(value, Mapping)
+        else {}
+        for value in values
+    ]
+    found = {
+        f"{name}/{part}": np.array([_as_float(own.get(part)) for own in dicts])
+        for part in dict.fromkeys(part for own in dicts for part in own)
     }
-    columns["answer"] = [rollout.variant.answer or None for rollout in rollouts]
-    columns["id"] = [example.id for example in examples]
-    columns["task"] = [example.task for example in examples]
-    columns["order"] = [list(rollout.variant.order) for rollout in rollouts]
-    columns["completion_length"] = [len(rollout.token_ids) for rollout in rollouts]
-    prompts = ["\n".join(m.content for m in rollout.variant.messages) for rollout in rollouts]
-    return prompts, [rollout.text for rollout in rollouts], columns
+    return {part: numbers for part, numbers in found.items() if not np.isnan(numbers).all()}
+
+
+def _as_float(value: Any) -> float:
+    """NaN for what is no number."""
+    try:
+        return math.nan if value is None or isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return math.nan
 
 
 def _listed(values: Any) -> list[Any] | None:
@@ -274,13 +350,12 @@ def _number(value: Any) -> float | Fault:
         return value
     if isinstance(value, BaseException):
         return failed(value)
-    try:
-        number = math.nan if isinstance(value, (str, bytes)) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        number = math.nan
+    if (key := _score_key(value)) is not None:
+        return _number(value[key])
+    number = _as_float(value)
     if math.isfinite(number):
         return number
     return Fault(
         f"returned {one_line(repr(value))} for",
-        "return a finite number, or None if it cannot be scored",
+        'return a finite number, a dict with a "score", or None if it cannot be scored',
     )

@@ -14,6 +14,8 @@ from perl.data.streams import Drawn
 from perl.distributed import Processes
 from perl.permutation import Order, is_permuted, orders, permute, rate_at, released_orders, shares
 from perl.recipe import Stage
+from perl.report.metrics import mean
+from perl.rewards.columns import TrainerState
 from perl.rewards.scorer import Scorer
 from perl.rollout.advantages import advantages_of, group_mean, group_weight
 from perl.rollout.engine import InProcessEngine, SamplingParams
@@ -60,6 +62,8 @@ class Collected:
     """How many steps ago each of the groups that waited was sampled."""
     faults: dict[str, int] = field(default_factory=dict)
     """Rollouts that a reward function failed on, by its name."""
+    logged: dict[str, float] = field(default_factory=dict)
+    """Means of the metrics that reward functions logged, by name."""
     counts: dict[str, int] = field(default_factory=dict)
     """Groups by what the filter found them to be."""
 
@@ -103,7 +107,7 @@ class Collector:
         seed = (config.run.seed * 1_000_003 + self.first_step + step) * processes.count
         seed += processes.index
         self.filter.reset()
-        self.scorer.reset_faults()
+        self.scorer.reset()
         dropped_before = self.encoder.dropped
         rebuild = partial(self._rebuild, source.find)
         # A UserError in one process must stop all; otherwise the rest hang in a collective.
@@ -116,6 +120,11 @@ class Collector:
             with processes.jointly():
                 with span("data"):
                     drawn = source.draw(config.train.examples_per_step)
+                self.scorer.state = TrainerState(
+                    global_step=self.first_step + step,
+                    max_steps=self.first_step + config.train.steps,
+                    epoch=float(max((d.epoch for d in drawn), default=0)),
+                )
                 groups = self.roll_out(
                     drawn, seed * config.filter.max_tries + tries, progress, step
                 )
@@ -143,6 +152,7 @@ class Collector:
             dropped=dropped,
             ages=[step - group.step for group in waited],
             faults=dict(self.scorer.faults),
+            logged={name: mean(values) for name, values in self.scorer.metrics.items()},
             counts=self.filter.counts,
         )
 
@@ -185,6 +195,7 @@ class Collector:
         with self.watch("reward"):
             rollouts = [rollout for of_variant in sampled for rollout in of_variant]
             rewards, parts = self.scorer.score_rollouts(rollouts)
+            logged = self.scorer.logged
             advantages = advantages_of(
                 rewards,
                 [per_example] * len(encoded),
@@ -205,6 +216,7 @@ class Collector:
                     advantages=advantages[own] * np.float32(self._weight(own_parts)),
                     key=d.key,
                     step=step,
+                    logged={name: values[own] for name, values in logged.items()},
                 )
             )
         return groups

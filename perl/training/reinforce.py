@@ -190,14 +190,15 @@ def group_metrics(collected: Collected) -> dict[str, float]:
     """What this process's rollouts of a step were like, the dropped groups included."""
     seen, counts = collected.seen, collected.counts
     rollouts = [r for g in seen for r in g.rollouts]
-    names = seen[0].reward_parts if seen else ()
+    names = dict.fromkeys(name for g in seen for name in g.reward_parts)
     return {
         "reward/mean": mean([r for g in seen for r in g.rewards]),
         **{
-            f"reward/{name}": mean([r for g in seen for r in g.reward_parts[name]])
+            f"reward/{name}": mean([r for g in seen for r in g.reward_parts.get(name, ())])
             for name in names
         },
         **{f"reward/faults/{name}": n for name, n in collected.faults.items()},
+        **{f"reward/logged/{name}": value for name, value in collected.logged.items()},
         "consistency": mean([group_agreement(g) for g in seen]),
         "permutation/rate": collected.rate,
         "permutation/orders": mean([len(g.variants) for g in seen]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from perl.rewards.scorer import BUILT_IN
+from perl.rewards.scorer import BUILT_IN, Scorer
 from tests.rewards.scoring import score
 
 DOCS = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
@@ -52,3 +53,40 @@ def test_every_function_and_option_is_listed() -> None:
         assert listed[name] == ", ".join(options)
     shown = {re.split(r"\W", function)[0] for _, _, function, _ in EXAMPLES}
     assert shown == set(BUILT_IN) - {"judge", "caption_facts"}
+
+
+def test_the_functions_run_and_the_asynchronous_one_asks_at_the_same_time() -> None:
+    running, most = 0, 0
+
+    async def ask(text: str, gold: str) -> float:
+        nonlocal running, most
+        running, most = running + 1, max(most, running + 1)
+        await asyncio.sleep(0.01)
+        running -= 1
+        return float(text == gold)
+
+    codes = re.findall(r"```python\n(.*?)```", DOCS, flags=re.DOTALL)
+    names: list[dict[str, Any]] = [{"ask": ask} for _ in codes]
+    for code, own in zip(codes, names, strict=True):
+        exec(code, own)
+    own, trl, verl, easyr1 = names
+
+    def scores(function: Any, texts: list[Any], **columns: Any) -> dict[str, list[float]]:
+        chats = columns.pop("chats", None)
+        found = Scorer((function,)).score(["q"] * len(texts), texts, columns, chats)[1]
+        return {name: values.tolist() for name, values in found.items()}
+
+    assert scores(own["brief"], ["a", "a " * 101]) == {"brief": [1, 0]}
+    texts, golds = ["A", "A", "<think>B"], ["A", "B", "B"]
+    assert scores(own["asks_somebody"], texts, answer=golds) == {"asks_somebody": [1, 0, 0]}
+    assert most == 3
+    chats = {"completions": [[{"content": f"no, <answer>{text}</answer>"}] for text in texts]}
+    solutions = [f"<answer>{gold}</answer>" for gold in golds]
+    found = scores(trl["solution_reward"], texts, solution=solutions, chats=chats)
+    assert found == {"solution_reward": [1, 0, 0]}
+    found = scores(verl["compute_score"], texts, answer=golds)
+    assert found == {"compute_score": [1, 0, 0], "compute_score/length": [1, 1, 8]}
+    found = scores(easyr1["compute_score"], texts, answer=golds)
+    overall, parts = found.pop("compute_score"), {"format": [0, 0, 1], "accuracy": [1, 0, 1]}
+    assert overall == pytest.approx([0.9, 0, 1])
+    assert found == {f"compute_score/{name}": values for name, values in parts.items()}

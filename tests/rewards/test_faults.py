@@ -99,7 +99,7 @@ def test_one_rollout_loses_its_score(
     tells(caplog.text, f"'{name}'", "example 'q2'", *names)
     scorer.score(["q"] * 3, TEXTS, {"id": IDS})
     assert len(caplog.records) == 1 and scorer.faults == {name: 2}
-    scorer.reset_faults()
+    scorer.reset()
     assert scorer.faults == {name: 0}
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from perl.rewards.scorer import Scorer, rollout_columns
+from perl.rewards.columns import rollout_columns
+from perl.rewards.scorer import Scorer
 from perl.types import Example, Rollout, Variant
 from tests.messages import refused
 
@@ -37,7 +38,8 @@ def test_columns_reach_the_function_in_its_order() -> None:
     totals, _ = Scorer((length,), (2.0,)).score_rollouts(rollouts)
     np.testing.assert_array_equal(totals, [4, 0])
     columns = rollout_columns(rollouts)[2]
-    assert set(columns) == {"answer", "id", "task", "goal", "order", "completion_length"}
+    ours = {"answer", "id", "task", "order", "images", "completion_length", "completion_ids"}
+    assert set(columns) == {*ours, "goal", "ground_truth"}
     assert columns["order"] == [[1, 0], [0, 1]] and columns["completion_length"] == [1, 1]
 
 
@@ -58,7 +60,13 @@ def test_a_function_that_changes_its_lists_changes_nobody_elses() -> None:
     ("functions", "weights", "names"),
     [
         ((), (), ["reward.functions", "accuracy"]),
-        (("accuracy",), (0.9, 0.1), ["reward.weights", "2 numbers", "1 functions"]),
+        (
+            ("accuracy",),
+            (0.9, 0.1),
+            ["reward.weights = [0.9, 0.1]", "1 reward.functions", "accuracy"],
+        ),
+        # The name that is misspelt, not the number of weights.
+        (("acuracy",), (0.9, 0.1), ["'acuracy'", "'accuracy'?"]),
         (("accuracy",), (float("nan"),), ["reward.weights", "nan"]),
         (("accuracy", "accuracy"), (1.0, 1.0), ["accuracy", "twice"]),
         (("ordering(kendall=True)",) * 2, (1.0, 1.0), ["ordering(kendall=True)", "twice"]),
@@ -67,6 +75,19 @@ def test_a_function_that_changes_its_lists_changes_nobody_elses() -> None:
 def test_bad_settings(functions: Any, weights: Any, names: list[str]) -> None:
     with refused(*names):
         Scorer(functions, weights)
+
+
+@pytest.mark.parametrize(
+    ("functions", "weights"),
+    [
+        (("accuracy", "format"), [0.9, 0.1]),
+        (("accuracy",), [1.0]),
+        (("format", "accuracy"), [1.0, 1.0]),
+        (("accuracy", "choice", "format"), [1.0] * 3),
+    ],
+)
+def test_weights_that_are_left_out(functions: Any, weights: list[float]) -> None:
+    assert list(Scorer(functions).weights.values()) == weights
 
 
 def test_options_tell_functions_apart_where_names_do_not() -> None:

@@ -18,7 +18,8 @@ from perl.permutation import permute
 from perl.rollout.collect import Collected
 from perl.training.reinforce import PolicyStep, group_metrics, old_logprobs, segments_of
 from perl.types import EncodedPrompt, Example, Group, Rollout
-from tests.training.two_tokens import TwoTokens, config_of, session_of
+from tests.command_line import json_lines, metrics
+from tests.training.two_tokens import TwoTokens, config_of, session_of, train_in
 
 EXAMPLE = Example("row", ("a", "b"), "A <image> B <image> which", "A")  # type: ignore[arg-type]
 
@@ -263,3 +264,29 @@ def test_what_a_step_s_rollouts_were_like() -> None:
         "tokens/completion": 2 * (1 + 2 + 3 + 4),
         "images/shown": 0,
     }
+
+
+def tells_all(
+    completions: list[str], trainer_state: Any, log_metric: Any, log_extra: Any, **columns: Any
+) -> list[dict[str, float]]:
+    log_metric("steps_left", trainer_state.max_steps - trainer_state.global_step)
+    log_extra("slots", [len(order) for order in columns["order"]])
+    return [{"score": 1.0, "letters": len(ids)} for ids in columns["completion_ids"]]
+
+
+def test_what_functions_say_beside_their_scores_is_recorded(
+    tmp_path: Path, two_tokens: None
+) -> None:
+    more = f"""
+        run.save_rollouts_every = 1
+        reward.functions = ["{__name__}:tells_all"]
+    """
+    train_in(tmp_path / "run", config_of(tmp_path, more))
+    rows = metrics(tmp_path / "run", "rl")
+    assert [row["reward/logged/steps_left"] for row in rows] == [2, 1]
+    lengths = [row["reward/tells_all/letters"] for row in rows]
+    assert lengths == [row["length/mean"] for row in rows]
+    kept = json_lines(tmp_path / "run" / "rollouts.jsonl")
+    assert [own["logged"] for own in kept] == [{"slots": 2}] * len(kept)
+    letters = [own["text"].count("A") + own["text"].count("B") for own in kept]
+    assert [own["rewards"]["tells_all/letters"] for own in kept] == letters
