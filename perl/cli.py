@@ -161,7 +161,7 @@ def parse(name: str, arguments: list[str]) -> Any:
     default, said = _with_recipe(kind(), first), io.StringIO()
     try:
         with redirect_stderr(said):
-            parsed = tyro.cli(kind, prog=f"perl-rl {name}", args=arguments, default=default)
+            parsed: Any = tyro.cli(kind, prog=f"perl-rl {name}", args=arguments, default=default)
     except SystemExit as stop:
         if not stop.code:
             raise

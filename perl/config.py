@@ -125,7 +125,8 @@ class DataConfig:
     with [:CONFIG][:SPLIT], bundled:digits (questions made over scikit-learn's scanned digits), or bundled:folder:PATH
     (over your pictures, one sub-folder per class)."""
     eval: str = ""
-    """Held-out examples, in the same forms (the bundled tasks keep train and test images apart); empty: no evaluation."""
+    """Held-out examples, in the same forms (the bundled tasks keep train and test images apart); split:0.05 holds that
+    share of data.train out, by groups of rows that share images; empty: no evaluation."""
     columns: Literal[
         "auto", "perl", "trl", "verl", "easyr1", "open-r1", "ms-swift", "sharegpt", "alpaca"
     ] = "auto"

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from perl.config import Command, Config, StageConfig, names_of, part_name, places_of
+from perl.config import Command, Config, DataConfig, StageConfig, names_of, part_name, places_of
 from perl.files import replacing
 from perl.types import UserError
 
 _BUNDLED = Path(__file__).parent / "recipes"
+_SPLIT = "split:"
 DEFAULT_RECIPE = "default"
 """What runs where no recipe is named."""
 STAGE_KINDS = ("cold_start", "filter", "rl")
@@ -82,13 +83,19 @@ def check_config(config: Config, where: str = "") -> None:
     """
     _validated(_values(config), where)
     for stage in config.stages:
-        merged(config, stage, where)
+        own = merged(config, stage, where).data.eval
+        if own != config.data.eval and (is_split(own) or is_split(config.data.eval)):
+            raise UserError(
+                f"{where}stage {stage.name}: data.eval = {own}: what is held out is held out in the whole run; set "
+                "data.eval outside of the stages"
+            )
 
 
 def check_named(config: Config) -> None:
     """Raise UserError unless the config names a model, and training data in every stage."""
     unnamed = [] if config.model.path else ["model.path"]
-    if not all(stage.config.data.train for stage in plan(config)):
+    trained = all(stage.config.data.train for stage in plan(config))
+    if not trained or (is_split(config.data.eval) and not config.data.train):
         unnamed.insert(0, "data.train")
     if unnamed:
         raise UserError(
@@ -280,6 +287,10 @@ def plan(config: Config) -> list[Stage]:
         own = dataclasses.replace(
             merged(config, each) if each.set else config, stages=config.stages
         )
+        if is_split(own.data.eval) and own.data.train != config.data.train:
+            # What is held out is the run's, whatever a stage trains on.
+            held = f"{own.data.eval}:{config.data.train}"
+            own = dataclasses.replace(own, data=dataclasses.replace(own.data, eval=held))
         earlier = [s for s in stages if s.kind == each.kind]
         first = sum(s.steps for s in earlier)
         stages.append(Stage(each.name, each.kind, own, first, len(earlier)))
@@ -310,6 +321,33 @@ def filtered_sources(stage: Stage, stages: Sequence[Stage], folder: Path) -> dic
         for earlier in stages[: list(stages).index(stage)]
         if earlier.kind == "filter"
     }
+
+
+def is_split(source: str) -> bool:
+    """Whether a source is a part of training data that is held out."""
+    return source.startswith(_SPLIT)
+
+
+def split_of(data: DataConfig) -> tuple[float, str] | None:
+    """The share that `data.eval = "split:SHARE"` holds out, and of which training source; None: it is data of its own.
+
+    A stage with a `data.train` of its own has the source of the run behind the share (see `plan`).
+
+    Raises:
+        UserError: a share that is no number between 0 and 1.
+    """
+    if not is_split(data.eval):
+        return None
+    share, _, source = data.eval.removeprefix(_SPLIT).partition(":")
+    try:
+        value = float(share)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise UserError(
+            f"data.eval = {data.eval}: the share must be a number between 0 and 1, as in split:0.05"
+        )
+    return value, source or data.train
 
 
 def source_key(source: str) -> str:
@@ -360,6 +398,7 @@ def _conflict(config: Config) -> str | None:
         )
     try:
         names_of(reward.functions)
+        split_of(config.data)
     except UserError as error:
         return str(error)
     band = (chosen.min_accuracy, chosen.max_accuracy)

@@ -182,11 +182,14 @@ def short_recipe(tmp_path: Path, tiny_folder: Callable[[str], Path]) -> Path:
         }
         row |= {"images": [f"{k}.png", f"{(k + 1) % 6}.png"], "answer": "AB"[k % 2]}
         rows.append(json.dumps(row | {"demonstration": "<answer> A </answer>"}) + "\n")
-    (tmp_path / "data.jsonl").write_text("".join(rows))
+    for name in ("data.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text("".join(rows))
     values = {
         "run": {"dir": str(tmp_path / "run"), "trackers": [], "save_rollouts_every": 0},
         "model": {"path": str(tiny_folder("tiny-qwen2.5-vl"))},
-        "data": {k: str(tmp_path / "data.jsonl") for k in ("train", "eval")},
+        "data": {
+            k: str(tmp_path / f) for k, f in (("train", "data.jsonl"), ("eval", "test.jsonl"))
+        },
         "rollout": {"max_new_tokens": 4, "per_order": 2},
         "train": {"steps": 1, "examples_per_step": 2},
         "eval": {"examples": 0},

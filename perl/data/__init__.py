@@ -6,6 +6,7 @@ readers.py    rows by number out of JSON Lines, JSON, CSV, Parquet and `datasets
 pictures.py   images opened with care; the labelled pictures behind bundled questions
 tasks.py      the bundled questions
 dataset.py    `load_examples`: any source as Examples by number
+held_out.py   a part of a data set for evaluation, with pictures that no other row shows
 streams.py    training examples without end, shuffled or mixed, with a position to save
 rows.py       rows written out again, their images beside the new file
 resample.py   a selection of questions whose accuracies have a wanted histogram

@@ -12,12 +12,16 @@ from typing import Any
 
 from perl.config import DataConfig
 from perl.data.columns import choose_layout, may_move, read_row, tell_once
+from perl.data.held_out import Shown, held_out_rows, shown_by
 from perl.data.pictures import Split, open_stored
 from perl.data.sources import Source, open_source
 from perl.data.tasks import BundledTasks
 from perl.data.videos import Frame, open_frame
 from perl.permutation import check_answer
+from perl.recipe import is_split, source_key, split_of
 from perl.types import Example, UserError
+
+log = logging.getLogger(__name__)
 
 BUNDLED = "bundled:"
 
@@ -27,15 +31,21 @@ def load_examples(
 ) -> Dataset:
     """The examples of a source; images are decoded one item at a time.
 
-    `source` is `bundled:digits`, `bundled:folder:PATH`, or what `open_source` takes. `limit` keeps that many examples: the first of the bundled
+    `source` is `bundled:digits`, `bundled:folder:PATH`, what `open_source` takes, or `split:SHARE`: what `config`
+    holds out of a training source, which then has only the other rows. `limit` keeps that many examples: the first of the bundled
     ones, a seeded sample of a file, in its order. Raises UserError for a source that cannot be read,
     is empty, or lacks columns.
     """
+    held, (share, of) = is_split(source), split_of(config) or (0.0, "")
+    apart = held or (split == "train" and share > 0 and source_key(source) == source_key(of))
+    source = of if held else source
     if not source:
         raise UserError(f"data.{'train' if split == 'train' else 'eval'} is empty; name a data set")
-    if source.startswith(BUNDLED):
+    if source.startswith(BUNDLED):  # They keep the pictures of both splits apart.
         return BundledTasks(source.removeprefix(BUNDLED), split, config, seed, limit)
-    return RowDataset(open_source(source, split), config, seed, limit)
+    rows = open_source(source, "train" if apart else split)
+    chosen = _apart(RowDataset(rows, config), share, config) if apart else None
+    return RowDataset(rows, config, seed, limit, chosen and chosen[not held])
 
 
 def validate(dataset: Dataset, inspect: Callable[[Example], None] = lambda _: None) -> None:
@@ -51,19 +61,57 @@ def validate(dataset: Dataset, inspect: Callable[[Example], None] = lambda _: No
             raise UserError(f"{dataset.place(i)}: {error}") from None
 
 
+def check_apart(measured: Dataset, trained: Sequence[Dataset]) -> None:
+    """Say how many examples to measure on show pictures that training shows too, as far as pictures are files.
+
+    Raises:
+        UserError: they are the same data.
+    """
+    if not isinstance(measured, RowDataset):
+        return
+    own, common = [measured.shown(i) for i in range(len(measured))], set()
+    names = {key for shown in own for key in shown}
+    for each in trained:
+        if not isinstance(each, RowDataset):
+            continue
+        if measured.source.identities & each.source.identities:
+            if measured.part:
+                continue
+            raise UserError(
+                f"data.eval is {each.source.name}, which is trained on, and has no split of its own to measure on; name "
+                "other data, or hold a part of it out with data.eval = split:0.05"
+            )
+        if all(map(os.path.isabs, each.shown(0))):
+            common |= {key for i in range(len(each)) for key in each.shown(i) if key in names}
+    if common:
+        log.warning(
+            "data.eval: %d of %d examples show pictures that training shows too, as %s: they may be answered by heart; "
+            "data.eval = split:0.05 would keep such rows together",
+            *(sum(not common.isdisjoint(shown) for shown in own), len(own), min(common)),
+        )
+
+
 class RowDataset:
-    """The rows of a file, folder or hub data set as Examples, or a seeded sample of `limit` of them."""
+    """The rows of a file, folder or hub data set as Examples, or a seeded sample of `limit` of them.
+
+    `rows` are those of the source to take, a part of it; None: all.
+    """
 
     def __init__(
-        self, source: Source, config: DataConfig, seed: int = 0, limit: int | None = None
+        self,
+        source: Source,
+        config: DataConfig,
+        seed: int = 0,
+        limit: int | None = None,
+        rows: Sequence[int] | None = None,
     ) -> None:
-        self.source = source
+        self.source, self.part = source, rows is not None
         self._image_root: Path | None = None
         if config.image_root:
             self._image_root = Path(os.path.abspath(Path(config.image_root).expanduser()))
         self.layout = choose_layout(config, source.row(0), source.place(0))
-        self._indices: Sequence[int] = range(len(source))
-        if limit is not None and limit < len(source):
+        self._indices: Sequence[int] = range(len(source)) if rows is None else rows
+        if limit is not None and limit < len(self._indices):
             self._indices = sorted(random.Random(f"{seed}/limit").sample(self._indices, limit))
         self.size = len(self._indices)
 
@@ -82,6 +130,15 @@ class RowDataset:
     def place(self, i: int) -> str:
         """How messages name example i."""
         return self.source.place(self._indices[i])
+
+    def shown(self, i: int) -> Shown:
+        """What example i shows, by which rows that share pictures are found; nothing if it cannot be read."""
+        index = self._indices[i]
+        try:
+            example = read_row(self.source.row(index), self.layout, "")
+        except UserError:
+            return {}
+        return shown_by(example, self.root_of(index))
 
     def read(self, row: Mapping[str, Any], index: int, *, decode: bool = True) -> Example:
         """The example of row `index` of the source, as `row` has it."""
@@ -119,6 +176,27 @@ class RowDataset:
         """Once for a source, however many of its rows are so."""
         about = (self.root_of(0), self.source.name, what)
         tell_once(logging.WARNING, f"{where}: {what} (said once)", about)
+
+
+_parts: dict[Any, tuple[list[int], list[int]]] = {}
+
+
+def _apart(dataset: RowDataset, share: float, config: DataConfig) -> tuple[list[int], list[int]]:
+    """The rows that are held out of a whole data set, and the others; each stage of a run asks for both."""
+    size, files = len(dataset), dataset.source.files
+    stamps = tuple(path.stat().st_mtime_ns for path in files)
+    key = (dataset.source.identities, size, stamps, share, replace(config, mix=()))
+    if key not in _parts:
+        shown = [dataset.shown(i) for i in range(size)]
+        held = held_out_rows(shown, share, dataset.source.name)
+        others = sorted(set(range(size)).difference(held))
+        pictures = len({key for i in held for key in shown[i]})
+        log.info(
+            "data.eval = split:%g: %d of the %d rows of %s are held out, with %d pictures that no other row shows",
+            *(share, len(held), size, dataset.source.name, pictures),
+        )
+        _parts[key] = held, others
+    return _parts[key]
 
 
 Dataset = BundledTasks | RowDataset

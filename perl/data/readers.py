@@ -47,6 +47,11 @@ class Source:
         """The folder that the image paths of row i start from."""
         return self.root
 
+    @property
+    def identities(self) -> frozenset[str]:
+        """Equal for the same rows by whatever name; one for each of several sources."""
+        return frozenset({os.path.realpath(self.files[0]) if self.files else self.name})
+
     def _as_object(self, row: Any, i: int) -> Mapping[str, Any]:
         if not isinstance(row, dict):
             raise UserError(
@@ -92,6 +97,10 @@ class ArrowRows(Source):
         files = [Path(each["filename"]) for each in dataset.cache_files]
         super().__init__(name, root, dataset.with_format("arrow"), files)
         self._features = _undecoded(dataset.features)
+
+    @property
+    def identities(self) -> frozenset[str]:
+        return frozenset({self._rows._fingerprint})
 
     def row(self, i: int) -> Mapping[str, Any]:
         return self._features.decode_example(self._rows[i : i + 1].to_pylist()[0])
@@ -148,6 +157,10 @@ class Several(Source):
     def root_of(self, i: int) -> Path:
         source, own = self._at(i)
         return source.root_of(own)
+
+    @property
+    def identities(self) -> frozenset[str]:
+        return frozenset().union(*(source.identities for source in self._rows))
 
     def _at(self, i: int) -> tuple[Source, int]:
         if not 0 <= i < len(self):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,6 +25,8 @@ from perl.recipe import (
 )
 from perl.types import Example, UserError
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Train(Command):
@@ -35,7 +38,7 @@ class Train(Command):
 
         --data.train        your data: a file, a folder, a hub data set
         --model.path        the model to train: a folder or a hub name
-        --data.eval         what is measured on: a file of its own, or nothing
+        --data.eval         what is measured on: data of its own, or split:0.05 of data.train
         --reward.functions  what a completion is worth, with --reward.weights; names or file.py:function
         --train.steps       how long; --train.examples-per-step questions each
         --rollout.*         completions per order of the images, their length, the temperature
@@ -175,7 +178,7 @@ def _check_kept(command: Train, folder: RunFolder) -> None:
 def _check(config: Config) -> None:
     """Find mistakes before anything is written or removed."""
     from perl.config import EVAL_SEED
-    from perl.data.dataset import load_examples, validate
+    from perl.data.dataset import check_apart, load_examples, validate
     from perl.permutation import check_moves
     from perl.recipe import measured_function, plan
     from perl.rewards.scorer import Scorer
@@ -200,6 +203,18 @@ def _check(config: Config) -> None:
             datasets[key] = load_examples(
                 own.data.eval, own.data, "test", EVAL_SEED, own.eval.examples
             )
+    trained, measured = (
+        [dataset for (use, *_), dataset in datasets.items() if use == wanted]
+        for wanted in ("train", "eval")
+    )
+    for dataset in measured:
+        check_apart(dataset, trained)
+    asked = config.eval.examples and any(stage.kind == "rl" for stage in plan(config))
+    if asked and not measured and is_main_process():
+        log.info(
+            "data.eval is empty, so nothing is measured before and after RL; data.eval = split:0.05 would hold that share "
+            "of data.train out"
+        )
     processor = check_setup(config)
     for key, dataset in datasets.items():
         scorers = [Scorer(functions, (1.0,) * len(functions)) for functions in rewards.get(key, ())]

@@ -107,7 +107,8 @@ class Components:
         if left is None:
             return source, data
         columns = "auto" if source.startswith(BUNDLED) else data.columns
-        return str(left), replace(data, image_root="", columns=columns)
+        # Nothing that is held out is left in it.
+        return str(left), replace(data, image_root="", columns=columns, eval="")
 
     def held_out(self) -> Dataset:
         """The examples that are measured on."""
