@@ -138,3 +138,16 @@ class Policy(nn.Module):
             return
         merged = cast(Any, copy.deepcopy(self.model)).merge_and_unload()
         merged.save_pretrained(folder)
+
+    def save_adapter(self, folder: Path, base: str) -> None:
+        """Write the LoRA adapters in peft's format.
+
+        Args:
+            base: the model folder or hub name that they lie over, which the adapter tells those that load it.
+        """
+        local = Path(base).expanduser()
+        model = cast(Any, self.model)
+        model.active_peft_config.base_model_name_or_path = (
+            str(local.resolve()) if local.exists() else base
+        )
+        model.save_pretrained(folder, save_embedding_layers=False)

@@ -83,6 +83,11 @@ def prepared(model: Any, config: ModelConfig, family: Family | None, folder: str
     return cast(nn.Module, wrapped)
 
 
+def trains_adapters_alone(policy: nn.Module) -> bool:
+    """Whether all that training changes of a policy are LoRA adapters."""
+    return all("lora_" in name for name, p in policy.named_parameters() if p.requires_grad)
+
+
 def _adapted(model: nn.Module, targets: Sequence[str], decoder: str) -> str:
     """A regular expression for the layers that get adapters.
 

@@ -7,7 +7,7 @@ import random
 from perl.data.tasks import with_noise
 from perl.model.head import SUPERVISED
 from perl.recipe import Stage
-from perl.training.components import save_model
+from perl.training.export import save_model
 from perl.training.optimizer import Schedule
 from perl.training.session import Session
 from perl.types import Example, Segment, UserError, Variant

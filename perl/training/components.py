@@ -227,17 +227,6 @@ def model_folder(config: Config, stage: Stage, folder: RunFolder, accelerator: A
     return str(target)
 
 
-def save_model(components: Components, name: str) -> Path:
-    """Export model and processor as an ordinary model folder under `models/`."""
-    target = components.folder.models / name
-    if components.is_main:
-        with replacing(target, folder=True) as temporary:
-            components.policy.save_pretrained(temporary)
-            components.processor.save(temporary)
-    components.accelerator.wait_for_everyone()
-    return target
-
-
 def training_sources(config: Config) -> list[tuple[str, float]]:
     """`data.train` and what is mixed into it, with weights."""
     return [(config.data.train, 1.0), *read_mix(config.data.mix)]

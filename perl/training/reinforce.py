@@ -15,11 +15,12 @@ from perl.evaluation.agreement import group_agreement
 from perl.model.head import HeadLoss, make_policy_loss, needs_reference
 from perl.model.loading import load_policy
 from perl.model.packed.pack import packing_report
+from perl.model.weights import trains_adapters_alone
 from perl.recipe import Stage
 from perl.report.metrics import mean
 from perl.rollout.collect import Collected
 from perl.training.balancing import ModelFlops, share_out
-from perl.training.components import save_model
+from perl.training.export import save_model
 from perl.training.measure import measure
 from perl.training.optimizer import Schedule
 from perl.training.session import Session
@@ -135,10 +136,9 @@ class Reference:
         config, components = session.config, session.components
         self.without_adapters = nullcontext
         self.own_tower = False
-        trained = (name for name, p in components.policy.named_parameters() if p.requires_grad)
         start = session.trained_before
         # Adapters start at zero, so without them the policy is what it started from: no second copy of the weights.
-        if start is None and all("lora_" in name for name in trained):
+        if start is None and trains_adapters_alone(components.policy):
             self.head, self.without_adapters = components.head, components.policy.without_adapters
             return
         path = str(session.folder.models / start) if start else components.model_path

@@ -100,9 +100,7 @@ class Session:
         self._started = time.perf_counter() - self.progress.elapsed
         self._saved_point = (self.progress.stage, self.progress.step)
         stage, step = self.progress.stage, self.progress.step
-        here = self.points.index(stage)
-        before = sum(s.steps for s in self.stages if self.points.index(s.name) < here)
-        self._again_from = before + step + 1
+        self._again_from = self.progress.steps + 1
         where = "the run is finished" if stage == "done" else f"resuming {stage} after step {step}"
         self.display.say(f"{where} ({self._checkpoint})")
 

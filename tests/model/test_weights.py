@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import pytest
 import torch
 
 from perl.config import Config, ModelConfig
-from perl.model.loading import load_policy, load_processor
+from perl.model.loading import check_model, load_policy, load_processor
 from perl.model.policy import Policy
 from perl.model.sources import layers_of
 from perl.recipe import save_config
 from perl.training.checkpoint import CheckpointManager, Progress
+from tests.messages import refused
 
 CPU = torch.device("cpu")
 LORA = {"lora_rank": 2, "lora_alpha": 3.0}
@@ -53,6 +55,95 @@ def exported(policy: Policy, folder: Path, processor: Path) -> Path:
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_adapter_makes_the_merged_model_in_peft_and_here(
+    tmp_path: Path, tiny_folder: Folder
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    base = tiny_folder("tiny-qwen2.5-vl")
+    policy = trained(base, freeze_vision=True, **LORA)
+    policy.save_adapter(tmp_path / "adapter", str(base))
+    final = exported(policy, tmp_path / "final", base)
+    theirs = [AutoModelForImageTextToText.from_pretrained(f).eval() for f in (base, final)]
+    plain, merged = theirs[0], theirs[1]
+    ids = torch.arange(3, 12)[None]
+    before, expected = (model(input_ids=ids).logits for model in (plain, merged))
+    # peft reads the model's name from the adapter.
+    named = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert named["base_model_name_or_path"] == str(base)
+    found = PeftModel.from_pretrained(plain, tmp_path / "adapter")(input_ids=ids).logits
+    assert torch.allclose(found, expected, atol=1e-5) and not torch.allclose(
+        before, expected, atol=0.1
+    )
+    assert same(weights_of(tmp_path / "adapter"), weights_of(final))
+    # New adapters over it are trained from the merged weights.
+    config = ModelConfig(path=str(tmp_path / "adapter"), lora_rank=4)
+    with torch.no_grad():
+        again = load_policy(config.path, config, CPU).base(input_ids=ids).logits
+    assert torch.allclose(again, expected, atol=1e-5)
+
+
+def damaged(**changes: Any) -> Callable[[Path], None]:
+    """Of an adapter's config."""
+
+    def change(folder: Path) -> None:
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "names"),
+    [
+        (damaged(base_model_name_or_path=None), ["base_model_name_or_path"]),
+        (damaged(base_model_name_or_path="/no/model"), ["/no/model"]),
+        (damaged(peft_type="IA3"), ["IA3", "LORA"]),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").unlink(),
+            ["adapter_model.safetensors"],
+        ),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x" * 99), ["damaged"]),
+        (damaged(r=3), ["adapter"]),
+        (damaged(target_modules=["up_proj"]), ["adapter"]),
+    ],
+    ids=[
+        "no base",
+        "a base that is not there",
+        "another kind",
+        "no weights",
+        "damaged",
+        "another rank",
+        "other layers",
+    ],
+)
+def test_adapters_that_do_not_fit(
+    damage: Callable[[Path], None], names: list[str], tmp_path: Path, tiny_folder: Folder
+) -> None:
+    base = tiny_folder("tiny-qwen2.5-vl")
+    folder = tmp_path / "adapter"
+    trained(base, freeze_vision=True, **LORA).save_adapter(folder, str(base))
+    damage(folder)
+    with refused("model.path", *names):
+        weights_of(folder)
+
+
+def test_an_adapter_over_itself_is_refused(tmp_path: Path) -> None:
+    text = json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(tmp_path)})
+    (tmp_path / "adapter_config.json").write_text(text)
+    with refused("adapter_config.json"):
+        check_model(str(tmp_path))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, tiny_folder: Folder) -> None:
+    base = tiny_folder("tiny-qwen2.5-vl")
+    run = tmp_path / "run"
+    checkpoint = checkpoint_of(trained(base, **LORA), run, path=str(base), lora_rank=3)
+    with refused(checkpoint, "config.toml", "[model]"):
+        weights_of(checkpoint)
 
 
 @pytest.mark.parametrize(
