@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import errno
 import importlib
 import io
 import logging
@@ -18,7 +17,8 @@ from dataclasses import fields, replace
 from typing import Any
 
 from perl.config import Command, Config, MeasureConfig
-from perl.types import Interrupted, UserError
+from perl.failures import explain, summed_up
+from perl.types import Interrupted, RunFailed, UserError
 
 COMMANDS = {
     "train": ("perl.training.commands:Train", "recipe", "train a model by a recipe"),
@@ -68,45 +68,27 @@ defaults of `train` are known only once its recipe has been read.
 """
 _WITHOUT_TARGET = {"-h", "--help", "--list", "--list-suites"}
 
-# What the extra `train` installs, by the names they are imported by.
-_TRAIN_PACKAGES = {
-    *("transformers", "accelerate", "datasets", "huggingface_hub", "tokenizers", "peft"),
-    *("safetensors", "sklearn", "scipy", "tensorboard", "matplotlib", "jinja2", "openai"),
-}
-
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command and exit: 0 done, 2 a user's mistake (one line says which), 130 interrupted."""
+    """Run a command and exit: 0 done, 1 a run failed, 2 a user's mistake (one line says which), 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
-    trains = arguments[:1] in (["train"], ["resume"])
     try:
         code = _run(arguments)
-    except UserError as error:
-        code = _fail(str(error), debug)
-    except KeyboardInterrupt:
-        further = "; go on from the last checkpoint, if there is one, with perl-rl resume RUN"
-        code = _stopped(f"stopped at once{further if trains else ''}")
+    except KeyboardInterrupt as stop:
+        code = _stopped(summed_up(stop, "stopped at once"))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except OSError as error:
-        code = _fail(_about_files(error), debug)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _TRAIN_PACKAGES:
+    except RunFailed as error:
+        code = _fail(str(error), debug, 1)
+    except Exception as error:
+        what = explain(error)
+        if what is None:
             raise
-        code = _fail(f"{package} is not installed; pip install 'perl-rl[train]'", debug)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not to be imported here
-            raise
-        code = _fail(
-            "out of GPU memory: lower train.tokens_per_micro_batch or rollout.batch_size, or set "
-            "model.gradient_checkpointing"
-            + (", and go on with perl-rl resume RUN; the last checkpoint stands" if trains else ""),
-            debug,
-        )
-    if "perl.distributed" in sys.modules:
+        code = _fail(summed_up(error, what), debug, 2)
+    # What failed in this process alone ends it at once: the others wait for it elsewhere.
+    if code != 1 and "perl.distributed" in sys.modules:
         sys.modules["perl.distributed"].shutdown()
     sys.exit(code)
 
@@ -260,23 +242,13 @@ class _ToStderr(logging.Handler):
             print(self.format(record), file=sys.stderr)
 
 
-def _fail(message: str, debug: bool) -> int:
+def _fail(message: str, debug: bool, code: int) -> int:
     if debug:
         traceback.print_exc()
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return code
 
 
 def _stopped(message: str) -> int:
     print(message, file=sys.stderr)
     return 130
-
-
-def _about_files(error: OSError) -> str:
-    """What a disk, a folder or a file would not do, and what helps."""
-    what = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"{what}; free some space and go on with perl-rl resume RUN, the last checkpoint stands"
-        )
-    return f"{what}; choose a folder or file that can be read and written (--debug shows where)"

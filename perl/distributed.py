@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -16,6 +17,8 @@ import torch
 from perl.timing import span
 from perl.types import UserError
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 _TIMEOUT = timedelta(hours=2)
@@ -29,6 +32,8 @@ class Processes:
         self.accelerator = accelerator
         self.count: int = accelerator.num_processes
         self.index: int = accelerator.process_index
+        self.error: BaseException | None = None
+        """This process's own error that `jointly` has stopped all processes for."""
 
     def total(self, *counts: float) -> list[float]:
         """Each count summed over all processes."""
@@ -79,21 +84,30 @@ class Processes:
 
     @contextmanager
     def jointly(self) -> Iterator[None]:
-        """A block without reductions after which every process goes on, or all stop for one's mistake.
+        """A block without reductions after which every process goes on, or all stop for one's error.
 
         Raises:
-            UserError: this process's own, or one that points to the process that had it.
+            Exception: this process's own.
+            UserError: points to the process that had one.
         """
-        error: UserError | None = None
+        error: BaseException | None = None
         try:
             yield
-        except UserError as raised:
+        except (Exception, SystemExit) as raised:
             error = raised
         failed = self.any(error is not None)
         if error is not None:
+            self.error = error
             raise error
         if failed:
             raise UserError("another process of this run stopped; its message says why")
+
+    def share(self, error: BaseException) -> bool:
+        """Whether all processes stop for this error: one of `jointly`, or a UserError, which by convention all raise.
+
+        Any other is this process's alone. The others wait for it in a reduction, so that it must reduce nothing any more.
+        """
+        return self.count == 1 or error is self.error or isinstance(error, UserError)
 
 
 def process_state() -> Any:
@@ -103,8 +117,8 @@ def process_state() -> Any:
     return PartialState(cpu=not torch.cuda.is_available(), timeout=_TIMEOUT)
 
 
-def on_main_process(action: Callable[[], None]) -> None:
-    """Do something in the first process while the others wait; its UserError stops all of them."""
+def on_main_process(action: Callable[[], object]) -> None:
+    """Do something in the first process while the others wait; its error stops all of them."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         action()
         return
@@ -112,6 +126,20 @@ def on_main_process(action: Callable[[], None]) -> None:
     with Processes(_Reducer(state)).jointly():
         if state.is_main_process:
             action()
+
+
+def warn_if_alone() -> None:
+    """Say so if `accelerate launch` was asked for several processes and started one, as it does on the CPU.
+
+    Its launcher of one process sets an address to meet at only if several were asked for.
+    """
+    started = {"WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"}
+    launched = {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys()
+    if launched and not started & os.environ.keys():
+        logger.warning(
+            "accelerate launch was asked for several processes and has started ONE, as it does on the CPU; "
+            "for several start torchrun --nproc-per-node N -m perl ..."
+        )
 
 
 def shutdown() -> None:

@@ -12,7 +12,9 @@ import re
 import shutil
 import socket
 import sys
+import time
 import tomllib
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -42,13 +44,14 @@ class RunFolder:
         self.checkpoints = root / "checkpoints"
         self.models = root / "models"
         self.summary = root / "summary.json"
+        self.filtered = root / "filtered"
 
     def create(self, overwrite: bool) -> None:
         """Make the folder.
 
         Raises:
             UserError: it is there already and not empty; `overwrite` puts it aside, if it is a run folder,
-                until the new run has a checkpoint.
+                until the new run has begun.
         """
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"run.dir = {self.root} is a file; choose another --run.dir")
@@ -68,7 +71,7 @@ class RunFolder:
 
     def _put_aside(self) -> None:
         root = self.root.resolve()
-        if self._replaced.exists() and not self.has_checkpoint():
+        if self._replaced.exists() and not self.has_begun():
             shutil.rmtree(root)  # What lies aside is worth more than a run that never began.
             return
         shutil.rmtree(self._replaced, ignore_errors=True)
@@ -79,20 +82,37 @@ class RunFolder:
         root = self.root.resolve()
         return root.with_name(f".{root.name}.replaced")
 
-    def has_checkpoint(self) -> bool:
-        """Whether there is anything to go on from, for one seed or several."""
-        return any(self.root.glob("checkpoints/step-*")) or any(
-            self.root.glob("seed-*/checkpoints/step-*")
+    def has_begun(self) -> bool:
+        """Whether anything is there that took work, for one seed or several: a checkpoint, a line of a record, questions
+        that a filter has measured."""
+        parts = [RunFolder(root) for root in (self.root, *self.root.glob("seed-*"))]
+        return any(
+            any(part.checkpoints.glob("[!.]*"))
+            or any(part.positions().values())
+            or any(part.filtered.glob("*.jsonl"))
+            for part in parts
         )
 
     def settle(self) -> None:
         """Drop what was replaced if the new run has begun; else drop the new one and put the old back."""
-        if self.has_checkpoint():
+        if self.has_begun():
             shutil.rmtree(self._replaced, ignore_errors=True)
             return
         shutil.rmtree(self.root.resolve(), ignore_errors=True)
         if self._replaced.exists():
             self._replaced.rename(self.root.resolve())
+
+    def keep_trace(self, error: BaseException) -> Path | None:
+        """Add the whole trace of an error to `error.log`, which each process has its own of; None if that fails too."""
+        rank = int(os.environ.get("RANK", "0"))
+        path = self.root / (f"error-{rank}.log" if rank else "error.log")
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                print(time.strftime("%Y-%m-%d %H:%M:%S"), file=file)
+                traceback.print_exception(error, file=file)
+        except OSError:
+            return None
+        return path
 
     def is_run(self) -> bool:
         """Whether a run lives here: its config.toml has the sections of a recipe with every key."""
@@ -192,6 +212,8 @@ def keep_rows(path: Path, count: int) -> None:
 def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
     """A temporary path beside `path`, a new folder if asked for, that takes its place when the block ends well.
 
+    The folder's files get the permissions of the umask: safetensors makes its own for the owner alone.
+
     Raises:
         OSError: also where safetensors, whose own error only tells the number in its text, cannot write.
     """
@@ -202,6 +224,8 @@ def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         if folder:
+            for file in (p for p in temporary.rglob("*") if p.is_file()):
+                file.chmod(temporary.stat().st_mode & 0o666)
             _remove(path)  # A folder that is there and not empty cannot be replaced in one step.
         os.replace(temporary, path)
     except Exception as error:

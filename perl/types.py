@@ -25,6 +25,11 @@ class Interrupted(Exception):
     """The run was asked to stop and has saved itself."""
 
 
+class RunFailed(Exception):
+    """An error that is nobody's mistake ended a run: one line that says which, where, what is kept and how to go on. Exit
+    code 1."""
+
+
 def one_line(value: object, limit: int = 200) -> str:
     """A value as one line of a message, cut at `limit` characters."""
     text = " ".join(str(value).split())

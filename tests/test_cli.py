@@ -150,15 +150,15 @@ def test_without_network_the_hub_is_given_up_within_seconds(
             ["train"],
             [
                 *("train.tokens_per_micro_batch", "rollout.batch_size"),
-                *("model.gradient_checkpointing", "perl-rl resume", "RUN"),
+                "model.gradient_checkpointing",
             ],
         ),
         (
             OSError(errno.ENOSPC, "No space", "/full"),
             ["train"],
-            ["/full", "space", "perl-rl resume", "RUN"],
+            ["/full", "space"],
         ),
-        (OSError(errno.EDQUOT, "Quota", "/q"), ["report"], ["/q", "perl-rl resume", "RUN"]),
+        (OSError(errno.EDQUOT, "Quota", "/q"), ["report"], ["/q", "space"]),
         (PermissionError(errno.EACCES, "No", "/mine"), ["train"], ["/mine", "--debug"]),
     ],
     ids=["package", "memory", "space", "quota", "rights"],
@@ -181,18 +181,11 @@ def test_what_is_nobodys_mistake_is_raised(monkeypatch: pytest.MonkeyPatch) -> N
             cli.main(["train"])
 
 
-@pytest.mark.parametrize(
-    ("command", "names"), [("train", ["perl-rl resume", "RUN"]), ("report", [])]
-)
 def test_an_interrupt_is_code_130(
-    command: str,
-    names: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "_run", Mock(side_effect=KeyboardInterrupt))
-    assert run(command) == 130
-    said = capsys.readouterr().err
-    if names:
-        tells(said, *names)
-    assert ("resume" in said) == bool(names)
+    stop = KeyboardInterrupt()
+    stop.add_note("go on with perl-rl resume RUN")
+    monkeypatch.setattr(cli, "_run", Mock(side_effect=stop))
+    assert run("train") == 130
+    tells(capsys.readouterr().err, "stopped", "perl-rl resume", "RUN")

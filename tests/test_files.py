@@ -67,7 +67,7 @@ def test_a_run_without_a_checkpoint_comes_back_too_and_one_that_never_began_leav
     folder.create(overwrite=True)
     folder.settle()
     assert folder.summary.read_text() == "first"
-    assert folder.is_run() and not folder.has_checkpoint()
+    assert folder.is_run() and not folder.has_begun()
     folder.settle()
     assert names(tmp_path / "runs") == []
     folder.create(overwrite=False)

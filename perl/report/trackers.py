@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from perl.config import Config
 from perl.files import RunFolder, write_json
 from perl.report.gallery import Rows
 from perl.types import UserError, one_line
+
+logger = logging.getLogger(__name__)
 
 _PROJECT = re.compile(r"[^/\\#?%:]{1,128}")
 """What wandb takes. TensorBoard makes a folder of it."""
@@ -102,19 +105,34 @@ class Trackers:
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         """Numbers of a step, counted over all stages."""
-        self.accelerator.log(dict(numbers), step=step)
+        self._each(lambda tracker: tracker.log(dict(numbers), step=step))
 
     def show(self, rows: Rows, step: int) -> None:
         """Lines of rollouts.jsonl with all their pictures: a table where there are tables, else strips and texts."""
-        for tracker in self.accelerator.trackers if rows else ():
+
+        def show(tracker: Any) -> None:
             if tracker.name == "tensorboard":
                 self._show_strips(tracker.tracker, rows, step)
             elif tracker.name in ("wandb", "trackio"):
                 tracker.log({f"{rows[0]['stage']}/rollouts": self._table(tracker.name, rows)}, step)
 
+        if rows:
+            self._each(show)
+
     def finish(self) -> None:
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
+        self._each(lambda tracker: tracker.finish())
+
+    def _each(self, use: Callable[[Any], None]) -> None:
+        """One that fails, as without its server or on a full disk, is left out from then on: no run ends for it."""
+        for tracker in list(self.accelerator.trackers):
+            try:
+                use(tracker)
+            except Exception as error:
+                self.accelerator.trackers.remove(tracker)
+                logger.warning(
+                    "%s fails (%s: %s) and is left out from now on; metrics.jsonl has everything",
+                    *(tracker.name, type(error).__name__, one_line(error)),
+                )
 
     def _names(self) -> tuple[str, str | None]:
         """`run.name`, or WANDB_NAME, or the folder's; of a seed with its number, and the name that all seeds share."""

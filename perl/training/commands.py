@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from perl.config import Command, Config
+from perl.failures import explain, summed_up
 from perl.files import RunFolder, is_main_process
+from perl.lock import locked, refuse_if_running
 from perl.model.sources import newest_model
 from perl.recipe import (
     DEFAULT_RECIPE,
@@ -22,8 +25,9 @@ from perl.recipe import (
     recipe_names,
     save_config,
     to_toml,
+    with_absolute_paths,
 )
-from perl.types import Example, UserError
+from perl.types import Example, Interrupted, RunFailed, UserError
 
 log = logging.getLogger(__name__)
 
@@ -65,18 +69,23 @@ class Train(Command):
         if not config.run.dir:
             raise UserError("run.dir is empty; name a folder with --run.dir")
         folder = RunFolder(Path(config.run.dir))
+        # Before the data are read, which may take long; and again where the folder is taken.
+        on_main_process(partial(refuse_if_running, folder.root))
         if self.resume and folder.config.exists():
-            _go(_stored(folder, config), folder, resume=True)
+            _resume(folder, config)
             return
         if self.overwrite:
             _check_kept(self, folder)
         _check(config)
-        on_main_process(partial(_begin, config, folder, self.overwrite))
-        try:
-            _go(config, folder, resume=False)
-        finally:
-            if is_main_process():
-                folder.settle()
+        config = with_absolute_paths(config)
+        with ExitStack() as held:
+            on_main_process(lambda: held.enter_context(locked(folder.root)))
+            on_main_process(partial(_begin, config, folder, self.overwrite))
+            try:
+                _go(config, folder, resume=False)
+            finally:
+                if is_main_process():
+                    folder.settle()
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,7 @@ class Resume(Command):
             raise UserError(
                 f"{self.run} is no run folder: it has no config.toml; start one with perl-rl train"
             )
-        _go(_stored(folder), folder, resume=True)
+        _resume(folder)
 
 
 @dataclass(frozen=True)
@@ -145,11 +154,19 @@ def _begin(config: Config, folder: RunFolder, overwrite: bool) -> None:
     save_config(config, folder.config)
 
 
+def _resume(folder: RunFolder, asked: Config | None = None) -> None:
+    from perl.distributed import on_main_process
+
+    with ExitStack() as held:
+        on_main_process(lambda: held.enter_context(locked(folder.root)))
+        _go(_stored(folder, asked), folder, resume=True)
+
+
 def _stored(folder: RunFolder, asked: Config | None = None) -> Config:
     """The settings of a run that is there; says so where others were asked for."""
     config = read_config(folder.config)
     config = replace(config, run=replace(config.run, dir=str(folder.root)))
-    ignored = differences(config, asked) if asked else []
+    ignored = differences(config, with_absolute_paths(asked)) if asked else []
     if ignored and is_main_process():
         print(f"going on with {folder.config}; not used: {', '.join(ignored)}", file=sys.stderr)
     return config
@@ -248,19 +265,45 @@ def _check_filter(name: str, config: Config, size: int | None) -> None:
 
 
 def _go(config: Config, folder: RunFolder, resume: bool) -> None:
+    from perl.distributed import warn_if_alone
     from perl.report.page import write_report
     from perl.report.progress import Display
     from perl.training.summary import print_summary
     from perl.training.train import train
-    from perl.types import Interrupted
 
+    warn_if_alone()
     try:
         with Display(enabled=is_main_process()) as display:
             summary = train(config, folder, display, resume)
     except Interrupted as stop:
-        raise Interrupted(f"{stop}; go on with perl-rl resume {folder.root}") from None
+        raise Interrupted(f"{stop}; {_further(folder, resume)}") from None
+    except (Exception, KeyboardInterrupt) as error:
+        error.add_note(_further(folder, resume))
+        if isinstance(error, Exception) and (resume or folder.has_begun()):
+            _tell(error, folder)
+        raise
     if not is_main_process():
         return
     report = write_report(folder.root)
     print_summary(summary, str(folder.root))
     print(f"report: {report}")
+
+
+def _further(folder: RunFolder, resume: bool) -> str:
+    """How to go on with what a run has left."""
+    if resume or folder.has_begun():
+        return f"go on with perl-rl resume {folder.root}"
+    return f"no step was complete, so {folder.root} is not kept"
+
+
+def _tell(error: Exception, folder: RunFolder) -> None:
+    """Keep the trace in the run folder.
+
+    Raises:
+        RunFailed: in place of an error that would be shown as a trace.
+    """
+    trace = folder.keep_trace(error)
+    if trace is None or explain(error) is not None:
+        return
+    error.add_note(f"the trace is in {trace}")
+    raise RunFailed(summed_up(error)) from error

@@ -186,9 +186,9 @@ class Optimizer:
         lr = self.schedule(number)
         for group in self.adamw.param_groups:
             group["lr"] = lr
+        self.updates += 1  # Also one that fails half-way has changed some weights.
         with span("optimizer"):
             self.adamw.step()
-        self.updates += 1
         # Features that the rollouts and the log-probs shared are those of the old tower.
         if self.policy.vision.trained:
             self.policy.vision.clear_cache()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from perl.config import Config
 from perl.data.streams import Drawn, Stream
@@ -21,7 +24,7 @@ from perl.timing import peak_rss_bytes
 from perl.training.checkpoint import CheckpointManager, Progress
 from perl.training.components import Components, build
 from perl.training.optimizer import Optimizer, Schedule
-from perl.types import Example, Interrupted, PackedBatch, Segment, UserError
+from perl.types import Example, Interrupted, PackedBatch, Segment, UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +81,7 @@ class Session:
         self._checkpoint = None
         self._replay_state: dict[str, Any] | None = None
         self._recorded_updates = 0
+        self._rng = torch.get_rng_state()
         self._started = time.perf_counter()
 
     def restore(self) -> None:
@@ -219,18 +223,23 @@ class Session:
 
     def record_step(self, step: int, row: dict[str, Any], shown: dict[str, float]) -> None:
         """A step is complete: write its metrics down, and show some of them behind the progress bar."""
-        self.progress.step, self.progress.ended = step + 1, False
-        self.progress.streams[self.stage.name] = self.source.stream.state_dict()
         lap = self.components.watch.lap()  # Of this step, also where its row is not written.
         if self.components.is_main and (step + 1) % self.config.run.log_every == 0:
             number = self.first_step + step + 1
             here = {"stage": self.stage.kind, "step": number, "name": self.stage.name}
             self.record({**here, **row, **lap})
+        self.progress.step, self.progress.ended = step + 1, False
+        self.progress.streams[self.stage.name] = self.source.stream.state_dict()
         self.display.advance(numbers=shown)
         # Between steps: one that fails has already taken groups out, and a resumed run takes it again.
         replay = self.components.collector.replay
         self._replay_state = replay.state_dict() if replay.active else None
         self._recorded_updates = self.optimizer.updates if self.optimizer else 0
+        self._mark()
+
+    def _mark(self) -> None:
+        """What else a checkpoint of this point says, also one that is written when the next step has failed."""
+        self.progress.records, self._rng = self.folder.positions(), torch.get_rng_state()
 
     def end_step(self, step: int) -> None:
         """Checkpoint when due; stop if requested.
@@ -239,6 +248,7 @@ class Session:
             Interrupted: stop was requested; the step has been saved.
         """
         self.progress.ended = True
+        self._mark()
         every = self.config.run.checkpoint_every
         stop = self.processes.any(self.stop.requested)
         if stop or (every and (step + 1) % every == 0):
@@ -275,33 +285,68 @@ class Session:
         return self.taken(self._earlier) + here
 
     def save(self) -> None:
-        """A checkpoint of the last complete step."""
+        """A checkpoint of the last complete step; all processes take part."""
+        self._mark()
+        self._save(together=True)
+
+    def _save(self, together: bool) -> None:
         here = (self.progress.stage, self.progress.step)
         if here == self._saved_point:
             return
         own = self._replay_state
         states = self.processes.gather([own]) if own is not None else []
-        with self.components.watch("checkpoint"):
+        agreed = self.processes.jointly() if together else nullcontext()
+        with self.components.watch("checkpoint"), agreed:
             if self.components.is_main:
                 self.progress.elapsed = self.elapsed
                 self.progress.seconds = dict(self.components.watch.total_seconds)
-                self.progress.records = self.folder.positions()
                 self.checkpoints.save(
                     self.components.policy,
                     self.optimizer.adamw if self.optimizer else None,
                     self.progress,
                     lambda folder: save_replay(folder, states),
                 )
-            self.components.accelerator.wait_for_everyone()
         self._saved_point = here
 
-    def rescue(self, error: UserError) -> None:
-        """Keep what was done before a user's mistake, raised in every process, stopped the run."""
+    def rescue(self, error: BaseException) -> None:
+        """Save the last complete step for an error that ends the run, and note on the error where it came and what is saved.
+
+        It stays the error that is raised, whatever goes wrong here. The others of several processes do not come for an error
+        of one alone: the first then saves by itself, unless stored groups of the others belong to the checkpoint.
+        """
         self.display.close()
-        # A step of several updates that failed behind its first has changed the weights: they are those of no step.
+        error.add_note(self._where())
+        together = self.processes.share(error)
+        alone = self.components.is_main and self._replay_state is None
+        # A step that failed behind its first update has changed the weights: they are those of no step.
         updates = self.optimizer.updates if self.optimizer else self._recorded_updates
-        if self.progress.step > 0 and updates == self._recorded_updates:
-            self.save()
-            logger.info(
-                "kept %s step %d before: %s", self.progress.stage, self.progress.step, error
-            )
+        begun = self.progress.step > 0 or any(self.folder.positions().values())
+        whole = begun and updates == self._recorded_updates
+        if whole and (together or alone):
+            if isinstance(error, KeyboardInterrupt):
+                logger.info("saving %s step %d first", self.progress.stage, self.progress.step)
+            # Dropout of the step that failed has drawn from the generator.
+            torch.set_rng_state(self._rng)
+            try:
+                self._save(together)
+            except (Exception, KeyboardInterrupt) as further:
+                logger.warning(
+                    "%s step %d could not be saved: %s",
+                    *(self.progress.stage, self.progress.step, one_line(further)),
+                )
+        if self._saved_point and self.components.is_main:
+            stage, step = self._saved_point
+            error.add_note(f"saved: {stage} step {step}" if step else f"saved: all before {stage}")
+        if not together:
+            error.add_note("other processes of this run may have a message of their own")
+
+    def _where(self) -> str:
+        """The point that the run has come to, in words."""
+        stage, step = self.progress.stage, self.progress.step
+        if stage != self.stage.name:
+            told = {"before": "before RL", "after": "after RL"}.get(stage, stage)
+            return "at the end" if stage == "done" else f"in the evaluation {told}"
+        if not self.stage.steps:
+            return f"in {stage}"
+        inside = self.progress.ended and step < self.stage.steps
+        return f"in {stage} step {step + 1}" if inside else f"after {stage} step {step}"

@@ -24,7 +24,7 @@ from perl.training.measure import measure
 from perl.training.reinforce import reinforce
 from perl.training.session import Session
 from perl.training.summary import summarise, summarise_seeds
-from perl.types import UserError
+from perl.types import Interrupted
 
 
 def train(
@@ -33,7 +33,9 @@ def train(
     """Run a recipe, for one seed or for each of `run.seeds`, and return what `summary.json` holds.
 
     Raises:
-        UserError: a mistake in config, data, model or reward; what was done is kept in a checkpoint.
+        UserError: a mistake in config, data, model or reward.
+        Exception: whatever else ends a run. Of every error the last complete step is kept in a checkpoint, if the weights are
+            still that step's, and the error's notes say where it came and what is saved.
         Interrupted: stopped by a signal, after a checkpoint.
     """
     if not config.run.seeds:
@@ -62,25 +64,37 @@ def _train_seed(
             session.restore()
         session.start_trackers()
         try:
-            for stage in session.stages:
-                session.enter_stage(stage)
-                if stage.kind == "rl" and stage.number == 0:
-                    _measure_once(session, "before", 0)
-                RUNS[stage.kind](session, stage)
-                if f"after {stage.name}" in session.points:
-                    _measure_once(
-                        session, f"after {stage.name}", session.first_step + session.taken([stage])
-                    )
-            of_rl = [s for s in session.stages if s.kind == "rl"]
-            _measure_once(session, "after", session.taken(of_rl))
-        except UserError as error:
+            summary = _run_stages(session)
+        except Interrupted:
+            raise
+        except (Exception, KeyboardInterrupt) as error:
             session.rescue(error)
             raise
-        save_model(session.components, "final")
-        summary = summarise(session)
-        if session.components.is_main:
-            write_json(folder.summary, summary)
-        session.trackers.finish()
+        except SystemExit as stop:
+            # Of some library or a reward: a run must not end as if it were done.
+            error = RuntimeError(f"something called exit({stop.code!r})")
+            session.rescue(error)
+            raise error from stop
+        finally:
+            session.trackers.finish()
+    return summary
+
+
+def _run_stages(session: Session) -> dict[str, Any]:
+    for stage in session.stages:
+        session.enter_stage(stage)
+        if stage.kind == "rl" and stage.number == 0:
+            _measure_once(session, "before", 0)
+        RUNS[stage.kind](session, stage)
+        if f"after {stage.name}" in session.points:
+            _measure_once(
+                session, f"after {stage.name}", session.first_step + session.taken([stage])
+            )
+    _measure_once(session, "after", session.taken(s for s in session.stages if s.kind == "rl"))
+    save_model(session.components, "final")
+    summary = summarise(session)
+    if session.components.is_main:
+        write_json(session.folder.summary, summary)
     return summary
 
 

@@ -193,8 +193,9 @@ class Together:
 
 
 class Accelerator:
-    """accelerate's, as far as a run asks it; keeps what is logged."""
+    """accelerate's, as far as a run asks it, and its one tracker, which keeps what is logged."""
 
+    name = "itself"
     device = torch.device("cpu")
 
     def __init__(self, together: Together | None = None) -> None:
@@ -219,9 +220,12 @@ class Accelerator:
 
     def init_trackers(self, project: str, init_kwargs: dict[str, Any]) -> None:
         self.began = project, init_kwargs
+        self.trackers = [self]
 
     def log(self, numbers: dict[str, float], step: int) -> None:
         self.logged.append((numbers, step))
+
+    def finish(self) -> None: ...
 
 
 class Parts(Components):
@@ -299,7 +303,9 @@ def session_of(config: Config, root: Path) -> Session:
     folder = RunFolder(root)
     folder.create(overwrite=False)
     folder.make_parts()
-    return Session(config, folder, Display(enabled=False), StopSignal())
+    session = Session(config, folder, Display(enabled=False), StopSignal())
+    session.start_trackers()
+    return session
 
 
 def train_in(root: Path, config: Config, resume: bool = False) -> dict[str, Any]:

@@ -1,0 +1,45 @@
+"""What ended a command, in one line for whoever called it."""
+
+from __future__ import annotations
+
+import errno
+
+from perl.types import UserError, one_line
+
+# What the extra `train` installs, by the names they are imported by.
+_TRAIN_PACKAGES = {
+    *("transformers", "accelerate", "datasets", "huggingface_hub", "tokenizers", "peft"),
+    *("safetensors", "sklearn", "scipy", "tensorboard", "matplotlib", "jinja2", "openai"),
+}
+
+
+def explain(error: BaseException) -> str | None:
+    """A mistake of the user's, or what the machine lacks, and what to do; None for what is nobody's mistake."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return _about_files(error)
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if package in _TRAIN_PACKAGES:
+            return f"{package} is not installed; pip install 'perl-rl[train]'"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not to be imported here
+        return (
+            "out of GPU memory: lower train.tokens_per_micro_batch or rollout.batch_size, or set "
+            "model.gradient_checkpointing"
+        )
+    return None
+
+
+def summed_up(error: BaseException, what: str | None = None) -> str:
+    """One line: what it is, by default its type and message, and what was noted on it."""
+    what = what or f"{type(error).__name__}: {one_line(error)}"
+    return "; ".join([what, *getattr(error, "__notes__", ())])
+
+
+def _about_files(error: OSError) -> str:
+    """What a disk, a folder or a file would not do, and what helps."""
+    what = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{what}; free some space"
+    return f"{what}; choose a folder or file that can be read and written (--debug shows where)"
