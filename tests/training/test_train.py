@@ -134,7 +134,9 @@ def test_a_second_signal_stops_at_once(
     twice = f"import os, signal, time\ndef f(**columns):\n    {kill}\n    {kill}\n    time.sleep(9)"
     reward = rewarded(short_recipe.parent, twice)
     assert run("train", short_recipe, *reward) == 130
-    tells(capsys.readouterr().err.splitlines()[-1], "stopped", "perl-rl resume", "RUN")
+    folder = short_recipe.parent / "run"
+    tells(capsys.readouterr().err.splitlines()[-1], "stopped", "rl step 1", folder)
+    assert not folder.exists()
 
 
 @pytest.mark.slow
