@@ -107,7 +107,7 @@ class RunFolder:
         rank = int(os.environ.get("RANK", "0"))
         path = self.root / (f"error-{rank}.log" if rank else "error.log")
         try:
-            with path.open("a", encoding="utf-8") as file:
+            with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 print(time.strftime("%Y-%m-%d %H:%M:%S"), file=file)
                 traceback.print_exception(error, file=file)
         except OSError:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from datetime import date
 from io import BytesIO
 from pathlib import Path
@@ -154,6 +155,28 @@ def test_what_is_replaced_is_the_old_or_the_new_whole(folder: bool, tmp_path: Pa
     with replacing(path, folder=folder) as new:
         write(new, "new")
     assert text() == "new" and names(tmp_path) == ["thing"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+def test_files_of_a_folder_have_the_permissions_of_the_umask(
+    umask: int, mode: int, tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    before = os.umask(umask)
+    try:
+        with replacing(tmp_path / "model", folder=True) as new:
+            save_file({"a": torch.ones(3)}, new / "model.safetensors")
+            (new / "more").mkdir()
+            (new / "more" / "text").write_text("x")
+    finally:
+        os.umask(before)
+    files = [p for p in (tmp_path / "model").rglob("*") if p.is_file()]
+    assert {p.name: p.stat().st_mode & 0o777 for p in files} == {
+        "model.safetensors": mode,
+        "text": mode,
+    }
 
 
 def test_a_full_disk_under_safetensors_is_an_error_of_the_system(tmp_path: Path) -> None:
