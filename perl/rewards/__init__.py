@@ -1,7 +1,8 @@
 """What a completion is worth: reward functions by name or dotted path, and their weighted sum. No torch here.
 
-`scorer.Scorer` is what runs use; it has the table of built-in functions. `calls` holds faults and time
-limits, `loading` finds a function by what a recipe says. `answers` reads final answers out of completions
+`scorer.Scorer` is what runs use; it has the table of built-in functions. `columns` is what functions are given, `results`
+what they return, `calls` holds faults and time limits, `loading` finds a function by what a recipe says, `peers` calls those
+of verl and EasyR1. `answers` reads final answers out of completions
 and compares them, for the evaluation too. `math.equal_values` compares formulas in a process of its own.
 
 To add a reward, write `f(prompts, completions, **columns) -> list of float or None` into the file of its

@@ -22,15 +22,16 @@ import numpy as np
 from perl.config import names_of
 from perl.rewards.answers import accuracy, format_reward, format_tags
 from perl.rewards.boxes import box_iou, detection, grounding
-from perl.rewards.calls import Calls, Fault, call_each, failed
+from perl.rewards.calls import Calls, Fault, call_each
 from perl.rewards.choice import choice
 from perl.rewards.columns import TrainerState, conversations, rollout_columns
 from perl.rewards.judge import caption_facts, check_judge, judge
 from perl.rewards.loading import BoundReward, RewardFunction, load
 from perl.rewards.math import check_math, math_reward
+from perl.rewards.results import listed, named_parts, number_in, only_value
 from perl.rewards.sequences import frame_index, ordering, temporal_iou
 from perl.rewards.shaping import length_penalty, repetition
-from perl.types import Example, Rollout, UserError, one_line
+from perl.types import Example, Rollout, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +61,6 @@ _OUTSIDE: dict[RewardFunction, Callable[[], None]] = {
 """Those that ask something outside this process, with time limits of their own, and what raises
 UserError before a run starts if it is not there."""
 
-
-_SCORES = ("score", "overall")
-"""What the number that counts is called in a dict: verl's name and EasyR1's."""
 
 _DEFAULT = {("accuracy", "format"): (0.9, 0.1)}
 """Weights of functions that are given none, if not 1 each: the paper's."""
@@ -148,7 +146,7 @@ class Scorer:
                 (outcome,) = call_each([call], self._limit(function), at_once=True)
             values = self._values(name, function, outcome, batch, chats)
             parts[name], faulty[name] = self._scores(name, function, values, batch)
-            parts |= _named_parts(name, values)
+            parts |= named_parts(name, values)
         deciding = {name: weight for name, weight in self.weights.items() if weight}
         totals = np.zeros(len(completions), dtype=np.float64)
         for name, weight in deciding.items():
@@ -227,7 +225,7 @@ class Scorer:
         """What the function gave for each completion, or a Fault."""
         count = len(batch["completions"])
         if not isinstance(outcome, Fault):
-            values = _listed(outcome)
+            values = listed(outcome)
             if values is None or len(values) != count:
                 got = type(outcome).__name__ if values is None else f"{len(values)} values"
                 raise UserError(
@@ -240,8 +238,8 @@ class Scorer:
         # Each completion alone, to find those that it fails on.
         alone = [self._call(function, batch, chats, [i]) for i in range(count)]
         outcomes = call_each(alone, self._limit(function), at_once=function.is_async)
-        values = [_only_value(value) for value in outcomes]
-        if not any(isinstance(_number(value), Fault) for value in values):
+        values = [only_value(value) for value in outcomes]
+        if not any(isinstance(number_in(value), Fault) for value in values):
             self._say(name, outcome, f"{count} completions together, though on none alone")
         return values
 
@@ -254,7 +252,7 @@ class Scorer:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores float64 [R], NaN for None and for a fault, and which of them are faults, bool [R]."""
         count = len(values)
-        numbers = [_number(value) for value in values]
+        numbers = [number_in(value) for value in values]
         faults = {i: number for i, number in enumerate(numbers) if isinstance(number, Fault)}
         if faults:
             first, fault = next(iter(faults.items()))
@@ -294,68 +292,3 @@ def load_reward(spec: str) -> BoundReward:
     if function.function in _OUTSIDE:
         _OUTSIDE[function.function]()
     return function
-
-
-def _score_key(value: Any) -> str | None:
-    """The name of the number that counts in a dict; None: there is none, or it is no dict."""
-    if not isinstance(value, Mapping):
-        return None
-    return next((key for key in _SCORES if key in value), None)
-
-
-def _named_parts(name: str, values: Sequence[Any]) -> dict[str, np.ndarray]:
-    """`name/part` -> float64 [R] of the numbers that dicts hold beside the score; NaN where one holds none."""
-    dicts: list[dict[Any, Any]] = [
-        {part: own for part, own in value.items() if part != _score_key(value)}
-        if isinstance(value, Mapping)
-        else {}
-        for value in values
-    ]
-    found = {
-        f"{name}/{part}": np.array([_as_float(own.get(part)) for own in dicts])
-        for part in dict.fromkeys(part for own in dicts for part in own)
-    }
-    return {part: numbers for part, numbers in found.items() if not np.isnan(numbers).all()}
-
-
-def _as_float(value: Any) -> float:
-    """NaN for what is no number."""
-    try:
-        return math.nan if value is None or isinstance(value, (str, bytes)) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return math.nan
-
-
-def _listed(values: Any) -> list[Any] | None:
-    """The values of a sequence, or of an array or tensor of one axis; None for anything else."""
-    if isinstance(values, Sequence):
-        return None if isinstance(values, (str, bytes, bytearray)) else list(values)
-    return list(values) if getattr(values, "ndim", None) == 1 else None
-
-
-def _only_value(outcome: Any) -> Any:
-    if isinstance(outcome, Fault):
-        return outcome
-    values = _listed(outcome)
-    if values is None or len(values) != 1:
-        return Fault(f"returned {one_line(repr(outcome))} alone for", "return a list of one value")
-    return values[0]
-
-
-def _number(value: Any) -> float | Fault:
-    """NaN where the function says that there is no score."""
-    if value is None:
-        return math.nan
-    if isinstance(value, Fault):
-        return value
-    if isinstance(value, BaseException):
-        return failed(value)
-    if (key := _score_key(value)) is not None:
-        return _number(value[key])
-    number = _as_float(value)
-    if math.isfinite(number):
-        return number
-    return Fault(
-        f"returned {one_line(repr(value))} for",
-        'return a finite number, a dict with a "score", or None if it cannot be scored',
-    )
