@@ -174,6 +174,10 @@ def _in_one_line(box: str) -> str:
     plain = re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯]", "", box)
     _, said, *more = [" ".join(s.split()) for s in re.split(r"^.*[─-]{3}.*$", plain, flags=re.M)]
     said = said.rstrip(".")
+    if found := re.match(r"Error parsing (--\S+): (.*?)(\['.*?'\]|['\"].*['\"]$)", said):
+        kinds = {"int()": "must be a whole number", "to float": "must be a number"}
+        must = next((m for kind, m in kinds.items() if kind in said), "cannot be read")
+        return f"{found[1]} = {found[3].strip('[]')} {must}; see --help"
     if re.search(r": (true|false)\b", said, re.I):
         return f"{said}; switches take none: --section.key turns one on, --section.no-key off"
     if "--stages" in said:

@@ -134,6 +134,9 @@ def test_numbers_out_of_range(key: str, recipe: Callable[[str], str]) -> None:
         (["--train.lr", "-1"], ["train.lr = -1.0"]),
         (["--loss.kl-coef", "nan"], ["loss.kl_coef = nan", "finite"]),
         (["--run.seeds", "1", "1"], ["run.seeds", "[1, 1]"]),
+        (["--train.steps", "1.5"], ["--train.steps = '1.5'", "whole number", "--help"]),
+        (["--loss.clip-low", "x"], ["--loss.clip-low = 'x'", "number", "--help"]),
+        (["--reward.weights", "1", "x"], ["--reward.weights = '1', 'x'", "--help"]),
     ],
 )
 def test_the_command_line_is_held_to_the_same(
