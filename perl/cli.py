@@ -34,8 +34,8 @@ COMMANDS = {
     ),
     "compare": (
         "perl.evaluation.commands:Compare",
-        "folder",
-        "two models' answers to the same benchmarks",
+        "run",
+        "two runs or models on the same held-out examples or benchmarks",
     ),
     "generate": ("perl.evaluation.generate:Generate", "model", "ask a model about images"),
     "label": (

@@ -43,6 +43,7 @@ class RunFolder:
         self.images = root / "images"
         self.checkpoints = root / "checkpoints"
         self.models = root / "models"
+        self.evaluations = root / "evaluations"
         self.summary = root / "summary.json"
         self.filtered = root / "filtered"
 

@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from perl.config import EVAL_SEED, Command, Config, EvalConfig, MeasureConfig, Positive
-from perl.files import write_json
+from perl.config import EVAL_SEED, Command, Config, Count, EvalConfig, MeasureConfig, Positive
 from perl.recipe import check_config, check_options
 from perl.report.progress import Display
 from perl.report.tables import print_table
@@ -70,21 +69,46 @@ class Evaluate(Command):
 
 @dataclass(frozen=True)
 class Compare(Command):
-    """Difference of two models' answers to the same benchmarks, with its interval and probability."""
+    """Differences of two models on the same held-out examples or benchmarks, with intervals and probabilities, as in
+    `perl-rl compare runs/plain runs/permuted`."""
 
     first: Positional[Path] = Path()
-    """A folder that `perl-rl evaluate --suite` wrote."""
+    """A run folder (its evaluation after RL), a file of evaluations/ in one or of `perl-rl evaluate --output`, or a folder
+    that `perl-rl evaluate --suite` wrote."""
     second: Positional[Path | None] = None
-    """Another one."""
+    """Another one of the same kind."""
+    changed: Count = 10
+    """How many of the examples that changed most are listed."""
 
     def execute(self) -> None:
-        from perl.evaluation.suites.comparison import compare_folders, comparison_table
+        from perl.evaluation.suites.answers import SETTINGS
 
         if self.second is None:
-            raise UserError("perl-rl compare needs two folders that perl-rl evaluate --suite wrote")
-        found, remarks = compare_folders(self.first, self.second)
-        print_table(comparison_table(found), "Accuracy over items, percent")
+            raise UserError(
+                "perl-rl compare needs two run folders, or two files or folders that perl-rl evaluate wrote"
+            )
+        both = (self.first, self.second)
+        compare = _compare_suites if any((p / SETTINGS).exists() for p in both) else _compare_own
+        remarks = compare(*both, self.changed)
         print("\n".join([f"1st: {self.first}", f"2nd: {self.second}", *remarks]))
+
+
+def _compare_suites(first: Path, second: Path, _: int) -> list[str]:
+    from perl.evaluation.suites.comparison import compare_folders, comparison_table
+
+    found, remarks = compare_folders(first, second)
+    print_table(comparison_table(found), "Accuracy over items, percent")
+    return remarks
+
+
+def _compare_own(first: Path, second: Path, changed: int) -> list[str]:
+    from perl.evaluation.comparison import changed_rows, compare_pairs, comparison_rows, read_pairs
+
+    pairs, remarks = read_pairs(first, second)
+    print_table(comparison_rows(compare_pairs(pairs)), "Means over held-out examples")
+    if len(rows := changed_rows(pairs, changed)) > 1:
+        print_table(rows, "Examples that changed most, percent", left=2)
+    return remarks
 
 
 _SUITE_TOKENS = 2048
@@ -130,6 +154,7 @@ def _evaluate_held_out(command: Evaluate) -> None:
     from perl.data.dataset import load_examples
     from perl.data.rows import check_output
     from perl.evaluation.evaluate import aggregate, evaluate
+    from perl.evaluation.record import save_evaluation
 
     config = _settings(command, command.max_new_tokens)
     if not config.data.eval:
@@ -153,12 +178,7 @@ def _evaluate_held_out(command: Evaluate) -> None:
             f"{encoder.dropped} examples are left out: {encoder.limit.name} is less than they have"
         )
     if command.output:
-        by_example = [
-            {"id": r.id, "task": r.task, "orders": r.orders}
-            | {k: getattr(r, k) for k in ("accuracy", "greedy", "consistency")}
-            for r in results
-        ]
-        write_json(command.output, {**numbers, "by_example": by_example})
+        save_evaluation(command.output, results, numbers, config)
 
 
 def _print_evaluation(numbers: dict[str, Any], title: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -11,6 +13,7 @@ from typing import Any
 from perl.config import EVAL_SEED, Config
 from perl.data.dataset import Dataset
 from perl.evaluation.agreement import agreement, chosen_picture
+from perl.model.processor import content_key
 from perl.permutation import all_orders, permute
 from perl.report.metrics import mean
 from perl.rewards.answers import accuracy, format_reward
@@ -20,6 +23,17 @@ from perl.rollout.sample import sample
 from perl.types import Example, Rollout, UserError
 
 _CHUNK = 32
+
+
+def content_of(example: Example) -> tuple[str, str]:
+    """Hashes of an example with its texts and pictures, and of its pictures alone, whatever their sequence."""
+    pictures = [content_key(image.convert("RGB")) for image in example.images]
+    texts = [[m.role, m.content] for m in example.messages]
+    return _hash([texts, example.answer, example.kind, pictures]), _hash(sorted(pictures))
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha1(json.dumps(value).encode(), usedforsecurity=False).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +51,10 @@ class ExampleResult:
     greedy_consistency: float
     format: float
     orders: int
+    content: str = ""
+    """A hash of the example, so that evaluations of different data are not compared."""
+    pictures: str = ""
+    """A hash of its pictures: questions about the same ones have the same."""
 
 
 def evaluate(
@@ -117,6 +135,7 @@ def _summarise(by_order: Sequence[Sequence[Rollout]]) -> ExampleResult:
     right = [accuracies_of(rollouts) for rollouts in by_order]
     picks = [[chosen_picture(r) for r in rollouts] for rollouts in by_order]
     texts = [r.text for rollouts in by_order for r in rollouts[:-1]]
+    content, pictures = content_of(example)
     return ExampleResult(
         id=example.id,
         task=example.task,
@@ -126,6 +145,8 @@ def _summarise(by_order: Sequence[Sequence[Rollout]]) -> ExampleResult:
         greedy_consistency=agreement([p[-1:] for p in picks]),
         format=mean(format_reward([""] * len(texts), texts)),
         orders=len(by_order),
+        content=content,
+        pictures=pictures,
     )
 
 

@@ -9,13 +9,16 @@ import numpy as np
 
 Interval = tuple[float, float]
 
+_DRAWN_AT_ONCE = 10_000_000
+"""Counts held in memory: rewards have as many kinds of differences as there are items."""
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """Two models on the same items: `difference` is the second's mean score minus the first's.
 
     `interval` is a percentile interval of the paired bootstrap, `p` McNemar's exact two-sided probability;
-    `first_only` and `second_only` count the items that one alone got right.
+    `first_only` and `second_only` count the items that one alone got right, or got the higher score on.
     """
 
     items: int
@@ -73,8 +76,13 @@ def bootstrap_interval(
     # items of all benchmarks take 16 ms, where scipy.stats.bootstrap draws every one of them and takes 2.6 s.
     kinds, counts = np.unique(np.stack([sums, sizes], axis=1), axis=0, return_counts=True)
     shares = counts / len(sums)
-    drawn = np.random.default_rng(0).multinomial(len(sums), shares, size=resamples)
-    totals = drawn @ kinds
+    generator, block = np.random.default_rng(0), max(1, _DRAWN_AT_ONCE // len(kinds))
+    totals = np.concatenate(
+        [
+            generator.multinomial(len(sums), shares, size=min(block, resamples - start)) @ kinds
+            for start in range(0, resamples, block)
+        ]
+    )
     low, high = np.quantile(totals[:, 0] / totals[:, 1], [0.025, 0.975])
     return float(low), float(high)
 
@@ -84,8 +92,8 @@ def compare_scores(
 ) -> Comparison:
     """Difference, interval and probability for two models' scores on the same items, in the same sequence.
 
-    `clusters` says which items are versions of one problem, and so no independent evidence. An item counts as right
-    from a score of 1/2 on where a test needs right and wrong.
+    `clusters` says which items are versions of one problem, and so no independent evidence. The probability is that of the
+    sign test over the items whose scores differ: McNemar's where scores are 0 and 1.
 
     Raises:
         ValueError: different lengths, or no items.
@@ -95,8 +103,7 @@ def compare_scores(
             f"paired scores are of the same items: got {len(first)} and {len(second)} of them"
         )
     one, other = np.asarray(first, np.float64), np.asarray(second, np.float64)
-    first_only = int(((one >= 0.5) & (other < 0.5)).sum())
-    second_only = int(((other >= 0.5) & (one < 0.5)).sum())
+    first_only, second_only = int((one > other).sum()), int((other > one).sum())
     differences = other - one
     return Comparison(
         items=len(one),

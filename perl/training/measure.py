@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from perl.evaluation.evaluate import accuracies_of, aggregate, evaluate
+from perl.evaluation.record import save_evaluation
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.training.session import Session
 from perl.types import Interrupted
@@ -40,10 +41,13 @@ def measure(session: Session, at: str, step: int) -> dict[str, Any] | None:
     encoder = PromptEncoder(components.processor, limit, config.data.overlong)
     with components.watch("evaluate"), session.processes.jointly():
         results, rollouts = evaluate(components.engine, encoder, dataset, mine, config, advance)
-    numbers = aggregate(session.processes.gather(results))
+    results = session.processes.gather(results)
+    numbers = aggregate(results)
     session.display.close()
     if components.is_main:
         session.record({"stage": "evaluate", "step": step, "at": at, **numbers})
+        name = f"step-{step}" if at == "step" else at.replace(" ", "-")
+        save_evaluation(session.folder.evaluations / f"{name}.json", results, numbers, config)
         scored = zip(rollouts, accuracies_of(rollouts), strict=True)
         kept = [(r, s) for r, s in scored if s is not None][:24]
         rows = [r for r, _ in kept], [s for _, s in kept]

@@ -69,12 +69,20 @@ def test_a_comparison_counts_what_one_alone_got_right(pairs: list[tuple[bool, bo
 
 
 def test_a_comparison_by_hand() -> None:
-    """A score of exactly 1/2 is right. Of three discordant items two or more go one way with probability 1."""
-    found = compare_scores([0.5, 1.0, 0.4, 0.0], [0.4, 0.5, 0.6, 1.0], range(4))
+    """A higher score counts, however little. Of three items that differ two or more go one way with probability 1."""
+    found = compare_scores([0.5, 1.0, 0.5, 0.0], [0.5, 0.9, 0.6, 1.0], range(4))
     assert (found.items, found.first_only, found.second_only, found.p) == (4, 1, 2, 1.0)
-    assert (found.first, found.second) == pytest.approx((1.9 / 4, 2.5 / 4))
-    assert found.difference == pytest.approx(0.6 / 4)
+    assert (found.first, found.second) == pytest.approx((2 / 4, 3 / 4))
+    assert found.difference == pytest.approx(1 / 4)
     assert compare_scores([0.0] * 6, [1.0] * 6, range(6)).p == pytest.approx(2 / 2**6)
+
+
+def test_many_kinds_of_differences_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewards have as many as there are items; the draws are the same."""
+    differences = np.random.default_rng(0).normal(0.1, 1, 50).tolist()
+    whole = bootstrap_interval(differences, range(50), resamples=1001)
+    monkeypatch.setattr("perl.evaluation.statistics._DRAWN_AT_ONCE", 500)
+    assert bootstrap_interval(differences, range(50), resamples=1001) == whole
 
 
 def test_equal_answers_do_not_differ() -> None:

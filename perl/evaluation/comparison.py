@@ -1,0 +1,128 @@
+"""Two models' scores on the same held-out examples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from perl.evaluation.record import read_evaluation
+from perl.evaluation.statistics import Comparison, compare_scores
+from perl.types import UserError, one_line
+
+_SHARES = ("accuracy", "greedy", "consistency", "greedy_consistency", "format")
+_NOT_SCORES = frozenset({"orders", "id", "task", "content", "pictures"})
+
+Scores = Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One example with the scores of both models, by measure; a score that is not known is absent."""
+
+    id: str
+    task: str
+    pictures: str
+    first: Scores
+    second: Scores
+
+
+def read_pairs(first: Path, second: Path) -> tuple[list[Pair], list[str]]:
+    """The examples of two evaluations that both have, and remarks: examples that one alone has, settings that differ.
+
+    Raises:
+        UserError: an evaluation that cannot be read, or evaluations of different data.
+    """
+    (settings, one), (others, other) = read_evaluation(first), read_evaluation(second)
+    common = [id for id in one if id in other]
+    changed = [id for id in common if one[id]["content"] != other[id]["content"]]
+    if not common or changed:
+        what = f"example {one_line(changed[0], 60)} is another one" if changed else "none in common"
+        raise UserError(
+            f"{first} and {second} are of different examples ({what}); evaluate both with the same data.eval"
+        )
+    remarks = [
+        f"{key}: {old} in the 1st, {new} in the 2nd"
+        for key in {**settings, **others}
+        if (old := settings.get(key)) != (new := others.get(key))
+    ]
+    for name, rows in (("1st", one), ("2nd", other)):
+        if alone := len(rows) - len(common):
+            remarks.append(f"{alone} examples are only in the {name}, and left out")
+    return [
+        Pair(
+            id, row["task"], row["pictures"], _scores(row), _scores(other[id])
+        )
+        for id, row in one.items()
+        if id in other
+    ], remarks  # fmt: skip
+
+
+def compare_pairs(pairs: Sequence[Pair]) -> dict[str, Comparison]:
+    """A comparison by measure, over the examples that have it in both. Questions about the same pictures are no independent
+    evidence and are drawn together for the intervals."""
+    measures = list(dict.fromkeys(name for pair in pairs for name in pair.first))
+    found = {}
+    for name in measures:
+        known = [pair for pair in pairs if name in pair.first and name in pair.second]
+        if known:
+            found[name] = compare_scores(
+                [pair.first[name] for pair in known],
+                [pair.second[name] for pair in known],
+                [pair.pictures for pair in known],
+            )
+    return found
+
+
+def comparison_rows(found: Mapping[str, Comparison]) -> list[list[str]]:
+    """A table; shares in percent and their difference in points, rewards as they are."""
+    rows = [["", "n", "1st", "2nd", "2nd - 1st", "95 % interval", "p", "1st higher", "2nd higher"]]
+    for name, c in found.items():
+        scale, digits = (100, 1) if name in _SHARES else (1, 3)
+        means = [f"{scale * value:.{digits}f}" for value in (c.first, c.second)]
+        by, low, high = (
+            f"{scale * value:+.{digits}f}" for value in (c.difference, *c.interval)
+        )  # fmt: skip
+        ways = [str(c.first_only), str(c.second_only)]
+        title = f"{name}, %" if name in _SHARES else name
+        rows.append([title, str(c.items), *means, by, f"{low} to {high}", f"{c.p:.3g}", *ways])
+    return rows
+
+
+def changed_rows(pairs: Sequence[Pair], limit: int) -> list[list[str]]:
+    """A table of the examples whose greedy accuracy or, where that is the same, sampled accuracy changed most."""
+
+    def change(pair: Pair) -> tuple[float, float]:
+        greedy, sampled = (
+            abs(pair.second.get(name, 0.0) - pair.first.get(name, 0.0))
+            for name in ("greedy", "accuracy")
+        )
+        return greedy, sampled
+
+    ranked = sorted((p for p in pairs if any(change(p))), key=change, reverse=True)[:limit]
+    cells = [
+        [
+            one_line(pair.id, 60),
+            pair.task,
+            *(
+                f"{100 * scores[name]:.0f}" if name in scores else "-"
+                for name in ("greedy", "accuracy")
+                for scores in (pair.first, pair.second)
+            ),
+        ]
+        for pair in ranked
+    ]
+    return [["example", "task", "greedy 1st", "2nd", "accuracy 1st", "2nd"], *cells]
+
+
+def _scores(row: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of an example, those within (its rewards) under the name of what holds them."""
+    found: dict[str, float] = {}
+    for key, value in row.items():
+        inner = value.items() if isinstance(value, dict) else [("", value)]
+        for name, score in inner:
+            if key not in _NOT_SCORES and isinstance(score, int | float) and math.isfinite(score):
+                found[f"{key}/{name}" if name else key] = float(score)
+    return found
