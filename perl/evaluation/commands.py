@@ -85,7 +85,7 @@ class Compare(Command):
 
         if self.second is None:
             raise UserError(
-                "perl-rl compare needs two run folders, or two files or folders that perl-rl evaluate wrote"
+                "perl-rl compare needs two run folders, or two files or folders of perl-rl evaluate, with --output or --suite"
             )
         both = (self.first, self.second)
         compare = _compare_suites if any((p / SETTINGS).exists() for p in both) else _compare_own

@@ -379,7 +379,7 @@ def test_what_cannot_be_compared(tmp_path: Path, error_of: ErrorOf) -> None:
     alone = answers(tmp_path / "d", {"mathvista": [1]}, "d")
     tells(error_of("compare", one, alone), one, alone, "--suite")
     tells(error_of("compare", one, tmp_path), tmp_path, "settings.json", "perl-rl evaluate --suite")
-    tells(error_of("compare", one), "perl-rl evaluate --suite")
+    tells(error_of("compare", one), "perl-rl evaluate", "--suite", "--output")
     assert error_of("compare")
     for line in ('{"id": ', '{"id": "1"}'):
         (more / "blink.jsonl").write_text(line + "\n")
