@@ -58,6 +58,11 @@ COMMANDS = {
         "recipe",
         "where the time of a training step goes, and a trace",
     ),
+    "preview": (
+        "perl.evaluation.preview:Preview",
+        "recipe",
+        "what the model will be shown, and what rewards give for a right answer",
+    ),
     "config": ("perl.training.commands:ShowConfig", "recipe", "print a recipe with every key"),
     "doctor": ("perl.training.commands:Doctor", "", "what is installed and what would be used"),
 }

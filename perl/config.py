@@ -29,6 +29,21 @@ REWARD_SPEC = re.compile(
 )
 """How a reward function is written: `name`, `module:name`, with options in brackets."""
 
+INSTRUCTIONS = {
+    "think-box": (
+        "You first think about the reasoning process as an internal monologue and then provide the final answer. "
+        "The reasoning process must be enclosed within <think> </think> tags. The final answer must be put in \\boxed{}."
+    ),
+    "think-tags": (
+        "You first think about the reasoning process as an internal monologue and then provide the final answer. "
+        "The reasoning process and the final answer must be enclosed within <think> </think> and <answer> </answer> "
+        "tags, as in <think> reasoning process here </think><answer> final answer here </answer>."
+    ),
+    "box": "The final answer must be put in \\boxed{}.",
+}
+"""What `data.instruction` may name. think-box is the one that PeRL is trained and evaluated with (arXiv 2506.14907,
+appendix A.3.2)."""
+
 EVAL_SEED = 20250617
 """Held-out examples are the same in every run, so that runs can be compared."""
 
@@ -84,6 +99,9 @@ class ModelConfig:
     """The model to train: a model folder, a hub name, a LoRA adapter's folder, a run (its newest model) or one of its
     checkpoints; or tiny-qwen2.5-vl / tiny-qwen3-vl / tiny-qwen2-vl / tiny-internvl, made from config in the run folder
     for the bundled tasks."""
+    chat_template: str = ""
+    """A Jinja file that takes the place of the tokenizer's chat template, and is saved with the model; empty: the
+    tokenizer's."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward and backward; auto: bfloat16 autocast where the hardware has it."""
     attention: Literal["auto", "flash_attention_2", "varlen", "flex", "sdpa"] = "auto"
@@ -149,6 +167,14 @@ class DataConfig:
     first_slot: Share = 0.0
     """Share of bundled training questions whose right picture is put into the first slot, for experiments with a
     position bias; 0: all slots are alike."""
+    instruction: str = "auto"
+    """What every question is followed by, so that the model writes answers in the form that the rewards read:
+    think-box, think-tags, box (`perl-rl preview` shows them), or a text of your own; auto: the one whose form
+    reward.functions read, where a question does not ask for it already; "": nothing."""
+    instruction_in: Literal["user", "system"] = "user"
+    """Whether it ends the last user turn or the system message."""
+    system: str = ""
+    """A system message for the questions that have none."""
     max_prompt_tokens: Positive = 8192
     """A prompt with more tokens, image tokens included, is an error or is dropped."""
     overlong: Literal["error", "drop"] = "error"

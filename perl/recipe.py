@@ -17,9 +17,18 @@ from glob import iglob
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from perl.config import Command, Config, DataConfig, StageConfig, names_of, part_name, places_of
+from perl.config import (
+    INSTRUCTIONS,
+    Command,
+    Config,
+    DataConfig,
+    StageConfig,
+    names_of,
+    part_name,
+    places_of,
+)
 from perl.files import replacing
-from perl.types import UserError
+from perl.types import IMAGE_SLOT, UserError
 
 _BUNDLED = Path(__file__).parent / "recipes"
 _SPLIT = "split:"
@@ -423,6 +432,8 @@ def _conflict(config: Config) -> str | None:
             f"run.seed = {run.seed} does nothing beside run.seeds = {list(run.seeds)}; "
             "put it into run.seeds, or leave those empty"
         )
+    if wrong := _unusable_text(config.data):
+        return wrong
     if config.advantage.over != "group" and per_order < 2:
         return (
             f"advantage.over = {config.advantage.over} with rollout.per_order = 1 leaves nothing to compare within "
@@ -462,6 +473,21 @@ def _conflict(config: Config) -> str | None:
             "rollout.per_order = 1 with permutation.orders = 1 is a single completion per example, "
             "which has nothing to be compared with; raise one of them"
         )
+    return None
+
+
+def _unusable_text(data: DataConfig) -> str | None:
+    """What is wrong with the texts that are added to questions."""
+    named = ("", "auto", *INSTRUCTIONS)
+    if data.instruction not in named and len(data.instruction.split()) < 2:
+        near = difflib.get_close_matches(data.instruction, named, n=1)
+        return (
+            f"data.instruction = {data.instruction!r} is neither a sentence nor one of {', '.join(named[1:])}; "
+            + (f"did you mean {near[0]}?" if near else 'write it out, or "" for none')
+        )
+    for key in ("instruction", "system"):
+        if IMAGE_SLOT in getattr(data, key):
+            return f"data.{key} holds {IMAGE_SLOT}, which stands for an image of the question; leave it out"
     return None
 
 

@@ -98,10 +98,13 @@ class Variant:
     answer: str
     rewritten: tuple[Message, ...] | None = None
     """The messages with their mentions of images following the images; None: the text is the example's."""
+    asked: tuple[Message, ...] | None = None
+    """The messages with the instruction and the system message of the run; None: it adds nothing."""
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        return self.example.messages if self.rewritten is None else self.rewritten
+        """The chat as the model sees it."""
+        return self.asked or self.rewritten or self.example.messages
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from PIL import Image
 from perl.data.streams import Drawn
 from perl.distributed import Processes
 from perl.rollout.engine import Completion, SamplingParams
-from perl.types import EncodedPrompt, Example, Variant
+from perl.types import EncodedPrompt, Example, Message, Variant
 
 
 def example(id: str, *greys: int, **fields: Any) -> Example:
@@ -53,6 +53,12 @@ class Words:
     def encode(self, variant: Variant) -> WordPrompt:
         ids = self.tokens(" ".join(message.content for message in variant.messages))
         return WordPrompt(ids, np.arange(len(ids))[None], len(ids), (), -1, variant=variant)
+
+    def render(self, messages: Sequence[Message], where: str = "") -> str:
+        return "".join(f"[{message.role}] {message.content}" for message in messages)
+
+    def unknown_words(self, messages: Sequence[Message]) -> list[str]:
+        return []
 
     def decode(self, token_ids: np.ndarray) -> str:
         words = list(self._ids)

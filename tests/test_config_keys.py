@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from perl.config import Config, StageConfig
+from perl.config import INSTRUCTIONS, Config, StageConfig
 from perl.data.resample import PAPER
 from perl.evaluation import selection
 from perl.files import RunFolder
@@ -27,6 +27,7 @@ from perl.model.loading import check_kernels, load_policy, load_processor
 from perl.permutation import permute
 from perl.recipe import check_config, to_toml
 from perl.report.trackers import usable_trackers
+from perl.rewards.scorer import rollout_columns
 from perl.rollout.collect import Collector
 from perl.rollout.engine import InProcessEngine, SamplingParams
 from perl.timing import Stopwatch
@@ -35,7 +36,7 @@ from perl.training.components import Components, make_accelerator, model_folder
 from perl.training.optimizer import Optimizer
 from perl.training.reinforce import PolicyStep
 from perl.training.session import Session
-from perl.types import Group, UserError
+from perl.types import Group, Message, UserError
 from perl_kernels import PolicyLoss
 from tests.command_line import json_lines
 from tests.messages import tells
@@ -51,7 +52,11 @@ from tests.training.two_tokens import (
 )
 
 HERE = "tests.test_config_keys"
+TEMPLATE = """{%- for m in messages -%}{{ m.role | upper }}: {% for p in m.content -%}
+{%- if p.type == 'image' %} <|image_pad|>{% else %} {{ p.text }}{% endif -%}
+{%- endfor -%}{%- endfor -%}"""
 STAIRS = (0.0, 1.0, 3.0, 5.0)
+QUESTION = "A <image> B <image> C <image> Which is darkest?"
 CPU = torch.device("cpu")
 
 
@@ -92,10 +97,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for k in range(6):
         Image.new("L", (1, 1), k).save(root / f"{k}.png")
         Image.new("L", (1, 1), 100 + k).save(root / "lighter" / f"{k}.png")
-        question = "A <image> B <image> C <image> Which is darkest?" + " please" * 20 * (k == 5)
+        question = QUESTION + " please" * 20 * (k == 5)
         row = {"kind": "all", "id": f"row-{k}", "question": question, "answer": "ABC"[k % 3]}
         row |= {"images": [f"{(k + i) % 6}.png" for i in range(3)], "demonstration": "A B B"}
         rows.append(row | {"signal": int(k != shuffled(1)[0])})
+    (root / "template.jinja").write_text(TEMPLATE)
     both = {"prompt": "<image> or <image>?", "reward_model": {"ground_truth": "A"}}
     both |= {
         "kind": "all",
@@ -454,6 +460,17 @@ def one_order(lab: Lab) -> bool:
     return {group.variants[1].order for group in lab.groups} == {(1, 0, 2)}
 
 
+def asked(lab: Lab) -> str:
+    """What is asked of a rollout of row 0, as its rewards read it."""
+    rollouts = [r for c in lab.run["collected"] for g in c.seen for r in g.rollouts]
+    (row, *_) = [r for r in rollouts if r.variant.example.id != "row-5"]
+    return rollout_columns([row])[0][0]
+
+
+def rendered(lab: Lab) -> str:
+    return load_processor(str(lab.model), lab.config.model).render([Message("user", "Which ?")])
+
+
 def images_of(lab: Lab) -> int:
     return lab.examples(1)[0].images[0].getpixel((0, 0))[0]
 
@@ -526,6 +543,7 @@ ROWS = [
     Row("run.name", "first", lambda lab: tracked(lab)[1], "the folder's", "first"),
 
     Row("model.path", "tiny-qwen3-vl", initial_model, "tiny-qwen2.5-vl 0", "tiny-qwen3-vl 0", TINY),
+    Row("model.chat_template", "template.jinja", lambda lab: rendered(lab)[:6], "<|im_s", "USER: "),
     Row("model.dtype", "bfloat16", precision,
         "no", "bf16", {"model.dtype": "float32"}),
     Row("model.attention", "flex", attention, "sdpa", "flex"),
@@ -558,6 +576,10 @@ ROWS = [
     Row("data.min_images", 3, counts, (2, 4), (3, 4), BUNDLED),
     Row("data.max_images", 3, counts, (2, 4), (2, 3), BUNDLED),
     Row("data.first_slot", 1.0, lambda lab: {e.answer for e in lab.examples(40)}, set("ABCD"), {"A"}, BUNDLED),
+    Row("data.instruction", "box", asked, QUESTION, f"{QUESTION}\n{INSTRUCTIONS['box']}"),
+    Row("data.instruction_in", "system", asked, f"{QUESTION}\nAnswer briefly.", f"Answer briefly.\n{QUESTION}",
+        {"data.instruction": "Answer briefly."}),
+    Row("data.system", "Look closely.", asked, QUESTION, f"Look closely.\n{QUESTION}"),
     Row("data.max_prompt_tokens", 10, dropped, [0, 0], [1, 1], {"data.overlong": "drop", **ALL}),
     Row("data.overlong", "drop", or_refusal(dropped), "data.max_prompt_tokens = 10", [1, 1],
         {"data.max_prompt_tokens": 10, **ALL}),

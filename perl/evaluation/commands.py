@@ -43,8 +43,9 @@ class Evaluate(Command):
     """Only print what is expected in the sub-folders and where to get it."""
     text: Literal["slots", "references"] | None = None
     """How text and images are kept consistent in other orders of one's own data; empty: the run's."""
-    instruction: Literal["official", "think"] = "official"
-    """How a benchmark's question asks for the answer: as its authors do, or with PeRL's think-and-box instruction."""
+    instruction: str | None = None
+    """What asks for the answer. One's own data: as data.instruction, so think-box, "" or a text; empty: the run's. With
+    --suite: official, as its authors do, or think, with PeRL's think-and-box instruction; empty: official."""
     orders: Positive = 1
     """With --suite: orders of the images where a benchmark lets them move, the official one first."""
     limit: Positive | None = None
@@ -120,7 +121,6 @@ def _check_options(command: Evaluate) -> None:
         raise UserError("--data and --suite exclude each other; leave one out")
     of_suites = {
         "--suite-root": command.suite_root is not None,
-        "--instruction": command.instruction != "official",
         "--orders": command.orders != 1,
         "--limit": command.limit is not None,
         "--extract": command.extract != "rules",
@@ -128,6 +128,10 @@ def _check_options(command: Evaluate) -> None:
     }
     if not command.suite and (given := [name for name, is_given in of_suites.items() if is_given]):
         raise UserError(f"{given[0]} is for --suite; name benchmarks, as in --suite blink, or all")
+    if command.suite and command.instruction not in (None, "official", "think"):
+        raise UserError(
+            f"--instruction {command.instruction}: a benchmark is asked as official or think says; choose one"
+        )
     if command.suite and command.text:
         raise UserError("--text is for one's own data; a benchmark's texts stay as they are")
     check_options(command)
@@ -142,6 +146,9 @@ def _settings(command: Evaluate, max_new_tokens: int | None) -> Config:
             "eval": command.data or None,
             "max_prompt_tokens": command.max_prompt_tokens,
             "overlong": command.overlong,
+            # A benchmark's question says how it is to be answered.
+            **({"instruction": "", "system": ""} if command.suite else {}),
+            **({} if command.suite else {"instruction": command.instruction}),
         },
         rollout={"max_new_tokens": max_new_tokens},
     )
@@ -155,6 +162,7 @@ def _evaluate_held_out(command: Evaluate) -> None:
     from perl.data.rows import check_output
     from perl.evaluation.evaluate import aggregate, evaluate
     from perl.evaluation.record import save_evaluation
+    from perl.rollout.instruction import tell_prompts
 
     config = _settings(command, command.max_new_tokens)
     if not config.data.eval:
@@ -167,6 +175,7 @@ def _evaluate_held_out(command: Evaluate) -> None:
         config.data.eval, config.data, "test", EVAL_SEED, command.eval.examples
     )
     engine, encoder = engine_and_encoder(config)
+    tell_prompts(config, encoder.instruction, encoder.processor, [(config.data.eval, examples)])
     with Display() as display:
         display.stage("evaluate", len(examples), unit="examples")
         everything = range(len(examples))
@@ -215,7 +224,8 @@ def _evaluate_suites(command: Evaluate) -> None:
         raise UserError("--suite needs --output, a folder where the answers are kept as they come")
     tokens = _SUITE_TOKENS if command.max_new_tokens is None else command.max_new_tokens
     config = _settings(command, tokens)
-    opened = [open_items(s, command.suite_root, command.instruction == "think") for s in chosen]
+    think = command.instruction == "think"
+    opened = [open_items(suite, command.suite_root, think) for suite in chosen]
     reader = Endpoint.from_env() if command.extract == "llm" else None
     named = "rules" if reader is None else f"llm {reader.model}"
     keep_settings(command.output, _recorded(command, config, named))
@@ -240,7 +250,7 @@ def _recorded(command: Evaluate, config: Config, extract: str) -> dict[str, Any]
     return {
         "model": str(path.resolve()) if path.exists() else config.model.path,
         "weights": fingerprint(config.model.path),
-        "instruction": command.instruction,
+        "instruction": command.instruction or "official",
         "max_new_tokens": config.rollout.max_new_tokens,
         "orders": command.orders,
         "extract": extract,

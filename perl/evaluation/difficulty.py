@@ -21,6 +21,7 @@ from perl.permutation import Consistency, orders, permute, shares
 from perl.report.metrics import mean
 from perl.rewards.scorer import Scorer
 from perl.rollout.engine import InProcessEngine, SamplingParams
+from perl.rollout.instruction import Instruction
 from perl.rollout.prompts import PromptEncoder, Shown
 from perl.rollout.sample import sample_counts
 from perl.types import Example, UserError
@@ -54,10 +55,15 @@ class Measurement:
     max_new_tokens: int
     seed: int
     """Of orders and sampling; the same gives the same numbers."""
+    instruction: str
+    """What questions are followed by: a name of `INSTRUCTIONS`, or the text."""
+    instruction_in: str
+    system: str
 
     @classmethod
     def of(cls, config: Config, measure: str, seed: int) -> Measurement:
         """As the sections of a configuration say."""
+        asked = Instruction.of(config)
         return cls(
             rollouts=config.resample.rollouts,
             measure=measure,
@@ -71,6 +77,9 @@ class Measurement:
             stop=config.rollout.stop,
             max_new_tokens=config.rollout.max_new_tokens,
             seed=seed,
+            instruction=asked.name,
+            instruction_in=asked.place,
+            system=asked.system,
         )
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from perl.config import AboveZero, Command, Config, Positive, Seed
-from perl.recipe import check_options, measured_function
+from perl.config import AboveZero, Command, Config, Positive, RewardConfig, Seed
+from perl.recipe import check_config, check_options, measured_function
 from perl.report.progress import Display
 from perl.report.tables import print_table
 from perl.rollout.opening import config_of, engine_and_encoder, fingerprint
@@ -59,6 +59,8 @@ class Filter(Command):
     """Of the sampling and of the selection."""
     overwrite: bool = False
     """Measure again what another model or other settings have measured."""
+    instruction: str | None = None
+    """What asks for the answer, as data.instruction; empty: the run's."""
     text: Literal["slots", "references"] | None = None
     """How text and images are kept consistent in other orders; empty: the run's."""
 
@@ -78,6 +80,7 @@ class Filter(Command):
             )
         histogram = parse_histogram(self.histogram)
         config = _settings(self)
+        check_config(config)
         data = config.data.train
         if not data:
             raise UserError(f"{self.model} is no run, so there is no data of its own; give --data")
@@ -123,15 +126,20 @@ class Filter(Command):
 
 
 def _settings(command: Filter) -> Config:
-    """The settings of the model's run with those of the command line."""
+    """The settings of the model's run with those of the command line. A model without a run is asked for what the
+    measuring function reads."""
+    of_run = (Path(command.model).expanduser() / "config.toml").exists()
+    own = {} if of_run or command.measure is None else {"functions": (command.measure,)}
     return config_of(
         command.model,
         permutation={"text": command.text},
+        reward=own | {"weights": (1.0,)} if own else {},
         data={
             "train": command.data or None,
             "image_root": "" if command.data else None,
             "max_prompt_tokens": command.max_prompt_tokens,
             "overlong": command.overlong,
+            "instruction": command.instruction,
         },
         rollout={
             "max_new_tokens": command.max_new_tokens,
@@ -160,11 +168,14 @@ def _indices(size: int | None, command: Filter, data: str) -> list[int]:
 def _measure(file: Any, dataset: Any, config: Config, scorer: Any) -> None:
     """Measure what is not in the file yet."""
     from perl.evaluation.difficulty import measure_chunks
+    from perl.rollout.instruction import tell_prompts
 
     if file.done == len(file.indices):
         print(f"all {file.done} questions are measured in {file.path}")
         return
     engine, encoder = engine_and_encoder(config)
+    asked = replace(config, reward=RewardConfig(functions=(file.how.measure,), weights=(1.0,)))
+    tell_prompts(asked, encoder.instruction, encoder.processor, [(config.data.train, dataset)])
     try:
         with Display() as display:
             display.stage("measure", len(file.indices), file.done, unit="questions")

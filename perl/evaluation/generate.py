@@ -35,6 +35,7 @@ class Generate(Command):
     """Of the sampling."""
 
     def execute(self) -> None:
+        from perl.permutation import permute
         from perl.rollout.engine import SamplingParams
         from perl.rollout.opening import config_of, engine_and_encoder
 
@@ -45,8 +46,11 @@ class Generate(Command):
         longest = self.max_new_tokens or config.rollout.max_new_tokens
         example = _held_out(config, self.example) if self.example is not None else _asked(self)
         engine, encoder = engine_and_encoder(config)
-        prompt = encoder.processor.encode_messages(example.messages, example.images, "--prompt")
-        if unknown := encoder.processor.unknown_words(example.messages):
+        asked = permute(example, range(len(example.images)))
+        if self.example is not None:
+            asked = encoder.ask(asked)
+        prompt = encoder.processor.encode_messages(asked.messages, example.images, "--prompt")
+        if unknown := encoder.processor.unknown_words(asked.messages):
             print(f"words the model does not know: {', '.join(unknown)}", file=sys.stderr)
         usual = 1.0 if self.n > 1 else 0.0
         temperature = usual if self.temperature is None else self.temperature
@@ -57,7 +61,7 @@ class Generate(Command):
         )
         if self.example is not None:
             print(
-                f"question: {example.messages[-1].content}\nright answer: {example.answer or '(none)'}"
+                f"question: {asked.messages[-1].content}\nright answer: {example.answer or '(none)'}"
             )
         for completion in engine.generate([prompt], params, self.seed)[0]:
             text = encoder.processor.decode(completion.token_ids)

@@ -24,7 +24,7 @@ from perl.model.policy import Policy
 from perl.model.processor import Processor
 from perl.model.sources import check_layers, layers_of
 from perl.model.weights import load_weights, prepared, said
-from perl.types import UserError
+from perl.types import IMAGE_SLOT, Message, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -219,6 +219,10 @@ def load_processor(folder: str, config: ModelConfig) -> Processor:
             f"model.path = {folder}: its tokenizer has no {family.image_token}; "
             f"the tokenizer of a {family.model_types[0]} checkpoint is needed"
         )
+    if config.chat_template:
+        template = _read_template(config.chat_template)
+        for holder in filter(None, (tokenizer, stock)):
+            holder.chat_template = template
     if not (getattr(stock, "chat_template", None) or tokenizer.chat_template):
         raise UserError(
             f"model.path = {folder}: its tokenizer has no chat template; add chat_template.jinja"
@@ -228,8 +232,38 @@ def load_processor(folder: str, config: ModelConfig) -> Processor:
             f"model.path = {folder}: its tokenizer has no end or padding token; name them in tokenizer_config.json"
         )
     if family is None:
-        return PaddedProcessor(stock, model_config, config.min_pixels, config.max_pixels)
-    return Processor(tokenizer, image_processor, family, config.min_pixels, config.max_pixels)
+        out: Processor = PaddedProcessor(stock, model_config, config.min_pixels, config.max_pixels)
+    else:
+        out = Processor(tokenizer, image_processor, family, config.min_pixels, config.max_pixels)
+    if config.chat_template:
+        _check_template(out, config.chat_template)
+    return out
+
+
+def _read_template(file: str) -> str:
+    try:
+        return Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(
+            f"model.chat_template = {file} cannot be read: {reason}; name a Jinja file, or leave it empty"
+        ) from error
+
+
+def _check_template(processor: Processor, file: str) -> None:
+    """See that a chat template writes a question, and each of its images once."""
+    where, ask = f"model.chat_template = {file}", "which of these is it"
+    one, two = (
+        processor.render([Message("user", f"{IMAGE_SLOT * n}{ask}")], where) for n in (1, 2)
+    )
+    token = processor.image_token
+    shown = (one.count(token), two.count(token)) if token else (1, 1 + (one != two))
+    if ask not in one or shown != (1, 2):
+        raise UserError(
+            f"{where}: of a question with one image and with two it shows {shown[0]} and {shown[1]}"
+            + ("" if ask in one else ", and not the question's text")
+            + f"; it must write {token or 'a token'} for each part of type image, and the text of the others"
+        )
 
 
 def uses_bfloat16(dtype: str) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from perl.model.processor import Processor, check_slots, content_key, parts
+from perl.model.processor import Processor, check_slots, content_key
 from perl.types import EncodedImage, EncodedPrompt, Message, RawPrompt, UserError
 
 _PLACEHOLDER = re.compile(r"(image|img|video|vision|audio|boi|eoi)", re.IGNORECASE)
@@ -44,11 +44,7 @@ class PaddedProcessor(Processor):
             UserError: the number of `<image>` slots is not the number of images, or `stock` refuses the prompt.
         """
         check_slots(messages, images, where)
-        text = self.stock.apply_chat_template(
-            [{"role": m.role, "content": parts(m.content)} for m in messages],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        text = self.render(messages, where)
         raw = RawPrompt(text, tuple(self._resized(image.convert("RGB")) for image in images))
         ids = self._call([raw], "right", where)["input_ids"][0].numpy().astype(np.int64)
         return EncodedPrompt(
@@ -61,6 +57,14 @@ class PaddedProcessor(Processor):
             -1,
             raw,
         )
+
+    @property
+    def _template(self) -> Any:
+        return self.stock
+
+    @property
+    def image_token(self) -> str:
+        return str(getattr(self.stock, "image_token", None) or "")
 
     def inputs(
         self, prompts: Sequence[EncodedPrompt], side: Literal["left", "right"]

@@ -23,6 +23,7 @@ from perl.types import (
     Message,
     UserError,
     Variant,
+    one_line,
 )
 
 _CACHE_BYTES = 2**29
@@ -88,15 +89,39 @@ class Processor:
         """
         check_slots(messages, images, where)
         encoded = tuple(self.encode_image(image) for image in images)
-        text = self.tokenizer.apply_chat_template(
-            [{"role": m.role, "content": parts(m.content)} for m in messages],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        text = self.render(messages, where)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         flat = self._expand(ids, encoded, where)
         positions, next_position = self.family.positions(flat, encoded, self.image_token_id)
         return EncodedPrompt(flat, positions, next_position, encoded, self.image_token_id)
+
+    def render(self, messages: Sequence[Message], where: str = "the prompt") -> str:
+        """A chat as the chat template writes it, up to the assistant's turn; each image is one `image_token`.
+
+        Raises:
+            UserError: the template refuses it.
+        """
+        from jinja2 import TemplateError
+
+        chat = [{"role": m.role, "content": parts(m.content)} for m in messages]
+        try:
+            return self._template.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=True
+            )
+        except (TemplateError, TypeError) as error:
+            raise UserError(
+                f"{where}: the chat template refuses it ({one_line(error)}); see model.chat_template"
+            ) from error
+
+    @property
+    def _template(self) -> Any:
+        """What writes chats."""
+        return self.tokenizer
+
+    @property
+    def image_token(self) -> str:
+        """Stands for an image in what `render` writes; empty where that is not known."""
+        return self.family.image_token
 
     def _expand(self, ids: Sequence[int], images: Sequence[EncodedImage], where: str) -> np.ndarray:
         waiting = iter(images)

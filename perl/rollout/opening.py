@@ -26,7 +26,8 @@ def config_of(model: str, **sections: Mapping[str, Any]) -> Config:
         UserError: a folder that is no model, that is not there, or a run without a model yet.
     """
     config, path = _found(model)
-    sections = {"model": {"path": path}, **sections}
+    # A run's models are saved with its chat template.
+    sections = {"model": {"path": path, "chat_template": ""}, **sections}
     changed = {
         name: replace(getattr(config, name), **{k: v for k, v in keys.items() if v is not None})
         for name, keys in sections.items()
@@ -77,6 +78,7 @@ def engine_and_encoder(config: Config) -> tuple[Any, Any]:
     import torch
 
     from perl.model.loading import load_policy, load_processor, uses_bfloat16
+    from perl.rollout.instruction import Instruction
     from perl.rollout.padded import make_engine
     from perl.rollout.prompts import PromptEncoder, PromptLimit
 
@@ -87,7 +89,7 @@ def engine_and_encoder(config: Config) -> tuple[Any, Any]:
         PromptLimit.to_generate(config),
         advice="raise it with --max-prompt-tokens, or leave such examples out with --overlong drop",
     )
-    encoder = PromptEncoder(processor, limit, config.data.overlong)
+    encoder = PromptEncoder(processor, limit, config.data.overlong, Instruction.of(config))
 
     def autocast() -> torch.autocast:
         return torch.autocast(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from perl.config import Config
 from perl.model.processor import Processor
+from perl.rollout.instruction import Instruction
 from perl.types import EncodedPrompt, UserError, Variant
 
 Shown = tuple[Variant, EncodedPrompt]
@@ -44,18 +45,33 @@ class PromptLimit:
 
 
 class PromptEncoder:
-    """Tokens of variants within the prompt budget."""
+    """Tokens of variants with their instruction, within the prompt budget."""
 
-    def __init__(self, processor: Processor, limit: PromptLimit, overlong: str) -> None:
+    def __init__(
+        self,
+        processor: Processor,
+        limit: PromptLimit,
+        overlong: str,
+        instruction: Instruction | None = None,
+    ) -> None:
         self.processor, self.limit, self.overlong = processor, limit, overlong
+        self.instruction = (instruction or Instruction()).fitted(processor)
         self.dropped = 0
 
+    def ask(self, variant: Variant) -> Variant:
+        """The variant as it is asked. The instruction comes after the permutation, whose rules neither read nor rewrite it."""
+        plain = replace(variant, asked=None)
+        asked = self.instruction.add(plain.messages)
+        return variant if asked == variant.messages else replace(plain, asked=asked)
+
     def encode(self, variants: Sequence[Variant]) -> list[Shown]:
-        """One example's variants with their prompts; none if one is over the budget and they are to be dropped.
+        """One example's variants, as they are asked, with their prompts; none if one is over the budget and they are to
+        be dropped.
 
         Raises:
             UserError: over the budget and `overlong` is "error".
         """
+        variants = [self.ask(v) for v in variants]
         prompts = [self.processor.encode(v) for v in variants]
         longest = max(len(p.input_ids) for p in prompts)
         if longest <= self.limit.tokens:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from contextlib import ExitStack
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -244,6 +245,27 @@ def _check(config: Config) -> None:
                 processor.check_texts(example)
 
         validate(dataset, inspect=inspect)
+    _check_prompts(config, processor, datasets)
+
+
+def _check_prompts(config: Config, processor: Any, datasets: Mapping[tuple[Any, ...], Any]) -> None:
+    """Say what each RL stage asks, and warn where it is not what its rewards or its model read."""
+    from perl.evaluation.preview import processor_of
+    from perl.recipe import plan
+    from perl.rollout.instruction import Instruction, tell_prompts
+
+    with nullcontext(processor) if processor else processor_of(config) as reads:
+        for stage in plan(config):
+            if stage.kind == "rl":
+                own = stage.config
+                asked = Instruction.of(own).fitted(reads)
+                reads.check_texts(Example("(data.instruction, data.system)", (), asked.add(()), ""))
+                keys = [
+                    k
+                    for k in datasets
+                    if (k[0], *k[2:]) == ("train", own.data, own.permutation.text)
+                ]
+                tell_prompts(own, asked, reads, [(key[1], datasets[key]) for key in keys])
 
 
 def _check_filter(name: str, config: Config, size: int | None) -> None:

@@ -33,6 +33,7 @@ from perl.report.trackers import usable_trackers
 from perl.rewards.scorer import Scorer
 from perl.rollout.collect import Collector
 from perl.rollout.engine import InProcessEngine
+from perl.rollout.instruction import Instruction
 from perl.rollout.padded import make_engine
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.timing import Stopwatch
@@ -64,7 +65,8 @@ class Components:
     @cached_property
     def encoder(self) -> PromptEncoder:
         limit = PromptLimit.to_train(self.config)
-        return PromptEncoder(self.processor, limit, self.config.data.overlong)
+        asked = Instruction.of(self.config)
+        return PromptEncoder(self.processor, limit, self.config.data.overlong, asked)
 
     @cached_property
     def engine(self) -> InProcessEngine:

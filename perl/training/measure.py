@@ -6,6 +6,7 @@ from typing import Any
 
 from perl.evaluation.evaluate import accuracies_of, aggregate, evaluate
 from perl.evaluation.record import save_evaluation
+from perl.rollout.instruction import Instruction
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.training.session import Session
 from perl.types import Interrupted
@@ -38,7 +39,8 @@ def measure(session: Session, at: str, step: int) -> dict[str, Any] | None:
             raise Interrupted(f"stopped in the evaluation {said}")
 
     limit = PromptLimit.to_generate(config)
-    encoder = PromptEncoder(components.processor, limit, config.data.overlong)
+    asked = Instruction.of(config)
+    encoder = PromptEncoder(components.processor, limit, config.data.overlong, asked)
     with components.watch("evaluate"), session.processes.jointly():
         results, rollouts = evaluate(components.engine, encoder, dataset, mine, config, advance)
     results = session.processes.gather(results)

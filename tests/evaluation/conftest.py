@@ -11,6 +11,7 @@ import pytest
 
 from perl.config import Config
 from perl.recipe import save_config
+from perl.rollout.instruction import Instruction
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from tests.evaluation.benchmarks import make_benchmarks
 from tests.stand_ins import TableEngine
@@ -23,7 +24,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> TableEngine:
 
     def engine_and_encoder(config: Config) -> tuple[TableEngine, PromptEncoder]:
         limit = replace(PromptLimit.to_generate(config), advice="")
-        return engine, PromptEncoder(engine.processor, limit, config.data.overlong)  # type: ignore[arg-type]
+        asked = Instruction.of(config)
+        return engine, PromptEncoder(engine.processor, limit, config.data.overlong, asked)  # type: ignore[arg-type]
 
     for module in ("evaluation.commands", "evaluation.filter_command", "rollout.opening"):
         monkeypatch.setattr(f"perl.{module}.engine_and_encoder", engine_and_encoder)

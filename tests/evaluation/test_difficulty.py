@@ -34,6 +34,7 @@ def examples(count: int) -> list[Example]:
 HOW: dict[str, Any] = {"rollouts": 10, "orders": 1, "seed": 0, "measure": "accuracy"}
 HOW |= {"text": "slots", "temperature": 0.8, "max_new_tokens": 5, "min_pixels": 1, "max_pixels": 9}
 HOW |= {"top_p": 0.9, "top_k": 7, "stop": ("!",)}
+HOW |= {"instruction": "box", "instruction_in": "user", "system": ""}
 
 
 def measure(

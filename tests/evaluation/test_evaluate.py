@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from perl.config import (
+    INSTRUCTIONS,
     Config,
     DataConfig,
     EvalConfig,
@@ -208,6 +209,8 @@ def test_the_command_tells_and_writes_its_numbers(
     out = data.with_name("out.json")
     words = ("evaluate", without_weights, "--data", data, "--output", out, "--max-new-tokens", 7)
     assert run(*words, "--eval.samples", 2) == 0
+    last = engine.calls[0].variants[0].messages[0].content.splitlines()[-1]
+    assert last == INSTRUCTIONS["think-box"]
     assert [(c.params.n, c.params.max_new_tokens) for c in engine.calls] == [(2, 7), (1, 7)]
     numbers = json.loads(out.read_text())
     assert (numbers["examples"], numbers["accuracy"], numbers["consistency"]) == (3, 1.0, 1.0)
@@ -223,6 +226,7 @@ def test_the_command_tells_and_writes_its_numbers(
     assert "of 3 1 6 100.0 % 33.3 % 100.0 % 0.0 %" in lines
     assert "all 3 3.33333 100.0 % 44.4 % 100.0 % 0.0 %" in lines
     tells(said.err, "3 examples")
+    words = (*words, "--instruction", "")
     assert run(*words, "--max-prompt-tokens", 8, "--overlong", "drop", "--eval.max-orders", 1) == 0
     said = capsys.readouterr()
     tells(said.out, "1", "data.max_prompt_tokens = 8")

@@ -198,6 +198,7 @@ def test_other_settings_are_refused(
         ((*four, "--temperature", 0.5), same, ["temperature = 1.0", "temperature = 0.5"]),
         ((*four, "--text", "references"), same, ["text = slots", "text = references"]),
         ((*four, "--max-new-tokens", 4), same, ["max_new_tokens = 3", "max_new_tokens = 4"]),
+        ((*four, "--instruction", "box"), same, ["instruction = think-box", "instruction = box"]),
         (
             (*four, "--max-prompt-tokens", 60),
             same,

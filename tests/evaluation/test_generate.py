@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from perl.config import DataConfig, RolloutConfig
+from perl.config import INSTRUCTIONS, DataConfig, RolloutConfig
 from perl.permutation import permute
 from perl.rollout.engine import SamplingParams
 from perl.types import Example, Message
@@ -107,7 +107,8 @@ def test_a_held_out_example(
 ) -> None:
     for number, (red, name) in enumerate(((9, "nine"), (5, "five"))):
         assert run("generate", folder, "--example", number) == 0
-        question, answer, completion = capsys.readouterr().out.splitlines()
+        question, instruction, answer, completion = capsys.readouterr().out.splitlines()
+        assert instruction == INSTRUCTIONS["think-box"]
         assert question.endswith(f": <image> Which {number} ?") and completion == "end"
         assert answer.endswith(f": {name}")
         ((asked,),) = [call.variants for call in engine.calls[number:]]

@@ -134,7 +134,7 @@ def test_engine_and_encoder_are_those_of_the_settings(
     """Adapters are merged in what a run leaves, so that none are made anew."""
     config = Config(
         model=ModelConfig(path="m", lora_rank=8, dtype=dtype, max_pixels=999),
-        data=DataConfig(max_prompt_tokens=77, overlong="drop"),
+        data=DataConfig(max_prompt_tokens=77, overlong="drop", instruction="box", system="S"),
         rollout=RolloutConfig(batch_size=5),
     )
     loaded: list[Any] = []
@@ -150,6 +150,7 @@ def test_engine_and_encoder_are_those_of_the_settings(
     assert loaded == [("m", replace(config.model, lora_rank=0)), ("m", config.model)]
     assert (policy, batch_size, encoder.processor) == ("policy", 5, processor)
     assert (encoder.limit.tokens, encoder.overlong) == (77, "drop")
+    assert (encoder.instruction.name, encoder.instruction.system) == ("box", "S")
     tells(encoder.limit.advice, "--max-prompt-tokens", "--overlong drop")
     with autocast():
         mixed_now = (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16

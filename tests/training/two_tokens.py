@@ -34,7 +34,7 @@ from perl.timing import Stopwatch
 from perl.training.components import Components
 from perl.training.session import Session
 from perl.training.train import train
-from perl.types import EncodedImage, EncodedPrompt, PackedBatch, Segment, Variant
+from perl.types import EncodedImage, EncodedPrompt, Message, PackedBatch, Segment, Variant
 
 
 class TwoTokens(nn.Module):
@@ -120,6 +120,10 @@ class Letters:
         words = sum(len(m.content.split()) for m in variant.messages)
         ids = np.array([0] * (words - len(shown)) + [-1] * len(shown))
         return EncodedPrompt(ids, np.arange(words)[None], words, shown, -1)
+
+    def unknown_words(self, messages: Sequence[Message]) -> list[str]:
+        """It reads no words: an instruction is not for it."""
+        return [m.content for m in messages]
 
     def encode_completion(self, text: str, where: str = "") -> np.ndarray:
         return np.array(["AB".index(word) for word in text.split()])

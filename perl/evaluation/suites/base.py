@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from perl.config import INSTRUCTIONS
 from perl.data.pictures import open_image
 from perl.evaluation.suites.reading import Judgement, Reply
 from perl.permutation import check_moves, letter_slots, movable, named_images
@@ -19,11 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-THINK = (
-    "You first think about the reasoning process as an internal monologue and then provide the final answer. "
-    "The reasoning process must be enclosed within <think> </think> tags. The final answer must be put in \\boxed{}."
-)
-"""The instruction PeRL is trained and evaluated with (arXiv 2506.14907, appendix A.3.2)."""
+THINK = INSTRUCTIONS["think-box"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,161 @@
+"""`perl-rl preview`: what a model will be shown, and what its rewards give for a right answer, without its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from perl.config import Command, Config, Positive
+from perl.recipe import DEFAULT_RECIPE, Stage, check_named, check_options, plan
+from perl.types import Rollout, UserError
+
+if TYPE_CHECKING:
+    from perl.model.processor import Processor
+    from perl.rewards.forms import Form
+    from perl.rewards.scorer import Scorer
+    from perl.rollout.prompts import PromptEncoder, Shown
+
+    Read = dict[str, tuple[Form, ...]]
+
+
+@dataclass(frozen=True)
+class Preview(Command):
+    """What a model will be shown: some training questions in the orders of their images, as the chat template writes
+    them, the right answers, and what each reward function gives for them. Reads the data and the model's tokenizer and image processor, no
+    weights. Every key of the recipe can be overridden, as in `perl-rl preview mine.toml --data.instruction think-tags`."""
+
+    recipe: Positional[str] = DEFAULT_RECIPE
+    """A bundled recipe's name or a .toml file."""
+    config: Annotated[Config, arg(name="")] = field(default_factory=Config)
+    n: Positive = 3
+    """Questions of each data source, from all over it."""
+    stage: str = ""
+    """Name of another stage of the recipe; empty: the first of RL."""
+
+    def execute(self) -> None:
+        from perl.data.dataset import load_examples
+        from perl.data.streams import read_mix
+        from perl.permutation import orders, permute
+        from perl.rewards.forms import forms_of
+        from perl.rewards.scorer import Scorer
+        from perl.rollout.instruction import Instruction, spread, warn_of_prompts
+        from perl.rollout.prompts import PromptEncoder, PromptLimit
+
+        check_options(self)
+        check_named(self.config)
+        config = _stage(self.config, self.stage).config
+        sources = [config.data.train, *(source for source, _ in read_mix(config.data.mix))]
+        data = [(s, load_examples(s, config.data, "train", config.run.seed)) for s in sources]
+        reward = config.reward
+        scorer = Scorer(reward.functions, reward.weights, reward.timeout)
+        read = forms_of(reward.functions, reward.weights)
+        with processor_of(config) as processor:
+            limit = PromptLimit.to_train(config)
+            asked = Instruction.of(config)
+            encoder = PromptEncoder(processor, limit, config.data.overlong, asked)
+            asked = encoder.instruction
+            warn_of_prompts(config, asked, processor, data)
+            print(f"instruction ({asked.why}): {asked.text or 'none'}")
+            if asked.text:
+                print(
+                    f"it ends the {asked.place} message of every question that does not ask already"
+                )
+            if asked.system:
+                print(f"system message, where a question has none: {asked.system}")
+            for source, dataset in data:
+                for i in spread(dataset.size, self.n):
+                    example = dataset[i]
+                    seed, permutation = config.run.seed, config.permutation
+                    some = orders(example, permutation.orders, seed, 0)
+                    print(f"\n=== {source}: {example.id}")
+                    shown = encoder.encode([permute(example, o, permutation.text) for o in some])
+                    for pair in shown:
+                        _show(pair, encoder, scorer, read)
+                    if not shown:
+                        print(f"left out: it has more tokens than {limit.name}")
+
+
+def _stage(config: Config, name: str) -> Stage:
+    stages = plan(config)
+    found = [s for s in stages if (s.name == name if name else s.kind == "rl")]
+    if not found:
+        raise UserError(
+            f"--stage {name or 'rl'}: the recipe has no such stage; choose {', '.join(s.name for s in stages)}"
+        )
+    return found[0]
+
+
+@contextmanager
+def processor_of(config: Config) -> Iterator[Processor]:
+    """The model's; a tiny model that training would make is made for it, and removed."""
+    from perl.data.dataset import BUNDLED
+    from perl.data.tasks import vocabulary
+    from perl.model.loading import load_processor
+    from perl.model.tiny import TINY_MODELS, make_tiny_model
+
+    if config.model.path not in TINY_MODELS:
+        yield load_processor(config.model.path, config.model)
+        return
+    source = config.data.train
+    with TemporaryDirectory() as folder:
+        words = vocabulary(source.removeprefix(BUNDLED) if source.startswith(BUNDLED) else "digits")
+        make_tiny_model(config.model.path, words, Path(folder), 0)
+        yield load_processor(folder, config.model)
+
+
+def _show(pair: Shown, encoder: PromptEncoder, scorer: Scorer, read: Read) -> None:
+    """One order: the prompt, its tokens, the right answer, and its rewards."""
+    variant, prompt = pair
+    processor, answer = encoder.processor, variant.answer
+    text = processor.render(variant.messages, variant.example.id)
+    order = " ".join(str(i + 1) for i in variant.order)
+    tokens = f"{len(prompt.input_ids)} of at most {encoder.limit.tokens} tokens"
+    print(f"\n--- images in the order {order or '(none)'}: {tokens}")
+    print(_with_sizes(text, processor.image_token, pair))
+    if not answer:
+        print("right answer: none in the data")
+        return
+    completion = _right(text, variant.example.demonstration, answer, read)
+    ids = processor.encode_completion(completion)
+    total, parts = scorer.score_rollouts(
+        [Rollout(variant, prompt, ids, 0.0 * ids.astype("float32"), completion, finished=True)]
+    )
+    given = ", ".join(f"{name} {_number(values[0])}" for name, values in parts.items())
+    print(f"right answer: {answer}, as {completion}: reward {_number(total[0])} ({given})")
+
+
+def _right(prompt: str, demonstration: str | None, answer: str, read: Read) -> str:
+    """The right answer in the form that the prompt asks for, or the demonstration shows; as far as rewards read it."""
+    from perl.rewards.forms import BOX, written
+
+    forms = [form for of_function in read.values() for form in of_function]
+    known = {BOX, "<think>", "<answer>"}.union(*forms)
+    for text in (prompt, demonstration or ""):
+        if marks := {mark for mark in known if mark in text}:
+            needed = {mark for form in forms if form <= marks for mark in form}
+            return written(answer, needed or marks)
+    return answer
+
+
+def _with_sizes(text: str, token: str, pair: Shown) -> str:
+    """The template's text with every image token as what stands there."""
+    variant, prompt = pair
+    if not token:
+        return text
+    first, *rest = text.split(token)
+    out = [first]
+    for k, after in enumerate(rest):
+        image, tokens = variant.images[k], prompt.images[k].tokens
+        count = f" -> {tokens} token{'s' * (tokens > 1)}" if tokens else ""
+        out += [f"<image {variant.order[k] + 1}: {image.width}x{image.height}{count}>", after]
+    return "".join(out)
+
+
+def _number(value: Any) -> str:
+    return "none" if value != value else f"{value:.4g}"

@@ -1,0 +1,76 @@
+r"""The form in which each reward function reads an answer: what a completion must write around it.
+
+A form is the marks that it takes, each as a prompt writes it when it asks for it: `\boxed`, `<think>`, `<answer>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from perl.config import names_of
+from perl.rewards.loading import load
+from perl.rewards.scorer import BUILT_IN
+
+Form = frozenset[str]
+BOX = "\\boxed"
+
+
+def tag(name: str) -> str:
+    """The mark of a block: `<answer>`."""
+    return f"<{name}>"
+
+
+_BOX, _ANSWER = Form({BOX}), Form({tag("answer")})
+_ANY: tuple[Form, ...] = ()
+_EITHER = (_BOX, _ANSWER)
+
+READS: dict[str, Callable[[Mapping[str, Any]], tuple[Form, ...]]] = {
+    "accuracy": lambda options: (_ANSWER if options.get("tags") else _BOX,),
+    "format": lambda _: (Form({tag("think"), BOX}),),
+    "math": lambda _: _EITHER,
+    "choice": lambda _: _ANY,
+    "format_tags": lambda options: (Form(map(tag, options.get("tags", ("think", "answer")))),),
+    "box_iou": lambda _: _ANY,
+    "detection": lambda _: _ANY,
+    "grounding": lambda _: _ANY,
+    "temporal_iou": lambda _: _ANY,
+    "ordering": lambda _: _EITHER,
+    "frame_index": lambda _: (Form({tag("index")}),),
+    "judge": lambda _: _ANY,
+    "caption_facts": lambda _: _ANY,
+    "length_penalty": lambda _: _ANY,
+    "repetition": lambda _: _ANY,
+}
+"""For each function of `BUILT_IN`, by its options, the forms of which one is enough; none: it finds the answer however it
+is written (a letter, coordinates, free text), or reads none. `math` and `ordering` compare the whole text where there is
+no mark, which a model that reasons never gets right."""
+
+
+def forms_of(functions: Sequence[str], weights: Sequence[float]) -> dict[str, tuple[Form, ...]]:
+    """By its name the forms of each function that counts; of the user's own nothing is known, so they read any."""
+    found = {}
+    for name, spec, weight in zip(names_of(functions), functions, weights, strict=True):
+        if weight:
+            function = load(spec, BUILT_IN)
+            known = next((k for k, f in BUILT_IN.items() if f is function.function), None)
+            found[name] = READS[known](function.options) if known else _ANY
+    return found
+
+
+def fits(forms: Collection[Form], text: str) -> bool:
+    """Whether a text mentions, or writes, all marks of one of the forms."""
+    return any(all(mark in text for mark in form) for form in forms)
+
+
+def written(answer: str, marks: Collection[str]) -> str:
+    r"""A completion with these marks that gives an answer.
+
+    Example: `written("B", {"<think>", "\\boxed"}) == r"<think>...</think>\boxed{B}"`.
+    """
+    tags = [mark for mark in sorted(marks) if mark not in (BOX, "<think>", "<answer>")]
+    body = f"\\boxed{{{answer}}}" if BOX in marks else answer
+    if "<answer>" in marks:
+        body = f"<answer>{body}</answer>"
+    thought = "<think>...</think>" if "<think>" in marks else ""
+    return thought + "".join(f"{mark}{answer}</{mark[1:]}" for mark in tags) + body
