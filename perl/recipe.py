@@ -13,7 +13,6 @@ import re
 import tomllib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from glob import iglob
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -37,12 +36,6 @@ DEFAULT_RECIPE = "default"
 STAGE_KINDS = ("cold_start", "filter", "rl")
 _TAKEN = ("before", "after", "done", "initial", "final", "best")
 """Names of what lies between stages, and of models that no stage leaves."""
-_PATHS = {
-    "data": ("train", "eval", "mix", "image_root"),
-    "model": ("path",),
-    "reward": ("functions",),
-}
-"""Keys whose values may begin with a path."""
 
 
 def recipe_names() -> list[str]:
@@ -163,41 +156,6 @@ def without(config: Config, keys: Collection[str]) -> Config:
         for stage in config.stages
     )
     return dataclasses.replace(config, stages=stages)
-
-
-def with_absolute_paths(config: Config) -> Config:
-    """The config with local files that are there named from the root, so that it can be read from any folder."""
-
-    def rooted(values: dict[str, Any]) -> dict[str, Any]:
-        return {
-            section: {
-                k: _absolute(v) if k in _PATHS.get(section, ()) else v for k, v in own.items()
-            }
-            for section, own in values.items()
-        }
-
-    changed = {
-        section: dataclasses.replace(getattr(config, section), **own)
-        for section, own in rooted(_values(config)).items()
-    }
-    stages = tuple(dataclasses.replace(s, set=rooted(s.set)) for s in config.stages)
-    return dataclasses.replace(config, **changed, stages=stages)
-
-
-def _absolute(value: Any) -> Any:
-    """A source, model or reward function that begins with a path, or several, with the path made absolute.
-
-    Example: in /home/me `"data/k12.jsonl*0.5"` becomes `"/home/me/data/k12.jsonl*0.5"` if there is such a file.
-    """
-    if isinstance(value, list | tuple):
-        return type(value)(map(_absolute, value))
-    if not isinstance(value, str):
-        return value
-    scheme = re.match(r"(bundled:folder:)?", value)[0]  # type: ignore[index]
-    path = value.removeprefix(scheme)
-    ends = [len(path), *(m.start() for m in re.finditer("[:*?[]", path))]
-    there = any(path[:end] and Path(path[:end]).exists() for end in ends) or any(iglob(path))
-    return f"{scheme}{Path.cwd() / path}" if there else value
 
 
 def save_config(config: Config, path: Path) -> None:

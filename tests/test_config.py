@@ -12,7 +12,8 @@ import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perl.config import Config, TrainConfig, part_name
+from perl.config import Config, StageConfig, TrainConfig, part_name
+from perl.paths import with_absolute_paths
 from perl.recipe import check_config, load_recipe, read_config, recipe_names, save_config
 from perl.rewards.scorer import Scorer
 from perl.types import UserError
@@ -281,6 +282,49 @@ def test_broken_recipes(
 ) -> None:
     path = recipe(text)
     tells(error_of("train", path), path, *names)
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "kept"),
+    [
+        ("data.train", "d/a.jsonl", "HERE/d/a.jsonl"),
+        ("data.train", "d/a.jsonl:train", "HERE/d/a.jsonl:train"),
+        ("data.train", "d/*.jsonl,b.jsonl", "HERE/d/*.jsonl,HERE/b.jsonl"),
+        ("data.train", "*.jsonl", "HERE/*.jsonl"),
+        ("data.train", "a,b", "HERE/a,b"),
+        ("data.train", "org/name:test", "org/name:test"),
+        ("data.train", "/d/a.jsonl", "/d/a.jsonl"),
+        ("data.train", "bundled:folder:d", "bundled:folder:HERE/d"),
+        ("data.train", "bundled:digits", "bundled:digits"),
+        ("data.eval", "split:0.05", "split:0.05"),
+        ("data.eval", "", ""),
+        ("data.mix", ("d/a.jsonl*0.5", "org/name*2"), ("HERE/d/a.jsonl*0.5", "org/name*2")),
+        ("data.image_root", "d", "HERE/d"),
+        ("model.path", "d", "HERE/d"),
+        ("model.path", "Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct"),
+        # A folder may have the name of a function.
+        (
+            "reward.functions",
+            ("d", "r.py:f(a=1, b='d')", "mine:g"),
+            ("d", "HERE/r.py:f(a=1, b='d')", "mine:g"),
+        ),
+    ],
+)
+def test_paths_that_are_there_become_absolute(
+    key: str, given: Any, kept: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the common sections and in a stage's own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d").mkdir()
+    for name in ("d/a.jsonl", "b.jsonl", "a,b", "r.py", "mine"):
+        (tmp_path / name).touch()
+    section, name = key.split(".")
+    own = dataclasses.replace(getattr(Config(), section), **{name: given})
+    stage = StageConfig(name="s", kind="rl", set={section: {name: given}, "train": {"steps": 1}})
+    found = with_absolute_paths(dataclasses.replace(Config(), **{section: own}, stages=(stage,)))
+    for value in (getattr(getattr(found, section), name), found.stages[0].set[section][name]):
+        assert str(value).replace(str(tmp_path), "HERE") == str(kept)
+    assert found.stages[0].set["train"] == {"steps": 1}
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,18 @@ def in_package(name: str, package: str) -> bool:
 
 
 ORDER = (
-    ("types", "config", "recipe", "files", "lock", "failures", "llm", "distributed", "timing"),
+    (
+        "types",
+        "config",
+        "recipe",
+        "files",
+        "lock",
+        "paths",
+        "failures",
+        "llm",
+        "distributed",
+        "timing",
+    ),
     ("permutation",),
     ("rewards",),
     ("report",),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from perl.files import RunFolder, check_safetensors
+from perl.lock import holder
 from perl.recipe import read_config
 from perl.types import UserError, one_line
 
@@ -89,7 +90,9 @@ def newest_model(path: str) -> str:
     if (final / "config.json").is_file() and (newest is None or points[newest] == "done"):
         return str(final)
     if newest is None:
-        raise UserError(f"{path} has no model yet; go on with perl-rl resume {path}")
+        found = holder(root)
+        further = f"wait for {found}" if found else f"go on with perl-rl resume {path}"
+        raise UserError(f"{path} has no model yet; {further}")
     return str(newest)
 
 

@@ -18,6 +18,7 @@ from perl.failures import explain, summed_up
 from perl.files import RunFolder, is_main_process
 from perl.lock import locked, refuse_if_running
 from perl.model.sources import newest_model
+from perl.paths import with_absolute_paths
 from perl.recipe import (
     DEFAULT_RECIPE,
     check_named,
@@ -26,7 +27,6 @@ from perl.recipe import (
     recipe_names,
     save_config,
     to_toml,
-    with_absolute_paths,
 )
 from perl.types import Example, Interrupted, RunFailed, UserError
 

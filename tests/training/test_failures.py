@@ -203,6 +203,19 @@ def test_whatever_the_error_the_last_step_is_kept(
     goes_on(folder, whole())
 
 
+def test_a_run_with_relative_paths_goes_on_from_any_folder(
+    tmp_path: Path, whole: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    plant(monkeypatch, OwnEngine, "generate", 8, ValueError("planted"))
+    data = ("--data.train", "data.jsonl", "--data.eval", "data.jsonl")
+    assert run("train", "recipe.toml", "--run.dir", "run", *data) == 1
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    goes_on(Path("../run"), whole())
+
+
 def test_debug_shows_the_trace_of_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
