@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from perl.config import names_of
+from perl.config import REWARD_SPEC, names_of
 from perl.rewards.loading import load
 from perl.rewards.scorer import BUILT_IN
 
@@ -48,13 +48,19 @@ no mark, which a model that reasons never gets right."""
 
 
 def forms_of(functions: Sequence[str], weights: Sequence[float]) -> dict[str, tuple[Form, ...]]:
-    """By its name the forms of each function that counts; of the user's own nothing is known, so they read any."""
+    """By its name the forms of each function that counts; none for the user's own, which are not loaded.
+
+    Without `weights` all count. Raises UserError as `load` does.
+    """
     found = {}
-    for name, spec, weight in zip(names_of(functions), functions, weights, strict=True):
-        if weight:
-            function = load(spec, BUILT_IN)
-            known = next((k for k, f in BUILT_IN.items() if f is function.function), None)
-            found[name] = READS[known](function.options) if known else _ANY
+    weights = weights or [1.0] * len(functions)
+    for name, spec, weight in zip(names_of(functions), functions, weights, strict=False):
+        match = REWARD_SPEC.fullmatch(spec.strip())
+        if weight and match and match["module"] is None:
+            options = load(spec, BUILT_IN).options
+            found[name] = READS[match["name"]](options)
+        elif weight:
+            found[name] = _ANY
     return found
 
 

@@ -57,7 +57,8 @@ def test_what_needs_no_form_finds_the_answer_anyhow(spec: str, gold: str) -> Non
 
 
 def test_ones_own_functions_and_those_without_weight_need_none() -> None:
-    own = "tests.training.two_tokens:share_of_b"
+    own = "nowhere.py:share_of_b"
+    assert forms_of(["accuracy", own], []) == {"accuracy": (Form({BOX}),), "share_of_b": ()}
     assert forms_of([own, "format", "accuracy"], [1.0, 0.0, 0.5]) == {
         "share_of_b": (),
         "accuracy": (Form({BOX}),),
