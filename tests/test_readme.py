@@ -6,6 +6,7 @@ import sys
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -32,10 +33,99 @@ def test_the_example_runs_as_printed() -> None:
     assert second == "tensor(True) tensor(True)"
 
 
-def test_the_way_from_padded_batches_runs() -> None:
-    (code,) = blocks("python", (ROOT / "docs" / "losses.md").read_text())
-    said = printed(code)
+LOSSES = blocks("python", (ROOT / "docs" / "losses.md").read_text())
+
+
+def test_the_way_from_padded_batches_runs_without_the_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch import nn
+
+    shapes = []
+    linear = nn.Linear.forward
+
+    def forward(self: nn.Linear, x: Any) -> Any:
+        shapes.append(self.out_features)
+        return linear(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", forward)
+    said = printed(LOSSES[0])
     assert "'tokens': 14.0" in said and "'invalid_rows': 0.0" in said
+    assert shapes and 100 not in shapes, "the head was called"
+
+
+_RANK = """
+import sys
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+sizes = {{"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}}
+sizes |= {{"vocab_size": 50, "hidden_size": 8, "intermediate_size": 16}}
+torch.manual_seed(0)
+model = Qwen2ForCausalLM(Qwen2Config(**sizes)).double()
+whole = {{"scored": torch.rand(4, 7) < 0.6, "ids": torch.randint(50, (4, 7)), "a": torch.randn(4)}}
+
+def batch(rows):
+    scored, ids = whole["scored"][rows], whole["ids"][rows]
+    ends = torch.nn.functional.pad(scored.sum(1).cumsum(0), (1, 0))
+    given = dict(inputs={{"input_ids": ids}}, scored=scored, targets=ids.roll(-1, 1)[scored])
+    return given | dict(advantages=whole["a"][rows], cu_seqlens=ends)
+
+{code}
+
+tokens = int(whole["scored"].sum())
+alone = WithLoss(model, PolicyLoss.preset("dapo"))
+alone(**batch(slice(0, 4)), normalizer=tokens).backward()
+wanted = {{name: p.grad.clone() for name, p in alone.named_parameters()}}
+alone.zero_grad()
+rank, store = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group("gloo", f"file://{{store}}", rank=rank, world_size=2)
+own = batch([slice(0, 1), slice(1, 4)][rank])
+
+def check(how):
+    for name, p in alone.named_parameters():
+        torch.testing.assert_close(p.grad, wanted[name], msg=f"{{how}} {{name}}")
+    alone.zero_grad()
+
+step(DistributedDataParallel(alone), own, tokens)
+check("DDP")
+alone(**own, normalizer=tokens).backward()
+sum_gradients(model)
+check("sum")
+"""
+
+
+@pytest.mark.slow
+def test_the_ways_to_the_gradients_of_several_ranks_agree_with_one(tmp_path: Path) -> None:
+    code = _RANK.format(code="\n".join(LOSSES[1:]))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank), str(tmp_path / "store")],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for rank in ranks:
+            said = rank.communicate(timeout=120)[1]
+            assert rank.returncode == 0, said
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def test_the_recipe_of_a_loss_loads(tmp_path: Path) -> None:
+    from perl.model.head import make_policy_loss
+    from perl.recipe import read_config
+    from perl_kernels import PolicyLoss
+
+    (text,) = blocks("toml", (ROOT / "docs" / "losses.md").read_text())
+    (tmp_path / "loss.toml").write_text(text)
+    loss = make_policy_loss(read_config(tmp_path / "loss.toml").loss, 512)
+    assert loss == PolicyLoss.preset(
+        "dapo", delta=4.0, kl="k3+", kl_coef=0.01, correction="token_truncate"
+    )
 
 
 @pytest.mark.slow
