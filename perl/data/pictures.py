@@ -21,6 +21,7 @@ from perl.types import UserError, one_line
 Split = Literal["train", "test"]
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+FILE = "file"
 MAX_SIDE = 32_768
 MAX_PIXELS = 100_000_000
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -63,7 +64,7 @@ def open_image(
     source: Path | bytes | Image.Image, where: str, *, decode: bool = True
 ) -> Image.Image:
     """The image as RGB with its EXIF orientation applied; with `decode=False` only its header is
-    read and checked.
+    read and checked. `info[FILE]` has the path of one that was read from a file.
 
     `where` names the place in the data for the UserError raised if the file is missing, broken or
     too large.
@@ -79,7 +80,12 @@ def open_image(
                 return to_rgb(source) if decode else source
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 _check_size(image.size, where)
-                return to_rgb(image) if decode else image
+                if not decode:
+                    return image
+                out = to_rgb(image)
+        if isinstance(source, Path):
+            out.info[FILE] = str(source)
+        return out
     except FileNotFoundError as error:
         raise UserError(f"{where}: there is no image file {source}; correct the path") from error
     except Image.DecompressionBombError as error:

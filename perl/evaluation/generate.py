@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
 from perl.config import EVAL_SEED, Command, Config, Count, NotNegative, Positive, Seed
 from perl.recipe import check_options
-from perl.types import IMAGE_SLOT, Example, Message, UserError
+from perl.types import IMAGE_SLOT, EncodedImage, Example, Message, UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class Generate(Command):
     """Longest completion; empty: the run's."""
     seed: Seed = 0
     """Of the sampling."""
+    save_images: Path | None = None
+    """Folder for the pictures as the model sees them: image-1.png, image-2.png, ... in the order shown."""
 
     def execute(self) -> None:
         from perl.permutation import permute
@@ -52,6 +59,7 @@ class Generate(Command):
         prompt = encoder.processor.encode_messages(asked.messages, example.images, "--prompt")
         if unknown := encoder.processor.unknown_words(asked.messages):
             print(f"words the model does not know: {', '.join(unknown)}", file=sys.stderr)
+        _tell_pictures(example.images, prompt.images, self.save_images)
         usual = 1.0 if self.n > 1 else 0.0
         temperature = usual if self.temperature is None else self.temperature
         params = replace(
@@ -66,6 +74,30 @@ class Generate(Command):
         for completion in engine.generate([prompt], params, self.seed)[0]:
             text = encoder.processor.decode(completion.token_ids)
             print(text if completion.finished else f"{text} [cut at {longest} tokens]")
+
+
+def _tell_pictures(
+    images: Sequence[Image.Image], encoded: Sequence[EncodedImage], folder: Path | None
+) -> None:
+    """Say which pictures are shown in which order, and save them."""
+    from perl.data.pictures import FILE
+    from perl.report.gallery import as_shown
+
+    if folder:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--save-images {folder} is a file; give a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+    for number, (image, e) in enumerate(zip(images, encoded, strict=True), 1):
+        shown = as_shown(e, image)
+        seen = f", seen as {_size(shown)}" if shown.size != image.size else ""
+        file = image.info.get(FILE, "")
+        print(f"image {number}: {file}{' ' * bool(file)}({_size(image)}{seen})", file=sys.stderr)
+        if folder:
+            shown.save(folder / f"image-{number}.png")
+
+
+def _size(image: Image.Image) -> str:
+    return f"{image.width} x {image.height}"
 
 
 def _asked(command: Generate) -> Example:

@@ -14,9 +14,10 @@ from perl.files import write_json
 from perl.types import UserError
 
 SETTINGS = (
-    *("data.eval", "eval.max_orders", "eval.samples", "permutation.text"),
+    *("data.eval", "data.instruction", "data.instruction_in", "data.system"),
+    *("eval.max_orders", "eval.samples", "permutation.text"),
     *("rollout.max_new_tokens", "rollout.stop"),
-    *("model.min_pixels", "model.max_pixels", "model.dtype"),
+    *("model.min_pixels", "model.max_pixels", "model.dtype", "model.chat_template"),
 )
 """Keys of a recipe that the scores of an example depend on."""
 

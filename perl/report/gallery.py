@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from PIL import Image
 
 from perl.files import RunFolder, replacing
-from perl.types import EncodedImage, Group, Rollout
+from perl.types import EncodedImage, Group, Message, Rollout
 
 Rows = list[dict[str, Any]]
 """Lines of rollouts.jsonl; `images` names the pictures' files, in the order that the model saw."""
@@ -67,7 +67,7 @@ class Gallery:
             "task": variant.example.task,
             "order": list(variant.order),
             "images": [self._picture(encoded, image) for encoded, image in pictures],
-            "question": "\n".join(m.content for m in variant.messages),
+            "question": _chat(variant.messages),
             "answer": variant.answer,
             "text": rollout.text,
             "reward": _number(reward),
@@ -83,6 +83,13 @@ class Gallery:
             with replacing(path) as temporary:
                 temporary.write_bytes(compact(as_shown(encoded, image)))
         return f"images/{path.name}"
+
+
+def _chat(messages: Sequence[Message]) -> str:
+    """What the model was asked, its instruction included; the turns with their roles if there are several."""
+    if len(messages) == 1:
+        return messages[0].content
+    return "\n".join(f"{m.role}: {m.content}" for m in messages)
 
 
 def as_shown(encoded: EncodedImage, image: Image.Image) -> Image.Image:

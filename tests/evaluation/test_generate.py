@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from perl.config import INSTRUCTIONS, DataConfig, RolloutConfig
 from perl.permutation import permute
 from perl.rollout.engine import SamplingParams
-from perl.types import Example, Message
+from perl.types import EncodedImage, Example, Message
 from tests.command_line import ErrorOf, run
 from tests.messages import tells
 from tests.stand_ins import TableEngine, WordPrompt, Words
@@ -24,7 +26,9 @@ class Chat(Words):
         self, messages: Sequence[Message], images: Sequence[Any], where: str
     ) -> WordPrompt:
         asked = Example(where, tuple(images), tuple(messages), "")
-        return self.encode(permute(asked, range(len(images))))
+        encoded = self.encode(permute(asked, range(len(images))))
+        seen = (EncodedImage("", np.zeros(0), (), 0, size=(3, 2)) for _ in images)  # type: ignore[arg-type]
+        return replace(encoded, images=tuple(seen))
 
     def unknown_words(self, messages: Sequence[Message]) -> list[str]:
         return [w for w in messages[-1].content.split() if w.startswith("un")]
@@ -100,6 +104,22 @@ def test_pictures_stand_before_a_text_without_slots(
     assert asked.messages == (Message("user", shown),)
     assert [image.getpixel((0, 0))[0] for image in asked.images] == [9, 5]
     assert "unknown" not in capsys.readouterr().err
+
+
+def test_the_pictures_are_named_and_saved_as_the_model_sees_them(
+    folder: Path, engine: TableEngine, capsys: pytest.CaptureFixture[str], error_of: ErrorOf
+) -> None:
+    words = ("--prompt", "Which ?", "--images", "five.png", "nine.png")
+    assert run("generate", folder, *words, "--save-images", "seen/here") == 0
+    one, two = capsys.readouterr().err.splitlines()[-2:]
+    tells(one, "image 1", "five.png", "1 x 1", "3 x 2")
+    tells(two, "image 2", "nine.png", "1 x 1", "3 x 2")
+    for number, red in ((1, 5), (2, 9)):
+        with Image.open(f"seen/here/image-{number}.png") as image:
+            assert (image.size, image.getpixel((0, 0))) == ((3, 2), (red, 0, 0))
+    assert run("generate", folder, "--example", 1) == 0
+    tells(capsys.readouterr().err.splitlines()[-1], "image 1", "five.png")
+    tells(error_of("generate", folder, *words, "--save-images", "nine.png"), "nine.png")
 
 
 def test_a_held_out_example(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from perl.permutation import permute
 from perl.report.gallery import Gallery
 from perl.report.progress import Display
 from perl.report.tables import print_table
-from perl.types import EncodedImage, EncodedPrompt, Example, Group, Rollout, Variant
+from perl.types import EncodedImage, EncodedPrompt, Example, Group, Message, Rollout, Variant
 from tests.stand_ins import example
 
 
@@ -85,6 +86,15 @@ def test_pictures_are_kept_as_the_model_saw_them_and_small(tmp_path: Path) -> No
     assert kept[0].size == (200, 150) and 0 < off < 4
     assert (tmp_path / first["images"][0]).stat().st_size < 20_000  # PNG takes 70,000.
     assert np.array_equal(np.asarray(kept[1]), np.asarray(drawing))
+
+
+def test_a_chat_is_kept_with_its_roles(tmp_path: Path) -> None:
+    chat = (Message("system", "Be brief."), Message("user", "Which? Box it."))
+    variant = replace(permute(example("e", 10), (0,)), asked=chat)
+    folder = RunFolder(tmp_path)
+    folder.make_parts()
+    (row,) = Gallery(folder).keep_rollouts("evaluate", 1, [rollout(variant, "")], [1.0])
+    assert row["question"] == "system: Be brief.\nuser: Which? Box it."
 
 
 def test_lines_of_a_run_without_a_terminal(monkeypatch, capsys) -> None:
