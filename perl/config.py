@@ -81,6 +81,9 @@ class RunConfig:
     """Optimizer steps between two checkpoints; 0: only at the end of a stage."""
     keep_checkpoints: Positive = 2
     """How many checkpoints stay; the older one serves if the newest is damaged."""
+    keep_best: str = ""
+    """Number of an evaluation, higher is better, by which the best checkpoint stays as well and is exported as
+    models/best: accuracy, greedy, consistency, ...; empty: only the newest stay."""
     save_rollouts_every: Count = 10
     """Steps between two samples of rollouts kept for the report; 0: none."""
     trackers: tuple[str, ...] = ("tensorboard",)
@@ -415,6 +418,8 @@ class EvalConfig(MeasureConfig):
 
     every: Count = 0
     """RL steps between two evaluations along the way; 0: only before and after."""
+    patience: Count = 0
+    """Evaluations in a row that may be no better than the best by run.keep_best; then the RL stage ends; 0: it never does."""
 
 
 @dataclass(frozen=True, kw_only=True)

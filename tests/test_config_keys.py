@@ -24,6 +24,7 @@ from perl.data.resample import PAPER
 from perl.evaluation import selection
 from perl.files import RunFolder
 from perl.model.loading import check_kernels, load_policy, load_processor
+from perl.model.sources import step_of
 from perl.permutation import permute
 from perl.recipe import check_config, to_toml
 from perl.report.trackers import usable_trackers
@@ -414,10 +415,8 @@ def last(key: str, look: Callable[[Any], Any]) -> Callable[[Lab], Any]:
 
 
 def checkpoints(lab: Lab) -> list[int]:
-    """Steps of the RL stage that were saved in it."""
-    manifests = lab.left("checkpoints/*/manifest.json")
-    progress = [json.loads(m.read_text())["progress"] for m in manifests]
-    return [p["step"] for p in progress if p["stage"] == "rl"]
+    """Steps that were saved."""
+    return [step_of(path) for path in lab.left("checkpoints/step-*")]
 
 
 def compiled(lab: Lab) -> tuple[bool, bool]:
@@ -534,8 +533,9 @@ ROWS = [
     Row("run.seeds", (3, 5), lambda lab: [p.name for p in lab.left("seed-*")], [], ["seed-3", "seed-5"]),
     Row("run.log_every", 2, of("rl", "step"), [1, 2], [2]),
     Row("run.checkpoint_every", 2, checkpoints, [1, 2], [2], {"run.keep_checkpoints": 9}),
-    Row("run.checkpoint_every", 0, checkpoints, [1, 2], [], {"run.keep_checkpoints": 9}),
+    Row("run.checkpoint_every", 0, checkpoints, [1, 2], [2], {"run.keep_checkpoints": 9}),
     Row("run.keep_checkpoints", 1, lambda lab: len(lab.left("checkpoints/*")), 2, 1),
+    Row("run.keep_best", "greedy", lambda lab: len(lab.left("checkpoints/best")), 0, 1, {**MEASURED, "eval.every": 1}),
     Row("run.save_rollouts_every", 1, kept, [1], [1, 2], {"run.save_rollouts_every": 2}),
     Row("run.trackers", ("tensorboard",), lambda lab: list(map(str, usable_trackers(lab.config))),
         [], ["tensorboard"]),
@@ -692,6 +692,8 @@ ROWS = [
     Row("eval.samples", 3, lambda lab: [(p.n, p.temperature) for p in lab.run["params"][:2]],
         [(1, 1.0), (1, 0.0)], [(3, 1.0), (1, 0.0)], MEASURED),
     Row("eval.every", 1, of("evaluate", "at"), ["before", "after"], ["before", "step", "after"], MEASURED),
+    Row("eval.patience", 1, of("rl", "step"), [1, 2], [1],
+        {**MEASURED, "eval.every": 1, "run.keep_best": "greedy"}),
 ]  # fmt: skip
 
 

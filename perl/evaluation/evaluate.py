@@ -22,6 +22,8 @@ from perl.rollout.prompts import PromptEncoder
 from perl.rollout.sample import sample
 from perl.types import Example, Rollout, UserError
 
+NUMBERS = ("accuracy", "greedy", "consistency", "greedy_consistency", "format")
+"""What an evaluation comes to, by the fields of `ExampleResult`: the higher the better."""
 _CHUNK = 32
 
 
@@ -151,8 +153,7 @@ def _summarise(by_order: Sequence[Sequence[Rollout]]) -> ExampleResult:
 
 
 def _means(results: Sequence[ExampleResult]) -> dict[str, Any]:
-    names = ("accuracy", "greedy", "consistency", "greedy_consistency", "format", "orders")
-    means = {name: mean([getattr(r, name) for r in results]) for name in names}
+    means = {name: mean([getattr(r, name) for r in results]) for name in (*NUMBERS, "orders")}
     return {k: None if math.isnan(v) else round(v, 6) for k, v in means.items()} | {
         "examples": len(results)
     }

@@ -41,6 +41,10 @@ class Progress:
     """Time spent, by stage of the work."""
     elapsed: float = 0.0
     """Seconds of training so far, including those before a resume."""
+    best: dict[str, float] = field(default_factory=dict)
+    """Of all evaluations the best by `run.keep_best`: its `value`, and `step`, the steps of all stages before it."""
+    stale: int = 0
+    """Evaluations of this stage since then."""
     records: dict[str, int] = field(default_factory=dict)
     """Lengths of metrics.jsonl and rollouts.jsonl."""
 
@@ -83,6 +87,7 @@ class CheckpointManager:
         target = self.folder / f"step-{progress.steps}"
         if target == self._present:
             write_progress(target, progress)
+            self._tidy(progress)
             return target
         # Whatever is killed in the block leaves no folder of that name: a checkpoint that is there is whole.
         with replacing(target, folder=True) as temporary:
@@ -98,13 +103,22 @@ class CheckpointManager:
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
             _sync(temporary)
         self._present = target
-        # Only now, so that at every moment one that is whole lies there. What is of later steps was damaged: the run went
-        # on from before it.
+        # Only now, so that at every moment one that is whole lies there.
+        self._tidy(progress)
+        return target
+
+    def _tidy(self, progress: Progress) -> None:
+        """Leave the newest checkpoints and the best one. What is of later steps was damaged: the run went on before it."""
         found = checkpoints_in(self.folder)
         earlier = [path for path in found if step_of(path) <= progress.steps]
-        for old in {*found} - {*earlier[-self.keep :]}:
+        kept = {*earlier[-self.keep :]}
+        if progress.best:
+            best = self.folder / f"step-{progress.best['step']:.0f}"
+            kept.add(best)
+            with replacing(self.folder / "best") as link:
+                link.symlink_to(best.name, target_is_directory=True)
+        for old in {*found} - kept:
             shutil.rmtree(old)
-        return target
 
     def load(self) -> tuple[Path, Progress] | None:
         """The newest checkpoint that is whole, or None if there never was one.

@@ -16,6 +16,7 @@ from perl.data.resample import parse_histogram
 from perl.data.streams import ExampleStream, MixedStream, Stream, read_mix
 from perl.data.tasks import vocabulary
 from perl.distributed import process_state
+from perl.evaluation.evaluate import NUMBERS
 from perl.files import RunFolder, replacing
 from perl.model.head import HeadLoss, make_policy_loss
 from perl.model.loading import (
@@ -198,10 +199,34 @@ def _check_stage(stage: Stage) -> None:
             f"train.tokens_per_micro_batch = {budget} leaves no room for a prompt beside "
             f"rollout.max_new_tokens = {completion}; raise the first or lower the second"
         )
+    if stage.kind == "rl":
+        _check_best(config)
     Schedule(1.0, config.train.schedule, 0, 1)
     Schedule(1.0, config.cold_start.schedule, 0, 1, "cold_start.schedule")
     make_policy_loss(config.loss, completion)
     Scorer(config.reward.functions, config.reward.weights, config.reward.timeout)
+
+
+def _check_best(config: Config) -> None:
+    """Whether the evaluations are there that `run.keep_best` and `eval.patience` go by."""
+    measured, key = config.eval, config.run.keep_best
+    if measured.patience and not key:
+        raise UserError(
+            f"eval.patience = {measured.patience} needs run.keep_best, the number that is to get better; "
+            f"{', '.join(NUMBERS)} are some"
+        )
+    if not key:
+        return
+    if key not in NUMBERS and not key.startswith("reward"):
+        raise UserError(
+            f"run.keep_best = {key} is no number of an evaluation: {', '.join(NUMBERS)}"
+        )
+    if not measured.every or not measured.examples or not config.data.eval:
+        missing = "data.eval" if not config.data.eval else "eval.examples"
+        raise UserError(
+            f"run.keep_best = {key} has nothing to choose from: set "
+            f"{'eval.every' if not measured.every else missing} to evaluate along the way"
+        )
 
 
 def _check_bundled(config: Config) -> None:

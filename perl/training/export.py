@@ -49,7 +49,7 @@ def save_model(components: Components, name: str) -> Path:
 
 def _copy_companions(base: str, target: Path) -> None:
     """Of a local or cached model what describes tokenizer and processor and was not written anew."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     for name in _COMPANIONS:
         if (target / name).exists():

@@ -45,6 +45,7 @@ def measure(session: Session, at: str, step: int) -> dict[str, Any] | None:
         results, rollouts = evaluate(components.engine, encoder, dataset, mine, config, advance)
     results = session.processes.gather(results)
     numbers = aggregate(results)
+    session.judge(numbers)
     session.display.close()
     if components.is_main:
         session.record({"stage": "evaluate", "step": step, "at": at, **numbers})

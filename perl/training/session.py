@@ -139,6 +139,8 @@ class Session:
         if stage.steps == 0:
             self.finish_stage(save=False)
             return False
+        if self.progress.step == 0:
+            self.progress.stale = 0
         self.show_stage(self.progress.step)
         return True
 
@@ -151,9 +153,16 @@ class Session:
         self.display.stage(title, self.stage.steps, done)
 
     def steps(self) -> Iterator[int]:
-        """The steps of the stage that are left, from 0, with its data where it stopped."""
+        """The steps of the stage that are left, from 0, with its data where it stopped; fewer where `eval.patience` ends."""
         self.source = ProcessShare(self.stream(), self.processes)
         for step in range(self.progress.step, self.stage.steps):
+            if 0 < self.config.eval.patience <= self.progress.stale and self.stage.kind == "rl":
+                best, key = self.progress.best, self.config.run.keep_best
+                self.display.say(
+                    f"{self.stage.name} ends after {step} of {self.stage.steps} steps: {self.progress.stale} evaluations "
+                    f"without a better {key} than {best['value']:.4g}, of step {best['step']:.0f}"
+                )
+                return
             # The bits of a feature depend on the images it was encoded with: a resumed run begins each step alike.
             self.components.policy.vision.clear_cache()
             yield step
@@ -251,10 +260,36 @@ class Session:
         self._mark()
         every = self.config.run.checkpoint_every
         stop = self.processes.any(self.stop.requested)
-        if stop or (every and (step + 1) % every == 0):
+        best = self.progress.best.get("step") == self.progress.steps
+        if stop or best or (every and (step + 1) % every == 0):
             self.save()
         if stop:
             raise Interrupted(f"stopped after {self.stage.name} step {step + 1}")
+
+    def judge(self, numbers: dict[str, Any]) -> None:
+        """Take note of an evaluation that is better than all before by `run.keep_best`, or that is not.
+
+        Raises:
+            UserError: it has no such number.
+        """
+        key, progress = self.config.run.keep_best, self.progress
+        if not key:
+            return
+        if key not in numbers:
+            known = ", ".join(name for name, v in numbers.items() if isinstance(v, float))
+            raise UserError(f"run.keep_best = {key} is no number of an evaluation ({known})")
+        value = numbers[key]
+        progress.stale += 1
+        if value is not None and (not progress.best or value > progress.best["value"]):
+            progress.best, progress.stale = {"step": progress.steps, "value": value}, 0
+
+    def restore_best(self) -> bool:
+        """Put the weights of the best evaluation into the policy; False if it is not known which they are."""
+        if not self.progress.best:
+            return False
+        best = self.folder.checkpoints / "best"
+        self.checkpoints.restore_model(best, self.components.policy)
+        return True
 
     def record(self, row: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and the same to the trackers."""

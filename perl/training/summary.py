@@ -29,6 +29,7 @@ def summarise(session: Session) -> dict[str, Any]:
         "seconds": round(session.elapsed, 1),
         "peak_rss_bytes": peak_rss_bytes(),
         "seconds_by_stage": {k: round(v, 1) for k, v in components.watch.total_seconds.items()},
+        "best": session.progress.best or None,
         "seed": session.config.run.seed,
         "model": session.config.model.path,
         "parameters": sum(p.numel() for p in components.policy.parameters()),

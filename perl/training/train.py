@@ -92,6 +92,8 @@ def _run_stages(session: Session) -> dict[str, Any]:
             )
     _measure_once(session, "after", session.taken(s for s in session.stages if s.kind == "rl"))
     save_model(session.components, "final")
+    if session.restore_best():
+        save_model(session.components, "best")
     summary = summarise(session)
     if session.components.is_main:
         write_json(session.folder.summary, summary)

@@ -73,6 +73,7 @@ def test_trackers_go_on_behind_the_checkpoint(tmp_path: Path, two_tokens: None) 
     session = session_of(config_of(tmp_path, "cold_start.steps = 3"), tmp_path / "run")
     assert (began(session), began(again(session))) == (None, 0)
     session.progress.stage, session.progress.step = "rl", 1
+    session.progress.taken["cold_start"] = 3
     session.save()
     assert began(again(session)) == 5
     session.enter_stage(session.stages[1])
