@@ -87,15 +87,15 @@ def open_frame(frame: Frame, root: Path, where: str, *, decode: bool = True) -> 
             raise UserError(f"{where}: the folder {video} holds no pictures; correct the path")
         chosen = files[_spread(len(files), frame.count)[frame.k]]
         return open_image(chosen, where, decode=decode)
+    name = video if isinstance(video, Path) else "the embedded video"
     try:
         changed = video.stat().st_mtime_ns if isinstance(video, Path) else 0
         return _frames(video, changed, frame.count, decode)[frame.k]
     except ModuleNotFoundError as error:
         raise UserError(
-            f"{where}: nothing that decodes videos is installed; pip install av, or give a folder of frames"
+            f"{where}: no decoder for {name} is installed; pip install av, or give a folder of frames"
         ) from error
     except Exception as error:  # The decoders raise many types for broken files.
-        name = video if isinstance(video, Path) else "the embedded video"
         raise UserError(
             f"{where}: {name} cannot be read as a video ({one_line(error, 120)}); replace it"
         ) from error

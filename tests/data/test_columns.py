@@ -1,0 +1,164 @@
+"""What rows of other layouts mean: chats and whose answer they hold, columns named by the user, rows without an answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perl.config import DataConfig
+from perl.data.columns import choose_layout, read_row
+from perl.types import Example, Message
+from tests.command_line import ErrorOf, json_lines, metrics, run
+from tests.messages import refused, tells
+
+PAIR = {"images": ["0.png", "1.png"]}
+ASKED = "<image> <image> Which?"
+
+
+def read(row: dict[str, Any], **config: Any) -> Example:
+    return read_row(row, choose_layout(DataConfig(**config), row, "here"), "here")
+
+
+def turns(*contents: str, first: str = "user") -> list[dict[str, str]]:
+    """A chat in which user and assistant take turns."""
+    roles = ["user", "assistant"][:: 1 if first == "user" else -1] * len(contents)
+    return [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+
+
+def said(*contents: str) -> list[dict[str, str]]:
+    """The same in ShareGPT's words."""
+    names = {"user": "human", "assistant": "gpt"}
+    return [{"from": names[t["role"]], "value": t["content"]} for t in turns(*contents)]
+
+
+EARLIER = (Message("user", ASKED), Message("assistant", "Both."), Message("user", "And now?"))
+
+
+@pytest.mark.parametrize(
+    ("row", "messages", "answer", "demonstration"),
+    [
+        # the last turn: the answer; what is in its box or tags; no answer where a column has one
+        ({"messages": turns(ASKED, "B")}, EARLIER[:1], "B", "B"),
+        ({"messages": turns(ASKED, r"So \boxed{\text{B}}.")}, EARLIER[:1], r"\text{B}", r"So \boxed{\text{B}}."),
+        ({"messages": turns(ASKED, "<answer>B</answer>")}, EARLIER[:1], "B", "<answer>B</answer>"),
+        ({"messages": turns(ASKED, "See A"), "solution": "B"}, EARLIER[:1], "B", "See A"),
+        ({"messages": turns(ASKED, "B"), "demonstration": "So B"}, EARLIER[:1], "B", "So B"),
+        ({"prompt": turns(ASKED, "See A"), "answer": "B"}, EARLIER[:1], "B", "See A"),
+        # turns before it stay
+        ({"messages": turns(ASKED, "Both.", "And now?", "B")}, EARLIER, "B", "B"),
+        ({"conversations": said(ASKED, "Both.", "And now?", "B")}, EARLIER, "B", "B"),
+        ({"conversations": said(ASKED, "Both.", "And now?"), "label": "B"}, EARLIER, "B", None),
+        ({"conversation": [{"human": ASKED, "assistant": "Both."}, {"human": "And now?", "assistant": "B"}]}, EARLIER, "B", "B"),
+        ({"query": "And now?", "response": "B", "history": [[ASKED, "Both."]]}, EARLIER, "B", "B"),
+        ({"instruction": "And now?", "output": "B", "history": [[ASKED, "Both."]]}, EARLIER, "B", "B"),
+        # what other columns hold of the chat
+        ({"instruction": ASKED, "input": "Look.", "output": "B"}, (Message("user", f"{ASKED}\nLook."),), "B", "B"),
+        ({"conversations": said(ASKED, "B"), "system": "Be brief."}, (Message("system", "Be brief."), *EARLIER[:1]), "B", "B"),
+        ({"conversations": [{"from": "system", "value": "Hm"}, *said(ASKED, "B")], "system": "Be brief."},
+            (Message("system", "Hm"), *EARLIER[:1]), "B", "B"),
+        # a completion of TRL's, as a text or as a chat
+        ({"prompt": ASKED, "completion": "So \\boxed{B}"}, EARLIER[:1], "B", "So \\boxed{B}"),
+        ({"prompt": ASKED, "completion": turns("B", first="assistant")}, EARLIER[:1], "B", "B"),
+        # images without a slot stand first, though one among words of ours must be alone
+        ({"query": "Which?", "response": "B"}, (Message("user", "<image><image>Which?"),), "B", "B"),
+        ({"question": "Which?", "answer": "B", "images": ["0.png"]}, (Message("user", "<image>Which?"),), "B", None),
+        # the answer among several columns
+        ({"problem": ASKED, "answer": "B", "solution": "See A"}, EARLIER[:1], "B", None),
+        ({"problem": ASKED, "solution": "<think>A</think> <answer> B </answer>"}, EARLIER[:1], "B", None),
+        # none at all
+        ({"messages": turns(ASKED)}, EARLIER[:1], "", None),
+        ({"prompt": ASKED}, EARLIER[:1], "", None),
+        ({"problem": ASKED, "solution": None}, EARLIER[:1], "", None),
+        ({"question": ASKED, "answer": " "}, EARLIER[:1], "", None),
+    ],
+)  # fmt: skip
+def test_what_is_asked_and_what_is_right(
+    row: dict[str, Any], messages: tuple[Message, ...], answer: str, demonstration: str | None
+) -> None:
+    example = read({**PAIR, **row})
+    assert example.messages == messages
+    assert (example.answer, example.demonstration) == (answer, demonstration)
+
+
+def test_what_is_left_is_for_the_rewards() -> None:
+    row = {"query": ASKED, "response": "B", "system": "Hm", "history": [], "input": 3, "level": 2}
+    assert read({**PAIR, **row}).extra == {"input": 3, "level": 2}
+    assert read({**PAIR, "question": ASKED, "system": "Hm"}).extra == {"system": "Hm"}
+
+
+@pytest.mark.parametrize(
+    ("row", "names"),
+    [
+        ({"messages": turns("B", first="assistant")}, ["user"]),
+        ({"messages": turns(ASKED, "Both.", first="assistant")[:1] * 2}, ["user"]),
+        ({"messages": [{"role": "system", "content": ASKED}]}, ["user"]),
+        ({"messages": turns("Which?", "<image> <image>")}, ["image", "last turn"]),
+        ({"conversations": [*said(ASKED), {"from": "observation", "value": "1"}]}, ["'observation'", "human", "gpt"]),
+        ({"conversations": [{"from": "human"}]}, ["content", "None"]),
+        ({"query": ASKED, "response": "B", "history": ["Hm"]}, ["history", "Hm"]),
+        ({"messages": turns(f"{ASKED} Is <bbox> a cat?", "B"), "objects": {"bbox": [[1, 2, 3, 4]]}}, ["<bbox>", "objects"]),
+        ({"messages": turns(ASKED, "B"), "audios": ["a.wav"]}, ["sound"]),
+        ({"messages": turns("<image> Which?", "B")}, ["2 images", "1 <image>"]),
+    ],
+)  # fmt: skip
+def test_chats_that_cannot_be_asked(row: dict[str, Any], names: list[str]) -> None:
+    with refused("here", *names):
+        read({**PAIR, **row})
+
+
+THEIRS = {"q": ASKED, "gt": "B", "pics": ["0.png", "1.png"], "hint": "look"}
+NAMES = ("question=q", "answer = gt", "images=pics")
+
+
+def test_columns_named_by_the_user() -> None:
+    example = read(THEIRS, map=NAMES)
+    assert (example.question, example.answer, example.images) == (ASKED, "B", ("0.png", "1.png"))
+    assert example.extra == {"hint": "look"}
+    # Before the convention is chosen; the same column may be two of ours.
+    assert read({**PAIR, "messages": turns(ASKED, "A"), "gold": "B"}, map=("answer=gold",)).answer == "B"  # fmt: skip
+    assert read(THEIRS, map=(*NAMES, "demonstration=gt")).demonstration == "B"
+    # What is mapped stands before what is there.
+    assert read({**THEIRS, "answer": "A"}, map=NAMES).answer == "B"
+
+
+@pytest.mark.parametrize(
+    ("entries", "names"),
+    [
+        (("question=text",), ["here", "question=text", "q, gt, pics, hint"]),
+        (("query=q",), ["query=q", "question, messages, answer"]),
+        (("question",), ["question"]),
+        (("question=",), ["question="]),
+        ((*NAMES, "question=hint"), ["question=hint", "once"]),
+    ],
+)
+def test_names_that_fit_nothing(entries: tuple[str, ...], names: list[str]) -> None:
+    with refused("data.map", *names):
+        read(THEIRS, map=entries)
+
+
+def test_only_rewards_that_read_the_answer_need_one(short_recipe: Path, error_of: ErrorOf) -> None:
+    folder = short_recipe.with_name("run")
+
+    def forget(name: str, *numbers: int) -> None:
+        file = short_recipe.with_name(name)
+        rows = json_lines(file)
+        for number in numbers:
+            del rows[number]["answer"]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    forget("data.jsonl", 3)
+    forget("test.jsonl", *range(6))
+    train = ["train", short_recipe, "--reward.weights", 1, 1, "--reward.functions", "format"]
+    for reward in ("accuracy", "box_iou", "math"):
+        error = error_of(*train, reward)
+        tells(error, "data.jsonl line 4", f"'{reward}'", "answer", "'row-3'", "data.map")
+    assert not folder.exists()
+    # What is measured without answers has no accuracy.
+    assert run(*train, "repetition", "--eval.examples", 6) == 0
+    after = metrics(folder, "evaluate")[-1]
+    assert (after["examples"], after["accuracy"], after["greedy"]) == (6, None, None)
+    measure = ["filter", folder, "--data", short_recipe.with_name("data.jsonl")]
+    tells(error_of(*measure, "--measure", "accuracy"), "'row-3'", "'accuracy'", "answer")
