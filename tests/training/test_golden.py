@@ -129,7 +129,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(stock.Qwen2_5_VLRMSNorm, "forward", norm)
     monkeypatch.setattr(stock, "apply_rotary_pos_emb_vision", rotated)
-    monkeypatch.setattr("perl.model.loading._load_weights", load)
+    monkeypatch.setattr("perl.model.weights._from_pretrained", load)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
