@@ -43,6 +43,11 @@ COMMANDS = {
         "file",
         "which images of a data set may change places, by rules or a model",
     ),
+    "check": (
+        "perl.data.check_command:Check",
+        "data",
+        "read a whole data set: faulty rows, and what it looks like",
+    ),
     "filter": (
         "perl.evaluation.filter_command:Filter",
         "model",
@@ -194,7 +199,7 @@ def _in_one_line(box: str) -> str:
 def _with_recipe(default: Any, recipe: str | None) -> Any:
     """The command's defaults, from the recipe or the run where it takes one."""
     from perl.model.sources import run_of
-    from perl.recipe import load_recipe, read_config
+    from perl.recipe import DEFAULT_RECIPE, load_recipe, read_config
 
     if hasattr(default, "eval") and recipe and (run := run_of(recipe)):
         of_run = read_config(run / "config.toml").eval
@@ -202,6 +207,8 @@ def _with_recipe(default: Any, recipe: str | None) -> Any:
         return replace(default, eval=MeasureConfig(**values) if of_run.examples else default.eval)
     if not hasattr(default, "config") or recipe is None:
         return default
+    if hasattr(default, "data") and not recipe.endswith(".toml"):  # What stands first is data.
+        recipe = DEFAULT_RECIPE
 
     return replace(default, config=load_recipe(recipe))
 

@@ -178,6 +178,9 @@ class DataConfig:
     """Whether it ends the last user turn or the system message."""
     system: str = ""
     """A system message for the questions that have none."""
+    on_error: Literal["error", "skip"] = "error"
+    """What to do with a faulty training row, also one whose image turns out broken when it is drawn: stop, or leave it
+    out and count it in data/skipped. Evaluation always stops."""
     max_prompt_tokens: Positive = 8192
     """A prompt with more tokens, image tokens included, is an error or is dropped."""
     overlong: Literal["error", "drop"] = "error"

@@ -20,6 +20,9 @@ IMAGE_SLOT = "<image>"
 class UserError(Exception):
     """A mistake of the user's: one line that says what is wrong, where, and what to do. Exit code 2."""
 
+    kind = ""
+    """Of a mistake in a row of data: what it is counted as."""
+
 
 class Interrupted(Exception):
     """The run was asked to stop and has saved itself."""

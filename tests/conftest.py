@@ -84,6 +84,12 @@ def _no_llm_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a check of data has found is not kept from one test to another."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
 def _signals_of_a_terminal() -> None:
     """Also for the processes that a test starts: nohup and a shell's background jobs ignore them."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

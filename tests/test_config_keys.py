@@ -114,8 +114,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     asked = {**rows[0], "question": mentions, "answer": "yes", "should_change": False}
     signal = [{**row, "signal": 1} for row in rows]
     both["other"] = "A"
+    (root / "cut.png").touch()
+    cut = [rows[0], {**rows[0], "images": ["0.png", "cut.png", "1.png"]}]
     film = {**both, "question": "<video> ?", "images": [], "videos": ["lighter"]}
-    files = {"film": [film], "data": rows, "both": [both], "asked": [asked] * 6, "signal": signal}
+    files = {
+        "film": [film],
+        "cut": cut,
+        "data": rows,
+        "both": [both],
+        "asked": [asked] * 6,
+        "signal": signal,
+    }
     for name, lines in files.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return root
@@ -580,6 +589,8 @@ ROWS = [
     Row("data.instruction_in", "system", asked, f"{QUESTION}\nAnswer briefly.", f"Answer briefly.\n{QUESTION}",
         {"data.instruction": "Answer briefly."}),
     Row("data.system", "Look closely.", asked, QUESTION, f"Look closely.\n{QUESTION}"),
+    Row("data.on_error", "skip", or_refusal(lambda lab: [e.id for e in lab.examples(2)]), "cut.png", ["row-0", "row-0"],
+        {"data.train": "cut.jsonl"}),
     Row("data.max_prompt_tokens", 10, dropped, [0, 0], [1, 1], {"data.overlong": "drop", **ALL}),
     Row("data.overlong", "drop", or_refusal(dropped), "data.max_prompt_tokens = 10", [1, 1],
         {"data.max_prompt_tokens": 10, **ALL}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import random
@@ -140,6 +141,14 @@ class RowDataset:
             return {}
         return shown_by(example, self.root_of(index))
 
+    def row(self, i: int) -> Mapping[str, Any]:
+        """Example i as the source has it."""
+        return self.source.row(self._indices[i])
+
+    def rows_digest(self) -> str:
+        """Which rows of the source these are."""
+        return hashlib.sha256(repr(self._indices).encode()).hexdigest()
+
     def read(self, row: Mapping[str, Any], index: int, *, decode: bool = True) -> Example:
         """The example of row `index` of the source, as `row` has it."""
         where = self.source.place(index)
@@ -153,7 +162,7 @@ class RowDataset:
         try:
             check_answer(example)
         except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+            raise _of_kind("label", UserError(f"{where}: {error}")) from None
         return replace(example, images=self.open_images(example.images, index, decode=decode))
 
     def root_of(self, index: int) -> Path:
@@ -165,12 +174,16 @@ class RowDataset:
     ) -> tuple[Any, ...]:
         """The images of row `index` from what the data holds; without `decode` only their headers are read."""
         where, root = self.source.place(index), self.root_of(index)
-        return tuple(
-            (open_frame if isinstance(image, Frame) else open_stored)(
-                image, root, f"{where}, image {k}", decode=decode
+        try:
+            return tuple(
+                (open_frame if isinstance(image, Frame) else open_stored)(
+                    image, root, f"{where}, image {k}", decode=decode
+                )
+                for k, image in enumerate(images, start=1)
             )
-            for k, image in enumerate(images, start=1)
-        )
+        except UserError as error:
+            missing = isinstance(error.__cause__, FileNotFoundError)
+            raise _of_kind("image missing" if missing else "image", error) from error.__cause__
 
     def _tell(self, where: str, what: str) -> None:
         """Once for a source, however many of its rows are so."""
@@ -197,6 +210,11 @@ def _apart(dataset: RowDataset, share: float, config: DataConfig) -> tuple[list[
         )
         _parts[key] = held, others
     return _parts[key]
+
+
+def _of_kind(kind: str, error: UserError) -> UserError:
+    error.kind = kind
+    return error
 
 
 Dataset = BundledTasks | RowDataset

@@ -6,14 +6,17 @@ A stream's position can be saved and gone on from, and `key` finds an example ag
 from __future__ import annotations
 
 import glob
+import logging
 import math
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from perl.data.dataset import Dataset
 from perl.types import Example, UserError
+
+log = logging.getLogger(__name__)
 
 
 class Drawn(NamedTuple):
@@ -29,10 +32,15 @@ class ExampleStream:
 
     `epoch` counts from 0. `state_dict()` holds plain numbers, and a stream that loads it goes on at
     the next example.
+
+    With `accept` a row that cannot be read, or that it raises UserError for, is left out and counted in `skipped`.
     """
 
-    def __init__(self, dataset: Dataset, seed: int) -> None:
-        self.dataset = dataset
+    def __init__(
+        self, dataset: Dataset, seed: int, accept: Callable[[Example], None] | None = None
+    ) -> None:
+        self.dataset, self.accept = dataset, accept
+        self.skipped = self._in_turn = 0
         self.size = dataset.size
         if self.size == 0:
             raise UserError("the data set is empty; give one with rows")
@@ -43,15 +51,35 @@ class ExampleStream:
 
     def draw(self, n: int) -> list[Drawn]:
         """The next `n` examples; an epoch may end and the next begin among them."""
-        out = []
-        for _ in range(n):
+        out: list[Drawn] = []
+        while len(out) < n:
             if self._position == self.size:
                 self.epoch, self._position = self.epoch + 1, 0
                 self._order = self._shuffled()
             index = self._order[self._position]
-            out.append(Drawn((index,), self.epoch, self.dataset[index]))
+            example = self._read(index)
             self._position += 1
+            if example:
+                out.append(Drawn((index,), self.epoch, example))
         return out
+
+    def _read(self, index: int) -> Example | None:
+        """Example `index`; None if it is left out."""
+        try:
+            example = self.dataset[index]
+            if self.accept:
+                self.accept(example)
+        except UserError as error:
+            if self.accept is None:
+                raise
+            if not self.skipped:
+                log.warning("%s: the row is left out, as others like it will be (said once)", error)
+            self.skipped, self._in_turn = self.skipped + 1, self._in_turn + 1
+            if self._in_turn == self.size:
+                raise UserError(f"all {self.size} rows are faulty, the last: {error}") from error
+            return None
+        self._in_turn = 0
+        return example
 
     def find(self, key: Sequence[int]) -> Example:
         """The example that was drawn with this key."""
@@ -103,6 +131,11 @@ class MixedStream:
     def __init__(self, streams: Sequence[ExampleStream], weights: Sequence[float], seed: int):
         self.streams, self.weights, self.seed = list(streams), list(weights), seed
         self._drawn = 0
+
+    @property
+    def skipped(self) -> int:
+        """Rows left out so far."""
+        return sum(stream.skipped for stream in self.streams)
 
     def draw(self, n: int) -> list[Drawn]:
         """The next `n` examples; `epoch` is that of its source, and `key` begins with the source's number."""

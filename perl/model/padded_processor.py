@@ -35,6 +35,10 @@ class PaddedProcessor(Processor):
         self.eos_token_id = int(self.tokenizer.eos_token_id)
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
 
+    @property
+    def longest_aspect(self) -> float:
+        return math.inf
+
     def encode_messages(
         self, messages: Sequence[Message], images: Sequence[Image.Image], where: str = "the prompt"
     ) -> EncodedPrompt:

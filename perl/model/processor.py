@@ -88,6 +88,8 @@ class Processor:
             UserError: the number of `<image>` slots is not the number of images.
         """
         check_slots(messages, images, where)
+        for image in images:
+            self._check_shape(image, where)
         encoded = tuple(self.encode_image(image) for image in images)
         text = self.render(messages, where)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -122,6 +124,31 @@ class Processor:
     def image_token(self) -> str:
         """Stands for an image in what `render` writes; empty where that is not known."""
         return self.family.image_token
+
+    def check_shapes(self, example: Example) -> None:
+        """See that the model takes pictures of these shapes.
+
+        Raises:
+            UserError: it does not.
+        """
+        for k, image in enumerate(example.images, start=1):
+            self._check_shape(image, f"example {example.id}, image {k}")
+
+    def _check_shape(self, image: Image.Image, where: str) -> None:
+        if max(image.size) > self.longest_aspect * min(image.size):
+            raise UserError(
+                f"{where}: {image.width} x {image.height} pixels; of one side the model takes at most "
+                f"{self.longest_aspect:g} times the other, so crop it"
+            )
+
+    @property
+    def longest_aspect(self) -> float:
+        return self.family.longest_aspect
+
+    @property
+    def demands(self) -> str:
+        """What `check_texts` and `check_shapes` depend on."""
+        return f"{sorted(self._unsampled)} {self.tokenizer.name_or_path} {self.longest_aspect}"
 
     def _expand(self, ids: Sequence[int], images: Sequence[EncodedImage], where: str) -> np.ndarray:
         waiting = iter(images)

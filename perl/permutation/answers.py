@@ -15,6 +15,7 @@ of the old slots. If no option does, or two do, there is no right answer and the
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -114,7 +115,11 @@ def lettering(example: Example, options: Slots) -> Lettering:
 
     `options` are the slots that letters count where the text says nothing.
     """
-    text, count = text_of(example), len(example.images)
+    return _lettering(text_of(example), len(example.images), example.should_change, options)
+
+
+@functools.lru_cache(maxsize=16)  # An example is asked about several times in turn.
+def _lettering(text: str, count: int, should_change: bool, options: Slots) -> Lettering:
     labels = slot_labels(text)
     numbers = labels.numbers or tuple(range(count))
     in_words, pictured = find_options(text)
@@ -127,7 +132,7 @@ def lettering(example: Example, options: Slots) -> Lettering:
         if one
     ]
     some_bare = bool(named)
-    if not example.should_change or len({one.slot for one in named}) < len(lines):
+    if not should_change or len({one.slot for one in named}) < len(lines):
         named = []
     names = Lettering(slots, "slots", numbers, lines, tuple(named), labels, count, some_bare)
     if slots:

@@ -292,3 +292,8 @@ def load_reward(spec: str) -> BoundReward:
     if function.function in _OUTSIDE:
         _OUTSIDE[function.function]()
     return function
+
+
+def is_outside(spec: str) -> bool:
+    """Whether a function asks something outside this process."""
+    return load(spec, BUILT_IN).function in _OUTSIDE

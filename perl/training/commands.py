@@ -196,10 +196,9 @@ def _check_kept(command: Train, folder: RunFolder) -> None:
 def _check(config: Config) -> None:
     """Find mistakes before anything is written or removed."""
     from perl.config import EVAL_SEED
-    from perl.data.dataset import check_apart, load_examples, validate
-    from perl.permutation import check_moves
+    from perl.data.dataset import check_apart, load_examples
+    from perl.distributed import on_main_process
     from perl.recipe import measured_function, plan
-    from perl.rewards.scorer import Scorer
     from perl.training.components import check_setup, training_sources
 
     check_named(config)
@@ -234,18 +233,37 @@ def _check(config: Config) -> None:
             "of data.train out"
         )
     processor = check_setup(config)
-    for key, dataset in datasets.items():
-        scorers = [Scorer(functions, (1.0,) * len(functions)) for functions in rewards.get(key, ())]
-
-        def inspect(example: Example, text: Any = key[-1], scorers: Any = scorers) -> None:
-            check_moves(example, text)
-            for scorer in scorers:
-                scorer.check_answer(example)
-            if processor:
-                processor.check_texts(example)
-
-        validate(dataset, inspect=inspect)
+    on_main_process(partial(_check_rows, datasets, rewards, processor))
     _check_prompts(config, processor, datasets)
+
+
+def _check_rows(
+    datasets: Mapping[tuple[Any, ...], Any],
+    rewards: Mapping[tuple[Any, ...], set[tuple[str, ...]]],
+    processor: Any,
+) -> None:
+    """Raise UserError for a faulty row, or warn of those that training will skip."""
+    from perl.data.check import checked, checks_of
+    from perl.data.dataset import RowDataset
+    from perl.report.progress import Display
+
+    for key, dataset in datasets.items():
+        split, source, data, text = key
+        if not isinstance(dataset, RowDataset):
+            continue
+        checks = checks_of(text, processor, rewards.get(key, ()))
+        stop = split == "eval" or data.on_error == "error"
+        with Display() as display:
+            found = checked(dataset, data, checks, display, stop)
+        if len(found.faults) == found.rows:
+            raise UserError(
+                f"all rows of {source} are faulty, the first: {found.faults[0].message}"
+            )
+        if found.faults:
+            log.warning(
+                "%s: %d of %d rows are faulty and will be skipped, the first: %s (perl-rl check lists them)",
+                *(source, len(found.faults), found.rows, found.faults[0].message),
+            )
 
 
 def _check_prompts(config: Config, processor: Any, datasets: Mapping[tuple[Any, ...], Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from perl.config import EVAL_SEED, Config, DataConfig
+from perl.data.check import checks_of
 from perl.data.dataset import BUNDLED, Dataset, load_examples
 from perl.data.resample import parse_histogram
 from perl.data.streams import ExampleStream, MixedStream, Stream, read_mix
@@ -39,7 +40,7 @@ from perl.rollout.padded import make_engine
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.timing import Stopwatch
 from perl.training.optimizer import Schedule
-from perl.types import UserError
+from perl.types import Example, UserError
 
 
 @dataclass
@@ -98,10 +99,26 @@ class Components:
         for number, (source, _) in enumerate(sources):
             own = seed + 7919 * number  # Two bundled sources give different questions.
             found, data = self.source(source)
-            streams.append(ExampleStream(load_examples(found, data, "train", own), own))
+            dataset = load_examples(found, data, "train", own)
+            streams.append(ExampleStream(dataset, own, self._accept()))
         if len(streams) == 1:
             return streams[0]
         return MixedStream(streams, [weight for _, weight in sources], seed)
+
+    def _accept(self) -> Callable[[Example], None] | None:
+        """Raises UserError for an example that cannot be trained on, where such are to be skipped."""
+        config = self.config
+        if config.data.on_error == "error":
+            return None
+
+        rewards = [config.reward.functions] if self.stage.kind == "rl" else []
+        checks = checks_of(config.permutation.text, self.processor, rewards)
+
+        def accept(example: Example) -> None:
+            for _, inspect in checks.inspect:
+                inspect(example)
+
+        return accept
 
     def source(self, source: str) -> tuple[str, DataConfig]:
         """Where a training source is read from and how: what a filter stage has left of it, if one has."""

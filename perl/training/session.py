@@ -154,7 +154,7 @@ class Session:
 
     def steps(self) -> Iterator[int]:
         """The steps of the stage that are left, from 0, with its data where it stopped; fewer where `eval.patience` ends."""
-        self.source = ProcessShare(self.stream(), self.processes)
+        self.source, self._skipped = ProcessShare(self.stream(), self.processes), 0
         for step in range(self.progress.step, self.stage.steps):
             if 0 < self.config.eval.patience <= self.progress.stale and self.stage.kind == "rl":
                 best, key = self.progress.best, self.config.run.keep_best
@@ -232,6 +232,10 @@ class Session:
 
     def record_step(self, step: int, row: dict[str, Any], shown: dict[str, float]) -> None:
         """A step is complete: write its metrics down, and show some of them behind the progress bar."""
+        stream = self.source.stream
+        if self.config.data.on_error == "skip":
+            row = {**row, "data/skipped": stream.skipped - self._skipped}
+            self._skipped = stream.skipped
         lap = self.components.watch.lap()  # Of this step, also where its row is not written.
         if self.components.is_main and (step + 1) % self.config.run.log_every == 0:
             number = self.first_step + step + 1

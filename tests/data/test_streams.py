@@ -7,13 +7,14 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from perl.config import DataConfig
 from perl.data.dataset import load_examples
 from perl.data.streams import ExampleStream, MixedStream, Stream, read_mix
-from perl.types import Example
+from perl.types import Example, UserError
 from tests.messages import refused
 
 
@@ -24,6 +25,11 @@ class Numbered(list[Example]):
         super().__init__(Example(f"{source}{i}", (), "", "A") for i in range(count))
         self.size = count
         self.check = self.__getitem__
+
+
+class Broken(Numbered):
+    def __getitem__(self, i: Any) -> Any:
+        raise UserError("row 1 is bad")
 
 
 def one(count: int = 5, seed: int = 0) -> ExampleStream:
@@ -71,6 +77,38 @@ def test_sequences_and_sources_are_drawn_by_seed_and_number_alone() -> None:
     assert ids(one(seed=3), 10) == [str(i) for order in epochs for i in order]
     sources = [random.Random(f"4/mix/{k}").choices("ab", [1, 3])[0] for k in range(30)]
     assert [name[0] for name in ids(mixed(4), 30)] == sources
+
+
+def skipping(bad: set[int], count: int = 5) -> ExampleStream:
+    """A stream that leaves rows of these numbers out."""
+
+    def accept(example: Example) -> None:
+        if int(example.id) in bad:
+            raise UserError(f"row {example.id} is bad")
+
+    return ExampleStream(Numbered(count), 0, accept)  # type: ignore[arg-type]
+
+
+def test_a_faulty_row_is_left_out_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    stream, resumed = skipping({1, 3}), skipping({1, 3})
+    assert [d.key[0] for d in stream.draw(3)] == [
+        i for (i,), *_ in one().draw(5) if i not in {1, 3}
+    ]
+    (drawn,) = stream.draw(1)
+    assert drawn.epoch == 1 and stream.skipped >= 2
+    stream.draw(20)
+    assert len(caplog.records) == 1
+    resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    assert resumed.draw(9) == stream.draw(9)
+    both = MixedStream([skipping({0}, 1), skipping({1})], [0.0, 1.0], 0)
+    both.draw(12)
+    assert both.skipped == both.streams[1].skipped >= 2
+    with refused("4", "faulty"):
+        skipping({0, 1, 2, 3}, 4).draw(1)
+    with refused("row 1"):
+        stream = one()
+        stream.dataset = Broken(5)  # type: ignore[assignment]
+        stream.draw(5)
 
 
 @pytest.mark.parametrize("make", [one, mixed])

@@ -34,7 +34,7 @@ from perl.timing import Stopwatch
 from perl.training.components import Components
 from perl.training.session import Session
 from perl.training.train import train
-from perl.types import EncodedImage, EncodedPrompt, Message, PackedBatch, Segment, Variant
+from perl.types import EncodedImage, EncodedPrompt, Example, Message, PackedBatch, Segment, Variant
 
 
 class TwoTokens(nn.Module):
@@ -133,6 +133,12 @@ class Letters:
 
     def unsampled_token_ids(self) -> torch.Tensor:
         return torch.empty(0, dtype=torch.long)
+
+    demands = ""
+
+    def check_texts(self, example: Example) -> None: ...
+
+    check_shapes = check_texts
 
     def save(self, folder: Path) -> None:
         (folder / "letters").touch()

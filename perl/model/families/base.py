@@ -68,6 +68,8 @@ class Family(ABC):
     """Marks one visual token in a prompt; the chat template writes it once for each image."""
     vision_tokens: tuple[str, ...]
     """Tokens that stand for or around images: a completion never holds them."""
+    longest_aspect: float = float("inf")
+    """How many times an image may be longer than it is wide, or the other way round."""
     packed_tower: bool
     """Whether the tower takes many images end to end and so needs packed attention."""
 

@@ -29,6 +29,7 @@ class QwenVL(Family):
         "<|image_pad|>",
         "<|video_pad|>",
     )
+    longest_aspect = 200.0
     packed_tower = True
 
     def load_image_processor(self, folder: str | Path) -> Any:

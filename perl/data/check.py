@@ -1,0 +1,293 @@
+"""Every row of a data set visited once, by several processes: which are faulty, and what the data look like.
+
+The outcome is kept in the user's cache, so that a run over data that have not changed starts at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from perl.config import DataConfig
+from perl.data.dataset import Dataset, RowDataset
+from perl.files import write_json
+from perl.permutation import check_moves, num_orders
+from perl.report.progress import Display
+from perl.rewards.scorer import Scorer
+from perl.types import Example, UserError
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1
+"""Of what is cached; another number makes what older versions have cached worthless."""
+_AT_ONCE = 256
+"""Rows that a process takes at a time. Fewer in all are visited by this one."""
+_LATER = ("gold", "prompt")
+"""Kinds of fault that training does not look for when it starts."""
+_NOT_READ_BY = ("train", "eval", "mix", "max_prompt_tokens", "overlong", "on_error")
+"""Keys of the section data that say nothing about how a row is read."""
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What rows are held to beside what any row must be.
+
+    `inspect` has a kind of fault and a function that raises UserError for an example whose images have been read by
+    their headers; `tokens` gives the length of its prompt. `key` tells apart checks that may find different things.
+    """
+
+    inspect: tuple[tuple[str, Callable[[Example], None]], ...] = ()
+    key: str = ""
+    start_key: str | None = None
+    """That of training's checks among these: where they find nothing, training will find nothing."""
+    decode: bool = False
+    """Read the images in full: a cut one is found only so."""
+    tokens: Callable[[Example], int] | None = None
+    most_tokens: int = 0
+    """Prompts with more are counted."""
+
+
+def checks_of(text: Any, processor: Any = None, rewards: Iterable[tuple[str, ...]] = ()) -> Checks:
+    """What training asks of its rows: labels that hold in every order, texts and pictures that the model can take, and an
+    answer where a reward reads it.
+
+    Args:
+        text: `permutation.text`.
+        rewards: `reward.functions` of every stage.
+    """
+    inspect: list[tuple[str, Callable[[Example], None]]] = [
+        ("label", lambda example: check_moves(example, text))
+    ]
+    rewards = sorted(rewards)
+    for functions in rewards:
+        inspect.append(("answer", Scorer(functions, (1.0,) * len(functions)).check_answer))
+    if processor is not None:
+        inspect += [("text", processor.check_texts), ("image shape", processor.check_shapes)]
+    return Checks(tuple(inspect), f"{text} {rewards} {processor.demands if processor else ''}")
+
+
+class Fault(NamedTuple):
+    """Row `index` of the data set (as it counts), what kind of fault it has, and the error it raises."""
+
+    index: int
+    kind: str
+    message: str
+
+
+class Seen(NamedTuple):
+    """What one row is like."""
+
+    fault: Fault | None
+    sizes: tuple[tuple[int, int], ...] = ()
+    label: str = ""
+    question: int = 0
+    moves: bool = False
+    tokens: int | None = None
+    folders: tuple[str, ...] = ()
+
+
+@dataclass
+class Checked:
+    """What a visit of all rows has found; `statistics` are numbers by name."""
+
+    rows: int
+    faults: list[Fault]
+    statistics: dict[str, Any] = field(default_factory=dict)
+    folders: dict[str, int] = field(default_factory=dict)
+    """When the folders of the images were changed last, in ns."""
+
+
+def checked(
+    dataset: RowDataset, config: DataConfig, checks: Checks, display: Display, stop: bool = False
+) -> Checked:
+    """What a visit finds, or has found before if neither the data's files nor the images' folders have changed since.
+
+    With `stop` the first faulty row ends it: its error is raised.
+    """
+    visit(dataset, 0, checks)  # It says what there is to say of rows of its kind.
+    cache = _cache_of(dataset, config, checks)
+    found = _load(cache, dataset, checks)
+    if found is None:
+        found = _visit_all(dataset, checks, display, stop)
+        _store(found, cache)
+        if checks.start_key is not None:
+            start = Checks(key=checks.start_key)
+            own = [fault for fault in found.faults if fault.kind not in _LATER]
+            _store(replace(found, faults=own), _cache_of(dataset, config, start))
+    if stop and found.faults:
+        raise UserError(found.faults[0].message)
+    return found
+
+
+def visit(dataset: Dataset, i: int, checks: Checks) -> Seen:
+    """Check one row."""
+    decoded = None
+    try:
+        example = dataset.check(i)
+        for kind, function in checks.inspect:
+            try:
+                function(example)
+            except UserError as error:
+                error.kind = error.kind or kind
+                raise
+        decoded = dataset[i] if checks.decode else example
+        tokens = checks.tokens(decoded) if checks.tokens else None
+    except UserError as error:
+        message, place = str(error), _place(dataset, i)
+        message = message if place in message else f"{place}: {message}"
+        return Seen(Fault(i, error.kind or ("prompt" if decoded else "columns"), message))
+    files = [getattr(image, "filename", "") for image in example.images]
+    change = "the answer follows" if example.should_change else "the answer stays"
+    return Seen(
+        None,
+        tuple(image.size for image in example.images),
+        f"{example.kind}, {change}" if example.kind != "none" else "none",
+        sum(len(message.content) for message in example.messages),
+        num_orders(example) > 1,
+        tokens,
+        tuple({os.path.dirname(file) for file in files if file}),
+    )
+
+
+def _place(dataset: Dataset, i: int) -> str:
+    return dataset.place(i) if isinstance(dataset, RowDataset) else f"question {i + 1}"
+
+
+def _visit_all(dataset: Dataset, checks: Checks, display: Display, stop: bool) -> Checked:
+    size = dataset.size or 0
+    chunks = [range(k, min(k + _AT_ONCE, size)) for k in range(0, size, _AT_ONCE)]
+    seen: list[Seen] = []
+    if len(chunks) > 1:
+        display.stage("check", size, unit="rows of data")
+    for some in _visited(dataset, checks, chunks):
+        faulty = next((each.fault for each in some if each.fault), None)
+        if stop and faulty:
+            raise UserError(faulty.message)
+        seen += some
+        if len(chunks) > 1:
+            display.advance(len(some))
+    display.close()
+    faults = [each.fault for each in seen if each.fault]
+    folders = {folder for each in seen for folder in each.folders}
+    times = {folder: _changed(folder) for folder in sorted(folders)}
+    sound = [each for each in seen if not each.fault]
+    return Checked(size, faults, _statistics(sound, checks.most_tokens), times)
+
+
+def _visited(dataset: Dataset, checks: Checks, chunks: Sequence[range]) -> Iterator[Sequence[Seen]]:
+    """What is seen, a chunk at a time and in their sequence."""
+    workers = min(len(chunks), len(os.sched_getaffinity(0)), 16)
+    if workers < 2:
+        yield from ([visit(dataset, i, checks) for i in chunk] for chunk in chunks)
+        return
+    # Forked, so that data sets and checks need not be pickled.
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(workers, context, _begin_worker, (dataset, checks))
+    try:
+        yield from pool.map(_visit_chunk, chunks)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_WORK: list[Any] = []
+
+
+def _begin_worker(dataset: Dataset, checks: Checks) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's business.
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork.
+    logging.disable(logging.WARNING)  # Of what is said once, not once by each.
+    _WORK[:] = [dataset, checks]
+
+
+def _visit_chunk(chunk: range) -> list[Seen]:
+    dataset, checks = _WORK
+    return [visit(dataset, i, checks) for i in chunk]
+
+
+def _statistics(seen: Sequence[Seen], most_tokens: int) -> dict[str, Any]:
+    sizes = [size for each in seen for size in each.sizes]
+    tokens = [each.tokens for each in seen if each.tokens is not None]
+    out: dict[str, Any] = {
+        "images per row": _spread([len(each.sizes) for each in seen]),
+        "image width": _spread([width for width, _ in sizes]),
+        "image height": _spread([height for _, height in sizes]),
+        "characters of the question": _spread([each.question for each in seen]),
+        "prompt tokens": _spread(tokens),
+        "labels": dict(Counter(each.label for each in seen).most_common()),
+        "rows whose images can move": sum(each.moves for each in seen),
+    }
+    if tokens:
+        out["prompts over data.max_prompt_tokens"] = sum(t > most_tokens for t in tokens)
+    return {name: value for name, value in out.items() if value is not None}
+
+
+def _spread(values: Sequence[int]) -> list[float] | None:
+    """Least, median and most."""
+    return [float(f(values)) for f in (np.min, np.median, np.max)] if values else None
+
+
+def _cache_of(dataset: RowDataset, config: DataConfig, checks: Checks) -> Path | None:
+    """Where the outcome is kept; None where it cannot be told whether the data have changed."""
+    files = dataset.source.files
+    if not files:
+        return None
+    stats = [path.stat() for path in files]
+    reading = {k: v for k, v in asdict(config).items() if k not in _NOT_READ_BY}
+    parts = [
+        *(_FORMAT, dataset.source.name, str(dataset.source.root), len(dataset.source)),
+        [
+            (str(path.absolute()), s.st_size, s.st_mtime_ns)
+            for path, s in zip(files, stats, strict=True)
+        ],
+        *(reading, dataset.rows_digest(), checks.key, checks.decode, checks.tokens is not None),
+    ]
+    name = hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "perl-rl" / "checks" / f"{name}.json"
+
+
+def _load(cache: Path | None, dataset: RowDataset, checks: Checks) -> Checked | None:
+    try:
+        stored = json.loads(cache.read_text()) if cache else None
+    except (OSError, ValueError):
+        return None
+    if stored is None:
+        return None
+    found = Checked(**{**stored, "faults": [Fault(*fault) for fault in stored["faults"]]})
+    if any(_changed(folder) != then for folder, then in found.folders.items()):
+        return None
+    # A picture that has been mended in its place changes no folder.
+    full = replace(checks, decode=True)
+    again = (visit(dataset, fault.index, full).fault for fault in found.faults)
+    same = all(new == old for new, old in zip(again, found.faults, strict=True))
+    return found if same else None
+
+
+def _store(found: Checked, cache: Path | None) -> None:
+    if cache is None:
+        return
+    with suppress(OSError):  # A home that cannot be written costs the next start its time.
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_json(cache, asdict(found))
+
+
+def _changed(folder: str) -> int:
+    try:
+        return os.stat(folder).st_mtime_ns
+    except OSError:
+        return -1

@@ -1,0 +1,219 @@
+"""A visit of all rows: what it finds, and when what it has found is believed again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perl.config import DataConfig
+from perl.data import check
+from perl.data.check import Checks, checked, checks_of
+from perl.data.dataset import RowDataset, load_examples
+from perl.report.progress import Display
+from perl.types import Example, UserError
+from tests.command_line import ErrorOf, json_lines, run
+from tests.messages import refused, tells
+from tests.pictures import encoded
+
+QUIET = Display(enabled=False)
+AUTO, SLOTS = DataConfig(), checks_of("slots")
+GOOD = {"question": "A. <image> B. <image> Which?", "images": ["0.png", "1.png"], "answer": "B"}
+CUT = {**GOOD, "images": ["0.png", "cut.png"]}
+FAULTS: dict[str, dict[str, Any]] = {
+    "columns": {**GOOD, "images": ["0.png"]},
+    "label": {**GOOD, "answer": "D"},
+    "image missing": {**GOOD, "images": ["0.png", "no.png"]},
+    "image": {**GOOD, "images": ["0.png", "text.png"]},
+    "answer": {**GOOD, "answer": None, "kind": "none"},
+}
+
+
+def write(folder: Path, rows: list[dict[str, Any]]) -> str:
+    for k in range(2):
+        (folder / f"{k}.png").write_bytes(encoded((k, 0, 0), size=(8 + k, 64)))
+    (folder / "cut.png").write_bytes((folder / "1.png").read_bytes()[:60])
+    (folder / "text.png").write_text("no picture")
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps({"kind": "all", **row}) + "\n" for row in rows))
+    return str(file)
+
+
+def opened(source: str) -> RowDataset:
+    dataset = load_examples(source, DataConfig(), "train", 0)
+    assert isinstance(dataset, RowDataset)
+    return dataset
+
+
+@pytest.fixture
+def visits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows that are visited from now on."""
+    seen: list[int] = []
+    visit = check.visit
+
+    def counted(dataset: Any, i: int, checks: Checks) -> Any:
+        seen.append(i)
+        return visit(dataset, i, checks)
+
+    monkeypatch.setattr(check, "visit", counted)
+    return seen
+
+
+def test_the_command_counts_faults_by_kind_and_writes_them_down(
+    tmp_path: Path, error_of: ErrorOf, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = {**GOOD, "question": "<image> <image> " + "?" * 84, "kind": "none"}
+    rows = [GOOD, *FAULTS.values(), CUT, long, {**GOOD, "answer": "C", "should_change": "maybe"}]
+    source = write(tmp_path, rows)
+    said = error_of("check", source, "--output", tmp_path / "bad.jsonl")
+    tells(said, "7 of the 9 rows", source, "--data.on-error skip", "image missing", "label")
+    bad = json_lines(tmp_path / "bad.jsonl")
+    kinds = [*FAULTS, "image", "columns"]
+    assert [row["fault_kind"] for row in bad] == kinds
+    assert [row["place"] for row in bad] == [f"{source} line {n}" for n in (2, 3, 4, 5, 6, 7, 9)]
+    assert all(row["place"] in row["fault"] for row in bad)
+    assert bad[2]["images"] == ["0.png", "no.png"]
+    write(tmp_path, [GOOD, long, {**GOOD, "answer": "1", "kind": "last:2"}])
+    assert run("check", source) == 0
+    out = capsys.readouterr().out
+    lines = {" ".join(line.split()) for line in out.splitlines()}
+    assert {"images per row 2 2 2", "image width 8 8 9", "image height 64 64 64"} <= lines
+    assert "characters of the question 28 28 100" in lines
+    assert "rows whose images can move: 2 (67 %)" in lines
+    tells(out, "3 rows", 0, "none 1")
+    assert "last:2, the answer follows 1" in out
+
+
+def test_what_a_model_and_a_reward_cannot_take(
+    tmp_path: Path, error_of: ErrorOf, tiny_folder: Callable[[str], Path]
+) -> None:
+    model = tiny_folder("tiny-qwen2.5-vl")
+    alone = {"question": "<image> ?", "images": ["long.png"], "answer": "[1, 2, 3, 4]"}
+    rows = [
+        alone,
+        {**alone, "images": ["0.png"], "question": "<image> <|image_pad|>"},
+        {**alone, "images": ["0.png"], "answer": "a box"},
+        {**alone, "images": ["0.png"], "question": "<image> " + "which " * 50},
+        {**alone, "images": ["0.png"]},
+    ]
+    source = write(tmp_path, rows)
+    (tmp_path / "long.png").write_bytes(encoded((0, 0, 0), size=(201, 1)))
+    options = ["--model.path", model, "--data.max-prompt-tokens", 40]
+    options += ["--reward.functions", "box_iou", "--reward.weights", 1]
+    options += ["--data.overlong", "error"]
+    error_of("check", source, *options, "--output", tmp_path / "bad.jsonl")
+    bad = json_lines(tmp_path / "bad.jsonl")
+    assert [row["fault_kind"] for row in bad] == ["image shape", "text", "gold", "prompt"]
+    for row, names in zip(
+        bad,
+        [("201 x 1", 200), ("<|image_pad|>",), ("box_iou",), ("data.max_prompt_tokens = 40",)],
+        strict=True,
+    ):
+        tells(row["fault"], *names)
+
+
+def test_a_recipes_file_names_all_its_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path, [GOOD])
+    (tmp_path / "bad").mkdir()
+    bad = write(tmp_path / "bad", [GOOD, CUT])
+    data = {"train": source, "eval": bad, "mix": ["bundled:digits*2"]}
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("[data]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in data.items()))
+    assert run("check", recipe) == 2
+    said = capsys.readouterr()
+    tells(said.out, source, bad, "bundled:digits")
+    tells(said.err, "1 of the 2 rows", bad)
+
+
+@pytest.mark.parametrize("at_once", [2, 100])
+def test_many_rows_are_visited_by_several_processes(
+    tmp_path: Path, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "_AT_ONCE", at_once)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    rows = [GOOD, GOOD, FAULTS["label"], GOOD, FAULTS["image"], GOOD, GOOD]
+    dataset = opened(write(tmp_path, rows))
+    found = checked(dataset, DataConfig(), checks_of("slots"), QUIET)
+    assert (found.rows, [fault.index for fault in found.faults]) == (7, [2, 4])
+    assert found.statistics["labels"] == {"all, the answer follows": 5}
+    assert list(found.folders) == [str(tmp_path)]
+    with refused("line 3", "'D'"):
+        checked(dataset, DataConfig(), Checks(), QUIET, stop=True)
+
+
+def test_what_has_been_found_is_believed_until_data_change(
+    tmp_path: Path, visits: list[int]
+) -> None:
+    (tmp_path / "a").mkdir()
+    inside = {**GOOD, "images": ["a/0.png", "a/1.png"]}
+    write(tmp_path / "a", [])
+    source = write(tmp_path, [inside, inside, {**inside, "images": ["a/0.png", "a/2.png"]}])
+
+    def visited(config: DataConfig = AUTO, checks: Checks = SLOTS) -> list[int]:
+        visits.clear()
+        checked(opened(source), config, checks, QUIET)
+        return list(visits)
+
+    everything = [0, 0, 1, 2]
+    assert visited() == everything
+    assert visited() == [0, 2]  # the faulty one may have been mended
+    # Settings that say nothing about rows, and some that do.
+    assert visited(DataConfig(train="x", on_error="skip")) == [0, 2]
+    assert visited(DataConfig(image_root=str(tmp_path))) == everything
+    assert visited(checks=checks_of("references")) == everything
+    assert visited(checks=checks_of("slots", rewards=[("accuracy",)])) == everything
+    (tmp_path / "a" / "2.png").write_bytes(encoded((2, 0, 0)))
+    assert visited() == everything and visited() == [0]
+    (tmp_path / "a" / "1.png").unlink()
+    assert visited() == everything and visited() == [0, 0, 1]
+    write(tmp_path / "a", [])
+    write(tmp_path, [inside])
+    assert visited() == [0, 0] and visited() == [0]
+    os.utime(source, ns=(0, 0))
+    assert visited() == [0, 0]
+
+
+def test_a_picture_mended_in_its_place_is_seen(tmp_path: Path, visits: list[int]) -> None:
+    source = write(tmp_path, [GOOD, CUT])
+    full = replace(checks_of("slots"), decode=True, key="full", start_key=checks_of("slots").key)
+    assert len(checked(opened(source), DataConfig(), full, QUIET).faults) == 1
+    # Training, which reads headers only, now knows of the cut one.
+    visits.clear()
+    with refused("line 2", "cut.png"):
+        checked(opened(source), DataConfig(), checks_of("slots"), QUIET, stop=True)
+    assert visits == [0, 1]
+    (tmp_path / "cut.png").write_bytes((tmp_path / "1.png").read_bytes())
+    assert not checked(opened(source), DataConfig(), checks_of("slots"), QUIET, stop=True).faults
+
+
+def test_training_believes_a_full_check_but_not_its_gold(tmp_path: Path, visits: list[int]) -> None:
+    def never(_: Example) -> None:
+        raise UserError("no")
+
+    start = checks_of("slots")
+    full = Checks((*start.inspect, ("gold", never)), "full", start.key, decode=True)
+    source = write(tmp_path, [GOOD] * 3)
+    assert len(checked(opened(source), DataConfig(), full, QUIET).faults) == 3
+    visits.clear()
+    assert not checked(opened(source), DataConfig(), start, QUIET).faults
+    assert visits == [0]
+
+
+def test_a_cache_that_cannot_be_written_or_read_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path, [GOOD])
+    (tmp_path / "file").touch()
+    for cache in ("file", "home"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
+        for _ in range(2):
+            assert checked(opened(source), DataConfig(), Checks(), QUIET).rows == 1
+            for kept in (tmp_path / "home").rglob("*.json"):
+                kept.write_text("{")
