@@ -198,7 +198,7 @@ def group_metrics(collected: Collected) -> dict[str, float]:
             for name in names
         },
         **{f"reward/faults/{name}": n for name, n in collected.faults.items()},
-        **{f"reward/logged/{name}": value for name, value in collected.logged.items()},
+        **{f"logged/{name}": value for name, value in collected.logged.items()},
         "consistency": mean([group_agreement(g) for g in seen]),
         "permutation/rate": collected.rate,
         "permutation/orders": mean([len(g.variants) for g in seen]),

@@ -283,7 +283,7 @@ def test_what_functions_say_beside_their_scores_is_recorded(
     """
     train_in(tmp_path / "run", config_of(tmp_path, more))
     rows = metrics(tmp_path / "run", "rl")
-    assert [row["reward/logged/steps_left"] for row in rows] == [2, 1]
+    assert [row["logged/steps_left"] for row in rows] == [2, 1]
     lengths = [row["reward/tells_all/letters"] for row in rows]
     assert lengths == [row["length/mean"] for row in rows]
     kept = json_lines(tmp_path / "run" / "rollouts.jsonl")
