@@ -167,9 +167,12 @@ def parse(name: str, arguments: list[str]) -> Any:
         from perl.recipe import check_config, without
 
         # What is given on the command line holds in every stage.
-        config = without(config, _given_keys(arguments))
+        given = _given_keys(arguments)
+        config = without(config, given)
         check_config(config)
         parsed = replace(parsed, config=config)
+        if hasattr(parsed, "given"):
+            parsed = replace(parsed, given=frozenset(given))
     return parsed
 
 

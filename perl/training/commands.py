@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, Suppress, arg
 
-from perl.config import Command, Config
+from perl.config import Command, Config, Count
 from perl.failures import explain, summed_up
 from perl.files import RunFolder, is_main_process
 from perl.lock import locked, refuse_if_running
@@ -57,7 +57,9 @@ class Train(Command):
     overwrite: bool = False
     """Replace the run folder if it is there."""
     resume: bool = False
-    """Go on in the run folder if it is there."""
+    """Go on in the run folder if it is there, with the settings that it began with; --train.steps alone may change."""
+    given: Annotated[frozenset[str], Suppress] = frozenset()
+    """The keys that the command line names."""
 
     def execute(self) -> None:
         from perl.distributed import on_main_process
@@ -73,7 +75,7 @@ class Train(Command):
         # Before the data are read, which may take long; and again where the folder is taken.
         on_main_process(partial(refuse_if_running, folder.root))
         if self.resume and folder.config.exists():
-            _resume(folder, config)
+            _resume(folder, config, config.train.steps if "train.steps" in self.given else None)
             return
         if self.overwrite:
             _check_kept(self, folder)
@@ -90,11 +92,21 @@ class Train(Command):
 
 
 @dataclass(frozen=True)
+class Steps:
+    """What a run may be given anew."""
+
+    steps: Count | None = None
+    """Steps of its last RL stage in all, also of a run that has finished; empty: as many as before."""
+
+
+@dataclass(frozen=True)
 class Resume(Command):
-    """Go on with a run that was stopped or killed, from its newest whole checkpoint."""
+    """Go on with a run that was stopped or killed, from its newest whole checkpoint; or, with more --train.steps, with
+    one that has finished."""
 
     run: Positional[Path] = Path()
     """The run folder."""
+    train: Steps = field(default_factory=Steps)
 
     def execute(self) -> None:
         folder = RunFolder(self.run)
@@ -102,7 +114,7 @@ class Resume(Command):
             raise UserError(
                 f"{self.run} is no run folder: it has no config.toml; start one with perl-rl train"
             )
-        _resume(folder)
+        _resume(folder, steps=self.train.steps)
 
 
 @dataclass(frozen=True)
@@ -155,17 +167,29 @@ def _begin(config: Config, folder: RunFolder, overwrite: bool) -> None:
     save_config(config, folder.config)
 
 
-def _resume(folder: RunFolder, asked: Config | None = None) -> None:
+def _resume(folder: RunFolder, asked: Config | None = None, steps: int | None = None) -> None:
     from perl.distributed import on_main_process
 
     with ExitStack() as held:
         on_main_process(lambda: held.enter_context(locked(folder.root)))
-        _go(_stored(folder, asked), folder, resume=True)
+        if steps is not None:
+            on_main_process(partial(_extend, folder, steps))
+        _go(_stored(folder, asked, steps), folder, resume=True)
 
 
-def _stored(folder: RunFolder, asked: Config | None = None) -> Config:
+def _extend(folder: RunFolder, steps: int) -> None:
+    from perl.training.extend import extend
+
+    for line in extend(folder, steps):
+        print(line, file=sys.stderr)
+
+
+def _stored(folder: RunFolder, asked: Config | None = None, steps: int | None = None) -> Config:
     """The settings of a run that is there; says so where others were asked for."""
     config = read_config(folder.config)
+    if asked and steps is not None:
+        train = replace(asked.train, steps=config.train.steps)
+        asked = replace(asked, train=train, stages=config.stages)
     config = replace(config, run=replace(config.run, dir=str(folder.root)))
     ignored = differences(config, with_absolute_paths(asked)) if asked else []
     if ignored and is_main_process():
