@@ -83,6 +83,35 @@ def test_mistakes_in_the_data_are_found_before_anything_is_written(
     assert not (short_recipe.parent / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ((), ["data.jsonl", "accuracy", "format", "data.instruction"]),
+        (("--data.instruction", "box"), ["data.jsonl", "format", "data.instruction"]),
+        (("--data.instruction", "", "--reward.functions", "choice"), []),
+        (("--cold-start.steps", "1"), ["data.jsonl", "accuracy"]),  # They show <answer> tags.
+    ],
+)
+def test_what_no_prompt_asks_for_is_told_before_a_run_begins(
+    options: tuple[str, ...],
+    names: list[str],
+    short_recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("perl.training.commands._go", lambda *_, **__: None)
+    monkeypatch.setattr("perl.training.commands.RunFolder.settle", lambda _: None)
+    assert run("train", short_recipe, *options) == 0
+    own = [r for r in caplog.records if r.name == "perl.rollout.instruction"]
+    told = [r.getMessage() for r in own if r.levelname == "WARNING"]
+    forms = [said for said in told if "data.instruction" in said]
+    assert len(forms) == bool(names)
+    if names:
+        tells(forms[0], *names)
+    (unknown,) = (said for said in told if "model.path" in said)
+    tells(unknown, "data.jsonl", "Which", *["final"] * ("box" in options))
+
+
 def content(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 

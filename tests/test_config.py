@@ -153,6 +153,10 @@ def test_the_command_line_is_held_to_the_same(
         ({"run.seeds": [1, 1]}, ["run.seeds", "[1, 1]"]),
         ({"run.seeds": [1, 2], "run.seed": 3}, ["run.seed = 3", "run.seeds", "[1, 2]"]),
         ({"train.betas": [0.9, 1.0]}, ["train.betas.1 = 1.0", 1]),
+        ({"data.instruction": "think_box"}, ["data.instruction = 'think_box'", "think-box?"]),
+        ({"data.instruction": "\\boxed{}"}, ["data.instruction", "think-tags", '""']),
+        ({"data.instruction": "Look at <image> well"}, ["data.instruction", "<image>"]),
+        ({"data.system": "<image>"}, ["data.system", "<image>"]),
         ({"data.min_images": 5}, ["data.min_images = 5", "data.max_images = 4"]),
         ({"model.max_pixels": 783}, ["model.min_pixels = 784", "model.max_pixels = 783"]),
         (

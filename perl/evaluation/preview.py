@@ -44,7 +44,7 @@ class Preview(Command):
         from perl.permutation import orders, permute
         from perl.rewards.forms import forms_of
         from perl.rewards.scorer import Scorer
-        from perl.rollout.instruction import Instruction, spread, warn_of_prompts
+        from perl.rollout.instruction import Instruction, is_taught, spread, warn_of_prompts
         from perl.rollout.prompts import PromptEncoder, PromptLimit
 
         check_options(self)
@@ -76,7 +76,7 @@ class Preview(Command):
                     print(f"\n=== {source}: {example.id}")
                     shown = encoder.encode([permute(example, o, permutation.text) for o in some])
                     for pair in shown:
-                        _show(pair, encoder, scorer, read)
+                        _show(pair, encoder, scorer, read, is_taught(config))
                     if not shown:
                         print(f"left out: it has more tokens than {limit.name}")
 
@@ -109,7 +109,7 @@ def processor_of(config: Config) -> Iterator[Processor]:
         yield load_processor(folder, config.model)
 
 
-def _show(pair: Shown, encoder: PromptEncoder, scorer: Scorer, read: Read) -> None:
+def _show(pair: Shown, encoder: PromptEncoder, scorer: Scorer, read: Read, taught: bool) -> None:
     """One order: the prompt, its tokens, the right answer, and its rewards."""
     variant, prompt = pair
     processor, answer = encoder.processor, variant.answer
@@ -121,7 +121,8 @@ def _show(pair: Shown, encoder: PromptEncoder, scorer: Scorer, read: Read) -> No
     if not answer:
         print("right answer: none in the data")
         return
-    completion = _right(text, variant.example.demonstration, answer, read)
+    shown = variant.example.demonstration if taught else None
+    completion = _right(text, shown or "", answer, read)
     ids = processor.encode_completion(completion)
     total, parts = scorer.score_rollouts(
         [Rollout(variant, prompt, ids, 0.0 * ids.astype("float32"), completion, finished=True)]
@@ -130,16 +131,18 @@ def _show(pair: Shown, encoder: PromptEncoder, scorer: Scorer, read: Read) -> No
     print(f"right answer: {answer}, as {completion}: reward {_number(total[0])} ({given})")
 
 
-def _right(prompt: str, demonstration: str | None, answer: str, read: Read) -> str:
-    """The right answer in the form that the prompt asks for, or the demonstration shows; as far as rewards read it."""
-    from perl.rewards.forms import BOX, written
+def _right(prompt: str, demonstration: str, answer: str, read: Read) -> str:
+    """The right answer in the form that the prompt asks for, else in that of the demonstration."""
+    from perl.rewards.forms import BOX, tag, written
 
     forms = [form for of_function in read.values() for form in of_function]
-    known = {BOX, "<think>", "<answer>"}.union(*forms)
-    for text in (prompt, demonstration or ""):
+    around = {BOX, tag("answer")}
+    known = around.union({tag("think")}, *forms)
+    for text in (prompt, demonstration):
         if marks := {mark for mark in known if mark in text}:
             needed = {mark for form in forms if form <= marks for mark in form}
-            return written(answer, needed or marks)
+            # A prompt that mentions both is answered as rewards read it.
+            return written(answer, marks - (around - needed if around & needed else set()))
     return answer
 
 

@@ -133,7 +133,7 @@ def _of_the_data(variant: Variant) -> dict[str, Any]:
         elif ours == "images":
             value = list(variant.images) if isinstance(value, (list, tuple)) else variant.images[0]
         elif ours == "question" and not isinstance(value, str):
-            value = as_chat(variant.messages, variant.images)
+            value = as_chat(variant.rewritten or example.messages, variant.images)
         elif ours == "question" and variant.rewritten is not None:
             value = "\n".join(message.content for message in variant.rewritten)
         out[column] = value

@@ -124,7 +124,7 @@ def warn_of_prompts(
         instruction: fitted to the model.
         sources: data sets by their names; some rows of each are looked at.
     """
-    taught = any(stage.kind == "cold_start" and stage.steps for stage in plan(config))
+    taught = is_taught(config)
     for name, dataset in sources:
         examples = _looked_at(dataset)
         chats = [instruction.add(e.messages) for e in examples]
@@ -133,18 +133,21 @@ def warn_of_prompts(
         shown = [e.demonstration for e in examples if e.demonstration]
         if taught or instruction.wordless:
             texts += shown
-        for function, wanted in _needed(config.reward).items():
-            # Held-out rows mostly have no demonstrations; those of the training data were looked at.
-            if not any(fits(wanted, text) for text in texts) and (shown or not taught):
-                logger.warning(
-                    "%s: reward %s reads %s, and nothing asks the model for it, so that it scores 0; ask in "
-                    "data.instruction (auto, %s, or your own words), data.system or the questions, or teach it by "
-                    "a cold start",
-                    name,
-                    function,
-                    " or ".join(_listed(sorted(form)) for form in wanted),
-                    ", ".join(INSTRUCTIONS),
-                )
+        missed = [
+            f"{function} reads {' or '.join(_listed(sorted(form)) for form in wanted)}"
+            for function, wanted in _needed(config.reward).items()
+            if not any(fits(wanted, text) for text in texts)
+        ]
+        # Held-out rows mostly have no demonstrations; those of the training data were looked at.
+        if missed and (shown or not taught):
+            logger.warning(
+                "%s: rewards read a form that nothing asks the model for, so that they stay 0: %s; ask in "
+                "data.instruction (auto, %s, or your own words), data.system or the questions, or teach it by a cold "
+                "start",
+                name,
+                "; ".join(missed),
+                ", ".join(INSTRUCTIONS),
+            )
         unknown = list(dict.fromkeys(w for chat in chats for w in processor.unknown_words(chat)))
         if unknown:
             logger.warning(
@@ -154,6 +157,11 @@ def warn_of_prompts(
                 len(unknown),
                 ", ".join(unknown[:10] + ["..."] * (len(unknown) > 10)),
             )
+
+
+def is_taught(config: Config) -> bool:
+    """Whether a run trains on demonstrations, which may show a form that no prompt asks for."""
+    return any(stage.kind == "cold_start" and stage.steps for stage in plan(config))
 
 
 def spread(size: int | None, count: int) -> list[int]:

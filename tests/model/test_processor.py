@@ -1,11 +1,15 @@
 """Prompts and positions are those of transformers' own processors and models."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from perl.model import processor as processor_module
+from perl.model.loading import load_processor
 from perl.model.processor import parts
 from perl.model.tiny import TINY_MODELS, TINY_QWEN
 from perl.types import Example, Message
@@ -148,3 +152,51 @@ def test_a_template_without_images_is_refused(load) -> None:
     processor.tokenizer.chat_template = "{% for m in messages %}text{% endfor %}"
     with refused("row 3", "chat template"):
         processor.encode_messages((Message("user", "<image> ?"),), [picture(28, 28, 0)], "row 3")
+
+
+TEMPLATE = """\
+{%- for m in messages %}
+{%- if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}<{{ m.role }}>
+{%- for p in m.content %}{% if p.type == 'image' %}<|image_pad|>{% else %}{{ p.text }}{% endif %}{% endfor %}
+{%- endfor %}"""
+
+
+def test_a_template_of_ones_own_takes_the_place_of_the_tokenizers(
+    tiny_folder, tmp_path: Path
+) -> None:
+    """And goes with the model."""
+    file = tmp_path / "own.jinja"
+    file.write_text(TEMPLATE)
+    config = replace(CONFIG, chat_template=str(file))
+    processor = load_processor(str(tiny_folder(TINY_QWEN[0])), config)
+    chat = (Message("user", "A <image> which ?"),)
+    assert processor.render(chat) == "<user>A <|image_pad|> which ?"
+    assert len(processor.encode_messages(chat, [picture(56, 28, 0)]).input_ids) == 1 + 2 + 2
+    processor.save(tmp_path)
+    assert (tmp_path / "chat_template.jinja").read_text() == TEMPLATE
+    with refused("row 3", "no system", "model.chat_template"):
+        processor.render((Message("system", "x"), *chat), "row 3")
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        (None, ["own.jinja"]),
+        (b"\xff", ["own.jinja", "UTF-8"]),
+        (b"{% for m in", ["own.jinja"]),
+        (b"{% for m in messages %}{{ m.content }}{% endfor %}", ["own.jinja", "<|image_pad|>"]),
+        (b"{% for m in messages %}<|image_pad|>{{ m.content[-1].text }}{% endfor %}", ["1 and 1"]),
+        (
+            b"{% for p in messages[0].content if p.type == 'image' %}<|image_pad|>{% endfor %}",
+            ["1 and 2"],
+        ),
+    ],
+)
+def test_a_template_that_cannot_be_used(
+    content: bytes | None, names: list[str], tiny_folder, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / "own.jinja").write_bytes(content)
+    config = replace(CONFIG, chat_template=str(tmp_path / "own.jinja"))
+    with refused("model.chat_template", *names):
+        load_processor(str(tiny_folder(TINY_QWEN[0])), config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from perl.config import DataConfig
 from perl.data.columns import choose_layout, read_row
 from perl.permutation import permute
-from perl.rewards.columns import TrainerState, as_chat, gold_in, rollout_columns
+from perl.rewards.columns import TrainerState, as_chat, conversations, gold_in, rollout_columns
 from perl.rewards.scorer import Scorer
 from perl.types import Message, Rollout
 
@@ -145,6 +146,14 @@ def test_chats_are_messages_and_plain_questions_are_texts() -> None:
     assert seen["completions"] == [*answered, r"\boxed{A}"]
     assert seen["ids"] == [[0], [0, 1], [0]]
     assert given(chat)["messages"] == asked
+    # What the run adds to a chat stands in the prompt alone.
+    (rollout,) = rollouts(chat, "B")
+    added = (*rollout.variant.messages[1:], Message("user", "Think."))
+    rollout = replace(rollout, variant=replace(rollout.variant, asked=added))
+    prompts, texts, columns = rollout_columns([rollout])
+    assert columns["messages"] == [asked]
+    thought = {"role": "user", "content": [{"type": "text", "text": "Think."}]}
+    assert conversations([rollout], prompts, texts)["prompts"] == [[asked[1], thought]]
     only_text = [Message("user", "Which?")]
     assert as_chat(only_text, ()) == [{"role": "user", "content": "Which?"}]
 

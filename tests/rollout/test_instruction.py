@@ -188,13 +188,14 @@ def told(
 def test_a_form_that_nothing_asks_for_is_told(caplog: pytest.LogCaptureFixture) -> None:
     plain = example("q", 1)
     off = config("accuracy", "format", "choice", instruction="")
-    one, other = told(caplog, off, Model(), plain)
-    tells(one, "rows.jsonl", "accuracy", "\\boxed", "data.instruction", "think-box", "data.system")
-    tells(other, "format", "<think> and \\boxed")
+    (said,) = told(caplog, off, Model(), plain)
+    tells(said, "rows.jsonl", "accuracy", "\\boxed", "data.instruction", "think-box", "data.system")
+    tells(said, "format", "<think> and \\boxed")
     # One row that asks is enough, and so are the template, the system message, the instruction.
     boxed = example("q", 1, question=r"<image> Which? In \boxed{}.")
     (only,) = told(caplog, off, Model(), plain, boxed)
     tells(only, "format")
+    assert "accuracy" not in only
     assert not told(caplog, off, Model(r"<think> \boxed{}"), plain)
     system = replace(off, data=replace(off.data, system=r"<think> \boxed{}"))
     assert not told(caplog, system, Model(), plain)

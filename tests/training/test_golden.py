@@ -129,7 +129,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(stock.Qwen2_5_VLRMSNorm, "forward", norm)
     monkeypatch.setattr(stock, "apply_rotary_pos_emb_vision", rotated)
-    monkeypatch.setattr("perl.model.loading._load_weights", load)
+    monkeypatch.setattr("perl.model.weights._from_pretrained", load)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -171,6 +171,10 @@ def test_steps_are_those_of_the_plain_loop(name: str, folder: Path, tmp_path: Pa
     assert len(off) == TRAINED.get(name, 26 + 30)
     print(f"{name}: numbers {max(far.values()):.1e}, weights {max(off.values()):.1e}")
     assert min(row["grad_norm"] for row in rows) > 0.5 and max(r["packing/rows"] for r in rows) > 1
+    # What is sampled is what is trained on, but for the prompt where that is another one.
+    original = session.config.permutation.condition == "original"
+    assert original == (max(abs(row["rollout_kl"]) for row in rows) > 1e-6)
+    assert {row["correction_mean"] for row in rows} == {1.0}
     for key in PRESENT.get(name, ()):
         assert max(row[key] for row in rows) > 0, f"nothing compared in {key}: take another seed"
 
