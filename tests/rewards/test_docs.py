@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from perl.rewards.forms import READS
 from perl.rewards.scorer import BUILT_IN, Scorer
 from tests.rewards.scoring import score
 
@@ -51,6 +52,13 @@ def test_every_function_and_option_is_listed() -> None:
             if p.kind is p.KEYWORD_ONLY
         ]
         assert listed[name] == ", ".join(options)
+    forms = {
+        cell.partition("(")[0]: set(re.findall(r"\\boxed|<\w+>", form))
+        for cell, _, form, *_ in table("name and options")
+    }
+    for name, form in forms.items():
+        options = ({"tags": ()},) if name == "format_tags" else ({}, {"tags": True})
+        assert form == {mark for given in options for marks in READS[name](given) for mark in marks}
     shown = {re.split(r"\W", function)[0] for _, _, function, _ in EXAMPLES}
     assert shown == set(BUILT_IN) - {"judge", "caption_facts"}
 

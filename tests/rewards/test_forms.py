@@ -30,6 +30,8 @@ def test_every_function_says_what_it_reads() -> None:
 def test_a_right_answer_in_its_form_scores_and_in_no_form_does_not(
     spec: str, forms: list[set[str]], gold: str
 ) -> None:
+    if spec == "math":
+        pytest.importorskip("math_verify")
     (found,) = forms_of([spec], [1.0]).values()
     assert list(found) == forms
     scorer = Scorer((spec,), (1.0,))
