@@ -14,8 +14,10 @@ from typing import Any
 import datasets
 import datasets.config as settings
 import pytest
+from PIL import Image
 
 from perl.config import DataConfig
+from perl.data.columns import CONVENTIONS
 from perl.data.dataset import RowDataset, load_examples
 from perl.data.pictures import DIGITS, load_collection
 from perl.types import Message
@@ -144,6 +146,25 @@ def test_every_layout_gives_the_same_examples(
         keys = [(int(name.partition("-")[2][:-4]), i // 2) for name in row.names]
         shown = [own.open(own.keys["train"][c][k]).tobytes() for c, k in keys]
         assert [image.tobytes() for image in example.images] == shown
+
+
+def test_the_documented_rows(tmp_path: Path) -> None:
+    document = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    section = document.partition("### Layouts of others")[2]
+    (rows, *_) = re.findall(r"```json\n(.*?)```", section, flags=re.DOTALL)
+    for name in ("1.png", "2.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    found = []
+    for line in rows.splitlines():
+        (tmp_path / "row.jsonl").write_text(line)
+        data = load_examples(str(tmp_path / "row.jsonl"), DataConfig(), "train", 0)
+        assert isinstance(data, RowDataset)
+        found.append(data.layout.convention.name)
+        content = "<image><image>Which image shows a dog?"
+        assert data[0].messages == (Message("user", content),) and data[0].answer == "B", line
+    documented = re.findall(r"^\| `([\w-]+)` \|", section.partition("```")[0], flags=re.MULTILINE)
+    assert list(dict.fromkeys(found)) == documented
+    assert {*documented, "perl"} == {convention.name for convention in CONVENTIONS}
 
 
 @pytest.mark.parametrize(

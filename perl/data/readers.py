@@ -248,12 +248,12 @@ def _unpacked(path: Path) -> IO[bytes]:
 
 
 def _undecoded(features: Any) -> Any:
-    """The features with every image left as its bytes and path, so that errors can name the row."""
+    """The features with every image and video left as its bytes and path, so that errors can name the row."""
     import datasets
 
     def visit(feature: Any) -> Any:
-        if isinstance(feature, datasets.Image):
-            return datasets.Image(decode=False)
+        if isinstance(feature, (datasets.Image, datasets.Video)):
+            return type(feature)(decode=False)
         if isinstance(feature, dict):
             return {key: visit(value) for key, value in feature.items()}
         if isinstance(feature, datasets.List):
