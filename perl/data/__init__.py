@@ -1,6 +1,8 @@
 """Rows of data become Examples. No model here.
 
 columns.py    whose column names a row uses, and what they mean
+chats.py      a text or a chat as messages with a slot for each image
+videos.py     videos as images: frames evenly spaced
 sources.py    what a path, a pattern, a folder or a hub name stands for
 readers.py    rows by number out of JSON Lines, JSON, CSV, Parquet and `datasets`
 pictures.py   images opened with care; the labelled pictures behind bundled questions
