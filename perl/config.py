@@ -84,6 +84,9 @@ class RunConfig:
     keep_best: str = ""
     """Number of an evaluation, higher is better, by which the best checkpoint stays as well and is exported as
     models/best: accuracy, greedy, consistency, ...; empty: only the newest stay."""
+    push_to_hub: str = ""
+    """Repository of the hub, as user/name, that the model is pushed to when the run ends, a new one as private; empty:
+    nothing is pushed."""
     save_rollouts_every: Count = 10
     """Steps between two samples of rollouts kept for the report; 0: none."""
     trackers: tuple[str, ...] = ("tensorboard",)

@@ -390,6 +390,11 @@ def _conflict(config: Config) -> str | None:
             f"run.seed = {run.seed} does nothing beside run.seeds = {list(run.seeds)}; "
             "put it into run.seeds, or leave those empty"
         )
+    if run.seeds and run.push_to_hub:
+        return (
+            f"run.push_to_hub = {run.push_to_hub} takes one model, and run.seeds = {list(run.seeds)} leave several; "
+            "push one of them with: hf upload"
+        )
     if wrong := _unusable_text(config.data):
         return wrong
     if config.advantage.over != "group" and per_order < 2:

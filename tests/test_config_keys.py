@@ -33,7 +33,7 @@ from perl.rollout.collect import Collector
 from perl.rollout.engine import InProcessEngine, SamplingParams
 from perl.timing import Stopwatch
 from perl.training.commands import Train
-from perl.training.components import Components, make_accelerator, model_folder
+from perl.training.components import Components, check_setup, make_accelerator, model_folder
 from perl.training.optimizer import Optimizer
 from perl.training.reinforce import PolicyStep
 from perl.training.session import Session
@@ -428,6 +428,16 @@ def checkpoints(lab: Lab) -> list[int]:
     return [step_of(path) for path in lab.left("checkpoints/step-*")]
 
 
+def pushed(lab: Lab) -> list[str]:
+    """The repositories that somebody has to be logged in for."""
+    asked: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("perl.training.components.check_push", lambda repo: asked.append(repo))
+        model = replace(lab.config.model, path=str(lab.model))
+        check_setup(replace(lab.config, model=model))
+    return [repo for repo in asked if repo]
+
+
 def compiled(lab: Lab) -> tuple[bool, bool]:
     with pytest.MonkeyPatch.context() as patch:  # Its import takes seconds.
         patch.setattr(torch, "compile", lambda forward, **_: forward)
@@ -545,6 +555,7 @@ ROWS = [
     Row("run.checkpoint_every", 0, checkpoints, [1, 2], [2], {"run.keep_checkpoints": 9}),
     Row("run.keep_checkpoints", 1, lambda lab: len(lab.left("checkpoints/*")), 2, 1),
     Row("run.keep_best", "greedy", lambda lab: len(lab.left("checkpoints/best")), 0, 1, {**MEASURED, "eval.every": 1}),
+    Row("run.push_to_hub", "me/mine", pushed, [], ["me/mine"]),
     Row("run.save_rollouts_every", 1, kept, [1], [1, 2], {"run.save_rollouts_every": 2}),
     Row("run.trackers", ("tensorboard",), lambda lab: list(map(str, usable_trackers(lab.config))),
         [], ["tensorboard"]),

@@ -332,6 +332,7 @@ def _go(config: Config, folder: RunFolder, resume: bool) -> None:
     from perl.distributed import warn_if_alone
     from perl.report.page import write_report
     from perl.report.progress import Display
+    from perl.training.hub import push
     from perl.training.summary import print_summary
     from perl.training.train import train
 
@@ -351,6 +352,8 @@ def _go(config: Config, folder: RunFolder, resume: bool) -> None:
     report = write_report(folder.root)
     print_summary(summary, str(folder.root))
     print(f"report: {report}")
+    if config.run.push_to_hub:
+        print(f"pushed: {push(config, folder.root, summary)}")
 
 
 def _further(folder: RunFolder, resume: bool) -> str:

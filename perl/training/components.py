@@ -39,6 +39,7 @@ from perl.rollout.instruction import Instruction
 from perl.rollout.padded import make_engine
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.timing import Stopwatch
+from perl.training.hub import check_push
 from perl.training.optimizer import Schedule
 from perl.types import Example, UserError
 
@@ -192,6 +193,7 @@ def check_setup(config: Config) -> Processor | None:
         UserError: for a model, processor, attention, reward or tracker that cannot be used.
     """
     usable_trackers(config)
+    check_push(config.run.push_to_hub)
     for stage in plan(config):
         _check_stage(stage)
     if config.model.path not in TINY_MODELS:

@@ -23,13 +23,13 @@ _MEASURED = [f"{measure}_{at}" for measure in MEASURES for at in ("before", "aft
 def summarise(session: Session) -> dict[str, Any]:
     """The numbers of one run, for `summary.json`; accuracies and consistencies are 0 to 1, None if not measured."""
     results, components = session.progress.results, session.components
-    measured = (name.rpartition("_") for name in _MEASURED)
+    measured, best = (name.rpartition("_") for name in _MEASURED), session.progress.best
     return {
         **{f"{name}_{at}": (results.get(at) or {}).get(name) for name, _, at in measured},
         "seconds": round(session.elapsed, 1),
         "peak_rss_bytes": peak_rss_bytes(),
         "seconds_by_stage": {k: round(v, 1) for k, v in components.watch.total_seconds.items()},
-        "best": session.progress.best or None,
+        "best": best and {"by": session.config.run.keep_best, **best},
         "seed": session.config.run.seed,
         "model": session.config.model.path,
         "parameters": sum(p.numel() for p in components.policy.parameters()),
@@ -71,6 +71,8 @@ def print_summary(summary: dict[str, Any], title: str) -> None:
         print_table(rows, f"{title}: held out, over image orders")
         if len(runs) > 1:
             print(f"mean (lowest..highest) of {len(runs)} seeds")
+    for best in filter(None, (run.get("best") for run in runs)):
+        print(f"best {best['by']}: {best['value']:.4g} at step {best['step']:.0f}, in models/best")
     stages = sorted(summary["seconds_by_stage"].items(), key=lambda item: -item[1])
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in stages if seconds >= 0.5)
     print(
@@ -81,7 +83,7 @@ def print_summary(summary: dict[str, Any], title: str) -> None:
 
 def versions() -> dict[str, str]:
     """Of what the numbers depend on."""
-    return {name: version(name) for name in ("torch", "transformers", "accelerate")}
+    return {name: version(name) for name in ("perl-rl", "torch", "transformers", "accelerate")}
 
 
 def _cell(values: Sequence[float | None], sign: str = "") -> str:

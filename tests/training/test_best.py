@@ -52,7 +52,7 @@ def test_the_best_checkpoint_stays_and_is_exported(
     assert lying(folder) == {"step-2", "step-5", "best"} and saved(folder)[-1] == ("done", 0)
     best = folder / "checkpoints" / "best"
     assert os.readlink(best) == "step-2"
-    assert summary["best"] == {"step": 2, "value": 0.5}
+    assert summary["best"] == {"by": "greedy", "step": 2, "value": 0.5}
     kept, exported = (
         load_file(f) for f in (best / "model.safetensors", folder / "models/best/weights")
     )
