@@ -13,6 +13,7 @@ _PACKAGES = {
     "train": "transformers accelerate datasets huggingface-hub tokenizers peft safetensors scikit-learn scipy "
     "tensorboard matplotlib jinja2 openai tomli-w",
     "rewards": "math-verify",
+    "video": "av",
     "flash": "flash-attn",
     "liger": "liger-kernel",
     "bench": "pytest-benchmark",
