@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.report.cases import Case, Series, by_op, series
 from benchmarks.report.results_file import Results, Row
 from perl.files import replacing
-from perl.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, VERMILION
+from perl.report.style import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, VERMILION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -135,7 +135,7 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from perl.report.plots import BLUE, GREY, STYLE, VERMILION
+    from perl.report.style import BLUE, GREY, STYLE, VERMILION
 
     shown = [*(MEASURES[name] for name in ("accuracy", "consistency", "excess")), SIGNAL]
     with rc_context(STYLE):

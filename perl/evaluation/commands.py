@@ -10,6 +10,7 @@ from tyro.conf import Positional
 
 from perl.config import EVAL_SEED, Command, Config, Count, EvalConfig, MeasureConfig, Positive
 from perl.recipe import check_config, check_options
+from perl.report.metrics import plural
 from perl.report.progress import Display
 from perl.report.tables import print_table
 from perl.rollout.opening import config_of, engine_and_encoder, fingerprint
@@ -177,14 +178,15 @@ def _evaluate_held_out(command: Evaluate) -> None:
     engine, encoder = engine_and_encoder(config)
     tell_prompts(config, encoder.instruction, encoder.processor, [(config.data.eval, examples)])
     with Display() as display:
-        display.stage("evaluate", len(examples), unit="examples")
+        display.stage("evaluate", len(examples), unit="example")
         everything = range(len(examples))
         results, _ = evaluate(engine, encoder, examples, everything, config, display.advance)
     numbers = aggregate(results)
     _print_evaluation(numbers, config.model.path)
     if encoder.dropped:
         print(
-            f"{encoder.dropped} examples are left out: {encoder.limit.name} is less than they have"
+            f"left out: {encoder.dropped} {plural('example', encoder.dropped)} with more tokens than "
+            f"{encoder.limit.name}"
         )
     if command.output:
         save_evaluation(command.output, results, numbers, config)
@@ -234,7 +236,7 @@ def _evaluate_suites(command: Evaluate) -> None:
     engine, encoder = engine_and_encoder(config)
     with Display() as display:
         for items, answers in zip(opened, files, strict=True):
-            display.stage(items.suite.name, how.count(items), unit="items")
+            display.stage(items.suite.name, how.count(items), unit="item")
             measure(items, answers, engine, encoder, how, display.advance)
     tables = write_summary(command.output, command.model, command.published)
     for title, table in tables.items():

@@ -10,6 +10,7 @@ from typing import Any
 
 from perl.evaluation.record import read_evaluation
 from perl.evaluation.statistics import Comparison, compare_scores
+from perl.report.metrics import plural
 from perl.types import UserError, one_line
 
 _SHARES = ("accuracy", "greedy", "consistency", "greedy_consistency", "format")
@@ -50,7 +51,7 @@ def read_pairs(first: Path, second: Path) -> tuple[list[Pair], list[str]]:
     ]
     for name, rows in (("1st", one), ("2nd", other)):
         if alone := len(rows) - len(common):
-            remarks.append(f"{alone} examples are only in the {name}, and left out")
+            remarks.append(f"left out: {alone} {plural('example', alone)} only in the {name}")
     return [
         Pair(
             id, row["task"], row["pictures"], _scores(row), _scores(other[id])

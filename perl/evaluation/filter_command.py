@@ -178,7 +178,7 @@ def _measure(file: Any, dataset: Any, config: Config, scorer: Any) -> None:
     tell_prompts(asked, encoder.instruction, encoder.processor, [(config.data.train, dataset)])
     try:
         with Display() as display:
-            display.stage("measure", len(file.indices), file.done, unit="questions")
+            display.stage("measure", len(file.indices), file.done, unit="question")
             for chunk in measure_chunks(engine, encoder, dataset, file, scorer):
                 file.add(chunk)
                 display.advance(len(chunk))

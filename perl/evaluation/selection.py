@@ -11,7 +11,7 @@ from perl.config import ResampleConfig
 from perl.data.dataset import Dataset
 from perl.data.resample import LEVELS, parse_histogram, resample, shares_of
 from perl.data.rows import write_rows
-from perl.report.plots import BLUE, GREY, INK, STYLE, VERMILION
+from perl.report.style import BLUE, GREY, INK, STYLE, VERMILION
 
 
 def write_selection(

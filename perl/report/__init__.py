@@ -4,9 +4,9 @@
 * `tables.print_table`: every table that a command prints.
 * `gallery.Gallery`: keeps rollouts and their pictures while a run goes on; `trackers.Trackers` shows them and the metrics elsewhere.
 * `page.write_report`: `report.html` and `plots/` from a run folder alone; `metrics` reads the folder, `rollouts` chooses
-  what is shown of `rollouts.jsonl`, `plots` draws.
+  what is shown of `rollouts.jsonl`, `plots` and `groups` draw.
 * `metrics.mean` leaves out None and NaN; `metrics.MEASURES` are the numbers of an evaluation.
 
-To add a plot: a `Panel` in `plots.PANELS`, which names the metrics it shows. To add a card or a table: `page.py` and
+To add a plot: a `Panel` in `panels.PANELS`, which names the metrics it shows. To add a card or a table: `page.py` and
 `templates/report.html.j2`. Nothing here imports torch.
 """

@@ -3,62 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from perl.report.groups import draw_groups, draw_trained
 from perl.report.metrics import Curve, RunLog, curve_of, smoothed, spread
+from perl.report.panels import FAULTS, OF_THE_SUM, PANELS, Panel
+from perl.report.style import BLUE, COLOURS, GREEN, STYLE, VERMILION, finish, shares
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-# Okabe and Ito's palette: told apart with every kind of colour vision.
-BLUE, VERMILION, GREEN, PURPLE, ORANGE, GREY = (
-    "#0072B2", "#D55E00", "#009E73", "#AA4499", "#E69F00", "#9A9A9A"
-)  # fmt: skip
-COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, GREY)
-INK = "#222222"
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10.0,
-    "axes.titlesize": 11.0,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10.0,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": "#8A8A8A",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E4E4E4",
-    "grid.linewidth": 0.8,
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "legend.frameon": False,
-    "legend.fontsize": 9.0,
-    "lines.solid_capstyle": "round",
-    "savefig.facecolor": "white",
-}
-
-
-@dataclass(frozen=True)
-class Panel:
-    """What one line chart shows: metrics of a stage over its steps, and held-out points."""
-
-    name: str
-    title: str
-    unit: str
-    caption: str
-    lines: tuple[tuple[str, str], ...]
-    """(metric, label) of each line."""
-    points: tuple[tuple[str, str], ...] = ()
-    """(field of an evaluation, label) of each series of markers."""
-    scale: Literal["share", "small_share", "zero", "free"] = "zero"
-    """share, small_share: per cent, readable span or from 0; zero: from 0; free: as data go."""
-    stage: Literal["rl", "cold_start"] = "rl"
 
 
 @dataclass(frozen=True)
@@ -69,47 +26,6 @@ class Picture:
     caption: str
     alt: str
     path: Path
-
-
-PANELS = (
-    Panel("curve", "Accuracy and consistency over RL", "accuracy, consistency",
-          "Training rollouts as lines, held-out examples in many image orders as markers.",
-          (("reward/accuracy", "accuracy, training"), ("consistency", "consistency, training")),
-          (("accuracy", "accuracy, held out"), ("consistency", "consistency, held out")), "share"),
-    Panel("reward", "Reward", "mean per completion",
-          "The weighted reward of a completion and its unweighted parts.",
-          (("reward/mean", "weighted sum"),), (), "free"),
-    Panel("accuracy", "Accuracy", "right completions",
-          "Right completions among training rollouts, and on held-out examples sampled and greedy.",
-          (("reward/accuracy", "training"),),
-          (("accuracy", "held out, sampled"), ("greedy", "held out, greedy")), "share"),
-    Panel("consistency", "Consistency across image orders", "consistency",
-          "How often completions of two different image orders choose the same picture.",
-          (("consistency", "training"),), (("consistency", "held out"),), "share"),
-    Panel("length", "Response length", "tokens per completion",
-          "Mean length of a completion.", (("length/mean", "mean"),)),
-    Panel("truncated", "Truncated completions", "share of completions",
-          "Completions that reached the longest length without an end.",
-          (("length/truncated", "truncated"),), (), "small_share"),
-    Panel("entropy", "Policy entropy", "nats per token",
-          "Mean entropy of the policy at the scored tokens.", (("entropy", "entropy"),)),
-    Panel("kl", "KL to the reference model", "nats per token",
-          "Distance of the policy from the model that RL started with.", (("kl", "KL"),)),
-    Panel("clip_fraction", "Clip fraction", "share of tokens",
-          "Tokens whose probability ratio was clipped.",
-          (("clip_fraction", "clipped"),), (), "small_share"),
-    Panel("grad_norm", "Gradient norm", "L2 norm",
-          "Norm of the gradient before clipping.", (("grad_norm", "norm"),)),
-    Panel("throughput", "Throughput", "tokens per second",
-          "Tokens of a step over the step's time.",
-          (("throughput/tokens_per_second", "throughput"),)),
-    Panel("sharing", "Work shared", "times less",
-          "Tokens and images if each completion had its own prompt, over those that were computed.",
-          (("packing/token_sharing", "tokens"), ("packing/image_sharing", "images"))),
-    Panel("cold_start", "Cold-start loss", "nats per token",
-          "Loss of the supervised steps on demonstrations.",
-          (("loss", "loss"),), (), "zero", "cold_start"),
-)  # fmt: skip
 
 
 def draw_pictures(
@@ -126,6 +42,7 @@ def draw_pictures(
     folder.mkdir(parents=True, exist_ok=True)
     pictures: list[Picture] = []
     missing: list[str] = []
+    zero: list[str] = []
     troubles: list[str] = []
 
     def attempt(name: str, title: str, caption: str, draw: Callable[[Figure], str]) -> None:
@@ -138,7 +55,9 @@ def draw_pictures(
                 figure.savefig(path, dpi=220)
                 pictures.append(Picture(name, caption, f"{title}. {alt}", path))
                 return
-            if any(run.rl for run in runs) and name != "cold_start":  # else one note says it all
+            # Without RL one note says it all; a run may have no cold start, and should have no faults.
+            optional = name in ("cold_start", "faults", "trained")
+            if any(run.rl for run in runs) and not optional and title not in zero:
                 missing.append(title)
         except Exception as error:
             logging.getLogger(__name__).warning("picture %s: %s", name, error)
@@ -147,13 +66,19 @@ def draw_pictures(
 
     with matplotlib.rc_context(STYLE):
         for p in PANELS:
-            attempt(p.name, p.title, p.caption, lambda figure, p=p: _draw_panel(figure, p, runs))
-        caption = "Groups with equal rewards carry no gradient and are dropped."
-        attempt("groups", "Groups kept and filtered", caption, lambda f: _draw_groups(f, runs))
+            attempt(
+                p.name, p.title, p.caption, lambda figure, p=p: _draw_panel(figure, p, runs, zero)
+            )
+        caption = "What became of the groups that were rolled out. Equal rewards carry no gradient."
+        attempt("groups", "Groups rolled out", caption, lambda f: draw_groups(f, runs))
+        caption = "Where the groups that were trained on come from, beside those rolled out."
+        attempt("trained", "Groups trained on", caption, lambda f: draw_trained(f, runs))
         caption = "Wall-clock time by stage."
         attempt("time", "Where the time went", caption, lambda f: _draw_time(f, seconds_by_stage))
     if missing:
         troubles.append("No numbers recorded for: " + ", ".join(missing) + ".")
+    if zero:
+        troubles.append("Zero at every step, and not drawn: " + ", ".join(zero) + ".")
     return pictures, troubles
 
 
@@ -172,33 +97,58 @@ def filter_pictures(runs: Sequence[RunLog]) -> list[Picture]:
     ]
 
 
-def _draw_panel(figure: Figure, panel: Panel, runs: Sequence[RunLog]) -> str:
-    """One line chart; returns what it shows in words, empty where there is nothing to show."""
+def _draw_panel(figure: Figure, panel: Panel, runs: Sequence[RunLog], zero: list[str]) -> str:
+    """One line chart; returns what it shows in words, empty where there is nothing to show.
+
+    A line that is 0 at every step is left out and, unless it counts faults, named in `zero`.
+    """
     axes = figure.subplots()
-    lines, words = panel.lines, []
-    if panel.name == "reward":
-        keys = {k for run in runs for row in run.rl for k in row if k.startswith("reward/")}
-        parts = sorted(keys - {"reward/mean", "reward/std", "reward/min", "reward/max"})
-        lines += tuple((key, key.removeprefix("reward/")) for key in parts)
-    for (key, label), colour in zip(lines, COLOURS, strict=False):
+    words: list[str] = []
+    drawn = 0
+    for key, label in (*panel.lines, *_rest(panel, runs)):
         curves = [curve_of(r.rl if panel.stage == "rl" else r.cold_start, key) for r in runs]
-        width = 2.0 if panel.points or key == lines[0][0] else 1.5
-        words += _draw_line(axes, [c for c in curves if c], label, colour, width)
+        curves = [c for c in curves if c]
+        # A measure or a sum of rewards that stays at 0 is what a reader looks for.
+        shown = panel.points or key == "reward/mean" or any(any(c.values()) for c in curves)
+        if curves and not shown:
+            whole = len(panel.lines) == 1 and not panel.rest
+            if panel.rest != FAULTS:
+                zero.append(panel.title if whole else f"{panel.title}: {label}")
+            continue
+        again, number = divmod(drawn, len(COLOURS))
+        style: dict[str, Any] = {
+            "color": COLOURS[number],
+            "lw": 2.0 if panel.points or not drawn else 1.5,
+            "ls": ("-", "--", ":")[min(again, 2)],
+        }
+        words += _draw_line(axes, curves, label, style)
+        drawn += bool(curves)
     for i, (key, label) in enumerate(panel.points):
         curves = [curve_of(run.evaluations, key) for run in runs]
         colour = COLOURS[i] if panel.name == "curve" else (VERMILION, GREEN)[i]
         words += _draw_points(axes, [c for c in curves if c], label, colour, "oD"[i])
     if not words:
         return ""
-    _finish(figure, axes, panel.unit, "RL step" if panel.stage == "rl" else "step")
+    steps = "RL step" if panel.stage == "rl" else "step"
+    finish(figure, axes, panel.unit, steps, alone=bool(panel.rest))
     _set_scale(axes, panel.scale)
     if panel.name == "curve":
         _write_values(axes, panel, runs)
     return "; ".join(words) + "."
 
 
+def _rest(panel: Panel, runs: Sequence[RunLog]) -> list[tuple[str, str]]:
+    """Metrics and labels of the lines that a panel has beside its own."""
+    if not panel.rest:
+        return []
+    keys = {key for run in runs for row in run.rl for key in row if key.startswith(panel.rest)}
+    if panel.rest != FAULTS:
+        keys -= OF_THE_SUM | {key for key in keys if key.startswith(FAULTS)}
+    return [(key, key.removeprefix(panel.rest)) for key in sorted(keys)]
+
+
 def _draw_line(
-    axes: Axes, curves: Sequence[Curve], label: str, colour: str, width: float
+    axes: Axes, curves: Sequence[Curve], label: str, style: Mapping[str, Any]
 ) -> list[str]:
     """Raw values faint and their average strong; with several seeds their mean and range.
 
@@ -207,6 +157,7 @@ def _draw_line(
     """
     if not curves:
         return []
+    colour = style["color"]
     if len(curves) == 1:
         raw, line = curves[0], smoothed(curves[0])
         if line != raw:
@@ -221,7 +172,7 @@ def _draw_line(
         low, high = [b[1] for b in band.values()], [b[2] for b in band.values()]
         axes.fill_between(list(band), low, high, color=colour, alpha=0.18, linewidth=0)
     marker = "o" if len(line) == 1 else None
-    axes.plot(list(line), list(line.values()), color=colour, label=label, lw=width, marker=marker)
+    axes.plot(list(line), list(line.values()), label=label, marker=marker, **style)
     steps = list(line)
     return [_words(label, {step: line[step] for step in (steps[0], steps[-1])})]
 
@@ -285,47 +236,6 @@ def _set_scale(axes: Axes, scale: str) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
 
 
-def _finish(figure: Figure, axes: Axes, ylabel: str, xlabel: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
-    handles, labels = axes.get_legend_handles_labels()
-    if len(handles) > 1:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(2, len(handles)))
-
-
-def _draw_groups(figure: Figure, runs: Sequence[RunLog]) -> str:
-    """Stacked: groups trained on, groups of equal rewards, and the rest of those seen."""
-    from matplotlib.ticker import MaxNLocator
-
-    def over_seeds(key: str) -> Curve:
-        values = spread([curve_of(run.rl, key) for run in runs])
-        curve = {step: centre for step, (centre, _, _) in values.items()}
-        return smoothed(curve) if len(curve) > 100 else curve
-
-    kept, flat, seen = (over_seeds(f"groups/{k}") for k in ("kept", "zero_variance", "seen"))
-    steps = sorted(kept)
-    if not steps:
-        return ""
-    same = [flat.get(s, max(0.0, seen.get(s, kept[s]) - kept[s])) for s in steps]
-    rest = [max(0.0, seen.get(s, 0.0) - kept[s] - f) for s, f in zip(steps, same, strict=True)]
-    layers = [([kept[s] for s in steps], "kept", BLUE), (same, "equal rewards", "#F0B48A")]
-    if max(rest) > 1e-6:
-        layers.append((rest, "not needed or unscored", "#D0D0D0"))
-    axes = figure.subplots()
-    half = (steps[-1] - steps[0]) / max(1, len(steps) - 1) / 2 or 0.5
-    padded = [steps[0] - half, *steps, steps[-1] + half]
-    heights, labels, colours = zip(*layers, strict=True)
-    heights = [[v[0], *v, v[-1]] for v in heights]
-    axes.stackplot(padded, heights, step="mid", linewidth=0, labels=labels, colors=colours)
-    axes.set_xlim(padded[0], padded[-1])
-    _finish(figure, axes, "groups per step", "RL step")
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    return _shares((label, sum(values)) for values, label, _ in layers)
-
-
 def _draw_time(figure: Figure, seconds: Mapping[str, float]) -> str:
     """One bar per stage, the longest on top."""
     stages = sorted(((v, k) for k, v in seconds.items() if v > 0))
@@ -343,10 +253,4 @@ def _draw_time(figure: Figure, seconds: Mapping[str, float]) -> str:
     room = max(0.0, (3 - len(stages)) / 2)
     axes.set_ylim(-0.6 - room, len(stages) - 0.4 + room)
     axes.set_xlabel(name)
-    return _shares((stage.replace("_", " "), value) for value, stage in reversed(stages))
-
-
-def _shares(parts: Iterable[tuple[str, float]]) -> str:
-    parts = list(parts)
-    total = sum(value for _, value in parts) or 1.0
-    return ", ".join(f"{name} {100 * value / total:.0f} %" for name, value in parts) + "."
+    return shares((stage.replace("_", " "), value) for value, stage in reversed(stages))

@@ -17,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from perl.report.metrics import plural
+
 _LINE_EVERY = 10.0
 
 
@@ -40,8 +42,8 @@ class Display:
         self._bar: Progress | None = None
         self._stage, self._total, self._done, self._spoken, self._started = "", 0, 0, 0.0, 0.0
 
-    def stage(self, name: str, total: int, done: int = 0, unit: str = "steps") -> None:
-        """Begin a stage of `total` steps (or another unit), `done` of which lie behind."""
+    def stage(self, name: str, total: int, done: int = 0, unit: str = "step") -> None:
+        """Begin a stage of `total` steps (or another unit, in the singular), `done` of which lie behind."""
         self.close()
         self._stage, self._total, self._done = name, total, done
         self._spoken = self._started = time.monotonic()
@@ -60,7 +62,8 @@ class Display:
             self._bar.start()
             self._task = self._bar.add_task(name, total=total, completed=done, numbers="")
         else:
-            self.console.print(f"{name}: {total - done} {unit}", highlight=False)
+            left = total - done
+            self.console.print(f"{name}: {left} {plural(unit, left)}", highlight=False)
 
     def advance(self, steps: int = 1, numbers: Mapping[str, float] | None = None) -> None:
         """One or more steps are done; `numbers` are shown beside the bar."""

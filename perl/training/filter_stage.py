@@ -84,7 +84,7 @@ def _measure(
         limit=components.encoder.limit.tokens,
         advice="go on with as many processes and the data of before, or delete it to measure again",
     )
-    session.display.stage(stage.name, len(indices), file.done, unit="questions")
+    session.display.stage(stage.name, len(indices), file.done, unit="question")
     scorer = Scorer((how.measure,), (1.0,), config.reward.timeout)
     for chunk in measure_chunks(components.engine, components.encoder, dataset, file, scorer):
         file.add(chunk)

@@ -26,7 +26,7 @@ def measure(session: Session, at: str, step: int) -> dict[str, Any] | None:
     mine = range(len(dataset))[session.processes.index :: session.processes.count]
     if at == "step":
         session.display.close()
-    session.display.stage(f"evaluate {at}", len(mine), unit="examples")
+    session.display.stage(f"evaluate {at}", len(mine), unit="example")
 
     components.policy.vision.clear_cache()
 

@@ -113,6 +113,11 @@ def test_lines_of_a_run_without_a_terminal(monkeypatch, capsys) -> None:
         f"rl 7/10  {numbers}  21 s, eta 21 s",  # Three steps in 21 seconds, and three are left.
         f"rl 10/10  {numbers}  27 s, eta 0 s",
     ]
+    display.stage("RL", 9, done=8)
+    display.stage("evaluate", 1, unit="example")
+    display.stage("label", 7, unit="row")
+    said = ["RL: 1 step", "evaluate: 1 example", "label: 7 rows"]
+    assert capsys.readouterr().err.splitlines() == said
     Display(enabled=False).stage("rl", 10)
     assert not capsys.readouterr().err
 

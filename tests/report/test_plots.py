@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 
 from perl.report.metrics import RunLog
-from perl.report.plots import COLOURS, Picture, draw_pictures
+from perl.report.plots import Picture, draw_pictures
+from perl.report.style import COLOURS
 
 CURVES = {
     "curve": {"accuracy, training": "reward/accuracy", "consistency, training": "consistency"},
@@ -83,7 +85,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
 
 def draw(folder: Path, *runs: RunLog, **seconds: float) -> dict[str, Picture]:
     pictures, troubles = draw_pictures(runs, seconds, folder)
-    assert not [line for line in troubles if "drawn" in line]
+    assert not [line for line in troubles if "could not" in line]
     return {picture.name: picture for picture in pictures}
 
 
@@ -140,7 +142,7 @@ def test_groups_and_time_are_shares_of_all(tmp_path: Path, drawn: Drawn) -> None
     layers = drawn["groups"].axes[0].collections
     # Twelve kept of sixteen, three of equal rewards, one of neither; one on top of the other.
     assert [c.get_paths()[0].vertices[:, 1].max() for c in layers] == [12, 15, 16]
-    assert [c.get_label() for c in layers][:2] == ["kept", "equal rewards"]
+    assert [c.get_label() for c in layers][:2] == ["trained on", "equal rewards"]
     assert re.findall(r"\d+ %", pictures["groups"].alt) == ["75 %", "19 %", "6 %"]
     bars = drawn["time"].axes[0].patches
     assert [bar.get_width() for bar in bars] == [30, 60, 90]  # Under two minutes: in seconds.
@@ -155,3 +157,45 @@ def test_an_older_picture_does_not_stay(tmp_path: Path, drawn: Drawn) -> None:
     (tmp_path / "kl.png").touch()
     _, (missing,) = draw_pictures([RunLog("run", Path(), rl=[{"step": 1}])], {}, tmp_path)
     assert not list(tmp_path.iterdir()) and "KL to the reference model" in missing
+
+
+def test_what_is_zero_throughout_is_named_and_not_drawn(tmp_path: Path, drawn: Drawn) -> None:
+    """But for measures, the sum of rewards, and faults, of which there should be none."""
+    flat = {"kl": 0.0, "reward/form": 0.0, "reward/accuracy": 0.0, "reward/faults/form": 0}
+    rows = [{**row, **flat, "reward/mean": 0.0} for row in run().rl]
+    pictures, troubles = draw_pictures([replace(run(), rl=rows)], {}, tmp_path)
+    assert drawn.curves("reward") == {"weighted sum": [(1, 0), (2, 0), (3, 0)]}
+    assert drawn.curves("accuracy")["training"] == [(1, 0), (2, 0), (3, 0)]
+    assert not {"kl", "faults"} & {p.name for p in pictures}
+    (said,) = [line for line in troubles if "Zero" in line]
+    assert said.partition(": ")[2] == "Reward: accuracy, Reward: form, KL to the reference model."
+    # Where some fail they have a picture of their own.
+    rows = [{**row, "reward/faults/a/b.py:f": row["step"] // 2} for row in rows]
+    draw(tmp_path, replace(run(), rl=rows))
+    assert drawn.curves("faults") == {"a/b.py:f": [(1, 0), (2, 1), (3, 1)]}
+    (legend,) = drawn["faults"].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a/b.py:f"]
+    assert list(drawn.curves("reward")) == ["weighted sum"]
+
+
+def test_every_reward_has_a_line_of_its_own(tmp_path: Path, drawn: Drawn) -> None:
+    names = [f"reward/{letter}" for letter in "abcdefgh"]
+    rows = [{**row, **dict.fromkeys(names, 1.0)} for row in run().rl]
+    draw(tmp_path, replace(run(), rl=rows))
+    lines = drawn["reward"].axes[0].lines
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(lines) == 11
+
+
+def test_groups_that_were_trained_on(tmp_path: Path, drawn: Drawn) -> None:
+    """Of ten that were kept eight fit into the batch beside two from before; one more is replayed."""
+    more = {"groups/kept": 10, "groups/overflow": 2, "groups/reused": 2, "groups/replayed": 1}
+    rows = [{**row, **more} for row in run().rl]
+    pictures = draw(tmp_path, replace(run(), rl=rows))
+    layers = drawn["groups"].axes[0].collections
+    assert [c.get_paths()[0].vertices[:, 1].max() for c in layers] == [8, 10, 13, 16]
+    assert [c.get_label() for c in layers][:3] == ["trained on", "over the batch", "equal rewards"]
+    layers = drawn["trained"].axes[0].collections
+    assert [c.get_paths()[0].vertices[:, 1].max() for c in layers] == [8, 10, 11]
+    assert {y for _, y in drawn.curves("trained")["rolled out"]} == {16}
+    assert re.findall(r"\d+ %", pictures["trained"].alt) == ["73 %", "18 %", "9 %"]
+    assert "trained" not in draw(tmp_path, run())

@@ -62,7 +62,7 @@ class Label(Command):
             print(f"all {file.total} rows are labelled in {output} (--overwrite labels them again)")
         try:
             with Display() as display:
-                display.stage("label", file.total, file.done, unit="rows")
+                display.stage("label", file.total, file.done, unit="row")
                 file.run(display.advance)
         except KeyboardInterrupt:
             raise Interrupted(
