@@ -78,8 +78,8 @@ class Train(Command):
             _resume(folder, config, config.train.steps if "train.steps" in self.given else None)
             return
         if self.overwrite:
-            _check_kept(self, folder)
-        _check(config)
+            on_main_process(partial(_check_kept, self, folder))
+        on_main_process(partial(_check, config))
         config = with_absolute_paths(config)
         with ExitStack() as held:
             on_main_process(lambda: held.enter_context(locked(folder.root)))

@@ -1,12 +1,16 @@
 """Two processes of one run on the CPU, as torchrun starts them: they share every step, stop together and go on together."""
 
 import json
+import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.command_line import finish, metrics, rewarded, run, spawn_two, wait_for
+from perl.lock import locked
+from tests.command_line import BY_LENGTH, finish, metrics, rewarded, run, spawn_two, wait_for
+from tests.messages import tells
 
 OPTIONS = (
     "--run.trackers --run.checkpoint-every 1 --cold-start.steps 1 --cold-start.batch-size 2 "
@@ -30,6 +34,11 @@ def test_a_signal_to_one_stops_both_and_both_go_on(tmp_path: Path) -> None:
     assert one["tokens"] == two["tokens"]
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    with locked(shared):
+        done = finish(spawn_two("resume", shared))
+    # The first process holds the lock for both, and so it is the one that is refused.
+    assert [code for code, _ in done] == [2, 2], done
+    tells(done[0][1], shared, os.getpid())
     done = finish(spawn_two("resume", shared))
     assert [code for code, _ in done] == [0, 0], done
     rl = metrics(folder, "rl")
@@ -37,3 +46,40 @@ def test_a_signal_to_one_stops_both_and_both_go_on(tmp_path: Path) -> None:
     # The first process rolls out its half, and the second draws the group that is replayed only if there is one more.
     assert all(r["groups/seen"] == r["groups/tries"] for r in rl)
     assert json.loads((shared / "summary.json").read_text())["per_seed"][0]["processes"] == 2
+
+
+FAILING = """
+import os
+from perl.training.optimizer import Optimizer
+
+step, calls = Optimizer.step, []
+
+def failing(self, *arguments):
+    calls.append(1)
+    if len(calls) == 3 and os.environ["RANK"] == "{rank}":
+        raise ValueError("planted")
+    return step(self, *arguments)
+
+Optimizer.step = failing
+"""
+"""A reward's file that lets the second RL step fail in one process, while the other waits for it in a reduction."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_bug_in_one_process_ends_both_at_once(rank: int, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    reward = rewarded(tmp_path, FAILING.format(rank=rank) + BY_LENGTH)
+    options = (*OPTIONS.replace("--run.checkpoint-every 1", "").split(), "--filter.replay", "0")
+    steps = ("--run.seeds", "--run.seed", "0", "--train.steps", "3")
+    processes = spawn_two("train", "demo", *reward, *options, "--run.dir", folder, *steps)
+    wait_for(folder, "rl", 1, *processes)
+    begun = time.monotonic()
+    done = finish(processes)
+    assert time.monotonic() - begun < 60
+    assert [code for code, _ in done] == [1, 1], done
+    tells(done[rank][1].splitlines()[-1], "ValueError", "planted", "rl step 2", "perl-rl resume")
+    tells(done[0][1], "rl step 1")
+    assert [row["step"] for row in metrics(folder, "rl")] == [1]
+    points = [json.loads(p.read_text())["progress"] for p in folder.glob("*/*/manifest.json")]
+    assert ("rl", 1) in [(p["stage"], p["step"]) for p in points]
