@@ -52,24 +52,22 @@ FAILING = """
 import os
 from perl.training.optimizer import Optimizer
 
-step, calls = Optimizer.step, []
+step = Optimizer.step
 
-def failing(self, *arguments):
-    calls.append(1)
-    if len(calls) == 3 and os.environ["RANK"] == "{rank}":
+def failing(self, number, *arguments):
+    if number == 1 and os.environ["RANK"] == "1":
         raise ValueError("planted")
-    return step(self, *arguments)
+    return step(self, number, *arguments)
 
 Optimizer.step = failing
 """
-"""A reward's file that lets the second RL step fail in one process, while the other waits for it in a reduction."""
+"""A reward's file that lets the second RL step fail in the second process, while the first waits for it in a reduction."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_bug_in_one_process_ends_both_at_once(rank: int, tmp_path: Path) -> None:
+def test_a_bug_in_one_process_ends_both_at_once(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    reward = rewarded(tmp_path, FAILING.format(rank=rank) + BY_LENGTH)
+    reward = rewarded(tmp_path, FAILING + BY_LENGTH)
     options = (*OPTIONS.replace("--run.checkpoint-every 1", "").split(), "--filter.replay", "0")
     steps = ("--run.seeds", "--run.seed", "0", "--train.steps", "3")
     processes = spawn_two("train", "demo", *reward, *options, "--run.dir", folder, *steps)
@@ -78,7 +76,7 @@ def test_a_bug_in_one_process_ends_both_at_once(rank: int, tmp_path: Path) -> No
     done = finish(processes)
     assert time.monotonic() - begun < 60
     assert [code for code, _ in done] == [1, 1], done
-    tells(done[rank][1].splitlines()[-1], "ValueError", "planted", "rl step 2", "perl-rl resume")
+    tells(done[1][1].splitlines()[-1], "ValueError", "planted", "rl step 2", "perl-rl resume")
     tells(done[0][1], "rl step 1")
     assert [row["step"] for row in metrics(folder, "rl")] == [1]
     points = [json.loads(p.read_text())["progress"] for p in folder.glob("*/*/manifest.json")]

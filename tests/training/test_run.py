@@ -386,11 +386,11 @@ def test_processes_share_the_stream_out() -> None:
     assert shares[1].find((3,)).id == "3"
 
 
-@pytest.mark.parametrize("how", ["stop", "mistake"])
+@pytest.mark.parametrize("how", ["stop", "mistake", "bug"])
 def test_what_ends_one_process_ends_both_and_both_go_on(
     how: str, tmp_path: Path, two_processes: Together, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the rollouts of the last stage, by a request to stop or a mistake in the second process alone."""
+    """In the rollouts of the last stage, by a request to stop or an error in the second process alone."""
     config, folder = staged(tmp_path), tmp_path / "run"
     RunFolder(folder).create(overwrite=False)
     generate, left = OwnEngine.generate, 7
@@ -399,8 +399,8 @@ def test_what_ends_one_process_ends_both_and_both_go_on(
         nonlocal left
         if two_processes.here.index == 1 and params.n == 2:
             left -= 1
-            if left == 0 and how == "mistake":
-                raise UserError("only here")
+            if left == 0 and how != "stop":
+                raise {"mistake": UserError, "bug": ValueError}[how]("only here")
             two_processes.stops[1].requested |= left == 0
         return generate(self, prompts, params, seed)
 
@@ -409,7 +409,8 @@ def test_what_ends_one_process_ends_both_and_both_go_on(
     if how == "stop":
         assert isinstance(first, Interrupted) and isinstance(second, Interrupted)
     else:
-        assert isinstance(first, UserError) and isinstance(second, UserError)
+        assert isinstance(first, UserError)
+        assert type(second) is (UserError if how == "mistake" else ValueError)
         tells(second, "only here")
         assert "only here" not in str(first)
     stage, step = saved(folder)[-1]
