@@ -153,3 +153,28 @@ def test_a_killed_process_is_gone_on_from(short_recipe: Path) -> None:
     assert run("resume", folder / "broken") == 0
     assert untimed(folder / "broken") == untimed(folder / "whole")
     assert same_weights(folder / "broken", folder / "whole")
+
+
+def test_what_a_run_leaves_is_evaluated_asked_and_trained_from(
+    short_recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last checkpoint of a LoRA run and its adapter are its final model, and another run goes on from it."""
+    root = short_recipe.parent / "run"
+    reward = rewarded(root.parent, ALTERNATING)
+    lora = ("--model.lora-rank", "2", "--model.freeze-vision", "--train.lr", "0.5")
+    assert run("train", short_recipe, *reward, *lora, "--eval.examples", "2") == 0
+    numbers = []
+    models = (root, root / "checkpoints" / "step-1", root / "models" / "final" / "adapter")
+    more = ("--data", root.parent / "test.jsonl", "--max-new-tokens", "4", "--eval.examples", "2")
+    for model in models:
+        assert run("evaluate", model, *more, "--output", root / "numbers.json") == 0
+        numbers.append(json.loads((root / "numbers.json").read_text()))
+    assert numbers[0] == numbers[1] == numbers[2]
+    asked = ("--example", "0", "--max-new-tokens", "4")
+    capsys.readouterr()
+    assert run("generate", models[1], *asked) == 0
+    tells(capsys.readouterr().out, "answer: A")
+    other = root.parent / "other"
+    options = ("--model.path", models[1], "--run.dir", other, "--train.lr", "0")
+    assert run("train", short_recipe, *reward, *options) == 0
+    assert same_weights(other, root)
