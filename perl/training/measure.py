@@ -45,7 +45,6 @@ def measure(session: Session, at: str, step: int) -> dict[str, Any] | None:
         results, rollouts = evaluate(components.engine, encoder, dataset, mine, config, advance)
     results = session.processes.gather(results)
     numbers = aggregate(results)
-    session.judge(numbers)
     session.display.close()
     if components.is_main:
         session.record({"stage": "evaluate", "step": step, "at": at, **numbers})
@@ -55,4 +54,6 @@ def measure(session: Session, at: str, step: int) -> dict[str, Any] | None:
         kept = [(r, s) for r, s in scored if s is not None][:24]
         rows = [r for r, _ in kept], [s for _, s in kept]
         session.show(session.gallery.keep_rollouts("evaluate", step, *rows))
+    # Last, as one that failed before it is made again when the run goes on, and must count once.
+    session.judge(numbers)
     return numbers

@@ -70,11 +70,11 @@ def _train_seed(
         except (Exception, KeyboardInterrupt) as error:
             session.rescue(error)
             raise
-        except SystemExit as stop:
+        except SystemExit as left:
             # Of some library or a reward: a run must not end as if it were done.
-            error = RuntimeError(f"something called exit({stop.code!r})")
+            error = RuntimeError(f"something called exit({left.code!r})")
             session.rescue(error)
-            raise error from stop
+            raise error from left
         finally:
             session.trackers.finish()
     return summary
