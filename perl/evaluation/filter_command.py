@@ -57,6 +57,8 @@ class Filter(Command):
     """What to do with a longer prompt; a dropped one is left out; empty: the run's."""
     seed: Seed = 0
     """Of the sampling and of the selection."""
+    map: tuple[str, ...] | None = None
+    """What columns of ours are called in the data, as in "question=problem_text"; empty: the run's data.map."""
     overwrite: bool = False
     """Measure again what another model or other settings have measured."""
     instruction: str | None = None
@@ -137,6 +139,7 @@ def _settings(command: Filter) -> Config:
         data={
             "train": command.data or None,
             "image_root": "" if command.data else None,
+            "map": command.map,
             "max_prompt_tokens": command.max_prompt_tokens,
             "overlong": command.overlong,
             "instruction": command.instruction,

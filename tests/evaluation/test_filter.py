@@ -79,6 +79,17 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_columns_named_by_the_user(data: Path, run: Run, engine: TableEngine) -> None:
+    theirs = [
+        {("asked" if k == "question" else k): v for k, v in row.items()} for row in read(data)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in theirs))
+    engine.answer = right(*[2] * 20, *[5] * 20)
+    assert run("--data", data, "--histogram", "uniform", "--map", "question=asked") == 0
+    kept = read(data.with_name("rows.filtered.jsonl"))
+    assert all(row == {**theirs[row["own"]], "accuracy": row["accuracy"]} for row in kept)
+
+
 def test_the_filtered_data_trains_directly(
     data: Path,
     run: Run,

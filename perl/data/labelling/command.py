@@ -34,6 +34,8 @@ class Label(Command):
     """Let the model behind PERL_LLM_URL turn open questions over several images into multiple choice first."""
     relabel: bool = False
     """Replace labels that the data has already."""
+    map: tuple[str, ...] = ()
+    """What columns of ours are called in the data, as in "question=problem_text"."""
     overwrite: bool = False
     """Start again instead of going on with the output."""
     limit: int | None = None
@@ -54,7 +56,7 @@ class Label(Command):
         check_output(output, self.data)
         asks = self.rephrase or self.labeller != "rules"
         endpoint = Endpoint.from_env() if asks else None
-        how = Labelling(self.labeller, self.text, self.rephrase, self.relabel, endpoint)
+        how = Labelling(self.labeller, self.text, self.rephrase, self.relabel, endpoint, self.map)
         if self.overwrite and output.exists():
             _remove_labelled(output)
         file = LabelledFile(self.data, output, how, self.limit)

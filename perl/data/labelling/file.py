@@ -37,6 +37,8 @@ class Labelling:
     rephrase: bool
     relabel: bool
     endpoint: Endpoint | None
+    map: tuple[str, ...] = ()
+    """As `data.map`."""
 
 
 @dataclass
@@ -59,7 +61,7 @@ class LabelledFile:
     def __init__(self, data: str, output: Path, how: Labelling, limit: int | None = None) -> None:
         self.output, self.how = output, how
         self._source = open_source(data, "train")
-        self._dataset = RowDataset(self._source, DataConfig())
+        self._dataset = RowDataset(self._source, DataConfig(map=how.map))
         self._writer = RowWriter(output, self._dataset)
         self.total = min(len(self._source), limit or len(self._source))
         self.counts: Counter[tuple[str, bool, str]] = Counter()
@@ -88,7 +90,7 @@ class LabelledFile:
 
     def _draft(self, i: int) -> _Draft:
         draft = _Draft(i, self._load(i, _NO_LABEL))
-        row = self._source.row(i)
+        row = self._row(i)
         given = labels_of(row)
         if not self.how.relabel and len(given) == 2:
             reason = str(row.get("label_reason") or "as given")
@@ -102,8 +104,12 @@ class LabelledFile:
             return given
         return unsure(f"the given label does not hold: {held.reason.removeprefix('unsure: ')}")
 
+    def _row(self, i: int) -> Mapping[str, Any]:
+        return self._dataset.layout.ours(self._source.row(i))
+
     def _load(self, i: int, changes: Mapping[str, Any]) -> Example:
-        return self._dataset.read({**self._source.row(i), **changes}, i, decode=False)
+        theirs = self._dataset.layout.theirs(changes)
+        return self._dataset.read({**self._source.row(i), **theirs}, i, decode=False)
 
     def _label(self, drafts: Sequence[_Draft]) -> None:
         how = self.how
@@ -141,8 +147,7 @@ class LabelledFile:
 
     def _replaced(self, i: int, new: Rephrased) -> dict[str, Any]:
         """The columns that hold question and answer with the new ones, and the old ones aside."""
-        row = self._source.row(i)
-        layout = self._dataset.layout
+        row, layout = self._row(i), self._dataset.layout
         question = layout.question(row, self._source.place(i))
         answers = (key for key in layout.convention.answer if row.get(key) is not None)
         answer = next(answers, "answer")
@@ -158,7 +163,8 @@ class LabelledFile:
         convention = layout.convention
         old = ("demonstration", *convention.response, *({"input"} & {*convention.turns}))
         changes |= {key: None for key in old if row.get(key) is not None}
-        original = {key: row.get(key) for key in changes}
+        changes = dict(layout.theirs(changes))
+        original = {key: self._source.row(i).get(key) for key in changes}
         return {**changes, "rephrased": new.question_type, "original": original}
 
     def _written(self, draft: _Draft) -> dict[str, Any]:
@@ -169,7 +175,7 @@ class LabelledFile:
                 f"{label} ({self.done} of {self.total} rows are labelled in {self.output}; "
                 "the same command goes on from there)"
             )
-        given = labels_of(self._source.row(i))
+        given = labels_of(self._row(i))
         if (
             not self.how.relabel
             and len(given) == 1

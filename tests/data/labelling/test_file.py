@@ -90,6 +90,20 @@ def test_elsewhere_the_images_go_along(data: Path, tmp_path: Path) -> None:
     assert [image.getpixel((0, 0))[0] for image in examples[1].images] == [0, 60, 120]
 
 
+def test_columns_named_by_the_user(data: Path, tmp_path: Path) -> None:
+    names = {"question": "q", "answer": "gt", "images": "pics"}
+    theirs = [{names.get(key, key): value for key, value in row.items()} for row in read(data)]
+    mapped = data.with_name("theirs.jsonl")
+    mapped.write_text("".join(json.dumps(row) + "\n" for row in theirs))
+    (tmp_path / "other").mkdir()
+    output, given = tmp_path / "other" / "out.jsonl", [f"{k}={v}" for k, v in names.items()]
+    assert run(mapped, "--map", *given, "--output", output) == 0
+    assert labels(output) == LABELS
+    assert read(output)[0].keys() >= {"q", "gt", "pics"} and "images" not in read(output)[0]
+    again = load_examples(str(output), DataConfig(map=tuple(given)), "train", 0)
+    assert [image.getpixel((0, 0))[0] for image in again[1].images] == [0, 60, 120]
+
+
 def test_parquet_with_embedded_images(data: Path) -> None:
     import datasets
 
