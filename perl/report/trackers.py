@@ -7,6 +7,7 @@ TensorBoard forgets what was written behind the checkpoint.
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import logging
 import os
@@ -173,7 +174,7 @@ class Trackers:
             tag = f"{row['stage']}_rollouts/{number:02}"
             if row["images"]:
                 strip = _strip([self.folder.root / name for name in row["images"]])
-                writer.add_image(tag, strip, step, dataformats="HWC")
+                writer.file_writer.add_summary(_summary(tag, strip), step)
             said = {key: row[key] for key in (*_TEXTS, "reward", "rewards")}
             writer.add_text(tag, "\n\n".join(f"**{k}** {v}" for k, v in said.items()), step)
         writer.flush()
@@ -182,15 +183,27 @@ class Trackers:
 _TEXTS = ("example", "order", "question", "answer", "text")
 
 
-def _strip(paths: Sequence[Path]) -> Any:
-    """uint8 [H, W, 3]: pictures side by side, brought to one height, in their sequence."""
-    import numpy as np
-
+def _strip(paths: Sequence[Path]) -> Image.Image:
+    """Pictures side by side, brought to one height, in their sequence."""
     pictures = [Image.open(path).convert("RGB") for path in paths]
-    widths = [max(1, round(p.width * _STRIP_HEIGHT / p.height)) for p in pictures]
-    strip = Image.new("RGB", (sum(widths) + _GAP * (len(widths) - 1), _STRIP_HEIGHT), "white")
+    height = min(_STRIP_HEIGHT, max(picture.height for picture in pictures))
+    widths = [max(1, round(p.width * height / p.height)) for p in pictures]
+    strip = Image.new("RGB", (sum(widths) + _GAP * (len(widths) - 1), height), "white")
     left = 0
     for picture, width in zip(pictures, widths, strict=True):
-        strip.paste(picture.resize((width, _STRIP_HEIGHT)), (left, 0))
+        strip.paste(picture.resize((width, height)), (left, 0))
         left += width + _GAP
-    return np.asarray(strip)
+    return strip
+
+
+def _summary(tag: str, image: Image.Image) -> Any:
+    """TensorBoard's record of a picture, as JPEG: `add_image` would write PNG, which of photos is most of a run folder."""
+    from tensorboard.compat.proto import summary_pb2
+
+    proto: Any = summary_pb2
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=90)
+    content = proto.Summary.Image(
+        height=image.height, width=image.width, colorspace=3, encoded_image_string=file.getvalue()
+    )
+    return proto.Summary(value=[proto.Summary.Value(tag=tag, image=content)])
