@@ -124,9 +124,14 @@ class CheckpointManager:
         """The newest checkpoint that is whole, or None if there never was one.
 
         Raises:
-            UserError: there are checkpoints and every one is damaged, or one is of a later version.
+            UserError: there are checkpoints and every one is damaged, or they are of another version.
         """
         found = checkpoints_in(self.folder)[::-1]
+        if not found and self.folder.is_dir() and any(self.folder.glob("[0-9]*")):
+            raise UserError(
+                f"{self.folder} has checkpoints of an earlier version, which this one does not read; use that version, "
+                "or start again with --overwrite"
+            )
         for path in found:
             try:
                 progress = _verified(path)

@@ -99,6 +99,38 @@ def test_without_a_checkpoint_there_is_none(tmp_path: Path) -> None:
     assert CheckpointManager(tmp_path / "none", 2).load() is None
 
 
+def test_checkpoints_of_an_earlier_version_are_not_taken_for_none(tmp_path: Path) -> None:
+    (tmp_path / "000001").mkdir()
+    with refused(tmp_path, "--overwrite"):
+        CheckpointManager(tmp_path, 2).load()
+
+
+def test_damaged_checkpoints_of_later_steps_give_way(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, 2)
+    for step in (1, 2, 9):
+        manager.save(nn.Linear(1, 1), None, Progress("rl", step))
+    (tmp_path / "step-9" / "rng.safetensors").unlink()
+    again = CheckpointManager(tmp_path, 2)
+    assert again.load() == (tmp_path / "step-2", Progress("rl", 2))
+    again.save(nn.Linear(1, 1), None, Progress("rl", 3))
+    assert names(tmp_path) == ["step-2", "step-3"]
+
+
+def test_the_best_is_linked_also_after_a_crash_in_linking(tmp_path: Path) -> None:
+    """And the weights are written once, whatever is measured behind them."""
+    manager = CheckpointManager(tmp_path, 1)
+    path = manager.save(nn.Linear(1, 1), None, Progress("rl", 1))
+    written = (path / "model.safetensors").stat().st_mtime_ns
+    (tmp_path / ".best.tmp").symlink_to("step-1", target_is_directory=True)
+    later = Progress("after", 0, {"rl": 1}, best={"step": 1, "value": 0.5})
+    assert manager.save(nn.Linear(1, 1), None, later) == path
+    assert (path / "model.safetensors").stat().st_mtime_ns == written
+    assert names(tmp_path) == ["best", "step-1"] and manager.load() == (path, later)
+    manager.save(nn.Linear(1, 1), None, Progress("rl", 2, best={"step": 1, "value": 0.5}))
+    manager.save(nn.Linear(1, 1), None, Progress("rl", 3, best={"step": 3, "value": 0.6}))
+    assert names(tmp_path) == ["best", "step-3"] and (tmp_path / "best").resolve().name == "step-3"
+
+
 def corrupt_header(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[8:40] = b"\xff" * 32
