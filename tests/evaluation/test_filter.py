@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from perl.config import Config, DataConfig, FilterConfig, ModelConfig, RewardConfig
+from perl.config import INSTRUCTIONS, Config, DataConfig, FilterConfig, ModelConfig, RewardConfig
 from perl.data.dataset import load_examples, validate
 from perl.evaluation.difficulty import CHUNK
 from perl.recipe import measured_function
@@ -304,6 +304,19 @@ def test_questions_are_measured_by_the_reward_of_the_run(
     # None of those before.
     (record,) = [r.getMessage() for r in caplog.records if r.name == "perl.evaluation.difficulty"]
     tells(record, "4", "'accuracy'")
+
+
+@pytest.mark.parametrize(
+    ("measure", "name"), [((), "think-box"), (("--measure", "accuracy(tags=True)"), "think-tags")]
+)
+def test_a_model_without_a_run_is_asked_for_what_the_measure_reads(
+    measure: tuple[str, ...], name: str, data: Path, run: Run, engine: TableEngine
+) -> None:
+    assert run("--data", data, "--limit", 4, "--histogram", "uniform", *measure) == 0
+    (message,) = engine.calls[0].variants[0].messages
+    assert message.content.splitlines()[-1] == INSTRUCTIONS[name]
+    (row, *_) = read(data.with_name("rows.accuracies.jsonl"))
+    assert row["instruction"] == name
 
 
 ALIKE = ("accuracy(tags=True)", "accuracy(unordered=True)")

@@ -211,6 +211,8 @@ def test_a_cold_start_on_demonstrations_teaches_a_form(caplog: pytest.LogCapture
     assert len(told(caplog, off, Model(), shown)) == 1
     assert not told(caplog, warm, Model(), shown)
     assert len(told(caplog, warm, Model(), replace(shown, demonstration="A"))) == 1
+    # A tiny model, which auto cannot ask, has learnt from such demonstrations.
+    assert not told(caplog, config("accuracy"), Model(unknown=["monologue"]), shown)
     # Held-out rows without demonstrations tell nothing of those that were trained on.
     assert not told(caplog, warm, Model(), example("q", 1))
 

@@ -68,9 +68,11 @@ def test_a_run_and_what_lies_in_it_come_with_the_settings_of_their_stage(
         at=at,
         stages=STAGES,
         rollout=RolloutConfig(max_new_tokens=5),
+        model=ModelConfig(path="m", chat_template="gone.jinja"),
     )
     config = config_of(str(folder / asked), rollout={"temperature": 0.5, "batch_size": None})
-    assert config.model.path == str(folder / found)
+    # What a run leaves has its chat template with it.
+    assert config.model == ModelConfig(path=str(folder / found))
     assert config.rollout == RolloutConfig(max_new_tokens=tokens, temperature=0.5)
     said = capsys.readouterr().err
     assert (str(folder / found) in said) == (not asked)
