@@ -53,9 +53,9 @@ def write_report(run_dir: Path) -> Path:
         )
     seconds = stage_seconds(runs)
     try:
-        pictures, troubles = draw_pictures(runs, seconds, run_dir / "plots")
+        pictures, troubles, zero = draw_pictures(runs, seconds, run_dir / "plots")
     except (OSError, ImportError) as error:
-        pictures, troubles = [], [f"No picture could be drawn: {error}"]
+        pictures, troubles, zero = [], [f"No picture could be drawn: {error}"], []
     pictures += filter_pictures(runs)
     groups, shown, total = rollout_groups(runs, notes)
     environment = Environment(
@@ -75,6 +75,7 @@ def write_report(run_dir: Path) -> Path:
         measures=MEASURES,
         tasks=_task_table(runs),
         pictures=[(p, data_uri(p.path.read_bytes(), "image/png")) for p in pictures],
+        zero=zero,
         several=len(runs) > 1,
         seconds=seconds,
         groups=groups,

@@ -30,11 +30,11 @@ class Picture:
 
 def draw_pictures(
     runs: Sequence[RunLog], seconds_by_stage: Mapping[str, float], folder: Path
-) -> tuple[list[Picture], list[str]]:
+) -> tuple[list[Picture], list[str], list[str]]:
     """Draw what the runs have numbers for into `folder`.
 
     Several runs are seeds of one recipe: a line is their mean, a band their range.
-    Returns the pictures, and a sentence for each that could not be drawn.
+    Returns the pictures, a sentence for each that could not be drawn, and the names of lines that are 0 at every step.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -77,9 +77,7 @@ def draw_pictures(
         attempt("time", "Where the time went", caption, lambda f: _draw_time(f, seconds_by_stage))
     if missing:
         troubles.append("No numbers recorded for: " + ", ".join(missing) + ".")
-    if zero:
-        troubles.append("Zero at every step, and not drawn: " + ", ".join(zero) + ".")
-    return pictures, troubles
+    return pictures, troubles, zero
 
 
 def filter_pictures(runs: Sequence[RunLog]) -> list[Picture]:

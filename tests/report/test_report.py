@@ -351,3 +351,12 @@ def test_sizes() -> None:
 def test_a_wrong_folder_is_the_users_error(tmp_path: Path) -> None:
     with refused(tmp_path / "nowhere", "train"):
         write_report(tmp_path / "nowhere")
+
+
+def test_what_is_zero_throughout_is_said_where_it_would_be_drawn(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=4)
+    lines = [rl_row(s, 4) | {"kl": 0.0} for s in range(1, 5)]
+    write_jsonl(run / "metrics.jsonl", [evaluation(0, "before", 0.6), *lines])
+    page = Page(write_report(run))
+    assert page.text.index("Along the way") < page.text.index("KL to the reference model")
+    assert not (run / "plots" / "kl.png").exists()
