@@ -83,7 +83,7 @@ class RunConfig:
     """How many checkpoints stay; the older one serves if the newest is damaged."""
     keep_best: str = ""
     """Number of an evaluation, higher is better, by which the best checkpoint stays as well and is exported as
-    models/best: accuracy, greedy, consistency, ...; empty: only the newest stay."""
+    models/best: reward, greedy_reward, accuracy, greedy, ...; empty: only the newest stay."""
     push_to_hub: str = ""
     """Repository of the hub, as user/name, that the model is pushed to when the run ends, a new one as private; empty:
     nothing is pushed."""

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from perl.types import UserError, one_line
 
@@ -22,13 +26,34 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         if package in _TRAIN_PACKAGES:
-            return f"{package} is not installed; pip install 'perl-rl[train]'"
+            return f"{package} is not installed; {install_command('train')}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not to be imported here
         return (
             "out of GPU memory: lower train.tokens_per_micro_batch or rollout.batch_size, or set "
             "model.gradient_checkpointing"
         )
     return None
+
+
+def install_command(extra: str) -> str:
+    """What installs the packages of an extra, from where this package was installed or runs.
+
+    Example: `pip install '/home/me/perl[train]'` in a clone.
+    """
+    place, clone = "perl-rl", Path(__file__).resolve().parents[1]
+    if (clone / "pyproject.toml").exists():
+        return f"pip install '{clone}[{extra}]'"
+    try:
+        # PEP 610: there is none where an index was asked for the package by its name.
+        record = json.loads(distribution(place).read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:
+        record = {}
+    url = record.get("url", "")
+    if url.startswith("file:"):
+        return f"pip install '{unquote(urlsplit(url).path)}[{extra}]'"
+    if "vcs_info" in record:
+        url = f"{record['vcs_info']['vcs']}+{url}@{record['vcs_info']['commit_id']}"
+    return f"pip install '{place}[{extra}]{f' @ {url}' if url else ''}'"
 
 
 def summed_up(error: BaseException, what: str | None = None) -> str:

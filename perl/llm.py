@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
+from perl.failures import install_command
 from perl.types import UserError
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class Endpoint:
                 "PERL_LLM_MODEL (and PERL_LLM_API_KEY where one is needed)"
             )
         if importlib.util.find_spec("openai") is None:  # Now, not at the first request of a run.
-            raise UserError("an LLM endpoint needs openai; pip install 'perl-rl[train]'")
+            raise UserError(f"an LLM endpoint needs openai; {install_command('train')}")
         model = os.environ.get("PERL_LLM_MODEL", "")
         return cls(url.strip(), model, (key or "").strip() or None)
 

@@ -143,7 +143,7 @@ def test_without_network_the_hub_is_given_up_within_seconds(
         (
             ModuleNotFoundError("No module named 'sklearn'", name="sklearn.datasets"),
             ["train"],
-            ["sklearn", "perl-rl[train]"],
+            ["sklearn", f"'{Path(__file__).parents[1]}[train]'"],
         ),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),

@@ -554,7 +554,7 @@ ROWS = [
     Row("run.checkpoint_every", 2, checkpoints, [1, 2], [2], {"run.keep_checkpoints": 9}),
     Row("run.checkpoint_every", 0, checkpoints, [1, 2], [2], {"run.keep_checkpoints": 9}),
     Row("run.keep_checkpoints", 1, lambda lab: len(lab.left("checkpoints/*")), 2, 1),
-    Row("run.keep_best", "greedy", lambda lab: len(lab.left("checkpoints/best")), 0, 1, {**MEASURED, "eval.every": 1}),
+    Row("run.keep_best", "greedy_reward", lambda lab: len(lab.left("checkpoints/best")), 0, 1, {**MEASURED, "eval.every": 1}),
     Row("run.push_to_hub", "me/mine", pushed, [], ["me/mine"]),
     Row("run.save_rollouts_every", 1, kept, [1], [1, 2], {"run.save_rollouts_every": 2}),
     Row("run.trackers", ("tensorboard",), lambda lab: list(map(str, usable_trackers(lab.config))),
@@ -715,7 +715,7 @@ ROWS = [
         [(1, 1.0), (1, 0.0)], [(3, 1.0), (1, 0.0)], MEASURED),
     Row("eval.every", 1, of("evaluate", "at"), ["before", "after"], ["before", "step", "after"], MEASURED),
     Row("eval.patience", 1, of("rl", "step"), [1, 2], [1],
-        {**MEASURED, "eval.every": 1, "run.keep_best": "greedy"}),
+        {**MEASURED, **ONES, "eval.every": 1, "run.keep_best": "greedy_reward"}),
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -163,6 +164,7 @@ def _evaluate_held_out(command: Evaluate) -> None:
     from perl.data.rows import check_output
     from perl.evaluation.evaluate import aggregate, evaluate
     from perl.evaluation.record import save_evaluation
+    from perl.rewards.scorer import Scorer
     from perl.rollout.instruction import tell_prompts
 
     config = _settings(command, command.max_new_tokens)
@@ -175,14 +177,17 @@ def _evaluate_held_out(command: Evaluate) -> None:
     examples = load_examples(
         config.data.eval, config.data, "test", EVAL_SEED, command.eval.examples
     )
+    scorer = Scorer(config.reward.functions, config.reward.weights, config.reward.timeout)
     engine, encoder = engine_and_encoder(config)
     tell_prompts(config, encoder.instruction, encoder.processor, [(config.data.eval, examples)])
     with Display() as display:
         display.stage("evaluate", len(examples), unit="example")
         everything = range(len(examples))
-        results, _ = evaluate(engine, encoder, examples, everything, config, display.advance)
+        results, _ = evaluate(
+            engine, encoder, examples, everything, config, display.advance, scorer
+        )
     numbers = aggregate(results)
-    _print_evaluation(numbers, config.model.path)
+    _print_evaluation(numbers, config, scorer.weights)
     if encoder.dropped:
         print(
             f"left out: {encoder.dropped} {plural('example', encoder.dropped)} with more tokens than "
@@ -192,19 +197,37 @@ def _evaluate_held_out(command: Evaluate) -> None:
         save_evaluation(command.output, results, numbers, config)
 
 
-def _print_evaluation(numbers: dict[str, Any], title: str) -> None:
-    columns = ("examples", "orders", "accuracy", "greedy", "consistency", "format")
+def _print_evaluation(
+    numbers: dict[str, Any], config: Config, weights: Mapping[str, float]
+) -> None:
+    """A row for each task; the accuracies are in percent, rewards as the functions give them."""
+    from perl.evaluation.evaluate import accuracy_of
+
+    right = accuracy_of(config)
+    shares = [k for k in ("accuracy", "greedy", "consistency") if numbers[k] is not None]
+    rewards = [k for k in numbers if k.startswith("reward") and k != f"reward/{right and right[0]}"]
+    columns = ["examples", "orders", *shares, *rewards]
     rows = [
-        [task, *(_cell(name, row[name]) for name in columns)]
+        [task, *(_cell(name, row.get(name), name in shares) for name in columns)]
         for task, row in {**numbers["by_task"], "all": numbers}.items()
     ]
-    print_table([["task", *columns], *rows], title)
+    heading = [name.removeprefix("reward/") for name in columns]
+    print_table([["task", *heading], *rows], config.model.path)
+    whole = " + ".join(f"{weight:g} {name}" for name, weight in weights.items())
+    by = f"accuracy by {right[1]}, at temperature 1 and greedy; " if right else ""
+    print(f"{by}reward = {whole}, at temperature 1")
+    if numbers["unscored"]:
+        print(
+            f"{numbers['unscored']} completions have no reward: a function failed, or none applies"
+        )
 
 
-def _cell(name: str, value: float | None) -> str:
+def _cell(name: str, value: float | None, share: bool) -> str:
     if value is None:
         return "-"
-    return f"{value:g}" if name in ("examples", "orders") else f"{100 * value:.1f} %"
+    if share:
+        return f"{100 * value:.1f} %"
+    return f"{value:g}" if name in ("examples", "orders") else f"{value:.3f}"
 
 
 def _evaluate_suites(command: Evaluate) -> None:

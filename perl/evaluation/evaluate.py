@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, NamedTuple
 
-from perl.config import EVAL_SEED, Config
+import numpy as np
+
+from perl.config import EVAL_SEED, Config, names_of, places_of
 from perl.data.dataset import Dataset
-from perl.evaluation.agreement import agreement, chosen_picture
+from perl.evaluation.agreement import Reader, agreement, chosen_picture, reader_of
 from perl.model.processor import content_key
 from perl.permutation import all_orders, permute
 from perl.report.metrics import mean
-from perl.rewards.answers import accuracy, format_reward
+from perl.rewards.scorer import Scorer
 from perl.rollout.engine import InProcessEngine, SamplingParams
 from perl.rollout.prompts import PromptEncoder
 from perl.rollout.sample import sample
@@ -24,6 +28,9 @@ from perl.types import Example, Rollout, UserError
 
 NUMBERS = ("accuracy", "greedy", "consistency", "greedy_consistency", "format")
 """What an evaluation comes to, by the fields of `ExampleResult`: the higher the better."""
+
+logger = logging.getLogger(__name__)
+
 _CHUNK = 32
 
 
@@ -40,23 +47,40 @@ def _hash(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ExampleResult:
-    """One example over its orders. All numbers are 0 to 1; consistencies are NaN with a single order."""
+    """One example over its orders. Numbers are 0 to 1 but for rewards, which are what the run's functions give;
+    consistencies are NaN with a single order, and where nothing reads the answers."""
 
     id: str
     task: str
     accuracy: float
-    """Of completions sampled at temperature 1, mean over orders and samples."""
+    """Of completions sampled at temperature 1, mean over orders and samples; NaN where nothing says what is right."""
     greedy: float
     """Of the greedy completion, mean over orders."""
     consistency: float
     """How often sampled completions of two different orders choose the same picture."""
     greedy_consistency: float
     format: float
+    """Of the run's function `format`, on the sampled completions."""
     orders: int
     content: str = ""
     """A hash of the example, so that evaluations of different data are not compared."""
     pictures: str = ""
     """A hash of its pictures: questions about the same ones have the same."""
+    rewards: dict[str, float] = field(default_factory=dict)
+    """Means over the sampled completions: `reward`, the run's weighted sum, and `reward/NAME` of each function; the same of
+    the greedy ones as `greedy_reward` and `greedy_reward/NAME`."""
+    unscored: int = 0
+    """Completions whose weighted sum has no value, as a function failed on them or none applies."""
+
+
+class Scored(NamedTuple):
+    """A completion and what it is worth."""
+
+    rollout: Rollout
+    reward: float
+    """The weighted sum; NaN: it has none."""
+    parts: dict[str, float]
+    """By function; NaN where it gives no score."""
 
 
 def evaluate(
@@ -66,19 +90,25 @@ def evaluate(
     indices: Sequence[int],
     config: Config,
     advance: Callable[[int], None] = lambda _: None,
-) -> tuple[list[ExampleResult], list[Rollout]]:
+    scorer: Scorer | None = None,
+) -> tuple[list[ExampleResult], list[Scored]]:
     """Measure a policy as `config.eval` says; the seed is the same for all, so that policies can be compared.
 
     Args:
         dataset: held-out examples; those over the prompt budget are left out if the encoder drops them.
         indices: which of them to measure on; they are loaded a few at a time.
         advance: told how many examples are done, for a progress bar.
+        scorer: of the run's rewards, which are asked once for each completion; None: as `config.reward` says.
 
     Returns:
         Results by example, and one sampled rollout for each order of the first chunk's examples, to look at.
     """
     results: list[ExampleResult] = []
-    shown: list[Rollout] = []
+    shown: list[Scored] = []
+    if scorer is None:
+        scorer = Scorer(config.reward.functions, config.reward.weights, config.reward.timeout)
+    accuracy, _ = accuracy_of(config) or (None, "")
+    read = answer_reader(config, scorer)
     longest, text = config.rollout.max_new_tokens, config.permutation.text
     stop = config.rollout.stop
     sampling = SamplingParams(config.eval.samples, 1.0, longest, stop=stop)
@@ -94,12 +124,14 @@ def evaluate(
         flat = [pair for pairs in encoded for pair in pairs]
         sampled = sample(engine, encoder.processor, flat, sampling, EVAL_SEED + indices[start])
         greedy = sample(engine, encoder.processor, flat, greedily, EVAL_SEED)
-        both = iter(zip(sampled, greedy, strict=True))
+        both = [[*s, *g] for s, g in zip(sampled, greedy, strict=True)]
+        scored = iter(_scored(scorer, [r for rollouts in both for r in rollouts]) if both else ())
+        by_order = iter([list(islice(scored, len(rollouts))) for rollouts in both])
         for pairs in filter(None, encoded):
-            rollouts = [[*s, *g] for _, (s, g) in zip(pairs, both, strict=False)]
-            results.append(_summarise(rollouts))
+            own = list(islice(by_order, len(pairs)))
+            results.append(_summarise(own, accuracy, read))
             if not start:
-                shown += [r[0] for r in rollouts]
+                shown += [scored_of_order[0] for scored_of_order in own]
         advance(len(chunk))
     return results, shown
 
@@ -122,38 +154,78 @@ def aggregate(results: Sequence[ExampleResult]) -> dict[str, Any]:
     return {**_means(results), "by_task": by_task}
 
 
-def accuracies_of(rollouts: Sequence[Rollout]) -> list[float | None]:
-    """1 where a rollout's answer is right in its order, else 0; None without a right answer."""
-    return accuracy(
-        [""] * len(rollouts),
-        [r.text for r in rollouts],
-        [r.variant.answer or None for r in rollouts],
-    )
+def accuracy_of(config: Config) -> tuple[str, str] | None:
+    """The reward function of a run that says whether an answer is right, by its name and as it is written: the one called
+    `accuracy` that `filter.measure` means, or the only one; None if no function is called so."""
+    functions = config.reward.functions
+    for wanted in (config.filter.measure, "accuracy"):
+        places = places_of(functions, wanted)
+        if len(places) == 1 and names_of([functions[places[0]]]) == ("accuracy",):
+            return names_of(functions)[places[0]], functions[places[0]]
+    return None
 
 
-def _summarise(by_order: Sequence[Sequence[Rollout]]) -> ExampleResult:
+def answer_reader(config: Config, scorer: Scorer) -> Reader | None:
+    """What reads a completion's answer as the run's rewards do; None if none of them is known to read one."""
+    found = accuracy_of(config)
+    names = [found[0]] if found else scorer.names
+    return next(filter(None, (reader_of(scorer.functions[name]) for name in names)), None)
+
+
+def _scored(scorer: Scorer, rollouts: Sequence[Rollout]) -> list[Scored]:
+    """Each rollout with its rewards, NaN where a function fails on it; what is measured along the way ends no run."""
+    try:
+        totals, parts = scorer.score_rollouts(rollouts, lenient=True)
+    except UserError as error:
+        logger.warning(
+            "%d completions that are measured on have no reward: %s", len(rollouts), error
+        )
+        totals, parts = np.full(len(rollouts), math.nan), {}
+    return [
+        Scored(rollout, float(total), {name: float(own[i]) for name, own in parts.items()})
+        for i, (rollout, total) in enumerate(zip(rollouts, totals, strict=True))
+    ]
+
+
+def _summarise(
+    by_order: Sequence[Sequence[Scored]], accuracy: str | None, read: Reader | None
+) -> ExampleResult:
     """Each order's rollouts are its samples and, last, its greedy completion."""
-    example = by_order[0][0].variant.example
-    right = [accuracies_of(rollouts) for rollouts in by_order]
-    picks = [[chosen_picture(r) for r in rollouts] for rollouts in by_order]
-    texts = [r.text for rollouts in by_order for r in rollouts[:-1]]
+    example = by_order[0][0].rollout.variant.example
     content, pictures = content_of(example)
+    samples = [s for scored in by_order for s in scored[:-1]]
+    greedy = [scored[-1] for scored in by_order]
+    picks = [[read and chosen_picture(s.rollout, read) for s in scored] for scored in by_order]
+    rewards = {}
+    for prefix, scored in (("", samples), ("greedy_", greedy)):
+        rewards[f"{prefix}reward"] = mean([s.reward for s in scored])
+        for name in dict.fromkeys(name for s in scored for name in s.parts):
+            rewards[f"{prefix}reward/{name}"] = _part(scored, name)
     return ExampleResult(
         id=example.id,
         task=example.task,
-        accuracy=mean([a for accuracies in right for a in accuracies[:-1]]),
-        greedy=mean([accuracies[-1] for accuracies in right]),
-        consistency=agreement([p[:-1] for p in picks]),
-        greedy_consistency=agreement([p[-1:] for p in picks]),
-        format=mean(format_reward([""] * len(texts), texts)),
+        accuracy=_part(samples, accuracy),
+        greedy=_part(greedy, accuracy),
+        consistency=agreement([p[:-1] for p in picks]) if read else math.nan,
+        greedy_consistency=agreement([p[-1:] for p in picks]) if read else math.nan,
+        format=_part(samples, "format"),
         orders=len(by_order),
         content=content,
         pictures=pictures,
+        rewards=rewards,
+        unscored=sum(math.isnan(s.reward) for s in [*samples, *greedy]),
     )
+
+
+def _part(scored: Sequence[Scored], name: str | None) -> float:
+    return mean([s.parts.get(name, math.nan) for s in scored]) if name else math.nan
 
 
 def _means(results: Sequence[ExampleResult]) -> dict[str, Any]:
     means = {name: mean([getattr(r, name) for r in results]) for name in (*NUMBERS, "orders")}
+    for name in dict.fromkeys(name for r in results for name in r.rewards):
+        means[name] = mean([r.rewards.get(name) for r in results])
     return {k: None if math.isnan(v) else round(v, 6) for k, v in means.items()} | {
-        "examples": len(results)
+        "unscored": sum(r.unscored for r in results),
+        "examples": len(results),
     }

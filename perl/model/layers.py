@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from perl.failures import install_command
 from perl.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def check_liger(device: torch.device) -> None:
     """
     if importlib.util.find_spec("liger_kernel") is None:
         raise UserError(
-            "model.liger needs liger-kernel: pip install 'perl-rl[liger]' or liger-kernel, or leave it off"
+            f"model.liger needs liger-kernel: {install_command('liger')}, or leave it off"
         )
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError(f"model.liger needs a GPU, this run is on {device.type}: leave it off")

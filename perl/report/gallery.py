@@ -41,13 +41,10 @@ class Gallery:
         return rows
 
     def keep_rollouts(
-        self, stage: str, step: int, rollouts: Iterable[Rollout], rewards: Iterable[float]
+        self, stage: str, step: int, scored: Iterable[tuple[Rollout, float, dict[str, float]]]
     ) -> Rows:
-        """Evaluation rollouts with their accuracy."""
-        return [
-            self._keep(stage, step, rollout, reward, {"accuracy": reward})
-            for rollout, reward in zip(rollouts, rewards, strict=True)
-        ]
+        """Evaluation rollouts, each with its reward and the scores of the functions."""
+        return [self._keep(stage, step, *each) for each in scored]
 
     def _keep(
         self,

@@ -15,6 +15,7 @@ MEASURES = {
     "accuracy": "Accuracy, sampled",
     "greedy": "Accuracy, greedy",
     "consistency": "Consistency",
+    "reward": "Reward",
 }
 """Fields of an evaluation, and what a reader calls them."""
 HEADLINE = (

@@ -72,7 +72,7 @@ def write_report(run_dir: Path) -> Path:
         notes=notes + troubles,
         cards=_cards(runs),
         seeds=_seed_table(runs) if seeds else [],
-        measures=MEASURES,
+        measures=_measures(runs),
         tasks=_task_table(runs),
         pictures=[(p, data_uri(p.path.read_bytes(), "image/png")) for p in pictures],
         zero=zero,
@@ -111,6 +111,8 @@ def size(count: float) -> str:
 
 _SHOW: dict[str, Callable[[float], str]] = {
     **dict.fromkeys(HEADLINE, percent),
+    "reward_before": "{:.3f}".format,
+    "reward_after": "{:.3f}".format,
     "seconds": duration,
     "peak_rss_bytes": size,
 }
@@ -132,23 +134,42 @@ def _range(values: Sequence[float], show: Callable[[float], str]) -> str:
     return f"{value if unit == unit_too and ' ' not in unit else low} to {high}"
 
 
+def _measures(runs: Sequence[RunLog]) -> dict[str, str]:
+    """Those of MEASURES that were measured; without any, those that usually are."""
+    found = {key for run in runs for key in headline(run)}
+    measured = {
+        measure: label
+        for measure, label in MEASURES.items()
+        if not found.isdisjoint((f"{measure}_before", f"{measure}_after"))
+    }
+    return measured or {m: label for m, label in MEASURES.items() if m != "reward"}
+
+
+def _columns(runs: Sequence[RunLog]) -> list[str]:
+    """The keys of the headline that have a column for each seed."""
+    ends = ("before", "after")
+    return [*(f"{m}_{at}" for m in _measures(runs) for at in ends), "seconds", "peak_rss_bytes"]
+
+
 def _cards(runs: Sequence[RunLog]) -> list[dict[str, str]]:
     """The headline numbers: means over the seeds, with their range where there are several."""
     numbers = [headline(run) for run in runs]
     known = {key: [found[key] for found in numbers if key in found] for key in HEADLINE}
     cards = []
-    for measure, label in MEASURES.items():
+    for measure, label in _measures(runs).items():
         before, after = known[f"{measure}_before"], known[f"{measure}_after"]
-        detail = []
+        detail, show = [], _SHOW[f"{measure}_after"]
         if before and after:
-            detail.append(f"{100 * (mean(after) - mean(before)):+.1f} points")
+            change = mean(after) - mean(before)
+            points = f"{100 * change:+.1f} points" if show is percent else f"{change:+.3f}"
+            detail.append(points)
         if len(after) > 1:
-            detail.append(f"seeds {_range(after, percent)}")
+            detail.append(f"seeds {_range(after, show)}")
         cards.append(
             {
                 "label": f"{label}, held out",
-                "before": _mean_text(before, percent) if before or after else "",
-                "value": _mean_text(after, percent),
+                "before": _mean_text(before, show) if before or after else "",
+                "value": _mean_text(after, show),
                 "detail": ", ".join(detail) or "not measured before and after RL",
             }
         )
@@ -178,10 +199,11 @@ def _facts(top: RunLog, runs: Sequence[RunLog], *, several: bool) -> list[str]:
 def _seed_table(runs: Sequence[RunLog]) -> list[tuple[str, list[str]]]:
     """A row of headline numbers per seed, then their mean and range."""
     numbers = [headline(run) for run in runs]
-    columns = [([f[k] for f in numbers if k in f], _SHOW[k]) for k in HEADLINE]
+    keys = _columns(runs)
+    columns = [([f[k] for f in numbers if k in f], _SHOW[k]) for k in keys]
     rows = []
     for run, found in zip(runs, numbers, strict=True):
-        cells = [_SHOW[k](found[k]) if k in found else UNKNOWN for k in HEADLINE]
+        cells = [_SHOW[k](found[k]) if k in found else UNKNOWN for k in keys]
         rows.append((run.name.replace("seed-", "seed "), cells))
     rows.append(("mean", [_mean_text(*column) for column in columns]))
     rows.append(("range", [_range(*column) or UNKNOWN for column in columns]))
@@ -190,7 +212,7 @@ def _seed_table(runs: Sequence[RunLog]) -> list[tuple[str, list[str]]]:
 
 def _task_table(runs: Sequence[RunLog]) -> list[tuple[str, list[str]]]:
     """Before and after by task, the mean over the runs; empty where no evaluation names tasks."""
-    keys = [(measure, at) for measure in MEASURES for at in ("before", "after")]
+    keys = [(measure, at) for measure in _measures(runs) for at in ("before", "after")]
     found: dict[str, dict[tuple[str, str], list[float]]] = {}
     for run in runs:
         last = {str(row.get("at")): row for row in run.evaluations}
@@ -201,7 +223,7 @@ def _task_table(runs: Sequence[RunLog]) -> list[tuple[str, list[str]]]:
                 if value is not None:
                     found.setdefault(task, {}).setdefault((measure, at), []).append(value)
     return [
-        (task, [_mean_text(cells.get(key, []), percent) for key in keys])
+        (task, [_mean_text(cells.get(key, []), _SHOW["_".join(key)]) for key in keys])
         for task, cells in sorted(found.items())
     ]
 

@@ -107,7 +107,9 @@ def _draw_panel(figure: Figure, panel: Panel, runs: Sequence[RunLog], zero: list
         curves = [curve_of(r.rl if panel.stage == "rl" else r.cold_start, key) for r in runs]
         curves = [c for c in curves if c]
         # A measure or a sum of rewards that stays at 0 is what a reader looks for.
-        shown = panel.points or key == "reward/mean" or any(any(c.values()) for c in curves)
+        shown = (
+            panel.scale == "share" or key == "reward/mean" or any(any(c.values()) for c in curves)
+        )
         if curves and not shown:
             whole = len(panel.lines) == 1 and not panel.rest
             if panel.rest != FAULTS:

@@ -39,11 +39,12 @@ def choice(
     """
     golds = [None if gold is None else _gold(gold, unordered) for gold in answer]
     return score_each(
-        lambda text, gold: float(_chosen(text, unordered) == gold), completions, golds
+        lambda text, gold: float(chosen_letter(text, unordered) == gold), completions, golds
     )
 
 
-def _chosen(text: str, unordered: bool) -> str | None:
+def chosen_letter(text: str, unordered: bool = False) -> str | None:
+    """The letter that a completion chooses as `choice` reads it, with `unordered` a list of them; None if none."""
     for marked in (tagged(text), extract_answer(text)):
         if marked is not None:
             return _letters(marked) if unordered else _letter(marked)

@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from perl.failures import install_command
 from perl.rewards.answers import final_answer, score_each
 from perl.types import UserError
 
@@ -58,7 +59,7 @@ def equal_values(given: str, gold: str, digits: int, seconds: float = 15.0) -> b
 def check_math(user: str = "reward math") -> None:
     """Raise UserError if the package is not installed that `user` needs."""
     if importlib.util.find_spec("math_verify") is None:
-        raise UserError(f"{user} needs math-verify; pip install 'perl-rl[rewards]'")
+        raise UserError(f"{user} needs math-verify; {install_command('rewards')}")
 
 
 class _Worker:

@@ -115,6 +115,8 @@ class Scorer:
         completions: Sequence[str],
         columns: Mapping[str, Sequence[Any]],
         chats: Mapping[str, Sequence[Any]] | None = None,
+        *,
+        lenient: bool = False,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Totals float64 [R] and name -> float64 [R], NaN where a function gave no score.
 
@@ -125,8 +127,8 @@ class Scorer:
         `prompts`, `completions` and every column have length R; `chats` may hold other prompts and completions for
         functions of TRL's convention. A function that raises or takes
         too long is called again with each completion alone, to find those it fails on. Raises
-        UserError, naming the function and the first example, if it fails on all R or returns
-        anything but R values.
+        UserError, naming the function and the first example, if it fails on all R (not if `lenient`)
+        or returns anything but R values.
         """
         batch = {"prompts": prompts, "completions": completions, **columns}
         chats, self.logged = chats or {}, {}
@@ -145,7 +147,7 @@ class Scorer:
                 call = self._call(function, batch, chats, everything)
                 (outcome,) = call_each([call], self._limit(function), at_once=True)
             values = self._values(name, function, outcome, batch, chats)
-            parts[name], faulty[name] = self._scores(name, function, values, batch)
+            parts[name], faulty[name] = self._scores(name, function, values, batch, lenient)
             parts |= named_parts(name, values)
         deciding = {name: weight for name, weight in self.weights.items() if weight}
         totals = np.zeros(len(completions), dtype=np.float64)
@@ -157,14 +159,14 @@ class Scorer:
         return totals, parts
 
     def score_rollouts(
-        self, rollouts: Sequence[Rollout]
+        self, rollouts: Sequence[Rollout], *, lenient: bool = False
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """`score` of rollouts, with the columns of `rollout_columns`."""
-        for rollout in rollouts:
+        """`score` of rollouts, with the columns of `rollout_columns`; if `lenient` they need no answers."""
+        for rollout in () if lenient else rollouts:
             self.check_answer(rollout.variant.example)
         prompts, completions, columns = rollout_columns(rollouts)
         chats = conversations(rollouts, prompts, completions)
-        return self.score(prompts, completions, columns, chats)
+        return self.score(prompts, completions, columns, chats, lenient=lenient)
 
     def _call(
         self,
@@ -249,6 +251,7 @@ class Scorer:
         function: BoundReward,
         values: Sequence[Any],
         batch: Mapping[str, Sequence[Any]],
+        lenient: bool,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores float64 [R], NaN for None and for a fault, and which of them are faults, bool [R]."""
         count = len(values)
@@ -257,7 +260,7 @@ class Scorer:
         if faults:
             first, fault = next(iter(faults.items()))
             where = f"example '{batch['id'][first]}'" if "id" in batch else f"completion {first}"
-            if len(faults) == count:
+            if len(faults) == count and not lenient:
                 # What a reward of ours refuses is a value of the data or of its options.
                 own = isinstance(fault.error, ValueError) and function.function in BUILT_IN.values()
                 advice = "correct its data, or the reward's options" if own else fault.advice

@@ -236,7 +236,7 @@ def _check_best(config: Config) -> None:
         )
     if not key:
         return
-    if key not in NUMBERS and not key.startswith("reward"):
+    if key not in NUMBERS and not key.startswith(("reward", "greedy_reward")):
         raise UserError(
             f"run.keep_best = {key} is no number of an evaluation: {', '.join(NUMBERS)}"
         )

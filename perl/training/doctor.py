@@ -7,6 +7,7 @@ import os
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 
+from perl.failures import install_command
 from perl.types import UserError
 
 _PACKAGES = {
@@ -55,7 +56,7 @@ def examine() -> bool:
             except PackageNotFoundError:
                 needed = " (needed to train)" if extra == "train" else ""
                 complete &= not needed
-                print(f"{package:<12} missing{needed}: pip install '.[{extra}]' (in a clone)")
+                print(f"{package:<12} missing{needed}: {install_command(extra)}")
     if importlib.util.find_spec("torchvision") is None:
         print("torchvision  missing, not needed: images go through transformers' PIL processors")
     return complete

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from perl.evaluation.evaluate import accuracies_of, aggregate, evaluate
+from perl.evaluation.evaluate import accuracy_of, aggregate, evaluate
 from perl.evaluation.record import save_evaluation
 from perl.rollout.instruction import Instruction
 from perl.rollout.prompts import PromptEncoder, PromptLimit
@@ -42,18 +42,20 @@ def measure(session: Session, at: str, step: int) -> dict[str, Any] | None:
     asked = Instruction.of(config)
     encoder = PromptEncoder(components.processor, limit, config.data.overlong, asked)
     with components.watch("evaluate"), session.processes.jointly():
-        results, rollouts = evaluate(components.engine, encoder, dataset, mine, config, advance)
+        scorer = components.collector.scorer
+        results, shown = evaluate(
+            components.engine, encoder, dataset, mine, config, advance, scorer
+        )
     results = session.processes.gather(results)
     numbers = aggregate(results)
     session.display.close()
     if components.is_main:
-        session.record({"stage": "evaluate", "step": step, "at": at, **numbers})
+        _, right = accuracy_of(config) or ("", None)
+        more = {"at": at, "accuracy_by": right} if right else {"at": at}
+        session.record({"stage": "evaluate", "step": step, **more, **numbers})
         name = f"step-{step}" if at == "step" else at.replace(" ", "-")
         save_evaluation(session.folder.evaluations / f"{name}.json", results, numbers, config)
-        scored = zip(rollouts, accuracies_of(rollouts), strict=True)
-        kept = [(r, s) for r, s in scored if s is not None][:24]
-        rows = [r for r, _ in kept], [s for _, s in kept]
-        session.show(session.gallery.keep_rollouts("evaluate", step, *rows))
+        session.show(session.gallery.keep_rollouts("evaluate", step, shown[:24]))
     # Last, as one that failed before it is made again when the run goes on, and must count once.
     session.judge(numbers)
     return numbers

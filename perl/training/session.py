@@ -279,9 +279,11 @@ class Session:
         key, progress = self.config.run.keep_best, self.progress
         if not key:
             return
-        if key not in numbers:
+        if key not in numbers or (numbers[key] is None and not progress.best):
             known = ", ".join(name for name, v in numbers.items() if isinstance(v, float))
-            raise UserError(f"run.keep_best = {key} is no number of an evaluation ({known})")
+            raise UserError(
+                f"run.keep_best = {key} is not measured by this run's rewards on this data; take one of {known}"
+            )
         value = numbers[key]
         progress.stale += 1
         if value is not None and (not progress.best or value > progress.best["value"]):

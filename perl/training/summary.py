@@ -7,25 +7,27 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
+from perl.evaluation.evaluate import accuracy_of
 from perl.report.metrics import MEASURES, mean
 from perl.report.tables import print_table
 from perl.timing import peak_rss_bytes
 from perl.training.session import Session
 
-_LABELS = {
-    "accuracy": "accuracy, T = 1",
-    "greedy": "accuracy, greedy",
-    "consistency": "consistency",
-}
-_MEASURED = [f"{measure}_{at}" for measure in MEASURES for at in ("before", "after")]
+_COMMON = ("model", "accuracy_by", "parameters", "device", "versions")
+_ENDS = ("_before", "_after")
 
 
 def summarise(session: Session) -> dict[str, Any]:
     """The numbers of one run, for `summary.json`; accuracies and consistencies are 0 to 1, None if not measured."""
-    results, components = session.progress.results, session.components
-    measured, best = (name.rpartition("_") for name in _MEASURED), session.progress.best
+    components, best = session.components, session.progress.best
+    before, after = (session.progress.results.get(at) or {} for at in ("before", "after"))
+    names = [*MEASURES, *(k for k in {**before, **after} if k.startswith("reward/"))]
+    ends = (
+        (name, end, row) for name in names for end, row in zip(_ENDS, (before, after), strict=True)
+    )
     return {
-        **{f"{name}_{at}": (results.get(at) or {}).get(name) for name, _, at in measured},
+        **{f"{name}{end}": row.get(name) for name, end, row in ends},
+        "accuracy_by": (accuracy_of(session.config) or ("", None))[1],
         "seconds": round(session.elapsed, 1),
         "peak_rss_bytes": peak_rss_bytes(),
         "seconds_by_stage": {k: round(v, 1) for k, v in components.watch.total_seconds.items()},
@@ -42,7 +44,8 @@ def summarise(session: Session) -> dict[str, Any]:
 def summarise_seeds(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means over seeds under the same names, and each seed's own numbers under `per_seed`."""
     first = summaries[0]
-    means = {name: round(mean([s[name] for s in summaries]), 6) for name in _MEASURED}
+    measured = dict.fromkeys(name for s in summaries for name in s if name.endswith(_ENDS))
+    means = {name: round(mean([s.get(name) for s in summaries]), 6) for name in measured}
     stages = dict.fromkeys(name for s in summaries for name in s["seconds_by_stage"])
     return {
         **{name: None if math.isnan(value) else value for name, value in means.items()},
@@ -54,21 +57,28 @@ def summarise_seeds(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         },
         "seeds": [s["seed"] for s in summaries],
         "per_seed": list(summaries),
-        **{name: first[name] for name in ("model", "parameters", "device", "versions")},
+        **{name: first.get(name) for name in _COMMON},
     }
 
 
 def print_summary(summary: dict[str, Any], title: str) -> None:
     """The final table on standard output: before and after RL, mean and range over seeds, and the time by stage."""
     runs = summary.get("per_seed", [summary])
-    rows = [["percent", "before RL", "after RL", "change"]]
-    for name in MEASURES:
-        before, after = ([r[f"{name}_{at}"] for r in runs] for at in ("before", "after"))
+    rows, rewards = [["percent", "before RL", "after RL", "change"]], []
+    names = dict.fromkeys(k.rpartition("_")[0] for r in runs for k in r if k.endswith(_ENDS))
+    for name in names:
+        if name == "reward/accuracy" and "accuracy" in names:
+            continue
+        before, after = ([r.get(f"{name}{end}") for r in runs] for end in _ENDS)
         pairs = zip(before, after, strict=True)
         changes = [None if b is None or a is None else a - b for b, a in pairs]
-        rows.append([_LABELS[name], _cell(before), _cell(after), _cell(changes, sign="+")])
-    if any(run[name] is not None for run in runs for name in _MEASURED):
-        print_table(rows, f"{title}: held out, over image orders")
+        of_reward = name.startswith("reward")
+        scale, digits = (1, 3) if of_reward else (100, 1)
+        cells = [_cell(values, scale, digits) for values in (before, after)]
+        row = [_label(name, summary), *cells, _cell(changes, scale, digits, sign="+")]
+        (rewards if of_reward else rows).append(row)
+    if any(run[name] is not None for run in runs for name in run if name.endswith(_ENDS)):
+        print_table([*rows, *rewards], f"{title}: held out, over image orders", rules=[len(rows)])
         if len(runs) > 1:
             print(f"mean (lowest..highest) of {len(runs)} seeds")
     for best in filter(None, (run.get("best") for run in runs)):
@@ -86,9 +96,21 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("perl-rl", "torch", "transformers", "accelerate")}
 
 
-def _cell(values: Sequence[float | None], sign: str = "") -> str:
-    numbers = [100 * v for v in values if v is not None]
+def _label(name: str, summary: dict[str, Any]) -> str:
+    """How a row is called: accuracy by the function that says what is right, as it is written."""
+    if name in ("accuracy", "greedy"):
+        by = summary.get("accuracy_by") or "accuracy"
+        return f"{by}, {'greedy' if name == 'greedy' else 'T = 1'}"
+    if name == "consistency":
+        return name
+    return "reward, T = 1" if name == "reward" else f"of it {name.removeprefix('reward/')}"
+
+
+def _cell(values: Sequence[float | None], scale: int = 100, digits: int = 1, sign: str = "") -> str:
+    numbers = [scale * v for v in values if v is not None]
     if not numbers:
         return "-"
-    text = f"{sum(numbers) / len(numbers):{sign}.1f}"
-    return text if len(numbers) == 1 else f"{text} ({min(numbers):.1f}..{max(numbers):.1f})"
+    text = f"{sum(numbers) / len(numbers):{sign}.{digits}f}"
+    if len(numbers) == 1:
+        return text
+    return f"{text} ({min(numbers):.{digits}f}..{max(numbers):.{digits}f})"

@@ -18,13 +18,15 @@ from perl.config import (
     Config,
     DataConfig,
     EvalConfig,
+    FilterConfig,
     PermutationConfig,
+    RewardConfig,
     RolloutConfig,
 )
-from perl.evaluation.evaluate import ExampleResult, aggregate, evaluate
+from perl.evaluation.evaluate import ExampleResult, Scored, aggregate, evaluate
 from perl.rollout.engine import SamplingParams
 from perl.rollout.prompts import PromptEncoder, PromptLimit
-from perl.types import Example, Rollout
+from perl.types import Example
 from tests.command_line import ErrorOf, run
 from tests.messages import refused, tells
 from tests.stand_ins import Asked, TableEngine, example
@@ -32,7 +34,7 @@ from tests.stand_ins import Asked, TableEngine, example
 
 def measured(
     answer: Callable[[Asked], str], *examples: Example, **sections: Any
-) -> tuple[list[ExampleResult], list[Rollout], TableEngine]:
+) -> tuple[list[ExampleResult], list[Scored], TableEngine]:
     rollout = RolloutConfig(max_new_tokens=4, temperature=0.3, top_p=0.5, top_k=2, stop=("!",))
     config = Config(**{"rollout": rollout, **sections})
     engine: Any = TableEngine(answer)
@@ -67,14 +69,21 @@ def test_numbers_by_hand() -> None:
         greedy_consistency=0.0,
         format=2 / 4,
         orders=2,
+        rewards={
+            **{"reward/accuracy": 3 / 4, "reward/format": 2 / 4},
+            **{"greedy_reward/accuracy": 1 / 2, "greedy_reward/format": 1},
+            "reward": pytest.approx(0.9 * 3 / 4 + 0.1 * 2 / 4),
+            "greedy_reward": pytest.approx(0.9 / 2 + 0.1),
+        },
     )
     assert (single.accuracy, single.greedy, single.orders) == (1, 1, 1)
     assert math.isnan(single.consistency) and math.isnan(single.greedy_consistency)
-    assert [(r.variant.order, r.text) for r in shown] == [
-        ((0, 1), r"<think></think>\boxed{A}"),
-        ((1, 0), r"\boxed{A}"),
-        ((0,), r"\boxed{A}"),
+    assert [(s.rollout.variant.order, s.rollout.text, s.parts) for s in shown] == [
+        ((0, 1), r"<think></think>\boxed{A}", {"accuracy": 1, "format": 1}),
+        ((1, 0), r"\boxed{A}", {"accuracy": 0, "format": 0}),
+        ((0,), r"\boxed{A}", {"accuracy": 1, "format": 0}),
     ]
+    assert [s.reward for s in shown] == pytest.approx([1.0, 0.0, 0.9])
 
 
 def test_what_the_model_is_asked() -> None:
@@ -140,7 +149,7 @@ def test_examples_over_the_budget_are_left_out() -> None:
         lambda asked: rf"\boxed{{{asked.variant.answer}}}", *data, **config
     )
     assert [(r.id, r.accuracy, r.greedy) for r in results] == [("b", 1, 1), ("d", 1, 1)]
-    assert [r.variant.example.id for r in shown] == ["b", "b", "d", "d"]
+    assert [s.rollout.variant.example.id for s in shown] == ["b", "b", "d", "d"]
     results, *_ = measured(by_hand, data[0], **config)
     with refused("data.max_prompt_tokens", "train.tokens_per_micro_batch", "model.max_pixels"):
         aggregate(results)
@@ -156,8 +165,70 @@ def test_texts_follow_where_the_run_says_so() -> None:
         assert texts == [question, question.replace("second", "first")]
 
 
+def tens(completions: list[str], **_: Any) -> list[float | None]:
+    """10 for A, nothing for B, else a fault."""
+    scores = {"A": 10.0, "B": None}
+    return [scores.get(c[-2:-1], math.nan) for c in completions]
+
+
+def fails(completions: list[str], **_: Any) -> list[float]:
+    raise RuntimeError("no")
+
+
+TENS, FAILS = (f"{__name__}:{name}" for name in ("tens", "fails"))
+
+
+@pytest.mark.parametrize(
+    ("functions", "form", "numbers"),
+    [
+        # Samples say A and A, picture 1 and 2; right are A and B.
+        (["accuracy(tags=True)"], "<answer>A</answer>", (1 / 2, 0.0, 1 / 2)),
+        (["accuracy(tags=True)"], r"\boxed{A}", (0.0, 0.0, 0.0)),
+        (["accuracy"], "<answer>A</answer>", (0.0, 0.0, 0.0)),
+        (["choice"], "<answer>A</answer>", (None, 0.0, 1 / 2)),
+        # Where no function reads a right answer nothing is called accuracy, and nothing consistency.
+        (["box_iou"], r"\boxed{A}", (None, None, None)),
+        ([TENS], r"\boxed{A}", (None, None, 10.0)),
+        ([TENS], r"\boxed{B}", (None, None, None)),
+        ([FAILS], r"\boxed{A}", (None, None, None)),
+        (["accuracy", TENS], r"\boxed{A}", (1 / 2, 0.0, 1 / 2 + 20.0)),
+        # One of them fails: the completion has no sum, but the other's score.
+        (["accuracy", TENS], r"\boxed{Z}", (0.0, 0.0, None)),
+    ],
+)
+def test_what_is_right_is_what_the_run_is_rewarded_for(
+    functions: list[str], form: str, numbers: tuple[float | None, ...]
+) -> None:
+    reward = RewardConfig(functions=tuple(functions), weights=(1.0, 2.0)[: len(functions)])
+    results, *_ = measured(lambda _: form, example("q", 10, 20), reward=reward)
+    found = aggregate(results)
+    assert (found["accuracy"], found["consistency"], found["reward"]) == numbers
+    assert found["greedy"] == found["accuracy"] and found["greedy_reward"] == found["reward"]
+    assert found["unscored"] == (4 if numbers[2] is None else 0)
+
+
+def test_of_several_accuracies_the_one_that_is_measured_counts() -> None:
+    both = ("accuracy", "accuracy(tags=True)")
+    for measure, accuracy in (("accuracy", 0.0), (both[1], 1 / 2), ("format", 0.0)):
+        results, *_ = measured(
+            lambda _: "<answer>A</answer>",
+            example("q", 10, 20),
+            reward=RewardConfig(functions=both, weights=(1.0, 1.0)),
+            filter=FilterConfig(measure=measure),
+        )
+        assert results[0].accuracy == accuracy
+
+
+def test_answers_that_nobody_knows_have_no_accuracy() -> None:
+    (one,), *_ = measured(lambda _: r"\boxed{A}", replace(example("q", 10, 20), answer=""))
+    assert math.isnan(one.accuracy) and one.consistency == 0 and one.format == 0
+    assert one.rewards["reward"] == 0  # of the form alone
+
+
 def result(task: str, accuracy: float, consistency: float = 0.5, orders: int = 2) -> ExampleResult:
-    return ExampleResult("q", task, accuracy, 0.25, consistency, 1.0, 0.0, orders)
+    rewards = {"reward": 4 * accuracy}
+    means = (accuracy, 0.25, consistency, 1.0, 0.0, orders)
+    return ExampleResult("q", task, *means, rewards=rewards, unscored=1)
 
 
 def test_means_in_all_and_by_task() -> None:
@@ -172,9 +243,17 @@ def test_means_in_all_and_by_task() -> None:
         "consistency": 0.5,  # of those that have one
         "orders": 1.5,
         "examples": 4,
+        "reward": 1.333333,
+        "unscored": 4,
         "by_task": {
-            "a": {**same, "accuracy": 0.666667, "consistency": 0.5, "orders": 2, "examples": 2},
-            "b": {**same, "accuracy": 0.0, "consistency": None, "orders": 1, "examples": 1},
+            "a": {
+                **{**same, "accuracy": 0.666667, "consistency": 0.5, "orders": 2, "examples": 2},
+                **{"reward": 2.666667, "unscored": 2},
+            },
+            "b": {
+                **{**same, "accuracy": 0.0, "consistency": None, "orders": 1, "examples": 1},
+                **{"reward": 0.0, "unscored": 1},
+            },
         },
     }
 
@@ -218,13 +297,21 @@ def test_the_command_tells_and_writes_its_numbers(
     wanted = {
         **{"id": "q1", "task": "of 3", "orders": 6, "format": 0.0},
         **{"accuracy": 1.0, "greedy": pytest.approx(1 / 3), "consistency": 1.0},
+        "rewards": {
+            **{"reward": pytest.approx(0.9), "reward/accuracy": 1.0, "reward/format": 0.0},
+            **{"greedy_reward": pytest.approx(0.3), "greedy_reward/format": 0.0},
+            "greedy_reward/accuracy": pytest.approx(1 / 3),
+        },
+        "unscored": 0,
     }
     assert {k: numbers["by_example"][1][k] for k in wanted} == wanted
     assert numbers["settings"]["rollout.max_new_tokens"] == 7
     said = capsys.readouterr()
     lines = [" ".join(line.split()) for line in said.out.splitlines()]
-    assert "of 3 1 6 100.0 % 33.3 % 100.0 % 0.0 %" in lines
-    assert "all 3 3.33333 100.0 % 44.4 % 100.0 % 0.0 %" in lines
+    assert "task examples orders accuracy greedy consistency reward format" in lines
+    assert "of 3 1 6 100.0 % 33.3 % 100.0 % 0.900 0.000" in lines
+    assert "all 3 3.33333 100.0 % 44.4 % 100.0 % 0.900 0.000" in lines
+    tells(said.out, "by accuracy", "0.9 accuracy + 0.1 format")
     tells(said.err, "3 examples")
     words = (*words, "--instruction", "")
     assert run(*words, "--max-prompt-tokens", 8, "--overlong", "drop", "--eval.max-orders", 1) == 0
@@ -234,7 +321,9 @@ def test_the_command_tells_and_writes_its_numbers(
         ("q0", None),
         ("q2", None),
     ]
-    assert "all 2 1 100.0 % 100.0 % - 0.0 %" in [" ".join(x.split()) for x in said.out.splitlines()]
+    assert "all 2 1 100.0 % 100.0 % 0.900 0.000" in [
+        " ".join(x.split()) for x in said.out.splitlines()
+    ]
 
 
 def test_what_evaluate_refuses(

@@ -44,7 +44,16 @@ def test_the_first_rollout_of_each_order_is_kept_with_its_numbers(tmp_path: Path
         advantages=np.array([1.0, 2.0, -3.00004, math.nan]),
     )
     Gallery(folder).keep_groups("rl", 7, [group])
-    Gallery(folder).keep_rollouts("evaluate", 8, group.rollouts[2:], [1.0, 0.0])
+    Gallery(folder).keep_rollouts(
+        "evaluate",
+        8,
+        zip(
+            group.rollouts[2:],
+            (0.9, math.nan),
+            ({"accuracy": 1.0}, {"accuracy": math.nan}),
+            strict=True,
+        ),
+    )
     one, two, *held_out = map(json.loads, folder.rollouts.read_text().splitlines())
     names = ("stage", "step", "example", "task", "order", "answer", "text", "reward", "rewards")
     assert [[row[name] for name in names] for row in (one, two)] == [
@@ -56,7 +65,7 @@ def test_the_first_rollout_of_each_order_is_kept_with_its_numbers(tmp_path: Path
     greys = [Image.open(tmp_path / name).convert("L").getpixel((0, 0)) for name in two["images"]]
     assert greys == [10, 20]
     found = [(row["step"], row["text"], row["reward"], row["rewards"]) for row in held_out]
-    assert found == [(8, "c", 1, {"accuracy": 1}), (8, "d", 0, {"accuracy": 0})]
+    assert found == [(8, "c", 0.9, {"accuracy": 1}), (8, "d", None, {"accuracy": None})]
 
 
 def test_pictures_are_kept_as_the_model_saw_them_and_small(tmp_path: Path) -> None:
@@ -78,7 +87,7 @@ def test_pictures_are_kept_as_the_model_saw_them_and_small(tmp_path: Path) -> No
     one = Rollout(
         permute(shown, (0, 1)), prompt, np.zeros(1, np.int64), np.zeros(1), "", finished=True
     )
-    first, second = Gallery(folder).keep_rollouts("evaluate", 1, [one, one], [1.0, 1.0])
+    first, second = Gallery(folder).keep_rollouts("evaluate", 1, [(one, 1.0, {})] * 2)
     assert first["images"] == second["images"] and len(list(folder.images.iterdir())) == 2
     kept = [Image.open(tmp_path / name).convert("RGB") for name in first["images"]]
     smaller = photo.resize((200, 150), Image.Resampling.BICUBIC)
@@ -93,7 +102,7 @@ def test_a_chat_is_kept_with_its_roles(tmp_path: Path) -> None:
     variant = replace(permute(example("e", 10), (0,)), asked=chat)
     folder = RunFolder(tmp_path)
     folder.make_parts()
-    (row,) = Gallery(folder).keep_rollouts("evaluate", 1, [rollout(variant, "")], [1.0])
+    (row,) = Gallery(folder).keep_rollouts("evaluate", 1, [(rollout(variant, ""), 1.0, {})])
     assert row["question"] == "system: Be brief.\nuser: Which? Box it."
 
 

@@ -144,5 +144,5 @@ def test_a_number_that_evaluations_lack_is_refused_by_the_first(
     tmp_path: Path, two_tokens: None
 ) -> None:
     more = BEST.replace("PATIENCE", "0").replace("greedy", "reward/none")
-    with refused("run.keep_best = reward/none", "accuracy"):
+    with refused("run.keep_best = reward/none", "greedy_reward"):
         train_in(tmp_path / "run", config_of(tmp_path, more))

@@ -70,7 +70,7 @@ def test_no_stage_draws_what_is_held_out(
     assert len(set(sifted)) == 15 and held.isdisjoint(sifted)
     rows = [r for r in json_lines(run / "metrics.jsonl") if r["stage"] == "evaluate"]
     assert [r["at"] for r in rows] == ["before", "after easy", "after"]
-    assert {r["examples"] for r in rows} == {5} and summary["accuracy_after"] is not None
+    assert {r["examples"] for r in rows} == {5} and summary["reward_after"] is not None
 
 
 @pytest.mark.parametrize("stage", [0, 3])
