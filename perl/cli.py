@@ -164,10 +164,16 @@ def parse(name: str, arguments: list[str]) -> Any:
         )
     config = getattr(parsed, "config", None)
     if isinstance(config, Config):
-        from perl.recipe import check_config, without
+        from perl.recipe import check_config, either_length, without
 
         # What is given on the command line holds in every stage.
         given = _given_keys(arguments)
+        keys = {
+            key: getattr(config.train, key)
+            for key in ("steps", "epochs")
+            if f"train.{key}" in given
+        }
+        config = replace(config, train=replace(config.train, **either_length(keys)))
         config = without(config, given)
         check_config(config)
         parsed = replace(parsed, config=config)

@@ -382,6 +382,8 @@ class TrainConfig:
 
     steps: Count = 100
     """Rollout batches to train on."""
+    epochs: NotNegative = 0.0
+    """Passes over data.train instead: as many steps as draw each row so often, those of data.mix beside them; 0: steps."""
     examples_per_step: Positive = 16
     """Groups per rollout batch."""
     updates_per_batch: Positive = 1

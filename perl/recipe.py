@@ -78,6 +78,8 @@ def read_config(path: Path) -> Config:
         raise UserError(f"recipe {path} cannot be read: {reason}") from error
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"recipe {path} is not valid TOML: {error}") from error
+    if isinstance(values.get("train"), dict):
+        values["train"] = either_length(values["train"])
     if "stages" in values:
         values["stages"] = _stages(values["stages"], str(path))
     config = _validated(values, f"{path}: ")
@@ -137,10 +139,18 @@ def merged(config: Config, stage: StageConfig, where: str = "") -> Config:
     where, values = f"{where}stage {stage.name}: ", _values(config)
     for section, own in stage.set.items():
         if isinstance(own, dict) and section in values:
-            values[section] |= own
+            values[section] |= either_length(own) if section == "train" else own
         else:
             values[section] = own
     return _validated(values, where)
+
+
+def either_length(train: dict[str, Any]) -> dict[str, Any]:
+    """Keys of the section train, of which epochs or steps alone takes the place of the other one given elsewhere."""
+    for one, other in (("epochs", "steps"), ("steps", "epochs")):
+        if train.get(one) and other not in train:
+            return {**train, other: 0}
+    return train
 
 
 def without(config: Config, keys: Collection[str]) -> Config:
@@ -385,6 +395,11 @@ def _conflict(config: Config) -> str | None:
             return f"{low} = {least} is more than {high} = {most}; exchange them"
     if len(set(run.seeds)) < len(run.seeds):
         return f"run.seeds = {list(run.seeds)} names one seed twice; leave one out"
+    if config.train.epochs and config.train.steps:
+        return (
+            f"train.epochs = {config.train.epochs:g} and train.steps = {config.train.steps} both say how long to train; "
+            "leave one out"
+        )
     if run.seeds and run.seed:
         return (
             f"run.seed = {run.seed} does nothing beside run.seeds = {list(run.seeds)}; "

@@ -14,9 +14,9 @@ import torch
 
 from perl import cli
 from perl import files as hub
-from perl.cli import COMMANDS
+from perl.cli import COMMANDS, parse
 from tests.command_line import ErrorOf, run
-from tests.messages import tells
+from tests.messages import refused, tells
 
 
 @pytest.mark.parametrize(
@@ -189,3 +189,10 @@ def test_an_interrupt_is_code_130(
     monkeypatch.setattr(cli, "_run", Mock(side_effect=stop))
     assert run("train") == 130
     tells(capsys.readouterr().err, "stopped", "perl-rl resume", "RUN")
+
+
+def test_epochs_on_the_command_line_take_the_place_of_the_recipes_steps() -> None:
+    train = parse("train", ["default", "--train.epochs", "2"]).config.train
+    assert (train.steps, train.epochs) == (0, 2)
+    with refused("train.epochs = 2", "train.steps = 3"):
+        parse("train", ["default", "--train.epochs", "2", "--train.steps", "3"])

@@ -696,6 +696,7 @@ ROWS = [
     Row("resample.size", 2, lambda lab: len(filtered(lab, "")), 1, 2, SIFT),
 
     Row("train.steps", 3, of("rl", "step"), [1, 2], [1, 2, 3]),
+    Row("train.epochs", 0.5, of("rl", "step"), [], [1, 2], {"train.steps": 0}),
     Row("train.examples_per_step", 4, of("rl", "groups/seen"), [2, 2], [4, 4]),
     Row("train.updates_per_batch", 2, last("optimizer", lambda o: o.updates), 2, 4),
     Row("train.tokens_per_micro_batch", 20, each("packed", lambda p: len(p[0])), [1, 1], [4, 4],

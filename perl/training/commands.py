@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from glob import iglob
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,6 +63,7 @@ class Train(Command):
     """The keys that the command line names."""
 
     def execute(self) -> None:
+        from perl.data.epochs import with_steps
         from perl.distributed import on_main_process
 
         # Whatever a run comes to later: this one goes on from the model of today.
@@ -72,6 +74,8 @@ class Train(Command):
         if not config.run.dir:
             raise UserError("run.dir is empty; name a folder with --run.dir")
         folder = RunFolder(Path(config.run.dir))
+        check_named(config)
+        config = with_steps(config)
         # Before the data are read, which may take long; and again where the folder is taken.
         on_main_process(partial(refuse_if_running, folder.root))
         if self.resume and folder.config.exists():
@@ -210,8 +214,10 @@ def _check_kept(command: Train, folder: RunFolder) -> None:
         sources += [("data.train", first), *(("data.mix", source) for source in mixed)]
         sources += [("data.eval", data.eval), ("data.image_root", data.image_root)]
     for name, value in sources:
-        path = Path(value).expanduser()
-        if value and path.exists() and path.resolve().is_relative_to(root):
+        parts = [value, *value.split(",")]
+        names = [*parts, *(part.partition(":")[0] for part in parts)]
+        paths = [Path(n).expanduser() for n in (*names, *(f for n in parts for f in iglob(n))) if n]
+        if any(path.exists() and path.resolve().is_relative_to(root) for path in paths):
             raise UserError(
                 f"--overwrite would delete {name} = {value}; choose another --run.dir or move it out"
             )

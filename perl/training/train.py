@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from perl.config import Config
+from perl.data.epochs import with_steps
 from perl.distributed import StopSignal, on_main_process
 from perl.files import RunFolder, is_main_process, write_json
 from perl.recipe import Stage, save_config
@@ -38,6 +39,7 @@ def train(
             still that step's, and the error's notes say where it came and what is saved.
         Interrupted: stopped by a signal, after a checkpoint.
     """
+    config = with_steps(config)
     if not config.run.seeds:
         return _train_seed(config, folder, display, resume)
     summaries = []
