@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 import torch
 
+from perl.failures import install_command
 from perl.training import doctor
 from tests.command_line import run
 from tests.messages import tells
@@ -39,8 +40,8 @@ def test_what_is_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("package", "code", "remedy"),
     [
-        ("math-verify", 0, "pip install '.[rewards]'"),
-        ("peft", 1, "pip install '.[train]'"),
+        ("math-verify", 0, install_command("rewards")),
+        ("peft", 1, install_command("train")),
     ],
 )
 def test_what_is_missing(
