@@ -178,7 +178,12 @@ def _resume(folder: RunFolder, asked: Config | None = None, steps: int | None = 
         on_main_process(lambda: held.enter_context(locked(folder.root)))
         if steps is not None:
             on_main_process(partial(_extend, folder, steps))
-        _go(_stored(folder, asked, steps), folder, resume=True)
+        try:
+            _go(_stored(folder, asked, steps), folder, resume=True)
+        finally:
+            # What a run replaced that was killed lies aside until now.
+            if is_main_process() and folder.has_begun():
+                folder.settle()
 
 
 def _extend(folder: RunFolder, steps: int) -> None:

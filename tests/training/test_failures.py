@@ -262,7 +262,9 @@ def test_a_run_with_finished_steps_is_kept_without_a_checkpoint(
     plant(monkeypatch, torch.optim.AdamW, "step", 2, ValueError("planted"))
     assert run("train", recipe(tmp_path), "--overwrite") == 1
     assert len(metrics(folder)) == 1 and not (tmp_path / ".run.replaced").exists()
+    (tmp_path / ".run.replaced").mkdir()  # As where it was killed.
     goes_on(folder, whole())
+    assert not (tmp_path / ".run.replaced").exists()
 
 
 def test_a_filter_that_was_stopped_keeps_what_it_measured(
