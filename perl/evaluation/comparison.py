@@ -14,7 +14,9 @@ from perl.report.metrics import plural
 from perl.types import UserError, one_line
 
 _SHARES = ("accuracy", "greedy", "consistency", "greedy_consistency", "format")
-_NOT_SCORES = frozenset({"orders", "id", "task", "content", "pictures"})
+_NOT_SCORES = frozenset({"orders", "unscored"})
+_AGAIN = frozenset({"reward/accuracy", "reward/format", "greedy_reward/accuracy"})
+"""Rewards that an example's own numbers have."""
 
 Scores = Mapping[str, float]
 
@@ -52,13 +54,11 @@ def read_pairs(first: Path, second: Path) -> tuple[list[Pair], list[str]]:
     for name, rows in (("1st", one), ("2nd", other)):
         if alone := len(rows) - len(common):
             remarks.append(f"left out: {alone} {plural('example', alone)} only in the {name}")
-    return [
-        Pair(
-            id, row["task"], row["pictures"], _scores(row), _scores(other[id])
-        )
-        for id, row in one.items()
-        if id in other
-    ], remarks  # fmt: skip
+    pairs = [
+        Pair(id, one[id]["task"], one[id]["pictures"], _scores(one[id]), _scores(other[id]))
+        for id in common
+    ]
+    return pairs, remarks
 
 
 def compare_pairs(pairs: Sequence[Pair]) -> dict[str, Comparison]:
@@ -83,9 +83,7 @@ def comparison_rows(found: Mapping[str, Comparison]) -> list[list[str]]:
     for name, c in found.items():
         scale, digits = (100, 1) if name in _SHARES else (1, 3)
         means = [f"{scale * value:.{digits}f}" for value in (c.first, c.second)]
-        by, low, high = (
-            f"{scale * value:+.{digits}f}" for value in (c.difference, *c.interval)
-        )  # fmt: skip
+        by, low, high = (f"{scale * x:+.{digits}f}" for x in (c.difference, *c.interval))
         ways = [str(c.first_only), str(c.second_only)]
         title = f"{name}, %" if name in _SHARES else name
         rows.append([title, str(c.items), *means, by, f"{low} to {high}", f"{c.p:.3g}", *ways])
@@ -119,11 +117,11 @@ def changed_rows(pairs: Sequence[Pair], limit: int) -> list[list[str]]:
 
 
 def _scores(row: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of an example, those within (its rewards) under the name of what holds them."""
-    found: dict[str, float] = {}
-    for key, value in row.items():
-        inner = value.items() if isinstance(value, dict) else [("", value)]
-        for name, score in inner:
-            if key not in _NOT_SCORES and isinstance(score, int | float) and math.isfinite(score):
-                found[f"{key}/{name}" if name else key] = float(score)
-    return found
+    """The numbers of an example and its rewards."""
+    numbers = {key: value for key, value in row.items() if key not in _NOT_SCORES}
+    rewards = {k: v for k, v in (row.get("rewards") or {}).items() if k not in _AGAIN}
+    return {
+        name: float(score)
+        for name, score in {**numbers, **rewards}.items()
+        if isinstance(score, int | float) and math.isfinite(score)
+    }

@@ -16,7 +16,7 @@ from perl.types import UserError
 SETTINGS = (
     *("data.eval", "data.instruction", "data.instruction_in", "data.system"),
     *("eval.max_orders", "eval.samples", "permutation.text"),
-    *("rollout.max_new_tokens", "rollout.stop"),
+    *("rollout.max_new_tokens", "rollout.stop", "reward.functions", "reward.weights"),
     *("model.min_pixels", "model.max_pixels", "model.dtype", "model.chat_template"),
 )
 """Keys of a recipe that the scores of an example depend on."""

@@ -88,15 +88,20 @@ def test_questions_about_the_same_pictures_are_drawn_together(tmp_path: Path) ->
 
 
 def test_rewards_are_measures_too(tmp_path: Path) -> None:
-    rows = [asdict(result("a", 1.0, 1.0)) | {"rewards": {"brief": s}} for s in (0.25, 2.0)]
+    rows = [
+        asdict(result("a", 1.0, 1.0))
+        | {"unscored": 3, "rewards": {"reward": None, "reward/brief": s, "reward/accuracy": s}}
+        for s in (0.25, 2.0)
+    ]
     for name, row in zip("xy", rows, strict=True):
         record = {"settings": {}, "by_example": [row]}
         (tmp_path / f"{name}.json").write_text(
             json.dumps(record, default=str).replace("NaN", "null")
         )
     found = compare_pairs(read_pairs(tmp_path / "x.json", tmp_path / "y.json")[0])
-    assert comparison_rows({"rewards/brief": found["rewards/brief"]})[1] == [
-        *("rewards/brief", "1", "0.250", "2.000", "+1.750", "+1.750 to +1.750", "1", "0", "1"),
+    assert list(found) == ["accuracy", "greedy", "format", "reward/brief"]
+    assert comparison_rows({"reward/brief": found["reward/brief"]})[1] == [
+        *("reward/brief", "1", "0.250", "2.000", "+1.750", "+1.750 to +1.750", "1", "0", "1"),
     ]
 
 
