@@ -22,8 +22,9 @@ from perl.model.padded import PaddedPolicy, check_head
 from perl.model.padded_processor import PaddedProcessor
 from perl.model.policy import Policy
 from perl.model.processor import Processor
-from perl.model.sources import check_layers, layers_of
+from perl.model.sources import check_layers, layers_of, run_of
 from perl.model.weights import load_weights, prepared, said
+from perl.recipe import read_config
 from perl.types import IMAGE_SLOT, Message, UserError
 
 logger = logging.getLogger(__name__)
@@ -192,7 +193,8 @@ def load_processor(folder: str, config: ModelConfig) -> Processor:
     """
     from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
-    family, folder = check_model(folder), layers_of(folder)[-1]
+    family, layers = check_model(folder), layers_of(folder)
+    folder, own_template = layers[-1], config.chat_template or _template_of_run(layers)
     stock: Any = None
     model_config: Any = None
     try:
@@ -219,8 +221,8 @@ def load_processor(folder: str, config: ModelConfig) -> Processor:
             f"model.path = {folder}: its tokenizer has no {family.image_token}; "
             f"the tokenizer of a {family.model_types[0]} checkpoint is needed"
         )
-    if config.chat_template:
-        template = _read_template(config.chat_template)
+    if own_template:
+        template = _read_template(own_template)
         for holder in filter(None, (tokenizer, stock)):
             holder.chat_template = template
     if not (getattr(stock, "chat_template", None) or tokenizer.chat_template):
@@ -235,9 +237,15 @@ def load_processor(folder: str, config: ModelConfig) -> Processor:
         out: Processor = PaddedProcessor(stock, model_config, config.min_pixels, config.max_pixels)
     else:
         out = Processor(tokenizer, image_processor, family, config.min_pixels, config.max_pixels)
-    if config.chat_template:
-        _check_template(out, config.chat_template)
+    if own_template:
+        _check_template(out, own_template)
     return out
+
+
+def _template_of_run(layers: list[str]) -> str:
+    """The chat template of the run that a checkpoint or adapter lies in; whole models are saved with theirs."""
+    root = run_of(layers[0]) if len(layers) > 1 else None
+    return read_config(root / "config.toml").model.chat_template if root else ""
 
 
 def _read_template(file: str) -> str:

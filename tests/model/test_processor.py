@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from perl.config import Config
 from perl.model import processor as processor_module
 from perl.model.loading import load_processor
 from perl.model.processor import parts
 from perl.model.tiny import TINY_MODELS, TINY_QWEN
+from perl.recipe import save_config
 from perl.types import Example, Message
 from tests.messages import refused
 from tests.model.conftest import CONFIG
@@ -174,6 +177,14 @@ def test_a_template_of_ones_own_takes_the_place_of_the_tokenizers(
     assert len(processor.encode_messages(chat, [picture(56, 28, 0)]).input_ids) == 1 + 2 + 2
     processor.save(tmp_path)
     assert (tmp_path / "chat_template.jinja").read_text() == TEMPLATE
+    # A checkpoint of a run with it has only weights.
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text('{"format": 1, "progress": {"stage": "rl"}}')
+    save_file({"w": torch.zeros(1)}, checkpoint / "model.safetensors")
+    own = replace(config, path=str(tiny_folder(TINY_QWEN[0])))
+    save_config(Config(model=own), tmp_path / "run" / "config.toml")
+    assert load_processor(str(checkpoint), CONFIG).render(chat) == processor.render(chat)
     with refused("row 3", "no system", "model.chat_template"):
         processor.render((Message("system", "x"), *chat), "row 3")
 
