@@ -89,9 +89,9 @@ def _tell_pictures(
         folder.mkdir(parents=True, exist_ok=True)
     for number, (image, e) in enumerate(zip(images, encoded, strict=True), 1):
         shown = as_shown(e, image)
-        seen = f", seen as {_size(shown)}" if shown.size != image.size else ""
-        file = image.info.get(FILE, "")
-        print(f"image {number}: {file}{' ' * bool(file)}({_size(image)}{seen})", file=sys.stderr)
+        said = [image.info.get(FILE, ""), _size(image)]
+        said += [f"seen as {_size(shown)}"] if shown.size != image.size else []
+        print(f"image {number}: {', '.join(filter(None, said))}", file=sys.stderr)
         if folder:
             shown.save(folder / f"image-{number}.png")
 
