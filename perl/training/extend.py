@@ -60,7 +60,6 @@ def _reopen(progress: Progress, last: Stage) -> None:
     """As if the run stood behind the last step of its last stage."""
     progress.stage, progress.step = last.name, progress.taken.pop(last.name)
     progress.stale = 0
-    progress.results.pop("after", None)
 
 
 def _with_steps(config: Config, steps: int) -> Config:

@@ -108,7 +108,7 @@ def damaged(**changes: Any) -> Callable[[Path], None]:
         ),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x" * 99), ["damaged"]),
         (damaged(r=3), ["adapter"]),
-        (damaged(target_modules=["up_proj"]), ["adapter"]),
+        (damaged(target_modules=r".*language_model.*\.up_proj"), ["adapter"]),
     ],
     ids=[
         "no base",
