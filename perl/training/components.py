@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from perl.config import EVAL_SEED, Config, DataConfig
+from perl.config import EVAL_SEED, Config, DataConfig, names_of
 from perl.data.check import checks_of
 from perl.data.dataset import BUNDLED, Dataset, load_examples
 from perl.data.resample import parse_histogram
@@ -232,14 +232,14 @@ def _check_best(config: Config) -> None:
     if measured.patience and not key:
         raise UserError(
             f"eval.patience = {measured.patience} needs run.keep_best, the number that is to get better; "
-            f"{', '.join(NUMBERS)} are some"
+            f"{', '.join(NUMBERS)}, reward are some"
         )
     if not key:
         return
-    if key not in NUMBERS and not key.startswith(("reward", "greedy_reward")):
-        raise UserError(
-            f"run.keep_best = {key} is no number of an evaluation: {', '.join(NUMBERS)}"
-        )
+    parts = ("reward", *(f"reward/{name}" for name in names_of(config.reward.functions)))
+    known = (*NUMBERS, *parts, *(f"greedy_{part}" for part in parts))
+    if key not in known:
+        raise UserError(f"run.keep_best = {key} is no number of an evaluation: {', '.join(known)}")
     if not measured.every or not measured.examples or not config.data.eval:
         missing = "data.eval" if not config.data.eval else "eval.examples"
         raise UserError(

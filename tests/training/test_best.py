@@ -127,6 +127,10 @@ def test_each_stage_has_patience_of_its_own(
             ["eval.patience = 1", "run.keep_best"],
         ),
         ('run.keep_best = "grady"\neval = { examples = 1, every = 1 }', ["grady", "greedy"]),
+        (
+            'run.keep_best = "reward/none"\neval = { examples = 1, every = 1 }',
+            ["reward/none", "greedy_reward/share_of_b"],
+        ),
         ('run.keep_best = "greedy"\neval.examples = 1', ["run.keep_best = greedy", "eval.every"]),
         ('run.keep_best = "greedy"\neval.every = 1', ["run.keep_best = greedy", "eval.examples"]),
         (
