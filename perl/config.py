@@ -181,6 +181,9 @@ class DataConfig:
     """Whether it ends the last user turn or the system message."""
     system: str = ""
     """A system message for the questions that have none."""
+    streaming: bool = False
+    """Read training data of the hub, a folder or Parquet as it comes, shuffled in blocks of 1,000 rows, instead of bringing
+    all of it here first; of held-out data the first eval.examples rows."""
     on_error: Literal["error", "skip"] = "error"
     """What to do with a faulty training row, also one whose image turns out broken when it is drawn: stop, or leave it
     out and count it in data/skipped. Evaluation always stops."""

@@ -395,6 +395,15 @@ def _conflict(config: Config) -> str | None:
             return f"{low} = {least} is more than {high} = {most}; exchange them"
     if len(set(run.seeds)) < len(run.seeds):
         return f"run.seeds = {list(run.seeds)} names one seed twice; leave one out"
+    if config.data.streaming:
+        for key, given in (
+            ("train.epochs", config.train.epochs),
+            ("filter.replay", chosen.replay),
+            ("filter.reuse_overflow", chosen.reuse_overflow),
+            ("data.eval = split:", is_split(config.data.eval)),
+        ):
+            if given:
+                return f"{key} needs rows by their number, which data.streaming does not have; leave one of them out"
     if config.train.epochs and config.train.steps:
         return (
             f"train.epochs = {config.train.epochs:g} and train.steps = {config.train.steps} both say how long to train; "

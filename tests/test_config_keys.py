@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -127,6 +128,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, lines in files.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    datasets.Dataset.from_list(rows).to_parquet(root / "data.parquet")
     return root
 
 
@@ -600,6 +602,8 @@ ROWS = [
     Row("data.instruction_in", "system", asked, f"{QUESTION}\nAnswer briefly.", f"Answer briefly.\n{QUESTION}",
         {"data.instruction": "Answer briefly."}),
     Row("data.system", "Look closely.", asked, QUESTION, f"Look closely.\n{QUESTION}"),
+    Row("data.streaming", True, lambda lab: type(lab.session.components.stream()).__name__, "ExampleStream",
+        "StreamedExamples", {"data.train": "data.parquet"}),
     Row("data.on_error", "skip", or_refusal(lambda lab: [e.id for e in lab.examples(2)]), "cut.png", ["row-0", "row-0"],
         {"data.train": "cut.jsonl"}),
     Row("data.max_prompt_tokens", 10, dropped, [0, 0], [1, 1], {"data.overlong": "drop", **ALL}),

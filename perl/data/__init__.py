@@ -10,8 +10,8 @@ tasks.py      the bundled questions
 dataset.py    `load_examples`: any source as Examples by number
 held_out.py   a part of a data set for evaluation, with pictures that no other row shows
 streams.py    training examples without end, shuffled or mixed, with a position to save
+streamed.py   the same of data that are read as they come
 check.py      which rows are faulty, found by several processes and kept
-epochs.py     `train.epochs` as steps
 rows.py       rows written out again, their images beside the new file
 resample.py   a selection of questions whose accuracies have a wanted histogram
 labelling/    `kind` and `should_change` for data that lacks them

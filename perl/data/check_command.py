@@ -45,7 +45,7 @@ class Check(Command):
         faulty: list[tuple[Any, Any]] = []
         summaries: list[str] = []
         for source, split in sources:
-            data = config.data
+            data = replace(config.data, streaming=False)
             seed = config.run.seed if split == "train" else EVAL_SEED
             dataset = load_examples(source, data, split, seed)
             if not isinstance(dataset, RowDataset):

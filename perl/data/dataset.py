@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from perl.config import DataConfig
 from perl.data.columns import choose_layout, may_move, read_row, tell_once
 from perl.data.held_out import Shown, held_out_rows, shown_by
 from perl.data.pictures import Split, open_stored
-from perl.data.sources import Source, open_source
+from perl.data.sources import Source, open_source, open_streamed
 from perl.data.tasks import BundledTasks
 from perl.data.videos import Frame, open_frame
 from perl.permutation import check_answer
@@ -25,6 +26,8 @@ from perl.types import Example, UserError
 log = logging.getLogger(__name__)
 
 BUNDLED = "bundled:"
+_FIRST = 100
+"""Rows of a streamed data set that are looked at before a run."""
 
 
 def load_examples(
@@ -44,6 +47,9 @@ def load_examples(
         raise UserError(f"data.{'train' if split == 'train' else 'eval'} is empty; name a data set")
     if source.startswith(BUNDLED):  # They keep the pictures of both splits apart.
         return BundledTasks(source.removeprefix(BUNDLED), split, config, seed, limit)
+    if config.streaming:  # The first rows stand for all.
+        name, root, streamed = open_streamed(source, split)
+        return RowDataset(Source(name, root, list(islice(streamed, limit or _FIRST))), config)
     rows = open_source(source, "train" if apart else split)
     chosen = _apart(RowDataset(rows, config), share, config) if apart else None
     return RowDataset(rows, config, seed, limit, chosen and chosen[not held])

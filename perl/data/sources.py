@@ -156,3 +156,40 @@ def _choose_split(found: Any, split: str, where: str) -> Any:
     raise UserError(
         f"{where} has the splits {', '.join(found)} but no {split}; name one, as in {where}:SPLIT"
     )
+
+
+def open_streamed(source: str, split: str) -> tuple[str, Path, Any]:
+    """The name, the root of image paths and the rows of a data set that is read as it comes, images not decoded.
+
+    Raises:
+        UserError: it cannot be read, or is one whose rows can be had by number without reading it first.
+    """
+    import datasets
+
+    name, config, own_split = _named(source)
+    folder = Path(name).expanduser()
+    files = [source] if Path(source).is_file() else sorted(glob.glob(source, recursive=True))
+    saved = any((folder / each).is_file() for each in ("dataset_dict.json", "state.json"))
+    if saved or (not folder.is_dir() and files and not all(f.endswith(".parquet") for f in files)):
+        raise UserError(
+            f"data.streaming: {source} is read row by row as it is; leave data.streaming out (it is for hub data sets, "
+            "folders and Parquet)"
+        )
+    try:
+        if files and not folder.is_dir():
+            patterns = [re.sub(r"([*?\[])", r"[\1]", _absolute(Path(f))) for f in files]
+            rows: Any = datasets.load_dataset(
+                "parquet", data_files=patterns, split="train", streaming=True
+            )
+            root = Path(_absolute(Path(files[0]))).parent
+        else:
+            offline_if_unreachable()
+            name = str(folder) if folder.is_dir() else name
+            rows = datasets.load_dataset(name, config, split=own_split, streaming=True)
+            root = Path(_absolute(folder))
+    except Exception as error:
+        raise UserError(
+            f"cannot stream the data set {source} ({_absolute(folder)}, or on the hub): {type(error).__name__}: "
+            f"{one_line(error, 300)}; {_there(folder)}"
+        ) from error
+    return source, root, _choose_split(rows, split, source).decode(False)

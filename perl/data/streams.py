@@ -10,13 +10,21 @@ import logging
 import math
 import random
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from perl.data.dataset import Dataset
+from perl.config import Config
+from perl.data.dataset import Dataset, load_examples
+from perl.recipe import Stage, filtered_sources, plan, source_key
 from perl.types import Example, UserError
 
 log = logging.getLogger(__name__)
+
+_MOST_IN_TURN = 10_000
+"""Faulty rows one after the other of data without an end."""
 
 
 class Drawn(NamedTuple):
@@ -27,7 +35,40 @@ class Drawn(NamedTuple):
     example: Example
 
 
-class ExampleStream:
+class Skipping(ABC):
+    """What draws examples and, with `accept`, leaves out and counts those that cannot be read or that it refuses."""
+
+    size: int | None
+
+    def __init__(self, accept: Callable[[Example], None] | None) -> None:
+        self.accept, self.skipped, self._in_turn = accept, 0, 0
+
+    @abstractmethod
+    def read(self, index: int) -> Example:
+        """Example `index`; raises UserError if it cannot be read."""
+
+    def attempt(self, index: int) -> Example | None:
+        """Example `index`; None if it is left out."""
+        try:
+            example = self.read(index)
+            if self.accept:
+                self.accept(example)
+        except UserError as error:
+            if self.accept is None:
+                raise
+            if not self.skipped:
+                log.warning("%s: the row is left out, as others like it will be (said once)", error)
+            self.skipped, self._in_turn = self.skipped + 1, self._in_turn + 1
+            if self._in_turn == (self.size or _MOST_IN_TURN):
+                raise UserError(
+                    f"{self._in_turn} rows in turn are faulty, the last: {error}"
+                ) from error
+            return None
+        self._in_turn = 0
+        return example
+
+
+class ExampleStream(Skipping):
     """Endless epochs of a data set, each in its own seeded order; an endless one goes in order.
 
     `epoch` counts from 0. `state_dict()` holds plain numbers, and a stream that loads it goes on at
@@ -39,8 +80,8 @@ class ExampleStream:
     def __init__(
         self, dataset: Dataset, seed: int, accept: Callable[[Example], None] | None = None
     ) -> None:
-        self.dataset, self.accept = dataset, accept
-        self.skipped = self._in_turn = 0
+        super().__init__(accept)
+        self.dataset = dataset
         self.size = dataset.size
         if self.size == 0:
             raise UserError("the data set is empty; give one with rows")
@@ -57,29 +98,15 @@ class ExampleStream:
                 self.epoch, self._position = self.epoch + 1, 0
                 self._order = self._shuffled()
             index = self._order[self._position]
-            example = self._read(index)
+            example = self.attempt(index)
             self._position += 1
             if example:
                 out.append(Drawn((index,), self.epoch, example))
         return out
 
-    def _read(self, index: int) -> Example | None:
-        """Example `index`; None if it is left out."""
-        try:
-            example = self.dataset[index]
-            if self.accept:
-                self.accept(example)
-        except UserError as error:
-            if self.accept is None:
-                raise
-            if not self.skipped:
-                log.warning("%s: the row is left out, as others like it will be (said once)", error)
-            self.skipped, self._in_turn = self.skipped + 1, self._in_turn + 1
-            if self._in_turn == self.size:
-                raise UserError(f"all {self.size} rows are faulty, the last: {error}") from error
-            return None
-        self._in_turn = 0
-        return example
+    def read(self, index: int) -> Example:
+        """Example `index` of the data set."""
+        return self.dataset[index]
 
     def find(self, key: Sequence[int]) -> Example:
         """The example that was drawn with this key."""
@@ -128,7 +155,7 @@ class MixedStream:
     # `datasets.interleave_datasets` begins an exhausted source again in the same sequence, and does not tell
     # which row and epoch of which source an example is: image orders are drawn by epoch, and replay needs the row.
 
-    def __init__(self, streams: Sequence[ExampleStream], weights: Sequence[float], seed: int):
+    def __init__(self, streams: Sequence[Any], weights: Sequence[float], seed: int):
         self.streams, self.weights, self.seed = list(streams), list(weights), seed
         self._drawn = 0
 
@@ -201,3 +228,43 @@ def read_mix(entries: Sequence[str]) -> list[tuple[str, float]]:
             )
         out.append((source, value))
     return out
+
+
+def with_steps(config: Config) -> Config:
+    """The config with `train.epochs` worked out as `train.steps`, in every stage.
+
+    Raises:
+        UserError: data whose number of rows is not known before the run.
+    """
+    stages = plan(config)
+    steps = {
+        stage.name: _steps_of_epochs(stage, stages)
+        for stage in stages
+        if stage.kind == "rl" and stage.config.train.epochs
+    }
+    if not steps:
+        return config
+    length = {name: {"steps": count, "epochs": 0.0} for name, count in steps.items()}
+    common = replace(config.train, steps=max(steps.values()), epochs=0.0)
+    own = tuple(
+        replace(s, set={**s.set, "train": {**s.set.get("train", {}), **length.get(s.name, {})}})
+        for s in config.stages
+    )
+    return replace(config, train=common if config.train.epochs else config.train, stages=own)
+
+
+def _steps_of_epochs(stage: Stage, stages: Sequence[Stage]) -> int:
+    config, where = stage.config, f"stage {stage.name}: train.epochs"
+    source, data = config.data.train, config.data
+    if source_key(source) in filtered_sources(stage, stages, Path()):
+        raise UserError(
+            f"{where}: how many rows a filter stage leaves is not known; give train.steps"
+        )
+    size = load_examples(source, data, "train", config.run.seed).size
+    if size is None:
+        raise UserError(f"{where}: {source} is endless; give train.steps")
+    sources = [(source, 1.0), *read_mix(data.mix)]
+    draws = config.train.epochs * size * sum(weight for _, weight in sources)
+    steps = math.ceil(round(draws / config.train.examples_per_step, 6))
+    log.info("%s = %g over %d rows: %d steps", where, config.train.epochs, size, steps)
+    return steps

@@ -63,7 +63,7 @@ class Train(Command):
     """The keys that the command line names."""
 
     def execute(self) -> None:
-        from perl.data.epochs import with_steps
+        from perl.data.streams import with_steps
         from perl.distributed import on_main_process
 
         # Whatever a run comes to later: this one goes on from the model of today.
@@ -326,6 +326,10 @@ def _check_filter(name: str, config: Config, size: int | None) -> None:
     from perl.recipe import measured_function
 
     measured_function(config)
+    if config.data.streaming:
+        raise UserError(
+            f"stage {name}: a filter needs rows by their number; leave data.streaming out"
+        )
     measured = config.resample.examples or size
     if measured is None:
         raise UserError(

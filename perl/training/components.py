@@ -14,6 +14,7 @@ from perl.config import EVAL_SEED, Config, DataConfig, names_of
 from perl.data.check import checks_of
 from perl.data.dataset import BUNDLED, Dataset, load_examples
 from perl.data.resample import parse_histogram
+from perl.data.streamed import StreamedExamples
 from perl.data.streams import ExampleStream, MixedStream, Stream, read_mix
 from perl.data.tasks import vocabulary
 from perl.distributed import process_state
@@ -100,6 +101,9 @@ class Components:
         for number, (source, _) in enumerate(sources):
             own = seed + 7919 * number  # Two bundled sources give different questions.
             found, data = self.source(source)
+            if data.streaming and found == source and not source.startswith(BUNDLED):
+                streams.append(StreamedExamples(source, data, own, self._accept()))
+                continue
             dataset = load_examples(found, data, "train", own)
             streams.append(ExampleStream(dataset, own, self._accept()))
         if len(streams) == 1:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from perl.config import Config
-from perl.data.epochs import with_steps
+from perl.data.streams import with_steps
 from perl.distributed import StopSignal, on_main_process
 from perl.files import RunFolder, is_main_process, write_json
 from perl.recipe import Stage, save_config

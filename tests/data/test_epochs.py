@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from perl.config import Config, DataConfig, StageConfig, TrainConfig
-from perl.data.epochs import with_steps
+from perl.data.streams import with_steps
 from perl.recipe import load_recipe, merged, plan
 from tests.messages import refused
 
