@@ -7,8 +7,7 @@ session.py     gives a stage its steps, records and saves them, goes on after a 
 components.py  model, engine, collector and loss of a stage, and what is checked before they are built
 optimizer.py   AdamW over micro-batches and processes, the learning rate
 balancing.py   groups shared out so that no process waits long for another
-checkpoint.py  atomic checkpoints; extend.py more steps for a run that is there; summary.py what a run comes to
-export.py      model folders and adapters; hub.py pushes them
+saving/        checkpoints, model folders, the hub; summary.py what a run comes to
 commands.py    `perl-rl train`, `resume`, `report`, `config`, `doctor`; profile.py and doctor.py what they say
 
 To add a kind of stage: a function of (session, stage), in `train.RUNS` and in `STAGE_KINDS` of perl/recipe.py. To change the

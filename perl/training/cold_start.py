@@ -7,8 +7,8 @@ import random
 from perl.data.tasks import with_noise
 from perl.model.head import SUPERVISED
 from perl.recipe import Stage
-from perl.training.export import save_model
 from perl.training.optimizer import Schedule
+from perl.training.saving.export import save_model
 from perl.training.session import Session
 from perl.types import Example, Segment, UserError, Variant
 

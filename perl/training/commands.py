@@ -187,7 +187,7 @@ def _resume(folder: RunFolder, asked: Config | None = None, steps: int | None = 
 
 
 def _extend(folder: RunFolder, steps: int) -> None:
-    from perl.training.extend import extend
+    from perl.training.saving.extend import extend
 
     for line in extend(folder, steps):
         print(line, file=sys.stderr)
@@ -347,7 +347,7 @@ def _go(config: Config, folder: RunFolder, resume: bool) -> None:
     from perl.distributed import warn_if_alone
     from perl.report.page import write_report
     from perl.report.progress import Display
-    from perl.training.hub import push
+    from perl.training.saving.hub import push
     from perl.training.summary import print_summary
     from perl.training.train import train
 

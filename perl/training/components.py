@@ -40,8 +40,8 @@ from perl.rollout.instruction import Instruction
 from perl.rollout.padded import make_engine
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.timing import Stopwatch
-from perl.training.hub import check_push
 from perl.training.optimizer import Schedule
+from perl.training.saving.hub import check_push
 from perl.types import Example, UserError
 
 

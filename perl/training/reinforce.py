@@ -22,9 +22,9 @@ from perl.report.metrics import mean
 from perl.rewards.answers import extract_answer
 from perl.rollout.collect import Collected
 from perl.training.balancing import ModelFlops, share_out
-from perl.training.export import save_model
 from perl.training.measure import measure
 from perl.training.optimizer import Schedule
+from perl.training.saving.export import save_model
 from perl.training.session import Session
 from perl.types import Group, PackedBatch, Segment
 

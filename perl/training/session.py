@@ -21,9 +21,9 @@ from perl.report.progress import Display
 from perl.report.trackers import Trackers
 from perl.rollout.replay import load_replay, save_replay
 from perl.timing import peak_rss_bytes
-from perl.training.checkpoint import CheckpointManager, Progress
 from perl.training.components import Components, build
 from perl.training.optimizer import Optimizer, Schedule
+from perl.training.saving.checkpoint import CheckpointManager, Progress
 from perl.types import Example, Interrupted, PackedBatch, Segment, UserError, one_line
 
 logger = logging.getLogger(__name__)

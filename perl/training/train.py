@@ -19,10 +19,10 @@ from perl.files import RunFolder, is_main_process, write_json
 from perl.recipe import Stage, save_config
 from perl.report.progress import Display
 from perl.training.cold_start import cold_start
-from perl.training.export import save_model
 from perl.training.filter_stage import filter_data
 from perl.training.measure import measure
 from perl.training.reinforce import reinforce
+from perl.training.saving.export import save_model
 from perl.training.session import Session
 from perl.training.summary import summarise, summarise_seeds
 from perl.types import Interrupted

@@ -15,7 +15,7 @@ from perl.model.loading import check_model, load_policy, load_processor
 from perl.model.policy import Policy
 from perl.model.sources import layers_of
 from perl.recipe import save_config
-from perl.training.checkpoint import CheckpointManager, Progress
+from perl.training.saving.checkpoint import CheckpointManager, Progress
 from tests.messages import refused
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from perl.training.checkpoint import CheckpointManager, Progress
+from perl.training.saving.checkpoint import CheckpointManager, Progress
 from tests.messages import refused, tells
 
 
@@ -160,7 +160,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     optimizer.step()
     before, newest = (manager.save(model, optimizer, Progress("rl", step)) for step in (1, 2))
     damage(newest)
-    with caplog.at_level(logging.WARNING, "perl.training.checkpoint"):
+    with caplog.at_level(logging.WARNING, "perl.training.saving.checkpoint"):
         assert manager.load() == (before, Progress("rl", 1))
     tells(caplog.text, newest)
     damage(before)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from perl.training.checkpoint import CheckpointManager, Progress
+from perl.training.saving.checkpoint import CheckpointManager, Progress
 from tests.command_line import ALTERNATING, ErrorOf, metrics, rewarded, run
 from tests.messages import tells
 

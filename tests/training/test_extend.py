@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from perl.config import Config
 from perl.files import RunFolder
 from perl.recipe import plan, read_config, save_config
-from perl.training.extend import extend
+from perl.training.saving.extend import extend
 from tests.command_line import ALTERNATING, metrics, rewarded, run, untimed
 from tests.messages import refused, tells
 from tests.training.two_tokens import config_of, saved, train_in

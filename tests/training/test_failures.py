@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from perl.evaluation.difficulty import MeasuredFile
 from perl.report.gallery import Gallery
 from perl.rewards.scorer import Scorer
-from perl.training.checkpoint import CheckpointManager
+from perl.training.saving.checkpoint import CheckpointManager
 from perl.training.session import Session
 from perl.types import UserError
 from tests.command_line import metrics, run, untimed

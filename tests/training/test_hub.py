@@ -11,7 +11,7 @@ from huggingface_hub import constants
 
 from perl.config import Config, ModelConfig, RunConfig
 from perl.recipe import check_config
-from perl.training.hub import check_push, model_card
+from perl.training.saving.hub import check_push, model_card
 from tests.command_line import ALTERNATING, rewarded, run
 from tests.messages import refused, tells
 
@@ -40,7 +40,7 @@ class Hub:
 
 def standing_in(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
-    monkeypatch.setattr("perl.training.hub.offline_if_unreachable", lambda: None)
+    monkeypatch.setattr("perl.training.saving.hub.offline_if_unreachable", lambda: None)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     return hub
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from perl.config import Config
 from perl.files import RunFolder
 from perl.recipe import Stage, check_config, plan, read_config, save_config
-from perl.training.checkpoint import CheckpointManager, Progress, write_progress
 from perl.training.optimizer import Schedule
+from perl.training.saving.checkpoint import CheckpointManager, Progress, write_progress
 from perl.types import UserError
 
 
