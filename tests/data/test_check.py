@@ -20,6 +20,7 @@ from perl.types import Example, UserError
 from tests.command_line import ErrorOf, json_lines, run
 from tests.messages import refused, tells
 from tests.pictures import encoded
+from tests.training.two_tokens import config_of, stand_in, train_in
 
 QUIET = Display(enabled=False)
 AUTO, SLOTS = DataConfig(), checks_of("slots")
@@ -217,3 +218,18 @@ def test_a_cache_that_cannot_be_written_or_read_is_done_without(
             assert checked(opened(source), DataConfig(), Checks(), QUIET).rows == 1
             for kept in (tmp_path / "home").rglob("*.json"):
                 kept.write_text("{")
+
+
+def test_a_run_skips_a_cut_picture_and_counts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch)
+    keys = '[data]\non_error = "{}"\n[train]\nsteps = 3'
+    skip, stop = (config_of(tmp_path, keys.format(word)) for word in ("skip", "error"))
+    (tmp_path / "3.png").write_bytes(encoded((3, 0, 0), size=(64, 64))[:80])
+    train_in(tmp_path / "skip", skip)
+    # Two of the six rows show it.
+    skipped = [row["data/skipped"] for row in json_lines(tmp_path / "skip" / "metrics.jsonl")]
+    assert len(skipped) == 3 and sum(skipped) in (2, 3, 4)
+    with refused("3.png"):
+        train_in(tmp_path / "stop", stop)
