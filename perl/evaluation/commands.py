@@ -110,7 +110,7 @@ def _compare_own(first: Path, second: Path, changed: int) -> list[str]:
     pairs, remarks = read_pairs(first, second)
     print_table(comparison_rows(compare_pairs(pairs)), "Means over held-out examples")
     if len(rows := changed_rows(pairs, changed)) > 1:
-        print_table(rows, "Examples that changed most, percent", left=2)
+        print_table(rows, "Examples that changed most", left=2)
     return remarks
 
 

@@ -81,39 +81,39 @@ def comparison_rows(found: Mapping[str, Comparison]) -> list[list[str]]:
     """A table; shares in percent and their difference in points, rewards as they are."""
     rows = [["", "n", "1st", "2nd", "2nd - 1st", "95 % interval", "p", "1st higher", "2nd higher"]]
     for name, c in found.items():
-        scale, digits = (100, 1) if name in _SHARES else (1, 3)
-        means = [f"{scale * value:.{digits}f}" for value in (c.first, c.second)]
-        by, low, high = (f"{scale * x:+.{digits}f}" for x in (c.difference, *c.interval))
+        first, second = (_written(name, value) for value in (c.first, c.second))
+        by, low, high = (_written(name, x, "+") for x in (c.difference, *c.interval))
         ways = [str(c.first_only), str(c.second_only)]
-        title = f"{name}, %" if name in _SHARES else name
-        rows.append([title, str(c.items), *means, by, f"{low} to {high}", f"{c.p:.3g}", *ways])
+        rows.append(
+            [_title(name), str(c.items), first, second, by, f"{low} to {high}", f"{c.p:.3g}", *ways]
+        )
     return rows
 
 
 def changed_rows(pairs: Sequence[Pair], limit: int) -> list[list[str]]:
-    """A table of the examples whose greedy accuracy or, where that is the same, sampled accuracy changed most."""
+    """A table of the examples whose greedy accuracy or, where that is the same, sampled accuracy changed most; by their
+    rewards where a run has no accuracy."""
+    accurate = any("accuracy" in pair.first for pair in pairs)
+    names = ("greedy", "accuracy") if accurate else ("greedy_reward", "reward")
 
-    def change(pair: Pair) -> tuple[float, float]:
-        greedy, sampled = (
-            abs(pair.second.get(name, 0.0) - pair.first.get(name, 0.0))
-            for name in ("greedy", "accuracy")
-        )
-        return greedy, sampled
+    def change(pair: Pair) -> list[float]:
+        return [abs(pair.second.get(name, 0.0) - pair.first.get(name, 0.0)) for name in names]
 
     ranked = sorted((p for p in pairs if any(change(p))), key=change, reverse=True)[:limit]
-    cells = [
-        [
-            one_line(pair.id, 60),
-            pair.task,
-            *(
-                f"{100 * scores[name]:.0f}" if name in scores else "-"
-                for name in ("greedy", "accuracy")
-                for scores in (pair.first, pair.second)
-            ),
-        ]
-        for pair in ranked
-    ]
-    return [["example", "task", "greedy 1st", "2nd", "accuracy 1st", "2nd"], *cells]
+    rows = [["example", "task", *(text for n in names for text in (f"{_title(n)}: 1st", "2nd"))]]
+    for pair in ranked:
+        sides = [(name, scores.get(name)) for name in names for scores in (pair.first, pair.second)]
+        cells = ["-" if value is None else _written(name, value) for name, value in sides]
+        rows.append([one_line(pair.id, 60), pair.task, *cells])
+    return rows
+
+
+def _title(name: str) -> str:
+    return f"{name}, %" if name in _SHARES else name
+
+
+def _written(name: str, value: float, sign: str = "") -> str:
+    return f"{100 * value:{sign}.1f}" if name in _SHARES else f"{value:{sign}.3f}"
 
 
 def _scores(row: Mapping[str, Any]) -> dict[str, float]:

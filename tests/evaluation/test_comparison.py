@@ -11,7 +11,13 @@ import pytest
 from PIL import Image
 
 from perl.config import Config, EvalConfig
-from perl.evaluation.comparison import changed_rows, compare_pairs, comparison_rows, read_pairs
+from perl.evaluation.comparison import (
+    Pair,
+    changed_rows,
+    compare_pairs,
+    comparison_rows,
+    read_pairs,
+)
 from perl.evaluation.evaluate import ExampleResult, aggregate, content_of
 from perl.evaluation.record import SETTINGS, read_evaluation, save_evaluation
 from tests.command_line import ErrorOf, run
@@ -61,15 +67,17 @@ def test_the_same_examples_are_paired(both: tuple[Path, Path], capsys: Any) -> N
         *("greedy, %", "5", "60.0", "80.0", "+20.0", "-40.0 to +80.0", "1", "1", "2"),
     ]
     assert changed_rows(pairs, 3)[1:] == [
-        ["b", "which", "0", "100", "25", "75"],
-        ["c", "which", "0", "100", "50", "50"],
-        ["e", "which", "100", "0", "75", "75"],
+        ["b", "which", "0.0", "100.0", "25.0", "75.0"],
+        ["c", "which", "0.0", "100.0", "50.0", "50.0"],
+        ["e", "which", "100.0", "0.0", "75.0", "75.0"],
     ]
     assert [row[0] for row in changed_rows(pairs, 9)[1:]] == ["b", "c", "e", "d"]
     assert run("compare", *both, "--changed", 1) == 0
     said = capsys.readouterr().out
     lines = [line.split() for line in said.splitlines()]
-    assert ["b", "which", "0", "100", "25", "75"] in lines and "c" not in [x[:1] for x in lines]
+    assert ["b", "which", "0.0", "100.0", "25.0", "75.0"] in lines and "c" not in [
+        x[:1] for x in lines
+    ]
     tells(said, both[0], both[1])
 
 
@@ -102,6 +110,19 @@ def test_rewards_are_measures_too(tmp_path: Path) -> None:
     assert list(found) == ["accuracy", "greedy", "format", "reward/brief"]
     assert comparison_rows({"reward/brief": found["reward/brief"]})[1] == [
         *("reward/brief", "1", "0.250", "2.000", "+1.750", "+1.750 to +1.750", "1", "0", "1"),
+    ]
+
+
+def test_without_an_accuracy_rewards_say_what_changed() -> None:
+    pairs = [
+        Pair(id, "", id, {"greedy_reward": 1.0, "reward": 0.5}, {"greedy_reward": g, "reward": r})
+        for id, g, r in (("a", 1.0, 0.5), ("b", 1.0, 2.5), ("c", 0.5, 0.5))
+    ]
+    heading, *rows = changed_rows(pairs, 5)
+    assert heading == ["example", "task", "greedy_reward: 1st", "2nd", "reward: 1st", "2nd"]
+    assert rows == [
+        ["c", "", "1.000", "0.500", "0.500", "0.500"],
+        ["b", "", "1.000", "1.000", "0.500", "2.500"],
     ]
 
 
@@ -177,9 +198,9 @@ def test_runs_are_compared_by_their_folders(
         compare_pairs(read_pairs(tmp_path / "slow" / where, tmp_path / "fast" / where)[0])
         for where in ("evaluations/before.json", ".")
     )
-    numbers = json.loads((tmp_path / "fast" / "summary.json").read_text())
-    assert before["accuracy"].difference == 0 and after["accuracy"].items == 4
-    assert after["accuracy"].second == pytest.approx(numbers["accuracy_after"], abs=1e-6)
-    assert after["greedy"].difference != 0 or after["accuracy"].difference != 0
+    numbers = json.loads((tmp_path / "fast" / "evaluations" / "after.json").read_text())
+    assert before["reward"].difference == 0 and after["reward"].items == 4
+    assert after["reward"].second == pytest.approx(numbers["reward"], abs=1e-6)
+    assert after["greedy_reward"].difference != 0 or after["reward"].difference != 0
     assert run("compare", tmp_path / "slow", tmp_path / "fast") == 0
     tells(capsys.readouterr().out, "4")
