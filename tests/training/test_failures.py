@@ -128,7 +128,7 @@ PLANTED: dict[str, tuple[Any, str, int, tuple[str, int] | None, list[str]]] = {
     "engine, before RL": (OwnEngine, "generate", 2, ("before", 0), ["before RL"]),
     "engine, first RL step": (OwnEngine, "generate", 4, ("rl", 0), ["rl step 1"]),
     "tower, first RL step": (TwoTokens, "forward", 5, ("rl", 0), ["rl step 1"]),
-    "reward, third RL step": (Scorer, "score_rollouts", 4, ("rl", 2), ["rl step 3", "rl step 2"]),
+    "reward, third RL step": (Scorer, "score_rollouts", 6, ("rl", 2), ["rl step 3", "rl step 2"]),
     "packer, third RL step": (TwoTokens, "pack", 6, ("rl", 2), ["rl step 3", "rl step 2"]),
     "optimizer, third RL step": (torch.optim.AdamW, "step", 6, ("rl", 0), ["rl step 3"]),
     "record, third RL step": (Session, "record", 9, ("rl", 0), ["rl step 3"]),

@@ -273,6 +273,7 @@ def share_of_b(completions: Sequence[str], **_: Any) -> list[float]:
 
 RECIPE = {
     "run": {"trackers": [], "checkpoint_every": 1, "save_rollouts_every": 0},
+    "model": {"path": "two-tokens"},
     "cold_start": {"steps": 0, "batch_size": 2},
     "permutation": {"orders": 2},
     "rollout": {"per_order": 2, "max_new_tokens": 4},
