@@ -4,12 +4,15 @@ import re
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from dataclasses import fields
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+
+from perl.config import Config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -188,3 +191,35 @@ def headings(document: Path) -> set[str]:
 def test_nothing_is_left_to_fill_in() -> None:
     for document in DOCUMENTS:
         assert "<!--" not in document.read_text(), document
+
+
+def test_keys_that_documents_name_are_keys() -> None:
+    """`section.key`, alone or with a value behind it, and `--section.key` on a command line."""
+    known = {
+        f"{section.name}.{key.name}"
+        for section in fields(Config)
+        if section.name != "stages"
+        for key in fields(getattr(Config(), section.name))
+    }
+    sections = "|".join(sorted({key.partition(".")[0] for key in known}))
+    of_code = re.compile(rf"`({sections})\.([a-z_]+)(?:`| = )")
+    of_command = re.compile(rf"--({sections})\.([a-z-]+)")
+    # Of verl, where its own stand beside them, and an attribute of transformers' models.
+    others = {
+        "data.train_files",
+        "data.val_files",
+        "data.train_batch_size",
+        "rollout.n",
+        "rollout.name",
+    }
+    others |= {"data.max_prompt_length", "data.max_response_length", "model.model"}
+    named = 0
+    for path in DOCUMENTS:
+        if path.name == "CHANGELOG.md":  # It names those that are gone.
+            continue
+        text = path.read_text()
+        found = {".".join(m) for m in of_code.findall(text)}
+        found |= {".".join(m).replace("-", "_") for m in of_command.findall(text)}
+        assert found <= known | others, (path.name, sorted(found - known - others))
+        named += len(found)
+    assert named > 100
