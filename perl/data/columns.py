@@ -10,7 +10,7 @@ from typing import Any
 from perl.config import DataConfig
 from perl.data.chats import Chat, read_chat, with_slots
 from perl.data.videos import VIDEOS, Frame, with_frames
-from perl.rewards.answers import extract_answer, tagged
+from perl.rewards.answers import GOLD_COLUMNS, gold_text
 from perl.types import Example, Message, UserError, one_line
 
 log = logging.getLogger(__name__)
@@ -18,7 +18,6 @@ _told: set[Hashable] = set()
 
 IMAGES = ("images", "image")
 SHOULD_CHANGE = ("should_change", "change_needed")
-_ANSWERS = ("answer", "solution", "ground_truth", "target", "label")
 _CHATS = ("messages", "conversations", "conversation")
 _OPTIONAL = (*SHOULD_CHANGE, "kind", "demonstration", "task", "id")
 _GROUNDING = ("<ref-object>", "<bbox>")
@@ -58,15 +57,15 @@ class Convention:
 CONVENTIONS = (
     Convention("verl", ("prompt",), ("reward_model",), task="data_source", images_first=False),
     Convention("perl", ("question",), ("answer",), images_first=False),
-    Convention("trl", ("prompt",), _ANSWERS, ("completion",)),
+    Convention("trl", ("prompt",), GOLD_COLUMNS, ("completion",)),
     Convention("easyr1", ("problem",), ("answer",), images_first=False),
-    Convention("open-r1", ("problem",), _ANSWERS),
+    Convention("open-r1", ("problem",), GOLD_COLUMNS),
     Convention(
-        "ms-swift", ("messages", "query"), _ANSWERS, ("response",), turns=("system", "history")
+        "ms-swift", ("messages", "query"), GOLD_COLUMNS, ("response",), turns=("system", "history")
     ),
-    Convention("sharegpt", _CHATS[1:], _ANSWERS, turns=("system",)),
+    Convention("sharegpt", _CHATS[1:], GOLD_COLUMNS, turns=("system",)),
     Convention(
-        "alpaca", ("instruction",), _ANSWERS, ("output",), turns=("system", "history", "input")
+        "alpaca", ("instruction",), GOLD_COLUMNS, ("output",), turns=("system", "history", "input")
     ),
 )
 """The most telling one first."""
@@ -222,7 +221,7 @@ def read_row(row: Mapping[str, Any], layout: Layout, where: str, id: str = "") -
         id=str(present.get("id", id)),
         images=images,
         question=messages[0].content if plain else messages,
-        answer=_answer(present.get(answer_key, response)),
+        answer=gold_text(present.get(answer_key, response)),
         kind=kind,
         should_change=should_change,
         demonstration=str(present["demonstration"]) if "demonstration" in present else response,
@@ -271,19 +270,6 @@ def _response(value: Any, where: str) -> str | None:
     if isinstance(value, str):
         return value.strip()
     return read_chat([{"role": "user", "content": ""}, *value], where).response
-
-
-def _answer(value: Any) -> str:
-    """The text of an answer, or what a whole completion concludes with; empty: there is none."""
-    if isinstance(value, Mapping):  # verl's reward_model
-        value = value.get("ground_truth")
-    if isinstance(value, (list, tuple)):
-        value = ", ".join(str(item) for item in value)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # A column of whole numbers with gaps is read as floats.
-    text = "" if value is None else str(value).strip()
-    found = (tagged(text), extract_answer(text))
-    return next((answer for answer in found if answer is not None), text)
 
 
 def _truth(value: Any, key: str, where: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from perl.config import AboveZero, Command, Config, Positive, RewardConfig, Seed
+from perl.model.sources import run_of
 from perl.recipe import check_config, check_options, measured_function
 from perl.report.progress import Display
 from perl.report.tables import print_table
@@ -130,8 +131,11 @@ class Filter(Command):
 def _settings(command: Filter) -> Config:
     """The settings of the model's run with those of the command line. A model without a run is asked for what the
     measuring function reads."""
-    of_run = (Path(command.model).expanduser() / "config.toml").exists()
-    own = {} if of_run or command.measure is None else {"functions": (command.measure,)}
+    own = (
+        {}
+        if run_of(command.model) or command.measure is None
+        else {"functions": (command.measure,)}
+    )
     return config_of(
         command.model,
         permutation={"text": command.text},

@@ -29,7 +29,7 @@ class Generate(Command):
     images: tuple[Path, ...] = ()
     """Image files, in the order of their slots."""
     example: Count | None = None
-    """Number of a held-out example of the run's data, instead of prompt and images."""
+    """Number of one of the examples that the run is evaluated on, from 0, instead of prompt and images."""
     n: Positive = 1
     """Completions."""
     temperature: NotNegative | None = None
@@ -56,7 +56,7 @@ class Generate(Command):
         asked = permute(example, range(len(example.images)))
         if self.example is not None:
             asked = encoder.ask(asked)
-        prompt = encoder.processor.encode_messages(asked.messages, example.images, "--prompt")
+        prompt = encoder.processor.encode_messages(asked.messages, example.images, example.id)
         if unknown := encoder.processor.unknown_words(asked.messages):
             print(f"words the model does not know: {', '.join(unknown)}", file=sys.stderr)
         _tell_pictures(example.images, prompt.images, self.save_images)
@@ -120,9 +120,10 @@ def _held_out(config: Config, number: int) -> Example:
         raise UserError(
             f"--example {number} is one of a run's data.eval, and there is none; give --prompt and --images"
         )
-    examples = load_examples(config.data.eval, config.data, "test", EVAL_SEED, number + 1)
+    count = config.eval.examples or number + 1
+    examples = load_examples(config.data.eval, config.data, "test", EVAL_SEED, count)
     if number >= len(examples):
         raise UserError(
-            f"--example {number}: the data has {len(examples)} examples, numbered from 0"
+            f"--example {number}: the run is evaluated on {len(examples)} examples, numbered from 0"
         )
     return examples[number]

@@ -133,16 +133,17 @@ def _show(pair: Shown, encoder: PromptEncoder, scorer: Scorer, read: Read, taugh
 
 def _right(prompt: str, demonstration: str, answer: str, read: Read) -> str:
     """The right answer in the form that the prompt asks for, else in that of the demonstration."""
-    from perl.rewards.forms import BOX, tag, written
+    from perl.rewards.forms import BOX, opened, tag, written
 
     forms = [form for of_function in read.values() for form in of_function]
     around = {BOX, tag("answer")}
-    known = around.union({tag("think")}, *forms)
+    known = frozenset(around.union({tag("think")}, *forms))
     for text in (prompt, demonstration):
         if marks := {mark for mark in known if mark in text}:
             needed = {mark for form in forms if form <= marks for mark in form}
             # A prompt that mentions both is answered as rewards read it.
-            return written(answer, marks - (around - needed if around & needed else set()))
+            completion = written(answer, marks - (around - needed if around & needed else set()))
+            return completion.removeprefix("".join(opened(prompt, [known])))
     return answer
 
 

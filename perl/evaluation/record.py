@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -49,7 +50,7 @@ def read_evaluation(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any
         path = _after(path)
     try:
         found = json.loads(path.read_text("utf-8"))
-        rows = {str(row["id"]): row for row in found["by_example"] if "content" in row}
+        rows = _by_id([row for row in found["by_example"] if "content" in row])
         settings = dict(found["settings"])
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file; {_ADVICE}") from error
@@ -58,6 +59,15 @@ def read_evaluation(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any
     if not rows:
         raise UserError(f"{path} names no examples; evaluate again")
     return settings, rows
+
+
+def _by_id(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Rows by their ids; those of one id, which some data give to several questions, by their contents too."""
+    shared = {id for id, count in Counter(str(row["id"]) for row in rows).items() if count > 1}
+    return {
+        f"{row['id']} {row['content']}" if str(row["id"]) in shared else str(row["id"]): row
+        for row in rows
+    }
 
 
 def _after(folder: Path) -> Path:

@@ -27,6 +27,9 @@ _NOUN = re.compile(r"^(?:image|option)(?: (?=(?:[a-z]|[0-9]+)$)|(?=[0-9]+$))")
 _SEPARATOR = re.compile(r"->|[,;→><&]|\band\b", re.IGNORECASE)
 _LONGEST_NUMBER = 64
 
+GOLD_COLUMNS = ("answer", "solution", "ground_truth", "target", "label")
+"""Columns that data hold their answers in, the most telling one first."""
+
 
 def accuracy(
     prompts: Sequence[Any],
@@ -97,9 +100,8 @@ def tagged(text: str, tag: str = "answer") -> str | None:
 
     Example: `tagged("<answer> B </answer>") == "B"`.
     """
-    start = text.rfind(f"<{tag}>") + len(tag) + 2
-    end = text.find(f"</{tag}>", start)
-    return text[start:end].strip() if start > len(tag) + 1 and end >= 0 else None
+    span = _tag_span(text, tag)
+    return None if span is None else text[span].strip()
 
 
 def final_answer(text: str) -> str:
@@ -120,15 +122,34 @@ def extract_answer(text: str) -> str | None:
 
     Example: `extract_answer(r"... \boxed{ \frac{1}{2} }") == r"\frac{1}{2}"`.
     """
-    *_, last = None, *_BOXED.finditer(text)
-    if last is None:
-        return None
-    depth = 1
-    for mark in _BRACE.finditer(text, last.end()):
-        depth += {"{": 1, "}": -1}.get(mark[0], 0)
-        if depth == 0:
-            return text[last.end() : mark.start()].strip()
-    return None
+    span = _box_span(text)
+    return None if span is None else text[span].strip()
+
+
+def gold_text(value: Any) -> str:
+    """The answer in a column of the data: of a text that says more, what its last `<answer>` block or box holds; empty:
+    there is none."""
+    if isinstance(value, Mapping):  # verl's reward_model
+        value = value.get("ground_truth")
+    if isinstance(value, (list, tuple)):
+        value = ", ".join(str(item) for item in value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # A column of whole numbers with gaps is read as floats.
+    text = "" if value is None else str(value).strip()
+    return next((a for a in (tagged(text), extract_answer(text)) if a is not None), text)
+
+
+def with_answer(text: str, old: str, new: str) -> str:
+    """A text that gives the answer `old`, giving `new` instead: in its last `<answer>` block and in its last box, or else as
+    a whole. What stands around it stays; a text that gives it nowhere becomes `new`."""
+    spans = [
+        span for span in (_tag_span(text), _box_span(text)) if span and text[span].strip() == old
+    ]
+    if not spans:
+        return text.replace(old, new) if text.strip() == old else new
+    for span in sorted(spans, key=lambda span: -span.start):
+        text = text[: span.start] + text[span].replace(old, new) + text[span.stop :]
+    return text
 
 
 def same_answer(given: str | None, gold: str) -> bool:
@@ -153,6 +174,24 @@ def normalise(answer: str) -> str:
 def _same_set(given: str | None, gold: str) -> bool:
     wanted = sorted(items_of(extract_answer(gold) or gold))
     return given is not None and sorted(items_of(given)) == wanted
+
+
+def _tag_span(text: str, tag: str = "answer") -> slice | None:
+    start = text.rfind(f"<{tag}>") + len(tag) + 2
+    end = text.find(f"</{tag}>", start)
+    return slice(start, end) if start > len(tag) + 1 and end >= 0 else None
+
+
+def _box_span(text: str) -> slice | None:
+    *_, last = None, *_BOXED.finditer(text)
+    if last is None:
+        return None
+    depth = 1
+    for mark in _BRACE.finditer(text, last.end()):
+        depth += {"{": 1, "}": -1}.get(mark[0], 0)
+        if depth == 0:
+            return slice(last.end(), mark.start())
+    return None
 
 
 def _in_blocks(text: str, tags: Sequence[str]) -> bool:

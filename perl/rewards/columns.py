@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from perl.rewards.answers import GOLD_COLUMNS, gold_text, with_answer
 from perl.types import IMAGE_SLOT, Message, Rollout, Variant
 
 Columns = dict[str, list[Any]]
@@ -31,8 +31,9 @@ def rollout_columns(rollouts: Sequence[Rollout]) -> tuple[list[str], list[str], 
     `answer` is the one that is right in the rollout's order, `images` are in it. `order` is that order, a list in which
     place j holds the original index (from 0) of the image in slot j: what a column says about original image i holds for
     slot `order.index(i)`. `completion_length` counts tokens, `completion_ids` are those. The columns that question, answer
-    and images were read from are there under the data's names and follow the images (`gold_in`); all others are as in the
-    data, and None where an example lacks them. `ground_truth` is the data's own answer, of its type, in the rollout's order.
+    and images were read from are there under the data's names and follow the images (`gold_in`), and so do others of
+    `GOLD_COLUMNS` that say the same answer; all others are as in the data, and None where an example lacks them.
+    `ground_truth` is the data's own answer, of its type, in the rollout's order.
     """
     rows = [
         {**rollout.variant.example.extra, **_of_the_data(rollout.variant)} for rollout in rollouts
@@ -93,8 +94,7 @@ def _parts(content: str, images: Any) -> list[dict[str, Any]]:
 def gold_in(value: Any, old: str, new: str) -> Any:
     """The data's answer `value` where `new` is right instead of `old`, which was read off it.
 
-    What stands around the answer stays: of a text that says more than the answer, what its last `<answer>` block or
-    `\\boxed{}` holds is replaced, and nothing that it says before. The type stays if it can.
+    What stands around the answer stays (`with_answer`), and the type if it can.
 
     Example: `gold_in("<answer> B </answer>", "B", "A") == "<answer> A </answer>"`, `gold_in(2, "2", "1") == 1`.
     """
@@ -114,14 +114,7 @@ def gold_in(value: Any, old: str, new: str) -> Any:
             return type(value)(new)
         except (TypeError, ValueError):
             return new
-    held = re.escape(old)
-    for around in (
-        rf"(.*(?:<answer>|\{{)[\s$]*){held}([\s$]*(?:</answer>|\}}).*)",
-        rf"(\W*){held}(\W*)",
-    ):
-        if match := re.fullmatch(around, value, re.DOTALL):
-            return match[1] + new + match[2]
-    return new
+    return with_answer(value, old, new)
 
 
 def _of_the_data(variant: Variant) -> dict[str, Any]:
@@ -137,6 +130,9 @@ def _of_the_data(variant: Variant) -> dict[str, Any]:
         elif ours == "question" and variant.rewritten is not None:
             value = "\n".join(message.content for message in variant.rewritten)
         out[column] = value
+    for column in (*GOLD_COLUMNS, "reward_model"):
+        if (again := example.extra.get(column)) and gold_text(again) == example.answer:
+            out[column] = gold_in(again, example.answer, variant.answer)
     return out
 
 

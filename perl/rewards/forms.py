@@ -5,7 +5,7 @@ A form is the marks that it takes, each as a prompt writes it when it asks for i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from perl.config import REWARD_SPEC, names_of
@@ -67,6 +67,11 @@ def forms_of(functions: Sequence[str], weights: Sequence[float]) -> dict[str, tu
 def fits(forms: Collection[Form], text: str) -> bool:
     """Whether a text mentions, or writes, all marks of one of the forms."""
     return any(all(mark in text for mark in form) for form in forms)
+
+
+def opened(prompt: str, forms: Iterable[Form]) -> Form:
+    """The marks that a chat template has written behind the question, so that no completion does."""
+    return Form(mark for form in forms for mark in form if prompt.rstrip().endswith(mark))
 
 
 def written(answer: str, marks: Collection[str]) -> str:

@@ -13,7 +13,7 @@ from perl.data.dataset import Dataset
 from perl.files import is_main_process
 from perl.model.processor import Processor
 from perl.recipe import plan
-from perl.rewards.forms import Form, fits, forms_of
+from perl.rewards.forms import Form, fits, forms_of, opened
 from perl.types import Example, Message, UserError
 
 logger = logging.getLogger(__name__)
@@ -131,6 +131,20 @@ def warn_of_prompts(
         # As the template writes them: it may ask by itself.
         texts = [processor.render(chat, name) for chat in chats]
         shown = [e.demonstration for e in examples if e.demonstration]
+        lost = [
+            function
+            for function, wanted in _needed(config.reward).items()
+            if all(any(opened(text, [form]) for text in texts) for form in wanted)
+        ]
+        if lost:
+            logger.warning(
+                "%s: the chat template ends with %s, so that no completion begins with it and %s stay%s 0; name another "
+                "template in model.chat_template, or rewards that do not read it",
+                name,
+                texts[0].split()[-1],
+                _listed(lost),
+                "s" * (len(lost) == 1),
+            )
         if taught or instruction.wordless:
             texts += shown
         missed = [

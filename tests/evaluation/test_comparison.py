@@ -139,6 +139,16 @@ def test_what_differs_is_said(tmp_path: Path) -> None:
     assert tuple(settings) == SETTINGS and settings["eval.samples"] == 1
 
 
+def test_questions_that_share_an_id_are_all_compared(tmp_path: Path) -> None:
+    rows = [
+        result("zoo", score, score, content=content) for content, score in (("x", 1.0), ("y", 0.0))
+    ]
+    one = saved(tmp_path / "one.json", *rows, result("b", 1.0, 1.0))
+    other = saved(tmp_path / "other.json", *rows[::-1], result("b", 0.0, 1.0))
+    greedy = compare_pairs(read_pairs(one, other)[0])["greedy"]
+    assert (greedy.items, greedy.first_only, greedy.second_only) == (3, 1, 0)
+
+
 def test_what_cannot_be_compared(
     both: tuple[Path, Path], tmp_path: Path, error_of: ErrorOf
 ) -> None:

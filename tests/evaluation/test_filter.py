@@ -296,6 +296,11 @@ def test_questions_are_measured_by_the_reward_of_the_run(
     assert {row["measure"] for row in measured} == {"accuracy(tags=True)"}
     for folder, options, measure in (
         (trained(reward=TAGGED), ("--measure", "accuracy()"), "accuracy()"),
+        (
+            trained(reward=TAGGED) / "models" / "final",
+            ("--measure", "accuracy"),
+            "accuracy(tags=True)",
+        ),
         (trained(), (), "accuracy"),  # The plain measure is another setting.
     ):
         said = error_of("filter", folder, "--data", data, *FEW, *options)

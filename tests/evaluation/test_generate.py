@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perl.config import INSTRUCTIONS, DataConfig, RolloutConfig
+from perl.config import EVAL_SEED, INSTRUCTIONS, DataConfig, EvalConfig, RolloutConfig
+from perl.data.dataset import load_examples
 from perl.permutation import permute
 from perl.rollout.engine import SamplingParams
 from perl.types import EncodedImage, Example, Message
@@ -134,6 +135,20 @@ def test_a_held_out_example(
         ((asked,),) = [call.variants for call in engine.calls[number:]]
         assert asked.images[0].getpixel((0, 0))[0] == red
     tells(error_of("generate", folder, "--example", 2), "--example 2", "2 examples", "0")
+
+
+def test_examples_are_numbered_as_the_evaluation_has_them(
+    folder: Path, engine: TableEngine, trained: Callable[..., Path]
+) -> None:
+    """A sample of the file: the same rows whatever the number."""
+    rows = [{"question": f"Which {i} ?", "images": [], "answer": "x"} for i in range(20)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = DataConfig(eval=str(Path("rows.jsonl").resolve()))
+    trained(data=own, eval=EvalConfig(examples=4))
+    evaluated = load_examples(own.eval, own, "test", EVAL_SEED, 4)
+    for number in range(4):
+        assert run("generate", folder, "--example", number) == 0
+        assert engine.calls[-1].variants[0].example.id == evaluated[number].id
 
 
 @pytest.mark.parametrize(

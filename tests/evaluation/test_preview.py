@@ -153,6 +153,19 @@ def test_a_right_answer_as_it_is_asked_for(
         tells(said[0], "rows.jsonl", name, "data.instruction")
 
 
+def test_a_template_that_opens_the_thought(
+    preview: Preview, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The completion goes on behind it, and `format` never finds it."""
+    (tmp_path / "thinks.jinja").write_text(CHAT_TEMPLATE + "<think>\n")
+    lines = preview("--n", 1, "--model.chat-template", "thinks.jinja", count=1)
+    (line,) = (x for x in lines if x.startswith("right answer: B"))
+    assert line.endswith(r" as ...</think>\boxed{B}: reward 0.9 (accuracy 1, format 0)")
+    (said,) = [r.getMessage() for r in caplog.records if r.name == "perl.rollout.instruction"]
+    tells(said, "<think>", "format", "model.chat_template")
+    assert "accuracy" not in said
+
+
 def test_a_question_over_the_budget_and_one_without_an_answer(preview: Preview) -> None:
     lines = preview("--n", 1, "--data.max-prompt-tokens", 100, "--data.overlong", "drop")
     tells("\n".join(lines), "data.max_prompt_tokens = 100", "q0")

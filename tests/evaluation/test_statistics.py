@@ -75,6 +75,8 @@ def test_a_comparison_by_hand() -> None:
     assert (found.first, found.second) == pytest.approx((2 / 4, 3 / 4))
     assert found.difference == pytest.approx(1 / 4)
     assert compare_scores([0.0] * 6, [1.0] * 6, range(6)).p == pytest.approx(2 / 2**6)
+    one, other = 0.1 + 0.2 + 0.3, 0.3 + 0.2 + 0.1
+    assert one != other and compare_scores([other], [one], [0]).second_only == 0
 
 
 def test_many_kinds_of_differences_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,16 @@ def given(
             },
         ),
         ({"question": ASKED, "answer": 2}, {"answer": "1", "ground_truth": 1}),
+        (  # The answer again in other columns, and one that says something else.
+            {
+                "problem": ASKED,
+                "answer": "B",
+                "ground_truth": "B",
+                "label": "X",
+                "solution": r"\textbf{B} is dark: \boxed{B}",
+            },
+            {"ground_truth": "A", "solution": r"\textbf{B} is dark: \boxed{A}", "label": "X"},
+        ),
     ],
 )
 def test_the_columns_of_the_data_are_right_in_the_order_shown(
@@ -98,7 +108,11 @@ def test_the_columns_of_the_data_are_right_in_the_order_shown(
         ("<answer>a</answer>", "a", "b", "<answer>b</answer>"),
         (r"$\boxed{ 2 }$", "2", "1", r"$\boxed{ 1 }$"),
         (r"<think>B, so \boxed{B}</think><answer>B</answer>", "B", "A",
-         r"<think>B, so \boxed{B}</think><answer>A</answer>"),
+         r"<think>B, so \boxed{A}</think><answer>A</answer>"),
+        (r"\boxed{B} since \textbf{B} is {B}", "B", "A", r"\boxed{A} since \textbf{B} is {B}"),
+        (r"<answer>B</answer>, that is \boxed{B}", "B", "A", r"<answer>A</answer>, that is \boxed{A}"),
+        (r"<answer>\boxed{a.*}</answer>", r"\boxed{a.*}", r"\1", r"<answer>\1</answer>"),
+        ("B or <answer>C</answer>", "B", "A", "A"),
         ("the second", "2", "1", "1"),
         (2, "2", "1", 1),
         (2.0, "2", "1", 1.0),
