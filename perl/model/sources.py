@@ -4,6 +4,7 @@ checkpoints, which hold what training changed. The last three lie over another m
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from perl.types import UserError, one_line
 FORMAT = 1
 """Of the checkpoints that this version writes and the highest that it reads."""
 MANIFEST = "manifest.json"
+ADAPTER = "adapter"
+"""Folder of the adapter in the model that it is merged into."""
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -57,14 +60,20 @@ def is_adapter(path: str | Path) -> bool:
 
 
 def run_of(path: str | Path) -> Path | None:
-    """The run folder that this is, or whose checkpoint or model it is; None for any other path."""
+    """The run folder that this is, or whose checkpoint, model or adapter it is; None for any other path."""
     folder = Path(path).expanduser()
     if RunFolder(folder).config.is_file():
         return folder
-    if folder.parent.name in ("checkpoints", "models"):
-        root = folder.parent.parent
-        return root if folder.is_dir() and RunFolder(root).config.is_file() else None
-    return None
+    model = model_of(folder)
+    root = model.parent.parent
+    inside = model.parent.name in ("checkpoints", "models") and folder.is_dir()
+    return root if inside and RunFolder(root).config.is_file() else None
+
+
+def model_of(folder: Path) -> Path:
+    """The model that an adapter lies in, where a run has left both; of any other folder its absolute path."""
+    folder = Path(os.path.abspath(folder))
+    return folder.parent if folder.name == ADAPTER else folder
 
 
 def newest_model(path: str) -> str:

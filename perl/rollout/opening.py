@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from perl.config import Config
-from perl.model.sources import is_adapter, is_checkpoint, newest_model, read_manifest, run_of
+from perl.model.sources import (
+    is_adapter,
+    is_checkpoint,
+    model_of,
+    newest_model,
+    read_manifest,
+    run_of,
+)
 from perl.recipe import Stage, plan, points, read_config
 from perl.types import UserError
 
@@ -60,9 +67,10 @@ def _found(model: str) -> tuple[Config, str]:
 
 
 def _stage_of(model: Path, stages: list[Stage]) -> Stage:
-    """The stage that left a checkpoint or a model of a run."""
+    """The stage that left a checkpoint, a model or an adapter of a run."""
     if not is_checkpoint(model):
-        return next((s for s in stages if s.name == model.name), stages[-1])
+        name = model_of(model).name
+        return next((s for s in stages if s.name == name), stages[-1])
     try:
         point = read_manifest(model)["progress"]["stage"]
         passed = points(stages)[: points(stages).index(point) + 1]

@@ -229,10 +229,9 @@ def _check_kept(command: Train, folder: RunFolder) -> None:
 
 
 def _check(config: Config) -> None:
-    """Find mistakes before anything is written or removed."""
+    """Find mistakes before anything is written or removed; in the main process alone."""
     from perl.config import EVAL_SEED
     from perl.data.dataset import check_apart, load_examples
-    from perl.distributed import on_main_process
     from perl.recipe import measured_function, plan
     from perl.training.components import check_setup, training_sources
 
@@ -262,13 +261,13 @@ def _check(config: Config) -> None:
     for dataset in measured:
         check_apart(dataset, trained)
     asked = config.eval.examples and any(stage.kind == "rl" for stage in plan(config))
-    if asked and not measured and is_main_process():
+    if asked and not measured:
         log.info(
             "data.eval is empty, so nothing is measured before and after RL; data.eval = split:0.05 would hold that share "
             "of data.train out"
         )
     processor = check_setup(config)
-    on_main_process(partial(_check_rows, datasets, rewards, processor))
+    _check_rows(datasets, rewards, processor)
     _check_prompts(config, processor, datasets)
 
 

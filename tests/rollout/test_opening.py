@@ -51,6 +51,13 @@ def run_folder(folder: Path, *models: str, at: str = "", **sections: object) -> 
         ("checkpoints/step-7", ["final"], "done", "checkpoints/step-7", 5),
         ("models/easy", ["easy", "final"], "done", "models/easy", 7),
         ("models/final", ["easy", "final"], "hard", "models/final", 9),
+        (
+            "models/easy/adapter",
+            ["easy", "easy/adapter", "final"],
+            "done",
+            "models/easy/adapter",
+            7,
+        ),
     ],
 )
 def test_a_run_and_what_lies_in_it_come_with_the_settings_of_their_stage(
@@ -77,6 +84,15 @@ def test_a_run_and_what_lies_in_it_come_with_the_settings_of_their_stage(
     said = capsys.readouterr().err
     assert (str(folder / found) in said) == (not asked)
     assert ("perl-rl resume" in said) == (not asked and found != "models/final")
+
+
+def test_a_model_of_a_run_is_one_from_within_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run_folder(tmp_path / "run", "models/easy/adapter", stages=STAGES)
+    monkeypatch.chdir(folder / "models" / "easy")
+    for name in ("adapter", "."):
+        assert config_of(name).rollout.max_new_tokens == 7
 
 
 def test_a_damaged_checkpoint_is_not_the_newest(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from perl.files import replacing
-from perl.model.sources import layers_of
+from perl.model.sources import ADAPTER, layers_of
 from perl.model.weights import trains_adapters_alone
 from perl.training.components import Components
 
@@ -35,7 +35,7 @@ def save_model(components: Components, name: str) -> Path:
             *above, base = layers_of(components.model_path)
             _copy_companions(base, temporary)
             if trains_adapters_alone(components.policy) and not above:
-                components.policy.save_adapter(temporary / "adapter", base)
+                components.policy.save_adapter(temporary / ADAPTER, base)
             elif components.config.model.lora_rank:
                 reason = (
                     "the vision tower is trained too"
