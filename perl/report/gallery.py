@@ -1,4 +1,5 @@
-"""Rollouts kept to look at: one line each in rollouts.jsonl, each distinct picture once in images/, as the model saw it."""
+"""Rollouts kept to look at: one line each in rollouts.jsonl, each distinct picture once in images/, of the size in which
+the model saw it."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from perl.files import RunFolder, replacing
 from perl.types import EncodedImage, Group, Message, Rollout
@@ -17,6 +18,8 @@ Rows = list[dict[str, Any]]
 
 _SMALL = 4096
 """Bytes of a lossless file that are not worth losing anything for."""
+_LONGEST = 16383
+"""Pixels of a side that WebP takes."""
 
 
 class Gallery:
@@ -101,6 +104,8 @@ def compact(image: Image.Image) -> bytes:
 
     A photo of 640 x 427 pixels takes 88 KiB, where PNG takes 479.
     """
+    if max(image.size) > _LONGEST:
+        image = ImageOps.contain(image, (_LONGEST, _LONGEST))
     lossless, lossy = (
         _webp(image, **options)
         for options in ({"lossless": True, "quality": 20, "method": 1}, {"quality": 90})

@@ -78,7 +78,10 @@ def _given(columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
     return {
         "data_source": list(columns.get("data_source") or columns.get("task") or none),
         "ground_truth": golds,
-        "extra_info": [dict(info or {}) for info in columns.get("extra_info") or none],
+        "extra_info": [
+            dict(info or {}) if isinstance(info, Mapping | None) else info
+            for info in columns.get("extra_info") or none
+        ],
         "solution_str": texts,
         "predict": texts,
         "predict_str": texts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -14,7 +15,7 @@ from PIL import Image
 
 from perl.files import RunFolder
 from perl.permutation import permute
-from perl.report.gallery import Gallery
+from perl.report.gallery import Gallery, compact
 from perl.report.progress import Display
 from perl.report.tables import print_table
 from perl.types import EncodedImage, EncodedPrompt, Example, Group, Message, Rollout, Variant
@@ -95,6 +96,11 @@ def test_pictures_are_kept_as_the_model_saw_them_and_small(tmp_path: Path) -> No
     assert kept[0].size == (200, 150) and 0 < off < 4
     assert (tmp_path / first["images"][0]).stat().st_size < 20_000  # PNG takes 70,000.
     assert np.array_equal(np.asarray(kept[1]), np.asarray(drawing))
+
+
+def test_a_picture_that_is_too_long_for_a_file_is_kept_smaller() -> None:
+    with Image.open(io.BytesIO(compact(Image.new("RGB", (32766, 20))))) as image:
+        assert image.size == (16383, 10)
 
 
 def test_a_chat_is_kept_with_its_roles(tmp_path: Path) -> None:

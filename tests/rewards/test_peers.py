@@ -89,6 +89,14 @@ def test_they_need_an_answer(function: Callable[..., Any]) -> None:
         Scorer((function,)).check_answer(Example("q", (), "Which?", ""))
 
 
+def test_information_may_be_of_any_type() -> None:
+    def compute_score(solution_str: str, extra_info: Any) -> float:
+        return float(extra_info == '{"index": 1}')
+
+    totals, _ = Scorer((compute_score,)).score(["q"], ["a"], {"extra_info": ['{"index": 1}']})
+    assert totals.tolist() == [1]
+
+
 def test_options_are_those_that_are_not_given() -> None:
     spec = f"{__name__}:easyr1(format_weight=0.0)"
     assert Scorer((spec,)).score(["q"] * 2, ["A", "A"], COLUMNS)[0].tolist() == [1, 0]
