@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from perl.evaluation.evaluate import NUMBERS
 from perl.evaluation.record import read_evaluation
 from perl.evaluation.statistics import Comparison, compare_scores
 from perl.report.metrics import plural
 from perl.types import UserError, one_line
 
-_SHARES = ("accuracy", "greedy", "consistency", "greedy_consistency", "format")
 _NOT_SCORES = frozenset({"orders", "unscored"})
 _AGAIN = frozenset({"reward/accuracy", "reward/format", "greedy_reward/accuracy"})
 """Rewards that an example's own numbers have."""
@@ -109,11 +109,11 @@ def changed_rows(pairs: Sequence[Pair], limit: int) -> list[list[str]]:
 
 
 def _title(name: str) -> str:
-    return f"{name}, %" if name in _SHARES else name
+    return f"{name}, %" if name in NUMBERS else name
 
 
 def _written(name: str, value: float, sign: str = "") -> str:
-    return f"{100 * value:{sign}.1f}" if name in _SHARES else f"{value:{sign}.3f}"
+    return f"{100 * value:{sign}.1f}" if name in NUMBERS else f"{value:{sign}.3f}"
 
 
 def _scores(row: Mapping[str, Any]) -> dict[str, float]:

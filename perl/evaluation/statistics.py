@@ -103,9 +103,8 @@ def compare_scores(
             f"paired scores are of the same items: got {len(first)} and {len(second)} of them"
         )
     one, other = np.asarray(first, np.float64), np.asarray(second, np.float64)
-    differences = np.round(
-        other - one, 9
-    )  # Means of the same scores in another sequence are equal.
+    # Means of the same scores in another sequence are equal.
+    differences = np.round(other - one, 12)
     first_only, second_only = int((differences < 0).sum()), int((differences > 0).sum())
     return Comparison(
         items=len(one),

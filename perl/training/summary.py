@@ -67,9 +67,10 @@ def print_summary(summary: dict[str, Any], title: str) -> None:
     rows, rewards = [["percent", "before RL", "after RL", "change"]], []
     names = dict.fromkeys(k.rpartition("_")[0] for r in runs for k in r if k.endswith(_ENDS))
     for name in names:
-        if name == "reward/accuracy" and "accuracy" in names:
-            continue
         before, after = ([r.get(f"{name}{end}") for r in runs] for end in _ENDS)
+        again = name == "reward/accuracy" and "accuracy" in names
+        if again or all(value is None for value in (*before, *after)):
+            continue
         pairs = zip(before, after, strict=True)
         changes = [None if b is None or a is None else a - b for b, a in pairs]
         of_reward = name.startswith("reward")
@@ -77,7 +78,7 @@ def print_summary(summary: dict[str, Any], title: str) -> None:
         cells = [_cell(values, scale, digits) for values in (before, after)]
         row = [_label(name, summary), *cells, _cell(changes, scale, digits, sign="+")]
         (rewards if of_reward else rows).append(row)
-    if any(run[name] is not None for run in runs for name in run if name.endswith(_ENDS)):
+    if rows[1:] or rewards:
         print_table([*rows, *rewards], f"{title}: held out, over image orders", rules=[len(rows)])
         if len(runs) > 1:
             print(f"mean (lowest..highest) of {len(runs)} seeds")
