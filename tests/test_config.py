@@ -300,6 +300,7 @@ def test_broken_recipes(
         ("data.train", "/d/a.jsonl", "/d/a.jsonl"),
         ("data.train", "bundled:folder:d", "bundled:folder:HERE/d"),
         ("data.train", "bundled:digits", "bundled:digits"),
+        ("data.train", "d/*.jsonl,b.jsonl", "HERE/d/*.jsonl,HERE/b.jsonl"),
         ("data.eval", "split:0.05", "split:0.05"),
         ("data.eval", "", ""),
         ("data.mix", ("d/a.jsonl*0.5", "org/name*2"), ("HERE/d/a.jsonl*0.5", "org/name*2")),
@@ -320,7 +321,7 @@ def test_paths_that_are_there_become_absolute(
     """In the common sections and in a stage's own."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "d").mkdir()
-    for name in ("d/a.jsonl", "b.jsonl", "a,b", "r.py", "mine"):
+    for name in ("d/a.jsonl", "b.jsonl", "a,b", "r.py", "mine", "split", "bundled"):
         (tmp_path / name).touch()
     section, name = key.split(".")
     own = dataclasses.replace(getattr(Config(), section), **{name: given})

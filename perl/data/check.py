@@ -5,8 +5,6 @@ The outcome is kept in the user's cache, so that a run over data that have not c
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import multiprocessing
 import os
@@ -15,16 +13,14 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from perl.config import DataConfig
 from perl.data.dataset import Dataset, RowDataset
-from perl.files import write_json
+from perl.kept import kept_file, read_kept, write_kept
 from perl.permutation import check_moves, num_orders
 from perl.report.progress import Display
 from perl.rewards.scorer import Scorer
@@ -32,14 +28,10 @@ from perl.types import Example, UserError
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1
-"""Of what is cached; another number makes what older versions have cached worthless."""
 _AT_ONCE = 256
 """Rows that a process takes at a time. Fewer in all are visited by this one."""
 _LATER = ("gold", "prompt")
 """Kinds of fault that training does not look for when it starts."""
-_NOT_READ_BY = ("train", "eval", "mix", "max_prompt_tokens", "overlong", "on_error")
-"""Keys of the section data that say nothing about how a row is read."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +64,21 @@ def checks_of(text: Any, processor: Any = None, rewards: Iterable[tuple[str, ...
     inspect: list[tuple[str, Callable[[Example], None]]] = [
         ("label", lambda example: check_moves(example, text))
     ]
-    rewards = sorted(rewards)
-    for functions in rewards:
-        inspect.append(("answer", Scorer(functions, (1.0,) * len(functions)).check_answer))
+    readers = set[str]()
+    for functions in sorted(rewards):
+        scorer = Scorer(functions, (1.0,) * len(functions))
+        if scorer.reader and scorer.reader not in readers:
+            readers.add(scorer.reader)
+            inspect.append(("answer", scorer.check_answer))
     if processor is not None:
         inspect += [("text", processor.check_texts), ("image shape", processor.check_shapes)]
-    return Checks(tuple(inspect), f"{text} {rewards} {processor.demands if processor else ''}")
+    return Checks(
+        tuple(inspect), f"{text} {sorted(readers)} {processor.demands if processor else ''}"
+    )
 
 
 class Fault(NamedTuple):
-    """Row `index` of the data set (as it counts), what kind of fault it has, and the error it raises."""
+    """Example `index` of the data set, what kind of fault it has, and the error it raises."""
 
     index: int
     kind: str
@@ -111,23 +108,20 @@ class Checked:
     """When the folders of the images were changed last, in ns."""
 
 
-def checked(
-    dataset: RowDataset, config: DataConfig, checks: Checks, display: Display, stop: bool = False
-) -> Checked:
+def checked(dataset: RowDataset, checks: Checks, display: Display, stop: bool = False) -> Checked:
     """What a visit finds, or has found before if neither the data's files nor the images' folders have changed since.
 
     With `stop` the first faulty row ends it: its error is raised.
     """
     visit(dataset, 0, checks)  # It says what there is to say of rows of its kind.
-    cache = _cache_of(dataset, config, checks)
-    found = _load(cache, dataset, checks)
+    found = _known(dataset, checks)
     if found is None:
         found = _visit_all(dataset, checks, display, stop)
-        _store(found, cache)
+        write_kept(_file_of(dataset, checks), asdict(found))
         if checks.start_key is not None:
             start = Checks(key=checks.start_key)
             own = [fault for fault in found.faults if fault.kind not in _LATER]
-            _store(replace(found, faults=own), _cache_of(dataset, config, start))
+            write_kept(_file_of(dataset, start), asdict(replace(found, faults=own)))
     if stop and found.faults:
         raise UserError(found.faults[0].message)
     return found
@@ -241,36 +235,18 @@ def _spread(values: Sequence[int]) -> list[float] | None:
     return [float(f(values)) for f in (np.min, np.median, np.max)] if values else None
 
 
-def _cache_of(dataset: RowDataset, config: DataConfig, checks: Checks) -> Path | None:
-    """Where the outcome is kept; None where it cannot be told whether the data have changed."""
-    files = dataset.source.files
-    if not files:
-        return None
-    stats = [path.stat() for path in files]
-    reading = {k: v for k, v in asdict(config).items() if k not in _NOT_READ_BY}
-    parts = [
-        *(_FORMAT, dataset.source.name, str(dataset.source.root), len(dataset.source)),
-        [
-            (str(path.absolute()), s.st_size, s.st_mtime_ns)
-            for path, s in zip(files, stats, strict=True)
-        ],
-        *(reading, dataset.rows_digest(), checks.key, checks.decode, checks.tokens is not None),
-    ]
-    name = hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "perl-rl" / "checks" / f"{name}.json"
-
-
-def _load(cache: Path | None, dataset: RowDataset, checks: Checks) -> Checked | None:
-    try:
-        stored = json.loads(cache.read_text()) if cache else None
-    except (OSError, ValueError):
-        return None
-    if stored is None:
+def _known(dataset: RowDataset, checks: Checks) -> Checked | None:
+    """What has been found before, of these rows or of all, which then lacks statistics; None if it may not hold."""
+    stored = read_kept(_file_of(dataset, checks))
+    if stored is None and checks.start_key is None:
+        stored = read_kept(_file_of(dataset, checks, whole=True))
+        places = {row: i for i, row in enumerate(dataset.rows)}
+        faults = [fault for fault in stored["faults"] if fault[0] in places] if stored else []
+        faults = [(places[row], *rest) for row, *rest in faults]
+        stored = stored and {**stored, "rows": len(dataset), "faults": faults, "statistics": {}}
+    if stored is None or any(_changed(f) != then for f, then in stored["folders"].items()):
         return None
     found = Checked(**{**stored, "faults": [Fault(*fault) for fault in stored["faults"]]})
-    if any(_changed(folder) != then for folder, then in found.folders.items()):
-        return None
     # A picture that has been mended in its place changes no folder.
     full = replace(checks, decode=True)
     again = (visit(dataset, fault.index, full).fault for fault in found.faults)
@@ -278,12 +254,10 @@ def _load(cache: Path | None, dataset: RowDataset, checks: Checks) -> Checked | 
     return found if same else None
 
 
-def _store(found: Checked, cache: Path | None) -> None:
-    if cache is None:
-        return
-    with suppress(OSError):  # A home that cannot be written costs the next start its time.
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        write_json(cache, asdict(found))
+def _file_of(dataset: RowDataset, checks: Checks, whole: bool = False) -> Path | None:
+    """Where the outcome is kept of the data set's rows, or of all that the source has."""
+    how = [checks.key, checks.decode, checks.tokens is not None]
+    return kept_file(["checked", dataset.about(whole), how], dataset.source.files)
 
 
 def _changed(folder: str) -> int:

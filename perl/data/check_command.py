@@ -52,7 +52,7 @@ class Check(Command):
                 print(f"{source}: bundled questions need no check")
                 continue
             with Display() as display:
-                found = checked(dataset, data, _checks(config, processor), display)
+                found = checked(dataset, _checks(config, processor), display)
             _print(source, found)
             faulty += [(dataset, fault) for fault in found.faults]
             if found.faults:

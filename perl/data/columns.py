@@ -108,21 +108,26 @@ class Layout:
             if row.get(key) is not None:
                 return key
         names = " or ".join(self.convention.question)
-        raise UserError(f"{where}: {names} is null; fill it in or leave the row out")
+        raise UserError(f"{where}: {names} is missing or null; fill it in or leave the row out")
 
 
-def choose_layout(config: DataConfig, row: Mapping[str, Any], where: str) -> Layout:
-    """The layout of a data set with such a row: the columns of `config.map` renamed, then the convention
+def choose_layout(config: DataConfig, columns: Iterable[str], where: str) -> Layout:
+    """The layout of a data set with such columns: those of `config.map` renamed, then the convention
     `config.columns`; for `auto` the first whose needed columns are all there, an answer among them if possible.
 
     Raises:
         UserError: a needed column is missing, or no convention fits.
     """
-    names = _read_map(config.map, row, where)
-    columns = list(Layout(CONVENTIONS[0], names).ours(row))
+    theirs = dict.fromkeys(columns)
+    names = _read_map(config.map, theirs, where)
+    columns = list(Layout(CONVENTIONS[0], names).ours(theirs))
     if config.columns != "auto":
         chosen = next(c for c in CONVENTIONS if c.name == config.columns)
-        _check_columns(chosen, columns, where)
+        if missing := chosen.missing(columns):
+            raise UserError(
+                f"{where}: no column {' and no '.join(missing)}; data.columns={chosen.name} wants "
+                f"{chosen}, found {', '.join(columns) or '(none)'}"
+            )
         return Layout(chosen, names, config.frames)
     for gold in (True, False):
         for convention in CONVENTIONS:
@@ -132,10 +137,11 @@ def choose_layout(config: DataConfig, row: Mapping[str, Any], where: str) -> Lay
                 text = f"{where}: columns are named as by {convention.name}"
                 tell_once(logging.INFO, text, text)
                 return Layout(convention, names, config.frames)
-    known = "; ".join(sorted(f"{convention.name}: {convention}" for convention in CONVENTIONS))
+    questions = ", ".join(sorted({name for each in CONVENTIONS for name in each.question}))
     raise UserError(
-        f"{where}: columns {', '.join(columns) or '(none)'} fit no known convention ({known}); "
-        'name yours with data.map, as in "question=THEIRS", and give questions without images an empty list of them'
+        f"{where}: columns {', '.join(columns) or '(none)'} fit no known layout, which has a question ({questions}), "
+        f'{" or ".join(IMAGES)}, and mostly an answer; name yours with data.map, as in "question=THEIRS", and give '
+        "questions without images an empty list of them"
     )
 
 
@@ -163,14 +169,6 @@ def _read_map(entries: Iterable[str], row: Mapping[str, Any], where: str) -> dic
     return names
 
 
-def _check_columns(convention: Convention, columns: Iterable[str], where: str) -> None:
-    if missing := convention.missing(columns):
-        raise UserError(
-            f"{where}: no column {' and no '.join(missing)}; data.columns={convention.name} wants "
-            f"{convention}, found {', '.join(columns) or '(none)'}"
-        )
-
-
 def read_row(row: Mapping[str, Any], layout: Layout, where: str, id: str = "") -> Example:
     """What a row means in a layout, its images as the data holds them: paths, bytes, dicts, PIL, or `Frame`.
 
@@ -182,7 +180,6 @@ def read_row(row: Mapping[str, Any], layout: Layout, where: str, id: str = "") -
     that is incomplete or contradicts itself.
     """
     convention, row = layout.convention, layout.ours(row)
-    _check_columns(convention, row, where)
     if row.get("worked") is not None and "demonstration" not in row:
         raise UserError(
             f"{where}: the column worked is now called demonstration; rename it in the data"
@@ -195,7 +192,7 @@ def read_row(row: Mapping[str, Any], layout: Layout, where: str, id: str = "") -
     chat = read_chat(present[question_key], where)
     more = {key: present[key] for key in convention.turns if key in present}
     chat = _with_turns(chat, more, where)
-    images_key = next((key for key in IMAGES if key in present), None)
+    images_key = next((key for key in IMAGES if present.get(key)), None)
     images = present[images_key] if images_key else ()
     images = tuple(images) if isinstance(images, (list, tuple)) else (images,)
     images = images or chat.images
@@ -213,7 +210,7 @@ def read_row(row: Mapping[str, Any], layout: Layout, where: str, id: str = "") -
     should_change = _truth(present[change_key], change_key, where) if change_key else True
     if not images:  # A question of text alone: nothing can move.
         kind, should_change = "none", False
-    used = {question_key, answer_key, response_key, images_key, *more, *_OPTIONAL, *VIDEOS}
+    used = {question_key, answer_key, response_key, *more, *_OPTIONAL, *IMAGES, *VIDEOS}
     plain = len(messages) == 1 and isinstance(present[question_key], str)
     gold_key = answer_key if answer_key in present else response_key
     fields = {question_key: "question", gold_key: "answer", images_key: "images"}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -19,6 +18,7 @@ from perl.data.pictures import Split, open_stored
 from perl.data.sources import Source, open_source, open_streamed
 from perl.data.tasks import BundledTasks
 from perl.data.videos import Frame, open_frame
+from perl.kept import kept
 from perl.permutation import check_answer
 from perl.recipe import is_split, source_key, split_of
 from perl.types import Example, UserError
@@ -51,21 +51,12 @@ def load_examples(
         name, root, streamed = open_streamed(source, split)
         return RowDataset(Source(name, root, list(islice(streamed, limit or _FIRST))), config)
     rows = open_source(source, "train" if apart else split)
-    chosen = _apart(RowDataset(rows, config), share, config) if apart else None
-    return RowDataset(rows, config, seed, limit, chosen and chosen[not held])
-
-
-def validate(dataset: Dataset, inspect: Callable[[Example], None] = lambda _: None) -> None:
-    """Visit every example and raise the first UserError; of images only the headers are read.
-
-    `inspect` is given each and may raise too. Endless bundled examples need no check.
-    """
-    for i in range(dataset.size or 0):
-        example = dataset.check(i)
-        try:
-            inspect(example)
-        except UserError as error:
-            raise UserError(f"{dataset.place(i)}: {error}") from None
+    if not apart:
+        return RowDataset(rows, config, seed, limit)
+    chosen = _held_out(RowDataset(rows, config), share)
+    if not held:
+        chosen = sorted(set(range(len(rows))).difference(chosen))
+    return RowDataset(rows, config, seed, limit, chosen)
 
 
 def check_apart(measured: Dataset, trained: Sequence[Dataset]) -> None:
@@ -82,14 +73,19 @@ def check_apart(measured: Dataset, trained: Sequence[Dataset]) -> None:
         if not isinstance(each, RowDataset):
             continue
         if measured.source.identities & each.source.identities:
-            if measured.part:
+            if measured.part and each.part:
                 continue
+            if measured.part:
+                raise UserError(
+                    f"{each.source.name} holds rows of {measured.source.name}, a part of which data.eval holds out, and "
+                    "would train on that too; name these data once, in data.train"
+                )
             raise UserError(
                 f"data.eval is {each.source.name}, which is trained on, and has no split of its own to measure on; name "
                 "other data, or hold a part of it out with data.eval = split:0.05"
             )
         if all(map(os.path.isabs, each.shown(0))):
-            common |= {key for i in range(len(each)) for key in each.shown(i) if key in names}
+            common.update(_shown_too(each, names))
     if common:
         log.warning(
             "data.eval: %d of %d examples show pictures that training shows too, as %s: they may be answered by heart; "
@@ -113,47 +109,49 @@ class RowDataset:
         rows: Sequence[int] | None = None,
     ) -> None:
         self.source, self.part = source, rows is not None
+        self._reading = [config.columns, config.map, config.frames, config.image_root]
         self._image_root: Path | None = None
         if config.image_root:
             self._image_root = Path(os.path.abspath(Path(config.image_root).expanduser()))
-        self.layout = choose_layout(config, source.row(0), source.place(0))
-        self._indices: Sequence[int] = range(len(source)) if rows is None else rows
-        if limit is not None and limit < len(self._indices):
-            self._indices = sorted(random.Random(f"{seed}/limit").sample(self._indices, limit))
-        self.size = len(self._indices)
+        self.layout = choose_layout(config, source.columns(), source.name)
+        self.rows: Sequence[int] = range(len(source)) if rows is None else rows
+        """By example its row of the source."""
+        if limit is not None and limit < len(self.rows):
+            self.rows = sorted(random.Random(f"{seed}/limit").sample(self.rows, limit))
+        self.size = len(self.rows)
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, i: int) -> Example:
-        index = self._indices[i]
+        index = self.rows[i]
         return self.read(self.source.row(index), index)
 
     def check(self, i: int) -> Example:
         """Example i without decoding its images; raises the UserError that it would raise."""
-        index = self._indices[i]
+        index = self.rows[i]
         return self.read(self.source.row(index), index, decode=False)
 
     def place(self, i: int) -> str:
         """How messages name example i."""
-        return self.source.place(self._indices[i])
+        return self.source.place(self.rows[i])
 
     def shown(self, i: int) -> Shown:
         """What example i shows, by which rows that share pictures are found; nothing if it cannot be read."""
-        index = self._indices[i]
+        index = self.rows[i]
         try:
             example = read_row(self.source.row(index), self.layout, "")
         except UserError:
             return {}
         return shown_by(example, self.root_of(index))
 
+    def about(self, whole: bool = False) -> list[Any]:
+        """What tells its examples, or all that the source has, from others while the source's files stay as they are."""
+        return [self.source.about, self._reading, range(len(self.source)) if whole else self.rows]
+
     def row(self, i: int) -> Mapping[str, Any]:
         """Example i as the source has it."""
-        return self.source.row(self._indices[i])
-
-    def rows_digest(self) -> str:
-        """Which rows of the source these are."""
-        return hashlib.sha256(repr(self._indices).encode()).hexdigest()
+        return self.source.row(self.rows[i])
 
     def read(self, row: Mapping[str, Any], index: int, *, decode: bool = True) -> Example:
         """The example of row `index` of the source, as `row` has it."""
@@ -197,25 +195,34 @@ class RowDataset:
         tell_once(logging.WARNING, f"{where}: {what} (said once)", about)
 
 
-_parts: dict[Any, tuple[list[int], list[int]]] = {}
+def _held_out(dataset: RowDataset, share: float) -> list[int]:
+    """The rows to hold out of a whole data set; those that cannot be read are not among them."""
+    name = dataset.source.name
+
+    def find() -> tuple[list[int], int]:
+        shown = [dataset.shown(i) for i in range(len(dataset))]
+        if not any(shown):
+            dataset.check(0)
+        held = held_out_rows(shown, share, name)
+        return held, len({key for i in held for key in shown[i]})
+
+    held, pictures = kept(["held out", share, dataset.about()], dataset.source.files, find)
+    text = (
+        f"data.eval = split:{share:g}: {len(held)} of the {len(dataset)} rows of {name} are held out, with {pictures} "
+        "pictures that no other row shows"
+    )
+    tell_once(logging.INFO, text, text)
+    return held
 
 
-def _apart(dataset: RowDataset, share: float, config: DataConfig) -> tuple[list[int], list[int]]:
-    """The rows that are held out of a whole data set, and the others; each stage of a run asks for both."""
-    size, files = len(dataset), dataset.source.files
-    stamps = tuple(path.stat().st_mtime_ns for path in files)
-    key = (dataset.source.identities, size, stamps, share, replace(config, mix=()))
-    if key not in _parts:
-        shown = [dataset.shown(i) for i in range(size)]
-        held = held_out_rows(shown, share, dataset.source.name)
-        others = sorted(set(range(size)).difference(held))
-        pictures = len({key for i in held for key in shown[i]})
-        log.info(
-            "data.eval = split:%g: %d of the %d rows of %s are held out, with %d pictures that no other row shows",
-            *(share, len(held), size, dataset.source.name, pictures),
-        )
-        _parts[key] = held, others
-    return _parts[key]
+def _shown_too(trained: RowDataset, names: Collection[str]) -> list[str]:
+    """Which of these pictures are trained on."""
+
+    def find() -> list[str]:
+        shown = {key for i in range(len(trained)) for key in trained.shown(i)}
+        return sorted(shown.intersection(names))
+
+    return kept(["shown too", sorted(names), trained.about()], trained.source.files, find)
 
 
 def _of_kind(kind: str, error: UserError) -> UserError:

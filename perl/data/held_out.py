@@ -14,6 +14,7 @@ from PIL import Image
 
 from perl.config import EVAL_SEED
 from perl.data.pictures import stored_image
+from perl.data.videos import Frame
 from perl.types import Example, UserError
 
 Shown = Mapping[str, str]
@@ -35,7 +36,7 @@ def held_out_rows(shown: Sequence[Shown], share: float, where: str) -> list[int]
     Which ones depends on the pictures' names alone, so that the same data is split alike in every run.
 
     Args:
-        shown: by row what it shows.
+        shown: by row what it shows; a row with nothing is never held out.
         where: the data's name, for messages.
 
     Raises:
@@ -72,7 +73,8 @@ def _groups(shown: Sequence[Shown]) -> list[list[int]]:
     _, labels = connected_components(graph, directed=False)
     groups: defaultdict[int, list[int]] = defaultdict(list)
     for row, label in enumerate(labels[: len(shown)].tolist()):
-        groups[label].append(row)
+        if shown[row]:
+            groups[label].append(row)
 
     def rank(rows: Sequence[int]) -> tuple[str, int]:
         first = min(name for row in rows for name in shown[row].values())
@@ -82,7 +84,9 @@ def _groups(shown: Sequence[Shown]) -> list[list[int]]:
 
 
 def _named(image: Any, root: Path) -> tuple[str, str]:
-    """Key and name of a picture."""
+    """Key and name of a picture or video."""
+    if isinstance(image, Frame):
+        image = stored_image(image.video)
     if isinstance(image, str) and not image.startswith("data:"):
         name = os.path.normpath(image.removeprefix("file://"))
         return os.path.join(root, name), name

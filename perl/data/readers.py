@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from array import array
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -20,6 +21,7 @@ from perl.types import UserError
 
 FILE_TYPES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+_FIRST = 100
 
 
 class Source:
@@ -39,6 +41,14 @@ class Source:
         """Row i, images as stored; raises UserError if it cannot be read."""
         return self._as_object(self._rows[i], i)
 
+    def columns(self) -> list[str]:
+        """Their names; those of the first hundred rows, where each may have others."""
+        rows: list[Mapping[str, Any]] = []
+        for i in range(min(_FIRST, len(self))):
+            with suppress(UserError):
+                rows.append(self.row(i))
+        return list(dict.fromkeys(key for row in rows or [self.row(0)] for key in row))
+
     def place(self, i: int) -> str:
         """How messages name row i, counting from 1."""
         return f"{self.name} row {i + 1}"
@@ -51,6 +61,11 @@ class Source:
     def identities(self) -> frozenset[str]:
         """Equal for the same rows by whatever name; one for each of several sources."""
         return frozenset({os.path.realpath(self.files[0]) if self.files else self.name})
+
+    @property
+    def about(self) -> list[Any]:
+        """What tells its rows from those of others while its files stay as they are, JSON-able."""
+        return [self.name, str(self.root), len(self), sorted(self.identities)]
 
     def _as_object(self, row: Any, i: int) -> Mapping[str, Any]:
         if not isinstance(row, dict):
@@ -102,6 +117,9 @@ class ArrowRows(Source):
     def identities(self) -> frozenset[str]:
         return frozenset({self._rows._fingerprint})
 
+    def columns(self) -> list[str]:
+        return list(self._features)
+
     def row(self, i: int) -> Mapping[str, Any]:
         return self._features.decode_example(self._rows[i : i + 1].to_pylist()[0])
 
@@ -145,6 +163,9 @@ class Several(Source):
 
     def __len__(self) -> int:
         return self._ends[-1]
+
+    def columns(self) -> list[str]:
+        return list(dict.fromkeys(name for source in self._rows for name in source.columns()))
 
     def row(self, i: int) -> Mapping[str, Any]:
         source, own = self._at(i)

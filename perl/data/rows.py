@@ -118,7 +118,10 @@ class RowWriter:
             return self._bundled(dataset[i], i)
         layout, where = dataset.layout, dataset.source.place(i)
         row = dataset.source.row(i)
-        row = layout.theirs(layout.with_frames(layout.ours(row), where))
+        ours = layout.ours(row)
+        framed = layout.with_frames(ours, where)
+        if framed is not ours:  # As images they would move where the row says that its answer may.
+            row = layout.theirs({**framed, "kind": framed.get("kind") or "none"})
         # Its labels do not matter here, and a labeller may be about to replace wrong ones.
         labels = layout.theirs({"kind": "none", "should_change": False})
         images = read_row({**row, **labels}, layout, where).images

@@ -38,6 +38,8 @@ def open_source(source: str, split: str) -> Source:
     """
     parts = [source] if Path(source).expanduser().exists() else source.split(",")
     sources = [found for part in parts if part for found in _open_part(part, split)]
+    if not sources:
+        raise UserError(f"'{source}' names no data; give files with commas between them")
     return sources[0] if len(sources) == 1 else Several(source, sources)
 
 

@@ -98,6 +98,8 @@ class Scorer:
             raise UserError(f"reward.weights must be finite numbers, got {tuple(weights)}")
         self.functions = dict(zip(self.names, loaded, strict=True))
         self.weights = dict(zip(self.names, map(float, weights), strict=True))
+        self.reader = next((name for name, f in self.functions.items() if f.reads_answer), None)
+        """The first function that reads the column answer."""
         self.timeout = timeout
         self.state = TrainerState()
         self.reset()
@@ -204,11 +206,10 @@ class Scorer:
 
     def check_answer(self, example: Example) -> None:
         """Raise UserError if the example has no answer and a function reads it."""
-        reader = next((name for name, f in self.functions.items() if f.reads_answer), None)
-        if reader and not example.answer:
+        if self.reader and not example.answer:
             there = f"its other columns are {', '.join(example.extra)}; " if example.extra else ""
             raise UserError(
-                f"reward function '{reader}' reads the column answer, which is empty or missing in example "
+                f"reward function '{self.reader}' reads the column answer, which is empty or missing in example "
                 f"'{example.id}'; {there}name the one that holds it with data.map, as in \"answer=THEIRS\", "
                 "or use rewards that need no answer"
             )

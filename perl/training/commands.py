@@ -288,7 +288,7 @@ def _check_rows(
         checks = checks_of(text, processor, rewards.get(key, ()))
         stop = split == "eval" or data.on_error == "error"
         with Display() as display:
-            found = checked(dataset, data, checks, display, stop)
+            found = checked(dataset, checks, display, stop)
         if len(found.faults) == found.rows:
             raise UserError(
                 f"all rows of {source} are faulty, the first: {found.faults[0].message}"

@@ -131,9 +131,10 @@ class Components:
         left = self.filtered.get(source_key(source))
         if left is None:
             return source, data
-        columns = "auto" if source.startswith(BUNDLED) else data.columns
+        if source.startswith(BUNDLED):  # They are written with our names.
+            data = replace(data, columns="auto", map=())
         # Nothing that is held out is left in it.
-        return str(left), replace(data, image_root="", columns=columns, eval="")
+        return str(left), replace(data, image_root="", eval="")
 
     def held_out(self) -> Dataset:
         """The examples that are measured on."""

@@ -45,8 +45,8 @@ def write(folder: Path, rows: list[dict[str, Any]]) -> str:
     return str(file)
 
 
-def opened(source: str) -> RowDataset:
-    dataset = load_examples(source, DataConfig(), "train", 0)
+def opened(source: str, config: DataConfig = AUTO, limit: int | None = None) -> RowDataset:
+    dataset = load_examples(source, config, "train", 0, limit)
     assert isinstance(dataset, RowDataset)
     return dataset
 
@@ -141,12 +141,12 @@ def test_many_rows_are_visited_by_several_processes(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     rows = [GOOD, GOOD, FAULTS["label"], GOOD, FAULTS["image"], GOOD, GOOD]
     dataset = opened(write(tmp_path, rows))
-    found = checked(dataset, DataConfig(), checks_of("slots"), QUIET)
+    found = checked(dataset, checks_of("slots"), QUIET)
     assert (found.rows, [fault.index for fault in found.faults]) == (7, [2, 4])
     assert found.statistics["labels"] == {"all, the answer follows": 5}
     assert list(found.folders) == [str(tmp_path)]
     with refused("line 3", "'D'"):
-        checked(dataset, DataConfig(), Checks(), QUIET, stop=True)
+        checked(dataset, Checks(), QUIET, stop=True)
 
 
 def test_what_has_been_found_is_believed_until_data_change(
@@ -159,7 +159,7 @@ def test_what_has_been_found_is_believed_until_data_change(
 
     def visited(config: DataConfig = AUTO, checks: Checks = SLOTS) -> list[int]:
         visits.clear()
-        checked(opened(source), config, checks, QUIET)
+        checked(opened(source, config), checks, QUIET)
         return list(visits)
 
     everything = [0, 0, 1, 2]
@@ -184,14 +184,14 @@ def test_what_has_been_found_is_believed_until_data_change(
 def test_a_picture_mended_in_its_place_is_seen(tmp_path: Path, visits: list[int]) -> None:
     source = write(tmp_path, [GOOD, CUT])
     full = replace(checks_of("slots"), decode=True, key="full", start_key=checks_of("slots").key)
-    assert len(checked(opened(source), DataConfig(), full, QUIET).faults) == 1
+    assert len(checked(opened(source), full, QUIET).faults) == 1
     # Training, which reads headers only, now knows of the cut one.
     visits.clear()
     with refused("line 2", "cut.png"):
-        checked(opened(source), DataConfig(), checks_of("slots"), QUIET, stop=True)
+        checked(opened(source), checks_of("slots"), QUIET, stop=True)
     assert visits == [0, 1]
     (tmp_path / "cut.png").write_bytes((tmp_path / "1.png").read_bytes())
-    assert not checked(opened(source), DataConfig(), checks_of("slots"), QUIET, stop=True).faults
+    assert not checked(opened(source), checks_of("slots"), QUIET, stop=True).faults
 
 
 def test_training_believes_a_full_check_but_not_its_gold(tmp_path: Path, visits: list[int]) -> None:
@@ -201,10 +201,23 @@ def test_training_believes_a_full_check_but_not_its_gold(tmp_path: Path, visits:
     start = checks_of("slots")
     full = Checks((*start.inspect, ("gold", never)), "full", start.key, decode=True)
     source = write(tmp_path, [GOOD] * 3)
-    assert len(checked(opened(source), DataConfig(), full, QUIET).faults) == 3
+    assert len(checked(opened(source), full, QUIET).faults) == 3
     visits.clear()
-    assert not checked(opened(source), DataConfig(), start, QUIET).faults
+    assert not checked(opened(source), start, QUIET).faults
     assert visits == [0]
+
+
+def test_what_is_known_of_all_rows_is_known_of_some(tmp_path: Path, visits: list[int]) -> None:
+    source = write(tmp_path, [GOOD] * 6 + [FAULTS["label"]] + [GOOD] * 3)
+    checked(opened(source), SLOTS, QUIET)
+    for seed in range(3):
+        some = load_examples(source, AUTO, "train", seed, 5)
+        assert isinstance(some, RowDataset)
+        places = [i for i, row in enumerate(some.rows) if row == 6]
+        visits.clear()
+        found = checked(some, SLOTS, QUIET)
+        assert (found.rows, [fault.index for fault in found.faults]) == (5, places)
+        assert visits == [0, *places]
 
 
 def test_a_cache_that_cannot_be_written_or_read_is_done_without(
@@ -215,7 +228,7 @@ def test_a_cache_that_cannot_be_written_or_read_is_done_without(
     for cache in ("file", "home"):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
         for _ in range(2):
-            assert checked(opened(source), DataConfig(), Checks(), QUIET).rows == 1
+            assert checked(opened(source), Checks(), QUIET).rows == 1
             for kept in (tmp_path / "home").rglob("*.json"):
                 kept.write_text("{")
 

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from perl.config import DataConfig
-from perl.data.dataset import load_examples, validate
+from perl.data.dataset import load_examples
 from perl.data.tasks import BundledTasks
 from perl.permutation import orders
 from perl.types import Example, Message, UserError
@@ -206,7 +206,6 @@ def test_every_file_type(tmp_path: Path, name: str) -> None:
     assert [data[i].id for i in range(5)] == list("01234")
     with pytest.raises(IndexError):
         data[5]
-    validate(data)
 
 
 def test_parquet_and_saved_folders_with_embedded_images(tmp_path: Path) -> None:
@@ -224,7 +223,7 @@ def test_parquet_and_saved_folders_with_embedded_images(tmp_path: Path) -> None:
         for split in ("train", "test"):
             data = load_examples(str(tmp_path / name), AUTO, split, 0)
             assert reds(data[0]) == [5, 6]
-            validate(data)
+            data.check(0)
     datasets.DatasetDict({"a": table, "b": table}).save_to_disk(str(tmp_path / "other"))
     with refused("a, b", "train", f"{tmp_path}/other:SPLIT"):
         load_examples(str(tmp_path / "other"), AUTO, "train", 0)
@@ -388,7 +387,7 @@ def test_bad_images(tmp_path: Path, image: Any, names: tuple[object, ...]) -> No
     tells(caught.value, place, *names)
     assert "\n" not in str(caught.value)
     with refused(place, *names):  # by the header alone
-        validate(data)
+        data.check(1)
 
 
 def test_a_cut_image_is_found_when_it_is_decoded(tmp_path: Path) -> None:
@@ -430,7 +429,8 @@ BAD_ROWS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"images": ["0.png"]}, ("1 images", "2 <image>")),
     ({"question": "which?"}, ("2 images", "0 <image>")),
     ({"images": []}, ("0 images", "2 <image>")),
-    ({"images": ...}, ("images", "image", "data.columns=perl", "question, answer")),
+    ({"images": ...}, ("0 images", "2 <image>")),
+    ({"question": ...}, ("question", "missing")),
     ({"answer": "C"}, ("'C'", "2 images", "A to B", "1 to 2")),
     ({"answer": "yes"}, ("should_change", "false")),
     ({"kind": "some"}, ("kind", "'some'")),
@@ -468,14 +468,31 @@ def test_bad_rows(tmp_path: Path, changes: dict[str, Any], names: tuple[str, ...
     source = write_rows(tmp_path, [perl_row(), perl_row(**changes)])
     data = load_examples(source, AUTO, "train", 0)
     assert data[0].answer == "B"
-    for visit in (lambda: data[1], lambda: validate(data)):
+    for visit in (lambda: data[1], lambda: data.check(1)):
         with refused("data.jsonl line 2", *names):
             visit()
 
 
+def test_rows_of_a_file_may_have_different_columns(tmp_path: Path) -> None:
+    alone = {"question": "2 + 2?", "answer": "4"}
+    source = Path(write_rows(tmp_path, [alone, perl_row(), alone]))
+    source.write_text("{broken\n" + source.read_text())
+    data = load_examples(str(source), AUTO, "train", 0)
+    assert (data[1].images, data[1].answer, len(data[2].images)) == ((), "4", 2)
+    with refused("line 1", "JSON"):
+        data[0]
+    # An empty column says nothing beside another one.
+    assert (
+        len(load_row(tmp_path, {**perl_row(), "image": perl_row()["images"], "images": []}).images)
+        == 2
+    )
+    with refused("','", "commas"):
+        load_examples(",", AUTO, "train", 0)
+
+
 def test_missing_columns_are_named_at_once(tmp_path: Path) -> None:
     source = write_rows(tmp_path, [{"query": "?", "pic": "0.png"}])
-    with refused("line 1", "query, pic", "easyr1", "problem", "verl", "reward_model"):
+    with refused(source, "query, pic", "problem", "prompt", "images", "data.map"):
         load_examples(source, AUTO, "train", 0)
     with refused("prompt", "reward_model", "data.columns=verl", "images, question, answer"):
         load_row(tmp_path, perl_row(), DataConfig(columns="verl"))
@@ -505,7 +522,7 @@ def test_lines_are_counted_with_the_blank_ones(tmp_path: Path) -> None:
         ("a.jsonl", b"\xff\xfe\xff", ("line 1", "JSON")),
         ("a.json", b"[" * 100_000, ("JSON", "file")),
         ("a.parquet", b"garbage", ("ArrowInvalid", "file")),
-        ("a.json", b'{"a": 1}\n{"a": 2}', ("line 1", "a", "perl")),  # JSON Lines
+        ("a.json", b'{"a": 1}\n{"a": 2}', ("columns a", "data.map")),  # JSON Lines
         ("a.csv", b"x,y\n", ("empty", "rows")),
         ("a.csv", b"x,y\n1,2\n1,2,3\n", ("line 3", "header", "quotes")),
         ("a.csv", b"x\n\xff", ("UnicodeDecodeError", "file")),
@@ -559,7 +576,6 @@ def test_bundled_examples_are_endless_or_limited() -> None:
     config = DataConfig(tasks=("which", "single"))
     endless = load_examples("bundled:digits", config, "train", 0)
     assert isinstance(endless, BundledTasks) and endless.size is None
-    validate(endless)
     assert endless[12345].id == "digits-train-single-012345"
     with pytest.raises(TypeError):
         len(endless)

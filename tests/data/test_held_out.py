@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import datasets
 import datasets.config as settings
 import pytest
 
+from perl import kept
 from perl.config import DataConfig
-from perl.data.dataset import check_apart, load_examples
+from perl.data.dataset import RowDataset, check_apart, load_examples
 from perl.data.held_out import held_out_rows, shown_by
+from perl.data.videos import Frame
 from perl.types import Example
 from tests.messages import refused, tells
 from tests.pictures import encoded
@@ -52,6 +55,38 @@ def test_there_is_something_on_either_side() -> None:
         held_out_rows(pairs("ab", "bc", "ca"), 0.05, "rows.jsonl")
 
 
+def test_rows_that_cannot_be_read_are_not_held_out(file: Path) -> None:
+    source = file.with_name("bad.jsonl")
+    source.write_text('{"question": "<image>?"\n{"question": 1}\n' + file.read_text())
+    config = DataConfig(train=str(source), eval="split:0.9")
+    held = load_examples("split:0.9", config, "test", 0)
+    assert isinstance(held, RowDataset) and len(held) == 27 and min(held.rows) >= 2
+    assert load_examples(str(source), config, "train", 0).size == 5
+    source.write_text('{"question": "<image>?", "images": []}\n' * 3)
+    with refused("bad.jsonl line 1", "0 images"):
+        load_examples("split:0.9", config, "test", 0)
+
+
+def test_what_is_held_out_is_sought_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = DataConfig(train=str(file), eval="split:0.2")
+    read, shown = [], RowDataset.shown
+    monkeypatch.setattr(RowDataset, "shown", lambda self, i: read.append(i) or shown(self, i))
+
+    def held(of: DataConfig = config) -> list[str]:
+        kept._found.clear()  # As in another process.
+        read.clear()
+        return ids("split:0.2", of, "test")
+
+    first = held()
+    assert len(read) == 30 and held() == first and not read
+    assert held(replace(config, mix=("x",))) == first and not read
+    held(replace(config, image_root=str(file.parent)))
+    assert len(read) == 30
+    file.write_text(file.read_text() + json.dumps({"question": "?", "images": [], "answer": "A"}))
+    held()
+    assert len(read) == 31
+
+
 def test_what_tells_pictures_apart(tmp_path: Path) -> None:
     def shown(*images: Any, question: str = "?") -> dict[str, str]:
         return dict(shown_by(Example("", images, question, "A"), tmp_path))
@@ -63,6 +98,8 @@ def test_what_tells_pictures_apart(tmp_path: Path) -> None:
     assert shown(one) == shown({"bytes": one, "path": "1.png"}) != shown(other)
     assert len(shown(one, other, one)) == 2
     assert shown() == shown() != shown(question="another?")
+    video = [Frame("a/1.gif", k, 8) for k in range(8)]
+    assert shown(*video) == shown(Frame({"path": "./a/1.gif"}, 0, 2)) == shown("a/1.gif")
 
 
 @pytest.fixture
@@ -146,6 +183,14 @@ def test_what_is_trained_on_is_not_measured_on(file: Path) -> None:
             apart(trained, measured)
     apart(two, two)
     apart(file, "split:0.1")
+    pattern = DataConfig(train=f"{file.parent}/*.jsonl", eval="split:0.1")
+    held, *trained = (
+        load_examples(source, pattern, split, 0)
+        for source, split in (("split:0.1", "test"), (pattern.train, "train"), (str(file), "train"))
+    )
+    check_apart(held, trained[:1])
+    with refused(file, pattern.train, "data.eval", "data.train"):
+        check_apart(held, trained)
     apart("bundled:digits", "bundled:digits", limit=1)
 
 

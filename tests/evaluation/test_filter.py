@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from perl.config import INSTRUCTIONS, Config, DataConfig, FilterConfig, ModelConfig, RewardConfig
-from perl.data.dataset import load_examples, validate
+from perl.data.dataset import load_examples
 from perl.evaluation.difficulty import CHUNK
 from perl.recipe import measured_function
 from tests.command_line import ErrorOf
@@ -110,7 +110,8 @@ def test_the_filtered_data_trains_directly(
         assert row == {**originals[row["own"]], "accuracy": measured[row["own"]]["accuracy"]}
     assert Counter(row["accuracy"] for row in kept) == {0.2: 11, 0.5: 10, 0.8: 10}
     examples = load_examples(str(data.with_name("rows.filtered.jsonl")), DataConfig(), "train", 0)
-    validate(examples)
+    for i in range(len(examples)):
+        examples.check(i)
     assert examples[0].images[0].size == (28, 28)
     assert set(pictures) == {"rows.filtered.png", "rows.filtered.svg"}
     (axes,) = pictures["rows.filtered.png"].axes

@@ -63,6 +63,8 @@ class LabelledFile:
         self._source = open_source(data, "train")
         self._dataset = RowDataset(self._source, DataConfig(map=how.map))
         self._writer = RowWriter(output, self._dataset)
+        self._columns = tuple(self._dataset.layout.theirs(_NO_LABEL))
+        """Those that labels are written to: what the data call `kind` and `should_change`."""
         self.total = min(len(self._source), limit or len(self._source))
         self.counts: Counter[tuple[str, bool, str]] = Counter()
         """Rows by kind, should_change and reason."""
@@ -183,11 +185,13 @@ class LabelledFile:
             and "original" not in draft.changes
         ):
             label = self._held(draft.example, replace(label, **given))
-        columns = {"kind": label.kind, "should_change": label.should_change}
         try:
-            self._load(i, {**draft.changes, **columns})
+            self._load(
+                i, {**draft.changes, "kind": label.kind, "should_change": label.should_change}
+            )
         except UserError as error:
-            label, columns = unsure(str(error)), _NO_LABEL
+            label = unsure(str(error))
+        columns = dict(zip(self._columns, (label.kind, label.should_change), strict=True))
         self.counts[label.kind, label.should_change, label.reason] += 1
         reason = {"label_reason": label.reason, "label_text": self.how.text}
         return {**self._writer.row(i), **draft.changes, **columns, **reason}
@@ -201,20 +205,21 @@ class LabelledFile:
                     f"--output {self.output} holds something else than the first rows of this data "
                     "with labels; replace it with --overwrite, or choose another --output"
                 )
-            self.counts[written["kind"], written["should_change"], written["label_reason"]] += 1
+            kind, change = (written[name] for name in self._columns)
+            self.counts[kind, change, written["label_reason"]] += 1
             done += 1
         keep_rows(self.output, done)
         return done
 
     def _is_row(self, written: Mapping[str, Any], i: int) -> bool:
-        if not written.keys() >= {"kind", "should_change", "label_reason"}:
+        if not written.keys() >= {*self._columns, "label_reason"}:
             return False
         if (mode := written.get("label_text")) != self.how.text:
             raise UserError(
                 f"--output {self.output} holds labels for --text {mode}, not {self.how.text}; "
                 "replace it with --overwrite, or choose another --output"
             )
-        changed = _WRITTEN_ANEW.union(written.get("original") or ())
+        changed = _WRITTEN_ANEW.union(self._columns, written.get("original") or ())
         return all(
             written.get(key) == value
             for key, value in self._source.row(i).items()
