@@ -71,6 +71,7 @@ ORDER = (
         "config",
         "recipe",
         "files",
+        "kept",
         "lock",
         "paths",
         "failures",
