@@ -133,11 +133,11 @@ def _show(pair: Shown, encoder: PromptEncoder, scorer: Scorer, read: Read, taugh
 
 def _right(prompt: str, demonstration: str, answer: str, read: Read) -> str:
     """The right answer in the form that the prompt asks for, else in that of the demonstration."""
-    from perl.rewards.forms import BOX, opened, tag, written
+    from perl.rewards.forms import BOX, opened, written
 
     forms = [form for of_function in read.values() for form in of_function]
-    around = {BOX, tag("answer")}
-    known = frozenset(around.union({tag("think")}, *forms))
+    around = {BOX, "<answer>"}
+    known = frozenset(around.union({"<think>"}, *forms))
     for text in (prompt, demonstration):
         if marks := {mark for mark in known if mark in text}:
             needed = {mark for form in forms if form <= marks for mark in form}

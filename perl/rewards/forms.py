@@ -15,28 +15,24 @@ from perl.rewards.scorer import BUILT_IN
 Form = frozenset[str]
 BOX = "\\boxed"
 
-
-def tag(name: str) -> str:
-    """The mark of a block: `<answer>`."""
-    return f"<{name}>"
-
-
-_BOX, _ANSWER = Form({BOX}), Form({tag("answer")})
+_BOX, _ANSWER = Form({BOX}), Form({"<answer>"})
 _ANY: tuple[Form, ...] = ()
 _EITHER = (_BOX, _ANSWER)
 
 READS: dict[str, Callable[[Mapping[str, Any]], tuple[Form, ...]]] = {
     "accuracy": lambda options: (_ANSWER if options.get("tags") else _BOX,),
-    "format": lambda _: (Form({tag("think"), BOX}),),
+    "format": lambda _: (Form({"<think>", BOX}),),
     "math": lambda _: _EITHER,
     "choice": lambda _: _ANY,
-    "format_tags": lambda options: (Form(map(tag, options.get("tags", ("think", "answer")))),),
+    "format_tags": lambda options: (
+        Form(f"<{tag}>" for tag in options.get("tags", ("think", "answer"))),
+    ),
     "box_iou": lambda _: _ANY,
     "detection": lambda _: _ANY,
     "grounding": lambda _: _ANY,
     "temporal_iou": lambda _: _ANY,
     "ordering": lambda _: _EITHER,
-    "frame_index": lambda _: (Form({tag("index")}),),
+    "frame_index": lambda _: (Form({"<index>"}),),
     "judge": lambda _: _ANY,
     "caption_facts": lambda _: _ANY,
     "length_penalty": lambda _: _ANY,

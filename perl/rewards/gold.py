@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
+from perl.rewards.columns import rollout_columns
 from perl.rewards.scorer import BUILT_IN, is_outside, load_reward
-from perl.types import Example, UserError, one_line
+from perl.types import Example, Rollout, UserError, Variant, one_line
 
 
 def gold_check(functions: Sequence[str]) -> Callable[[Example], None]:
@@ -20,10 +23,13 @@ def gold_check(functions: Sequence[str]) -> Callable[[Example], None]:
     }
 
     def check(example: Example) -> None:
-        columns: dict[str, list[Any]] = {key: [value] for key, value in example.extra.items()}
-        columns |= {"answer": [example.answer], "id": [example.id], "task": [example.task]}
-        columns |= {"order": [list(range(len(example.images)))], "completion_length": [0]}
-        columns |= {"prompts": [""], "completions": [""]}
+        variant = Variant(
+            example, tuple(range(len(example.images))), example.images, example.answer
+        )
+        nothing: Any = np.zeros(0)
+        unwritten = Rollout(variant, nothing, nothing, nothing, "", True)
+        _, texts, columns = rollout_columns([unwritten])
+        columns |= {"prompts": texts, "completions": texts}
         for spec, function in loaded.items():
             try:
                 (score,) = function(columns, {})

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from perl.config import REWARD_SPEC
-from perl.rewards.peers import GIVEN, PeerForm
+from perl.rewards.peers import GIVEN, PeerForm, parameters_of
 from perl.types import UserError, one_line
 
 RewardFunction = Callable[..., Any]
@@ -47,7 +47,9 @@ class BoundReward:
         if peer := PeerForm.of(self.function):
             return peer.call(self.function, columns, self.options)
         given = columns if self.built_in else {**columns, **chats}
-        named = _parameters_of(self.function)
+        named = parameters_of(self.function)
+        if named and any(p.kind is inspect.Parameter.VAR_KEYWORD for p in named.values()):
+            named = None
         seen = {
             key: value
             for key, value in {**given, **more}.items()
@@ -126,23 +128,11 @@ def read_options(what: str, text: str) -> dict[str, Any]:
         ) from error
 
 
-def _parameters_of(function: RewardFunction) -> frozenset[str] | None:
-    """The names that a function takes; None: any."""
-    try:
-        parameters = inspect.signature(function).parameters
-    except (ValueError, TypeError):
-        return None
-    any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    return None if any_name else frozenset(parameters)
-
-
 def _options_of(
     function: RewardFunction, keyword_only: bool
 ) -> Mapping[str, inspect.Parameter] | None:
     """The parameters that an option may name; None where Python cannot tell."""
-    try:
-        parameters = inspect.signature(function).parameters
-    except (ValueError, TypeError):
+    if (parameters := parameters_of(function)) is None:
         return None
     kinds = {inspect.Parameter.KEYWORD_ONLY}
     if not keyword_only:

@@ -35,10 +35,7 @@ class PeerForm:
     @classmethod
     def of(cls, function: Callable[..., Any]) -> PeerForm | None:
         """None: the function is in no form of a peer's."""
-        try:
-            taken = set(inspect.signature(function).parameters)
-        except (TypeError, ValueError):
-            return None
+        taken = parameters_of(function) or {}
         for name in _COMPLETIONS:
             for whole, plural in ((False, name), (True, f"{name}s")):
                 if plural in taken:
@@ -63,6 +60,14 @@ class PeerForm:
         if inspect.iscoroutinefunction(function):
             return _together(function, calls)
         return [_attempt(function, call) for call in calls]
+
+
+def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
+    """None where Python cannot tell."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None
 
 
 def _given(columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:

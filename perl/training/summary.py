@@ -104,7 +104,7 @@ def _label(name: str, summary: dict[str, Any]) -> str:
         return f"{by}, {'greedy' if name == 'greedy' else 'T = 1'}"
     if name == "consistency":
         return name
-    return "reward, T = 1" if name == "reward" else f"of it {name.removeprefix('reward/')}"
+    return "reward, T = 1" if name == "reward" else name
 
 
 def _cell(values: Sequence[float | None], scale: int = 100, digits: int = 1, sign: str = "") -> str:

@@ -13,8 +13,10 @@ from perl.config import DataConfig
 from perl.data.columns import choose_layout, read_row
 from perl.permutation import permute
 from perl.rewards.columns import TrainerState, as_chat, conversations, gold_in, rollout_columns
+from perl.rewards.gold import gold_check
 from perl.rewards.scorer import Scorer
 from perl.types import Message, Rollout
+from tests.messages import refused
 
 CAT, DOG = Image.new("L", (1, 1), 1), Image.new("L", (1, 1), 2)
 ASKED = "A. <image> B. <image> Which image shows a dog?"
@@ -220,3 +222,11 @@ def test_how_far_the_run_is_and_what_functions_log() -> None:
     assert scorer.logged == {"read": ["C", "BAD", "D"]}
     scorer.reset()
     assert (scorer.metrics, scorer.logged) == ({}, {})
+
+
+def test_golds_are_checked_under_the_names_of_the_data() -> None:
+    row = {"prompt": ASKED, "solution": "(1,2),(3,4)", "kind": "none"}
+    (one,) = rollouts(row, "", order=(0, 1))
+    gold_check(["box_iou(column='solution')"])(one.variant.example)
+    with refused("box_iou(column='boxes')", "boxes"):
+        gold_check(["box_iou(column='boxes')"])(one.variant.example)

@@ -59,14 +59,14 @@ def test_the_table_has_changes_and_ranges(capsys: pytest.CaptureFixture[str]) ->
     judged = {"reward/accuracy_after": 1.0, "reward/judge_before": 0.1, "reward/judge_after": 0.3}
     print_summary(summarise_seeds([RUNS[0] | tagged | judged, RUNS[1] | tagged]), "runs/x")
     rows = table(capsys)
-    assert "accuracy, T = 1" not in rows and "of it accuracy" not in rows
+    assert "accuracy, T = 1" not in rows and "reward/accuracy" not in rows
     assert rows["accuracy(tags=True), T = 1"][2] == "+25.0 (0.0..50.0)"
     assert rows["reward, T = 1"] == [
         "0.500 (0.500..0.500)",
         "1.750 (1.750..1.750)",
         "+1.250 (1.250..1.250)",
     ]
-    assert rows["of it judge"] == ["0.100", "0.300", "+0.200"]
+    assert rows["reward/judge"] == ["0.100", "0.300", "+0.200"]
     print_summary(RUNS[0], "runs/x")
     rows = table(capsys)
     assert rows["accuracy, T = 1"] == ["25.0", "75.0", "+50.0"]
