@@ -28,6 +28,8 @@ class Evaluate(Command):
     """A run folder (its newest model and its settings), a checkpoint, a model or LoRA adapter folder, or a hub name."""
     data: str = ""
     """JSONL or Parquet file, hub dataset or bundled:digits; empty: the run's."""
+    map: tuple[str, ...] | None = None
+    """What columns of ours are called in the data, as in "question=problem_text"; empty: the run's data.map."""
     eval: MeasureConfig = field(default_factory=MeasureConfig)
     max_new_tokens: int | None = None
     """Longest completion; empty: the run's, 2048 with --suite."""
@@ -134,8 +136,11 @@ def _check_options(command: Evaluate) -> None:
         raise UserError(
             f"--instruction {command.instruction}: a benchmark is asked as official or think says; choose one"
         )
-    if command.suite and command.text:
-        raise UserError("--text is for one's own data; a benchmark's texts stay as they are")
+    for option, given in (("--text", command.text), ("--map", command.map)):
+        if command.suite and given:
+            raise UserError(
+                f"{option} is for one's own data; a benchmark is asked as it is published"
+            )
     check_options(command)
 
 
@@ -146,6 +151,7 @@ def _settings(command: Evaluate, max_new_tokens: int | None) -> Config:
         permutation={"text": command.text},
         data={
             "eval": command.data or None,
+            "map": command.map,
             "max_prompt_tokens": command.max_prompt_tokens,
             "overlong": command.overlong,
             # A benchmark's question says how it is to be answered.

@@ -326,6 +326,18 @@ def test_the_command_tells_and_writes_its_numbers(
     ]
 
 
+def test_columns_of_other_data_have_other_names(
+    data: Path, engine: TableEngine, trained: Callable[..., Path]
+) -> None:
+    run_folder = trained(data=DataConfig(train="x", map=("answer=gold",)))
+    data.write_text(data.read_text().replace('"answer"', '"truth"'))
+    out = data.with_name("out.json")
+    engine.answer = lambda asked: rf"\boxed{{{asked.variant.answer}}}"
+    words = ("--data", data, "--map", "answer=truth", "--output", out)
+    assert run("evaluate", run_folder, *words) == 0
+    assert json.loads(out.read_text())["accuracy"] == 1
+
+
 def test_what_evaluate_refuses(
     data: Path, engine: TableEngine, without_weights: Path, error_of: ErrorOf
 ) -> None:

@@ -256,6 +256,7 @@ REMI = ("--suite", "remi", "--suite-root", "ROOT")
         (["--suite", "blink", "--suite-root", "."], ["--suite", "--output"]),
         (["--suite", "blink", "--data", "x.jsonl"], ["--data", "--suite"]),
         (["--suite", "blink", "--text", "slots"], ["--text"]),
+        (["--suite", "blink", "--map", "answer=gold"], ["--map"]),
         (["--orders", "2"], ["--orders", "--suite"]),
         (["--limit", "2"], ["--limit", "--suite"]),
         (["--published"], ["--published", "--suite"]),
