@@ -244,7 +244,8 @@ def run_folder(lab: Lab) -> list[str]:
         patch.setattr("perl.training.commands._check", lambda _: None)
         patch.setattr("perl.training.commands._go", lambda *_, **__: None)
         patch.setattr(RunFolder, "settle", lambda _: None)
-        Train(config=lab.config).execute()
+        model = replace(lab.config.model, path=str(lab.model))
+        Train(config=replace(lab.config, model=model)).execute()
     return [str(path.relative_to(lab.root)) for path in lab.root.glob("runs/*/config.toml")]
 
 

@@ -115,6 +115,7 @@ def test_what_is_asked_of_a_run_that_is_running(
     base = short_recipe.parent
     folder, data = base / "run", base / "data.jsonl"
     options = (*rewarded(base, WAITING), "--train.steps", "2", "--run.checkpoint-every", "1")
+    options += ("--reward.timeout", "0")
     process = spawn("train", short_recipe, *options)
     wait_for(folder, "rl", 1, process)
     while not (folder / "checkpoints" / "step-1").exists():

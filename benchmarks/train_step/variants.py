@@ -164,6 +164,8 @@ VARIANTS: dict[str, Callable[[Trainee], Logprobs]] = {
 class _Padded:
     """Sequences [prompt | completion], padded on the right to the longest, and what HeadLoss reads of a batch."""
 
+    sampled_logprobs = None
+
     def __init__(self, segments: Sequence[Segment], start: int) -> None:
         self.segments = segments
         self.source = tuple((start + i, 0) for i in range(len(segments)))
