@@ -16,7 +16,6 @@ from contextlib import redirect_stderr, suppress
 from dataclasses import fields, replace
 from typing import Any
 
-from perl.config import Command, Config, MeasureConfig
 from perl.failures import explain, summed_up
 from perl.types import Interrupted, RunFailed, UserError
 
@@ -138,11 +137,12 @@ def parse(name: str, arguments: list[str]) -> Any:
     """
     import tyro
 
-    from perl.recipe import DEFAULT_RECIPE
+    from perl.config import Config
+    from perl.recipe import DEFAULT_RECIPE, check_config, either_length, without
 
     place, wanted, _ = COMMANDS[name]
     module, _, cls = place.partition(":")
-    kind: type[Command] = getattr(importlib.import_module(module), cls)
+    kind: Any = getattr(importlib.import_module(module), cls)
     first = arguments[0] if arguments and not arguments[0].startswith("-") else None
     if wanted == "recipe":
         first = first or DEFAULT_RECIPE
@@ -164,8 +164,6 @@ def parse(name: str, arguments: list[str]) -> Any:
         )
     config = getattr(parsed, "config", None)
     if isinstance(config, Config):
-        from perl.recipe import check_config, either_length, without
-
         # What is given on the command line holds in every stage.
         given = _given_keys(arguments)
         keys = {
@@ -207,6 +205,7 @@ def _in_one_line(box: str) -> str:
 
 def _with_recipe(default: Any, recipe: str | None) -> Any:
     """The command's defaults, from the recipe or the run where it takes one."""
+    from perl.config import MeasureConfig
     from perl.model.sources import run_of
     from perl.recipe import DEFAULT_RECIPE, load_recipe, read_config
 

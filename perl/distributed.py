@@ -90,11 +90,13 @@ class Processes:
             Exception: this process's own.
             UserError: points to the process that had one.
         """
-        error: BaseException | None = None
+        error: Exception | None = None
         try:
             yield
-        except (Exception, SystemExit) as raised:
+        except Exception as raised:
             error = raised
+        except SystemExit as left:
+            error = called_exit(left)
         failed = self.any(error is not None)
         if error is not None:
             self.error = error
@@ -108,6 +110,11 @@ class Processes:
         Any other is this process's alone. The others wait for it in a reduction, so that it must reduce nothing any more.
         """
         return self.count == 1 or error is self.error or isinstance(error, UserError)
+
+
+def called_exit(left: SystemExit) -> RuntimeError:
+    """The error that stands for the exit() of a library or a reward: no run may end as if it were done."""
+    return RuntimeError(f"something called exit({left.code!r})").with_traceback(left.__traceback__)
 
 
 def process_state() -> Any:

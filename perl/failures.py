@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -40,6 +39,8 @@ def install_command(extra: str) -> str:
 
     Example: `pip install '/home/me/perl[train]'` in a clone.
     """
+    from importlib.metadata import PackageNotFoundError, distribution
+
     place, clone = "perl-rl", Path(__file__).resolve().parents[1]
     if (clone / "pyproject.toml").exists():
         return f"pip install '{clone}[{extra}]'"

@@ -48,7 +48,11 @@ def _absolute(value: Any, mark: str) -> Any:
     """
     if isinstance(value, list | tuple):
         return type(value)(_absolute(v, mark) for v in value)
-    if not isinstance(value, str) or mark not in value:
+    if (
+        not isinstance(value, str)
+        or mark not in value
+        or re.match("split:|bundled:(?!folder:)", value)
+    ):
         return value
     if "," in value and not Path(value).exists():
         return ",".join(_absolute(v, "") for v in value.split(","))

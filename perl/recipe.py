@@ -146,11 +146,11 @@ def merged(config: Config, stage: StageConfig, where: str = "") -> Config:
 
 
 def either_length(train: dict[str, Any]) -> dict[str, Any]:
-    """Keys of the section train, of which epochs or steps alone takes the place of the other one given elsewhere."""
-    for one, other in (("epochs", "steps"), ("steps", "epochs")):
-        if train.get(one) and other not in train:
-            return {**train, other: 0}
-    return train
+    """Keys of the section train, of which epochs or steps alone takes the place of the other one given elsewhere; epochs
+    of 0 stand for steps."""
+    if "steps" in train:
+        return {"epochs": 0, **train}
+    return {"steps": 0, **train} if train.get("epochs") else train
 
 
 def without(config: Config, keys: Collection[str]) -> Config:

@@ -191,8 +191,12 @@ def test_an_interrupt_is_code_130(
     tells(capsys.readouterr().err, "stopped", "perl-rl resume", "RUN")
 
 
-def test_epochs_on_the_command_line_take_the_place_of_the_recipes_steps() -> None:
+def test_epochs_and_steps_on_the_command_line_take_the_place_of_each_other(tmp_path: Path) -> None:
     train = parse("train", ["default", "--train.epochs", "2"]).config.train
     assert (train.steps, train.epochs) == (0, 2)
+    recipe = tmp_path / "epochs.toml"
+    recipe.write_text("train.epochs = 2.0")
+    train = parse("train", [str(recipe), "--train.steps", "0"]).config.train
+    assert (train.steps, train.epochs) == (0, 0)
     with refused("train.epochs = 2", "train.steps = 3"):
         parse("train", ["default", "--train.epochs", "2", "--train.steps", "3"])

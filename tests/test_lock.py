@@ -94,18 +94,18 @@ def test_a_file_system_without_locks_is_warned_about(
 
 
 WAITING = """
-import time
+import os, time
 from pathlib import Path
 
 calls = []
 
 def f(prompts, completions, **columns):
     calls.append(1)
-    while len(calls) == 2 and not Path(__file__).with_name("go").exists():
+    while "WAIT" in os.environ and len(calls) == 2 and not Path(__file__).with_name("go").exists():
         time.sleep(0.05)
     return [float(i % 2) for i in range(len(completions))]
 """
-"""A reward that lets the second step of a run wait."""
+"""A reward that lets the second step of a run wait, and nobody else who is told to use it."""
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def test_what_is_asked_of_a_run_that_is_running(
     folder, data = base / "run", base / "data.jsonl"
     options = (*rewarded(base, WAITING), "--train.steps", "2", "--run.checkpoint-every", "1")
     options += ("--reward.timeout", "0")
-    process = spawn("train", short_recipe, *options)
+    process = spawn("train", short_recipe, *options, WAIT="yes")
     wait_for(folder, "rl", 1, process)
     while not (folder / "checkpoints" / "step-1").exists():
         assert process.poll() is None

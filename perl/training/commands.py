@@ -87,8 +87,9 @@ class Train(Command):
         config = with_absolute_paths(config)
         with ExitStack() as held:
             on_main_process(lambda: held.enter_context(locked(folder.root)))
-            on_main_process(partial(_begin, config, folder, self.overwrite))
+            on_main_process(partial(folder.create, self.overwrite))
             try:
+                on_main_process(partial(save_config, config, folder.config))
                 _go(config, folder, resume=False)
             finally:
                 if is_main_process():
@@ -164,11 +165,6 @@ class Doctor(Command):
 
         if not examine():
             sys.exit(1)
-
-
-def _begin(config: Config, folder: RunFolder, overwrite: bool) -> None:
-    folder.create(overwrite)
-    save_config(config, folder.config)
 
 
 def _resume(folder: RunFolder, asked: Config | None = None, steps: int | None = None) -> None:
@@ -354,6 +350,12 @@ def _go(config: Config, folder: RunFolder, resume: bool) -> None:
     try:
         with Display(enabled=is_main_process()) as display:
             summary = train(config, folder, display, resume)
+        if is_main_process():
+            report = write_report(folder.root)
+            print_summary(summary, str(folder.root))
+            print(f"report: {report}")
+            if config.run.push_to_hub:
+                print(f"pushed: {push(config, folder.root, summary)}")
     except Interrupted as stop:
         raise Interrupted(f"{stop}; {_further(folder, resume)}") from None
     except (Exception, KeyboardInterrupt) as error:
@@ -361,13 +363,6 @@ def _go(config: Config, folder: RunFolder, resume: bool) -> None:
         if isinstance(error, Exception) and (resume or folder.has_begun()):
             _tell(error, folder)
         raise
-    if not is_main_process():
-        return
-    report = write_report(folder.root)
-    print_summary(summary, str(folder.root))
-    print(f"report: {report}")
-    if config.run.push_to_hub:
-        print(f"pushed: {push(config, folder.root, summary)}")
 
 
 def _further(folder: RunFolder, resume: bool) -> str:

@@ -227,7 +227,12 @@ def _check_stage(stage: Stage) -> None:
         _check_best(config)
     Schedule(1.0, config.train.schedule, 0, 1)
     Schedule(1.0, config.cold_start.schedule, 0, 1, "cold_start.schedule")
-    make_policy_loss(config.loss, completion)
+    loss = make_policy_loss(config.loss, completion)
+    if loss.correction and config.permutation.condition == "original":
+        raise UserError(
+            f"loss.correction = {loss.correction} compares with the log-probs of the prompt that was sampled from, and "
+            "permutation.condition = original trains on another one; leave one of them out"
+        )
     Scorer(config.reward.functions, config.reward.weights, config.reward.timeout)
 
 

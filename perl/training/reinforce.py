@@ -99,6 +99,8 @@ class PolicyStep:
                 row = self.optimizer.step(number, batches, self.loss, old[k], ref[k])
                 rows += [row] if row else []
         means = {name: mean([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+        if session.config.permutation.condition == "original":
+            means.pop("rollout_kl", None)  # The engine read other prompts.
         return means | {f"packing/{name}": value for name, value in report.items()}
 
     def _segments(self, groups: Sequence[Group]) -> list[Segment]:
@@ -170,8 +172,8 @@ def segments_of(group: Group, condition: str) -> list[Segment]:
     """What can be learnt from a group: rollouts that could be scored, behind the prompts they are conditioned on.
 
     Those are the prompts they were sampled from (`permuted`), or all the original one, which stands first (`original`). Under
-    `original` old log-probs are taken on the original prompt too, so the first update's ratio is 1 by definition; log-probs of
-    an earlier policy would be on another prompt, which is why `perl.recipe` refuses replay there.
+    `original` old log-probs are taken on the original prompt too, so the first update's ratio is 1 by definition; those that the
+    engine gave are on another prompt, so that nothing compares with them: neither replay nor `loss.correction` goes with it.
     """
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for i in np.flatnonzero(~np.isnan(group.rewards)):
@@ -182,7 +184,9 @@ def segments_of(group: Group, condition: str) -> list[Segment]:
             group.rollouts[members[0] if condition == "permuted" else 0].prompt,
             tuple(group.rollouts[i].token_ids for i in members),
             tuple(float(group.advantages[i]) for i in members),
-            sampled_logprobs=tuple(group.rollouts[i].logprobs for i in members),
+            sampled_logprobs=tuple(group.rollouts[i].logprobs for i in members)
+            if condition == "permuted"
+            else None,
             off_policy=group.off_policy,
         )
         for members in by_prompt.values()

@@ -14,7 +14,7 @@ from typing import Any
 
 from perl.config import Config
 from perl.data.streams import with_steps
-from perl.distributed import StopSignal, on_main_process
+from perl.distributed import StopSignal, called_exit, on_main_process
 from perl.files import RunFolder, is_main_process, write_json
 from perl.recipe import Stage, save_config
 from perl.report.progress import Display
@@ -73,8 +73,7 @@ def _train_seed(
             session.rescue(error)
             raise
         except SystemExit as left:
-            # Of some library or a reward: a run must not end as if it were done.
-            error = RuntimeError(f"something called exit({left.code!r})")
+            error = called_exit(left)
             session.rescue(error)
             raise error from left
         finally:

@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from perl.evaluation.difficulty import MeasuredFile
+from perl.report import page
 from perl.report.gallery import Gallery
 from perl.rewards.scorer import Scorer
+from perl.training import commands
 from perl.training.saving.checkpoint import CheckpointManager
 from perl.training.session import Session
 from perl.types import UserError
@@ -137,6 +139,7 @@ PLANTED: dict[str, tuple[Any, str, int, tuple[str, int] | None, list[str]]] = {
     "pictures, along the way": (Gallery, "keep_rollouts", 2, ("rl", 2), ["rl step 2"]),
     "engine, after RL": (OwnEngine, "generate", 10, ("after", 0), ["after RL"]),
     "export at the end": (TwoTokens, "save_pretrained", 2, ("done", 0), ["done"]),
+    "report": (page, "write_report", 1, ("done", 0), []),
 }
 """Whose which call fails, the point that is saved then, and what the line names."""
 
@@ -255,6 +258,9 @@ def test_a_run_with_finished_steps_is_kept_without_a_checkpoint(
     plant(monkeypatch, torch.optim.AdamW, "step", 3, ValueError("planted"))
     assert run("train", recipe(tmp_path)) == 1
     assert saved(folder) == [] and len(metrics(folder)) == 2
+    plant(monkeypatch, commands, "save_config", 1, full())
+    assert run("train", recipe(tmp_path), "--overwrite") == 2
+    assert len(metrics(folder)) == 2
     plant(monkeypatch, torch.optim.AdamW, "step", 1, ValueError("planted"))
     with pytest.raises(ValueError, match="planted"):
         run("train", recipe(tmp_path), "--overwrite")

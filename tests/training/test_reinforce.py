@@ -16,9 +16,11 @@ from perl.config import ModelConfig
 from perl.model.packed.pack import pack_row
 from perl.permutation import permute
 from perl.rollout.collect import Collected
+from perl.training.components import check_setup
 from perl.training.reinforce import PolicyStep, group_metrics, old_logprobs, segments_of
 from perl.types import EncodedPrompt, Example, Group, Rollout
 from tests.command_line import json_lines, metrics
+from tests.messages import refused
 from tests.training.two_tokens import TwoTokens, config_of, session_of, train_in
 
 EXAMPLE = Example("row", ("a", "b"), "A <image> B <image> which", "A")  # type: ignore[arg-type]
@@ -193,6 +195,14 @@ def test_the_original_prompt_is_the_first_order_s_also_where_that_has_one_rollou
     )
     (segment,) = segments_of(one, "original")
     assert len(segment.prompt.input_ids) == 2 and segment.advantages == (-1.0, 0.5, -0.5)
+
+
+def test_another_prompt_s_log_probs_correct_nothing(tmp_path: Path) -> None:
+    (segment,) = segments_of(group([1, 0, 1, 0]), "original")
+    assert segment.sampled_logprobs is None
+    more = 'loss.correction = "token_mask"\npermutation.condition = "original"'
+    with refused("loss.correction = token_mask", "permutation.condition = original"):
+        check_setup(config_of(tmp_path, more))
 
 
 @pytest.mark.parametrize("frozen", [True, False])

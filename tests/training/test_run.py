@@ -386,7 +386,7 @@ def test_processes_share_the_stream_out() -> None:
     assert shares[1].find((3,)).id == "3"
 
 
-@pytest.mark.parametrize("how", ["stop", "mistake", "bug"])
+@pytest.mark.parametrize("how", ["stop", "mistake", "bug", "exit"])
 def test_what_ends_one_process_ends_both_and_both_go_on(
     how: str, tmp_path: Path, two_processes: Together, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -400,7 +400,9 @@ def test_what_ends_one_process_ends_both_and_both_go_on(
         if two_processes.here.index == 1 and params.n == 2:
             left -= 1
             if left == 0 and how != "stop":
-                raise {"mistake": UserError, "bug": ValueError}[how]("only here")
+                raise {"mistake": UserError, "bug": ValueError, "exit": SystemExit}[how](
+                    "only here"
+                )
             two_processes.stops[1].requested |= left == 0
         return generate(self, prompts, params, seed)
 
@@ -410,7 +412,8 @@ def test_what_ends_one_process_ends_both_and_both_go_on(
         assert isinstance(first, Interrupted) and isinstance(second, Interrupted)
     else:
         assert isinstance(first, UserError)
-        assert type(second) is (UserError if how == "mistake" else ValueError)
+        expected = {"mistake": UserError, "bug": ValueError, "exit": RuntimeError}[how]
+        assert type(second) is expected
         tells(second, "only here")
         assert "only here" not in str(first)
     stage, step = saved(folder)[-1]
