@@ -29,7 +29,8 @@ class Fault:
 
     what: str
     advice: str = (
-        "correct the function (it is called with prompts, completions and every column by name)"
+        "correct the function (it is called with prompts, completions and every column by name; completions are "
+        "messages where the data hold a chat, else texts)"
     )
     error: BaseException | None = None
 

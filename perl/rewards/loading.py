@@ -33,8 +33,8 @@ class BoundReward:
     options: Mapping[str, Any] = field(default_factory=dict)
     hidden: frozenset[str] = frozenset()
     """Names of columns that are not handed over, as options go by them."""
-    built_in: bool = False
-    """One of ours, which reads chats as texts."""
+    texts: bool = False
+    """It takes chats as texts: one of ours, or of ms-swift's."""
 
     def __call__(
         self, columns: Mapping[str, Sequence[Any]], chats: Mapping[str, Sequence[Any]], **more: Any
@@ -46,7 +46,7 @@ class BoundReward:
         """
         if peer := PeerForm.of(self.function):
             return peer.call(self.function, columns, self.options)
-        given = columns if self.built_in else {**columns, **chats}
+        given = columns if self.texts else {**columns, **chats}
         named = parameters_of(self.function)
         if named and any(p.kind is inspect.Parameter.VAR_KEYWORD for p in named.values()):
             named = None
@@ -78,8 +78,8 @@ class BoundReward:
 def load(spec: str, built_in: Mapping[str, RewardFunction]) -> BoundReward:
     """The function that `name`, `package.module:function` or `file.py:function` stands for.
 
-    Options may follow in brackets, as keyword arguments with literal values. Raises UserError for
-    what is not known, does not load, or is no option of the function.
+    Options may follow in brackets, as keyword arguments with literal values. A class is made with them, and the object
+    called (ms-swift). Raises UserError for what is not known, does not load, or is no option of the function.
     """
     match = REWARD_SPEC.fullmatch(spec.strip())
     if match is None:
@@ -102,12 +102,19 @@ def load(spec: str, built_in: Mapping[str, RewardFunction]) -> BoundReward:
         if known is not None and key not in known:
             there = f"its options are {', '.join(known)}" if known else "it takes none"
             raise UserError(f"reward '{spec}' has no option '{key}'{_nearest(key, known)}; {there}")
+    if isinstance(function, type):
+        try:
+            return BoundReward(function(**options), texts=True)
+        except Exception as error:
+            raise UserError(
+                f"reward '{spec}': {name}() raised {type(error).__name__}: {one_line(error)}; write what it needs as options"
+            ) from error
     if module is not None:  # What it needs besides may be columns.
         return BoundReward(function, options, frozenset(options))
     for key, parameter in (known or {}).items():
         if parameter.default is inspect.Parameter.empty and key not in options:
             raise UserError(f"reward '{spec}' needs the option {key}, as in {name}({key}=...)")
-    return BoundReward(function, options, frozenset(known or ()), built_in=True)
+    return BoundReward(function, options, frozenset(known or ()), texts=True)
 
 
 def read_options(what: str, text: str) -> dict[str, Any]:

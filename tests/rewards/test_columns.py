@@ -224,6 +224,33 @@ def test_how_far_the_run_is_and_what_functions_log() -> None:
     assert (scorer.metrics, scorer.logged) == ({}, {})
 
 
+def test_a_class_of_ms_swift_gets_texts_of_chats_too() -> None:
+    chat = {"messages": [{"role": "user", "content": ASKED}], "solution": "<answer> B </answer>"}
+    for spec, scores in (("Orm", [1, 0]), ("Orm(right=3.0)", [3, 0]), ("Later", [1, 0])):
+        scorer = Scorer((f"{__name__}:{spec}",), (1.0,))
+        assert scorer.score_rollouts(rollouts(chat, "A", "B"))[0].tolist() == scores
+    with refused("Needs()", "TypeError", "'tokenizer'", "options"):
+        Scorer((f"{__name__}:Needs",), (1.0,))
+
+
+class Orm:
+    def __init__(self, right: float = 1.0) -> None:
+        self.right = right
+
+    def __call__(self, completions: Any, solution: Any, **kwargs: Any) -> list[float]:
+        assert kwargs["trainer_state"].global_step == 0
+        return [self.right * (c in s) for c, s in zip(completions, solution, strict=True)]
+
+
+class Later(Orm):
+    async def __call__(self, completions: Any, solution: Any, **kwargs: Any) -> list[float]:  # type: ignore[override]
+        return super().__call__(completions, solution, **kwargs)
+
+
+class Needs:
+    def __init__(self, tokenizer: Any) -> None: ...
+
+
 def test_golds_are_checked_under_the_names_of_the_data() -> None:
     row = {"prompt": ASKED, "solution": "(1,2),(3,4)", "kind": "none"}
     (one,) = rollouts(row, "", order=(0, 1))
