@@ -185,8 +185,8 @@ class DataConfig:
     """Read training data of the hub, a folder or Parquet as it comes, shuffled in blocks of 1,000 rows, instead of bringing
     all of it here first; of held-out data the first eval.examples rows."""
     on_error: Literal["error", "skip"] = "error"
-    """What to do with a faulty training row, also one whose image turns out broken when it is drawn: stop, or leave it
-    out and count it in data/skipped. Evaluation always stops."""
+    """What to do with a faulty row, also one whose image turns out broken when it is drawn: stop, or leave it out, which
+    training counts in data/skipped. A filter stage always stops."""
     max_prompt_tokens: Positive = 8192
     """A prompt with more tokens, image tokens included, is an error or is dropped."""
     overlong: Literal["error", "drop"] = "error"

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from perl.config import DataConfig
 from perl.data.dataset import Dataset, RowDataset
 from perl.kept import kept_file, read_kept, write_kept
 from perl.permutation import check_moves, num_orders
@@ -75,6 +76,21 @@ def checks_of(text: Any, processor: Any = None, rewards: Iterable[tuple[str, ...
     return Checks(
         tuple(inspect), f"{text} {sorted(readers)} {processor.demands if processor else ''}"
     )
+
+
+def acceptance(
+    data: DataConfig, text: Any, processor: Any, rewards: Iterable[tuple[str, ...]] = ()
+) -> Callable[[Example], None] | None:
+    """What raises UserError for an example that `checks_of` finds faulty, where such are left out; None: they are errors."""
+    if data.on_error == "error":
+        return None
+    checks = checks_of(text, processor, rewards)
+
+    def accept(example: Example) -> None:
+        for _, inspect in checks.inspect:
+            inspect(example)
+
+    return accept
 
 
 class Fault(NamedTuple):
@@ -166,7 +182,7 @@ def _visit_all(dataset: Dataset, checks: Checks, display: Display, stop: bool) -
     chunks = [range(k, min(k + _AT_ONCE, size)) for k in range(0, size, _AT_ONCE)]
     seen: list[Seen] = []
     if len(chunks) > 1:
-        display.stage("check", size, unit="rows of data")
+        display.stage("check", size, unit="row")
     for some in _visited(dataset, checks, chunks):
         faulty = next((each.fault for each in some if each.fault), None)
         if stop and faulty:

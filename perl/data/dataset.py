@@ -15,7 +15,7 @@ from perl.config import DataConfig
 from perl.data.columns import choose_layout, may_move, read_row, tell_once
 from perl.data.held_out import Shown, held_out_rows, shown_by
 from perl.data.pictures import Split, open_stored
-from perl.data.sources import Source, open_source, open_streamed
+from perl.data.sources import Source, is_streamable, open_source, open_streamed
 from perl.data.tasks import BundledTasks
 from perl.data.videos import Frame, open_frame
 from perl.kept import kept
@@ -47,7 +47,8 @@ def load_examples(
         raise UserError(f"data.{'train' if split == 'train' else 'eval'} is empty; name a data set")
     if source.startswith(BUNDLED):  # They keep the pictures of both splits apart.
         return BundledTasks(source.removeprefix(BUNDLED), split, config, seed, limit)
-    if config.streaming:  # The first rows stand for all.
+    if config.streaming and (split == "train" or is_streamable(source)):
+        # The first rows stand for all.
         name, root, streamed = open_streamed(source, split)
         return RowDataset(Source(name, root, list(islice(streamed, limit or _FIRST))), config)
     rows = open_source(source, "train" if apart else split)

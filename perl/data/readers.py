@@ -223,10 +223,14 @@ def open_parquet(name: str, paths: Sequence[str | Path]) -> ArrowRows:
     """The rows of Parquet files with the same columns."""
     import datasets
 
-    # Each path as a pattern that matches it alone.
-    patterns = [re.sub(r"([*?\[])", r"[\1]", os.path.abspath(path)) for path in paths]
+    patterns = [as_pattern(path) for path in paths]
     table = datasets.load_dataset("parquet", data_files=patterns, split="train")
     return ArrowRows(name, _root_of(paths[0]), table)
+
+
+def as_pattern(path: str | Path) -> str:
+    """A pattern that matches the path alone."""
+    return re.sub(r"([*?\[])", r"[\1]", os.path.abspath(path))
 
 
 def _parsed(text: bytes, place: str, what: str) -> Any:

@@ -16,6 +16,7 @@ from perl.data.readers import (
     ArrowRows,
     Several,
     Source,
+    as_pattern,
     open_file,
     open_parquet,
 )
@@ -83,7 +84,7 @@ def _found(source: str, split: str) -> list[Source]:
 def _open_folder(path: Path, config: str | None, own_split: str | None, split: str) -> Source:
     import datasets
 
-    saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    saved = _is_saved(path)
     if saved and config:
         raise UserError(f"{path} was saved by datasets and has no config {config}; leave it out")
     if saved:
@@ -97,6 +98,11 @@ def _open_folder(path: Path, config: str | None, own_split: str | None, split: s
         raise UserError(f"{path}:{own_split}: there is no such split, only {names}")
     name = f"{path}:{own_split}" if own_split else str(path)
     return ArrowRows(name, Path(os.path.abspath(path)), _choose_split(found, split, str(path)))
+
+
+def _is_saved(folder: Path) -> bool:
+    """By `save_to_disk` of `datasets`."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def _named(source: str) -> tuple[str, str | None, str | None]:
@@ -160,33 +166,42 @@ def _choose_split(found: Any, split: str, where: str) -> Any:
     )
 
 
+def is_streamable(source: str) -> bool:
+    """Whether rows can be read as they come: those of the hub, of Parquet, of a folder that `datasets` did not save. All
+    others can be had by number without reading them first."""
+    folder, files = _places(source)
+    if folder.is_dir():
+        return not _is_saved(folder)
+    return all(file.endswith(".parquet") for file in files)
+
+
 def open_streamed(source: str, split: str) -> tuple[str, Path, Any]:
     """The name, the root of image paths and the rows of a data set that is read as it comes, images not decoded.
 
     Raises:
-        UserError: it cannot be read, or is one whose rows can be had by number without reading it first.
+        UserError: it cannot be read, or not so.
     """
     import datasets
 
-    name, config, own_split = _named(source)
-    folder = Path(name).expanduser()
-    files = [source] if Path(source).is_file() else sorted(glob.glob(source, recursive=True))
-    saved = any((folder / each).is_file() for each in ("dataset_dict.json", "state.json"))
-    if saved or (not folder.is_dir() and files and not all(f.endswith(".parquet") for f in files)):
+    if not is_streamable(source):
         raise UserError(
             f"data.streaming: {source} is read row by row as it is; leave data.streaming out (it is for hub data sets, "
             "folders and Parquet)"
         )
+    name, config, own_split = _named(source)
+    folder, files = _places(source)
     try:
         if files and not folder.is_dir():
-            patterns = [re.sub(r"([*?\[])", r"[\1]", _absolute(Path(f))) for f in files]
+            patterns = [as_pattern(file) for file in files]
             rows: Any = datasets.load_dataset(
                 "parquet", data_files=patterns, split="train", streaming=True
             )
             root = Path(_absolute(Path(files[0]))).parent
         else:
-            offline_if_unreachable()
-            name = str(folder) if folder.is_dir() else name
+            if folder.is_dir():
+                name = str(folder)
+            else:
+                offline_if_unreachable()
             rows = datasets.load_dataset(name, config, split=own_split, streaming=True)
             root = Path(_absolute(folder))
     except Exception as error:
@@ -195,3 +210,10 @@ def open_streamed(source: str, split: str) -> tuple[str, Path, Any]:
             f"{one_line(error, 300)}; {_there(folder)}"
         ) from error
     return source, root, _choose_split(rows, split, source).decode(False)
+
+
+def _places(source: str) -> tuple[Path, list[str]]:
+    """The folder that a source may be, and the files that it may be."""
+    path = Path(source).expanduser()
+    files = [str(path)] if path.is_file() else sorted(glob.glob(str(path), recursive=True))
+    return Path(_named(source)[0]).expanduser(), files

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from perl.config import EVAL_SEED, Config, names_of, places_of
+from perl.data.check import acceptance
+from perl.data.columns import tell_once
 from perl.data.dataset import Dataset
 from perl.evaluation.agreement import Reader, agreement, chosen_picture, reader_of
 from perl.model.processor import content_key
@@ -95,7 +97,8 @@ def evaluate(
     """Measure a policy as `config.eval` says; the seed is the same for all, so that policies can be compared.
 
     Args:
-        dataset: held-out examples; those over the prompt budget are left out if the encoder drops them.
+        dataset: held-out examples; those over the prompt budget are left out if the encoder drops them, and faulty ones
+            as `data.on_error` says.
         indices: which of them to measure on; they are loaded a few at a time.
         advance: told how many examples are done, for a progress bar.
         scorer: of the run's rewards, which are asked once for each completion; None: as `config.reward` says.
@@ -110,11 +113,14 @@ def evaluate(
     accuracy, _ = accuracy_of(config) or (None, "")
     read = answer_reader(config, scorer)
     longest, text = config.rollout.max_new_tokens, config.permutation.text
+    accept = acceptance(config.data, text, encoder.processor)
     stop = config.rollout.stop
     sampling = SamplingParams(config.eval.samples, 1.0, longest, stop=stop)
     greedily = SamplingParams(1, 0.0, longest, stop=stop)
     for start in range(0, len(indices), _CHUNK):
-        chunk = [dataset[i] for i in indices[start : start + _CHUNK]]
+        numbers = indices[start : start + _CHUNK]
+        read_all = (_example(dataset, i, accept) for i in numbers)
+        chunk = [example for example in read_all if example]
         encoded = [
             encoder.encode(
                 [permute(e, o, text) for o in all_orders(e, config.eval.max_orders, EVAL_SEED)]
@@ -132,8 +138,24 @@ def evaluate(
             results.append(_summarise(own, accuracy, read))
             if not start:
                 shown += [scored_of_order[0] for scored_of_order in own]
-        advance(len(chunk))
+        advance(len(numbers))
     return results, shown
+
+
+def _example(
+    dataset: Dataset | Sequence[Example], i: int, accept: Callable[[Example], None] | None
+) -> Example | None:
+    """Example i; None if it is faulty and such are left out."""
+    try:
+        example = dataset[i]
+        if accept:
+            accept(example)
+    except UserError as error:
+        if accept is None:
+            raise
+        tell_once(logging.WARNING, f"left out of what is measured on: {error}", str(error))
+        return None
+    return example
 
 
 def aggregate(results: Sequence[ExampleResult]) -> dict[str, Any]:
@@ -144,7 +166,7 @@ def aggregate(results: Sequence[ExampleResult]) -> dict[str, Any]:
     """
     if not results:
         raise UserError(
-            "every held-out example has a prompt over the token budget; raise data.max_prompt_tokens and "
+            "every held-out example is faulty or has a prompt over the token budget; raise data.max_prompt_tokens and "
             "train.tokens_per_micro_batch, or lower model.max_pixels"
         )
     tasks: defaultdict[str, list[ExampleResult]] = defaultdict(list)

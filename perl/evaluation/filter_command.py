@@ -144,6 +144,7 @@ def _settings(command: Filter) -> Config:
             "train": command.data or None,
             "image_root": "" if command.data else None,
             "map": command.map,
+            "streaming": False,  # All rows are measured.
             "max_prompt_tokens": command.max_prompt_tokens,
             "overlong": command.overlong,
             "instruction": command.instruction,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -234,6 +234,7 @@ def _check(config: Config) -> None:
     check_named(config)
     datasets: dict[tuple[Any, ...], Any] = {}
     rewards: dict[tuple[Any, ...], set[tuple[str, ...]]] = {}
+    measured_whole = set[tuple[Any, ...]]()
     for stage in plan(config):
         own = stage.config
         for source, _ in training_sources(own):
@@ -242,6 +243,7 @@ def _check(config: Config) -> None:
                 datasets[key] = load_examples(source, own.data, "train", own.run.seed)
             if stage.kind == "filter" and source == own.data.train:
                 _check_filter(stage.name, own, datasets[key].size)
+                measured_whole.add(key)
                 rewards.setdefault(key, set()).add((measured_function(own),))
             if stage.kind == "rl":
                 rewards.setdefault(key, set()).add(own.reward.functions)
@@ -263,26 +265,27 @@ def _check(config: Config) -> None:
             "of data.train out"
         )
     processor = check_setup(config)
-    _check_rows(datasets, rewards, processor)
+    _check_rows(datasets, rewards, measured_whole, processor)
     _check_prompts(config, processor, datasets)
 
 
 def _check_rows(
     datasets: Mapping[tuple[Any, ...], Any],
     rewards: Mapping[tuple[Any, ...], set[tuple[str, ...]]],
+    measured_whole: Collection[tuple[Any, ...]],
     processor: Any,
 ) -> None:
-    """Raise UserError for a faulty row, or warn of those that training will skip."""
+    """Raise UserError for a faulty row, or warn of those that will be skipped, which a filter stage does not."""
     from perl.data.check import checked, checks_of
     from perl.data.dataset import RowDataset
     from perl.report.progress import Display
 
     for key, dataset in datasets.items():
-        split, source, data, text = key
+        _, source, data, text = key
         if not isinstance(dataset, RowDataset):
             continue
         checks = checks_of(text, processor, rewards.get(key, ()))
-        stop = split == "eval" or data.on_error == "error"
+        stop = data.on_error == "error" or key in measured_whole
         with Display() as display:
             found = checked(dataset, checks, display, stop)
         if len(found.faults) == found.rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from perl.config import EVAL_SEED, Config, DataConfig, names_of
-from perl.data.check import checks_of
+from perl.data.check import acceptance
 from perl.data.dataset import BUNDLED, Dataset, load_examples
 from perl.data.resample import parse_histogram
 from perl.data.streamed import StreamedExamples
@@ -42,7 +42,7 @@ from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.timing import Stopwatch
 from perl.training.optimizer import Schedule
 from perl.training.saving.hub import check_push
-from perl.types import Example, UserError
+from perl.types import UserError
 
 
 @dataclass
@@ -97,33 +97,21 @@ class Components:
         sources = training_sources(self.config)
         # Different stages see different questions; primes keep the seeds of stages and sources apart.
         seed = self.config.run.seed * 2 + (self.stage.kind == "rl") + 1_000_003 * self.stage.number
+        config = self.config
+        rewards = [config.reward.functions] if self.stage.kind == "rl" else []
+        accept = acceptance(config.data, config.permutation.text, self.processor, rewards)
         streams = []
         for number, (source, _) in enumerate(sources):
             own = seed + 7919 * number  # Two bundled sources give different questions.
             found, data = self.source(source)
             if data.streaming and found == source and not source.startswith(BUNDLED):
-                streams.append(StreamedExamples(source, data, own, self._accept()))
+                streams.append(StreamedExamples(source, data, own, accept))
                 continue
             dataset = load_examples(found, data, "train", own)
-            streams.append(ExampleStream(dataset, own, self._accept()))
+            streams.append(ExampleStream(dataset, own, accept))
         if len(streams) == 1:
             return streams[0]
         return MixedStream(streams, [weight for _, weight in sources], seed)
-
-    def _accept(self) -> Callable[[Example], None] | None:
-        """Raises UserError for an example that cannot be trained on, where such are to be skipped."""
-        config = self.config
-        if config.data.on_error == "error":
-            return None
-
-        rewards = [config.reward.functions] if self.stage.kind == "rl" else []
-        checks = checks_of(config.permutation.text, self.processor, rewards)
-
-        def accept(example: Example) -> None:
-            for _, inspect in checks.inspect:
-                inspect(example)
-
-        return accept
 
     def source(self, source: str) -> tuple[str, DataConfig]:
         """Where a training source is read from and how: what a filter stage has left of it, if one has."""

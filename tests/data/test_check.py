@@ -16,8 +16,9 @@ from perl.data import check
 from perl.data.check import Checks, checked, checks_of
 from perl.data.dataset import RowDataset, load_examples
 from perl.report.progress import Display
+from perl.training.commands import _check_rows
 from perl.types import Example, UserError
-from tests.command_line import ErrorOf, json_lines, run
+from tests.command_line import ErrorOf, json_lines, metrics, run
 from tests.messages import refused, tells
 from tests.pictures import encoded
 from tests.training.two_tokens import config_of, stand_in, train_in
@@ -233,16 +234,28 @@ def test_a_cache_that_cannot_be_written_or_read_is_done_without(
                 kept.write_text("{")
 
 
+def test_a_filter_stage_skips_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = write(tmp_path, [GOOD, FAULTS["label"]])
+    key = ("train", source, DataConfig(on_error="skip"), "slots")
+    _check_rows({key: opened(source)}, {}, (), None)
+    tells(caplog.text, source, "1 of 2 rows", "line 2")
+    with refused("line 2", "'D'"):
+        _check_rows({key: opened(source)}, {}, {key}, None)
+
+
 def test_a_run_skips_a_cut_picture_and_counts_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     stand_in(monkeypatch)
-    keys = '[data]\non_error = "{}"\n[train]\nsteps = 3'
+    keys = '[data]\non_error = "{}"\neval = "more.jsonl"\n[eval]\nexamples = 6\n[train]\nsteps = 3'
+    keys = keys.replace("more", f"{tmp_path}/more")
     skip, stop = (config_of(tmp_path, keys.format(word)) for word in ("skip", "error"))
     (tmp_path / "3.png").write_bytes(encoded((3, 0, 0), size=(64, 64))[:80])
     train_in(tmp_path / "skip", skip)
     # Two of the six rows show it.
-    skipped = [row["data/skipped"] for row in json_lines(tmp_path / "skip" / "metrics.jsonl")]
+    skipped = [row["data/skipped"] for row in metrics(tmp_path / "skip", "rl")]
     assert len(skipped) == 3 and sum(skipped) in (2, 3, 4)
+    assert [row["examples"] for row in metrics(tmp_path / "skip", "evaluate")] == [4, 4]
+    assert sum("measured on" in message for message in caplog.messages) == 2
     with refused("3.png"):
         train_in(tmp_path / "stop", stop)

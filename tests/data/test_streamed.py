@@ -64,5 +64,8 @@ def test_faulty_rows_are_skipped_and_first_rows_stand_for_all(source: str, tmp_p
     (tmp_path / "a.jsonl").write_text("{}")
     with refused("a.jsonl", "data.streaming"):
         StreamedExamples(str(tmp_path / "a.jsonl"), STREAMED, 0)
+    # What is measured on need not be streamed where training is.
+    (tmp_path / "a.jsonl").write_text('{"question": "?", "images": [], "answer": "A"}\n' * 3)
+    assert load_examples(str(tmp_path / "a.jsonl"), STREAMED, "test", 0)[2].answer == "A"
     with refused("nowhere/x/y.parquet", "hub"):
         StreamedExamples("nowhere/x/y.parquet", STREAMED, 0)
