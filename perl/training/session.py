@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -81,7 +82,6 @@ class Session:
         self._checkpoint = None
         self._replay_state: dict[str, Any] | None = None
         self._recorded_updates = 0
-        self._rng = torch.get_rng_state()
         self._started = time.perf_counter()
 
     def restore(self) -> None:
@@ -163,8 +163,11 @@ class Session:
                     f"without a better {key} than {best['value']:.4g}, of step {best['step']:.0f}"
                 )
                 return
-            # The bits of a feature depend on the images it was encoded with: a resumed run begins each step alike.
+            # A resumed run begins each step alike: the bits of a feature depend on the images it was encoded with, and dropout
+            # draws from torch's generators.
             self.components.policy.vision.clear_cache()
+            place = f"{self.config.run.seed}/{self.stage.name}/{step}/{self.processes.index}"
+            torch.manual_seed(random.Random(place).getrandbits(63))
             yield step
 
     def finish_stage(self, save: bool = True) -> None:
@@ -248,11 +251,7 @@ class Session:
         replay = self.components.collector.replay
         self._replay_state = replay.state_dict() if replay.active else None
         self._recorded_updates = self.optimizer.updates if self.optimizer else 0
-        self._mark()
-
-    def _mark(self) -> None:
-        """What else a checkpoint of this point says, also one that is written when the next step has failed."""
-        self.progress.records, self._rng = self.folder.positions(), torch.get_rng_state()
+        self.progress.records = self.folder.positions()
 
     def end_step(self, step: int) -> None:
         """Checkpoint when due; stop if requested.
@@ -260,8 +259,7 @@ class Session:
         Raises:
             Interrupted: stop was requested; the step has been saved.
         """
-        self.progress.ended = True
-        self._mark()
+        self.progress.ended, self.progress.records = True, self.folder.positions()
         every = self.config.run.checkpoint_every
         stop = self.processes.any(self.stop.requested)
         best = self.progress.best.get("step") == self.progress.steps
@@ -327,7 +325,7 @@ class Session:
 
     def save(self) -> None:
         """A checkpoint of the last complete step; all processes take part."""
-        self._mark()
+        self.progress.records = self.folder.positions()
         self._save(together=True)
 
     def _save(self, together: bool) -> None:
@@ -366,8 +364,6 @@ class Session:
         if whole and (together or alone):
             if isinstance(error, KeyboardInterrupt):
                 logger.info("saving %s step %d first", self.progress.stage, self.progress.step)
-            # Dropout of the step that failed has drawn from the generator.
-            torch.set_rng_state(self._rng)
             try:
                 self._save(together)
             except (Exception, KeyboardInterrupt) as further:

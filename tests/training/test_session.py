@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from perl.distributed import StopSignal
 from perl.recipe import filtered_file
@@ -86,16 +87,20 @@ def test_trackers_go_on_behind_the_checkpoint(tmp_path: Path, two_tokens: None) 
     assert shown == [([row], 5)]
 
 
-def test_each_step_begins_without_features_of_earlier_ones(
-    tmp_path: Path, two_tokens: None
-) -> None:
-    """What is encoded together differs in its last bits: a resumed run could not give the same numbers."""
+def test_each_step_begins_alike_whatever_came_before(tmp_path: Path, two_tokens: None) -> None:
+    """Else a resumed run could not give the same numbers: what is encoded together differs in its last bits, and dropout
+    draws from torch's generator. Each process draws its own."""
     session = session_of(config_of(tmp_path, "train.steps = 3"), tmp_path / "run")
     session.enter_stage(session.stages[1])
     policy: Any = session.components.policy
-    assert [(step, policy.vision.cleared) for step in session.steps()] == [(0, 1), (1, 2), (2, 3)]
+    drawn = [(step, policy.vision.cleared, torch.rand(1).item()) for step in session.steps()]
+    assert [(step, cleared) for step, cleared, _ in drawn] == [(0, 1), (1, 2), (2, 3)]
     session.progress.step = 2
-    assert list(session.steps()) == [2]
+    torch.manual_seed(0)
+    assert [(step, 3, torch.rand(1).item()) for step in session.steps()] == drawn[2:]
+    session.processes.index = 1
+    drawn += [(step, 3, torch.rand(1).item()) for step in session.steps()]
+    assert len({number for *_, number in drawn}) == 4
 
 
 def test_a_stage_begins_once_and_is_shown_by_its_name(tmp_path: Path, two_tokens: None) -> None:

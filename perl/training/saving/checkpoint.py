@@ -1,4 +1,4 @@
-"""Atomic checkpoints: trained weights, optimizer, random state and progress, in safetensors and JSON, never pickle."""
+"""Atomic checkpoints: trained weights, optimizer and progress, in safetensors and JSON, never pickle."""
 
 from __future__ import annotations
 
@@ -94,8 +94,6 @@ class CheckpointManager:
             save_file(_weights(model), temporary / "model.safetensors")
             if optimizer is not None:
                 save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
-            # Dropout and LoRA's initial weights draw from torch's generator; all else has seeds of its own.
-            save_file({"torch": torch.get_rng_state()}, temporary / "rng.safetensors")
             more(temporary)
             # Sizes tell a file that a full disk or a crash has cut, without reading gigabytes.
             files = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
@@ -147,7 +145,7 @@ class CheckpointManager:
         return None
 
     def restore_model(self, path: Path, model: nn.Module) -> None:
-        """Put a checkpoint's weights and random state back."""
+        """Put a checkpoint's weights back."""
         from safetensors.torch import load_file
 
         weights = load_file(path / "model.safetensors")
@@ -160,7 +158,6 @@ class CheckpointManager:
                 "put the settings under [model] back, or start again with --overwrite"
             )
         model.load_state_dict(weights, strict=False)
-        torch.set_rng_state(load_file(path / "rng.safetensors")["torch"])
 
     def restore_optimizer(
         self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
