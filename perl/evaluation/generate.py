@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
-from perl.config import EVAL_SEED, Command, Config, Count, NotNegative, Positive, Seed
+from perl.config import (
+    EVAL_SEED,
+    Command,
+    Config,
+    Count,
+    MeasureConfig,
+    NotNegative,
+    Positive,
+    Seed,
+)
 from perl.recipe import check_options
 from perl.types import IMAGE_SLOT, EncodedImage, Example, Message, UserError
 
@@ -120,7 +129,7 @@ def _held_out(config: Config, number: int) -> Example:
         raise UserError(
             f"--example {number} is one of a run's data.eval, and there is none; give --prompt and --images"
         )
-    count = config.eval.examples or number + 1
+    count = config.eval.examples or MeasureConfig().examples
     examples = load_examples(config.data.eval, config.data, "test", EVAL_SEED, count)
     if number >= len(examples):
         raise UserError(

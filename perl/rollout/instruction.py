@@ -54,14 +54,12 @@ class Instruction:
         }
         name = max(served, key=lambda name: len(served[name]))
         text, functions = INSTRUCTIONS[name], served[name]
-        asked_for = [next(form for form in forms[f] if fits([form], text)) for f in functions]
-        needed = Form().union(*asked_for)
-        reading = (
-            f"{_listed(functions)} read{'s' * (len(functions) == 1)} {_listed(sorted(needed))}"
-        )
         if not functions:
             return replace(own, why=f"auto: there is none that asks for what {_listed(forms)} read")
-        return replace(own, text=text, unless=(needed,), why=f"auto, {name}: {reading}")
+        asked_for = [next(form for form in forms[f] if fits([form], text)) for f in functions]
+        needed = Form().union(*asked_for)
+        why = f"auto, {name}: {_listed(functions)} read {_listed(sorted(needed))}"
+        return replace(own, text=text, unless=(needed,), why=why)
 
     def fitted(self, processor: Processor) -> Instruction:
         """What a model is asked: "auto" adds nothing where its tokenizer does not know the words, as those of the tiny
@@ -138,12 +136,11 @@ def warn_of_prompts(
         ]
         if lost:
             logger.warning(
-                "%s: the chat template ends with %s, so that no completion begins with it and %s stay%s 0; name another "
-                "template in model.chat_template, or rewards that do not read it",
+                "%s: the chat template ends with %s, so that no completion begins with it, and what reads it stays 0: %s; "
+                "name another template in model.chat_template, or other rewards",
                 name,
                 texts[0].split()[-1],
                 _listed(lost),
-                "s" * (len(lost) == 1),
             )
         if taught or instruction.wordless:
             texts += shown
