@@ -36,6 +36,8 @@ PANELS = (
     Panel("reward", "Reward", "mean per completion",
           "The weighted reward of a completion and its unweighted parts; on held-out examples as markers.",
           (("reward/mean", "weighted sum"),), (("reward", "weighted sum, held out"),), "free", rest="reward/"),
+    Panel("parts", "Parts of rewards", "mean per completion",
+          "What functions return beside their score, which counts nowhere.", (), (), "free", rest="reward/"),
     Panel("faults", "Reward faults", "completions per step",
           "Completions that a reward function failed on; they have no score of it.", (), rest=FAULTS),
     Panel("accuracy", "Accuracy", "right completions",

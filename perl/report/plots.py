@@ -56,7 +56,7 @@ def draw_pictures(
                 pictures.append(Picture(name, caption, f"{title}. {alt}", path))
                 return
             # Without RL one note says it all; a run may have no cold start, and should have no faults.
-            optional = name in ("cold_start", "faults", "trained")
+            optional = name in ("cold_start", "faults", "parts", "trained")
             if any(run.rl for run in runs) and not optional and title not in zero:
                 missing.append(title)
         except Exception as error:
@@ -143,7 +143,10 @@ def _rest(panel: Panel, runs: Sequence[RunLog]) -> list[tuple[str, str]]:
         return []
     keys = {key for run in runs for row in run.rl for key in row if key.startswith(panel.rest)}
     if panel.rest != FAULTS:
-        keys -= OF_THE_SUM | {key for key in keys if key.startswith(FAULTS)}
+        # Parts have scales of their own, which would press the scores flat.
+        parts = {key for key in keys if key.rpartition("/")[0] in keys}
+        faults = {key for key in keys if key.startswith(FAULTS)}
+        keys = parts - faults if panel.name == "parts" else keys - parts - faults - OF_THE_SUM
     return [(key, key.removeprefix(panel.rest)) for key in sorted(keys)]
 
 

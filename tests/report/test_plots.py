@@ -177,6 +177,13 @@ def test_what_is_zero_throughout_is_named_and_not_drawn(tmp_path: Path, drawn: D
     assert list(drawn.curves("reward")) == ["weighted sum"]
 
 
+def test_parts_of_rewards_have_a_picture_of_their_own(tmp_path: Path, drawn: Drawn) -> None:
+    rows = [{**row, "reward/form/length": 90.0, "reward/faults/form": 0} for row in run().rl]
+    draw(tmp_path, replace(run(), rl=rows))
+    assert drawn.curves("parts") == {"form/length": [(1, 90), (2, 90), (3, 90)]}
+    assert list(drawn.curves("reward")) == ["weighted sum", "accuracy", "form"]
+
+
 def test_every_reward_has_a_line_of_its_own(tmp_path: Path, drawn: Drawn) -> None:
     names = [f"reward/{letter}" for letter in "abcdefgh"]
     rows = [{**row, **dict.fromkeys(names, 1.0)} for row in run().rl]
