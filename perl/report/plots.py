@@ -125,7 +125,8 @@ def _draw_panel(figure: Figure, panel: Panel, runs: Sequence[RunLog], zero: list
         drawn += bool(curves)
     for i, (key, label) in enumerate(panel.points):
         curves = [curve_of(run.evaluations, key) for run in runs]
-        colour = COLOURS[i] if panel.name == "curve" else (VERMILION, GREEN)[i]
+        as_line = panel.name in ("curve", "reward")  # Each belongs to the line of that number.
+        colour = COLOURS[i] if as_line else (VERMILION, GREEN)[i]
         words += _draw_points(axes, [c for c in curves if c], label, colour, "oD"[i])
     if not words:
         return ""

@@ -184,6 +184,13 @@ def test_parts_of_rewards_have_a_picture_of_their_own(tmp_path: Path, drawn: Dra
     assert list(drawn.curves("reward")) == ["weighted sum", "accuracy", "form"]
 
 
+def test_the_held_out_sum_has_the_colour_of_the_sum(tmp_path: Path, drawn: Drawn) -> None:
+    measured = [{**row, "reward": 0.5} for row in run().evaluations]
+    draw(tmp_path, replace(run(), evaluations=measured))
+    colours = {line.get_label(): line.get_color() for line in drawn["reward"].axes[0].lines}
+    assert colours["weighted sum, held out"] == colours["weighted sum"] != colours["form"]
+
+
 def test_every_reward_has_a_line_of_its_own(tmp_path: Path, drawn: Drawn) -> None:
     names = [f"reward/{letter}" for letter in "abcdefgh"]
     rows = [{**row, **dict.fromkeys(names, 1.0)} for row in run().rl]
