@@ -74,7 +74,9 @@ def open_frame(frame: Frame, root: Path, where: str, *, decode: bool = True) -> 
     """
     video = stored_image(frame.video)
     if isinstance(video, (list, tuple)) and video:
-        return open_stored(video[_spread(len(video), frame.count)[frame.k]], root, where)
+        return open_stored(
+            video[_spread(len(video), frame.count)[frame.k]], root, where, decode=decode
+        )
     if isinstance(video, str):
         video = locate(video, root, where)
     if not isinstance(video, bytes | Path):

@@ -15,6 +15,7 @@ Box = tuple[float, float, float, float]
 
 _N = r"\s{0,4}(-?[0-9]{1,9}(?:\.[0-9]{1,9})?)\s{0,4}"
 _BOX = re.compile(rf"[\[(]{_N},{_N}(?:,|[)\]]\s{{0,4}},?\s{{0,4}}[\[(]){_N},{_N}[\])]")
+_BARE = re.compile(",".join([_N] * 4))
 _IMAGE = re.compile(
     r"""\b(?:image|picture|frame)(?:[_ ](?:index|id))?["']?\s{0,2}[-:#=_]?\s{0,2}([0-9]{1,4})""",
     re.I,
@@ -164,7 +165,9 @@ def _gold_boxes(value: Any) -> list[Box]:
 
 
 def _boxes_of(value: Any) -> list[Box]:
-    """Boxes of a text, of four numbers, of `{"bbox_2d": [...]}`, or of a list of these."""
+    """Boxes of a text, which may be four bare numbers, of four numbers, of `{"bbox_2d": [...]}`, or of a list of these."""
+    if isinstance(value, str) and (bare := _BARE.fullmatch(value)):  # as an answer that is a list
+        return [_as_box(bare.groups())]
     if isinstance(value, (str, Mapping)):
         return boxes_in(str(value))
     values = value.tolist() if hasattr(value, "tolist") else list(value)

@@ -109,6 +109,10 @@ def test_a_gold_box_that_nothing_fits_is_bad_data(
 def test_detection() -> None:
     gold = [[0, 0, 10, 10], [20, 0, 30, 10]]
     assert score("detection(column='boxes')", "[0,0,10,10] [20,0,30,10]", boxes=gold) == 1
+    # A list of numbers as an answer has become a text.
+    assert [
+        score("detection", text, answer="0, 0, 10, 8.0") for text in ("[0,0,10,8]", "none")
+    ] == [1, 0]
     # One found with IoU 0.8, one missed, one false: 0.7 * 0.4 + 0.3 * (1 - (1/2 + 1/2) / 2).
     text = "[0,0,10,8] [50,50,60,60]"
     assert score("detection(column='boxes')", text, boxes=gold) == pytest.approx(0.43)
