@@ -34,13 +34,15 @@ class Check(Command):
         from perl.data.check import checked
         from perl.data.dataset import RowDataset, load_examples
         from perl.data.rows import check_output
+        from perl.data.streams import training_sources
 
         config = self.config
         if self.output:
             check_output(self.output, self.data)
-        sources: list[tuple[str, Any]] = (
-            _sources(config) if self.data.endswith(".toml") else [(self.data, "train")]
-        )
+        sources: list[tuple[str, Any]] = [(self.data, "train")]
+        if self.data.endswith(".toml"):
+            sources = [(source, "train") for source, _ in training_sources(config.data)]
+            sources = [each for each in (*sources, (config.data.eval, "test")) if each[0]]
         processor = _processor(config)
         faulty: list[tuple[Any, Any]] = []
         summaries: list[str] = []
@@ -65,14 +67,6 @@ class Check(Command):
                 f"faulty: {'; '.join(summaries)} ({kinds}); correct them, or train with "
                 "--data.on-error skip, which leaves them out"
             )
-
-
-def _sources(config: Config) -> list[tuple[str, Any]]:
-    from perl.data.streams import read_mix
-
-    data = config.data
-    train = [(source, "train") for source in (data.train, *(s for s, _ in read_mix(data.mix)))]
-    return [(source, split) for source, split in (*train, (data.eval, "test")) if source]
 
 
 def _processor(config: Config) -> Any:

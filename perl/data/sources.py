@@ -7,6 +7,7 @@ import glob
 import logging
 import os
 import re
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,9 @@ def _found(source: str, split: str) -> list[Source]:
     one_folder = len({os.path.dirname(name) for name in names}) == 1
     if one_folder and all(name.endswith(".parquet") for name in names):
         return [open_parquet(source, names)]  # All at once: they may be thousands.
+    # Each of the others stays open, several times in a run; usual are 1,024 files in all.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return [open_file(Path(name)) for name in names]
 
 

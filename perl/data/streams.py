@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from perl.config import Config
+from perl.config import Config, DataConfig
 from perl.data.dataset import Dataset, load_examples
 from perl.recipe import Stage, filtered_sources, plan, source_key
 from perl.types import Example, UserError
@@ -230,6 +230,11 @@ def read_mix(entries: Sequence[str]) -> list[tuple[str, float]]:
     return out
 
 
+def training_sources(data: DataConfig) -> list[tuple[str, float]]:
+    """`data.train` and what is mixed into it, with weights."""
+    return [(data.train, 1.0), *read_mix(data.mix)]
+
+
 def with_steps(config: Config) -> Config:
     """The config with `train.epochs` worked out as `train.steps`, in every stage.
 
@@ -263,8 +268,7 @@ def _steps_of_epochs(stage: Stage, stages: Sequence[Stage]) -> int:
     size = load_examples(source, data, "train", config.run.seed).size
     if size is None:
         raise UserError(f"{where}: {source} is endless; give train.steps")
-    sources = [(source, 1.0), *read_mix(data.mix)]
-    draws = config.train.epochs * size * sum(weight for _, weight in sources)
+    draws = config.train.epochs * size * sum(weight for _, weight in training_sources(data))
     steps = math.ceil(round(draws / config.train.examples_per_step, 6))
     log.info("%s = %g over %d rows: %d steps", where, config.train.epochs, size, steps)
     return steps

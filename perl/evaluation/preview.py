@@ -40,7 +40,7 @@ class Preview(Command):
 
     def execute(self) -> None:
         from perl.data.dataset import load_examples
-        from perl.data.streams import read_mix
+        from perl.data.streams import training_sources
         from perl.permutation import orders, permute
         from perl.rewards.forms import forms_of
         from perl.rewards.scorer import Scorer
@@ -50,8 +50,11 @@ class Preview(Command):
         check_options(self)
         check_named(self.config)
         config = _stage(self.config, self.stage).config
-        sources = [config.data.train, *(source for source, _ in read_mix(config.data.mix))]
-        data = [(s, load_examples(s, config.data, "train", config.run.seed)) for s in sources]
+        seed = config.run.seed
+        data = [
+            (source, load_examples(source, config.data, "train", seed))
+            for source, _ in training_sources(config.data)
+        ]
         reward = config.reward
         scorer = Scorer(reward.functions, reward.weights, reward.timeout)
         read = forms_of(reward.functions, reward.weights)

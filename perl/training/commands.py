@@ -204,14 +204,14 @@ def _stored(folder: RunFolder, asked: Config | None = None, steps: int | None = 
 
 def _check_kept(command: Train, folder: RunFolder) -> None:
     """Refuse to overwrite a folder that the new run reads from."""
+    from perl.data.streams import training_sources
     from perl.recipe import plan
-    from perl.training.components import training_sources
 
     config, root = command.config, folder.root.resolve()
     sources = [("the recipe", command.recipe), ("model.path", config.model.path)]
     for stage in plan(config):
         data = stage.config.data
-        first, *mixed = (source for source, _ in training_sources(stage.config))
+        first, *mixed = (source for source, _ in training_sources(data))
         sources += [("data.train", first), *(("data.mix", source) for source in mixed)]
         sources += [("data.eval", data.eval), ("data.image_root", data.image_root)]
     for name, value in sources:
@@ -228,8 +228,9 @@ def _check(config: Config) -> None:
     """Find mistakes before anything is written or removed; in the main process alone."""
     from perl.config import EVAL_SEED
     from perl.data.dataset import check_apart, load_examples
+    from perl.data.streams import training_sources
     from perl.recipe import measured_function, plan
-    from perl.training.components import check_setup, training_sources
+    from perl.training.components import check_setup
 
     check_named(config)
     datasets: dict[tuple[Any, ...], Any] = {}
@@ -237,7 +238,7 @@ def _check(config: Config) -> None:
     measured_whole = set[tuple[Any, ...]]()
     for stage in plan(config):
         own = stage.config
-        for source, _ in training_sources(own):
+        for source, _ in training_sources(own.data):
             key = ("train", source, own.data, own.permutation.text)
             if key not in datasets:
                 datasets[key] = load_examples(source, own.data, "train", own.run.seed)

@@ -15,7 +15,7 @@ from perl.data.check import acceptance
 from perl.data.dataset import BUNDLED, Dataset, load_examples
 from perl.data.resample import parse_histogram
 from perl.data.streamed import StreamedExamples
-from perl.data.streams import ExampleStream, MixedStream, Stream, read_mix
+from perl.data.streams import ExampleStream, MixedStream, Stream, training_sources
 from perl.data.tasks import vocabulary
 from perl.distributed import process_state
 from perl.evaluation.evaluate import NUMBERS
@@ -94,7 +94,7 @@ class Components:
 
     def stream(self) -> Stream:
         """The stage's training examples, in an order of its own."""
-        sources = training_sources(self.config)
+        sources = training_sources(self.config.data)
         # Different stages see different questions; primes keep the seeds of stages and sources apart.
         seed = self.config.run.seed * 2 + (self.stage.kind == "rl") + 1_000_003 * self.stage.number
         config = self.config
@@ -248,7 +248,7 @@ def _check_best(config: Config) -> None:
 
 def _check_bundled(config: Config) -> None:
     """Raise UserError if some stage has questions other than those that a tiny model knows the words of."""
-    used = [source for stage in plan(config) for source, _ in training_sources(stage.config)]
+    used = [source for stage in plan(config) for source, _ in training_sources(stage.config.data)]
     for source in (config.data.train, *used):
         if not source.startswith(BUNDLED):
             raise UserError(
@@ -269,8 +269,3 @@ def model_folder(config: Config, stage: Stage, folder: RunFolder, accelerator: A
             make_tiny_model(config.model.path, words, temporary, config.run.seed)
     accelerator.wait_for_everyone()
     return str(target)
-
-
-def training_sources(config: Config) -> list[tuple[str, float]]:
-    """`data.train` and what is mixed into it, with weights."""
-    return [(config.data.train, 1.0), *read_mix(config.data.mix)]

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import lzma
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,18 @@ def test_several_files_are_one_data_set_and_each_row_starts_from_its_own(tmp_pat
         table.to_parquet(tmp_path / "a" / f"{k}.parquet")
     data = load_examples(f"{tmp_path}/a/*.parquet", AUTO, "train", 0)
     assert len(data) == 3 and reds(data[2]) == [100, 1]
+
+
+def test_more_files_than_are_usually_open(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for k in range(60):
+        (tmp_path / f"{k}.jsonl").write_text(json.dumps(perl_row(id=str(k))))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (60, before[1]))
+        data: Any = load_examples(f"{tmp_path}/*.jsonl", AUTO, "train", 0)
+        assert sorted(int(data.row(i)["id"]) for i in range(60)) == list(range(60))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_csv_cells_are_what_they_say(tmp_path: Path) -> None:
