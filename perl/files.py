@@ -47,28 +47,36 @@ class RunFolder:
         self.summary = root / "summary.json"
         self.filtered = root / "filtered"
 
-    def create(self, overwrite: bool) -> None:
-        """Make the folder.
-
-        Raises:
-            UserError: it is there already and not empty; `overwrite` puts it aside, if it is a run folder,
-                until the new run has begun.
-        """
+    def check_new(self, overwrite: bool) -> None:
+        """Raise UserError if a run cannot begin here: something is there, and no run folder that `overwrite` may replace."""
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"run.dir = {self.root} is a file; choose another --run.dir")
-        if self.root.exists() and any(self.root.iterdir()):
-            if not overwrite:
-                raise UserError(
-                    f"run.dir = {self.root} is already there: go on with `perl-rl resume {self.root}`, "
-                    "replace it with --overwrite, or choose another --run.dir"
-                )
-            if not self.is_run():
-                raise UserError(
-                    f"run.dir = {self.root} is no run folder, so --overwrite leaves it alone; "
-                    "choose another --run.dir"
-                )
+        if self._is_empty():
+            return
+        if not overwrite:
+            raise UserError(
+                f"run.dir = {self.root} is already there: go on with `perl-rl resume {self.root}`, "
+                "replace it with --overwrite, or choose another --run.dir"
+            )
+        if not self.is_run():
+            raise UserError(
+                f"run.dir = {self.root} is no run folder, so --overwrite leaves it alone; "
+                "choose another --run.dir"
+            )
+
+    def create(self, overwrite: bool) -> None:
+        """Make the folder. What `overwrite` replaces lies aside until the new run has begun.
+
+        Raises:
+            UserError: see `check_new`.
+        """
+        self.check_new(overwrite)
+        if not self._is_empty():
             self._put_aside()
         self.root.resolve().mkdir(parents=True, exist_ok=True)
+
+    def _is_empty(self) -> bool:
+        return not self.root.exists() or not any(self.root.iterdir())
 
     def _put_aside(self) -> None:
         root = self.root.resolve()

@@ -75,10 +75,13 @@ class Train(Command):
             raise UserError("run.dir is empty; name a folder with --run.dir")
         folder = RunFolder(Path(config.run.dir))
         check_named(config)
-        config = with_steps(config)
         # Before the data are read, which may take long; and again where the folder is taken.
         on_main_process(partial(refuse_if_running, folder.root))
-        if self.resume and folder.config.exists():
+        goes_on = self.resume and folder.config.exists()
+        if not goes_on:
+            on_main_process(partial(folder.check_new, self.overwrite))
+        config = with_steps(config)
+        if goes_on:
             _resume(folder, config, config.train.steps if "train.steps" in self.given else None)
             return
         if self.overwrite:

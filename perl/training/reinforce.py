@@ -48,9 +48,9 @@ def reinforce(session: Session, stage: Stage) -> None:
             row["tokens/prompt"] + row["tokens/completion"]
         ) / row["time/step"]
         row["throughput/images_encoded"] = vision.images_encoded - encoded
-        _keep_rollouts(session, step, collected)
         shown = {"reward": row["reward/mean"], "tokens/s": row["throughput/tokens_per_second"]}
         session.record_step(step, row, shown)
+        _keep_rollouts(session, step, collected)
         # An evaluation belongs to its step: a run that goes on from the step's checkpoint does not repeat it.
         _measure_if_due(session, step)
         session.end_step(step)
@@ -235,6 +235,7 @@ def _keep_rollouts(session: Session, step: int, collected: Collected) -> None:
     if every and step % every == 0 and session.components.is_main:
         number = session.first_step + step + 1
         session.show(session.gallery.keep_groups("rl", number, collected.seen[:2]))
+        session.progress.records = session.folder.positions()
 
 
 def _measure_if_due(session: Session, step: int) -> None:

@@ -172,6 +172,28 @@ def test_a_bug_anywhere_keeps_what_is_done_and_the_run_goes_on(
     goes_on(folder, whole())
 
 
+def test_a_step_is_complete_without_its_sample_of_rollouts(
+    tmp_path: Path, whole: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    plant(monkeypatch, Gallery, "keep_groups", 3, ValueError("planted"))
+    assert run("train", recipe(tmp_path)) == 1
+    assert saved(folder)[-1] == ("rl", 3)
+    assert run("resume", folder) == 0
+    assert untimed(folder) == untimed(whole())
+
+
+def test_a_folder_that_is_taken_is_told_before_the_data_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("perl.training.commands._check", lambda *_: pytest.fail("read"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes").touch()
+    for option in ((), ("--overwrite",), ("--resume",)):
+        assert run("train", recipe(tmp_path), *option) == 2
+        tells(capsys.readouterr().err, f"run.dir = {tmp_path / 'run'}")
+
+
 def exit_of_a_library() -> SystemExit:
     return SystemExit(0)
 
