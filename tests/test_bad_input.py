@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from perl.model.loading import load_policy
 from perl.recipe import load_recipe
-from perl.training.components import check_setup
+from perl.training.checks import check_setup
 from tests.command_line import ErrorOf, json_lines, rewarded, run
 from tests.messages import refused, tells
 

@@ -33,8 +33,9 @@ from perl.rewards.scorer import rollout_columns
 from perl.rollout.collect import Collector
 from perl.rollout.engine import InProcessEngine, SamplingParams
 from perl.timing import Stopwatch
+from perl.training.checks import check_setup
 from perl.training.commands import Train
-from perl.training.components import Components, check_setup, make_accelerator, model_folder
+from perl.training.components import Components, make_accelerator, model_folder
 from perl.training.optimizer import Optimizer
 from perl.training.reinforce import PolicyStep
 from perl.training.session import Session
@@ -241,7 +242,7 @@ def run_folder(lab: Lab) -> list[str]:
     """Where `perl-rl train` begins a run."""
     shutil.rmtree(lab.root / "runs", ignore_errors=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("perl.training.commands._check", lambda _: None)
+        patch.setattr("perl.training.checks.check_run", lambda _: None)
         patch.setattr("perl.training.commands._go", lambda *_, **__: None)
         patch.setattr(RunFolder, "settle", lambda _: None)
         model = replace(lab.config.model, path=str(lab.model))

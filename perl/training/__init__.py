@@ -4,7 +4,7 @@ train.py       the stages of a run in turn; `RUNS` says what each kind does
 reinforce.py   the loop: examples to groups to packed rows to an optimizer step
 cold_start.py, filter_stage.py, measure.py   the other kinds of stages, and the evaluations between them
 session.py     gives a stage its steps, records and saves them, goes on after a kill
-components.py  model, engine, collector and loss of a stage, and what is checked before they are built
+components.py  model, engine, collector and loss of a stage; checks.py what is looked at before a run begins
 optimizer.py   AdamW over micro-batches and processes, the learning rate
 balancing.py   groups shared out so that no process waits long for another
 saving/        checkpoints, model folders, the hub; summary.py what a run comes to

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-from collections.abc import Collection, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from glob import iglob
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from tyro.conf import Positional, Suppress, arg
 
@@ -29,9 +26,7 @@ from perl.recipe import (
     save_config,
     to_toml,
 )
-from perl.types import Example, Interrupted, RunFailed, UserError
-
-log = logging.getLogger(__name__)
+from perl.types import Interrupted, RunFailed, UserError
 
 
 @dataclass(frozen=True)
@@ -65,6 +60,7 @@ class Train(Command):
     def execute(self) -> None:
         from perl.data.streams import with_steps
         from perl.distributed import on_main_process
+        from perl.training.checks import check_kept, check_run
 
         # Whatever a run comes to later: this one goes on from the model of today.
         model = replace(self.config.model, path=newest_model(self.config.model.path))
@@ -85,8 +81,8 @@ class Train(Command):
             _resume(folder, config, config.train.steps if "train.steps" in self.given else None)
             return
         if self.overwrite:
-            on_main_process(partial(_check_kept, self, folder))
-        on_main_process(partial(_check, config))
+            on_main_process(partial(check_kept, self.config, self.recipe, folder.root))
+        on_main_process(partial(check_run, config))
         config = with_absolute_paths(config)
         with ExitStack() as held:
             on_main_process(lambda: held.enter_context(locked(folder.root)))
@@ -203,146 +199,6 @@ def _stored(folder: RunFolder, asked: Config | None = None, steps: int | None = 
     if ignored and is_main_process():
         print(f"going on with {folder.config}; not used: {', '.join(ignored)}", file=sys.stderr)
     return config
-
-
-def _check_kept(command: Train, folder: RunFolder) -> None:
-    """Refuse to overwrite a folder that the new run reads from."""
-    from perl.data.streams import training_sources
-    from perl.recipe import plan
-
-    config, root = command.config, folder.root.resolve()
-    sources = [("the recipe", command.recipe), ("model.path", config.model.path)]
-    for stage in plan(config):
-        data = stage.config.data
-        first, *mixed = (source for source, _ in training_sources(data))
-        sources += [("data.train", first), *(("data.mix", source) for source in mixed)]
-        sources += [("data.eval", data.eval), ("data.image_root", data.image_root)]
-    for name, value in sources:
-        parts = [value, *value.split(",")]
-        names = [*parts, *(part.partition(":")[0] for part in parts)]
-        paths = [Path(n).expanduser() for n in (*names, *(f for n in parts for f in iglob(n))) if n]
-        if any(path.exists() and path.resolve().is_relative_to(root) for path in paths):
-            raise UserError(
-                f"--overwrite would delete {name} = {value}; choose another --run.dir or move it out"
-            )
-
-
-def _check(config: Config) -> None:
-    """Find mistakes before anything is written or removed; in the main process alone."""
-    from perl.config import EVAL_SEED
-    from perl.data.dataset import check_apart, load_examples
-    from perl.data.streams import training_sources
-    from perl.recipe import measured_function, plan
-    from perl.training.components import check_setup
-
-    check_named(config)
-    datasets: dict[tuple[Any, ...], Any] = {}
-    rewards: dict[tuple[Any, ...], set[tuple[str, ...]]] = {}
-    measured_whole = set[tuple[Any, ...]]()
-    for stage in plan(config):
-        own = stage.config
-        for source, _ in training_sources(own.data):
-            key = ("train", source, own.data, own.permutation.text)
-            if key not in datasets:
-                datasets[key] = load_examples(source, own.data, "train", own.run.seed)
-            if stage.kind == "filter" and source == own.data.train:
-                _check_filter(stage.name, own, datasets[key].size)
-                measured_whole.add(key)
-                rewards.setdefault(key, set()).add((measured_function(own),))
-            if stage.kind == "rl":
-                rewards.setdefault(key, set()).add(own.reward.functions)
-        key = ("eval", own.data.eval, own.data, own.permutation.text)
-        if own.eval.examples and own.data.eval and stage.kind == "rl" and key not in datasets:
-            datasets[key] = load_examples(
-                own.data.eval, own.data, "test", EVAL_SEED, own.eval.examples
-            )
-    trained, measured = (
-        [dataset for (use, *_), dataset in datasets.items() if use == wanted]
-        for wanted in ("train", "eval")
-    )
-    for dataset in measured:
-        check_apart(dataset, trained)
-    asked = config.eval.examples and any(stage.kind == "rl" for stage in plan(config))
-    if asked and not measured:
-        log.info(
-            "data.eval is empty, so nothing is measured before and after RL; data.eval = split:0.05 would hold that share "
-            "of data.train out"
-        )
-    processor = check_setup(config)
-    _check_rows(datasets, rewards, measured_whole, processor)
-    _check_prompts(config, processor, datasets)
-
-
-def _check_rows(
-    datasets: Mapping[tuple[Any, ...], Any],
-    rewards: Mapping[tuple[Any, ...], set[tuple[str, ...]]],
-    measured_whole: Collection[tuple[Any, ...]],
-    processor: Any,
-) -> None:
-    """Raise UserError for a faulty row, or warn of those that will be skipped, which a filter stage does not."""
-    from perl.data.check import checked, checks_of
-    from perl.data.dataset import RowDataset
-    from perl.report.progress import Display
-
-    for key, dataset in datasets.items():
-        _, source, data, text = key
-        if not isinstance(dataset, RowDataset):
-            continue
-        checks = checks_of(text, processor, rewards.get(key, ()))
-        stop = data.on_error == "error" or key in measured_whole
-        with Display() as display:
-            found = checked(dataset, checks, display, stop)
-        if len(found.faults) == found.rows:
-            raise UserError(
-                f"all rows of {source} are faulty, the first: {found.faults[0].message}"
-            )
-        if found.faults:
-            log.warning(
-                "%s: %d of %d rows are faulty and will be skipped, the first: %s (perl-rl check lists them)",
-                *(source, len(found.faults), found.rows, found.faults[0].message),
-            )
-
-
-def _check_prompts(config: Config, processor: Any, datasets: Mapping[tuple[Any, ...], Any]) -> None:
-    """Say what each RL stage asks, and warn where it is not what its rewards or its model read."""
-    from perl.evaluation.preview import processor_of
-    from perl.recipe import plan
-    from perl.rollout.instruction import Instruction, tell_prompts
-
-    with nullcontext(processor) if processor else processor_of(config) as reads:
-        for stage in plan(config):
-            if stage.kind == "rl":
-                own = stage.config
-                asked = Instruction.of(own).fitted(reads)
-                reads.check_texts(Example("(data.instruction, data.system)", (), asked.add(()), ""))
-                keys = [
-                    k
-                    for k in datasets
-                    if (k[0], *k[2:]) == ("train", own.data, own.permutation.text)
-                ]
-                tell_prompts(own, asked, reads, [(key[1], datasets[key]) for key in keys])
-
-
-def _check_filter(name: str, config: Config, size: int | None) -> None:
-    """Whether there are questions to measure, and as many as are to be kept."""
-    from perl.recipe import measured_function
-
-    measured_function(config)
-    if config.data.streaming:
-        raise UserError(
-            f"stage {name}: a filter needs rows by their number; leave data.streaming out"
-        )
-    measured = config.resample.examples or size
-    if measured is None:
-        raise UserError(
-            f"stage {name}: {config.data.train} is endless; say how many questions to measure with "
-            "resample.examples"
-        )
-    if config.resample.size > measured:
-        raise UserError(
-            f"stage {name}: resample.size = {config.resample.size} is more than the {measured} questions "
-            "that are measured; lower it"
-        )
 
 
 def _go(config: Config, folder: RunFolder, resume: bool) -> None:

@@ -1,4 +1,4 @@
-"""Everything a run works with, built once from its config, and what is checked before it is built."""
+"""Everything a run works with, built once from its config."""
 
 from __future__ import annotations
 
@@ -10,24 +10,16 @@ from typing import Any
 
 import torch
 
-from perl.config import EVAL_SEED, Config, DataConfig, names_of
+from perl.config import EVAL_SEED, Config, DataConfig
 from perl.data.check import acceptance
 from perl.data.dataset import BUNDLED, Dataset, load_examples
-from perl.data.resample import parse_histogram
 from perl.data.streamed import StreamedExamples
 from perl.data.streams import ExampleStream, MixedStream, Stream, training_sources
 from perl.data.tasks import vocabulary
 from perl.distributed import process_state
-from perl.evaluation.evaluate import NUMBERS
 from perl.files import RunFolder, replacing
-from perl.model.head import HeadLoss, make_policy_loss
-from perl.model.loading import (
-    check_kernels,
-    check_model,
-    load_policy,
-    load_processor,
-    uses_bfloat16,
-)
+from perl.model.head import HeadLoss
+from perl.model.loading import load_policy, load_processor, uses_bfloat16
 from perl.model.policy import Policy
 from perl.model.processor import Processor
 from perl.model.tiny import TINY_MODELS, make_tiny_model
@@ -40,8 +32,6 @@ from perl.rollout.instruction import Instruction
 from perl.rollout.padded import make_engine
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.timing import Stopwatch
-from perl.training.optimizer import Schedule
-from perl.training.saving.hub import check_push
 from perl.types import UserError
 
 
@@ -176,77 +166,7 @@ def make_accelerator(config: Config, folder: RunFolder) -> Any:
     return accelerator
 
 
-def check_setup(config: Config) -> Processor | None:
-    """Find what `build` would refuse, as far as that can be told without loading the weights.
-
-    Returns:
-        The processor of the model; None where the model is still to be made.
-
-    Raises:
-        UserError: for a model, processor, attention, reward or tracker that cannot be used.
-    """
-    usable_trackers(config)
-    check_push(config.run.push_to_hub)
-    for stage in plan(config):
-        _check_stage(stage)
-    if config.model.path not in TINY_MODELS:
-        packed = check_model(config.model.path) is not None
-        processor = load_processor(config.model.path, config.model)
-        if packed:
-            check_kernels(config.model)
-        return processor
-    _check_bundled(config)
-    check_kernels(config.model)
-    return None
-
-
-def _check_stage(stage: Stage) -> None:
-    config = stage.config
-    if stage.kind == "filter":
-        parse_histogram(config.resample.histogram)
-        return
-    budget, completion = config.train.tokens_per_micro_batch, config.rollout.max_new_tokens
-    if config.train.steps and budget <= completion:
-        raise UserError(
-            f"train.tokens_per_micro_batch = {budget} leaves no room for a prompt beside "
-            f"rollout.max_new_tokens = {completion}; raise the first or lower the second"
-        )
-    if stage.kind == "rl":
-        _check_best(config)
-    Schedule(1.0, config.train.schedule, 0, 1)
-    Schedule(1.0, config.cold_start.schedule, 0, 1, "cold_start.schedule")
-    loss = make_policy_loss(config.loss, completion)
-    if loss.correction and config.permutation.condition == "original":
-        raise UserError(
-            f"loss.correction = {loss.correction} compares with the log-probs of the prompt that was sampled from, and "
-            "permutation.condition = original trains on another one; leave one of them out"
-        )
-    Scorer(config.reward.functions, config.reward.weights, config.reward.timeout)
-
-
-def _check_best(config: Config) -> None:
-    """Whether the evaluations are there that `run.keep_best` and `eval.patience` go by."""
-    measured, key = config.eval, config.run.keep_best
-    if measured.patience and not key:
-        raise UserError(
-            f"eval.patience = {measured.patience} needs run.keep_best, the number that is to get better; "
-            f"{', '.join(NUMBERS)}, reward are some"
-        )
-    if not key:
-        return
-    parts = ("reward", *(f"reward/{name}" for name in names_of(config.reward.functions)))
-    known = (*NUMBERS, *parts, *(f"greedy_{part}" for part in parts))
-    if key not in known:
-        raise UserError(f"run.keep_best = {key} is no number of an evaluation: {', '.join(known)}")
-    if not measured.every or not measured.examples or not config.data.eval:
-        missing = "data.eval" if not config.data.eval else "eval.examples"
-        raise UserError(
-            f"run.keep_best = {key} has nothing to choose from: set "
-            f"{'eval.every' if not measured.every else missing} to evaluate along the way"
-        )
-
-
-def _check_bundled(config: Config) -> None:
+def check_bundled(config: Config) -> None:
     """Raise UserError if some stage has questions other than those that a tiny model knows the words of."""
     used = [source for stage in plan(config) for source, _ in training_sources(stage.config.data)]
     for source in (config.data.train, *used):
@@ -263,7 +183,7 @@ def model_folder(config: Config, stage: Stage, folder: RunFolder, accelerator: A
         return config.model.path
     target = folder.models / "initial"
     if not (target / "config.json").exists() and accelerator.is_main_process:
-        _check_bundled(config)
+        check_bundled(config)
         words = vocabulary(stage.config.data.train.removeprefix(BUNDLED))
         with replacing(target, folder=True) as temporary:
             make_tiny_model(config.model.path, words, temporary, config.run.seed)

@@ -65,7 +65,7 @@ class Profile(Command):
         import torch
 
         from perl.distributed import on_main_process
-        from perl.training.components import check_setup
+        from perl.training.checks import check_setup
         from perl.training.profile_report import print_report
 
         for name, least in (("steps", 1), ("warmup", 0), ("traced", 0), ("forwards", 1)):

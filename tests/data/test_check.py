@@ -16,7 +16,7 @@ from perl.data import check
 from perl.data.check import Checks, checked, checks_of
 from perl.data.dataset import RowDataset, load_examples
 from perl.report.progress import Display
-from perl.training.commands import _check_rows
+from perl.training.checks import Source, check_rows
 from perl.types import Example, UserError
 from tests.command_line import ErrorOf, json_lines, metrics, run
 from tests.messages import refused, tells
@@ -236,11 +236,11 @@ def test_a_cache_that_cannot_be_written_or_read_is_done_without(
 
 def test_a_filter_stage_skips_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = write(tmp_path, [GOOD, FAULTS["label"]])
-    key = ("train", source, DataConfig(on_error="skip"), "slots")
-    _check_rows({key: opened(source)}, {}, (), None)
+    read = Source(source, DataConfig(on_error="skip"), "slots", opened(source))
+    check_rows([read], None)
     tells(caplog.text, source, "1 of 2 rows", "line 2")
     with refused("line 2", "'D'"):
-        _check_rows({key: opened(source)}, {}, {key}, None)
+        check_rows([replace(read, filtered=True)], None)
 
 
 def test_a_run_skips_a_cut_picture_and_counts_it(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from perl.recipe import save_config
 from perl.rollout.opening import config_of as opened
-from perl.training.components import check_setup
+from perl.training.checks import check_setup
 from perl.types import Interrupted
 from tests.command_line import metrics, untimed
 from tests.messages import refused

@@ -77,7 +77,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
 def bare(patch: pytest.MonkeyPatch) -> None:
     """Without what a model folder is needed for, and the report, which takes longer than these runs."""
     stand_in(patch)
-    patch.setattr("perl.training.commands._check", lambda *_: None)
+    patch.setattr("perl.training.checks.check_run", lambda *_: None)
     patch.setattr("perl.report.page.write_report", lambda root: root)
 
 
@@ -186,7 +186,7 @@ def test_a_step_is_complete_without_its_sample_of_rollouts(
 def test_a_folder_that_is_taken_is_told_before_the_data_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("perl.training.commands._check", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("perl.training.checks.check_run", lambda *_: pytest.fail("read"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes").touch()
     for option in ((), ("--overwrite",), ("--resume",)):

@@ -16,7 +16,7 @@ from perl.config import ModelConfig
 from perl.model.packed.pack import pack_row
 from perl.permutation import permute
 from perl.rollout.collect import Collected
-from perl.training.components import check_setup
+from perl.training.checks import check_setup
 from perl.training.reinforce import PolicyStep, group_metrics, old_logprobs, segments_of
 from perl.types import EncodedPrompt, Example, Group, Rollout
 from tests.command_line import json_lines, metrics
