@@ -306,10 +306,7 @@ def plan(config: Config) -> list[Stage]:
         own = dataclasses.replace(
             merged(config, each) if each.set else config, stages=config.stages
         )
-        if is_split(own.data.eval) and own.data.train != config.data.train:
-            # What is held out is the run's, whatever a stage trains on.
-            held = f"{own.data.eval}:{config.data.train}"
-            own = dataclasses.replace(own, data=dataclasses.replace(own.data, eval=held))
+        own = dataclasses.replace(own, data=held_out_of(own.data, config.data.train))
         earlier = [s for s in stages if s.kind == each.kind]
         first = sum(s.steps for s in earlier)
         stages.append(Stage(each.name, each.kind, own, first, len(earlier)))
@@ -345,6 +342,13 @@ def filtered_sources(stage: Stage, stages: Sequence[Stage], folder: Path) -> dic
 def is_split(source: str) -> bool:
     """Whether a source is a part of training data that is held out."""
     return source.startswith(_SPLIT)
+
+
+def held_out_of(data: DataConfig, run: str) -> DataConfig:
+    """The section with what is held out named as a part of what the run trains on, where the section's data are others."""
+    if not is_split(data.eval) or data.eval.count(":") > 1 or data.train == run:
+        return data
+    return dataclasses.replace(data, eval=f"{data.eval}:{run}")
 
 
 def split_of(data: DataConfig) -> tuple[float, str] | None:

@@ -18,7 +18,7 @@ from perl.model.sources import (
     read_manifest,
     run_of,
 )
-from perl.recipe import Stage, plan, points, read_config
+from perl.recipe import Stage, held_out_of, plan, points, read_config
 from perl.types import UserError
 
 _SAMPLE = 1 << 16
@@ -39,7 +39,8 @@ def config_of(model: str, **sections: Mapping[str, Any]) -> Config:
         name: replace(getattr(config, name), **{k: v for k, v in keys.items() if v is not None})
         for name, keys in sections.items()
     }
-    return replace(config, **changed)
+    changed = replace(config, **changed)
+    return replace(changed, data=held_out_of(changed.data, config.data.train))
 
 
 def _found(model: str) -> tuple[Config, str]:

@@ -270,9 +270,11 @@ def test_the_data_of_the_run_or_others(
     folder = trained(data=DataConfig(train=str(own), image_root=str(data.parent)))
     assert run_command("filter", folder, *words) == 0
     assert len(read(own.with_name("rows.filtered.jsonl"))) == 3
-    folder = trained(data=DataConfig(train=str(own), image_root=str(own.parent)))
-    assert run_command("filter", folder, *words, "--data", data) == 0
-    assert len(read(data.with_name("rows.filtered.jsonl"))) == ROWS
+    # Of other data all rows are measured, whatever the run holds out or streams.
+    for keys in ({"image_root": str(own.parent)}, {"eval": "split:0.4"}, {"streaming": True}):
+        folder = trained(data=DataConfig(train=str(own), **keys))
+        assert run_command("filter", folder, *words, "--data", data, "--overwrite") == 0
+        assert len(read(data.with_name("rows.filtered.jsonl"))) == ROWS
 
 
 FEW = ("--max-new-tokens", 3, "--limit", 4)
