@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from perl.config import DataConfig
-from perl.data.dataset import Dataset, RowDataset
+from perl.data.dataset import RowDataset
 from perl.kept import kept_file, read_kept, write_kept
 from perl.permutation import check_moves, num_orders
 from perl.report.progress import Display
@@ -143,7 +143,7 @@ def checked(dataset: RowDataset, checks: Checks, display: Display, stop: bool = 
     return found
 
 
-def visit(dataset: Dataset, i: int, checks: Checks) -> Seen:
+def visit(dataset: RowDataset, i: int, checks: Checks) -> Seen:
     """Check one row."""
     decoded = None
     try:
@@ -157,7 +157,7 @@ def visit(dataset: Dataset, i: int, checks: Checks) -> Seen:
         decoded = dataset[i] if checks.decode else example
         tokens = checks.tokens(decoded) if checks.tokens else None
     except UserError as error:
-        message, place = str(error), _place(dataset, i)
+        message, place = str(error), dataset.place(i)
         message = message if place in message else f"{place}: {message}"
         return Seen(Fault(i, error.kind or ("prompt" if decoded else "columns"), message))
     files = [getattr(image, "filename", "") for image in example.images]
@@ -173,12 +173,8 @@ def visit(dataset: Dataset, i: int, checks: Checks) -> Seen:
     )
 
 
-def _place(dataset: Dataset, i: int) -> str:
-    return dataset.place(i) if isinstance(dataset, RowDataset) else f"question {i + 1}"
-
-
-def _visit_all(dataset: Dataset, checks: Checks, display: Display, stop: bool) -> Checked:
-    size = dataset.size or 0
+def _visit_all(dataset: RowDataset, checks: Checks, display: Display, stop: bool) -> Checked:
+    size = len(dataset)
     chunks = [range(k, min(k + _AT_ONCE, size)) for k in range(0, size, _AT_ONCE)]
     seen: list[Seen] = []
     if len(chunks) > 1:
@@ -198,7 +194,9 @@ def _visit_all(dataset: Dataset, checks: Checks, display: Display, stop: bool) -
     return Checked(size, faults, _statistics(sound, checks.most_tokens), times)
 
 
-def _visited(dataset: Dataset, checks: Checks, chunks: Sequence[range]) -> Iterator[Sequence[Seen]]:
+def _visited(
+    dataset: RowDataset, checks: Checks, chunks: Sequence[range]
+) -> Iterator[Sequence[Seen]]:
     """What is seen, a chunk at a time and in their sequence."""
     workers = min(len(chunks), len(os.sched_getaffinity(0)), 16)
     if workers < 2:
@@ -216,7 +214,7 @@ def _visited(dataset: Dataset, checks: Checks, chunks: Sequence[range]) -> Itera
 _WORK: list[Any] = []
 
 
-def _begin_worker(dataset: Dataset, checks: Checks) -> None:
+def _begin_worker(dataset: RowDataset, checks: Checks) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's business.
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -12,15 +12,15 @@ from perl.config import DataConfig
 from perl.data.dataset import RowDataset
 from perl.data.readers import Source
 from perl.data.sources import open_streamed
-from perl.data.streams import Drawn, Skipping
+from perl.data.streams import Epochs
 from perl.types import Example, UserError
 
 BLOCK = 1000
 """Rows that are shuffled among themselves."""
 
 
-class StreamedExamples(Skipping):
-    """Endless epochs of a streamed data set: its shards in a seeded order, and the rows of each block of them shuffled.
+class StreamedExamples(Epochs):
+    """Epochs of a streamed data set: its shards in a seeded order, and the rows of each block of them shuffled.
 
     A block is read again to go on from a position in it, so that the same examples follow: `datasets` would lose those
     in a shuffle buffer. `find` finds only what the present block holds.
@@ -37,43 +37,27 @@ class StreamedExamples(Skipping):
     ) -> None:
         super().__init__(accept)
         self.name, self.root, self._data = open_streamed(source, "train")
-        self.config, self.seed, self.epoch = config, seed, 0
-        self._shard, self._inner, self._before = 0, None, 0
+        self.config, self.seed = config, seed
+        self._shard, self._inner = 0, None
         self._rows = self._iterate(0, None)
         self._now: Any = None
         self._begin_block()
 
-    def draw(self, n: int) -> list[Drawn]:
-        """The next `n` examples; an epoch may end and the next begin among them."""
-        out: list[Drawn] = []
-        while len(out) < n:
-            if self._position == len(self._order):
-                self._before += len(self._order)
-                self._begin_block()
-            index = self._order[self._position]
-            example = self.attempt(index)
-            self._position += 1
-            if example:
-                out.append(Drawn((self._before + index,), self.epoch, example))
-        return out
-
     def read(self, index: int) -> Example:
         """Row `index` of the block."""
-        example, here = self._block[index], f"row-{index:06d}"
+        example = self._block[index]
+        if example.id != f"row-{index:06d}":
+            return example
         # Rows without an id go by their place in the epoch.
-        return (
-            replace(example, id=f"row-{self._before + index:06d}")
-            if example.id == here
-            else example
-        )
+        return replace(example, id=f"row-{self._first + index:06d}")
 
-    def find(self, key: Sequence[int]) -> Example:
-        """The example that was drawn with this key, from the present block."""
-        return self.read(key[0] - self._before)
+    def _go_on(self) -> None:
+        self._first += len(self._order)
+        self._begin_block()
 
     def state_dict(self) -> dict[str, Any]:
         """The position, JSON-able."""
-        block = {"shard": self._shard, "inner": self._inner, "before": self._before}
+        block = {"shard": self._shard, "inner": self._inner, "before": self._first}
         return {"seed": self.seed, "epoch": self.epoch, **block, "position": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -83,7 +67,7 @@ class StreamedExamples(Skipping):
                 f"the checkpoint's data have other streams or a seed other than {self.seed}; resume with the data, "
                 "data.streaming and seed it was trained on, or start a new run"
             )
-        self.epoch, self._before = int(state["epoch"]), int(state["before"])
+        self.epoch, self._first = int(state["epoch"]), int(state["before"])
         self._shard, self._inner, self._now = int(state["shard"]), state["inner"], None
         self._rows = self._iterate(self._shard, self._inner)
         self._begin_block()
@@ -94,20 +78,15 @@ class StreamedExamples(Skipping):
             self._shard, self._inner = self._now[0], self._now[1].state_dict()
         rows = list(islice(self._rows, BLOCK))
         if not rows:
-            if self._before == 0:
+            if self._first == 0:
                 raise UserError(f"{self.name}: the data set is empty; give one with rows")
-            self.epoch, self._before, self._shard, self._inner, self._now = (
-                self.epoch + 1,
-                0,
-                0,
-                None,
-                None,
-            )
+            self.epoch, self._first = self.epoch + 1, 0
+            self._shard, self._inner, self._now = 0, None, None
             self._rows = self._iterate(0, None)
             rows = list(islice(self._rows, BLOCK))
-        self._block = RowDataset(_Block(self.name, self.root, rows, self._before), self.config)
+        self._block = RowDataset(_Block(self.name, self.root, rows, self._first), self.config)
         self._order, self._position = list(range(len(rows))), 0
-        random.Random(f"{self.seed}/{self.epoch}/{self._before}").shuffle(self._order)
+        random.Random(f"{self.seed}/{self.epoch}/{self._first}").shuffle(self._order)
 
     def _iterate(self, first: int, inner: Any) -> Iterator[Any]:
         """The epoch's rows from a shard on, and from a state in it."""

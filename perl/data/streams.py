@@ -35,19 +35,45 @@ class Drawn(NamedTuple):
     example: Example
 
 
-class Skipping(ABC):
-    """What draws examples and, with `accept`, leaves out and counts those that cannot be read or that it refuses."""
+class Epochs(ABC):
+    """Endless epochs of examples. With `accept` those that cannot be read, or that it raises UserError for, are left out
+    and counted in `skipped`. `epoch` counts from 0."""
 
     size: int | None
+    _order: Sequence[int]
+    _first = 0
+    """The number of the example that `_order` calls 0."""
 
     def __init__(self, accept: Callable[[Example], None] | None) -> None:
         self.accept, self.skipped, self._in_turn = accept, 0, 0
+        self.epoch, self._position = 0, 0
+
+    def draw(self, n: int) -> list[Drawn]:
+        """The next `n` examples; an epoch may end and the next begin among them."""
+        out: list[Drawn] = []
+        while len(out) < n:
+            if self._position == len(self._order):
+                self._go_on()
+            index = self._order[self._position]
+            example = self._attempt(index)
+            self._position += 1
+            if example:
+                out.append(Drawn((self._first + index,), self.epoch, example))
+        return out
 
     @abstractmethod
     def read(self, index: int) -> Example:
-        """Example `index`; raises UserError if it cannot be read."""
+        """Example `index` as `_order` counts; raises UserError if it cannot be read."""
 
-    def attempt(self, index: int) -> Example | None:
+    @abstractmethod
+    def _go_on(self) -> None:
+        """To the examples behind those of `_order`."""
+
+    def find(self, key: Sequence[int]) -> Example:
+        """The example that was drawn with this key."""
+        return self.read(key[0] - self._first)
+
+    def _attempt(self, index: int) -> Example | None:
         """Example `index`; None if it is left out."""
         try:
             example = self.read(index)
@@ -68,13 +94,10 @@ class Skipping(ABC):
         return example
 
 
-class ExampleStream(Skipping):
-    """Endless epochs of a data set, each in its own seeded order; an endless one goes in order.
+class ExampleStream(Epochs):
+    """Epochs of a data set, each in its own seeded order; an endless one goes in order.
 
-    `epoch` counts from 0. `state_dict()` holds plain numbers, and a stream that loads it goes on at
-    the next example.
-
-    With `accept` a row that cannot be read, or that it raises UserError for, is left out and counted in `skipped`.
+    `state_dict()` holds plain numbers, and a stream that loads it goes on at the next example.
     """
 
     def __init__(
@@ -86,32 +109,14 @@ class ExampleStream(Skipping):
         if self.size == 0:
             raise UserError("the data set is empty; give one with rows")
         self.seed = seed
-        self.epoch = 0
-        self._position = 0
         self._order = self._shuffled()
 
-    def draw(self, n: int) -> list[Drawn]:
-        """The next `n` examples; an epoch may end and the next begin among them."""
-        out: list[Drawn] = []
-        while len(out) < n:
-            if self._position == self.size:
-                self.epoch, self._position = self.epoch + 1, 0
-                self._order = self._shuffled()
-            index = self._order[self._position]
-            example = self.attempt(index)
-            self._position += 1
-            if example:
-                out.append(Drawn((index,), self.epoch, example))
-        return out
-
     def read(self, index: int) -> Example:
-        """Example `index` of the data set."""
         return self.dataset[index]
 
-    def find(self, key: Sequence[int]) -> Example:
-        """The example that was drawn with this key."""
-        (index,) = key
-        return self.dataset[index]
+    def _go_on(self) -> None:
+        self.epoch, self._position = self.epoch + 1, 0
+        self._order = self._shuffled()
 
     def state_dict(self) -> dict[str, Any]:
         """The position, JSON-able."""
