@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preview(Command):
-    """What a model will be shown: some training questions in the orders of their images, as the chat template writes
-    them, the right answers, and what each reward function gives for them. Reads the data and the model's tokenizer and image processor, no
+    """What a model will be shown: some training questions in the orders of their images that the first epoch has, as the
+    chat template writes them, the right answers, and what each reward function gives for them. Reads the data and the model's tokenizer and image processor, no
     weights. Every key of the recipe can be overridden, as in `perl-rl preview mine.toml --data.instruction think-tags`."""
 
     recipe: Positional[str] = DEFAULT_RECIPE
@@ -41,15 +41,17 @@ class Preview(Command):
     def execute(self) -> None:
         from perl.data.dataset import load_examples
         from perl.data.streams import training_sources
-        from perl.permutation import orders, permute
+        from perl.permutation import permute
         from perl.rewards.forms import forms_of
         from perl.rewards.scorer import Scorer
+        from perl.rollout.collect import drawn_orders
         from perl.rollout.instruction import Instruction, is_taught, spread, warn_of_prompts
         from perl.rollout.prompts import PromptEncoder, PromptLimit
 
         check_options(self)
         check_named(self.config)
-        config = _stage(self.config, self.stage).config
+        stage = _stage(self.config, self.stage)
+        config = stage.config
         seed = config.run.seed
         data = [
             (source, load_examples(source, config.data, "train", seed))
@@ -74,10 +76,10 @@ class Preview(Command):
             for source, dataset in data:
                 for i in spread(dataset.size, self.n):
                     example = dataset[i]
-                    seed, permutation = config.run.seed, config.permutation
-                    some = orders(example, permutation.orders, seed, 0)
+                    text, rate = config.permutation.text, config.permutation.rate
+                    some = drawn_orders(stage, example, rate, epoch=0)
                     print(f"\n=== {source}: {example.id}")
-                    shown = encoder.encode([permute(example, o, permutation.text) for o in some])
+                    shown = encoder.encode([permute(example, o, text) for o in some])
                     for pair in shown:
                         _show(pair, encoder, scorer, read, is_taught(config))
                     if not shown:

@@ -68,6 +68,18 @@ class Collected:
     """Groups by what the filter found them to be."""
 
 
+def drawn_orders(stage: Stage, example: Example, rate: float, epoch: int) -> list[Order]:
+    """The image orders that an example is rolled out in; the original one alone where it is not permuted."""
+    permutation = stage.config.permutation
+    # A later stage of the same kind gets others.
+    seed = stage.config.run.seed + 1_000_003 * stage.number
+    if not is_permuted(example, rate, seed, epoch):
+        return orders(example, 1, seed, epoch)
+    if permutation.draw == "released":
+        return released_orders(example)[: permutation.orders]
+    return orders(example, permutation.orders, seed, epoch)
+
+
 class Collector:
     """Rolls a stage's examples out in several image orders until a batch of groups with signal is full."""
 
@@ -89,8 +101,7 @@ class Collector:
             part_name(config.reward.functions, config.filter.measure) or config.filter.measure,
         )
         self.replay = Replay(config.filter)
-        # Seeds image orders and the draw whether an example is permuted; a later stage of the same kind gets others.
-        self.seed = config.run.seed + 1_000_003 * stage.number
+        self.stage = stage
 
     def collect(self, source: Source, processes: Processes, step: int) -> Collected:
         """This process's groups for one step of the stage.
@@ -170,7 +181,10 @@ class Collector:
         rate = self._rate(progress)
         with self.watch("permute"):
             variants = [
-                [permute(d.example, o, config.permutation.text) for o in self._orders(d, rate)]
+                [
+                    permute(d.example, o, config.permutation.text)
+                    for o in drawn_orders(self.stage, d.example, rate, d.epoch)
+                ]
                 for d in drawn
             ]
         with self.watch("preprocess"):
@@ -224,14 +238,6 @@ class Collector:
     def _rate(self, progress: float) -> float:
         permutation = self.config.permutation
         return rate_at(permutation.rate, permutation.rate_schedule, progress)
-
-    def _orders(self, drawn: Drawn, rate: float) -> list[Order]:
-        permutation, epoch, example = self.config.permutation, drawn.epoch, drawn.example
-        if not is_permuted(example, rate, self.seed, epoch):
-            return orders(example, 1, self.seed, epoch)
-        if permutation.draw == "released":
-            return released_orders(example)[: permutation.orders]
-        return orders(example, permutation.orders, self.seed, epoch)
 
     def _rebuild(
         self, find: Callable[[Sequence[int]], Example], key: Sequence[int], orders: Sequence[Order]

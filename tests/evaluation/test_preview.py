@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -151,6 +152,12 @@ def test_a_right_answer_as_it_is_asked_for(
     assert len(said) == bool(warned)
     for name in warned:
         tells(said[0], "rows.jsonl", name, "data.instruction")
+
+
+def test_what_is_not_permuted_is_shown_in_its_order(preview: Preview) -> None:
+    for rate, orders in ((0.0, ["1 2"]), (1.0, ["1 2", "2 1"])):
+        lines = preview("--n", 1, "--permutation.rate", rate, count=1)
+        assert re.findall(r"in the order ([0-9 ]+):", "\n".join(lines)) == orders
 
 
 def test_a_template_that_opens_the_thought(
