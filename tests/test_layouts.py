@@ -175,30 +175,15 @@ def test_every_layout_goes_from_a_file_to_a_model_that_answers(
     tiny_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """Data and model alone are named, beside what makes the run small and gives an untrained model a signal."""
-    monkeypatch.setattr(
-        "perl.report.page.write_report", lambda folder: folder
-    )  # Pictures take seconds.
+    # Its pictures take seconds.
+    monkeypatch.setattr("perl.report.page.write_report", lambda folder: folder)
     path, folder = written(plain, layout, monkeypatch), tmp_path / "run"
     (tmp_path / "reward.py").write_text(ALTERNATING)
     rewards = ["accuracy", f"{tmp_path}/reward.py:f"]
-    small = [
-        "--train.examples_per_step",
-        2,
-        "--rollout.per_order",
-        1,
-        "--rollout.max_new_tokens",
-        3,
-    ]
-    small += ["--eval.examples", 2, "--run.dir", folder, "--run.trackers"]
-    small += [
-        "--reward.functions",
-        *rewards,
-        "--reward.weights",
-        0.5,
-        0.5,
-        "--run.checkpoint_every",
-        1,
-    ]
+    small = ["--train.examples_per_step", 2, "--rollout.per_order", 1]
+    small += ["--rollout.max_new_tokens", 3, "--eval.examples", 2, "--run.trackers"]
+    small += ["--reward.functions", *rewards, "--reward.weights", 0.5, 0.5]
+    small += ["--run.dir", folder, "--run.checkpoint_every", 1]
     named = ["--data.map", *MAP] if layout == "mapped" else []
     data = ["--data.train", path, *named]
     model = tiny_folder("tiny-qwen2.5-vl")

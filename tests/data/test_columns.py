@@ -68,6 +68,7 @@ EARLIER = (Message("user", ASKED), Message("assistant", "Both."), Message("user"
         # the answer among several columns
         ({"problem": ASKED, "answer": "B", "solution": "See A"}, EARLIER[:1], "B", None),
         ({"problem": ASKED, "solution": "<think>A</think> <answer> B </answer>"}, EARLIER[:1], "B", None),
+        ({"prompt": ASKED, "ground_truth": 3.0}, EARLIER[:1], "3", None),
         # none at all
         ({"messages": turns(ASKED)}, EARLIER[:1], "", None),
         ({"prompt": ASKED}, EARLIER[:1], "", None),
