@@ -88,11 +88,12 @@ def _checks(config: Config, processor: Any) -> Any:
     from perl.data.check import checks_of
     from perl.rewards.gold import gold_check
 
-    checks = checks_of(config.permutation.text, processor, [config.reward.functions])
+    functions = config.reward.functions
+    checks = checks_of(config.permutation.text, processor, [functions])
     more = replace(
         checks,
-        inspect=(*checks.inspect, ("gold", gold_check(config.reward.functions))),
-        key=f"{checks.key} gold",
+        inspect=(*checks.inspect, ("gold", gold_check(functions))),
+        key=f"{checks.key} {functions}",
         start_key=checks.key,
         decode=True,
     )

@@ -119,6 +119,12 @@ def test_what_a_model_and_a_reward_cannot_take(
         tells(row["fault"], *names)
 
 
+def test_other_rewards_read_other_golds(tmp_path: Path) -> None:
+    source = write(tmp_path, [{**GOOD, "answer": "1", "should_change": False}])
+    for functions, code in (("accuracy", 0), ("box_iou", 2), ("math", 0)):
+        assert run("check", source, "--reward.functions", functions, "--reward.weights", 1) == code
+
+
 def test_a_recipes_file_names_all_its_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
