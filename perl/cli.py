@@ -43,7 +43,7 @@ COMMANDS = {
         "which images of a data set may change places, by rules or a model",
     ),
     "check": (
-        "perl.data.check_command:Check",
+        "perl.evaluation.check_command:Check",
         "data",
         "read a whole data set: faulty rows, and what it looks like",
     ),

@@ -240,7 +240,7 @@ def _statistics(seen: Sequence[Seen], most_tokens: int) -> dict[str, Any]:
         "rows whose images can move": sum(each.moves for each in seen),
     }
     if tokens:
-        out["prompts over data.max_prompt_tokens"] = sum(t > most_tokens for t in tokens)
+        out[f"prompts over {most_tokens} tokens"] = sum(t > most_tokens for t in tokens)
     return {name: value for name, value in out.items() if value is not None}
 
 

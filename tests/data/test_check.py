@@ -117,6 +117,17 @@ def test_what_a_model_and_a_reward_cannot_take(
         strict=True,
     ):
         tells(row["fault"], *names)
+    # What is asked beside the question counts.
+    error_of(
+        "check",
+        source,
+        *options,
+        "--data.system",
+        "which " * 50,
+        "--output",
+        tmp_path / "bad.jsonl",
+    )
+    assert [row["fault_kind"] for row in json_lines(tmp_path / "bad.jsonl")][3:] == ["prompt"] * 2
 
 
 def test_other_rewards_read_other_golds(tmp_path: Path) -> None:

@@ -87,6 +87,8 @@ def _checks(config: Config, processor: Any) -> Any:
     """Those of training, and what takes longer."""
     from perl.data.check import checks_of
     from perl.rewards.gold import gold_check
+    from perl.rollout.instruction import Instruction
+    from perl.rollout.prompts import PromptEncoder, PromptLimit
 
     functions = config.reward.functions
     checks = checks_of(config.permutation.text, processor, [functions])
@@ -99,22 +101,20 @@ def _checks(config: Config, processor: Any) -> Any:
     )
     if processor is None:
         return more
-    limit = config.data.max_prompt_tokens
+    asked, limit = Instruction.of(config), PromptLimit.to_train(config)
+    encoder = PromptEncoder(processor, limit, config.data.overlong, asked)
 
     def tokens(example: Example) -> int:
         order = tuple(range(len(example.images)))
         variant = Variant(example, order, example.images, example.answer)
-        length = len(processor.encode(variant).input_ids)
-        if length > limit and config.data.overlong == "error":
-            raise UserError(
-                f"example {example.id}: its prompt has {length} tokens, over data.max_prompt_tokens = {limit}; "
-                'raise it, lower model.max_pixels, or set data.overlong = "drop"'
-            )
-        return length
+        if config.data.overlong == "error":
+            return len(encoder.encode([variant])[0][1].input_ids)
+        return len(processor.encode(encoder.ask(variant)).input_ids)
 
-    model = config.model
-    key = f"{more.key} {model.min_pixels} {model.max_pixels} {limit} {config.data.overlong}"
-    return replace(more, tokens=tokens, most_tokens=limit, key=key)
+    model, data = config.model, config.data
+    pixels = (model.min_pixels, model.max_pixels, model.chat_template)
+    key = f"{more.key} {pixels} {limit} {data.overlong} {encoder.instruction}"
+    return replace(more, tokens=tokens, most_tokens=limit.tokens, key=key)
 
 
 def _print(source: str, found: Any) -> None:
