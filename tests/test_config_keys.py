@@ -30,7 +30,7 @@ from perl.permutation import permute
 from perl.recipe import check_config, to_toml
 from perl.report.trackers import usable_trackers
 from perl.rewards.scorer import rollout_columns
-from perl.rollout.collect import Collector
+from perl.rollout.collect import Collector, drawn_orders
 from perl.rollout.engine import InProcessEngine, SamplingParams
 from perl.timing import Stopwatch
 from perl.training.checks import check_setup
@@ -43,6 +43,7 @@ from perl.types import Group, Message, UserError
 from perl_kernels import PolicyLoss
 from tests.command_line import json_lines
 from tests.messages import tells
+from tests.stand_ins import example
 from tests.training.two_tokens import (
     Accelerator,
     Letters,
@@ -436,7 +437,7 @@ def pushed(lab: Lab) -> list[str]:
     """The repositories that somebody has to be logged in for."""
     asked: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("perl.training.components.check_push", lambda repo: asked.append(repo))
+        patch.setattr("perl.training.checks.check_push", lambda repo: asked.append(repo))
         model = replace(lab.config.model, path=str(lab.model))
         check_setup(replace(lab.config, model=model))
     return [repo for repo in asked if repo]
@@ -552,7 +553,9 @@ ROWS = [
     Row("run.seed", 7, lambda lab: [e.id for e in lab.examples(6)],
         [f"row-{k}" for k in shuffled(1)], [f"row-{k}" for k in shuffled(15)]),
     Row("run.seed", 7, initial_model, "tiny-qwen2.5-vl 0", "tiny-qwen2.5-vl 7", TINY),
-    Row("run.seed", 7, lambda lab: lab.session.components.collector.seed, 0, 7),
+    Row("run.seed", 7, lambda lab: drawn_orders(
+        lab.session.components.collector.stage, example("q", 10, 20, 30, 40), 1.0, 0)[1],
+        (3, 1, 2, 0), (0, 1, 3, 2), {"permutation.orders": 2}),
     Row("run.seeds", (3, 5), lambda lab: [p.name for p in lab.left("seed-*")], [], ["seed-3", "seed-5"]),
     Row("run.log_every", 2, of("rl", "step"), [1, 2], [2]),
     Row("run.checkpoint_every", 2, checkpoints, [1, 2], [2], {"run.keep_checkpoints": 9}),
