@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 from array import array
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -138,6 +139,11 @@ class Csv(Source):
         with _unpacked(path) as file:
             text = io.TextIOWrapper(file, "utf-8-sig", newline="")
             reader = csv.DictReader(text, delimiter=separator, strict=True)
+            names = Counter(reader.fieldnames or ())
+            if again := [name for name, count in names.items() if count > 1]:
+                raise UserError(
+                    f"{path}: has two columns {again[0]}; rename one, or put a list into one cell"
+                )
             for row in reader:
                 if None in row:
                     raise UserError(

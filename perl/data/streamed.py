@@ -58,13 +58,15 @@ class StreamedExamples(Epochs):
     def state_dict(self) -> dict[str, Any]:
         """The position, JSON-able."""
         block = {"shard": self._shard, "inner": self._inner, "before": self._first}
-        return {"seed": self.seed, "epoch": self.epoch, **block, "position": self._position}
+        own = {"seed": self.seed, "shards": self._data.num_shards, "epoch": self.epoch}
+        return {**own, **block, "position": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; raises UserError if it belongs to other data or seed."""
-        if state.get("seed") != self.seed or "shard" not in state:
+        shards = self._data.num_shards
+        if (state.get("seed"), state.get("shards")) != (self.seed, shards):
             raise UserError(
-                f"the checkpoint's data have other streams or a seed other than {self.seed}; resume with the data, "
+                f"the checkpoint's data are no stream of {shards} shards with the seed {self.seed}; resume with the data, "
                 "data.streaming and seed it was trained on, or start a new run"
             )
         self.epoch, self._first = int(state["epoch"]), int(state["before"])

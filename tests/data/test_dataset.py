@@ -515,6 +515,7 @@ def test_lines_are_counted_with_the_blank_ones(tmp_path: Path) -> None:
         ("a.json", b'{"a": 1}\n{"a": 2}', ("columns a", "data.map")),  # JSON Lines
         ("a.csv", b"x,y\n", ("empty", "rows")),
         ("a.csv", b"x,y\n1,2\n1,2,3\n", ("line 3", "header", "quotes")),
+        ("a.csv", b"x,y,x\n1,2,3\n", ("columns x", "cell")),
         ("a.csv", b"x\n\xff", ("UnicodeDecodeError", "file")),
         ("a.xlsx", b"x,y", ("'.xlsx'", ".jsonl, .json, .parquet, .csv, .tsv", ".gz")),
         ("a.parquet.gz", b"x", ("'.gz'", ".parquet")),
