@@ -80,7 +80,7 @@ async def hangs_on_bad_later(completions: Any, **columns: Any) -> list[float]:
         (raises_on_bad_later, 0.0, ["ZeroDivisionError: division"]),
         (exits_on_bad, 60.0, ["SystemExit: 0"]),
         (hangs_on_bad, 0.4, ["reward.timeout = 0.4"]),
-        (hangs_on_bad_later, 0.1, ["reward.timeout = 0.1"]),
+        (hangs_on_bad_later, 0.4, ["reward.timeout = 0.4"]),
         (returns([1, NAN, 1]), 60.0, ["nan"]),
         (returns([1, -math.inf, 1]), 60.0, ["-inf"]),
         (returns([1, "x", 1]), 60.0, ["'x'"]),
