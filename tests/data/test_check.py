@@ -168,7 +168,7 @@ def test_many_rows_are_visited_by_several_processes(
 
 
 def test_what_has_been_found_is_believed_until_data_change(
-    tmp_path: Path, visits: list[int]
+    tmp_path: Path, visits: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a").mkdir()
     inside = {**GOOD, "images": ["a/0.png", "a/1.png"]}
@@ -196,6 +196,8 @@ def test_what_has_been_found_is_believed_until_data_change(
     write(tmp_path, [inside])
     assert visited() == [0, 0] and visited() == [0]
     os.utime(source, ns=(0, 0))
+    assert visited() == [0, 0] and visited() == [0]
+    monkeypatch.setattr("perl.kept._code", lambda: "of another version")
     assert visited() == [0, 0]
 
 
