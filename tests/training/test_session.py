@@ -158,6 +158,7 @@ def test_one_point_is_saved_once(tmp_path: Path, two_tokens: None) -> None:
 def test_a_stage_behind_a_filter_reads_what_it_left(tmp_path: Path, two_tokens: None) -> None:
     more = tmp_path / "more.jsonl"
     stages = """
+        data.map = ["answer=answer"]
         [[stages]]
         name = "sift"
         kind = "filter"
@@ -174,6 +175,11 @@ def test_a_stage_behind_a_filter_reads_what_it_left(tmp_path: Path, two_tokens: 
         sources.append([session.components.source(str(f))[0] for f in (more, tmp_path / "other")])
     left = str(filtered_file(session.folder.root, "sift"))
     assert sources == [[str(more), str(tmp_path / "other")], [left, str(tmp_path / "other")]]
+    # Bundled questions are left with our names for their columns, whatever those of other sources are.
+    filtered = {"bundled:digits": Path(left), str(more): Path(left)}
+    components = session.components.for_stage(session.stages[-1], filtered)
+    maps = [components.source(source)[1].map for source in filtered]
+    assert maps == [(), ("answer=answer",)]
 
 
 def test_the_bar_of_a_stage_ends_with_it(tmp_path: Path, two_tokens: None) -> None:
