@@ -39,6 +39,7 @@ def reinforce(session: Session, stage: Stage) -> None:
     # A step whose evaluation failed was kept without it.
     if not session.progress.ended:
         _measure_if_due(session, session.progress.step - 1)
+        session.end_step(session.progress.step - 1)
     for step in session.steps():
         started, encoded = time.perf_counter(), vision.images_encoded
         collected = components.collector.collect(session.source, session.processes, step)

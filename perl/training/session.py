@@ -105,7 +105,12 @@ class Session:
         self._saved_point = (self.progress.stage, self.progress.step)
         stage, step = self.progress.stage, self.progress.step
         self._again_from = self.progress.steps + 1
-        where = "the run is finished" if stage == "done" else f"resuming {stage} after step {step}"
+        where = (
+            f"resuming {stage} after step {step}"
+            if step
+            else f"going on with {self._called(stage)}"
+        )
+        where = "the run is finished" if stage == "done" else where
         self.display.say(f"{where} ({self._checkpoint})")
 
     @property
@@ -373,17 +378,22 @@ class Session:
                 )
         if self._saved_point and self.components.is_main:
             stage, step = self._saved_point
-            error.add_note(f"saved: {stage} step {step}" if step else f"saved: all before {stage}")
+            saved = f"{stage} step {step}" if step else f"all before {self._called(stage)}"
+            error.add_note(f"saved: {saved}")
         if not together:
             error.add_note("other processes of this run may have a message of their own")
 
     def _where(self) -> str:
         """The point that the run has come to, in words."""
         stage, step = self.progress.stage, self.progress.step
-        if stage != self.stage.name:
-            told = {"before": "before RL", "after": "after RL"}.get(stage, stage)
-            return "at the end" if stage == "done" else f"in the evaluation {told}"
-        if not self.stage.steps:
-            return f"in {stage}"
+        if stage != self.stage.name or not self.stage.steps:
+            return f"{'at' if stage == 'done' else 'in'} {self._called(stage)}"
         inside = self.progress.ended and step < self.stage.steps
         return f"in {stage} step {step + 1}" if inside else f"after {stage} step {step}"
+
+    def _called(self, point: str) -> str:
+        """A point of the run in words."""
+        if point in (stage.name for stage in self.stages):
+            return point
+        told = {"before": "before RL", "after": "after RL"}.get(point, point)
+        return "the end" if point == "done" else f"the evaluation {told}"

@@ -28,12 +28,16 @@ eval = { examples = 1, every = 1, patience = PATIENCE }
 """
 
 
-def scored(values: Sequence[float | None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The evaluations of a run come to these numbers, by the steps before them."""
-    monkeypatch.setattr(
-        "perl.training.measure.aggregate", lambda results: {"greedy": next(left), "by_task": {}}
-    )
+def scored(values: Sequence[float | Exception | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The evaluations of a run come to these numbers, by the steps before them, or to an error."""
     left = iter(values)
+
+    def aggregate(_: Any) -> dict[str, Any]:
+        if isinstance(value := next(left), Exception):
+            raise value
+        return {"greedy": value, "by_task": {}}
+
+    monkeypatch.setattr("perl.training.measure.aggregate", aggregate)
 
 
 def lying(folder: Path) -> set[str]:
@@ -111,12 +115,19 @@ def test_each_stage_has_patience_of_its_own(
         name = "hard"
         kind = "rl"
     """
+    config = config_of(tmp_path, BEST.replace("PATIENCE", "2") + stages)
     scored([0.9, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1], monkeypatch)
-    train_in(tmp_path / "run", config_of(tmp_path, BEST.replace("PATIENCE", "2") + stages))
+    train_in(tmp_path / "run", config)
     places = [(r["name"], r["step"]) for r in metrics(tmp_path / "run", "rl")]
     # Steps are counted on from those that were taken.
     assert places == [("easy", 1), ("easy", 2), ("hard", 3), ("hard", 4)]
     assert lying(tmp_path / "run") == {"step-0", "step-4", "best"}
+    # An evaluation that failed is made again once, also where it ends the stage.
+    scored([0.9, 0.1, ValueError("planted"), 0.1, 0.1, 0.1, 0.1, 0.1], monkeypatch)
+    with pytest.raises(ValueError, match="planted"):
+        train_in(tmp_path / "broken", config)
+    train_in(tmp_path / "broken", config, resume=True)
+    assert untimed(tmp_path / "broken") == untimed(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,13 @@ PLANTED: dict[str, tuple[Any, str, int, tuple[str, int] | None, list[str]]] = {
     "checkpoint of the cold start": (CheckpointManager, "save", 1, ("sift", 0), ["sift"]),
     "engine, filter": (OwnEngine, "generate", 1, ("sift", 0), ["sift"]),
     "file of the filter": (MeasuredFile, "add", 1, ("sift", 0), ["sift"]),
-    "engine, before RL": (OwnEngine, "generate", 2, ("before", 0), ["before RL"]),
+    "engine, before RL": (
+        OwnEngine,
+        "generate",
+        2,
+        ("before", 0),
+        ["before RL"],
+    ),
     "engine, first RL step": (OwnEngine, "generate", 4, ("rl", 0), ["rl step 1"]),
     "tower, first RL step": (TwoTokens, "forward", 5, ("rl", 0), ["rl step 1"]),
     "reward, third RL step": (Scorer, "score_rollouts", 6, ("rl", 2), ["rl step 3", "rl step 2"]),
@@ -137,8 +143,20 @@ PLANTED: dict[str, tuple[Any, str, int, tuple[str, int] | None, list[str]]] = {
     "tower, last RL step": (TwoTokens, "forward", 11, ("rl", 3), ["rl step 4", "rl step 3"]),
     "engine, along the way": (OwnEngine, "generate", 6, ("rl", 2), ["rl step 2"]),
     "pictures, along the way": (Gallery, "keep_rollouts", 2, ("rl", 2), ["rl step 2"]),
-    "engine, after RL": (OwnEngine, "generate", 10, ("after", 0), ["after RL"]),
-    "export at the end": (TwoTokens, "save_pretrained", 2, ("done", 0), ["done"]),
+    "engine, after RL": (
+        OwnEngine,
+        "generate",
+        10,
+        ("after", 0),
+        ["after RL"],
+    ),
+    "export at the end": (
+        TwoTokens,
+        "save_pretrained",
+        2,
+        ("done", 0),
+        ["the end"],
+    ),
     "report": (page, "write_report", 1, ("done", 0), []),
 }
 """Whose which call fails, the point that is saved then, and what the line names."""
