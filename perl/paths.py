@@ -16,8 +16,6 @@ _PATHS = {
     "reward": ("functions",),
 }
 """Keys whose values may be paths or begin with one."""
-_SCHEMES = ("bundled:folder:", "bundled:", "split:")
-"""What sources begin with that are no files of their own."""
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -56,8 +54,8 @@ def _absolute(value: Any, mark: str) -> Any:
         return value
     if "," in value and not Path(value).exists():
         return ",".join(_absolute(v, "") for v in value.split(","))
-    scheme = next((s for s in _SCHEMES if value.startswith(s)), "")
-    if scheme in ("bundled:", "split:"):
+    scheme = "bundled:folder:" if value.startswith("bundled:folder:") else ""
+    if not scheme and value.startswith(("bundled:", "split:")):
         return value
     path = value.removeprefix(scheme)
     ends = [len(path), *(m.start() for m in re.finditer("[:*?[]", path))]

@@ -75,7 +75,7 @@ def _found(source: str, split: str) -> list[Source]:
         return [_open_hub(source, split)]
     names = sorted(filter(os.path.isfile, glob.glob(str(path), recursive=True)))
     if not names:
-        raise UserError(f"no file fits {source} ({_absolute(path)}); {_there(path)}")
+        raise UserError(f"no file fits {source} ({os.path.abspath(path)}); {_there(path)}")
     one_folder = len({os.path.dirname(name) for name in names}) == 1
     if one_folder and all(name.endswith(".parquet") for name in names):
         return [open_parquet(source, names)]  # All at once: they may be thousands.
@@ -121,7 +121,9 @@ def _open_hub(source: str, split: str) -> Source:
     is_file = name.lower().endswith(tuple(packed))
     if name.startswith((".", "/", "~")) or is_file or name.count("/") > 1 or ":" in name:
         path = Path(name).expanduser()
-        raise UserError(f"there is no file or folder {source} ({_absolute(path)}); {_there(path)}")
+        raise UserError(
+            f"there is no file or folder {source} ({os.path.abspath(path)}); {_there(path)}"
+        )
     offline_if_unreachable()
     import datasets
     from datasets import config as settings
@@ -131,7 +133,7 @@ def _open_hub(source: str, split: str) -> Source:
         found: Any = datasets.load_dataset(name, config, split=own_split)
     except OSError as error:  # A DatasetNotFoundError, or no connection
         raise UserError(
-            f"there is no file or folder {source} ({_absolute(Path(name))}), and on the hub "
+            f"there is no file or folder {source} ({os.path.abspath(name)}), and on the hub "
             f"{type(error).__name__}: {one_line(error)}; {_there(Path(name))}"
         ) from error
     # Images stored as paths lie in the download cache, and nowhere else.
@@ -139,17 +141,13 @@ def _open_hub(source: str, split: str) -> Source:
     return ArrowRows(source, root, _choose_split(found, split, source))
 
 
-def _absolute(path: Path) -> str:
-    return os.path.abspath(path)
-
-
 def _there(path: Path) -> str:
     """What to do about a path that is not there: what its nearest folder has instead."""
     parents = [
-        p for p in Path(_absolute(path)).parents if p.is_dir() and not glob.has_magic(str(p))
+        p for p in Path(os.path.abspath(path)).parents if p.is_dir() and not glob.has_magic(str(p))
     ]
     names = sorted(p.name for p in parents[0].iterdir())
-    missing = Path(_absolute(path)).relative_to(parents[0]).parts[0]
+    missing = Path(os.path.abspath(path)).relative_to(parents[0]).parts[0]
     near = difflib.get_close_matches(missing, names, n=1)
     if near:
         return f"did you mean {parents[0] / near[0]}?"
@@ -200,17 +198,17 @@ def open_streamed(source: str, split: str) -> tuple[str, Path, Any]:
             rows: Any = datasets.load_dataset(
                 "parquet", data_files=patterns, split="train", streaming=True
             )
-            root = Path(_absolute(Path(files[0]))).parent
+            root = Path(os.path.abspath(files[0])).parent
         else:
             if folder.is_dir():
                 name = str(folder)
             else:
                 offline_if_unreachable()
             rows = datasets.load_dataset(name, config, split=own_split, streaming=True)
-            root = Path(_absolute(folder))
+            root = Path(os.path.abspath(folder))
     except Exception as error:
         raise UserError(
-            f"cannot stream the data set {source} ({_absolute(folder)}, or on the hub): {type(error).__name__}: "
+            f"cannot stream the data set {source} ({os.path.abspath(folder)}, or on the hub): {type(error).__name__}: "
             f"{one_line(error, 300)}; {_there(folder)}"
         ) from error
     return source, root, _choose_split(rows, split, source).decode(False)
