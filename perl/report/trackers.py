@@ -44,22 +44,23 @@ def usable_trackers(config: Config) -> list[Any]:
     from perl.distributed import process_state
 
     process_state()  # The logger that filter_trackers uses needs it.
-    wanted: list[Any] = [t for t in config.run.trackers if t]
-    for tracker in wanted:
+    usable: list[Any] = []
+    for tracker in filter(None, config.run.trackers):
         try:
-            found = filter_trackers([tracker], config.run.dir)
+            found = filter_trackers([tracker], config.run.dir)  # pyright: ignore[reportArgumentType]
         except ValueError as error:
             raise UserError(f"run.trackers: {tracker} is unknown ({error})") from error
         if not found:
             raise UserError(
                 f"run.trackers: {tracker} is not installed; pip install {tracker} or leave it out"
             )
+        usable += found
     project = project_of(config)
-    if wanted and (not _PROJECT.fullmatch(project) or not project.strip(". ")):
+    if usable and (not _PROJECT.fullmatch(project) or not project.strip(". ")):
         raise UserError(
             f"run.project = {project!r} cannot be the name of a project: 1 to 128 characters, none of / \\ # ? % :"
         )
-    return filter_trackers(wanted, config.run.dir) if wanted else []
+    return usable
 
 
 def project_of(config: Config) -> str:
