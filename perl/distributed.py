@@ -125,7 +125,7 @@ def process_state() -> Any:
 
 
 def on_main_process(action: Callable[[], object]) -> None:
-    """Do something in the first process while the others wait; its error stops all of them."""
+    """Do something in the first process while the others wait; its error stops all of them. Nothing in it may wait for them."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         action()
         return
