@@ -70,7 +70,14 @@ def load_recipe(name: str) -> Config:
 
 
 def read_config(path: Path) -> Config:
-    """A Config from one TOML file; keys left out keep their defaults."""
+    """A Config from one TOML file; keys left out are those of the recipe that its key `recipe` names, or the defaults."""
+    config = _validated(_read(path), f"{path}: ")
+    check_config(config, f"{path}: ")
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The sections of a TOML file, over those of the recipe that it starts from."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -82,9 +89,15 @@ def read_config(path: Path) -> Config:
         values["train"] = either_length(values["train"])
     if "stages" in values:
         values["stages"] = _stages(values["stages"], str(path))
-    config = _validated(values, f"{path}: ")
-    check_config(config, f"{path}: ")
-    return config
+    if (base := values.pop("recipe", None)) is None:
+        return values
+    if base not in recipe_names():
+        raise UserError(f"{path}: recipe = {base!r} is none of {', '.join(recipe_names())}")
+    whole = _read(_BUNDLED / f"{base}.toml")
+    for section, own in values.items():
+        both = isinstance(own, dict) and isinstance(whole.get(section), dict)
+        whole[section] = whole[section] | own if both else own
+    return whole
 
 
 def check_config(config: Config, where: str = "") -> None:
@@ -260,7 +273,7 @@ def _what_is_wrong(error: Any) -> str:
         *sections, unknown = error["loc"]
         section = get_type_hints(Config)[sections[0]] if sections else Config
         known = [f.name for f in dataclasses.fields(section)]
-        near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(unknown, known, n=1)
         hint = f"known here: {', '.join(known)}"
         if near:
             hint = f"did you mean {'.'.join([*sections, *near])}?"
