@@ -93,7 +93,7 @@ def test_a_file_may_start_from_a_recipe(recipe: Callable[[str], str]) -> None:
     own = 'recipe = "default"\nmodel.path = "m"\ntrain = { epochs = 2 }\nstages = [{ name = "a", kind = "rl" }]'
     config, base = load_recipe(recipe(own)), load_recipe("default")
     assert (config.model.path, base.model.path) == ("m", "")
-    assert replace(config.model, path="") == base.model and base.model.lora_rank == 64
+    assert dataclasses.replace(config.model, path="") == base.model and base.model.lora_rank == 64
     assert (config.train.steps, config.train.epochs, config.train.lr) == (0, 2, base.train.lr)
     assert (config.data, config.eval, len(config.stages)) == (base.data, base.eval, 1)
     for wrong in ('"defualt"', "3", '["demo"]'):
