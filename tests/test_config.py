@@ -96,8 +96,8 @@ def test_a_file_may_start_from_a_recipe(recipe: Callable[[str], str]) -> None:
     assert dataclasses.replace(config.model, path="") == base.model and base.model.lora_rank == 64
     assert (config.train.steps, config.train.epochs, config.train.lr) == (0, 2, base.train.lr)
     assert (config.data, config.eval, len(config.stages)) == (base.data, base.eval, 1)
-    for wrong in ('"defualt"', "3", '["demo"]'):
-        with refused("recipe = ", wrong.strip('"[]'), "default", "perl-7b"):
+    for wrong in ("'defualt'", "3", "['demo']"):
+        with refused(f"recipe = {wrong}", "default", "perl-7b"):
             load_recipe(recipe(f"recipe = {wrong}"))
 
 
