@@ -13,7 +13,7 @@ from typing import Any
 
 from perl.config import DataConfig
 from perl.data.columns import choose_layout, may_move, read_row, tell_once
-from perl.data.held_out import Shown, held_out_rows, shown_by
+from perl.data.held_out import Shown, held_out_rows, largest_group, shown_by
 from perl.data.pictures import Split, open_stored
 from perl.data.sources import Source, is_streamable, open_source, open_streamed
 from perl.data.tasks import BundledTasks
@@ -200,19 +200,25 @@ def _held_out(dataset: RowDataset, share: float) -> list[int]:
     """The rows to hold out of a whole data set; those that cannot be read are not among them."""
     name = dataset.source.name
 
-    def find() -> tuple[list[int], int]:
+    def find() -> tuple[list[int], int, int]:
         shown = [dataset.shown(i) for i in range(len(dataset))]
         if not any(shown):
             dataset.check(0)
         held = held_out_rows(shown, share, name)
-        return held, len({key for i in held for key in shown[i]})
+        return held, len({key for i in held for key in shown[i]}), largest_group(shown)
 
-    held, pictures = kept(["held out", share, dataset.about()], dataset.source.files, find)
+    held, pictures, largest = kept(["held out", share, dataset.about()], dataset.source.files, find)
     text = (
         f"data.eval = split:{share:g}: {len(held)} of the {len(dataset)} rows of {name} are held out, with {pictures} "
         "pictures that no other row shows"
     )
     tell_once(logging.INFO, text, text)
+    if largest > max(len(held), len(dataset) // 2):
+        text = (
+            f"{name}: {largest} of its {len(dataset)} rows hang together by shared images and are all trained on; what is "
+            "held out may be unlike them, so name data of its own with data.eval if there is any"
+        )
+        tell_once(logging.WARNING, text, text)
     return held
 
 

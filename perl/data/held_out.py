@@ -55,6 +55,11 @@ def held_out_rows(shown: Sequence[Shown], share: float, where: str) -> list[int]
     return sorted(held or min(groups, key=len))
 
 
+def largest_group(shown: Sequence[Shown]) -> int:
+    """How many rows hang together by shared pictures at most; they are held out together or not at all."""
+    return max(map(len, _groups(shown)))
+
+
 def _groups(shown: Sequence[Shown]) -> list[list[int]]:
     """Rows that share pictures, directly or through others, in a random sequence that the pictures' names decide."""
     from scipy.sparse import coo_array

@@ -139,6 +139,25 @@ def test_training_draws_what_is_not_held_out(file: Path, caplog: pytest.LogCaptu
     assert len(few) == 2 and {few[0].id, few[1].id} < set(held)
 
 
+@pytest.mark.parametrize("hang_together", [15, 18])
+def test_a_group_of_more_than_half_is_warned_of(
+    hang_together: int, file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows[:hang_together:3]:  # One row of each picture shows the last one as well.
+        row |= {"question": "<image><image>", "images": [*row["images"], "joint.png"]}
+    (file.parent / "joint.png").write_bytes(encoded((99, 0, 0)))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ids("split:0.2", DataConfig(train=str(file), eval="split:0.2"), "test")
+    warned = [
+        r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "hang" in r.msg
+    ]
+    if hang_together == 15:
+        assert not warned
+    else:
+        tells(warned[0], file, "18 of its 30", "data.eval")
+
+
 def test_embedded_pictures_are_told_by_their_content(file: Path) -> None:
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     for row in rows:
