@@ -150,7 +150,9 @@ def test_a_group_of_more_than_half_is_warned_of(
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     ids("split:0.2", DataConfig(train=str(file), eval="split:0.2"), "test")
     warned = [
-        r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "hang" in r.msg
+        r.getMessage()
+        for r in caplog.records
+        if r.levelname == "WARNING" and "hang" in r.getMessage()
     ]
     if hang_together == 15:
         assert not warned
