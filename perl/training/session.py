@@ -368,14 +368,11 @@ class Session:
         whole = begun and updates == self._recorded_updates
         if whole and (together or alone):
             if isinstance(error, KeyboardInterrupt):
-                logger.info("saving %s step %d first", self.progress.stage, self.progress.step)
+                logger.info("saving the last complete step first")
             try:
                 self._save(together)
             except (Exception, KeyboardInterrupt) as further:
-                logger.warning(
-                    "%s step %d could not be saved: %s",
-                    *(self.progress.stage, self.progress.step, one_line(further)),
-                )
+                logger.warning("the last complete step could not be saved: %s", one_line(further))
         if self._saved_point and self.components.is_main:
             stage, step = self._saved_point
             saved = f"{stage} step {step}" if step else f"all before {self._called(stage)}"
