@@ -116,43 +116,30 @@ def processor_of(config: Config) -> Iterator[Processor]:
 
 def _show(pair: Shown, encoder: PromptEncoder, scorer: Scorer, read: Read, taught: bool) -> None:
     """One order: the prompt, its tokens, the right answer, and its rewards."""
+    from perl.evaluation.trial import right_answer
+
     variant, prompt = pair
     processor, answer = encoder.processor, variant.answer
     text = processor.render(variant.messages, variant.example.id)
     order = " ".join(str(i + 1) for i in variant.order)
     tokens = f"{len(prompt.input_ids)} of at most {encoder.limit.tokens} tokens"
     print(f"\n--- images in the order {order or '(none)'}: {tokens}")
-    print(_with_sizes(text, processor.image_token, pair))
+    print(with_sizes(text, processor.image_token, pair))
     if not answer:
         print("right answer: none in the data")
         return
     shown = variant.example.demonstration if taught else None
-    completion = _right(text, shown or "", answer, read)
+    completion, unasked = right_answer(text, shown or "", answer, read)
     ids = processor.encode_completion(completion)
     total, parts = scorer.score_rollouts(
         [Rollout(variant, prompt, ids, 0.0 * ids.astype("float32"), completion, finished=True)]
     )
     given = ", ".join(f"{name} {_number(values[0])}" for name, values in parts.items())
-    print(f"right answer: {answer}, as {completion}: reward {_number(total[0])} ({given})")
+    remark = "; no prompt asks for this form" if unasked else ""
+    print(f"right answer: {answer}, as {completion}: reward {_number(total[0])} ({given}){remark}")
 
 
-def _right(prompt: str, demonstration: str, answer: str, read: Read) -> str:
-    """The right answer in the form that the prompt asks for, else in that of the demonstration."""
-    from perl.rewards.forms import BOX, opened, written
-
-    forms = [form for of_function in read.values() for form in of_function]
-    around = {BOX, "<answer>"}
-    known = frozenset(around.union({"<think>"}, *forms))
-    for text in (prompt, demonstration):
-        if marks := {mark for mark in known if mark in text}:
-            needed = {mark for form in forms if form <= marks for mark in form}
-            # A prompt that mentions both is answered as rewards read it.
-            completion = written(answer, marks - (around - needed if around & needed else set()))
-            return completion.removeprefix("".join(opened(prompt, [known])))
-    return answer
-
-
-def _with_sizes(text: str, token: str, pair: Shown) -> str:
+def with_sizes(text: str, token: str, pair: Shown) -> str:
     """The template's text with every image token as what stands there."""
     variant, prompt = pair
     if not token:

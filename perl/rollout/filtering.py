@@ -20,7 +20,8 @@ _REASONS = {
     "too_easy": ("are too easy", "raise filter.max_accuracy or take harder data"),
     "all_worst": (
         "have equal rewards, none above zero",
-        "take easier data, raise rollout.per_order, or start from a model that is sometimes right",
+        "take easier data, raise rollout.per_order, start from a model that is sometimes right, or see with perl-rl preview "
+        "that reward.functions give a right answer more than zero",
     ),
     "all_best": ("have equal rewards, all of them good", "take harder data"),
     "unscorable": (

@@ -17,6 +17,7 @@ from perl.data.resample import parse_histogram
 from perl.data.streams import training_sources
 from perl.evaluation.evaluate import NUMBERS
 from perl.evaluation.preview import processor_of
+from perl.evaluation.trial import try_rewards
 from perl.model.head import make_policy_loss
 from perl.model.loading import check_kernels, check_model, load_processor
 from perl.model.processor import Processor
@@ -26,6 +27,7 @@ from perl.report.progress import Display
 from perl.report.trackers import usable_trackers
 from perl.rewards.scorer import Scorer
 from perl.rollout.instruction import Instruction, tell_prompts
+from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.training.components import check_bundled
 from perl.training.optimizer import Schedule
 from perl.training.saving.hub import check_push
@@ -139,7 +141,7 @@ def check_rows(sources: Iterable[Source], processor: Processor | None) -> None:
 
 
 def _check_prompts(config: Config, processor: Processor | None, sources: Sequence[Source]) -> None:
-    """Say what each RL stage asks, and warn where it is not what its rewards or its model read."""
+    """Say what each RL stage asks, warn where it is not what its rewards or its model read, and try the rewards."""
     with nullcontext(processor) if processor else processor_of(config) as reads:
         for stage in plan(config):
             if stage.kind == "rl":
@@ -149,6 +151,9 @@ def _check_prompts(config: Config, processor: Processor | None, sources: Sequenc
                 here = (own.data, own.permutation.text)
                 shown = [(s.name, s.dataset) for s in sources if (s.config, s.text) == here]
                 tell_prompts(own, asked, reads, shown)
+                encoder = PromptEncoder(reads, PromptLimit.to_train(own), own.data.overlong, asked)
+                for name, dataset in shown:
+                    try_rewards(name, dataset, own.permutation.text, own.reward, encoder)
 
 
 def _check_filter(name: str, config: Config, size: int | None) -> None:

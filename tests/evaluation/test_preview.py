@@ -113,13 +113,13 @@ def test_what_the_model_is_shown(preview: Preview) -> None:
         (
             ("--data.instruction", ""),
             {},
-            "B: reward 0 (accuracy 0, format 0)",
+            r"<think>...</think>\boxed{B}: reward 1 (accuracy 1, format 1); no prompt asks for this form",
             ["accuracy", "format"],
         ),
         (
             ("--data.instruction", ""),
             {"demonstration": r"<think> B </think> \boxed{ B }"},
-            "B: reward 0 (accuracy 0, format 0)",
+            r"<think>...</think>\boxed{B}: reward 1 (accuracy 1, format 1); no prompt asks for this form",
             ["accuracy", "format"],
         ),
         (
@@ -183,6 +183,7 @@ def test_a_tiny_model_that_is_still_to_be_made(capsys: pytest.CaptureFixture[str
     assert run("preview", "demo", "--n", 1, "--data.instruction", "auto") == 0
     out = capsys.readouterr().out
     tells(out.splitlines()[0], "auto", "none")
+    assert r"\boxed{A}: reward 1 (accuracy 1, format 1)" in out
     tells(out, "digits-train-which-000000", "28x28", "1 token")
 
 

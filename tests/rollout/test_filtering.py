@@ -134,7 +134,7 @@ def test_a_batch_that_is_not_filled_is_said_once(caplog: pytest.LogCaptureFixtur
 @pytest.mark.parametrize(
     ("counts", "groups", "number", "keys"),
     [
-        ({"all_worst": 3, "all_best": 2}, 5, "3", ["rollout.per_order"]),
+        ({"all_worst": 3, "all_best": 2}, 5, "3", ["rollout.per_order", "reward.functions"]),
         ({"all_best": 2, "too_easy": 1, "kept": 1}, 4, "2", []),
         ({"too_easy": 1}, 1, "1", ["filter.max_accuracy"]),
         ({"too_hard": 7, "kept": 9}, 16, "7", ["filter.min_accuracy"]),
