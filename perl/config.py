@@ -160,7 +160,8 @@ class DataConfig:
     frames: Count = 0
     """Images that a video is shown as, evenly spaced over it; 0: rows with videos are refused."""
     image_root: str = ""
-    """Folder that relative image paths start from and may not leave; empty: the data file's folder."""
+    """Folder that image paths start from and may not leave, those of data.train and data.eval alike; empty: each data
+    file's folder."""
     mix: tuple[str, ...] = ()
     """More training sources beside data.train, each with the share of draws it gets for one of data.train's, as in
     "k12.jsonl*0.5"."""

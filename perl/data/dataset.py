@@ -192,7 +192,7 @@ class RowDataset:
 
     def _tell(self, where: str, what: str) -> None:
         """Once for a source, however many of its rows are so."""
-        about = (self.root_of(0), self.source.name, what)
+        about = (self.source.identities, what)
         tell_once(logging.WARNING, f"{where}: {what} (said once)", about)
 
 

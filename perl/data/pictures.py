@@ -27,6 +27,7 @@ MAX_PIXELS = 100_000_000
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_SIZE = 28
 TEST_SHARE = 0.2
+_ROOT = "the image root (data.image_root, or --image-root; empty: the data file's folder)"
 
 
 @dataclass(frozen=True)
@@ -135,9 +136,27 @@ def locate(text: str, root: Path, where: str) -> Path | bytes:
     path = path_inside(text, root)
     if path is None:
         raise UserError(
-            f"{where}: image path {text} leaves {root}; move the image there or set data.image_root"
+            f"{where}: image path {text} leaves {root}; {_elsewhere(text) or f'move the image there or set {_ROOT}'}"
         )
+    if not path.exists():
+        raise UserError(
+            f"{where}: there is no image file {path}; "
+            f"{_elsewhere(text) or f'correct the path or {_ROOT}, which is {root}'}"
+        ) from FileNotFoundError(path)
     return path
+
+
+def _elsewhere(text: str) -> str:
+    """What root would find the file that a path of the data names; empty if it is not there either."""
+    path = Path(text.removeprefix("file://"))
+    if not path.is_file():
+        return ""
+    if path.is_absolute():
+        return (
+            "it is there: set data.image_root, or --image-root, to a folder that all images lie in or below, as in "
+            f'"{path.parent}"'
+        )
+    return 'it is there from the folder where the command runs: set data.image_root = ".", or --image-root .'
 
 
 def path_inside(text: str, root: Path) -> Path | None:

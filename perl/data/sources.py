@@ -52,8 +52,7 @@ def _open_part(source: str, split: str) -> list[Source]:
         raise
     except Exception as error:
         raise UserError(
-            f"cannot read the data set {source}: {type(error).__name__}: {one_line(error, 300)}; "
-            "check the name and the file"
+            f"cannot read the data set {source}: {_with_cause(error)}; check the name and the file"
         ) from error
     for each in sources:
         if len(each) == 0:
@@ -87,6 +86,7 @@ def _found(source: str, split: str) -> list[Source]:
 
 def _open_folder(path: Path, config: str | None, own_split: str | None, split: str) -> Source:
     import datasets
+    from datasets.exceptions import DatasetGenerationError
 
     saved = _is_saved(path)
     if saved and config:
@@ -94,7 +94,11 @@ def _open_folder(path: Path, config: str | None, own_split: str | None, split: s
     if saved:
         found: Any = datasets.load_from_disk(str(path))
     else:
-        found = datasets.load_dataset(str(path), config)
+        try:
+            found = datasets.load_dataset(str(path), config)
+        except DatasetGenerationError:
+            _find_malformed(path)
+            raise
     if own_split and own_split in (found if isinstance(found, dict) else ()):
         found = found[own_split]
     elif own_split:
@@ -102,6 +106,20 @@ def _open_folder(path: Path, config: str | None, own_split: str | None, split: s
         raise UserError(f"{path}:{own_split}: there is no such split, only {names}")
     name = f"{path}:{own_split}" if own_split else str(path)
     return ArrowRows(name, Path(os.path.abspath(path)), _choose_split(found, split, str(path)))
+
+
+def _find_malformed(folder: Path) -> None:
+    """Raise the UserError that names the first malformed line of the folder's JSON Lines files, which `datasets` does not."""
+    for file in sorted(folder.rglob("*.jsonl")):
+        rows = open_file(file)
+        for i in range(len(rows)):
+            rows.row(i)
+
+
+def _with_cause(error: BaseException) -> str:
+    """An error and what it comes from: that of `datasets` says only that there was one."""
+    told = f"{type(error).__name__}: {one_line(error, 300)}"
+    return f"{told}, from {_with_cause(error.__cause__)}" if error.__cause__ else told
 
 
 def _is_saved(folder: Path) -> bool:
@@ -208,8 +226,8 @@ def open_streamed(source: str, split: str) -> tuple[str, Path, Any]:
             root = Path(os.path.abspath(folder))
     except Exception as error:
         raise UserError(
-            f"cannot stream the data set {source} ({os.path.abspath(folder)}, or on the hub): {type(error).__name__}: "
-            f"{one_line(error, 300)}; {_there(folder)}"
+            f"cannot stream the data set {source} ({os.path.abspath(folder)}, or on the hub): "
+            f"{_with_cause(error)}; {_there(folder)}"
         ) from error
     return source, root, _choose_split(rows, split, source).decode(False)
 

@@ -65,7 +65,7 @@ class Check(Command):
             kinds = ", ".join(sorted({fault.kind for _, fault in faulty}))
             raise UserError(
                 f"faulty: {'; '.join(summaries)} ({kinds}); correct them, or train with "
-                "--data.on-error skip, which leaves them out"
+                "--data.on-error skip (label with --on-error skip), which leaves them out"
             )
 
 

@@ -30,6 +30,8 @@ class Evaluate(Command):
     """JSONL or Parquet file, hub dataset or bundled:digits; empty: the run's."""
     map: tuple[str, ...] | None = None
     """What columns of ours are called in the data, as in "question=problem_text"; empty: the run's data.map."""
+    image_root: str | None = None
+    """Folder that image paths of the data start from and may not leave; empty: the run's data.image_root."""
     eval: MeasureConfig = field(default_factory=MeasureConfig)
     max_new_tokens: int | None = None
     """Longest completion; empty: the run's, 2048 with --suite."""
@@ -136,7 +138,12 @@ def _check_options(command: Evaluate) -> None:
         raise UserError(
             f"--instruction {command.instruction}: a benchmark is asked as official or think says; choose one"
         )
-    for option, given in (("--text", command.text), ("--map", command.map)):
+    of_data = {
+        "--text": command.text,
+        "--map": command.map,
+        "--image-root": command.image_root,
+    }
+    for option, given in of_data.items():
         if command.suite and given:
             raise UserError(
                 f"{option} is for one's own data; a benchmark is asked as it is published"
@@ -152,6 +159,7 @@ def _settings(command: Evaluate, max_new_tokens: int | None) -> Config:
         data={
             "eval": command.data or None,
             "map": command.map,
+            "image_root": command.image_root,
             "max_prompt_tokens": command.max_prompt_tokens,
             "overlong": command.overlong,
             # A benchmark's question says how it is to be answered.

@@ -60,6 +60,9 @@ class Filter(Command):
     """Of the sampling and of the selection."""
     map: tuple[str, ...] | None = None
     """What columns of ours are called in the data, as in "question=problem_text"; empty: the run's data.map."""
+    image_root: str | None = None
+    """Folder that image paths of the data start from and may not leave; empty: the data file's, for a run's own data its
+    data.image_root. The rows written need none."""
     overwrite: bool = False
     """Measure again what another model or other settings have measured."""
     instruction: str | None = None
@@ -136,13 +139,14 @@ def _settings(command: Filter) -> Config:
         if run_of(command.model) or command.measure is None
         else {"functions": (command.measure,)}
     )
+    root = "" if command.data and command.image_root is None else command.image_root
     return config_of(
         command.model,
         permutation={"text": command.text},
         reward=own | {"weights": (1.0,)} if own else {},
         data={
             "train": command.data or None,
-            "image_root": "" if command.data else None,
+            "image_root": root,
             "map": command.map,
             "streaming": False,  # All rows are measured.
             "max_prompt_tokens": command.max_prompt_tokens,

@@ -124,7 +124,10 @@ def test_verl_columns(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("question", ["problem", "question"])
 def test_images_keep_their_order_unless_the_data_say_more(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, question: str
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    question: str,
 ) -> None:
     row = {question: "<image> or <image>?", "images": ["0.png", "1.png"], "answer": ["A", "C"]}
     assert load_row(tmp_path, {**row, "answer": "red", "should_change": False}).kind == "all"
@@ -133,12 +136,15 @@ def test_images_keep_their_order_unless_the_data_say_more(
     assert load_row(tmp_path, alone).kind == "none"
     assert not caplog.text
     source = write_rows(tmp_path, [alone, row, row])
-    for _ in range(2):
-        data = load_examples(source, AUTO, "train", 0)
+    monkeypatch.chdir(tmp_path)
+    for name in (source, source, "data.jsonl"):
+        data = load_examples(name, AUTO, "train", 0)
         examples = [data[i] for i in (2, 1, 0)]
     example = examples[1]
     assert (example.question, example.answer, example.kind) == (row[question], "A, C", "none")
-    assert len(caplog.messages) == 1  # once, whichever row comes first and however often it is read
+    assert (
+        len(caplog.messages) == 1
+    )  # once, whichever row comes first and however often it is named and read
     tells(caplog.messages[0], "data.jsonl line 3", "kind", "should_change")
 
 
@@ -208,6 +214,19 @@ def test_parquet_and_saved_folders_with_embedded_images(tmp_path: Path) -> None:
     datasets.DatasetDict({"a": table, "b": table}).save_to_disk(str(tmp_path / "other"))
     with refused("a, b", "train", f"{tmp_path}/other:SPLIT"):
         load_examples(str(tmp_path / "other"), AUTO, "train", 0)
+
+
+def test_a_folder_with_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text(json.dumps(perl_row()) + "\n")
+    (tmp_path / "b.jsonl").write_text('{"question": "?"}\n{"question": ?}\n')
+    with refused(tmp_path / "b.jsonl", "line 2", "JSON"):
+        load_examples(str(tmp_path), AUTO, "train", 0)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "b.parquet").write_bytes(b"PAR1")
+    with refused(other, "ArrowInvalid"):
+        load_examples(str(other), AUTO, "train", 0)
 
 
 def test_a_folder_with_its_config_and_split(
@@ -325,6 +344,27 @@ def test_image_root(tmp_path: Path) -> None:
         load_examples(str(source), AUTO, "train", 0)[0]
     config = DataConfig(image_root=str(tmp_path / "pictures"))
     assert reds(load_examples(str(source), config, "train", 0)[0]) == [0, 1]
+
+
+def test_a_root_that_would_find_the_image_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = tmp_path / "texts"
+    for folder in (texts, tmp_path / "pictures"):
+        folder.mkdir()
+    write_rows(tmp_path / "pictures", [])
+    monkeypatch.chdir(tmp_path)
+    asked, option = "data.image_root", "--image-root"
+    for name, config, names in (
+        ("pictures/0.png", AUTO, (texts / "pictures/0.png", f'{asked} = "."', f"{option} .")),
+        ("../pictures/0.png", AUTO, ("../pictures/0.png", texts, asked, option)),
+        (f"{tmp_path}/pictures/0.png", AUTO, (texts, asked, option, tmp_path / "pictures")),
+        ("9.png", DataConfig(image_root="pictures"), ("pictures/9.png", asked, option)),
+    ):
+        source = texts / "data.jsonl"
+        source.write_text(json.dumps(perl_row(images=[name, name])))
+        with refused("line 1, image 1", *names):
+            load_examples(str(source), config, "train", 0)[0]
 
 
 def test_a_limit_is_a_seeded_sample(tmp_path: Path) -> None:

@@ -336,6 +336,11 @@ def test_columns_of_other_data_have_other_names(
     words = ("--data", data, "--map", "answer=truth", "--output", out)
     assert run("evaluate", run_folder, *words) == 0
     assert json.loads(out.read_text())["accuracy"] == 1
+    elsewhere = out.parent / "texts" / "rows.jsonl"
+    elsewhere.parent.mkdir()
+    data.rename(elsewhere)
+    words = ("--data", elsewhere, *words[2:], "--image-root", out.parent)
+    assert run("evaluate", run_folder, *words) == 0
 
 
 def test_what_evaluate_refuses(

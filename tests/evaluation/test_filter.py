@@ -275,6 +275,10 @@ def test_the_data_of_the_run_or_others(
         folder = trained(data=DataConfig(train=str(own), **keys))
         assert run_command("filter", folder, *words, "--data", data, "--overwrite") == 0
         assert len(read(data.with_name("rows.filtered.jsonl"))) == ROWS
+    root = ("--image-root", data.parent)
+    assert run_command("filter", folder, *words, "--data", own, *root, "--overwrite") == 0
+    kept = load_examples(str(own.with_name("rows.filtered.jsonl")), DataConfig(), "train", 0)
+    assert len(kept) == 3 and kept[0].images
 
 
 FEW = ("--max-new-tokens", 3, "--limit", 4)

@@ -257,6 +257,7 @@ REMI = ("--suite", "remi", "--suite-root", "ROOT")
         (["--suite", "blink", "--data", "x.jsonl"], ["--data", "--suite"]),
         (["--suite", "blink", "--text", "slots"], ["--text"]),
         (["--suite", "blink", "--map", "answer=gold"], ["--map"]),
+        (["--suite", "blink", "--image-root", "."], ["--image-root"]),
         (["--orders", "2"], ["--orders", "--suite"]),
         (["--limit", "2"], ["--limit", "--suite"]),
         (["--published"], ["--published", "--suite"]),

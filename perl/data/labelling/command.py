@@ -11,7 +11,8 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from perl.config import Command
+from perl.config import Command, DataConfig
+from perl.report.metrics import plural
 from perl.report.progress import Display
 from perl.report.tables import print_table
 from perl.types import UserError, one_line
@@ -36,6 +37,10 @@ class Label(Command):
     """Replace labels that the data has already."""
     map: tuple[str, ...] = ()
     """What columns of ours are called in the data, as in "question=problem_text"."""
+    image_root: str = ""
+    """Folder that image paths start from and may not leave; empty: the data file's. The rows written need none."""
+    on_error: Literal["error", "skip"] = "error"
+    """What to do with a faulty row: stop, or leave it out."""
     overwrite: bool = False
     """Start again instead of going on with the output."""
     limit: int | None = None
@@ -56,21 +61,23 @@ class Label(Command):
         check_output(output, self.data)
         asks = self.rephrase or self.labeller != "rules"
         endpoint = Endpoint.from_env() if asks else None
-        how = Labelling(self.labeller, self.text, self.rephrase, self.relabel, endpoint, self.map)
+        how = Labelling(self.labeller, self.text, self.rephrase, self.relabel, endpoint)
+        data = DataConfig(map=self.map, image_root=self.image_root, on_error=self.on_error)
         if self.overwrite and output.exists():
             _remove_labelled(output)
-        file = LabelledFile(self.data, output, how, self.limit)
+        file = LabelledFile(self.data, output, how, data, self.limit)
         if file.done == file.total:
-            print(f"all {file.total} rows are labelled in {output} (--overwrite labels them again)")
+            print(
+                f"all {file.written} rows are labelled in {output} (--overwrite labels them again)"
+            )
         try:
             with Display() as display:
                 display.stage("label", file.total, file.done, unit="row")
                 file.run(display.advance)
         except KeyboardInterrupt:
-            raise Interrupted(
-                f"stopped: {file.done} of {file.total} rows are labelled in {output}; "
-                "the same command goes on"
-            ) from None
+            raise Interrupted(f"stopped: {file.so_far}; the same command goes on") from None
+        if file.skipped:
+            print(f"left out: {file.skipped} faulty {plural('row', file.skipped)}")
         _print_counts(file.counts, output)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from perl.config import DataConfig
-from perl.data.columns import labels_of
+from perl.data.columns import labels_of, tell_once
 from perl.data.dataset import RowDataset
 from perl.data.labelling.label import Label, checked, unsure
 from perl.data.labelling.llm import Rephrased, is_open, label_by_llm, rephrase
@@ -37,38 +38,59 @@ class Labelling:
     rephrase: bool
     relabel: bool
     endpoint: Endpoint | None
-    map: tuple[str, ...] = ()
-    """As `data.map`."""
 
 
 @dataclass
 class _Draft:
-    """A row under work: what its columns become, and its label once there is one, or why there is none."""
+    """A row under work as it is written: what its columns become, and its label once there is one, or why there is none."""
 
     number: int
     example: Example
+    row: Mapping[str, Any]
     changes: dict[str, Any] = field(default_factory=dict)
     label: Label | EndpointError | None = None
 
 
 class LabelledFile:
-    """A data set and the file that its labelled rows go to.
+    """A data set and the file that its labelled rows go to; of `config` how the data are read counts, and `on_error`.
 
     Raises:
         UserError: data that cannot be read, or an output that holds something else than its beginning.
     """
 
-    def __init__(self, data: str, output: Path, how: Labelling, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        data: str,
+        output: Path,
+        how: Labelling,
+        config: DataConfig,
+        limit: int | None = None,
+    ) -> None:
         self.output, self.how = output, how
         self._source = open_source(data, "train")
-        self._dataset = RowDataset(self._source, DataConfig(map=how.map))
+        self._dataset = RowDataset(self._source, config)
+        self._skips = config.on_error == "skip"
         self._writer = RowWriter(output, self._dataset)
         self._columns = tuple(self._dataset.layout.theirs(_NO_LABEL))
         """Those that labels are written to: what the data call `kind` and `should_change`."""
         self.total = min(len(self._source), limit or len(self._source))
         self.counts: Counter[tuple[str, bool, str]] = Counter()
         """Rows by kind, should_change and reason."""
-        self.done = self._resume() if output.exists() else 0
+        self.done = 0
+        """Rows of the data that are labelled or left out."""
+        self.skipped = 0
+        """Those that are left out."""
+        if output.exists():
+            self._resume()
+
+    @property
+    def written(self) -> int:
+        """Labelled rows in the output."""
+        return self.done - self.skipped
+
+    @property
+    def so_far(self) -> str:
+        return f"{self.written} of {self.total} rows are labelled in {self.output}"
 
     def run(self, advance: Callable[[int], None]) -> None:
         """Label and write what is not done yet.
@@ -79,19 +101,45 @@ class LabelledFile:
         at_once = 1 if self.how.endpoint is None else 4 * self.how.endpoint.concurrency
         try:
             while self.done < self.total:
-                end = min(self.done + at_once, self.total)
-                drafts = [self._draft(i) for i in range(self.done, end)]
-                self._label([draft for draft in drafts if draft.label is None])
+                begin, end = self.done, min(self.done + at_once, self.total)
+                drafts, fault = self._drafts(range(begin, end))
+                self._label([draft for draft in drafts if draft and draft.label is None])
                 for draft in drafts:
-                    append_rows(self.output, [self._written(draft)])
+                    if draft:
+                        append_rows(self.output, [self._written(draft)])
+                    else:
+                        self.skipped += 1
                     self.done += 1
-                advance(len(drafts))
+                if fault:
+                    raise UserError(
+                        f"{fault} ({self.so_far}; the same command goes on from there when the row is corrected, and "
+                        "--on-error skip leaves such rows out)"
+                    ) from fault
+                advance(self.done - begin)
+            if self.written == 0:
+                raise UserError(
+                    f"all {self.total} rows are faulty; perl-rl check tells what is wrong"
+                )
         finally:
-            if self.done == 0:
+            if self.written == 0:
                 self.output.unlink(missing_ok=True)
 
+    def _drafts(self, rows: Iterable[int]) -> tuple[list[_Draft | None], UserError | None]:
+        """A draft for each row, None for a faulty one that is left out; or for those before a fault, with it."""
+        drafts: list[_Draft | None] = []
+        for i in rows:
+            try:
+                drafts.append(self._draft(i))
+            except UserError as error:
+                if not self._skips:
+                    return drafts, error
+                text = f"{error}: the row is left out, as others like it will be (said once)"
+                tell_once(logging.WARNING, text, (self.output, "left out"))
+                drafts.append(None)
+        return drafts, None
+
     def _draft(self, i: int) -> _Draft:
-        draft = _Draft(i, self._load(i, _NO_LABEL))
+        draft = _Draft(i, self._load(i, _NO_LABEL), self._writer.row(i))
         row = self._row(i)
         given = labels_of(row)
         if not self.how.relabel and len(given) == 2:
@@ -173,10 +221,7 @@ class LabelledFile:
         """The row with its label, which is `unsure` where the row does not load with it."""
         i, label = draft.number, draft.label
         if not isinstance(label, Label):
-            raise UserError(
-                f"{label} ({self.done} of {self.total} rows are labelled in {self.output}; "
-                "the same command goes on from there)"
-            )
+            raise UserError(f"{label} ({self.so_far}; the same command goes on from there)")
         given = labels_of(self._row(i))
         if (
             not self.how.relabel
@@ -194,22 +239,23 @@ class LabelledFile:
         columns = dict(zip(self._columns, (label.kind, label.should_change), strict=True))
         self.counts[label.kind, label.should_change, label.reason] += 1
         reason = {"label_reason": label.reason, "label_text": self.how.text}
-        return {**self._writer.row(i), **draft.changes, **columns, **reason}
+        return {**draft.row, **draft.changes, **columns, **reason}
 
-    def _resume(self) -> int:
-        """How many rows the output has already."""
-        done = 0
+    def _resume(self) -> None:
+        """Count what the output has already."""
         for written in read_rows(self.output):
-            if done == self.total or not self._is_row(written, done):
+            while self._skips and self.done < self.total and self._drafts([self.done])[0] == [None]:
+                self.skipped += 1
+                self.done += 1
+            if self.done == self.total or not self._is_row(written, self.done):
                 raise UserError(
                     f"--output {self.output} holds something else than the first rows of this data "
                     "with labels; replace it with --overwrite, or choose another --output"
                 )
             kind, change = (written[name] for name in self._columns)
             self.counts[kind, change, written["label_reason"]] += 1
-            done += 1
-        keep_rows(self.output, done)
-        return done
+            self.done += 1
+        keep_rows(self.output, self.written)
 
     def _is_row(self, written: Mapping[str, Any], i: int) -> bool:
         if not written.keys() >= {*self._columns, "label_reason"}:

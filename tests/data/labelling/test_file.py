@@ -107,6 +107,61 @@ def test_columns_named_by_the_user(data: Path, tmp_path: Path) -> None:
     assert [image.getpixel((0, 0))[0] for image in again[1].images] == [0, 60, 120]
 
 
+def test_images_below_another_root(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error_of: ErrorOf
+) -> None:
+    """Paths from the folder where the command runs, and from the root of the file system."""
+    texts, output = tmp_path / "texts", tmp_path / "texts" / "rows.labelled.jsonl"
+    texts.mkdir()
+    rows = read(data)
+    rows[1]["images"] = [str(tmp_path / name) for name in rows[1]["images"]]
+    (texts / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    tells(error_of("label", "texts/rows.jsonl"), "line 1", "--image-root .")
+    assert run("texts/rows.jsonl", "--image-root", ".") == 0
+    assert labels(output) == LABELS
+    examples = load_examples(str(output), DataConfig(), "train", 0)
+    assert [image.getpixel((0, 0))[0] for image in examples[1].images] == [0, 60, 120]
+
+
+@pytest.mark.parametrize("labeller", ["rules", "llm"])
+def test_faulty_rows(
+    labeller: str, tmp_path: Path, model: Model, error_of: ErrorOf, caplog: pytest.LogCaptureFixture
+) -> None:
+    model.answer = lambda task: label_json("all", False)
+    rows = [{**ROWS[4], "answer": f"a lamp {k}"} for k in range(6)]
+    data = write(tmp_path / "rows.jsonl", rows)
+    output, lines = tmp_path / "rows.labelled.jsonl", data.read_text().splitlines(keepends=True)
+    faulty = [*lines[:2], lines[2].replace("0.png", "9.png"), lines[3], lines[4][1:], lines[5]]
+    data.write_text("".join(faulty))
+
+    def answers() -> list[str]:
+        return [row["answer"][-1] for row in read(output)]
+
+    tells(
+        error_of("label", data, "--labeller", labeller),
+        *("line 3", "9.png", "2 of 6", output, "--on-error skip"),
+    )
+    assert answers() == ["0", "1"]
+    skip = ("--labeller", labeller, "--on-error", "skip")
+    assert run(data, *skip, "--limit", 4) == 0 and answers() == ["0", "1", "3"]
+    tells(caplog.messages[-1], "line 3", "9.png")
+    assert run(data, *skip) == 0 and answers() == ["0", "1", "3", "5"]  # It goes on.
+    output.unlink()
+    data.write_text("".join([*faulty[:2], *lines[2:3], *faulty[3:]]))
+    tells(error_of("label", data), "line 5", "4 of 6")
+    data.write_text("".join(lines))
+    assert run(data) == 0 and answers() == [str(k) for k in range(6)]
+    data.write_text("".join(line[1:] for line in lines))
+    tells(error_of("label", data, "--overwrite"), "line 1")
+
+
+def test_no_sound_row(data: Path, error_of: ErrorOf) -> None:
+    data.write_text(data.read_text().replace(".png", ".gif"))
+    tells(error_of("label", data, "--on-error", "skip"), "6", "perl-rl check")
+    assert not data.with_name("rows.labelled.jsonl").exists()
+
+
 def test_parquet_with_embedded_images(data: Path) -> None:
     import datasets
 
