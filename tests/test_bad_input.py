@@ -184,7 +184,7 @@ def test_a_run_that_is_there_stays_as_it_is(short_recipe: Path, error_of: ErrorO
     ("source", "names"),
     [
         ("def f(**c): raise RuntimeError('first\\nsecond')", ["'f'", "RuntimeError: first second"]),
-        ("def f(prompts, **c): return ['x'] * len(prompts)", ["'f'", "'x'", "example 'row-2'"]),
+        ("def f(prompts, **c): return ['x'] * len(prompts)", ["'f'", "'x'", "example 'row-0'"]),
         ("def f(:", ["reward.py", "SyntaxError"]),
     ],
 )
