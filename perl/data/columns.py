@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -135,7 +136,7 @@ def choose_layout(config: DataConfig, columns: Iterable[str], where: str) -> Lay
             telling = gold or convention.name not in ("verl", "easyr1")
             if telling and not convention.missing(columns, gold):
                 text = f"{where}: columns are named as by {convention.name}"
-                tell_once(logging.INFO, text, text)
+                tell_once(logging.INFO, text, (os.path.abspath(where), convention.name))
                 return Layout(convention, names, config.frames)
     questions = ", ".join(sorted({name for each in CONVENTIONS for name in each.question}))
     raise UserError(

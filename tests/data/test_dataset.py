@@ -148,13 +148,17 @@ def test_images_keep_their_order_unless_the_data_say_more(
     tells(caplog.messages[0], "data.jsonl line 3", "kind", "should_change")
 
 
-def test_the_convention_can_be_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_convention_can_be_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     row = {**perl_row(), "prompt": "<image> or <image>?", "reward_model": {"ground_truth": "A"}}
     caplog.set_level("INFO")
     assert load_row(tmp_path, row).answer == "A"
     tells(caplog.text, "verl")
     caplog.clear()
     assert load_row(tmp_path, row).answer == "A"
+    monkeypatch.chdir(tmp_path)
+    load_examples("data.jsonl", AUTO, "train", 0)
     assert not caplog.text  # said once
     assert load_row(tmp_path, row, DataConfig(columns="perl")).answer == "B"
 

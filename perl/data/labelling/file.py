@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from perl.config import DataConfig
-from perl.data.columns import labels_of, tell_once
+from perl.data.columns import IMAGES, labels_of, tell_once
 from perl.data.dataset import RowDataset
 from perl.data.labelling.label import Label, checked, unsure
 from perl.data.labelling.llm import Rephrased, is_open, label_by_llm, rephrase
@@ -25,7 +25,7 @@ from perl.types import Example, UserError
 _SOURCE_COLUMNS = ("task", "data_source", "source", "dataset")
 _NO_LABEL = {"kind": "none", "should_change": False}
 _WRITTEN_ANEW = frozenset(
-    ("kind", "should_change", "change_needed", "label_reason", "label_text", "image", "images")
+    ("kind", "should_change", "change_needed", "label_reason", "label_text", *IMAGES)
 )
 
 
@@ -265,7 +265,8 @@ class LabelledFile:
                 f"--output {self.output} holds labels for --text {mode}, not {self.how.text}; "
                 "replace it with --overwrite, or choose another --output"
             )
-        changed = _WRITTEN_ANEW.union(self._columns, written.get("original") or ())
+        images = self._dataset.layout.theirs(dict.fromkeys(IMAGES))
+        changed = _WRITTEN_ANEW.union(self._columns, images, written.get("original") or ())
         return all(
             written.get(key) == value
             for key, value in self._source.row(i).items()

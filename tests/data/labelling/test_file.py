@@ -122,6 +122,10 @@ def test_images_below_another_root(
     assert labels(output) == LABELS
     examples = load_examples(str(output), DataConfig(), "train", 0)
     assert [image.getpixel((0, 0))[0] for image in examples[1].images] == [0, 60, 120]
+    one = {"question": "<image> What is it?", "pic": "pictures/0.png", "answer": "a lamp"}
+    (texts / "rows.jsonl").write_text((json.dumps(one) + "\n") * 2)
+    words = ("texts/rows.jsonl", "--image-root", ".", "--map", "image=pic")
+    assert run(*words, "--limit", 1, "--overwrite") == 0 == run(*words) and len(read(output)) == 2
 
 
 @pytest.mark.parametrize("labeller", ["rules", "llm"])
