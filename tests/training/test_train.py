@@ -88,14 +88,14 @@ STOPPER = """
 import os, signal
 from pathlib import Path
 
-def f(prompts, completions, **columns):
+def f(prompts, completions, trainer_state, **columns):
     flag = Path(__file__).with_suffix(".flag")
-    if not flag.exists():
+    if trainer_state.max_steps and not flag.exists():
         flag.touch()
         os.kill(os.getpid(), signal.{})
     return [float(i % 2) for i in range(len(completions))]
 """
-"""A reward that sends this process a signal the first time it is called."""
+"""A reward that sends this process a signal the first time that a step calls it."""
 
 
 def steps(folder: Path) -> list[int]:
@@ -131,7 +131,9 @@ def test_a_second_signal_stops_at_once(
 ) -> None:
     # Rewards are computed in a thread; the main thread takes one signal at a time.
     kill = "os.kill(os.getpid(), signal.SIGINT); time.sleep(0.3)"
-    twice = f"import os, signal, time\ndef f(**columns):\n    {kill}\n    {kill}\n    time.sleep(9)"
+    tried = "if not trainer_state.max_steps: return [1.0] * len(completions)"
+    head = f"import os, signal, time\ndef f(completions, trainer_state):\n    {tried}\n"
+    twice = f"{head}    {kill}\n    {kill}\n    time.sleep(9)"
     reward = rewarded(short_recipe.parent, twice)
     assert run("train", short_recipe, *reward) == 130
     folder = short_recipe.parent / "run"
