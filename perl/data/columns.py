@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from perl.rewards.answers import GOLD_COLUMNS, gold_text
 from perl.types import Example, Message, UserError, one_line
 
 log = logging.getLogger(__name__)
-_told: set[Hashable] = set()
+_told: set[tuple[str, str]] = set()
 
 IMAGES = ("images", "image")
 SHOULD_CHANGE = ("should_change", "change_needed")
@@ -136,7 +136,7 @@ def choose_layout(config: DataConfig, columns: Iterable[str], where: str) -> Lay
             telling = gold or convention.name not in ("verl", "easyr1")
             if telling and not convention.missing(columns, gold):
                 text = f"{where}: columns are named as by {convention.name}"
-                tell_once(logging.INFO, text, (os.path.abspath(where), convention.name))
+                tell_once(logging.INFO, text, text)
                 return Layout(convention, names, config.frames)
     questions = ", ".join(sorted({name for each in CONVENTIONS for name in each.question}))
     raise UserError(
@@ -146,10 +146,13 @@ def choose_layout(config: DataConfig, columns: Iterable[str], where: str) -> Lay
     )
 
 
-def tell_once(level: int, text: str, of: Hashable) -> None:
-    """Log a text that each stage of a run would log again; `of` says what it is about."""
-    if of not in _told:
-        _told.add(of)
+def tell_once(level: int, text: str, of: object) -> None:
+    """Log a text that each stage of a run would log again; `of` says what it is about, by whatever name of its files: a
+    run names them from the root."""
+    here = os.path.join(os.getcwd(), "")
+    about = (here, str(of).replace(here, ""))
+    if about not in _told:
+        _told.add(about)
         log.log(level, "%s", text)
 
 

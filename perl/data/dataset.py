@@ -111,6 +111,7 @@ class RowDataset:
     ) -> None:
         self.source, self.part = source, rows is not None
         self._reading = [config.columns, config.map, config.frames, config.image_root]
+        self._said: set[str] = set()
         self._image_root: Path | None = None
         if config.image_root:
             self._image_root = Path(os.path.abspath(Path(config.image_root).expanduser()))
@@ -192,8 +193,10 @@ class RowDataset:
 
     def _tell(self, where: str, what: str) -> None:
         """Once for a source, however many of its rows are so."""
-        about = (self.source.identities, what)
-        tell_once(logging.WARNING, f"{where}: {what} (said once)", about)
+        if what not in self._said:  # Many files take long to be told apart.
+            self._said.add(what)
+            about = (sorted(self.source.identities), what)
+            tell_once(logging.WARNING, f"{where}: {what} (said once)", about)
 
 
 def _held_out(dataset: RowDataset, share: float) -> list[int]:

@@ -153,11 +153,11 @@ def test_the_convention_can_be_told(
 ) -> None:
     row = {**perl_row(), "prompt": "<image> or <image>?", "reward_model": {"ground_truth": "A"}}
     caplog.set_level("INFO")
+    monkeypatch.chdir(tmp_path)
     assert load_row(tmp_path, row).answer == "A"
     tells(caplog.text, "verl")
     caplog.clear()
     assert load_row(tmp_path, row).answer == "A"
-    monkeypatch.chdir(tmp_path)
     load_examples("data.jsonl", AUTO, "train", 0)
     assert not caplog.text  # said once
     assert load_row(tmp_path, row, DataConfig(columns="perl")).answer == "B"

@@ -43,6 +43,15 @@ def test_every_row_comes_once_an_epoch_in_another_order(source: str) -> None:
     assert [d.example.answer for d in StreamedExamples(source, STREAMED, 1).draw(21)] != first
 
 
+def test_a_warning_comes_once_for_a_check_and_a_run(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_examples("*.parquet", STREAMED, "train", 0)[0].images == ()
+    StreamedExamples(source, STREAMED, 0).draw(21)
+    assert len(caplog.messages) == 1
+
+
 @pytest.mark.parametrize("taken", [0, 3, 5, 7, 16, 20, 21, 22, 50])
 def test_it_goes_on_at_the_next_row(source: str, taken: int) -> None:
     stream, resumed = (StreamedExamples(source, STREAMED, 0) for _ in range(2))
