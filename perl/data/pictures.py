@@ -27,7 +27,7 @@ MAX_PIXELS = 100_000_000
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_SIZE = 28
 TEST_SHARE = 0.2
-_ROOT = "the image root (data.image_root, or --image-root; empty: the data file's folder)"
+_ROOT = "the image root (data.image_root, or --image-root; empty: each data file's folder)"
 
 
 @dataclass(frozen=True)
