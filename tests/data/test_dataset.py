@@ -362,7 +362,7 @@ def test_a_root_that_would_find_the_image_is_named(
     for name, config, names in (
         ("pictures/0.png", AUTO, (texts / "pictures/0.png", f'{asked} = "."', f"{option} .")),
         ("../pictures/0.png", AUTO, ("../pictures/0.png", texts, asked, option)),
-        (f"{tmp_path}/pictures/0.png", AUTO, (texts, asked, option, tmp_path / "pictures")),
+        (f"{tmp_path}/pictures/0.png", AUTO, (texts, asked, option, f'"{tmp_path}/pictures"')),
         ("9.png", DataConfig(image_root="pictures"), ("pictures/9.png", asked, option)),
     ):
         source = texts / "data.jsonl"
