@@ -97,11 +97,9 @@ WAITING = """
 import os, time
 from pathlib import Path
 
-calls = []
-
-def f(prompts, completions, **columns):
-    calls.append(1)
-    while "WAIT" in os.environ and len(calls) == 2 and not Path(__file__).with_name("go").exists():
+def f(prompts, completions, trainer_state, **columns):
+    second = trainer_state.global_step == 1
+    while "WAIT" in os.environ and second and not Path(__file__).with_name("go").exists():
         time.sleep(0.05)
     return [float(i % 2) for i in range(len(completions))]
 """
