@@ -97,7 +97,8 @@ class Compare(Command):
         both = (self.first, self.second)
         compare = _compare_suites if any((p / SETTINGS).exists() for p in both) else _compare_own
         remarks = compare(*both, self.changed)
-        print("\n".join([f"1st: {self.first}", f"2nd: {self.second}", *remarks]))
+        test = "p: exact sign test (McNemar's where scores are 0 and 1) over those that differ"
+        print("\n".join([f"1st: {self.first}", f"2nd: {self.second}", test, *remarks]))
 
 
 def _compare_suites(first: Path, second: Path, _: int) -> list[str]:
@@ -176,7 +177,7 @@ def _settings(command: Evaluate, max_new_tokens: int | None) -> Config:
 def _evaluate_held_out(command: Evaluate) -> None:
     from perl.data.dataset import load_examples
     from perl.data.rows import check_output
-    from perl.evaluation.evaluate import aggregate, evaluate
+    from perl.evaluation.evaluate import aggregate, evaluate, unmeasured
     from perl.evaluation.record import save_evaluation
     from perl.rewards.scorer import Scorer
     from perl.rollout.instruction import tell_prompts
@@ -202,6 +203,8 @@ def _evaluate_held_out(command: Evaluate) -> None:
         )
     numbers = aggregate(results)
     _print_evaluation(numbers, config, scorer.weights)
+    if lost := unmeasured(numbers, config, scorer):
+        print(lost)
     if encoder.dropped:
         print(
             f"left out: {encoder.dropped} {plural('example', encoder.dropped)} with more tokens than "

@@ -92,12 +92,14 @@ def comparison_rows(found: Mapping[str, Comparison]) -> list[list[str]]:
 
 def changed_rows(pairs: Sequence[Pair], limit: int) -> list[list[str]]:
     """A table of the examples whose greedy accuracy or, where that is the same, sampled accuracy changed most; by their
-    rewards where a run has no accuracy."""
-    accurate = any("accuracy" in pair.first for pair in pairs)
-    names = ("greedy", "accuracy") if accurate else ("greedy_reward", "reward")
+    rewards where a run has no accuracy. What one of the models lacks has not changed."""
+    both = {name for pair in pairs for name in pair.first.keys() & pair.second.keys()}
+    wanted = ("greedy", "accuracy") if "accuracy" in both else ("greedy_reward", "reward")
+    names = [name for name in wanted if name in both]
 
     def change(pair: Pair) -> list[float]:
-        return [abs(pair.second.get(name, 0.0) - pair.first.get(name, 0.0)) for name in names]
+        known = pair.first.keys() & pair.second.keys()
+        return [abs(pair.second[n] - pair.first[n]) if n in known else 0.0 for n in names]
 
     ranked = sorted((p for p in pairs if any(change(p))), key=change, reverse=True)[:limit]
     rows = [["example", "task", *(text for n in names for text in (f"{_title(n)}: 1st", "2nd"))]]

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
@@ -192,6 +192,28 @@ def answer_reader(config: Config, scorer: Scorer) -> Reader | None:
     found = accuracy_of(config)
     names = [found[0]] if found else scorer.names
     return next(filter(None, (reader_of(scorer.functions[name]) for name in names)), None)
+
+
+def unmeasured(numbers: Mapping[str, Any], config: Config, scorer: Scorer) -> str | None:
+    """Why the numbers of `aggregate` lack the accuracy, in one line; None: they have it."""
+    lost = [name for name in ("accuracy", "greedy") if numbers.get(name) is None]
+    if not lost:
+        return None
+    if found := accuracy_of(config):
+        return (
+            f"{' and '.join(lost)} are not measured: no held-out example in {config.data.eval} has an answer that "
+            f'{found[1]} compares with; name the column that holds it with data.map, as in "answer=THEIRS"'
+        )
+    if places_of(config.reward.functions, "accuracy"):
+        return (
+            f"{' and '.join(lost)} are not measured: reward.functions has several called accuracy; name the one that "
+            "counts in filter.measure"
+        )
+    lost += ["consistency"] if answer_reader(config, scorer) is None else []
+    return (
+        f"{', '.join(lost[:-1])} and {lost[-1]} are not measured: reward.functions has no accuracy; add it with the weight 0 "
+        "to report it"
+    )
 
 
 def _scored(scorer: Scorer, rollouts: Sequence[Rollout]) -> list[Scored]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-from perl.evaluation.evaluate import accuracy_of, aggregate, evaluate
+from perl.data.columns import tell_once
+from perl.evaluation.evaluate import accuracy_of, aggregate, evaluate, unmeasured
 from perl.evaluation.record import save_evaluation
 from perl.rollout.instruction import Instruction
 from perl.rollout.prompts import PromptEncoder, PromptLimit
@@ -50,6 +52,8 @@ def measure(session: Session, at: str, step: int) -> dict[str, Any] | None:
     numbers = aggregate(results)
     session.display.close()
     if components.is_main:
+        if lost := unmeasured(numbers, config, scorer):
+            tell_once(logging.WARNING, lost, lost)
         _, right = accuracy_of(config) or ("", None)
         more = {"at": at, "accuracy_by": right} if right else {"at": at}
         session.record({"stage": "evaluate", "step": step, **more, **numbers})

@@ -78,7 +78,7 @@ def test_the_same_examples_are_paired(both: tuple[Path, Path], capsys: Any) -> N
     assert ["b", "which", "0.0", "100.0", "25.0", "75.0"] in lines and "c" not in [
         x[:1] for x in lines
     ]
-    tells(said, both[0], both[1])
+    tells(said, both[0], both[1], "p", "sign test")
 
 
 def test_questions_about_the_same_pictures_are_drawn_together(tmp_path: Path) -> None:
@@ -124,6 +124,14 @@ def test_without_an_accuracy_rewards_say_what_changed() -> None:
         ["c", "", "1.000", "0.500", "0.500", "0.500"],
         ["b", "", "1.000", "1.000", "0.500", "2.500"],
     ]
+
+
+def test_what_one_side_lacks_has_not_changed() -> None:
+    rewarded = {"greedy_reward": 1.0, "reward": 0.5}
+    pairs = [Pair("a", "", "a", {**rewarded, "greedy": 1.0, "accuracy": 1.0}, rewarded)]
+    assert changed_rows(pairs, 5)[1:] == []
+    pairs = [*pairs, Pair("b", "", "b", {"reward": 1.0}, {"reward": 2.0})]
+    assert changed_rows(pairs, 5)[1:] == [["b", "", "-", "-", "1.000", "2.000"]]
 
 
 def test_what_differs_is_said(tmp_path: Path) -> None:

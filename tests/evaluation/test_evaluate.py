@@ -23,7 +23,8 @@ from perl.config import (
     RewardConfig,
     RolloutConfig,
 )
-from perl.evaluation.evaluate import ExampleResult, Scored, aggregate, evaluate
+from perl.evaluation.evaluate import ExampleResult, Scored, aggregate, evaluate, unmeasured
+from perl.rewards.scorer import Scorer
 from perl.rollout.engine import SamplingParams
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.types import Example
@@ -223,6 +224,36 @@ def test_answers_that_nobody_knows_have_no_accuracy() -> None:
     (one,), *_ = measured(lambda _: r"\boxed{A}", replace(example("q", 10, 20), answer=""))
     assert math.isnan(one.accuracy) and one.consistency == 0 and one.format == 0
     assert one.rewards["reward"] == 0  # of the form alone
+
+
+@pytest.mark.parametrize(
+    ("functions", "answer", "names"),
+    [
+        (["accuracy"], "A", []),
+        (["box_iou"], "A", ["accuracy", "greedy", "consistency", "reward.functions"]),
+        (["choice"], "A", ["accuracy", "greedy", "reward.functions"]),
+        (["accuracy"], "", ["accuracy", "greedy", "data.map"]),
+        (["accuracy(tags=True)", "accuracy(tags=False)"], "A", ["accuracy", "filter.measure"]),
+    ],
+)
+def test_why_there_is_no_accuracy(functions: list[str], answer: str, names: list[str]) -> None:
+    reward = RewardConfig(functions=tuple(functions), weights=(1.0,) * len(functions))
+    one = replace(example("q", 10, 20), answer=answer)
+    results, *_ = measured(lambda _: r"\boxed{A}", one, reward=reward)
+    scorer = Scorer(reward.functions, reward.weights)
+    said = unmeasured(aggregate(results), Config(reward=reward), scorer)
+    assert bool(said) == bool(names) and (
+        not said or ("consistency" in said) == ("consistency" in names)
+    )
+    if said:
+        tells(said, *names)
+
+
+def test_with_the_weight_0_all_three_are_back() -> None:
+    reward = RewardConfig(functions=(TENS, "accuracy"), weights=(1.0, 0.0))
+    results, *_ = measured(lambda _: r"\boxed{A}", example("q", 10, 20), reward=reward)
+    found = aggregate(results)
+    assert (found["accuracy"], found["greedy"], found["consistency"]) == (0.5, 0.5, 0.0)
 
 
 def result(task: str, accuracy: float, consistency: float = 0.5, orders: int = 2) -> ExampleResult:
