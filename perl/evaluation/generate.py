@@ -77,6 +77,8 @@ class Generate(Command):
             max_new_tokens=longest,
         )
         if self.example is not None:
+            for message in asked.messages[:-1]:
+                print(f"{message.role}: {message.content}")
             print(
                 f"question: {asked.messages[-1].content}\nright answer: {example.answer or '(none)'}"
             )

@@ -137,6 +137,18 @@ def test_a_held_out_example(
     tells(error_of("generate", folder, "--example", 2), "--example 2", "2 examples", "0")
 
 
+def test_the_system_message_is_shown(
+    folder: Path, trained: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = DataConfig(
+        eval=str(Path("rows.jsonl").resolve()), system="Look .", instruction_in="system"
+    )
+    assert run("generate", trained(data=own), "--example", 0) == 0
+    system, instruction, question, *_ = capsys.readouterr().out.splitlines()
+    assert (system, instruction) == ("system: Look .", INSTRUCTIONS["think-box"])
+    assert question.endswith(": <image> Which 0 ?")
+
+
 def test_examples_are_numbered_as_the_evaluation_has_them(
     folder: Path, engine: TableEngine, trained: Callable[..., Path]
 ) -> None:
