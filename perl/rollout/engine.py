@@ -68,7 +68,9 @@ class InProcessEngine:
     ) -> None:
         self.policy = policy
         self.pad, self.processor = processor.pad_token_id, processor
-        self.ends = torch.tensor(sorted(_end_tokens(policy, processor)), device=policy.device)
+        # On the host as well: whether a completion has ended is asked without waiting for the device.
+        self.end_ids = sorted(_end_tokens(policy, processor))
+        self.ends = torch.tensor(self.end_ids, device=policy.device)
         self.banned = processor.unsampled_token_ids()
         self.batch_size = batch_size
         self.autocast = autocast
@@ -135,7 +137,7 @@ class InProcessEngine:
         return any(text in self.processor.decode(tail) for text in stop)
 
     def _finished(self, tokens: Sequence[int], stop: Sequence[str]) -> bool:
-        return tokens[-1] in self.ends.tolist() or (bool(stop) and self._stops(tokens, stop))
+        return tokens[-1] in self.end_ids or (bool(stop) and self._stops(tokens, stop))
 
     def _sample(
         self, logits: torch.Tensor, params: SamplingParams, generator: torch.Generator

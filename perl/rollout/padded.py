@@ -72,7 +72,7 @@ class PaddedEngine(InProcessEngine):
         before = base.generation_config
         base.generation_config = GenerationConfig(
             max_new_tokens=params.max_new_tokens,
-            eos_token_id=self.ends.tolist(),
+            eos_token_id=self.end_ids,
             pad_token_id=self.pad,
             suppress_tokens=self.banned.tolist() or None,
             do_sample=params.temperature > 0,
@@ -85,7 +85,7 @@ class PaddedEngine(InProcessEngine):
 
     def _cut(self, ids: np.ndarray, stop: Sequence[str]) -> np.ndarray:
         """int64 [L]: up to the first end token or stop text, which is kept; behind it there is padding."""
-        ended = np.isin(ids, self.ends.cpu().numpy())
+        ended = np.isin(ids, self.end_ids)
         length = int(ended.argmax()) + 1 if ended.any() else len(ids)
         if stop:
             length = next(
