@@ -10,6 +10,7 @@ naming an image, add a pattern to `references`.
 """
 
 from perl.permutation.answers import Lettering, lettering, named_images, text_of
+from perl.permutation.forms import AnswerForm, answer_form
 from perl.permutation.layout import option_lines
 from perl.permutation.orders import (
     Order,
@@ -36,12 +37,14 @@ __all__ = [
     "CARDINALS",
     "LETTERS",
     "ORDINALS",
+    "AnswerForm",
     "Consistency",
     "Lettering",
     "Mention",
     "Names",
     "Order",
     "all_orders",
+    "answer_form",
     "check_answer",
     "check_moves",
     "is_permuted",
