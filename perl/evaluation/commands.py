@@ -9,7 +9,16 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from perl.config import EVAL_SEED, Command, Config, Count, EvalConfig, MeasureConfig, Positive
+from perl.config import (
+    EVAL_SEED,
+    INSTRUCTIONS,
+    Command,
+    Config,
+    Count,
+    EvalConfig,
+    MeasureConfig,
+    Positive,
+)
 from perl.recipe import check_config, check_options
 from perl.report.metrics import plural
 from perl.report.progress import Display
@@ -39,6 +48,9 @@ class Evaluate(Command):
     """Longest prompt, image tokens included; empty: the run's data.max_prompt_tokens."""
     overlong: Literal["error", "drop"] | None = None
     """What to do with a longer prompt; a dropped one is left out, with --suite it counts as wrong; empty: the run's."""
+    functions: tuple[str, ...] | None = None
+    """Reward functions to measure by, written as in reward.functions, as in "accuracy(tags=True)", each with the weight 1; empty:
+    the run's, without a run accuracy and format."""
     output: Path | None = None
     """JSON file for the numbers, by task and by example; with --suite a folder for answers, numbers and table."""
     suite: tuple[str, ...] = ()
@@ -51,7 +63,8 @@ class Evaluate(Command):
     """How text and images are kept consistent in other orders of one's own data; empty: the run's."""
     instruction: str | None = None
     """What asks for the answer. One's own data: as data.instruction, so think-box, "" or a text; empty: the run's. With
-    --suite: official, as its authors do, or think, with PeRL's think-and-box instruction; empty: official."""
+    --suite: official, as its authors do; think, as the run does (a model without one: think-box); or think-box, think-tags, box;
+    empty: official."""
     orders: Positive = 1
     """With --suite: orders of the images where a benchmark lets them move, the official one first."""
     limit: Positive | None = None
@@ -120,6 +133,7 @@ def _compare_own(first: Path, second: Path, changed: int) -> list[str]:
 
 
 _SUITE_TOKENS = 2048
+_ASKED = ("official", "think")
 
 
 def _check_options(command: Evaluate) -> None:
@@ -135,13 +149,15 @@ def _check_options(command: Evaluate) -> None:
     }
     if not command.suite and (given := [name for name, is_given in of_suites.items() if is_given]):
         raise UserError(f"{given[0]} is for --suite; name benchmarks, as in --suite blink, or all")
-    if command.suite and command.instruction not in (None, "official", "think"):
+    if command.suite and command.instruction not in (None, *_ASKED, *INSTRUCTIONS):
         raise UserError(
-            f"--instruction {command.instruction}: a benchmark is asked as official or think says; choose one"
+            f"--instruction {command.instruction}: a benchmark is asked as one of {', '.join((*_ASKED, *INSTRUCTIONS))} says; "
+            "choose one"
         )
     of_data = {
         "--text": command.text,
         "--map": command.map,
+        "--functions": command.functions,
         "--image-root": command.image_root,
     }
     for option, given in of_data.items():
@@ -163,10 +179,9 @@ def _settings(command: Evaluate, max_new_tokens: int | None) -> Config:
             "image_root": command.image_root,
             "max_prompt_tokens": command.max_prompt_tokens,
             "overlong": command.overlong,
-            # A benchmark's question says how it is to be answered.
-            **({"instruction": "", "system": ""} if command.suite else {}),
-            **({} if command.suite else {"instruction": command.instruction}),
+            "instruction": None if command.suite else command.instruction,
         },
+        reward={"functions": command.functions, "weights": command.functions and ()},
         rollout={"max_new_tokens": max_new_tokens},
     )
     config = replace(config, eval=EvalConfig(**asdict(command.eval)))
@@ -233,6 +248,10 @@ def _print_evaluation(
     whole = " + ".join(f"{weight:g} {name}" for name, weight in weights.items())
     by = f"accuracy by {right[1]}, at temperature 1 and greedy; " if right else ""
     print(f"{by}reward = {whole}, at temperature 1")
+    if right and numbers["unread"]:
+        print(
+            f"{100 * numbers['unread']:.1f} % of the completions give no answer that {right[1]} can read"
+        )
     if numbers["unscored"]:
         print(
             f"{numbers['unscored']} completions have no reward: a function failed, or none applies"
@@ -266,11 +285,13 @@ def _evaluate_suites(command: Evaluate) -> None:
         raise UserError("--suite needs --output, a folder where the answers are kept as they come")
     tokens = _SUITE_TOKENS if command.max_new_tokens is None else command.max_new_tokens
     config = _settings(command, tokens)
-    think = command.instruction == "think"
+    think = _instruction(command, config)
+    # A benchmark's question says how it is to be answered.
+    config = replace(config, data=replace(config.data, instruction="", system=""))
     opened = [open_items(suite, command.suite_root, think) for suite in chosen]
     reader = Endpoint.from_env() if command.extract == "llm" else None
     named = "rules" if reader is None else f"llm {reader.model}"
-    keep_settings(command.output, _recorded(command, config, named))
+    keep_settings(command.output, _recorded(command, config, think, named))
     how = Procedure(command.orders, config.rollout.max_new_tokens, reader, command.limit)
     files = [AnswerFile(command.output / f"{items.suite.name}.jsonl") for items in opened]
     engine, encoder = engine_and_encoder(config)
@@ -286,13 +307,26 @@ def _evaluate_suites(command: Evaluate) -> None:
     print(f"answers, summary.json and table.md are in {command.output}")
 
 
-def _recorded(command: Evaluate, config: Config, extract: str) -> dict[str, Any]:
+def _instruction(command: Evaluate, config: Config) -> str:
+    """What a benchmark's questions are followed by in place of its own instruction; empty: that."""
+    from perl.rollout.instruction import Instruction
+
+    if command.instruction in (None, "official"):
+        return ""
+    if command.instruction == "think":
+        return Instruction.of(config).text or INSTRUCTIONS["think-box"]
+    return INSTRUCTIONS[command.instruction]
+
+
+def _recorded(command: Evaluate, config: Config, think: str, extract: str) -> dict[str, Any]:
     """What answers depend on; those given under other settings are not mixed with them."""
+    from perl.rollout.instruction import Instruction
+
     path = Path(config.model.path)
     return {
         "model": str(path.resolve()) if path.exists() else config.model.path,
         "weights": fingerprint(config.model.path),
-        "instruction": command.instruction or "official",
+        "instruction": Instruction(think).name if think else "official",
         "max_new_tokens": config.rollout.max_new_tokens,
         "orders": command.orders,
         "extract": extract,

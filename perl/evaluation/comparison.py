@@ -14,7 +14,7 @@ from perl.evaluation.statistics import Comparison, compare_scores
 from perl.report.metrics import plural
 from perl.types import UserError, one_line
 
-_NOT_SCORES = frozenset({"orders", "unscored"})
+_NOT_SCORES = frozenset({"orders", "unscored", "unread"})
 _AGAIN = frozenset({"reward/accuracy", "reward/format", "greedy_reward/accuracy"})
 """Rewards that an example's own numbers have."""
 

@@ -18,7 +18,7 @@ from perl.config import EVAL_SEED, Config, names_of, places_of
 from perl.data.check import acceptance
 from perl.data.columns import tell_once
 from perl.data.dataset import Dataset
-from perl.evaluation.agreement import Reader, agreement, chosen_picture, reader_of
+from perl.evaluation.agreement import Reader, agreement, chosen_picture, reader_of, says_right
 from perl.model.processor import content_key
 from perl.permutation import all_orders, permute
 from perl.report.metrics import mean
@@ -73,6 +73,8 @@ class ExampleResult:
     the greedy ones as `greedy_reward` and `greedy_reward/NAME`."""
     unscored: int = 0
     """Completions whose weighted sum has no value, as a function failed on them or none applies."""
+    unread: float = math.nan
+    """The share of completions that give no answer where the run's rewards look for it; NaN where nothing reads them."""
 
 
 class Scored(NamedTuple):
@@ -177,14 +179,22 @@ def aggregate(results: Sequence[ExampleResult]) -> dict[str, Any]:
 
 
 def accuracy_of(config: Config) -> tuple[str, str] | None:
-    """The reward function of a run that says whether an answer is right, by its name and as it is written: the one called
-    `accuracy` that `filter.measure` means, or the only one; None if no function is called so."""
-    functions = config.reward.functions
+    """The reward function of a run that says whether an answer is right, by its name and as it is written: the one that
+    `filter.measure` names, else the one called `accuracy`, else the only one. Those are functions called `accuracy`, and
+    built-in ones that compare one answer with the right one. None: there is none, or several and nothing says which.
+    """
+    functions, found = config.reward.functions, _judges(config)
     for wanted in (config.filter.measure, "accuracy"):
-        places = places_of(functions, wanted)
-        if len(places) == 1 and names_of([functions[places[0]]]) == ("accuracy",):
-            return names_of(functions)[places[0]], functions[places[0]]
-    return None
+        named = [functions[i] for i in places_of(functions, wanted) if functions[i] in found]
+        if len(named) == 1:
+            found = named
+            break
+    return (names_of(functions)[functions.index(found[0])], found[0]) if len(found) == 1 else None
+
+
+def _judges(config: Config) -> list[str]:
+    """The functions that may be called accuracy, as they are written."""
+    return [f for f in config.reward.functions if names_of([f]) == ("accuracy",) or says_right(f)]
 
 
 def answer_reader(config: Config, scorer: Scorer) -> Reader | None:
@@ -195,24 +205,32 @@ def answer_reader(config: Config, scorer: Scorer) -> Reader | None:
 
 
 def unmeasured(numbers: Mapping[str, Any], config: Config, scorer: Scorer) -> str | None:
-    """Why the numbers of `aggregate` lack the accuracy, in one line; None: they have it."""
+    """Why the numbers of `aggregate` lack the accuracy, or are of answers that nobody could read, in one line; None: neither."""
     lost = [name for name in ("accuracy", "greedy") if numbers.get(name) is None]
+    found = accuracy_of(config)
     if not lost:
-        return None
-    if found := accuracy_of(config):
+        if found is None or numbers["unread"] != 1:
+            return None
+        return (
+            f"no completion of {config.data.eval} gives an answer that {found[1]} can read, so that the accuracy is "
+            f"{numbers['accuracy']:g} whatever they say; ask for its form in data.instruction, or name a function in "
+            "reward.functions that reads the model's (perl-rl evaluate takes --instruction and --functions)"
+        )
+    if found:
         return (
             f"{' and '.join(lost)} are not measured: no held-out example in {config.data.eval} has an answer that "
             f'{found[1]} compares with; name the column that holds it with data.map, as in "answer=THEIRS"'
         )
-    if places_of(config.reward.functions, "accuracy"):
+    if several := _judges(config):
         return (
-            f"{' and '.join(lost)} are not measured: reward.functions has several called accuracy; name the one that "
-            "counts in filter.measure"
+            f"{' and '.join(lost)} are not measured: reward.functions has several that say what is right "
+            f"({', '.join(several)}); name the one that counts in filter.measure"
         )
     lost += ["consistency"] if answer_reader(config, scorer) is None else []
     return (
-        f"{', '.join(lost[:-1])} and {lost[-1]} are not measured: reward.functions has no accuracy; add it with the weight 0 "
-        "to report it"
+        f"{', '.join(lost[:-1])} and {lost[-1]} are not measured: none of reward.functions "
+        f"({', '.join(config.reward.functions)}) is known to say whether an answer is right; add accuracy, with its options "
+        "and the weight 0, to report it"
     )
 
 
@@ -239,6 +257,7 @@ def _summarise(
     content, pictures = content_of(example)
     samples = [s for scored in by_order for s in scored[:-1]]
     greedy = [scored[-1] for scored in by_order]
+    everything = [s for scored in by_order for s in scored]
     picks = [[read and chosen_picture(s.rollout, read) for s in scored] for scored in by_order]
     rewards = {}
     for prefix, scored in (("", samples), ("greedy_", greedy)):
@@ -257,7 +276,8 @@ def _summarise(
         content=content,
         pictures=pictures,
         rewards=rewards,
-        unscored=sum(math.isnan(s.reward) for s in [*samples, *greedy]),
+        unscored=sum(math.isnan(s.reward) for s in everything),
+        unread=mean([read(s.rollout.text) is None for s in everything]) if read else math.nan,
     )
 
 
@@ -266,7 +286,9 @@ def _part(scored: Sequence[Scored], name: str | None) -> float:
 
 
 def _means(results: Sequence[ExampleResult]) -> dict[str, Any]:
-    means = {name: mean([getattr(r, name) for r in results]) for name in (*NUMBERS, "orders")}
+    means = {
+        name: mean([getattr(r, name) for r in results]) for name in (*NUMBERS, "unread", "orders")
+    }
     for name in dict.fromkeys(name for r in results for name in r.rewards):
         means[name] = mean([r.rewards.get(name) for r in results])
     return {k: None if math.isnan(v) else round(v, 6) for k, v in means.items()} | {

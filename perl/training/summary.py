@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
+from perl.config import names_of
 from perl.evaluation.evaluate import accuracy_of
 from perl.report.metrics import MEASURES, mean
 from perl.report.tables import print_table
@@ -66,10 +67,11 @@ def print_summary(summary: dict[str, Any], title: str) -> None:
     runs = summary.get("per_seed", [summary])
     rows, rewards = [["percent", "before RL", "after RL", "change"]], []
     names = dict.fromkeys(k.rpartition("_")[0] for r in runs for k in r if k.endswith(_ENDS))
+    by = summary.get("accuracy_by")
+    again = {f"reward/{n}" for n in (by, *names_of([by]))} if by else set()
     for name in names:
         before, after = ([r.get(f"{name}{end}") for r in runs] for end in _ENDS)
-        again = name == "reward/accuracy" and "accuracy" in names
-        if again or all(value is None for value in (*before, *after)):
+        if name in again or all(value is None for value in (*before, *after)):
             continue
         pairs = zip(before, after, strict=True)
         changes = [None if b is None or a is None else a - b for b, a in pairs]

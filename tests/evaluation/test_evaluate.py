@@ -70,6 +70,7 @@ def test_numbers_by_hand() -> None:
         greedy_consistency=0.0,
         format=2 / 4,
         orders=2,
+        unread=0.0,
         rewards={
             **{"reward/accuracy": 3 / 4, "reward/format": 2 / 4},
             **{"greedy_reward/accuracy": 1 / 2, "greedy_reward/format": 1},
@@ -186,7 +187,9 @@ TENS, FAILS = (f"{__name__}:{name}" for name in ("tens", "fails"))
         (["accuracy(tags=True)"], "<answer>A</answer>", (1 / 2, 0.0, 1 / 2)),
         (["accuracy(tags=True)"], r"\boxed{A}", (0.0, 0.0, 0.0)),
         (["accuracy"], "<answer>A</answer>", (0.0, 0.0, 0.0)),
-        (["choice"], "<answer>A</answer>", (None, 0.0, 1 / 2)),
+        (["choice"], "<answer>A</answer>", (1 / 2, 0.0, 1 / 2)),
+        (["ordering"], "<answer>A</answer>", (1 / 2, 0.0, 1 / 2)),
+        (["ordering(kendall=True)"], "<answer>A</answer>", (None, 0.0, 1 / 2)),
         # Where no function reads a right answer nothing is called accuracy, and nothing consistency.
         (["box_iou"], r"\boxed{A}", (None, None, None)),
         ([TENS], r"\boxed{A}", (None, None, 10.0)),
@@ -231,7 +234,10 @@ def test_answers_that_nobody_knows_have_no_accuracy() -> None:
     [
         (["accuracy"], "A", []),
         (["box_iou"], "A", ["accuracy", "greedy", "consistency", "reward.functions"]),
-        (["choice"], "A", ["accuracy", "greedy", "reward.functions"]),
+        (["choice"], "A", []),
+        (["ordering(kendall=True)"], "A", ["accuracy", "greedy", "reward.functions"]),
+        (["choice", "ordering"], "A", ["accuracy", "greedy", "choice, ordering", "filter.measure"]),
+        (["accuracy(tags=True)"], "A", ["accuracy(tags=True)", 0, "data.instruction"]),
         (["accuracy"], "", ["accuracy", "greedy", "data.map"]),
         (["accuracy(tags=True)", "accuracy(tags=False)"], "A", ["accuracy", "filter.measure"]),
     ],
@@ -267,7 +273,7 @@ def test_means_in_all_and_by_task() -> None:
     found = aggregate(
         [result("a", 1.0), result("", 0.0, nan, 1), result("b", 0.0, nan, 1), result("a", 1 / 3)]
     )
-    same = {"greedy": 0.25, "greedy_consistency": 1.0, "format": 0.0}
+    same = {"greedy": 0.25, "greedy_consistency": 1.0, "format": 0.0, "unread": None}
     assert found == {
         **same,
         "accuracy": 0.333333,

@@ -146,7 +146,7 @@ def test_other_settings_are_not_mixed(
         "dtype": "auto",
     }
     for options, key, change in (
-        (("--instruction", "think"), "instruction", ("official", "think")),
+        (("--instruction", "think"), "instruction", ("official", "think-box")),
         (("--max-new-tokens", 3), "max_new_tokens", (2048, 3)),
         (("--orders", 2), "orders", (1, 2)),
     ):
@@ -263,7 +263,10 @@ REMI = ("--suite", "remi", "--suite-root", "ROOT")
         (["--published"], ["--published", "--suite"]),
         (["--extract", "llm"], ["--extract", "--suite"]),
         (["--instruction", "think"], ["data.instruction", "think", "think-box"]),
-        (["--suite", "blink", "--instruction", "box"], ["--instruction box", "official", "think"]),
+        (
+            ["--suite", "blink", "--instruction", "tags"],
+            ["--instruction tags", "official", "think-tags"],
+        ),
         (["--suite-root", "."], ["--suite-root", "--suite"]),
         (["--suite", "blink", "--orders", "0"], ["--orders 0", "1"]),
         (["--suite", "blink", "--limit", "0"], ["--limit 0", "1"]),

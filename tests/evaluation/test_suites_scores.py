@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from perl.evaluation.suites import SUITES
-from perl.evaluation.suites.base import THINK, Items, make_example, open_items
+from perl.evaluation.suites.base import Items, make_example, open_items
 from perl.evaluation.suites.reading import (
     Reply,
     image_kind,
@@ -23,6 +23,7 @@ from perl.evaluation.suites.reading import (
 from perl.permutation import all_orders, permute
 from perl.types import IMAGE_SLOT, Example
 
+THINK = "Think, and write <answer>{question}</answer>."
 CASES = {
     "mantis_eval me_0": [
         ("B", "B", 1),
@@ -147,8 +148,8 @@ CASES = {
 def items(root: Path) -> dict[str, dict[str, Items]]:
     """By instruction, by suite."""
     return {
-        name: {s.name: open_items(s, root, name == "think") for s in SUITES.values()}
-        for name in ("official", "think")
+        name: {s.name: open_items(s, root, think) for s in SUITES.values()}
+        for name, think in (("official", ""), ("think", THINK))
     }
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from perl.config import INSTRUCTIONS
 from perl.data.pictures import open_image
 from perl.evaluation.suites.reading import Judgement, Reply
 from perl.permutation import check_moves, letter_slots, movable, named_images
@@ -20,22 +19,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-THINK = INSTRUCTIONS["think-box"]
-
 
 @dataclass(frozen=True)
 class Item:
     """One row of a benchmark's files, with what is needed to make an Example of it.
 
-    `index` counts the rows of all files from 0; `folder` is the benchmark's; `think` asks for the paper's
-    instruction in place of the benchmark's own; with `decode=False` only the headers of pictures are read.
+    `index` counts the rows of all files from 0; `folder` is the benchmark's; `think` is asked
+    in place of the benchmark's own instruction, empty: that; with `decode=False` only the headers of pictures are read.
     """
 
     row: Mapping[str, Any]
     index: int
     folder: Path
     place: str
-    think: bool
+    think: str
     decode: bool
 
     def value(self, column: str) -> Any:
@@ -123,7 +120,7 @@ class Suite:
 class Items:
     """The items of a benchmark's folder as Examples, made one at a time."""
 
-    def __init__(self, suite: Suite, folder: Path, think: bool) -> None:
+    def __init__(self, suite: Suite, folder: Path, think: str) -> None:
         from perl.data.sources import open_source
 
         self.suite, self.folder, self.think = suite, folder, think
@@ -161,7 +158,7 @@ class Items:
         return Item(source.row(row), i, self.folder, source.place(row), self.think, decode)
 
 
-def open_items(suite: Suite, root: Path, think: bool) -> Items:
+def open_items(suite: Suite, root: Path, think: str) -> Items:
     """The items of a benchmark under `root`.
 
     Raises:

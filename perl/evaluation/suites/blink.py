@@ -8,7 +8,7 @@ options or none, that code asks GPT-3.5 which is meant; here more rules do (`opt
 
 from __future__ import annotations
 
-from perl.evaluation.suites.base import THINK, Item, Suite, make_example
+from perl.evaluation.suites.base import Item, Suite, make_example
 from perl.evaluation.suites.reading import Judgement, Reply, image_kind, judge_option, labelled
 from perl.types import Example
 
@@ -36,7 +36,7 @@ def _example(item: Item) -> Example:
     choices = item.texts("choices")
     text = item.text("prompt")
     if item.think:
-        text = f"{item.text('question')}\n{labelled(choices)}\n{THINK}"
+        text = f"{item.text('question')}\n{labelled(choices)}\n{item.think}"
     if task in _DISCLAIMED:
         text = _DISCLAIMER + text
     # The questions of these tasks speak of their candidates as a set ("the second or the third image").

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from perl.evaluation.suites.base import THINK, Item, Suite, make_example
+from perl.evaluation.suites.base import Item, Suite, make_example
 from perl.evaluation.suites.reading import Judgement, Reply, image_kind, without_label
 from perl.permutation import LETTERS
 from perl.types import Example
@@ -30,11 +30,11 @@ def _example(item: Item) -> Example:
         for letter, option in zip(LETTERS, options, strict=False):
             marked = any(f"{letter}{mark}" in option.upper() for mark in "):.")
             question += f"\n {option}" if marked else f"\n ({letter}) {option}"
-    template = "{question}\n" + THINK if item.think else _CHOICE if choice else _SHORT
+    official = (_CHOICE if choice else _SHORT).replace("{question}", question)
     return make_example(
         item.text("id"),
         images,
-        template.replace("{question}", question),
+        f"{question}\n{item.think}" if item.think else official,
         item.text("answer").strip("()\n "),
         item.text("category"),
         image_kind(asked, options, len(images)) if choice else "none",

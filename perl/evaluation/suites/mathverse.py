@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 
-from perl.evaluation.suites.base import THINK, Item, Suite, make_example
+from perl.evaluation.suites.base import Item, Suite, make_example
 from perl.evaluation.suites.reading import Judgement, Reply, judge_option, judge_value
 from perl.types import Example
 
@@ -22,7 +22,7 @@ def _example(item: Item) -> Example:
     text = item.text("query_cot")
     if item.think:
         question = item.text("question") or "Answer the question that is shown in the image."
-        text = f"{question}\n{THINK}"
+        text = f"{question}\n{item.think}"
     # The version Vision Only has its question in the picture; this column has it as text for the judge.
     asked = item.text("question_for_eval") or item.text("question")
     return make_example(

@@ -8,7 +8,7 @@ compared by the library math-verify, not by evaluating what latex2sympy makes of
 
 from __future__ import annotations
 
-from perl.evaluation.suites.base import THINK, Item, Suite, make_example
+from perl.evaluation.suites.base import Item, Suite, make_example
 from perl.evaluation.suites.reading import Judgement, Reply, judge_option, judge_value, labelled
 from perl.permutation import LETTERS
 from perl.types import Example, UserError
@@ -27,7 +27,7 @@ def _example(item: Item) -> Example:
     return make_example(
         item.text("id"),
         [item.picture(item.value("decoded_image"))],
-        text + THINK if item.think else _PROMPT + text,
+        text + item.think if item.think else _PROMPT + text,
         item.text("answer"),
         item.text("subject"),
         options=options,

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from perl.evaluation.suites.base import THINK, Item, Suite, make_example
+from perl.evaluation.suites.base import Item, Suite, make_example
 from perl.evaluation.suites.reading import Judgement, Reply, labelled, option_letter
 from perl.permutation import LETTERS
 from perl.types import Example
@@ -27,7 +27,7 @@ def _example(item: Item) -> Example:
     if item.think:
         unit = f" (Unit: {item.text('unit')})" if item.text("unit") else ""
         options = f"\nChoices:\n{labelled(choices)}" if choices else ""
-        text = f"Question: {item.text('question')}{unit}{options}\n{THINK}"
+        text = f"Question: {item.text('question')}{unit}{options}\n{item.think}"
     return make_example(
         item.text("pid"),
         [item.picture(item.value("decoded_image"))],

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from perl.evaluation.suites.base import THINK, Item, Suite, make_example
+from perl.evaluation.suites.base import Item, Suite, make_example
 from perl.evaluation.suites.reading import Judgement, Reply, image_kind, judge_option
 from perl.permutation import LETTERS
 from perl.types import Example
@@ -50,7 +50,9 @@ def _example(item: Item) -> Example:
     task, question, context = (item.text(c) for c in ("task", "question", "context"))
     first = task in _QUESTION_FIRST
     text = f"{question}\n{context}" if first else f"{context}\n{question}"
-    text += f"\n{THINK}" if item.think else "\nPlease answer the option directly like A,B,C,D..."
+    text += (
+        f"\n{item.think}" if item.think else "\nPlease answer the option directly like A,B,C,D..."
+    )
     options = re.findall(r"^\s*[A-Z]\s*[:.)]\s*(.*?)\s*$", item.text("options"), re.MULTILINE)
     asked = text
     for option in options:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from perl.evaluation.suites.base import THINK, Item, Suite, make_example
+from perl.evaluation.suites.base import Item, Suite, make_example
 from perl.evaluation.suites.reading import (
     Judgement,
     Reply,
@@ -62,7 +62,7 @@ def _example(item: Item) -> Example:
     kind = item.text("answer_type")
     moving = _option_images(text) if kind == "choice" else 0
     if item.think:
-        messages = (Message("user", f"{text}\n{THINK}"),)
+        messages = (Message("user", f"{text}\n{item.think}"),)
     else:
         instruction = _INSTRUCTION.get(kind, _INSTRUCTION["single-step"])
         system = Message("system", _SYSTEM.get(kind, _ASSISTANT))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from perl.permutation import LETTERS
-from perl.rewards.answers import extract_answer, same_answer
+from perl.rewards.answers import extract_answer, same_answer, tagged
 from perl.rewards.math import equal_values
 from perl.types import IMAGE_SLOT
 
@@ -32,17 +32,19 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a completion answers with: the content of its last `\\boxed{}`, or else what follows its thinking."""
+    """What a completion answers with: its last `<answer>` block, else its last `\\boxed{}`, else what follows its thinking."""
 
     text: str
     boxed: bool
 
     @classmethod
     def of(cls, completion: str) -> Reply:
-        boxed = extract_answer(completion)
-        if boxed is None:
+        block = tagged(completion)
+        boxed = extract_answer(completion if block is None else block)
+        marked = block if boxed is None else boxed
+        if marked is None:
             return cls(completion.rpartition("</think>")[2].strip(), False)
-        return cls(" ".join(_WRAPPED.sub(r"\1", boxed).split()), True)
+        return cls(" ".join(_WRAPPED.sub(r"\1", marked).split()), True)
 
     @property
     def value(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 
-from perl.evaluation.suites.base import THINK, Item, Suite, make_example
+from perl.evaluation.suites.base import Item, Suite, make_example
 from perl.evaluation.suites.reading import Judgement, Reply, numbered_slots
 from perl.types import Example
 
@@ -41,7 +41,7 @@ _CLOSING = {
 def _example(item: Item) -> Example:
     images, task = item.pictures(_IMAGES), item.text("task")
     text, order = numbered_slots(item.text("question"), "<image([0-9])>", len(images))
-    closing = f"\n{THINK}" if item.think else _JSON + _CLOSING.get(task, _STRING)
+    closing = f"\n{item.think}" if item.think else _JSON + _CLOSING.get(task, _STRING)
     return make_example(
         f"{task}/{item.index}",
         [images[i] for i in order],
