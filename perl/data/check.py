@@ -22,7 +22,7 @@ import numpy as np
 from perl.config import DataConfig
 from perl.data.dataset import RowDataset
 from perl.kept import kept_file, read_kept, write_kept
-from perl.permutation import check_moves, num_orders
+from perl.permutation import alike, check_moves, num_orders
 from perl.report.progress import Display
 from perl.rewards.scorer import Scorer
 from perl.types import Example, UserError
@@ -52,6 +52,16 @@ class Checks:
     tokens: Callable[[Example], int] | None = None
     most_tokens: int = 0
     """Prompts with more are counted."""
+
+    def look_at(self, example: Example, only: str = "") -> None:
+        """Raise the UserError of what is faulty, with its kind."""
+        for kind, function in self.inspect:
+            try:
+                if only in ("", kind):
+                    function(example)
+            except UserError as error:
+                error.kind = error.kind or kind
+                raise
 
 
 def checks_of(text: Any, processor: Any = None, rewards: Iterable[tuple[str, ...]] = ()) -> Checks:
@@ -86,11 +96,7 @@ def acceptance(
         return None
     checks = checks_of(text, processor, rewards)
 
-    def accept(example: Example) -> None:
-        for _, inspect in checks.inspect:
-            inspect(example)
-
-    return accept
+    return checks.look_at
 
 
 class Fault(NamedTuple):
@@ -148,13 +154,11 @@ def visit(dataset: RowDataset, i: int, checks: Checks) -> Seen:
     decoded = None
     try:
         example = dataset.check(i)
-        for kind, function in checks.inspect:
-            try:
-                function(example)
-            except UserError as error:
-                error.kind = error.kind or kind
-                raise
-        decoded = dataset[i] if checks.decode else example
+        checks.look_at(example)
+        read = dataset[i] if checks.decode else example
+        if alike(read.images) != alike(example.images):
+            checks.look_at(read, "label")
+        decoded = read
         tokens = checks.tokens(decoded) if checks.tokens else None
     except UserError as error:
         message, place = str(error), dataset.place(i)
@@ -167,7 +171,7 @@ def visit(dataset: RowDataset, i: int, checks: Checks) -> Seen:
         tuple(image.size for image in example.images),
         f"{example.kind}, {change}" if example.kind != "none" else "none",
         sum(len(message.content) for message in example.messages),
-        num_orders(example) > 1,
+        num_orders(decoded) > 1,
         tokens,
         tuple({os.path.dirname(file) for file in files if file}),
     )

@@ -67,7 +67,7 @@ def with_frames(
 
 
 def open_frame(frame: Frame, root: Path, where: str, *, decode: bool = True) -> Image.Image:
-    """The picture that a frame is, as RGB; without `decode` a black one of its size.
+    """The picture that a frame is, as RGB; without `decode` what tells its size.
 
     Raises:
         UserError: the video is not there or cannot be read, or what decodes it is not installed.
@@ -139,6 +139,14 @@ def _spread(length: int, count: int) -> list[int]:
     return [k * (length - 1) // max(1, count - 1) for k in range(count)]
 
 
+class _Header(Image.Image):
+    """A frame that is not decoded, as Pillow leaves the images of files whose header alone it has read."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self._mode, self._size, self.tile = "RGB", size, [None]
+
+
 @functools.lru_cache(maxsize=1)  # The frames of a video are asked for one after the other.
 def _frames(
     source: Path | bytes, changed: int, count: int, decode: bool
@@ -147,7 +155,7 @@ def _frames(
     try:
         with Image.open(file) as image:
             if not decode:
-                return (Image.new("RGB", image.size),) * count
+                return tuple(_Header(image.size) for _ in range(count))
             return tuple(_frame_of(image, i) for i in _spread(getattr(image, "n_frames", 1), count))
     except UnidentifiedImageError:
         return _decoded(source, count, decode)
@@ -164,7 +172,7 @@ def _decoded(source: Path | bytes, count: int, decode: bool) -> tuple[Image.Imag
     with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as container:
         stream = container.streams.video[0]
         if not decode:
-            return (Image.new("RGB", (stream.width, stream.height)),) * count
+            return tuple(_Header((stream.width, stream.height)) for _ in range(count))
         # Containers often do not say how many frames they have; a packet is a frame.
         length = sum(packet.size > 0 for packet in container.demux(stream))
         container.seek(0)

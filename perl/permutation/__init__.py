@@ -9,6 +9,7 @@ To add a kind that moves images in blocks, add a branch to `orders.movable`; to 
 naming an image, add a pattern to `references`.
 """
 
+from perl.permutation.alike import alike
 from perl.permutation.answers import Lettering, lettering, named_images, text_of
 from perl.permutation.forms import AnswerForm, answer_form
 from perl.permutation.layout import option_lines
@@ -43,6 +44,7 @@ __all__ = [
     "Mention",
     "Names",
     "Order",
+    "alike",
     "all_orders",
     "answer_form",
     "check_answer",

@@ -7,9 +7,11 @@ import math
 import random
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from perl.permutation.alike import alike
 from perl.permutation.ordering import rearranged, sequences
 from perl.types import Example, UserError
 
@@ -60,7 +62,11 @@ def movable(kind: str, n: int) -> tuple[Order, ...]:
 
 
 def num_orders(example: Example) -> int:
-    """How many orders the images of an example have, the original one included."""
+    """How many orders the images of an example have, the original one included.
+
+    Two that show the same picture in every slot are one: of the pictures a, a, b there are three, and of a, a there is
+    one. Of images that are not decoded, equal pictures are known as `alike` tells.
+    """
     return _orders_of(example)[0]
 
 
@@ -86,8 +92,9 @@ def released_orders(example: Example) -> list[Order]:
         random.Random(42).shuffle(shuffled)
         for slot, original in zip(block, shuffled, strict=True):
             order[slot] = original
-    original = tuple(range(len(order)))
-    return [original] if tuple(order) == original else [original, tuple(order)]
+    original, first = tuple(range(len(order))), alike(example.images)
+    same = all(first[i] == first[slot] for slot, i in enumerate(order))
+    return [original] if same else [original, tuple(order)]
 
 
 def all_orders(example: Example, limit: int, seed: int) -> list[Order]:
@@ -112,14 +119,38 @@ def _draw(example: Example, n: int, key: str) -> list[Order]:
 
 def _orders_of(example: Example) -> tuple[int, Callable[[int], Order]]:
     """How many orders there are, and the order of each rank, 0 being the original."""
-    count = len(example.images)
+    count, first = len(example.images), alike(example.images)
     if example.kind == "ordering":
-        gold, *others = sequences(example).values()
-        options = [gold, *others]
-        return len(options), lambda rank: rearranged(gold, options[rank], count)
+        distinct = list(distinct_options(example, first).values())
+        return len(distinct), lambda rank: distinct[rank]
     blocks = movable(example.kind, count)
-    total = math.prod(math.factorial(len(block)) for block in blocks)
-    return total, lambda rank: _unrank(rank, blocks, count)
+    total = math.prod(_sequences_of([first[slot] for slot in block]) for block in blocks)
+    return total, lambda rank: _unrank(rank, blocks, first)
+
+
+def option_orders(example: Example) -> list[Order]:
+    """Of kind `ordering`: the order in which each option is right, first the original."""
+    gold, *others = sequences(example).values()
+    return [rearranged(gold, option, len(example.images)) for option in (gold, *others)]
+
+
+def distinct_options(example: Example, first: Order) -> dict[Order, Order]:
+    """The first of those orders that show the same, by what they show."""
+    out: dict[Order, Order] = {}
+    for order in option_orders(example):
+        out.setdefault(shown(order, first), order)
+    return out
+
+
+def shown(order: Order, first: Order) -> Order:
+    """What the slots show in an order, of images of which `alike` gives the `first` that shows the same."""
+    return tuple(first[i] for i in order)
+
+
+def _sequences_of(pictures: Sequence[int]) -> int:
+    """How many sequences these pictures have: of a, a, b there are 3! / 2! = 3."""
+    several = math.prod(math.factorial(n) for n in Counter(pictures).values())
+    return math.factorial(len(pictures)) // several
 
 
 def _distinct(rng: random.Random, total: int, k: int) -> list[int]:
@@ -133,15 +164,38 @@ def _distinct(rng: random.Random, total: int, k: int) -> list[int]:
     return list(ranks)
 
 
-def _unrank(rank: int, blocks: Sequence[Order], n: int) -> Order:
-    """The order of a given rank, 0 being the original: each digit of a mixed radix is a choice."""
-    order = list(range(n))
+def _unrank(rank: int, blocks: Sequence[Order], first: Order) -> Order:
+    """The order of a given rank, 0 being the original; equal pictures keep their sequence.
+
+    Each digit of a mixed radix is a choice: of one slot after the other, or of all of a block that shows a picture twice.
+    """
+    order = list(range(len(first)))
     for block in blocks:
-        rest = list(block)
-        for slot in block:
-            rank, choice = divmod(rank, len(rest))
-            order[slot] = rest.pop(choice)
+        pictures, rest = [first[slot] for slot in block], list(block)
+        if len(set(pictures)) == len(block):
+            for slot in block:
+                rank, choice = divmod(rank, len(rest))
+                order[slot] = rest.pop(choice)
+        else:
+            rank, own = divmod(rank, _sequences_of(pictures))
+            for slot, picture in zip(block, _sequence(own, pictures), strict=True):
+                order[slot] = next(i for i in rest if first[i] == picture)
+                rest.remove(order[slot])
     return tuple(order)
+
+
+def _sequence(rank: int, pictures: Sequence[int]) -> list[int]:
+    """The sequence of these pictures of a given rank, 0 being theirs; equal ones are not told apart."""
+    if not pictures:
+        return []
+    rest, total = list(pictures), _sequences_of(pictures)
+    for picture, times in Counter(rest).items():
+        begin_so = total * times // len(rest)
+        if rank < begin_so:
+            rest.remove(picture)
+            return [picture, *_sequence(rank, rest)]
+        rank -= begin_so
+    raise IndexError(rank)
 
 
 def rate_at(start: float, schedule: RateSchedule, progress: float) -> float:

@@ -32,6 +32,7 @@ from perl.permutation.layout import images_in, numbers_its_options
 from perl.permutation.ordering import letter_in, pictures_chosen, sequences
 from perl.permutation.orders import Order, movable, num_orders
 from perl.permutation.references import LETTERS, read, unsupported_mentions, write
+from perl.permutation.twins import check_twins
 from perl.types import Example, Message, UserError, Variant, one_line
 
 Consistency = Literal["slots", "references"]
@@ -44,7 +45,8 @@ def permute(example: Example, order: Sequence[int], text: Consistency = "slots")
     image i becomes the slot where i is now, written in the same style; a list such as `A, C` keeps
     the sequence it is written in. With `text="references"` the mentions of images in the text
     follow their images too. Raises UserError if the answer should change and names no image, or
-    cannot be written for the new order, or if the text cannot be rewritten for certain.
+    cannot be written for the new order, if the text cannot be rewritten for certain, or if two images show the same
+    picture and the answer names one of them.
     """
     order = tuple(order)
     if sorted(order) != list(range(len(example.images))):
@@ -54,6 +56,12 @@ def permute(example: Example, order: Sequence[int], text: Consistency = "slots")
     images = tuple(example.images[i] for i in order)
     if order == tuple(range(len(order))):
         return Variant(example=example, order=order, images=images, answer=example.answer)
+    check_twins(example, lambda other: _written(example, other, text))
+    return _written(example, order, text)
+
+
+def _written(example: Example, order: Order, text: Consistency) -> Variant:
+    images = tuple(example.images[i] for i in order)
     if example.kind == "ordering":
         return Variant(example, order, images, letter_in(example, order))
     names = _lettering(example)
@@ -112,6 +120,9 @@ def check_moves(example: Example, text: Consistency) -> None:
     That is so where a letter or number names an image that may move to a slot without one.
     """
     check_answer(example)
+    if num_orders(example) == 1:
+        return
+    check_twins(example, lambda other: _written(example, other, text))
     if example.kind == "ordering":
         return
     for block in movable(example.kind, len(example.images)):

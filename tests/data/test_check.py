@@ -15,6 +15,7 @@ from perl.config import DataConfig
 from perl.data import check
 from perl.data.check import Checks, checked, checks_of
 from perl.data.dataset import RowDataset, load_examples
+from perl.permutation import check_moves
 from perl.report.progress import Display
 from perl.training.checks import Source, check_rows
 from perl.types import Example, UserError
@@ -128,6 +129,32 @@ def test_what_a_model_and_a_reward_cannot_take(
         tmp_path / "bad.jsonl",
     )
     assert [row["fault_kind"] for row in json_lines(tmp_path / "bad.jsonl")][3:] == ["prompt"] * 2
+
+
+def test_a_picture_that_comes_twice(
+    tmp_path: Path, error_of: ErrorOf, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the start as a file or a copy of one, and in another encoding by reading the images in full."""
+    same = ["1.png", "copy.png", "same.bmp", "1.png", "./1.png"]
+    three = {"question": "A. <image> B. <image> C. <image> Which?", "answer": "C"}
+    rows = [{**three, "images": ["0.png", "1.png", name]} for name in same[1:]]
+    source = write(tmp_path, rows)
+    (tmp_path / "copy.png").write_bytes((tmp_path / "1.png").read_bytes())
+    (tmp_path / "same.bmp").write_bytes(encoded((1, 0, 0), "BMP", (9, 64)))
+    error_of("check", source, "--output", tmp_path / "bad.jsonl")
+    bad = json_lines(tmp_path / "bad.jsonl")
+    assert [(row["fault_kind"], row["images"][2]) for row in bad] == [
+        ("label", s) for s in same[1:]
+    ]
+    tells(bad[1]["fault"], f"{source} line 2", "images 2 and 3", "none")
+    for k in (0, 2, 3):
+        with refused(f"row-00000{k}", "images 2 and 3"):
+            check_moves(opened(source).check(k), "slots")
+    check_moves(opened(source).check(1), "slots")
+    capsys.readouterr()
+    source = write(tmp_path, [{**GOOD, "images": ["1.png", name]} for name in same] + [GOOD])
+    assert run("check", source) == 0
+    assert "rows whose images can move: 1 (17 %)" in capsys.readouterr().out
 
 
 def test_other_rewards_read_other_golds(tmp_path: Path) -> None:
