@@ -67,6 +67,11 @@ COMMANDS = {
         "recipe",
         "what the model will be shown, and what rewards give for a right answer",
     ),
+    "score": (
+        "perl.evaluation.score_command:Score",
+        "data",
+        "rewards of completions that you have",
+    ),
     "config": ("perl.training.commands:ShowConfig", "recipe", "print a recipe with every key"),
     "doctor": ("perl.training.commands:Doctor", "", "what is installed and what would be used"),
 }

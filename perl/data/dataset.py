@@ -138,6 +138,15 @@ class RowDataset:
         """How messages name example i."""
         return self.source.place(self.rows[i])
 
+    def id_of(self, i: int) -> str:
+        """The id of example i; by its row in the source where the data have none."""
+        id = self.layout.ours(self.row(i)).get("id")
+        return self._unnamed(self.rows[i]) if id is None else str(id)
+
+    @staticmethod
+    def _unnamed(index: int) -> str:
+        return f"row-{index:06d}"
+
     def shown(self, i: int) -> Shown:
         """What example i shows, by which rows that share pictures are found; nothing if it cannot be read."""
         index = self.rows[i]
@@ -158,7 +167,7 @@ class RowDataset:
     def read(self, row: Mapping[str, Any], index: int, *, decode: bool = True) -> Example:
         """The example of row `index` of the source, as `row` has it."""
         where = self.source.place(index)
-        example = read_row(row, self.layout, where, id=f"row-{index:06d}")
+        example = read_row(row, self.layout, where, id=self._unnamed(index))
         if not example.images:
             self._tell(where, "a row without images is a question of text alone")
         elif len(example.images) > 1 and not may_move(self.layout.ours(row)):

@@ -6,6 +6,6 @@
 * `suites/`: the eight benchmarks of the paper; see there to add one. `statistics` says how sure their numbers are.
 * `difficulty`: how often a policy answers each question right, kept in a `MeasuredFile`; `selection.write_selection` keeps the
   questions that fit a histogram. `filter_command` and the filter stage of a run use both.
-* `commands`, `generate`, `filter_command`, `preview`, `check_command`: `perl-rl evaluate`, `compare`, `generate`, `filter`, `preview` and `check`, each
-  with its options.
+* `commands`, `generate`, `filter_command`, `preview`, `score_command`, `check_command`: `perl-rl evaluate`, `compare`, `generate`, `filter`,
+  `preview`, `score` and `check`, each with its options.
 """

@@ -70,6 +70,17 @@ def num_orders(example: Example) -> int:
     return _orders_of(example)[0]
 
 
+def misplaced(example: Example, order: Sequence[int]) -> int | None:
+    """The first slot of an order whose image the label does not let stand there; None: it allows the order."""
+    moved = [slot for slot, original in enumerate(order) if slot != original]
+    if example.kind == "ordering":
+        total, unrank = _orders_of(example)
+        allowed = not moved or tuple(order) in map(unrank, range(total))
+        return None if allowed else moved[0]
+    block = {slot: block for block in movable(example.kind, len(example.images)) for slot in block}
+    return next((slot for slot in moved if order[slot] not in block.get(slot, ())), None)
+
+
 def orders(example: Example, n: int, seed: int, epoch: int) -> list[Order]:
     """Up to `n` distinct orders: the original first, then permutations drawn without replacement.
 

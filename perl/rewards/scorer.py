@@ -110,6 +110,8 @@ class Scorer:
         self.metrics: defaultdict[str, list[float]] = defaultdict(list)
         self.logged: dict[str, list[Any]] = {}
         """What functions logged of each completion of the last call of `score`, by name."""
+        self.failed: dict[str, dict[int, Fault]] = {}
+        """By function the completions of the last call of `score` that it failed on."""
 
     def score(
         self,
@@ -133,7 +135,7 @@ class Scorer:
         or returns anything but R values.
         """
         batch = {"prompts": prompts, "completions": completions, **columns}
-        chats, self.logged = chats or {}, {}
+        chats, self.logged, self.failed = chats or {}, {}, {}
         everything = range(len(completions))
         # Those that wait for others do so at the same time.
         waiting = {
@@ -258,6 +260,7 @@ class Scorer:
         count = len(values)
         numbers = [number_in(value) for value in values]
         faults = {i: number for i, number in enumerate(numbers) if isinstance(number, Fault)}
+        self.failed[name] = faults
         if faults:
             first, fault = next(iter(faults.items()))
             where = f"example '{batch['id'][first]}'" if "id" in batch else f"completion {first}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import combinations
+from itertools import combinations, permutations
 
 import pytest
 from hypothesis import given
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from perl.permutation import (
     all_orders,
     is_permuted,
+    misplaced,
     movable,
     num_orders,
     orders,
@@ -39,6 +40,29 @@ def test_orders_are_distinct_reproducible_and_of_their_kind(
         assert sorted(order) == list(range(count))
         for slot, original in enumerate(order):
             assert slot == original or home[slot] == home[original]
+
+
+@pytest.mark.parametrize(
+    ("kind", "slots"),
+    [
+        ("all", [None] * 6),
+        ("none", [None, 1, 0, 0, 0, 0]),
+        ("first_fixed", [None, None, 0, 0, 0, 0]),
+        ("blocks:1,3", [None, 1, 0, 0, 1, None]),
+        # Images 1, 3, 2 stand in slots 2, 1, 3.
+        ("ordering", [None, 1, 0, 0, None, 0]),
+    ],
+)
+def test_which_image_its_kind_does_not_let_stand_where_it_does(
+    kind: str, slots: list[int | None]
+) -> None:
+    """By order of three images, in the sequence of the alphabet."""
+    text = "<image> <image> <image> In which order? A. 1, 3, 2 B. 2, 1, 3"
+    example = ask(text, "A", kind=kind)
+    every = list(permutations(range(3)))
+    assert [misplaced(example, order) for order in every] == slots
+    allowed = [order for order, slot in zip(every, slots, strict=True) if slot is None]
+    assert allowed == sorted(all_orders(example, 6, 0))
 
 
 def test_orders_of_many_images() -> None:
