@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from perl.data.rgb import Unfit, black_and_white, to_rgb
 from perl.types import UserError, one_line
 
 Split = Literal["train", "test"]
@@ -68,7 +69,7 @@ def open_image(
     read and checked. `info[FILE]` has the path of one that was read from a file.
 
     `where` names the place in the data for the UserError raised if the file is missing, broken or
-    too large.
+    too large, or has values of which nothing says which is white.
     """
     shown = f"image file {source}" if isinstance(source, Path) else "the embedded image"
     try:
@@ -77,10 +78,10 @@ def open_image(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             if isinstance(source, Image.Image):
-                _check_size(source.size, where)
+                _check_header(source)
                 return to_rgb(source) if decode else source
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                _check_size(image.size, where)
+                _check_header(image)
                 if not decode:
                     return image
                 out = to_rgb(image)
@@ -91,6 +92,8 @@ def open_image(
         raise UserError(f"{where}: there is no image file {source}; correct the path") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"{where}: the image is too large ({error}); shrink it") from error
+    except Unfit as error:
+        raise UserError(f"{where}: {shown} {error}") from error
     except UnidentifiedImageError as error:
         raise UserError(f"{where}: {shown} is no image that Pillow can read; replace it") from error
     except Exception as error:  # Pillow's decoders raise many types for broken files.
@@ -173,30 +176,16 @@ def path_inside(text: str, root: Path) -> Path | None:
     return real if real.is_relative_to(root.resolve()) else None
 
 
-def _check_size(size: tuple[int, int], where: str) -> None:
-    width, height = size
+def _check_header(image: Image.Image) -> None:
+    width, height = image.size
     if width < 1 or height < 1:
-        raise UserError(
-            f"{where}: the image has no pixels ({width} x {height}); replace or remove it"
-        )
+        raise Unfit(f"has no pixels ({width} x {height}); replace or remove it")
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        raise UserError(
-            f"{where}: the image is too large, {width} x {height} pixels; "
+        raise Unfit(
+            f"is too large, {width} x {height} pixels; "
             f"at most {MAX_SIDE:,} a side and {MAX_PIXELS:,} in all are read, so shrink it"
         )
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The image upright and in RGB; transparent parts become white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB":
-        return image.copy()
-    if image.mode.startswith("I;16"):  # convert() would clip 16 bits to white
-        image = image.point(lambda value: value * (1 / 256)).convert("L")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    black_and_white(image)
 
 
 def _digits() -> PictureCollection:

@@ -12,7 +12,8 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from perl.data.pictures import SUFFIXES, locate, open_image, open_stored, stored_image, to_rgb
+from perl.data.pictures import SUFFIXES, locate, open_image, open_stored, stored_image
+from perl.data.rgb import to_rgb
 from perl.types import IMAGE_SLOT, UserError, one_line
 
 VIDEO_SLOT = "<video>"
