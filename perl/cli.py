@@ -63,9 +63,9 @@ COMMANDS = {
         "where the time of a training step goes, and a trace",
     ),
     "preview": (
-        "perl.evaluation.preview:Preview",
-        "recipe",
-        "what the model will be shown, and what rewards give for a right answer",
+        "perl.evaluation.preview.command:Preview",
+        "recipe or data",
+        "what the model will be shown: of data in each order, of a recipe with what rewards give",
     ),
     "score": (
         "perl.evaluation.score_command:Score",
@@ -149,13 +149,13 @@ def parse(name: str, arguments: list[str]) -> Any:
     module, _, cls = place.partition(":")
     kind: Any = getattr(importlib.import_module(module), cls)
     first = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    if wanted == "recipe":
+    if wanted.startswith("recipe"):
         first = first or DEFAULT_RECIPE
     elif wanted and first is None and not _WITHOUT_TARGET & set(arguments):
         raise UserError(
             f"perl-rl {name} needs a {wanted} first, as in: perl-rl {name} {wanted.upper()} [options]"
         )
-    default, said = _with_recipe(kind(), first), io.StringIO()
+    default, said = _with_recipe(kind(), first, wanted), io.StringIO()
     try:
         with redirect_stderr(said):
             parsed: Any = tyro.cli(kind, prog=f"perl-rl {name}", args=arguments, default=default)
@@ -163,9 +163,9 @@ def parse(name: str, arguments: list[str]) -> Any:
         if not stop.code:
             raise
         raise UserError(f"perl-rl {name}: {_in_one_line(said.getvalue())}") from None
-    if wanted == "recipe" and parsed.recipe != first:
+    if wanted.startswith("recipe") and parsed.recipe != first:
         raise UserError(
-            f"perl-rl {name}: the recipe {parsed.recipe} must stand first, as in: perl-rl {name} RECIPE [options]"
+            f"perl-rl {name}: the {wanted} {parsed.recipe} must stand first, as in: perl-rl {name} RECIPE [options]"
         )
     config = getattr(parsed, "config", None)
     if isinstance(config, Config):
@@ -208,11 +208,11 @@ def _in_one_line(box: str) -> str:
     return f"{said}; " + (f"did you mean {near[1]}?" if near else "see --help")
 
 
-def _with_recipe(default: Any, recipe: str | None) -> Any:
+def _with_recipe(default: Any, recipe: str | None, wanted: str) -> Any:
     """The command's defaults, from the recipe or the run where it takes one."""
     from perl.config import MeasureConfig
     from perl.model.sources import run_of
-    from perl.recipe import DEFAULT_RECIPE, load_recipe, read_config
+    from perl.recipe import DEFAULT_RECIPE, is_data, load_recipe, read_config
 
     if hasattr(default, "eval") and recipe and (run := run_of(recipe)):
         of_run = read_config(run / "config.toml").eval
@@ -220,9 +220,11 @@ def _with_recipe(default: Any, recipe: str | None) -> Any:
         return replace(default, eval=MeasureConfig(**values) if of_run.examples else default.eval)
     if not hasattr(default, "config") or recipe is None:
         return default
-    if hasattr(default, "data") and not recipe.endswith(".toml"):  # What stands first is data.
-        recipe = DEFAULT_RECIPE
-
+    if wanted == "recipe or data":
+        of_data = is_data(recipe)
+    else:
+        of_data = hasattr(default, "data") and not recipe.endswith(".toml")
+    recipe = DEFAULT_RECIPE if of_data else recipe
     return replace(default, config=load_recipe(recipe))
 
 

@@ -43,6 +43,24 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in _BUNDLED.glob("*.toml"))
 
 
+def is_data(name: str) -> bool:
+    """Whether a name stands for data, where a recipe may stand too: neither a bundled recipe's name nor a .toml file.
+
+    Raises:
+        UserError: a bare word that is neither a recipe nor there.
+    """
+    if name in recipe_names() or name.endswith(".toml"):
+        return False
+    if not re.search(r"[/:,.*?\[]", name) and not Path(name).exists():
+        near = difflib.get_close_matches(name, recipe_names(), n=1)
+        raise UserError(
+            f"{name} is neither a recipe nor data that is there: "
+            + (f"did you mean {near[0]}?" if near else f"choose {', '.join(recipe_names())}, ")
+            + "or give a .toml file, a file or folder of rows, or a hub data set as OWNER/NAME or NAME:SPLIT"
+        )
+    return True
+
+
 def load_recipe(name: str) -> Config:
     """A Config from a bundled recipe's name or a TOML file.
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from perl.config import DataConfig
-from perl.data.dataset import RowDataset
+from perl.data.dataset import Dataset, RowDataset
 from perl.kept import kept_file, read_kept, write_kept
 from perl.permutation import alike, check_moves, num_orders
 from perl.report.progress import Display
@@ -151,19 +151,10 @@ def checked(dataset: RowDataset, checks: Checks, display: Display, stop: bool = 
 
 def visit(dataset: RowDataset, i: int, checks: Checks) -> Seen:
     """Check one row."""
-    decoded = None
     try:
-        example = dataset.check(i)
-        checks.look_at(example)
-        read = dataset[i] if checks.decode else example
-        if alike(read.images) != alike(example.images):
-            checks.look_at(read, "label")
-        decoded = read
-        tokens = checks.tokens(decoded) if checks.tokens else None
+        example, decoded, tokens = sound(dataset, i, checks)
     except UserError as error:
-        message, place = str(error), dataset.place(i)
-        message = message if place in message else f"{place}: {message}"
-        return Seen(Fault(i, error.kind or ("prompt" if decoded else "columns"), message))
+        return Seen(fault_of(error, dataset, i))
     files = [getattr(image, "filename", "") for image in example.images]
     change = "the answer follows" if example.should_change else "the answer stays"
     return Seen(
@@ -175,6 +166,32 @@ def visit(dataset: RowDataset, i: int, checks: Checks) -> Seen:
         tokens,
         tuple({os.path.dirname(file) for file in files if file}),
     )
+
+
+def sound(dataset: Dataset, i: int, checks: Checks) -> tuple[Example, Example, int | None]:
+    """Example i with its images' headers, with its images where `checks.decode` wants them, and its prompt's tokens.
+
+    Raises:
+        UserError: what is wrong with the row, its `kind` said.
+    """
+    decoded = None
+    try:
+        example = dataset.check(i)
+        checks.look_at(example)
+        read = dataset[i] if checks.decode else example
+        if alike(read.images) != alike(example.images):
+            checks.look_at(read, "label")
+        decoded = read
+        return example, decoded, checks.tokens(decoded) if checks.tokens else None
+    except UserError as error:
+        error.kind = error.kind or ("prompt" if decoded else "columns")
+        raise
+
+
+def fault_of(error: UserError, dataset: Dataset, i: int) -> Fault:
+    """What is wrong with example i, in a line that names its place."""
+    message, place = str(error), dataset.place(i)
+    return Fault(i, error.kind, message if place in message else f"{place}: {message}")
 
 
 def _visit_all(dataset: RowDataset, checks: Checks, display: Display, stop: bool) -> Checked:

@@ -41,15 +41,15 @@ def file_beside(data: str, ending: str) -> Path:
     return Path(f"{name}.{ending}")
 
 
-def check_output(output: Path, data: str) -> None:
-    """Raise UserError if `output` is the data itself or lies in no folder."""
+def check_output(output: Path, data: str, option: str = "--output") -> None:
+    """Raise UserError, naming the option, if `output` is the data itself or lies in no folder."""
     if not output.absolute().parent.is_dir():
-        raise UserError(f"--output {output}: there is no folder to write it to; make it first")
+        raise UserError(f"{option} {output}: there is no folder to write it to; make it first")
     if output.is_dir():
-        raise UserError(f"--output {output} is a folder; name a file")
+        raise UserError(f"{option} {output} is a folder; name a file")
     source = Path(data).expanduser()
     if source.exists() and output.resolve() == source.resolve():
-        raise UserError(f"--output {output} is the data itself; choose another file")
+        raise UserError(f"{option} {output} is the data itself; choose another file")
 
 
 def write_rows(

@@ -6,6 +6,7 @@
 * `suites/`: the eight benchmarks of the paper; see there to add one. `statistics` says how sure their numbers are.
 * `difficulty`: how often a policy answers each question right, kept in a `MeasuredFile`; `selection.write_selection` keeps the
   questions that fit a histogram. `filter_command` and the filter stage of a run use both.
-* `commands`, `generate`, `filter_command`, `preview`, `score_command`, `check_command`: `perl-rl evaluate`, `compare`, `generate`, `filter`,
-  `preview`, `score` and `check`, each with its options.
+* `preview/`: `perl-rl preview`, rows of data in each order of their images, and a recipe's prompts.
+* `commands`, `generate`, `filter_command`, `score_command`, `check_command`: `perl-rl evaluate`, `compare`, `generate`, `filter`, `score`
+  and `check`, each with its options.
 """

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -14,6 +14,9 @@ from perl.config import EVAL_SEED, Command, Config
 from perl.report.progress import Display
 from perl.report.tables import print_table
 from perl.types import Example, UserError, Variant
+
+if TYPE_CHECKING:
+    from perl.data.check import Checks
 
 _SHOWN = 3
 """Faulty rows that are named for each kind of fault."""
@@ -43,7 +46,7 @@ class Check(Command):
         if self.data.endswith(".toml"):
             sources = [(source, "train") for source, _ in training_sources(config.data)]
             sources = [each for each in (*sources, (config.data.eval, "test")) if each[0]]
-        processor = _processor(config)
+        processor = named_processor(config)
         faulty: list[tuple[Any, Any]] = []
         summaries: list[str] = []
         for source, split in sources:
@@ -54,7 +57,7 @@ class Check(Command):
                 print(f"{source}: bundled questions need no check")
                 continue
             with Display() as display:
-                found = checked(dataset, _checks(config, processor), display)
+                found = checked(dataset, checks_for(config, processor), display)
             _print(source, found)
             faulty += [(dataset, fault) for fault in found.faults]
             if found.faults:
@@ -69,7 +72,7 @@ class Check(Command):
             )
 
 
-def _processor(config: Config) -> Any:
+def named_processor(config: Config) -> Any:
     """Of the model, where one is named that is there already."""
     if not config.model.path:
         return None
@@ -83,12 +86,10 @@ def _processor(config: Config) -> Any:
     )
 
 
-def _checks(config: Config, processor: Any) -> Any:
+def checks_for(config: Config, processor: Any) -> Checks:
     """Those of training, and what takes longer."""
     from perl.data.check import checks_of
     from perl.rewards.gold import gold_check
-    from perl.rollout.instruction import Instruction
-    from perl.rollout.prompts import PromptEncoder, PromptLimit
 
     functions = config.reward.functions
     checks = checks_of(config.permutation.text, processor, [functions])
@@ -101,6 +102,9 @@ def _checks(config: Config, processor: Any) -> Any:
     )
     if processor is None:
         return more
+    from perl.rollout.instruction import Instruction
+    from perl.rollout.prompts import PromptEncoder, PromptLimit
+
     asked, limit = Instruction.of(config), PromptLimit.to_train(config)
     encoder = PromptEncoder(processor, limit, config.data.overlong, asked)
 

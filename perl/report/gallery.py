@@ -67,7 +67,7 @@ class Gallery:
             "task": variant.example.task,
             "order": list(variant.order),
             "images": [self._picture(encoded, image) for encoded, image in pictures],
-            "question": _chat(variant.messages),
+            "question": chat_text(variant.messages),
             "answer": variant.answer,
             "text": rollout.text,
             "reward": _number(reward),
@@ -85,8 +85,8 @@ class Gallery:
         return f"images/{path.name}"
 
 
-def _chat(messages: Sequence[Message]) -> str:
-    """What the model was asked, its instruction included; the turns with their roles if there are several."""
+def chat_text(messages: Sequence[Message]) -> str:
+    """What the model is asked; the turns with their roles if there are several."""
     if len(messages) == 1:
         return messages[0].content
     return "\n".join(f"{m.role}: {m.content}" for m in messages)

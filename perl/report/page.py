@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from perl.files import replacing
+from perl.report.html import data_uri, write_page
 from perl.report.metrics import (
     HEADLINE,
     MEASURES,
@@ -21,7 +21,7 @@ from perl.report.metrics import (
     stage_seconds,
 )
 from perl.report.plots import draw_pictures, filter_pictures
-from perl.report.rollouts import data_uri, rollout_groups, shorten
+from perl.report.rollouts import rollout_groups, shorten
 from perl.types import UserError
 
 UNKNOWN = "—"
@@ -35,8 +35,6 @@ def write_report(run_dir: Path) -> Path:
     A folder with sub-folders `seed-0`, `seed-1`, ... is reported as one recipe over several seeds.
     Raises UserError where `run_dir` is no folder and OSError where the page cannot be written.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     if not run_dir.is_dir():
         raise UserError(f"{run_dir} is not a run folder: give the one `perl-rl train` wrote")
     seeds = [p for p in run_dir.glob("seed-*") if p.is_dir()]
@@ -58,15 +56,11 @@ def write_report(run_dir: Path) -> Path:
         pictures, troubles, zero = [], [f"No picture could be drawn: {error}"], []
     pictures += filter_pictures(runs)
     groups, shown, total = rollout_groups(runs, notes)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "duration": duration}
-    page = environment.get_template("report.html.j2").render(
+    path = run_dir / "report.html"
+    write_page(
+        path,
+        "report.html.j2",
+        {"percent": percent, "duration": duration},
         title=run_dir.resolve().name,
         facts=_facts(top, runs, several=bool(seeds)),
         notes=notes + troubles,
@@ -84,9 +78,6 @@ def write_report(run_dir: Path) -> Path:
         config=_config_text([run_dir, runs[0].folder]),
         versions=top.summary.get("versions") or runs[0].summary.get("versions"),
     )
-    path = run_dir / "report.html"
-    with replacing(path) as draft:
-        draft.write_bytes(page.encode("utf-8", "replace"))  # A lone surrogate is no reason to fail.
     return path
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from perl.report.html import thumbnail
 from perl.report.metrics import RunLog, mean, number, plural, read_records
 from perl.types import IMAGE_SLOT
 
@@ -20,8 +19,6 @@ MAX_TEXT = 6000
 """Characters shown of one completion or question."""
 MAX_IMAGE_BYTES = 4_000_000
 """Bytes of rollout images in the page."""
-THUMBNAIL = 224
-"""Longest side in pixels of a rollout image in the page."""
 
 
 def rollout_groups(
@@ -149,11 +146,7 @@ class _Images:
                 raise ValueError("outside the run folder")
             if path not in self.known:
                 with Image.open(path) as image:
-                    small = image.convert("RGB")
-                small.thumbnail((THUMBNAIL, THUMBNAIL))
-                buffer = io.BytesIO()
-                small.save(buffer, "WEBP", quality=80)
-                self.known[path] = data_uri(buffer.getvalue(), "image/webp")
+                    self.known[path] = thumbnail(image)
         except Exception:  # whatever a damaged image file makes its decoder raise
             self.missing += 1
             return ""
@@ -168,10 +161,6 @@ class _Images:
             yield f"{self.missing} {plural('image', self.missing)} of rollouts cannot be read."
         if self.over:
             yield f"{self.over} {plural('image', self.over)} of rollouts left out: page full."
-
-
-def data_uri(content: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def shorten(text: str, limit: int = MAX_TEXT) -> str:

@@ -16,7 +16,7 @@ from perl.data.dataset import RowDataset, check_apart, load_examples
 from perl.data.resample import parse_histogram
 from perl.data.streams import training_sources
 from perl.evaluation.evaluate import NUMBERS
-from perl.evaluation.preview import processor_of
+from perl.evaluation.preview.recipe import processor_of
 from perl.evaluation.trial import try_rewards
 from perl.model.head import make_policy_loss
 from perl.model.loading import check_kernels, check_model, load_processor

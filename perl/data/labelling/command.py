@@ -92,12 +92,17 @@ def _remove_labelled(output: Path) -> None:
 
 
 def _print_counts(counts: Mapping[tuple[str, bool, str], int], output: Path) -> None:
-    # What stands in brackets is the word that a rule found; a model's reasons are all different.
     rows: Counter[tuple[str, bool, str]] = Counter()
     for (kind, change, reason), count in counts.items():
-        shown = "model" if reason.startswith("model: ") else re.sub(r" \(.*\)$", "", reason)
-        rows[kind, change, one_line(shown, 80)] += count
+        rows[kind, change, kind_of_reason(reason)] += count
     table = [("kind", "should_change", "reason", "rows")]
     for (kind, change, reason), count in sorted(rows.items(), key=lambda item: (-item[1], item[0])):
         table.append((kind, str(change).lower(), reason, str(count)))
     print_table(table, str(output), left=3)
+
+
+def kind_of_reason(reason: str) -> str:
+    """By which rows are counted: without the word that a rule found, which stands in brackets; a model's reasons are all
+    different."""
+    shown = "model" if reason.startswith("model: ") else re.sub(r" \(.*\)$", "", reason)
+    return one_line(shown, 80)

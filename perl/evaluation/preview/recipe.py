@@ -1,18 +1,15 @@
-"""`perl-rl preview`: what a model will be shown, and what its rewards give for a right answer, without its weights."""
+"""What a recipe will show a model, as its chat template writes it, and what the rewards give for a right answer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from tyro.conf import Positional, arg
-
-from perl.config import Command, Config, Positive
-from perl.recipe import DEFAULT_RECIPE, Stage, check_named, check_options, plan
+from perl.config import Config
+from perl.recipe import Stage, check_named, plan
 from perl.types import Rollout, UserError
 
 if TYPE_CHECKING:
@@ -24,66 +21,55 @@ if TYPE_CHECKING:
     Read = dict[str, tuple[Form, ...]]
 
 
-@dataclass(frozen=True)
-class Preview(Command):
-    """What a model will be shown: some training questions in the orders of their images that the first epoch has, as the
-    chat template writes them, the right answers, and what each reward function gives for them. Reads the data and the model's tokenizer and image processor, no
-    weights. Every key of the recipe can be overridden, as in `perl-rl preview mine.toml --data.instruction think-tags`."""
+def preview_recipe(config: Config, n: int, name: str = "") -> None:
+    """Print `n` training questions of each data source of a stage, in the orders of their images that the first epoch has,
+    and what rewards give for their right answers.
 
-    recipe: Positional[str] = DEFAULT_RECIPE
-    """A bundled recipe's name or a .toml file."""
-    config: Annotated[Config, arg(name="")] = field(default_factory=Config)
-    n: Positive = 3
-    """Questions of each data source, from all over it."""
-    stage: str = ""
-    """Name of another stage of the recipe; empty: the first of RL."""
+    Raises:
+        UserError: a recipe that names no data or no model, or has no such stage.
+    """
+    from perl.data.dataset import load_examples
+    from perl.data.streams import training_sources
+    from perl.permutation import permute
+    from perl.rewards.forms import forms_of
+    from perl.rewards.scorer import Scorer
+    from perl.rollout.collect import drawn_orders
+    from perl.rollout.instruction import Instruction, is_taught, spread, warn_of_prompts
+    from perl.rollout.prompts import PromptEncoder, PromptLimit
 
-    def execute(self) -> None:
-        from perl.data.dataset import load_examples
-        from perl.data.streams import training_sources
-        from perl.permutation import permute
-        from perl.rewards.forms import forms_of
-        from perl.rewards.scorer import Scorer
-        from perl.rollout.collect import drawn_orders
-        from perl.rollout.instruction import Instruction, is_taught, spread, warn_of_prompts
-        from perl.rollout.prompts import PromptEncoder, PromptLimit
-
-        check_options(self)
-        check_named(self.config)
-        stage = _stage(self.config, self.stage)
-        config = stage.config
-        seed = config.run.seed
-        data = [
-            (source, load_examples(source, config.data, "train", seed))
-            for source, _ in training_sources(config.data)
-        ]
-        reward = config.reward
-        scorer = Scorer(reward.functions, reward.weights, reward.timeout)
-        read = forms_of(reward.functions, reward.weights)
-        with processor_of(config) as processor:
-            limit = PromptLimit.to_train(config)
-            asked = Instruction.of(config)
-            encoder = PromptEncoder(processor, limit, config.data.overlong, asked)
-            asked = encoder.instruction
-            warn_of_prompts(config, asked, processor, data)
-            print(f"instruction ({asked.why}): {asked.text or 'none'}")
-            if asked.text:
-                print(
-                    f"it ends the {asked.place} message of every question that does not ask already"
-                )
-            if asked.system:
-                print(f"system message, where a question has none: {asked.system}")
-            for source, dataset in data:
-                for i in spread(dataset.size, self.n):
-                    example = dataset[i]
-                    text, rate = config.permutation.text, config.permutation.rate
-                    some = drawn_orders(stage, example, rate, epoch=0)
-                    print(f"\n=== {source}: {example.id}")
-                    shown = encoder.encode([permute(example, o, text) for o in some])
-                    for pair in shown:
-                        _show(pair, encoder, scorer, read, is_taught(config))
-                    if not shown:
-                        print(f"left out: it has more tokens than {limit.name}")
+    check_named(config)
+    stage = _stage(config, name)
+    config = stage.config
+    seed = config.run.seed
+    data = [
+        (source, load_examples(source, config.data, "train", seed))
+        for source, _ in training_sources(config.data)
+    ]
+    reward = config.reward
+    scorer = Scorer(reward.functions, reward.weights, reward.timeout)
+    read = forms_of(reward.functions, reward.weights)
+    with processor_of(config) as processor:
+        limit = PromptLimit.to_train(config)
+        asked = Instruction.of(config)
+        encoder = PromptEncoder(processor, limit, config.data.overlong, asked)
+        asked = encoder.instruction
+        warn_of_prompts(config, asked, processor, data)
+        print(f"instruction ({asked.why}): {asked.text or 'none'}")
+        if asked.text:
+            print(f"it ends the {asked.place} message of every question that does not ask already")
+        if asked.system:
+            print(f"system message, where a question has none: {asked.system}")
+        for source, dataset in data:
+            for i in spread(dataset.size, n):
+                example = dataset[i]
+                text, rate = config.permutation.text, config.permutation.rate
+                some = drawn_orders(stage, example, rate, epoch=0)
+                print(f"\n=== {source}: {example.id}")
+                shown = encoder.encode([permute(example, o, text) for o in some])
+                for pair in shown:
+                    _show(pair, encoder, scorer, read, is_taught(config))
+                if not shown:
+                    print(f"left out: it has more tokens than {limit.name}")
 
 
 def _stage(config: Config, name: str) -> Stage:
