@@ -54,7 +54,7 @@ def read_completions(source: Source, stage: str | None = None) -> Iterator[Given
         recorded = "example" in row and "text" in row  # A line of rollouts.jsonl.
         names = ("example", "text") if recorded else ("id", "completion")
         id, text = (row.get(name) for name in names)
-        if isinstance(id, bool) or not isinstance(id, str | int):
+        if not isinstance(id, str | int):
             raise UserError(f"{place}: {names[0]} is {_shown(id)}; give that of a row of the data")
         if not isinstance(text, str):
             raise UserError(f"{place}: {names[1]} is {_shown(text)}; give a text")

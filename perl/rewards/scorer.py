@@ -135,7 +135,7 @@ class Scorer:
         or returns anything but R values.
         """
         batch = {"prompts": prompts, "completions": completions, **columns}
-        chats, self.logged, self.failed = chats or {}, {}, {}
+        chats, self.logged = chats or {}, {}
         everything = range(len(completions))
         # Those that wait for others do so at the same time.
         waiting = {

@@ -162,7 +162,7 @@ def f(completions, images, answer, **columns):
     scores = [image[0].getpixel((0, 0))[0] / 2 for image in images]
     return [None if "skip" in text else score for text, score in zip(completions, scores)]
 
-def parts(solution_str, ground_truth):
+def parts(solution_str, ground_truth, **more):
     return {"score": len(solution_str), "right": solution_str == ground_truth}
 
 def tokens(completions, completion_ids):
@@ -262,7 +262,7 @@ DOG = {"id": "dog", "completion": "A"}
         ({**DOG, "id": "cow"}, ["'cow'", "data.jsonl", "'dog'"]),
         ({**DOG, "id": "row-000000"}, ["'row-000000'"]),  # It has an id of its own.
         ({**DOG, "id": None}, ["id", "missing"]),
-        ({**DOG, "id": True}, ["id", "True"]),
+        ({**DOG, "id": True}, ["'True'"]),
         ({**DOG, "id": 1.0}, ["id", "1.0"]),
         ({"id": "dog"}, ["completion", "missing"]),
         ({**DOG, "completion": ["A"]}, ["completion", "['A']", "list"]),
