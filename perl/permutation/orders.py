@@ -74,9 +74,7 @@ def misplaced(example: Example, order: Sequence[int]) -> int | None:
     """The first slot of an order whose image the label does not let stand there; None: it allows the order."""
     moved = [slot for slot, original in enumerate(order) if slot != original]
     if example.kind == "ordering":
-        total, unrank = _orders_of(example)
-        allowed = not moved or tuple(order) in map(unrank, range(total))
-        return None if allowed else moved[0]
+        return None if tuple(order) in option_orders(example) else moved[0]
     block = {slot: block for block in movable(example.kind, len(example.images)) for slot in block}
     return next((slot for slot in moved if order[slot] not in block.get(slot, ())), None)
 
