@@ -224,8 +224,10 @@ def _with_recipe(default: Any, recipe: str | None, wanted: str) -> Any:
         of_data = is_data(recipe)
     else:
         of_data = hasattr(default, "data") and not recipe.endswith(".toml")
-    recipe = DEFAULT_RECIPE if of_data else recipe
-    return replace(default, config=load_recipe(recipe))
+    config = load_recipe(DEFAULT_RECIPE if of_data else recipe)
+    if of_data:  # Nothing is held out of data that stand alone.
+        config = replace(config, data=replace(config.data, eval=""))
+    return replace(default, config=config)
 
 
 def _overview() -> str:

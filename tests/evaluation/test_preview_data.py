@@ -14,7 +14,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from perl.cli import parse
+from perl.data.dataset import load_examples
 from perl.evaluation.preview.page import OPEN
+from perl.recipe import plan
+from perl.rollout.collect import drawn_orders
 from tests.command_line import ErrorOf, run
 from tests.messages import tells
 from tests.pictures import encoded
@@ -178,9 +182,27 @@ def test_turns_columns_and_parquet(
     )
     table = {"images": [pictures], "question": ["A <image> B <image> ?"], "answer": ["A"]}
     datasets.Dataset.from_dict({**table, "kind": ["all"]}, features=column).to_parquet("p.parquet")
-    assert run("preview", "p.parquet", "--json") == 0
-    _, turned = map(json.loads, capsys.readouterr().out.splitlines())
-    assert (turned["order"], turned["images"]) == ([2, 1], ["image 2", "image 1"])
+    for options in ((), ("--data.streaming",)):
+        assert run("preview", "p.parquet", "--json", *options) == 0
+        _, turned = map(json.loads, capsys.readouterr().out.splitlines())
+        assert (turned["order"], turned["images"]) == ([2, 1], ["image 2", "image 1"])
+
+
+@pytest.mark.parametrize("draw", ["random", "released"])
+def test_the_orders_are_those_of_the_first_epoch(draw: str, said: Callable[..., Said]) -> None:
+    options = ("--run.seed", 7, "--permutation.orders", 2, "--permutation.draw", draw)
+    names = [f"{k}.png" for k in range(5)]
+    for k, name in enumerate(names):
+        Path(name).write_bytes(encoded((k, 0, 2 * k)))
+    row = {"question": "<image>" * 5 + "How many?", "images": names, "should_change": False}
+    lines, _ = said({**row, "id": "q"}, {**row, "id": "r"}, options=options)
+    stage = next(
+        s for s in plan(parse("train", ["default", *map(str, options)]).config) if s.kind == "rl"
+    )
+    examples = load_examples("rows.jsonl", stage.config.data, "train", 7)
+    drawn = [order for i in range(2) for order in drawn_orders(stage, examples[i], 1.0, epoch=0)]
+    assert [line["order"] for line in lines] == [[i + 1 for i in order] for order in drawn]
+    assert len(lines) == 4
 
 
 def test_how_many_rows_and_orders(

@@ -12,6 +12,7 @@ from tyro.conf import Positional, Suppress, arg
 
 from perl.config import Command, Config, Positive
 from perl.recipe import DEFAULT_RECIPE, check_options, is_data
+from perl.report.progress import Display
 from perl.types import UserError
 
 _OF_RECIPES = ("n", "stage", "data.train", "data.eval", "data.mix")
@@ -90,14 +91,17 @@ class Preview(Command):
         count = None if self.orders == "all" else self.orders or permutation.orders
         rows = Rows(self.recipe, config, count, limit)
         page, totals = Page() if self.html else None, Totals(rows)
-        for row in rows:
-            totals.add(row)
-            if page:
-                page.add(row)
-            if self.json:
-                print_json(row)
-            elif not page:
-                print_row(row)
+        with Display(enabled=bool(page)) as display:
+            display.stage("preview", rows.shown, unit="row")
+            for row in rows:
+                totals.add(row)
+                if page:
+                    page.add(row)
+                if self.json:
+                    print_json(row)
+                elif not page:
+                    print_row(row)
+                display.advance()
         if page and self.html:
             page.write(self.html, rows, totals)
         if self.json:

@@ -83,7 +83,9 @@ def moved(row: Row, variant: Variant) -> str:
     found = [(i, j) for j, i in enumerate(variant.order) if i != j]
     if len(found) > _MOVES:
         return f"{len(found)} of {len(variant.order)} images"
-    return ", ".join(f"{row.images[i]} from {i + 1} to {j + 1}" for i, j in sorted(found))
+    return ", ".join(
+        f"{one_line(row.images[i], 40)} from {i + 1} to {j + 1}" for i, j in sorted(found)
+    )
 
 
 def cut(text: str, limit: int) -> str:
