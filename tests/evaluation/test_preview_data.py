@@ -84,7 +84,9 @@ def test_a_row_in_all_orders(said: Callable[..., Said]) -> None:
         assert line["text"] == LETTERED
 
 
-def test_text_that_follows_the_images(said: Callable[..., Said]) -> None:
+def test_text_that_follows_the_images(
+    said: Callable[..., Said], capsys: pytest.CaptureFixture[str]
+) -> None:
     question = "<image><image> Is image 1 larger than image 2?"
     row = {"question": question, "answer": "no", "should_change": False}
     lines, _ = said(row, options=("--text", "references"))
@@ -92,6 +94,8 @@ def test_text_that_follows_the_images(said: Callable[..., Said]) -> None:
         "Is image 1 larger than image 2?",
         "Is image 2 larger than image 1?",
     ]
+    assert run("preview", "rows.jsonl", "--text", "references") == 0
+    tells(capsys.readouterr().out, "1 to 2, g.png from 2 to 1; the text")
     refused, _ = said(row)
     tells(refused[0]["refused"], "rows.jsonl line 1", "image 1", "permutation.text")
 
@@ -102,6 +106,7 @@ def test_what_keeps_its_images_and_what_is_refused(said: Callable[..., Said]) ->
         {"kind": None, "question": "<image><image> What is next?", "answer": "It rains"},
         {"id": "one", "images": ["r.png"], "question": "<image> What?"},
         {"id": "by rule", "kind": "none", "label_reason": "the text speaks of a sequence"},
+        {"id": "twice", "images": ["r.png", "r.png"], "answer": "no", "should_change": False},
         {"id": "cut", "images": ["cut.png", "g.png"]},
         {"id": "gone", "images": ["gone.png", "g.png"]},
         {"id": "no label", "answer": "a dog"},
@@ -113,19 +118,21 @@ def test_what_keeps_its_images_and_what_is_refused(said: Callable[..., Said]) ->
         ("row-000000", [1, 2], "none"),
         ("one", [1], "all"),
         ("by rule", [1, 2], "none"),
+        ("twice", [1, 2], "all"),
         ("last", [1, 2], "all"),
         ("last", [2, 1], "all"),
     ]
     tells(shown[0]["reason"], "perl-rl label")
     assert shown[2]["reason"] == "the text speaks of a sequence"
+    assert shown[3]["reason"] != shown[4]["reason"] == "as labelled"
     refused = [line for line in lines if "order" not in line]
     assert [list(line) for line in refused] == [["id", "refused"]] * 4
-    assert [line["id"] for line in refused] == ["cut", "gone", "no label", "row-000006"]
+    assert [line["id"] for line in refused] == ["cut", "gone", "no label", "row-000007"]
     for line, names in zip(refused, (["cut.png"], ["gone.png"], ["a dog"], ["JSON"]), strict=True):
         tells(line["refused"], *names)
-    for number, line in enumerate(refused, 4):
+    for number, line in enumerate(refused, 5):
         tells(line["refused"], f"line {number}")
-    tells(summary.splitlines()[-1], "8 rows", "1 permuted", "3 kept", "4 refused")
+    tells(summary.splitlines()[-1], "9 rows", "1 permuted", "4 kept", "4 refused")
 
 
 def test_a_named_model_refuses_what_it_cannot_take(

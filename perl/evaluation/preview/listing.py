@@ -79,13 +79,13 @@ def gold(variant: Variant, limit: int) -> str:
 
 
 def moved(row: Row, variant: Variant) -> str:
-    """Which images stand elsewhere than in the data."""
+    """Which images stand elsewhere than in the data, and whether the text has changed with them."""
     found = [(i, j) for j, i in enumerate(variant.order) if i != j]
+    moves = [f"{one_line(row.images[i], 40)} from {i + 1} to {j + 1}" for i, j in sorted(found)]
     if len(found) > _MOVES:
-        return f"{len(found)} of {len(variant.order)} images"
-    return ", ".join(
-        f"{one_line(row.images[i], 40)} from {i + 1} to {j + 1}" for i, j in sorted(found)
-    )
+        moves = [f"{len(found)} of {len(variant.order)} images"]
+    rewritten = variant.messages != variant.example.messages
+    return ", ".join(moves) + ("; the text is rewritten" if rewritten else "")
 
 
 def cut(text: str, limit: int) -> str:

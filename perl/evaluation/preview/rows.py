@@ -111,7 +111,8 @@ def reason_of(example: Example) -> str:
     if len(example.images) < 2:
         return "a single image" if example.images else "no images"
     if "kind" in example.origin:
-        return "as labelled"
+        alone = example.kind != "none" and num_orders(example) == 1
+        return "as labelled, and no other order shows anything else" if alone else "as labelled"
     if example.origin.keys() & set(SHOULD_CHANGE):
         return "as labelled" if example.kind != "none" else "frames of a video keep their sequence"
     return "no labels, so that images keep their order; perl-rl label says which may move"
