@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from perl.config import DataConfig
-from perl.data.chats import Chat, read_chat, with_slots
+from perl.data.questions.chats import read_chat, read_response, stored_chat, with_slots, with_turns
+from perl.data.questions.golds import check_response, first_index, gold_by_options
+from perl.data.questions.options import OPTIONS, Options, listed, read_options
+from perl.data.readers import Source
 from perl.data.videos import VIDEOS, Frame, with_frames
 from perl.rewards.answers import GOLD_COLUMNS, gold_text
-from perl.types import Example, Message, UserError, one_line
+from perl.types import Example, UserError, one_line
 
 log = logging.getLogger(__name__)
 _told: set[tuple[str, str]] = set()
@@ -22,7 +26,7 @@ SHOULD_CHANGE = ("should_change", "change_needed")
 _CHATS = ("messages", "conversations", "conversation")
 _OPTIONAL = (*SHOULD_CHANGE, "kind", "demonstration", "task", "id")
 _GROUNDING = ("<ref-object>", "<bbox>")
-_OURS = ("question", "messages", "answer", *IMAGES, *VIDEOS, *_OPTIONAL)
+_OURS = ("question", "messages", "answer", *IMAGES, *VIDEOS, *OPTIONS, *_OPTIONAL)
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -40,6 +44,8 @@ class Convention:
     """Whether images without a slot in the text stand before it."""
     turns: tuple[str, ...] = ()
     """Columns that hold more of the chat."""
+    instead: tuple[str, ...] = ()
+    """Those of the question in rows without the former, beside others that have them."""
 
     def missing(self, columns: Iterable[str], gold: bool = False) -> list[str]:
         """The columns that are needed and not there; with `gold` an answer is needed too."""
@@ -51,13 +57,17 @@ class Convention:
         elsewhere = not found.isdisjoint((*VIDEOS, "messages", "prompt"))
         return [] if missing == [" or ".join(IMAGES)] and elsewhere else missing
 
+    def answer_key(self, row: Mapping[str, Any]) -> str:
+        """The column of a row with our names that its answer stands in."""
+        return next((key for key in self.answer if row.get(key) is not None), "answer")
+
     def __str__(self) -> str:
         return ", ".join(self.missing((), gold=True))
 
 
 CONVENTIONS = (
     Convention("verl", ("prompt",), ("reward_model",), task="data_source", images_first=False),
-    Convention("perl", ("question",), ("answer",), images_first=False),
+    Convention("perl", ("question",), ("answer",), images_first=False, instead=("messages",)),
     Convention("trl", ("prompt",), GOLD_COLUMNS, ("completion",)),
     Convention("easyr1", ("problem",), ("answer",), images_first=False),
     Convention("open-r1", ("problem",), GOLD_COLUMNS),
@@ -81,6 +91,8 @@ class Layout:
     """What columns of ours are called in the data."""
     frames: int = 0
     """Frames that a video is shown as; 0: a row with one is refused."""
+    first_index: int | None = None
+    """What the first of a row's options has where answers are indices; None: not known."""
 
     @property
     def images(self) -> str:
@@ -99,16 +111,24 @@ class Layout:
         """A row with our names under the data's again."""
         return {self.names.get(key, key): value for key, value in row.items()}
 
+    def with_chats(self, row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+        """A row with our names, its chats that are stored as texts as turns."""
+        keys = (self.question(row, where), *self.convention.response)
+        read = {key: stored_chat(row.get(key), self.names.get(key, key), where) for key in keys}
+        changed = {key: value for key, value in read.items() if value is not row.get(key)}
+        return {**row, **changed} if changed else row
+
     def with_frames(self, row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         """A row with our names, its videos as images."""
         return with_frames(row, self.question(row, where), self.frames, where)
 
     def question(self, row: Mapping[str, Any], where: str) -> str:
         """The column of a row with our names that its question stands in; UserError if all are null."""
-        for key in self.convention.question:
+        keys = (*self.convention.question, *self.convention.instead)
+        for key in keys:
             if row.get(key) is not None:
                 return key
-        names = " or ".join(self.convention.question)
+        names = " or ".join(keys)
         raise UserError(f"{where}: {names} is missing or null; fill it in or leave the row out")
 
 
@@ -146,6 +166,20 @@ def choose_layout(config: DataConfig, columns: Iterable[str], where: str) -> Lay
     )
 
 
+def with_first_index(layout: Layout, source: Source) -> Layout:
+    """The layout with what the first option of a row counts as, as far as the first rows of the data tell."""
+    if layout.ours(dict.fromkeys(source.columns())).keys().isdisjoint((*OPTIONS, "A")):
+        return layout
+
+    def golds() -> Iterator[tuple[Options, Any]]:
+        for row in map(layout.ours, source.first_rows()):
+            with suppress(UserError):
+                if options := read_options(row, ""):
+                    yield options, row.get(layout.convention.answer_key(row))
+
+    return replace(layout, first_index=first_index(golds()))
+
+
 def tell_once(level: int, text: str, of: object) -> None:
     """Log a text that each stage of a run would log again; `of` says what it is about, by whatever name of its files: a
     run names them from the root."""
@@ -178,10 +212,11 @@ def read_row(row: Mapping[str, Any], layout: Layout, where: str, id: str = "") -
 
     Images keep their places where a row says neither `kind` nor `should_change`, since nothing tells
     whether its answer would still be right, and so do frames without `kind`. A row whose images are
-    empty and whose question has no slot is a question of text alone. The last turn of a chat, if it is
-    the assistant's, is the demonstration and is not asked; where no column holds the answer, that is
-    what it concludes with. `id` is for a row that has none. Raises UserError, naming `where`, for one
-    that is incomplete or contradicts itself.
+    empty and whose question has no slot is a question of text alone. The last turns of a chat, if they are
+    the assistant's, are the demonstration and are not asked; where no column holds the answer, that is
+    what they conclude with. Options in columns of their own are asked too, and the answer is then a letter.
+    `id` is for a row that has none. Raises UserError, naming `where`, for one that is incomplete or
+    contradicts itself.
     """
     convention, row = layout.convention, layout.ours(row)
     if row.get("worked") is not None and "demonstration" not in row:
@@ -191,38 +226,45 @@ def read_row(row: Mapping[str, Any], layout: Layout, where: str, id: str = "") -
     if row.get("audios"):
         raise UserError(f"{where}: there is sound, which is not read; leave the row out")
     question_key = layout.question(row, where)
-    row = layout.with_frames(row, where)
+    row = layout.with_frames(layout.with_chats(row, where), where)
     present = {key: value for key, value in row.items() if value is not None}
     chat = read_chat(present[question_key], where)
     more = {key: present[key] for key in convention.turns if key in present}
-    chat = _with_turns(chat, more, where)
+    chat = with_turns(chat, more, where)
     images_key = next((key for key in IMAGES if present.get(key)), None)
     images = present[images_key] if images_key else ()
     images = tuple(images) if isinstance(images, (list, tuple)) else (images,)
     images = images or chat.images
-    messages = with_slots(chat.messages, len(images), convention.images_first, where)
+    options = read_options(present, where)
+    listing = listed(chat.messages, options, len(images), where) if options else None
+    messages = listing.messages if listing else chat.messages
+    messages = with_slots(messages, len(images), convention.images_first, where)
     if present.get("objects") and any(tag in m.content for m in messages for tag in _GROUNDING):
         raise UserError(
             f"{where}: {' and '.join(_GROUNDING)} are not filled in from objects; write the boxes into the text"
         )
-    answer_key = next((key for key in convention.answer if key in present), "answer")
+    answer_key = convention.answer_key(present)
     response_key = next((key for key in convention.response if key in present), None)
-    response = chat.response or (response_key and _response(present[response_key], where)) or None
-    change_key = next((key for key in SHOULD_CHANGE if key in present), None)
-    moves = may_move(present) and not any(isinstance(image, Frame) for image in images)
-    kind = str(present.get("kind", "all" if moves else "none")).strip()
-    should_change = _truth(present[change_key], change_key, where) if change_key else True
-    if not images:  # A question of text alone: nothing can move.
-        kind, should_change = "none", False
+    response = (
+        chat.response or (response_key and read_response(present[response_key], where)) or None
+    )
+    gold_key = answer_key if answer_key in present else response_key
+    gold = present.get(answer_key, response)
+    if listing:
+        answer = gold_by_options(gold, listing, layout.first_index, where)
+    else:
+        answer = gold_text(gold)
+    if response and answer_key in present:
+        check_response(response, answer, listing, where)
+    kind, should_change = _labels(present, images, answer, where)
     used = {question_key, answer_key, response_key, *more, *_OPTIONAL, *IMAGES, *VIDEOS}
     plain = len(messages) == 1 and isinstance(present[question_key], str)
-    gold_key = answer_key if answer_key in present else response_key
     fields = {question_key: "question", gold_key: "answer", images_key: "images"}
     return Example(
         id=str(present.get("id", id)),
         images=images,
         question=messages[0].content if plain else messages,
-        answer=gold_text(present.get(answer_key, response)),
+        answer=answer,
         kind=kind,
         should_change=should_change,
         demonstration=str(present["demonstration"]) if "demonstration" in present else response,
@@ -249,28 +291,21 @@ def labels_of(row: Mapping[str, Any]) -> dict[str, Any]:
     return labels if truth is None else {**labels, "should_change": truth}
 
 
-def _with_turns(chat: Chat, row: Mapping[str, Any], where: str) -> Chat:
-    """The chat with what other columns hold of it."""
-    messages = list(chat.messages)
-    if row.get("input"):
-        messages[-1] = Message("user", f"{messages[-1].content}\n{row['input']}")
-    for exchange in reversed(row.get("history") or ()):
-        if not isinstance(exchange, (list, tuple)) or len(exchange) != 2:
-            raise UserError(
-                f"{where}: history holds {one_line(exchange, 80)}; write pairs of question and response"
-            )
-        asked, said = map(str, exchange)
-        messages[:0] = [Message("user", asked), Message("assistant", said)]
-    if row.get("system") and messages[0].role != "system":
-        messages.insert(0, Message("system", str(row["system"])))
-    return chat._replace(messages=tuple(messages))
-
-
-def _response(value: Any, where: str) -> str | None:
-    """A completion, as a text or as a chat of the assistant's turn alone (TRL)."""
-    if isinstance(value, str):
-        return value.strip()
-    return read_chat([{"role": "user", "content": ""}, *value], where).response
+def _labels(
+    row: Mapping[str, Any], images: Sequence[Any], answer: str, where: str
+) -> tuple[str, bool]:
+    """`kind` and `should_change` of a row that has both, one, or none of them."""
+    key = next((key for key in SHOULD_CHANGE if row.get(key) is not None), None)
+    should_change = may_move(row) if key is None else _truth(row[key], key, where)
+    moves = may_move(row) and not any(isinstance(image, Frame) for image in images)
+    kind = str(row.get("kind", "all" if moves else "none")).strip()
+    if not images:  # A question of text alone: nothing can move.
+        return "none", False
+    if key is None and kind != "none" and answer.isdecimal() and 0 < int(answer) <= len(images):
+        raise UserError(
+            f"{where}: its answer {answer} may name an image or count something; write should_change = true or false"
+        )
+    return kind, should_change
 
 
 def _truth(value: Any, key: str, where: str) -> bool:

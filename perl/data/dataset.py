@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from perl.config import DataConfig
-from perl.data.columns import choose_layout, may_move, read_row, tell_once
+from perl.data.columns import choose_layout, may_move, read_row, tell_once, with_first_index
 from perl.data.held_out import Shown, held_out_rows, largest_group, shown_by
 from perl.data.pictures import Split, open_stored
 from perl.data.sources import Source, is_streamable, open_source, open_streamed
@@ -115,7 +115,8 @@ class RowDataset:
         self._image_root: Path | None = None
         if config.image_root:
             self._image_root = Path(os.path.abspath(Path(config.image_root).expanduser()))
-        self.layout = choose_layout(config, source.columns(), source.name)
+        layout = choose_layout(config, source.columns(), source.name)
+        self.layout = with_first_index(layout, source)
         self.rows: Sequence[int] = range(len(source)) if rows is None else rows
         """By example its row of the source."""
         if limit is not None and limit < len(self.rows):
@@ -172,7 +173,9 @@ class RowDataset:
             self._tell(where, "a row without images is a question of text alone")
         elif len(example.images) > 1 and not may_move(self.layout.ours(row)):
             self._tell(
-                where, "it has neither kind nor should_change, so its images keep their order"
+                where,
+                "it has neither kind nor should_change, so its images keep their order; perl-rl label "
+                f"{self.source.name} says which may move",
             )
         try:
             check_answer(example)

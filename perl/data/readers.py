@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, cast
@@ -44,11 +44,14 @@ class Source:
 
     def columns(self) -> list[str]:
         """Their names; those of the first hundred rows, where each may have others."""
-        rows: list[Mapping[str, Any]] = []
+        rows = list(self.first_rows()) or [self.row(0)]
+        return list(dict.fromkeys(key for row in rows for key in row))
+
+    def first_rows(self) -> Iterator[Mapping[str, Any]]:
+        """The first hundred rows, without those that cannot be read."""
         for i in range(min(_FIRST, len(self))):
             with suppress(UserError):
-                rows.append(self.row(i))
-        return list(dict.fromkeys(key for row in rows or [self.row(0)] for key in row))
+                yield self.row(i)
 
     def place(self, i: int) -> str:
         """How messages name row i, counting from 1."""

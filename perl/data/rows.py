@@ -118,7 +118,7 @@ class RowWriter:
             return self._bundled(dataset[i], i)
         layout, where = dataset.layout, dataset.source.place(i)
         row = dataset.source.row(i)
-        ours = layout.ours(row)
+        ours = layout.with_chats(layout.ours(row), where)
         framed = layout.with_frames(ours, where)
         if framed is not ours:  # As images they would move where the row says that its answer may.
             row = layout.theirs({**framed, "kind": framed.get("kind") or "none"})

@@ -81,7 +81,7 @@ def test_the_command_counts_faults_by_kind_and_writes_them_down(
     assert [row["place"] for row in bad] == [f"{source} line {n}" for n in (2, 3, 4, 5, 6, 7, 9)]
     assert all(row["place"] in row["fault"] for row in bad)
     assert bad[2]["images"] == ["0.png", "no.png"]
-    write(tmp_path, [GOOD, long, {**GOOD, "answer": "1", "kind": "last:2"}])
+    write(tmp_path, [GOOD, long, {**GOOD, "answer": "1", "kind": "last:2", "should_change": True}])
     assert run("check", source) == 0
     out = capsys.readouterr().out
     lines = {" ".join(line.split()) for line in out.splitlines()}

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from perl.config import DataConfig
@@ -47,7 +48,10 @@ EARLIER = (Message("user", ASKED), Message("assistant", "Both."), Message("user"
         ({"messages": turns(ASKED, "See A"), "solution": "B"}, EARLIER[:1], "B", "See A"),
         ({"messages": turns(ASKED, "B"), "demonstration": "So B"}, EARLIER[:1], "B", "So B"),
         ({"prompt": turns(ASKED, "See A"), "answer": "B"}, EARLIER[:1], "B", "See A"),
-        # turns before it stay
+        # several of the assistant's in the end are one response
+        ({"messages": [*turns(ASKED, "Hm."), *turns(r"\boxed{B}", first="assistant")], "answer": "B"}, EARLIER[:1], "B", "Hm.\n\\boxed{B}"),
+        # turns before it stay, and one of the assistant's that begins
+        ({"messages": [*turns("Hi", first="assistant"), *turns(ASKED, "B")]}, (Message("assistant", "Hi"), *EARLIER[:1]), "B", "B"),
         ({"messages": turns(ASKED, "Both.", "And now?", "B")}, EARLIER, "B", "B"),
         ({"conversations": said(ASKED, "Both.", "And now?", "B")}, EARLIER, "B", "B"),
         ({"conversations": said(ASKED, "Both.", "And now?"), "label": "B"}, EARLIER, "B", None),
@@ -110,6 +114,133 @@ def test_chats_that_cannot_be_asked(row: dict[str, Any], names: list[str]) -> No
         read({**PAIR, **row})
 
 
+CHAT = turns('<image> <image> "Which", isn\'t } { it?\n\\frac', r"So \boxed{B}")
+PARTS = [
+    {
+        "role": "user",
+        "content": np.array([{"type": "image"}, {"type": "text", "text": "Which?"}], dtype=object),
+    }
+]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(CHAT),
+        json.dumps(CHAT, indent=2),
+        str(CHAT),
+        str(np.array(CHAT)),
+        repr(np.array(CHAT)),
+    ],
+)
+@pytest.mark.parametrize("columns", [("messages",), ("prompt", "answer"), ("question", "answer")])
+def test_a_chat_that_is_stored_as_a_text(text: str, columns: tuple[str, ...]) -> None:
+    """Its last turn is not shown, and it is a chat for the rewards."""
+    example = read({**PAIR, columns[0]: text, **dict.fromkeys(columns[1:], "B")})
+    assert example.question == (Message("user", CHAT[0]["content"]),)
+    assert (example.answer, example.demonstration) == ("B", CHAT[1]["content"])
+    assert example.origin["question"] == (columns[0], CHAT)
+
+
+def test_texts_inside_of_stored_chats() -> None:
+    example = read({"images": ["0.png"], "messages": str(np.array(PARTS)), "answer": "B"})
+    assert example.messages == (Message("user", "<image>Which?"),)
+    completion = json.dumps(turns(r"So \boxed{B}", first="assistant"))
+    assert (
+        read({**PAIR, "prompt": ASKED, "completion": completion}).demonstration == r"So \boxed{B}"
+    )
+    # No chat: a text about one.
+    text = '<image> <image> Is [{"role": "user"}] on both?'
+    assert read({**PAIR, "question": text, "answer": "B"}).question == text
+
+
+@pytest.mark.parametrize("column", ["messages", "question"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(CHAT)[:-9],
+        str(CHAT)[:-9],
+        '[{"role": "user", "content": "\\sqrt"}]',
+        "[{'role': open('x')}]",
+        "[{'role': 'user', ...}]",
+    ],
+)
+def test_a_stored_chat_that_is_broken(text: str, column: str) -> None:
+    with refused("here", column, "JSON"):
+        read({**PAIR, column: text, "answer": "B"})
+
+
+@pytest.mark.parametrize(
+    ("response", "gold", "fits"),
+    [
+        (r"\boxed{A}", "B", False),
+        ("<answer> A </answer>", "B", False),
+        (r"<answer>B</answer>, that is \boxed{A}", "B", True),  # the tags are read first
+        ("A", "B", False),
+        (r"\boxed{(b).}", "B", True),
+        (r"\boxed{Image 2}", "2", True),
+        (r"\boxed{3}", 2, False),
+        (r"\boxed{1/2}", 0.5, True),
+        (r"\boxed{no}", "yes", False),
+        (r"\boxed{C, A}", ["A", "C"], True),
+        (r"\boxed{C, A}", "A, B", False),
+        # What one reward takes for equal and another does not.
+        (r"\boxed{a dog}", "the dog", True),
+        (r"\boxed{second}", "2", True),
+        (r"\boxed{B. a dog}", "B", True),
+        ("<answer>[1, 2, 30.5, 4]</answer>", "[1, 2, 30, 4]", True),
+        ("See A", "B", True),
+        # no answer to compare with
+        (r"\boxed{A}", "", True),
+    ],
+)
+def test_a_last_turn_that_contradicts_the_answer(response: str, gold: Any, fits: bool) -> None:
+    for row in (
+        {"messages": turns(ASKED, response), "answer": gold},
+        {"prompt": ASKED, "completion": response, "answer": gold},
+    ):
+        if fits:
+            assert read({**PAIR, **row}).demonstration == response
+        else:
+            with refused("here", gold):
+                read({**PAIR, **row})
+
+
+def test_a_last_turn_answers_by_an_option() -> None:
+    row = {**PAIR, "messages": turns(ASKED, r"\boxed{a dog}"), "options": ["a cat", "a dog"]}
+    assert read(row).answer == read({**row, "answer": 2}).answer == "B"
+    with refused("here", "'a dog'", "'A'"):
+        read({**row, "answer": "A"})
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "should_change"),
+    [
+        ({}, "none", False),
+        ({"kind": None, "should_change": None}, "none", False),
+        ({"kind": "none"}, "none", True),
+        ({"kind": "first_fixed"}, "first_fixed", True),
+        ({"should_change": True}, "all", True),
+        ({"should_change": False}, "all", False),
+    ],
+)
+@pytest.mark.parametrize("question", ["question", "prompt", "problem", "query", "instruction"])
+def test_labels_that_a_row_has_not(
+    labels: dict[str, Any], kind: str, should_change: bool, question: str
+) -> None:
+    example = read({**PAIR, question: ASKED, "answer": "B", **labels})
+    assert (example.kind, example.should_change) == (kind, should_change)
+
+
+def test_a_number_with_a_kind_alone_may_be_a_count() -> None:
+    row = {**PAIR, "question": ASKED, "kind": "all"}
+    for answer in (1, "2", r"\boxed{2}"):
+        with refused("here", "should_change"):
+            read({**row, "answer": answer})
+    for more in ({"should_change": False}, {"answer": 3}, {"answer": "Image 2"}, {"kind": "none"}):
+        assert read({**row, "answer": 2, **more}).answer
+
+
 THEIRS = {"q": ASKED, "gt": "B", "pics": ["0.png", "1.png"], "hint": "look"}
 NAMES = ("question=q", "answer = gt", "images=pics")
 
@@ -119,7 +250,7 @@ def test_columns_named_by_the_user() -> None:
     assert (example.question, example.answer, example.images) == (ASKED, "B", ("0.png", "1.png"))
     assert example.extra == {"hint": "look"}
     # Before the convention is chosen; the same column may be two of ours.
-    assert read({**PAIR, "messages": turns(ASKED, "A"), "gold": "B"}, map=("answer=gold",)).answer == "B"  # fmt: skip
+    assert read({**PAIR, "messages": turns(ASKED, "See A"), "gold": "B"}, map=("answer=gold",)).answer == "B"  # fmt: skip
     assert read(THEIRS, map=(*NAMES, "demonstration=gt")).demonstration == "B"
     # What is mapped stands before what is there.
     assert read({**THEIRS, "answer": "A"}, map=NAMES).answer == "B"

@@ -86,7 +86,7 @@ def test_perls_own_columns(tmp_path: Path) -> None:
     assert example.extra == {"level": 3, "note": None}
     plain = load_row(tmp_path, perl_row(kind=...))
     assert (plain.id, plain.kind) == ("row-000000", "none")
-    assert (plain.should_change, plain.demonstration) == (True, None)
+    assert (plain.should_change, plain.demonstration) == (False, None)
 
 
 def test_chats_with_parts_are_slots(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_images_keep_their_order_unless_the_data_say_more(
 ) -> None:
     row = {question: "<image> or <image>?", "images": ["0.png", "1.png"], "answer": ["A", "C"]}
     assert load_row(tmp_path, {**row, "answer": "red", "should_change": False}).kind == "all"
-    assert load_row(tmp_path, {**row, "answer": "2", "kind": "all"}).should_change is True
+    assert load_row(tmp_path, {**row, "answer": "B", "kind": "all"}).should_change is True
     alone = {question: "<image>What?", "images": ["0.png"], "answer": "B"}
     assert load_row(tmp_path, alone).kind == "none"
     assert not caplog.text
@@ -145,7 +145,7 @@ def test_images_keep_their_order_unless_the_data_say_more(
     assert (
         len(caplog.messages) == 1
     )  # once, whichever row comes first and however often it is named and read
-    tells(caplog.messages[0], "data.jsonl line 3", "kind", "should_change")
+    tells(caplog.messages[0], "data.jsonl line 3", "kind", "should_change", f"label {source}")
 
 
 def test_the_convention_can_be_told(
@@ -522,6 +522,18 @@ def test_rows_of_a_file_may_have_different_columns(tmp_path: Path) -> None:
     assert len(load_row(tmp_path, perl_row(image=perl_row()["images"], images=[])).images) == 2
     with refused("','", "commas"):
         load_examples(",", AUTO, "train", 0)
+
+
+def test_rows_of_a_chat_among_rows_of_a_question(tmp_path: Path) -> None:
+    said = [
+        {"role": "user", "content": "A <image> B <image> which?"},
+        {"role": "assistant", "content": "B"},
+    ]
+    chat = perl_row(question=..., messages=said)
+    data = load_examples(write_rows(tmp_path, [perl_row(), chat, chat | {"messages": None}]), AUTO, "train", 0)  # fmt: skip
+    assert data[1].messages == data[0].messages and data[1].demonstration == "B"
+    with refused("data.jsonl line 3", "question", "messages"):
+        data[2]
 
 
 def test_missing_columns_are_named_at_once(tmp_path: Path) -> None:

@@ -81,7 +81,12 @@ def test_few_frames_come_twice(tmp_path: Path) -> None:
 
 
 def test_videos_and_images_stand_where_their_slots_are(tmp_path: Path) -> None:
-    pictures = {"images": ["still.png"], "videos": ["film", "film.gif"], "kind": "all"}
+    pictures = {
+        "images": ["still.png"],
+        "videos": ["film", "film.gif"],
+        "kind": "all",
+        "should_change": True,
+    }
     row = {**pictures, "question": "<video>, then <image>, then <video> Which?", "answer": "1"}
     example = load(tmp_path, 2, **row)
     assert greys(example) == [0, 80, 200, 0, 80]

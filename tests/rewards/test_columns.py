@@ -78,7 +78,10 @@ def given(
                 "task": "zoo",
             },
         ),
-        ({"question": ASKED, "answer": 2}, {"answer": "1", "ground_truth": 1}),
+        (
+            {"question": ASKED, "answer": 2, "should_change": True},
+            {"answer": "1", "ground_truth": 1},
+        ),
         (  # The answer again in other columns, and one that says something else.
             {
                 "problem": ASKED,

@@ -15,6 +15,7 @@ from perl.data.dataset import RowDataset
 from perl.data.labelling.label import Label, checked, unsure
 from perl.data.labelling.llm import Rephrased, is_open, label_by_llm, rephrase
 from perl.data.labelling.rules import label_by_rules
+from perl.data.questions.options import read_options
 from perl.data.rows import RowWriter
 from perl.data.sources import open_source
 from perl.files import append_rows, keep_rows, read_rows
@@ -197,8 +198,10 @@ class LabelledFile:
 
     def _replaced(self, i: int, new: Rephrased) -> dict[str, Any]:
         """The columns that hold question and answer with the new ones, and the old ones aside."""
-        row, layout = self._row(i), self._dataset.layout
-        question = layout.question(row, self._source.place(i))
+        layout, where = self._dataset.layout, self._source.place(i)
+        row = layout.with_chats(self._row(i), where)
+        question = layout.question(row, where)
+        options = read_options(row, where)
         answers = (key for key in layout.convention.answer if row.get(key) is not None)
         answer = next(answers, "answer")
         text: Any = new.question
@@ -212,6 +215,7 @@ class LabelledFile:
         # They ask for the old answer or conclude with it.
         convention = layout.convention
         old = ("demonstration", *convention.response, *({"input"} & {*convention.turns}))
+        old += options.columns if options else ()
         changes |= {key: None for key in old if row.get(key) is not None}
         changes = dict(layout.theirs(changes))
         original = {key: self._source.row(i).get(key) for key in changes}

@@ -7,10 +7,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from perl.data.questions.literals import read_literal
 from perl.types import IMAGE_SLOT, Message, UserError, one_line
 
 Messages = tuple[Message, ...]
 
+_STORED = re.compile(
+    r"""\s*(?:array\(\s*)?\[?\s*\{\s*['"](?:role|content|from|value|human|assistant)['"]\s*:"""
+)
 _NUMBERED = re.compile(r"<image[_ ]?([0-9]{1,2})>")
 _SPEAKERS = {
     "human": "user",
@@ -30,10 +34,26 @@ class Chat(NamedTuple):
     response: str | None = None
 
 
+def stored_chat(value: Any, column: str, where: str) -> Any:
+    """The turns of a chat that a column holds as JSON, or as pandas writes it; any other value as it is.
+
+    Raises:
+        UserError: it begins as such a chat does and cannot be read.
+    """
+    if not isinstance(value, str) or not _STORED.match(value):
+        return value
+    try:
+        return read_literal(value)
+    except ValueError as error:
+        raise UserError(
+            f"{where}: the column {column} begins as a chat in JSON and is none ({error}); correct it"
+        ) from error
+
+
 def read_chat(value: Any, where: str) -> Chat:
     """A text; or turns of `role` and `content`, of `from` and `value`, or of `human` and `assistant`.
 
-    A last turn of the assistant is the response and none of the messages.
+    Last turns of the assistant are the response and none of the messages.
     """
     if isinstance(value, str):
         if not value.strip():
@@ -50,17 +70,42 @@ def read_chat(value: Any, where: str) -> Chat:
         for turn in value
         for role, content in _turns(turn, where)
     )
-    response = None
-    if messages[-1].role == "assistant":
-        *before, last = messages
-        messages, response = tuple(before), last.content
-    if not messages or messages[-1].role in ("assistant", "system"):
+    end = len(messages)
+    while end and messages[end - 1].role == "assistant":
+        end -= 1
+    response = "\n".join(message.content for message in messages[end:]) or None
+    messages = messages[:end]
+    if not messages or messages[-1].role == "system":
         raise UserError(
             f"{where}: the chat has no turn of the user to answer; give it one, or leave the row out"
         )
     if response and IMAGE_SLOT in response:
         raise UserError(f"{where}: the last turn, the assistant's, shows an image; leave it out")
     return Chat(messages, tuple(images), response)
+
+
+def with_turns(chat: Chat, row: Mapping[str, Any], where: str) -> Chat:
+    """The chat with what the columns `input`, `history` and `system` hold of it."""
+    messages = list(chat.messages)
+    if row.get("input"):
+        messages[-1] = Message("user", f"{messages[-1].content}\n{row['input']}")
+    for exchange in reversed(row.get("history") or ()):
+        if not isinstance(exchange, (list, tuple)) or len(exchange) != 2:
+            raise UserError(
+                f"{where}: history holds {one_line(exchange, 80)}; write pairs of question and response"
+            )
+        asked, said = map(str, exchange)
+        messages[:0] = [Message("user", asked), Message("assistant", said)]
+    if row.get("system") and messages[0].role != "system":
+        messages.insert(0, Message("system", str(row["system"])))
+    return chat._replace(messages=tuple(messages))
+
+
+def read_response(value: Any, where: str) -> str | None:
+    """A completion, as a text or as a chat of the assistant's turn alone (TRL)."""
+    if isinstance(value, str):
+        return value.strip()
+    return read_chat([{"role": "user", "content": ""}, *value], where).response
 
 
 def with_slots(messages: Messages, images: int, images_first: bool, where: str) -> Messages:
