@@ -6,6 +6,7 @@ import logging
 import os
 import random
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -140,8 +141,10 @@ class RowDataset:
         return self.source.place(self.rows[i])
 
     def id_of(self, i: int) -> str:
-        """The id of example i; by its row in the source where the data have none."""
-        id = self.layout.ours(self.row(i)).get("id")
+        """The id of example i; by its row in the source where it has none or cannot be read."""
+        id = None
+        with suppress(UserError):
+            id = self.layout.ours(self.row(i)).get("id")
         return self._unnamed(self.rows[i]) if id is None else str(id)
 
     @staticmethod

@@ -310,6 +310,13 @@ def test_faulty_files_and_options(files: Files, error_of: ErrorOf) -> None:
     for broken, place in (('{"id": "dog"', "line 2"), ("[1]", "line 2")):
         Path(completions).write_text(f"{json.dumps(DOG)}\n{broken}\n")
         tells(error_of("score", data, completions), f"{completions} {place}")
+    with Path(data).open("a") as file:  # What no completion answers may be faulty.
+        file.write('{"id":\n{"id": "empty"}\n')
+    Path(completions).write_text(f"{json.dumps(DOG)}\n")
+    assert run("score", data, completions) == 0
+    for number, id in ((1, f"row-{len(ROWS):06d}"), (2, "empty")):
+        Path(completions).write_text(json.dumps({**DOG, "id": id}))
+        tells(error_of("score", data, completions), f"data.jsonl line {len(ROWS) + number}")
     Path(completions).write_text("")
     tells(error_of("score", data, completions), completions)
     files(DOG, rows=[ROWS[0], ROWS[3], ROWS[0]])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -87,7 +86,8 @@ class Rows:
             _, example, _ = sound(dataset, i, self._checks)
             variants = [permute(example, order, self.text) for order in self._orders(example)]
         except UserError as error:
-            return Row(_id(dataset, i), fault=fault_of(error, dataset, i))
+            id = dataset.id_of(i) if isinstance(dataset, RowDataset) else dataset.place(i)
+            return Row(id, fault=fault_of(error, dataset, i))
         if isinstance(dataset, RowDataset):
             images, reason = _names(dataset, i), reason_of(example)
         else:
@@ -139,14 +139,3 @@ def _path(image: Any) -> str:
         return str(path)
     image = stored_image(image)
     return image if isinstance(image, str) and not image.startswith("data:") else ""
-
-
-def _id(dataset: Any, i: int) -> str:
-    """As messages name it, also where the row cannot be read."""
-    if not isinstance(dataset, RowDataset):
-        return dataset.place(i)
-    with suppress(UserError):
-        given = dataset.layout.ours(dataset.row(i)).get("id")
-        if given is not None:
-            return str(given)
-    return f"row-{dataset.rows[i]:06d}"
