@@ -140,7 +140,7 @@ def measured(model: Path) -> dict[str, float]:
     from perl.model.loading import load_policy, load_processor
     from perl.permutation import all_orders, permute
     from perl.report.metrics import mean
-    from perl.rewards.answers import extract_answer, same_answer
+    from perl.rewards.reading import equal, extract_answer
     from perl.rollout.engine import SamplingParams
     from perl.rollout.padded import make_engine
     from perl.types import Rollout
@@ -164,10 +164,8 @@ def measured(model: Path) -> dict[str, float]:
             for variant, prompt, mine in zip(variants, prompts, completions, strict=True):
                 texts = [processor.decode(c.token_ids) for c in mine]
                 answers = [extract_answer(text) for text in texts]
-                rows[f"{name}accuracy"].append(
-                    fmean(same_answer(a, variant.answer) for a in answers)
-                )
-                rows[f"{name}first_slot"].append(fmean(same_answer(a, "A") for a in answers))
+                rows[f"{name}accuracy"].append(fmean(equal(a, variant.answer) for a in answers))
+                rows[f"{name}first_slot"].append(fmean(equal(a, "A") for a in answers))
                 if not name:
                     rows["first_slot_right"].append(variant.answer == "A")
                     picks.append(

@@ -15,7 +15,7 @@ from perl.data.questions.golds import check_response, first_index, gold_by_optio
 from perl.data.questions.options import OPTIONS, Options, listed, read_options
 from perl.data.readers import Source
 from perl.data.videos import VIDEOS, Frame, with_frames
-from perl.rewards.answers import GOLD_COLUMNS, gold_text
+from perl.rewards.reading import GOLD_COLUMNS, gold_text
 from perl.types import Example, UserError, one_line
 
 log = logging.getLogger(__name__)

@@ -18,10 +18,12 @@ from perl.config import EVAL_SEED, Config, names_of, places_of
 from perl.data.check import acceptance
 from perl.data.columns import tell_once
 from perl.data.dataset import Dataset
-from perl.evaluation.agreement import Reader, agreement, chosen_picture, reader_of, says_right
+from perl.evaluation.agreement import agreement, chosen_picture
 from perl.model.processor import content_key
 from perl.permutation import all_orders, permute
 from perl.report.metrics import mean
+from perl.rewards.forms import reader_of, says_right
+from perl.rewards.reading import Reader
 from perl.rewards.scorer import Scorer
 from perl.rollout.engine import InProcessEngine, SamplingParams
 from perl.rollout.prompts import PromptEncoder

@@ -14,14 +14,15 @@ import numpy as np
 from tyro.conf import Positional
 
 from perl.config import Command, Count, DataConfig, NotNegative, RewardConfig
-from perl.evaluation.agreement import Reader, reader_of
 from perl.recipe import check_options
 from perl.report.metrics import mean, plural
 from perl.report.progress import Display
 from perl.report.tables import print_table
 from perl.rewards.columns import conversations, rollout_columns
+from perl.rewards.forms import reader_of
 from perl.rewards.loading import BoundReward
 from perl.rewards.peers import PeerForm, parameters_of
+from perl.rewards.reading import Reader
 from perl.rewards.scorer import BUILT_IN, Scorer
 from perl.types import Rollout, UserError, Variant, one_line
 

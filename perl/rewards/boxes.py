@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-from perl.rewards.answers import column_of, final_answer, score_each
+from perl.rewards.answers import column_of, score_each
+from perl.rewards.reading import final_answer
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in any one unit."""

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from perl.rewards.answers import GOLD_COLUMNS, gold_text, with_answer
+from perl.permutation import answer_form
+from perl.rewards.reading import GOLD_COLUMNS, gold_text, with_answer
 from perl.types import IMAGE_SLOT, Message, Rollout, Variant
 
 Columns = dict[str, list[Any]]
@@ -33,7 +34,8 @@ def rollout_columns(rollouts: Sequence[Rollout]) -> tuple[list[str], list[str], 
     slot `order.index(i)`. `completion_length` counts tokens, `completion_ids` are those. The columns that question, answer
     and images were read from are there under the data's names and follow the images (`gold_in`), and so do others of
     `GOLD_COLUMNS` that say the same answer; all others are as in the data, and None where an example lacks them.
-    `ground_truth` is the data's own answer, of its type, in the rollout's order.
+    `ground_truth` is the data's own answer, of its type, in the rollout's order; `answer_form` what a list in it is
+    (`perl.permutation.answer_form`).
     """
     rows = [
         {**rollout.variant.example.extra, **_of_the_data(rollout.variant)} for rollout in rollouts
@@ -45,6 +47,7 @@ def rollout_columns(rollouts: Sequence[Rollout]) -> tuple[list[str], list[str], 
     }
     variants = [rollout.variant for rollout in rollouts]
     columns.setdefault("ground_truth", [_ground_truth(variant) for variant in variants])
+    columns.setdefault("answer_form", [answer_form(variant.example) for variant in variants])
     columns["answer"] = [variant.answer or None for variant in variants]
     columns["id"] = [variant.example.id for variant in variants]
     columns["task"] = [variant.example.task for variant in variants]

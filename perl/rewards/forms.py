@@ -9,8 +9,21 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from perl.config import REWARD_SPEC, names_of
-from perl.rewards.loading import load
+from perl.rewards.answers import accuracy
+from perl.rewards.choice import choice
+from perl.rewards.judge import judge
+from perl.rewards.loading import BoundReward, RewardFunction, load
+from perl.rewards.math import math_reward
+from perl.rewards.reading import (
+    Reader,
+    chosen_letters,
+    extract_answer,
+    final_answer,
+    stated_answer,
+    tagged,
+)
 from perl.rewards.scorer import BUILT_IN
+from perl.rewards.sequences import ordering
 
 Form = frozenset[str]
 BOX = "\\boxed"
@@ -58,6 +71,35 @@ def forms_of(functions: Sequence[str], weights: Sequence[float]) -> dict[str, tu
         elif weight:
             found[name] = _ANY
     return found
+
+
+def reader_of(function: BoundReward) -> Reader | None:
+    """What reads a completion's answer as a reward function does, with its options; None for one whose answers are not
+    known here: those that read boxes or spans, or none, and the user's own."""
+    reader = _READERS.get(function.function)
+    return reader and reader(function.options)
+
+
+def says_right(spec: str) -> bool:
+    """Whether a function of `reward.functions` is a built-in one that gives an answer 1 where it is right and else 0."""
+    name = spec.partition("(")[0].strip()
+    if BUILT_IN.get(name) not in _READERS:
+        return False
+    return not load(spec, BUILT_IN).options.get("kendall")
+
+
+def _letters(text: str) -> str | None:
+    return ", ".join(chosen_letters(text) or "") or None
+
+
+_READERS: dict[RewardFunction, Callable[[Mapping[str, Any]], Reader]] = {
+    accuracy: lambda options: tagged if options.get("tags") else extract_answer,
+    choice: lambda _: _letters,
+    math_reward: lambda _: stated_answer,
+    ordering: lambda _: stated_answer,
+    judge: lambda _: final_answer,
+}
+"""By its options, for each built-in function that compares one answer with the right one."""
 
 
 def fits(forms: Collection[Form], text: str) -> bool:

@@ -12,7 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from perl.llm import Completion, Endpoint
-from perl.rewards.answers import column_of, final_answer
+from perl.rewards.answers import column_of
+from perl.rewards.reading import final_answer
 from perl.types import UserError
 
 _JUDGE = """\

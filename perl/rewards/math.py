@@ -23,10 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from perl.failures import install_command
-from perl.rewards.answers import final_answer, score_each
+from perl.permutation import AnswerForm
+from perl.rewards.answers import forms_in, score_each
+from perl.rewards.reading import equal, gold_text, stated_answer
 from perl.types import UserError
 
 _MEMORY = 4 * 2**30
+_FAULTS = (TimeoutError, RuntimeError, ValueError)
+_DIGITS = 6
+"""As math-verify compares numbers that have a point."""
 
 
 def math_reward(
@@ -39,21 +44,45 @@ def math_reward(
 ) -> list[Any]:
     r"""1 where the final answer is mathematically equal to the gold one, else 0; None without gold.
 
-    As in Perception-R1, arXiv 2506.07218: `\frac{2}{4}` equals `0.5`, `x = 3` equals `3`. A gold
-    answer that math-verify cannot read, and a comparison longer than `seconds`, is a fault. One is
-    made after the other, so R completions may take `R * seconds`.
+    As in Perception-R1, arXiv 2506.07218: `\frac{2}{4}` equals `0.5`, `x = 3` equals `3`. Letters, numbers and lists
+    are compared as `equality` does, what else there is by math-verify. A gold answer that it cannot read, and a
+    comparison longer than `seconds`, is a fault. One is made after the other, so R completions may take `R * seconds`.
     """
-    return score_each(
-        lambda text, gold: _WORKER.ask(gold, final_answer(text), seconds), completions, answer
-    )
+
+    def score(text: str, gold: str, form: Any) -> Any:
+        try:
+            return float(
+                equal(stated_answer(text), gold_text(gold), *form, same=same, digits=_DIGITS)
+            )
+        except _FAULTS as error:
+            return error
+
+    def same(given: str, gold: str) -> bool:
+        return _WORKER.ask(gold, given, seconds)
+
+    return score_each(score, completions, answer, forms_in(columns, completions))
 
 
-def equal_values(given: str, gold: str, digits: int, seconds: float = 15.0) -> bool:
-    """Whether two expressions, in LaTeX or plain, have the same value to `digits` after the point.
+def equal_values(
+    given: str,
+    gold: str,
+    form: AnswerForm | None = None,
+    digits: int = _DIGITS,
+    seconds: float = 15.0,
+) -> bool:
+    """Whether two answers are equal (`equality.equal`), expressions in LaTeX or plain by their values to `digits` after
+    the point.
 
     False too if one cannot be read, or the comparison takes longer than `seconds`.
     """
-    return _WORKER.ask(gold, given, seconds, digits) == 1.0
+
+    def same(one: str, other: str) -> bool:
+        return _WORKER.ask(other, one, seconds, digits)
+
+    try:
+        return equal(given, gold, form) or equal(given, gold, form, same=same, digits=digits)
+    except _FAULTS:
+        return False
 
 
 def check_math(user: str = "reward math") -> None:
@@ -69,10 +98,8 @@ class _Worker:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
 
-    def ask(
-        self, gold: str, given: str, seconds: float, digits: int | None = None
-    ) -> float | Exception:
-        """1 or 0, or the exception that the comparison ended in; `digits` as in `_equal`."""
+    def ask(self, gold: str, given: str, seconds: float, digits: int | None = None) -> bool:
+        """Whether they are equal; raises what the comparison ended in, one of `_FAULTS`. `digits` as in `_equal`."""
         with self._lock:
             # Only a process that has answered is used again: what an interrupt leaves in the pipe
             # would be taken for the answer to the next question.
@@ -87,20 +114,20 @@ class _Worker:
                     line = process.stdout.readline()
                 if not line:
                     if process.wait() == -signal.SIGALRM:
-                        return TimeoutError(f"math-verify took longer than {seconds:g} s")
-                    return RuntimeError(f"math-verify ended with exit code {process.returncode}")
+                        raise TimeoutError(f"math-verify took longer than {seconds:g} s")
+                    raise RuntimeError(f"math-verify ended with exit code {process.returncode}")
                 try:
-                    equal = json.loads(line)
-                except ValueError:  # Cut, as the process was killed while it wrote.
-                    return RuntimeError("math-verify was killed while it answered")
+                    found = json.loads(line)
+                except ValueError as error:  # Cut, as the process was killed while it wrote.
+                    raise RuntimeError("math-verify was killed while it answered") from error
                 self._process = process
             finally:
                 if self._process is None:
                     process.kill()
                     process.communicate()  # Closes the pipes and waits.
-        if equal is None:
-            return ValueError(f"math-verify cannot read the gold answer '{gold}'")
-        return float(equal)
+        if found is None:
+            raise ValueError(f"math-verify cannot read the gold answer '{gold}'")
+        return bool(found)
 
 
 _WORKER = _Worker()

@@ -8,14 +8,8 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
-from perl.rewards.answers import (
-    column_of,
-    extract_answer,
-    final_answer,
-    items_of,
-    score_each,
-    tagged,
-)
+from perl.rewards.answers import column_of, score_each
+from perl.rewards.reading import final_answer, gold_text, items, stated_answer, tagged
 from perl.types import UserError
 
 _TIME = re.compile(r"[0-9]{1,4}(?::[0-9]{2}){1,2}(?:\.[0-9]{1,6})?|[0-9]{1,9}(?:\.[0-9]{1,6})?")
@@ -78,7 +72,7 @@ def ordering(
     """
 
     def score(text: str, gold: str) -> float:
-        wanted, found = _items(extract_answer(gold) or gold), _items(final_answer(text))
+        wanted, found = items(gold_text(gold)), items(stated_answer(text))
         if not kendall:
             return float(found == wanted)
         if len(set(wanted)) < len(wanted):
@@ -123,12 +117,6 @@ def kendall_tau(ranks: Sequence[int]) -> float:
     """
     pairs = list(combinations(ranks, 2))
     return sum(1 if a < b else -1 for a, b in pairs) / len(pairs) if pairs else 1.0
-
-
-def _items(answer: str) -> list[str]:
-    """The items of a list; capitals in one word, as in `CAB`, are items too."""
-    items = items_of(answer)
-    return list(items[0]) if re.fullmatch(r"[A-Z]{2,26}", answer.strip()) else items
 
 
 def _span(text: str) -> tuple[float, float] | None:

@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from perl.evaluation.agreement import Reader, group_agreement
+from perl.evaluation.agreement import group_agreement
 from perl.evaluation.evaluate import answer_reader
 from perl.model.head import HeadLoss, make_policy_loss, needs_reference
 from perl.model.loading import load_policy
@@ -19,7 +19,7 @@ from perl.model.packed.pack import packing_report
 from perl.model.weights import trains_adapters_alone
 from perl.recipe import Stage
 from perl.report.metrics import mean
-from perl.rewards.answers import extract_answer
+from perl.rewards.reading import Reader, extract_answer
 from perl.rollout.collect import Collected
 from perl.training.balancing import ModelFlops, share_out
 from perl.training.measure import measure

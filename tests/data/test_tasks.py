@@ -17,7 +17,8 @@ from perl.config import DataConfig
 from perl.data.pictures import DIGITS, Split, load_collection
 from perl.data.tasks import TASKS, BundledTasks, vocabulary, with_noise
 from perl.permutation import LETTERS, num_orders, orders, permute
-from perl.rewards.answers import accuracy, extract_answer, format_reward
+from perl.rewards.answers import accuracy, format_reward
+from perl.rewards.reading import extract_answer
 from perl.types import Example
 from tests.messages import refused
 

@@ -203,14 +203,14 @@ def test_what_asks_another_process_has_limits_of_its_own(
     name: str, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Worker:
-        def ask(self, *asked: Any) -> float:
+        def ask(self, *asked: Any) -> bool:
             time.sleep(0.2)
-            return 1.0
+            return True
 
     pytest.importorskip("math_verify")
     monkeypatch.setattr("perl.rewards.math._WORKER", Worker())
     model.answer = lambda text: time.sleep(0.2) or ("yes" if name == "judge" else "1")
-    assert totals(name, ["x"], 0.05, answer=["x"], facts=["x"])[1] == [1]
+    assert totals(name, ["x + 1"], 0.05, answer=["1 + x"], facts=["x"])[1] == [1]
 
 
 def test_none_leaves_a_function_out_and_a_fault_does_not() -> None:

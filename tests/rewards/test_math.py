@@ -36,6 +36,31 @@ def test_math() -> None:
     assert score("math", texts, answer="1/2") == [1, 1, 1, 0, 0]
     assert score("math", r"\boxed{x = 3}", answer="3") == 1
     assert score("math", r"\boxed{\{2, 1\}}", answer=r"\{1, 2\}") == 1
+    assert score("math", "The answer is $x = 3$.", answer="3") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "gold", "right"),
+    [
+        ("2,1,3", "1,2,3", 0), ("1,2,3", "1,2,3", 1), ("5 m", "5 cm", 0), ("5", "5 cm", 1), ("2 1/2", r"\frac{5}{2}", 1),
+        ("3/2", "2 1/2", 0), ("10.5", r"2\frac{1}{2}", 0), ("[3,4]", "(3,4)", 0), ("50", r"50\%", 0), (r"\frac{1}{2}", r"50\%", 1),
+        (r"3\sqrt{2}", r"\sqrt{18}", 1), (r"3\sqrt{2}\text{ m}", r"\sqrt{18}\text{ cm}", 0), (r"3\sqrt{2}", r"\sqrt{18}\text{ cm}", 1),
+        (r"(\sqrt{4}, 1)", "(2, 1)", 1), (r"(1, \sqrt{4})", "(2, 1)", 0), (r"\sqrt{9}, 1", "1, 3", 1), (r"\sqrt{4}, 1", "1, 2", 0),
+        (r"[\sqrt{4}, 3)", "[2, 3)", 1), (r"[\sqrt{4}, 3]", "[2, 3)", 0), (r"(-\infty, \sqrt{4})\cup(3,4)", r"(3,4)\cup(-\infty,2)", 1),
+        ("0.3333333", r"\frac{1}{3}", 1), ("0.333", r"\frac{1}{3}", 0), ("(x+1)^2", "x^2+2x+1", 1), ("B", "(b)", 1), ("A", "B", 0),
+        ("1,234", "1234", 1), (r"\$45.50", "$45.50", 1), ("x=2", "2", 1), (r"\{B\}", "B", 1), ("e", "2.718", 0),
+    ],
+)  # fmt: skip
+def test_equal_as_mathematics_and_in_form(given: str, gold: str, right: int) -> None:
+    pytest.importorskip("math_verify")
+    assert score("math", rf"\boxed{{{given}}}", answer=gold) == right
+    assert equal_values(given, gold) == bool(right)
+
+
+def test_lists_of_mathematics_whose_form_is_known() -> None:
+    pytest.importorskip("math_verify")
+    for form, right in (("set", 1), ("sequence", 0), ("values", 0), (None, 0)):
+        assert score("math", r"\boxed{\sqrt{4}, 1}", answer="1, 2", answer_form=form) == right
 
 
 def test_math_that_takes_too_long_is_one_fault() -> None:
@@ -59,11 +84,16 @@ def noisy_math(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("noisy_math")
 def test_math_is_not_misled_by_what_its_package_prints_or_an_interrupt_leaves() -> None:
-    assert totals("math", ["1", "2", "3", "4"], answer=["1", "0", "3", "0"])[1] == [1, 0, 1, 0]
+    assert totals("math", ["it", "no", "so", "as"], answer=["it", "0", "so", "0"])[1] == [
+        1,
+        0,
+        1,
+        0,
+    ]
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         totals("math", ["slow"], answer=["slow"])
-    assert totals("math", ["1", "2", "3"], answer=["0", "2", "0"])[1] == [0, 1, 0]
+    assert totals("math", ["it", "no", "so"], answer=["0", "no", "0"])[1] == [0, 1, 0]
 
 
 @pytest.mark.usefixtures("noisy_math")
@@ -88,10 +118,11 @@ def test_a_comparison_that_fails_is_a_fault_of_one(
 def test_values_are_compared_to_so_many_digits() -> None:
     pytest.importorskip("math_verify")
     third = r"\frac{1}{3}"
-    assert equal_values(third, "0.3333", 4) and equal_values("0.3333", third, 3)
-    assert not equal_values(third, "0.333", 4)
-    assert equal_values("sqrt(2)", r"$\sqrt{2}$", 5)
-    assert not equal_values("4", "((", 2) and not equal_values("((", "4", 2)
+    assert equal_values(third, "0.3333", digits=4) and equal_values("0.3333", third, digits=3)
+    assert not equal_values(third, "0.333", digits=4)
+    assert equal_values("sqrt(2)", r"$\sqrt{2}$", digits=5)
+    assert not equal_values("4", "((") and not equal_values("((", "4")
+    assert not equal_values("9^{9^{9^{9}}}", "4", seconds=0.5)
 
 
 def test_math_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ def test_columns_reach_the_function_in_its_order() -> None:
     np.testing.assert_array_equal(totals, [4, 0])
     columns = rollout_columns(rollouts)[2]
     ours = {"answer", "id", "task", "order", "images", "completion_length", "completion_ids"}
-    assert set(columns) == {*ours, "goal", "ground_truth"}
+    assert set(columns) == {*ours, "goal", "ground_truth", "answer_form"}
     assert columns["order"] == [[1, 0], [0, 1]] and columns["completion_length"] == [1, 1]
 
 

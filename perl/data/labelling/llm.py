@@ -18,7 +18,7 @@ from typing import TypeVar
 from perl.data.labelling.label import Label, checked, unsure
 from perl.llm import Endpoint, EndpointError
 from perl.permutation import Consistency, lettering, named_images, option_lines, text_of
-from perl.rewards.answers import normalise
+from perl.rewards.reading import canonical
 from perl.types import IMAGE_SLOT, Example
 
 TYPES = ("ReferenceComparison", "Other")
@@ -230,6 +230,6 @@ def _read_rephrased(said: str, example: Example) -> Rephrased:
             raise ValueError(f"option {letter} is not the image that was the answer")
     elif letter not in options:
         raise ValueError(f"the answer '{answer}' is none of the options")
-    elif normalise(options[letter]) != normalise(example.answer):
+    elif canonical(options[letter]) != canonical(example.answer):
         raise ValueError(f"option {letter} is not the given answer word for word")
     return Rephrased(question, letter, str(kind))

@@ -8,7 +8,7 @@ from typing import Any
 
 from perl.data.questions.options import LABELLED, Listing, Options, plain
 from perl.permutation import CARDINALS
-from perl.rewards.answers import gold_text, normalise, same_answer
+from perl.rewards.reading import canonical, equal, gold_text
 from perl.types import UserError, one_line
 
 _LETTER = re.compile(r"[(\[]?\s*([A-Za-z])\s*[)\].:]*")
@@ -72,9 +72,9 @@ def check_response(response: str, gold: str, listing: Listing | None, where: str
     said = own = gold_text(response)
     if listing and len(found := _named(listing.options, own)) == 1:
         own = listing.names[found.pop()]
-    if not gold or same_answer(own, gold):
+    if not gold or equal(own, gold):
         return
-    one, other = (_PLAIN.fullmatch(normalise(text)) for text in (own, gold))
+    one, other = (_PLAIN.fullmatch(canonical(text)) for text in (own, gold))
     if not one or not other or one.lastgroup != other.lastgroup:
         return
     if sorted(one[0].split(",")) != sorted(other[0].split(",")):

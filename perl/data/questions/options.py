@@ -12,7 +12,7 @@ from perl.data.pictures import SUFFIXES
 from perl.data.questions.chats import Messages
 from perl.data.questions.literals import read_literal
 from perl.permutation import LETTERS, option_lines
-from perl.rewards.answers import gold_text
+from perl.rewards.reading import gold_text
 from perl.types import IMAGE_SLOT, UserError, one_line
 
 OPTIONS = ("options", "choices")

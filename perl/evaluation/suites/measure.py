@@ -11,7 +11,7 @@ from perl.evaluation.suites.base import Items
 from perl.evaluation.suites.reading import Judgement, Reply
 from perl.llm import Endpoint
 from perl.permutation import all_orders, num_orders, original_answer, permute
-from perl.rewards.answers import normalise
+from perl.rewards.reading import canonical
 from perl.rollout.engine import InProcessEngine, SamplingParams
 from perl.rollout.prompts import PromptEncoder, Shown
 from perl.rollout.sample import sample
@@ -142,5 +142,5 @@ def _row(variant: Variant, text: str | None, finished: bool, judgement: Judgemen
         "answer": judgement.answer,
         "gold": variant.answer,
         "score": judgement.score,
-        "chosen": None if chosen is None else normalise(chosen),
+        "chosen": None if chosen is None else canonical(chosen),
     }

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from perl.permutation import LETTERS
-from perl.rewards.answers import extract_answer, same_answer, tagged
 from perl.rewards.math import equal_values
+from perl.rewards.reading import extract_answer, tagged
 from perl.types import IMAGE_SLOT
 
 _WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}")
@@ -102,14 +102,14 @@ def labelled(options: Sequence[str]) -> str:
 
 
 def same_value(given: str, gold: str, digits: int = 6) -> bool:
-    """Whether two answers are equal as written (`same_answer`) or, by the library math-verify, in value.
+    """Whether two answers are equal (`perl.rewards.equality`) or, by the library math-verify, in value.
 
     `digits` after the point are compared. LaTeX need not stand between dollar signs. Longer texts than 400
     characters are no answers.
     """
     if not given.strip() or len(given) > _LONGEST_VALUE:
         return False
-    return same_answer(given, gold) or equal_values(given, gold, digits)
+    return equal_values(given, gold, digits=digits)
 
 
 def said(text: str) -> str:

@@ -17,7 +17,7 @@ from perl.permutation import (
     original_answer,
     permute,
 )
-from perl.rewards.answers import same_answer
+from perl.rewards.reading import equal
 from perl.types import IMAGE_SLOT, Example, Message
 
 UNSURE = ("none", False, "unsure")
@@ -219,7 +219,7 @@ def holds_in_every_order(question: str, answer: str, text: Consistency) -> None:
             assert variant.answer == answer
         elif label.kind != "ordering":
             back = original_answer(variant, variant.answer)
-            assert back is not None and same_answer(back, answer), (question, order)
+            assert back is not None and equal(back, answer), (question, order)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,131 @@
+"""Whether two answers are equal, by their forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from perl.permutation import AnswerForm
+from perl.rewards.reading.forms import GLUED, Answer, read
+from perl.rewards.reading.notation import plain, tidy
+
+Same = Callable[[str, str], bool]
+"""Whether two texts, given and gold, are equal that have no form by which to tell."""
+
+
+def equal(
+    given: str | None,
+    gold: str,
+    form: AnswerForm | None = None,
+    same: Same | None = None,
+    digits: int | None = None,
+) -> bool:
+    r"""Whether an answer is equal to the gold one, as docs/rewards.md says.
+
+    Args:
+        form: what a list in `gold` is; None: its notation tells, or else `2, 1, 3` and `B, A` (1 to n, A to ...) are
+            sequences, and others of different items are sets.
+        same: compares what is neither letter, number nor list; None: as texts.
+        digits: numbers written with a point may differ behind so many digits after it; None: not at all.
+    """
+    if given is None:
+        return False
+    if same is None:
+        same = lambda one, other: plain(one) == plain(other)  # noqa: E731
+        if same(given, gold):
+            return True
+    return _equal(read(given, form), read(gold, form), form, same, digits)
+
+
+def canonical(answer: str, form: AnswerForm | None = None) -> str:
+    """The answer in the one way of writing that equal answers share; only a unit left out makes another one.
+
+    Example: `canonical("(C) and A.") == "a,c"`.
+    """
+    return _key(read(answer, form), form)
+
+
+def items(answer: str) -> list[str]:
+    """A list such as `A, C`, `[3; 1]`, `B > A`, `A and C` or `CAB`, its items canonical, in sequence."""
+    whole = read(answer, "sequence")
+    return [_key(item, None) for item in whole.items or (whole,) if item.text]
+
+
+def _in_sequence(answer: Answer, form: AnswerForm | None) -> bool:
+    if form is not None and answer.kind != "interval":
+        return form != "set"
+    if answer.kind:
+        return answer.kind != "set"
+    keys = [_key(item, None) for item in answer.items]
+    first = (
+        [str(k) for k in range(1, len(keys) + 1)],
+        list("abcdefghijklmnopqrstuvwxyz"[: len(keys)]),
+    )
+    return len(set(keys)) < len(keys) or sorted(keys) in map(sorted, first)
+
+
+def _key(answer: Answer, form: AnswerForm | None) -> str:
+    if answer.form == "number":
+        return f"{answer.number} {answer.unit}".strip()
+    if answer.form == "letter":
+        return f"{answer.letter}. {plain(answer.label)}" if answer.label else answer.letter
+    if answer.form == "text":
+        return plain(answer.text)
+    keys = [_key(item, None) for item in answer.items]
+    text = ",".join(keys if _in_sequence(answer, form) else sorted(keys))
+    shown = form is None and answer.mark not in ("", "<", ">", "{}")
+    return answer.mark[0] + text + answer.mark[-1] if shown else text
+
+
+def _equal(
+    given: Answer, gold: Answer, form: AnswerForm | None, same: Same, digits: int | None
+) -> bool:
+    if (given.form == "list") != (gold.form == "list"):
+        given, gold = _as_list(given, gold), _as_list(gold, given)
+    if given.form == gold.form == "list":
+        return _equal_lists(given, gold, form, same, digits)
+    if given.unit and gold.unit and given.unit != gold.unit:
+        return False
+    if given.form == gold.form == "number":
+        return _equal_numbers(given, gold, digits)
+    if given.form == gold.form == "letter":
+        both = given.label and gold.label
+        return given.letter == gold.letter and (not both or plain(given.label) == plain(gold.label))
+    return same(given.text, gold.text)
+
+
+def _equal_numbers(given: Answer, gold: Answer, digits: int | None) -> bool:
+    one, other = given.number, gold.number
+    if digits is None or not (given.is_decimal or gold.is_decimal) or one == other:
+        return one == other
+    return round(one, digits) == round(other, digits) != 0
+
+
+def _equal_lists(
+    given: Answer, gold: Answer, form: AnswerForm | None, same: Same, digits: int | None
+) -> bool:
+    if len(given.items) != len(gold.items):
+        return False
+    if given.mark and gold.mark and given.mark != gold.mark and form is None:
+        return False
+    if _in_sequence(gold, form):
+        pairs = zip(given.items, gold.items, strict=True)
+        return all(_equal(one, other, None, same, digits) for one, other in pairs)
+    left = list(given.items)
+    for wanted in gold.items:
+        found = next(
+            (k for k, one in enumerate(left) if _equal(one, wanted, None, same, digits)), None
+        )
+        if found is None:
+            return False
+        del left[found]
+    return True
+
+
+def _as_list(answer: Answer, other: Answer) -> Answer:
+    """`CAB` and `100,200` beside a list."""
+    if answer.form == "list":
+        return answer
+    text = tidy(answer.text)
+    if GLUED.fullmatch(text) and len(text) == len(other.items):
+        return read(text, "sequence")
+    return read(text, "sequence") if answer.form == "number" and "," in text else answer

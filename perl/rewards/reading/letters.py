@@ -1,0 +1,225 @@
+"""The options that a text chooses, by their letters, however it writes them.
+
+`chosen_letters(completion, count, options)` reads a completion, `letters_in(text, count, options)` a short text that is
+known to be the answer, such as what stands in a box. Both give letters in alphabetical order, as in "B" or "AC", and None
+where there is none: a hedge ("A or B"), a negation ("not B", "B is wrong") and a letter beyond the options choose nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from perl.permutation import LETTERS
+from perl.rewards.reading.places import marked
+
+_DECORATION = re.compile(
+    r"\\(?:text[a-z]*|mathrm|mathbf)\b|[*_`$\"“”]|\b(?:[A-Za-z]\.){1,4}[A-Za-z]\b\.?"
+)
+"""With abbreviations: the e of `e.g. B` is no choice."""
+_NAME = r"(?:options?|choices?|answers?|letters?)"
+_BARE = re.compile(rf"(?:{_NAME}\s)?[\W_]*([A-Za-z])[\W_]*", re.IGNORECASE | re.ASCII)
+_BARE_LIST = re.compile(r"[\s,;&()\[\]{}.]|\band\b", re.IGNORECASE | re.ASCII)
+_GLUED = re.compile(r"(?=[A-J]{2,10}\Z)A?B?C?D?E?F?G?H?I?J?")
+_LABEL = re.compile(
+    r"[(\[]?([A-Za-z])\s?(?:[)\]][.:]?|[.:])(?![.:)])\s{0,4}(?!(?:or|and)\b)(?=\S)", re.ASCII
+)
+_LINE_LABEL = re.compile(r"^[ \t]*[(\[]?[A-Z][)\].:]", re.MULTILINE)
+_TOKEN = re.compile(
+    r"(?<![A-Za-z0-9'’\\^])(?:[(\[{]\s?([A-Za-z])\s?[)\]}]|([A-Za-z])(?![A-Za-z0-9'’^=+(-])[)\]]?)",
+    re.ASCII,
+)
+_ARTICLE = re.compile(
+    r" (?!(?:and|or|nor|is|are|was|isn|because|since|as|for|but|not|so|if|which|that|based|due|while|has|shows?|would|seems"
+    r"|looks|must|can|cannot|does|rather|fits|matches|alone|only)\b)[a-z0-9]"
+)
+"""Behind an A or I that is a word and no letter."""
+_JOIN = re.compile(
+    rf"\s?(?:[,;&/]\s?)?(?:\b(and|or|nor)\b|(?<=[,;&/])|(?<=[,;&/]\s))\s?(?:(?:also|the|{_NAME})\s){{0,3}}",
+    re.IGNORECASE | re.ASCII,
+)
+_FILLER = rf"(?:(?:the|be|is|a|any|simply|just|correct|right|final|either|both|{_NAME})\s|{_NAME}?\s?[:=]\s?){{0,5}}"
+_CUE = re.compile(
+    rf"(?:\banswers?|\b(?:correct|right|best|final)\s(?:option|choice|letter|one)s?|\b(?:choose|chose|choosing|pick|picked"
+    rf"|select|selected|go with|opt for|settle on)|\bit(?:['’]s| is| must be| should be))"
+    rf"(?:\s(?:is|are|should be|must be|would be))?\s?[:=]?\s{{0,3}}{_FILLER}\Z",
+    re.IGNORECASE | re.ASCII,
+)
+_CUE_BEHIND = re.compile(
+    r"\s(?:is|are|must be)\s(?:the\s)?(?:correct|right|answer|best)\b", re.IGNORECASE
+)
+_OPTION = re.compile(rf"\b{_NAME}\s?[:=]?\s?\Z", re.IGNORECASE)
+_NOT = re.compile(
+    rf"(?:\b(?:not|never|neither|cannot be|without|except(?: for)?|rather than|instead of|other than|(?:any(?:thing)?|all|everything)"
+    rf"\sbut|rules? out|ruled out|ruling out|eliminat(?:e|es|ed|ing)|exclud(?:e|es|ed|ing)|reject(?:s|ed|ing)?)|n['’]t(?: be)?)"
+    rf"\s{_FILLER}\Z",
+    re.IGNORECASE | re.ASCII,
+)
+_NOT_BEHIND = re.compile(
+    r"\s?(?:\?|\(?(?:wrong|incorrect|false)\b)|\s(?:cannot\b|[a-z]{2,6}n['’]t\b|can['’]t\b|(?:is|are|was|can|could|does|would|will|must|seems?"
+    r"|looks?)\s(?:[a-z]{2,12}ly\s|also\s)?(?:not|never|wrong|incorrect|false|ruled out|out|eliminated|excluded|impossible)\b)",
+    re.IGNORECASE | re.ASCII,
+)
+_END = re.compile(r"\s*(?:[.,;:!]|\Z)")
+_RETRACTED = re.compile(
+    r"\b(?:wait|actually|correction|scratch that|sorry|no)\b\s?[,.:;!-]", re.IGNORECASE
+)
+_LONGEST = 5000
+"""The end of a longer text is read."""
+_BEFORE, _BEHIND = 80, 40
+"""Characters around a letter that may say something about it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Letters that are named together, as in `A, C and D`."""
+
+    letters: str
+    level: int
+    """2: said to be the answer; 1: called an option, or in brackets; 0: alone."""
+    negated: bool
+    hedged: bool
+    start: int
+
+
+def chosen_letters(completion: str, count: int = 26, options: Sequence[str] = ()) -> str | None:
+    """The letters that a completion chooses among `count` options: by what its last `<answer>` block or box holds, else
+    by what it says behind its thinking, where a letter must be called the answer or an option, stand in brackets or be all
+    that is said."""
+    answer = marked(completion)
+    if answer is not None:
+        return letters_in(answer, count, options)
+    return letters_in(completion.rpartition("</think>")[2], count, options, whole=True)
+
+
+def letters_in(
+    text: str, count: int = 26, options: Sequence[str] = (), *, whole: bool = False
+) -> str | None:
+    """The letters that an answer chooses. In this order: letters alone; those of the last "answer is X"; a letter that
+    opens the text (`B. a dog`); those called an option or in brackets; single capitals, unless the text is a `whole`
+    completion; the only one of the texts in `options` that occurs."""
+    text = _DECORATION.sub("", text[-_LONGEST:]).strip()
+    chosen, named = _read(text, whole)
+    if not named and options:
+        chosen = _by_text(text, options)
+    return chosen if chosen and set(chosen) <= set(LETTERS[:count]) else None
+
+
+def _read(text: str, whole: bool) -> tuple[str | None, bool]:
+    """The letters chosen, and whether any is named."""
+    if alone := _BARE.fullmatch(text):
+        return alone[1].upper(), True
+    if _GLUED.fullmatch(text):
+        return text, True
+    parts = [part for part in _BARE_LIST.split(text[:400]) if part]
+    if (
+        parts
+        and len(text) < 400
+        and all(len(part) == 1 and part.isascii() and part.isalpha() for part in parts)
+    ):
+        return "".join(sorted({part.upper() for part in parts})), True
+    groups = _groups(text)
+    changed = max((match.end() for match in _RETRACTED.finditer(text)), default=0)
+    later = [
+        group
+        for group in groups
+        if group.start >= changed and (group.level or group.negated or not whole)
+    ]
+    for some in (later, groups) if any(not group.negated for group in later) else (groups,):
+        chosen = _choose(text, some, whole)
+        if chosen is not None:
+            return chosen or None, True
+    return None, bool(groups)
+
+
+def _choose(text: str, groups: Sequence[_Group], whole: bool) -> str | None:
+    """The letters that one level settles on, empty for a hedge; None if nothing is chosen."""
+    kept = [group for group in groups if not group.negated]
+    said = [group for group in kept if group.level == 2]
+    if said:
+        later = "".join(g.letters for g in groups if g.negated and g.start > said[-1].start)
+        return "" if said[-1].hedged or set(said[-1].letters) & set(later) else said[-1].letters
+    label = _LABEL.match(text)
+    if (
+        label
+        and {label[1].upper()} == {x for g in kept if g.level or g.start < 2 for x in g.letters}
+        and len(_LINE_LABEL.findall(text)) < 2
+    ):
+        return label[1].upper()
+    for level in (1,) if whole else (1, 0):
+        found = [group for group in kept if group.level == level]
+        last = text.rfind("\n\n")
+        if whole and last >= 0 and not _LINE_LABEL.match(text[last:].strip()):
+            found = [group for group in found if group.start > last] or found
+        if found:
+            letters = {letter for group in found for letter in group.letters}
+            unclear = any(group.hedged for group in found) or (whole and len(letters) > 1)
+            return "" if unclear else "".join(sorted(letters))
+    return None
+
+
+def _groups(text: str) -> list[_Group]:
+    """The letters that a text names, those that it joins together as one group."""
+    groups: list[_Group] = []
+    end = 0
+    for token in _TOKEN.finditer(text):
+        before, behind = (
+            text[max(0, token.start() - _BEFORE) : token.start()],
+            text[token.end() : token.end() + _BEHIND],
+        )
+        cued, option = _CUE.search(before), _OPTION.search(before)
+        if not token[1]:
+            if token[2] in "AIai" and _ARTICLE.match(behind):
+                continue
+            alone = token[2].islower() or token[2] == "I"
+            if alone and not ((cued or option) and _END.match(behind)):
+                continue
+        new = _Group(
+            (token[1] or token[2]).upper(),
+            2 if cued or _CUE_BEHIND.match(behind) else 1 if option or token[1] else 0,
+            bool(_NOT.search(before) or _NOT_BEHIND.match(behind)),
+            False,
+            token.start(),
+        )
+        join = (
+            _JOIN.fullmatch(text, end, token.start())
+            if groups and token.start() - end <= _BEFORE
+            else None
+        )
+        if join and not (new.negated and "," in join[0] and not join[1]):
+            groups[-1] = _joined(groups[-1], new, join)
+        else:
+            groups.append(new)
+        end = token.end()
+    return groups
+
+
+def _joined(one: _Group, other: _Group, join: re.Match[str]) -> _Group:
+    return _Group(
+        "".join(sorted({*one.letters, *other.letters})),
+        max(one.level, other.level),
+        one.negated or other.negated,
+        one.hedged or "/" in join[0] or (join[1] or "").lower() == "or",
+        one.start,
+    )
+
+
+def _by_text(text: str, options: Sequence[str]) -> str | None:
+    """The letter of the only option whose text is all that is said, or else that occurs and is not negated."""
+    low, labels = (
+        text.casefold(),
+        [_LABEL.sub("", option, count=1).strip().casefold() for option in options],
+    )
+    for found in (
+        [k for k, option in enumerate(labels) if option and option == low.rstrip(". ")],
+        [k for k, option in enumerate(labels) if option and _occurs(option, low)],
+    ):
+        if len(found) == 1:
+            return LETTERS[found[0]]
+    return None
+
+
+def _occurs(option: str, text: str) -> bool:
+    match = re.search(rf"(?<!\w){re.escape(option)}(?!\w)", text)
+    return bool(match) and not _NOT.search(text[max(0, match.start() - _BEFORE) : match.start()])
