@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
+from perl.data.questions.literals import read_literal
 from perl.types import UserError
 
 FILE_TYPES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
@@ -129,8 +130,8 @@ class ArrowRows(Source):
 
 
 class Csv(Source):
-    """CSV: every cell a text, so that an answer `007` or `None` stays what it is; an empty cell is null. A cell that holds a
-    JSON object, or a list of texts or objects, is read as one: `["a.png", "b.png"]`.
+    """CSV: every cell a text, so that an answer `007` or `None` stays what it is; an empty cell is null. A cell that holds an
+    object, or a list of texts or objects, as JSON or as pandas writes it, is read as one: `["a.png", "b.png"]`.
     """
 
     # `datasets` reads it by pandas, which guesses types: `007` becomes 7, and `None` nothing.
@@ -253,11 +254,11 @@ def _cell(text: str | None) -> Any:
     if not text or not text.startswith(("[", "{")):
         return text or None
     try:
-        value = json.loads(text)
+        value = read_literal(text)
     except ValueError:
         return text
-    plain = isinstance(value, list) and not all(isinstance(v, str | dict) for v in value)
-    return text if plain else value
+    listed = isinstance(value, list) and all(isinstance(v, str | dict) for v in value)
+    return value if listed or isinstance(value, dict) else text
 
 
 def _root_of(file: str | Path) -> Path:

@@ -16,6 +16,7 @@ from typing import Any
 import datasets
 import datasets.config as settings
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -308,6 +309,25 @@ def test_csv_cells_are_what_they_say(tmp_path: Path) -> None:
         "[1, 2]",
         {"note": ["x"]},
     )
+
+
+def test_what_pandas_writes_of_lists(tmp_path: Path) -> None:
+    said = [
+        {"role": "user", "content": "It's <image> or\n<image>?"},
+        {"role": "assistant", "content": "A"},
+    ]
+    row = {
+        "messages": np.array(said),
+        "images": np.array(["0.png", "1.png"], dtype=object),
+        "answer": "{1, 2}",
+    }
+    rows = [row, {**row, "messages": said, "images": ["1.png", "0.png"], "answer": "[a"}]
+    write_rows(tmp_path, [])
+    pd.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
+    data = load_examples(str(tmp_path / "a.csv"), AUTO, "train", 0)
+    assert [(reds(data[i]), data[i].answer) for i in (0, 1)] == [([0, 1], "{1, 2}"), ([1, 0], "[a")]
+    assert data[0].messages == data[1].messages == (Message("user", said[0]["content"]),)
+    assert data[0].demonstration == "A"
 
 
 def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
