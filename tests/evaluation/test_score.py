@@ -92,6 +92,11 @@ CASES: list[tuple[Row, Row]] = [
         {"id": 7, "completion": thought("1, 4"), "order": [2, 1, 3, 4]},
         line(7, [2, 1, 3, 4], 1.0, 1.0, "1, 4", "1, 4"),
     ),
+    # Which images are a set: in any sequence.
+    (
+        {"id": 7, "completion": thought("4 and 1"), "order": [2, 1, 3, 4]},
+        line(7, [2, 1, 3, 4], 1.0, 1.0, "4 and 1", "1, 4"),
+    ),
     (
         {"id": "7", "completion": thought("2, 4"), "order": [2, 1, 3, 4]},
         line("7", [2, 1, 3, 4], 0.0, 1.0, "2, 4", "1, 4"),
@@ -137,7 +142,7 @@ def test_standard_input_weights_and_a_file(
     words = ("--functions", "accuracy", "format", "--weights", 0.5, 0.25, "--output", "out.jsonl")
     printed = scored(capsys, data, "-", *words)
     assert [row["reward"] for row in printed] == [
-        *(0.75, 0.75, 0.0, 0.0, 0.75, 0.25, 0.75, 0.75, 0.75),
+        *(0.75, 0.75, 0.0, 0.0, 0.75, 0.75, 0.25, 0.75, 0.75, 0.75),
         *(0.25, 0.75, 0.0),
     ]
     assert json_lines(Path("out.jsonl")) == printed
@@ -211,12 +216,12 @@ def test_the_table(files: Files, capsys: Any) -> None:
         for m in re.finditer(r"^ (accuracy|format|weighted sum) +(.*)$", out, re.M)
     }
     assert found == {
-        "accuracy": ["0.2258", "31", "1"],
-        "format": ["0.9062", "32", "0"],
-        "weighted sum": ["0.2258", "31", "1"],
+        "accuracy": ["0.25", "32", "1"],
+        "format": ["0.9091", "33", "0"],
+        "weighted sum": ["0.25", "32", "1"],
     }
     assert "1 2 3     B        B             1        1              1" in out
-    tells(out, "12 more", "2 of the 32", "1 of the 9", "accuracy: 1", "--output")
+    tells(out, "13 more", "2 of the 33", "1 of the 9", "accuracy: 1", "--output")
 
 
 def record(stage: str, id: str, order: tuple[int, ...], text: str, asked: str = "Box it.") -> None:
