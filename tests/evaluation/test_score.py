@@ -220,7 +220,7 @@ def test_the_table(files: Files, capsys: Any) -> None:
         "format": ["0.9091", "33", "0"],
         "weighted sum": ["0.25", "32", "1"],
     }
-    assert "1 2 3     B        B             1        1              1" in out
+    assert "dog 2 3 1 B A 0 0 0" in [" ".join(row.split()) for row in out.splitlines()]
     tells(out, "13 more", "2 of the 33", "1 of the 9", "accuracy: 1", "--output")
 
 
