@@ -7,6 +7,7 @@
 * `difficulty`: how often a policy answers each question right, kept in a `MeasuredFile`; `selection.write_selection` keeps the
   questions that fit a histogram. `filter_command` and the filter stage of a run use both.
 * `preview/`: `perl-rl preview`, rows of data in each order of their images, and a recipe's prompts.
+* `completions`: some that are there already, put to the rows that they answer, for `perl-rl score`.
 * `commands`, `generate`, `filter_command`, `score_command`, `check_command`: `perl-rl evaluate`, `compare`, `generate`, `filter`, `score`
   and `check`, each with its options.
 """

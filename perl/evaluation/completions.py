@@ -73,7 +73,7 @@ def read_completions(source: Source, stage: str | None = None) -> Iterator[Given
 
 
 def _shown(value: Any) -> str:
-    return "missing" if value is None else f"{one_line(value, 60)}, a {type(value).__name__}"
+    return "missing" if value is None else f"{one_line(value, 60)} (of type {type(value).__name__})"
 
 
 def variants_of(
