@@ -20,7 +20,7 @@ from perl.data.sources import Source, is_streamable, open_source, open_streamed
 from perl.data.tasks import BundledTasks
 from perl.data.videos import Frame, open_frame
 from perl.kept import kept
-from perl.permutation import alike, check_answer
+from perl.permutation import check_answer
 from perl.recipe import is_split, source_key, split_of
 from perl.types import Example, UserError
 
@@ -193,21 +193,15 @@ class RowDataset:
     def open_images(
         self, images: Sequence[Any], index: int, *, decode: bool = True
     ) -> tuple[Any, ...]:
-        """The images of row `index` from what the data holds; without `decode` only their headers are read.
-
-        What the row holds twice is one object.
-        """
+        """The images of row `index` from what the data holds; without `decode` only their headers are read."""
         where, root = self.source.place(index), self.root_of(index)
-        out: list[Any] = []
         try:
-            for k, (image, first) in enumerate(zip(images, alike(images), strict=True)):
-                read = open_frame if isinstance(image, Frame) else open_stored
-                out.append(
-                    read(image, root, f"{where}, image {k + 1}", decode=decode)
-                    if first == k
-                    else out[first]
+            return tuple(
+                (open_frame if isinstance(image, Frame) else open_stored)(
+                    image, root, f"{where}, image {k}", decode=decode
                 )
-            return tuple(out)
+                for k, image in enumerate(images, start=1)
+            )
         except UserError as error:
             missing = isinstance(error.__cause__, FileNotFoundError)
             raise _of_kind("image missing" if missing else "image", error) from error.__cause__

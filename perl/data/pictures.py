@@ -17,6 +17,7 @@ from typing import Any, Literal
 from PIL import Image, UnidentifiedImageError
 
 from perl.data.rgb import Unfit, black_and_white, to_rgb
+from perl.permutation.alike import ENCODED
 from perl.types import UserError, one_line
 
 Split = Literal["train", "test"]
@@ -66,7 +67,8 @@ def open_image(
     source: Path | bytes | Image.Image, where: str, *, decode: bool = True
 ) -> Image.Image:
     """The image as RGB with its EXIF orientation applied; with `decode=False` only its header is
-    read and checked. `info[FILE]` has the path of one that was read from a file.
+    read and checked. `info[FILE]` has the path of one that was read from a file, `info[ENCODED]` the
+    bytes of one that was not and has not been decoded.
 
     `where` names the place in the data for the UserError raised if the file is missing, broken or
     too large, or has values of which nothing says which is white.
@@ -83,6 +85,8 @@ def open_image(
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 _check_header(image)
                 if not decode:
+                    if isinstance(source, bytes):
+                        image.info[ENCODED] = source
                     return image
                 out = to_rgb(image)
         if isinstance(source, Path):

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+ENCODED = "encoded"
+"""Of the header of an image that is no file: where `info` has its bytes."""
+
 _last: tuple[Sequence[Any], tuple[int, ...]] = ((), ())
 
 
@@ -15,8 +18,8 @@ def alike(images: Sequence[Any]) -> tuple[int, ...]:
     """For each image the first that shows the same: `alike((cat, dog, cat)) == (0, 1, 0)`.
 
     Decoded pictures are compared by size, mode and pixels. Where headers alone have been read, a file that comes twice is
-    found, and a copy of it; of images as the data hold them, equal paths and equal bytes. Another encoding of the same
-    picture is then taken for another picture.
+    found, and a copy of it, and equal bytes; of images as the data hold them, equal paths and equal bytes. Another encoding
+    of the same picture is then taken for another picture.
     """
     global _last
     known, first = _last  # An example is asked about many times in a row, and pictures are large.
@@ -37,8 +40,8 @@ def alike(images: Sequence[Any]) -> tuple[int, ...]:
             return type(one) is type(other) and bool(one == other)
         if (one.size, one.mode) != (other.size, other.mode):
             return False
-        if is_header(one) or is_header(other):
-            return _same_file(getattr(one, "filename", ""), getattr(other, "filename", ""))
+        if _is_header(one) or _is_header(other):
+            return _same_source(one, other)
         return content(i) == content(k)
 
     out: list[int] = []
@@ -48,14 +51,16 @@ def alike(images: Sequence[Any]) -> tuple[int, ...]:
     return tuple(out)
 
 
-def is_header(image: Any) -> bool:
-    """Whether of a Pillow image only the header has been read."""
+def _is_header(image: Any) -> bool:
     return bool(getattr(image, "tile", None))
 
 
-def _same_file(one: str, other: str) -> bool:
+def _same_source(one: Any, other: Any) -> bool:
+    if ENCODED in one.info:
+        return one.info[ENCODED] == other.info.get(ENCODED)
+    a, b = (getattr(image, "filename", "") for image in (one, other))
     try:
         # Of files of one size; `shallow` would believe equal times.
-        return one == other != "" or filecmp.cmp(one, other, shallow=False)
+        return bool(a and b) and (a == b or filecmp.cmp(a, b, shallow=False))
     except OSError:
         return False

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from perl.data.pictures import open_image
 from perl.permutation import (
     alike,
     all_orders,
@@ -26,6 +27,7 @@ from perl.permutation import (
 from perl.types import Example
 from tests.messages import refused
 from tests.permutation.questions import ask, kinds, lettered
+from tests.pictures import encoded
 
 
 def of(pictures: str, answer: str = "A", **fields: Any) -> Example:
@@ -174,6 +176,9 @@ def test_pictures_are_compared_by_what_they_show(
         Image.new("L", (2, 2), value).save(tmp_path / name)
     opened = tuple(Image.open(tmp_path / name) for name in ("a.png", "c.png", "b.png", "d.jpg"))
     assert alike((*opened, opened[1], Image.open(tmp_path / "c.png"))) == (0, 1, 0, 3, 1, 1)
+    png, bmp = encoded((1, 1, 1)), encoded((1, 1, 1), "BMP")
+    inside = [open_image(data, "", decode=False) for data in (png, bmp, bytes(bytearray(png)))]
+    assert alike((*inside, open_image(png, ""))) == (0, 1, 0, 3)
     (tmp_path / "a.png").unlink()
     assert alike((opened[0], opened[2])) == (0, 1)
     assert alike(({"bytes": b"x"}, "a.png", {"bytes": b"x"}, b"x", "a.png")) == (0, 1, 0, 3, 1)
