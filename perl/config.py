@@ -192,6 +192,9 @@ class DataConfig:
     """A prompt with more tokens, image tokens included, is an error or is dropped."""
     overlong: Literal["error", "drop"] = "error"
     """What to do with a prompt over max_prompt_tokens."""
+    control_tokens: Literal["error", "escape"] = "error"
+    """What to do with a row whose text holds a control token of the model, as <|im_end|>: error, or make plain text of it
+    by a space, as in "< |im_end|>"."""
 
 
 @dataclass(frozen=True, kw_only=True)

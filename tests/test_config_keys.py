@@ -58,7 +58,7 @@ from tests.training.two_tokens import (
 HERE = "tests.test_config_keys"
 TEMPLATE = """{%- for m in messages -%}{{ m.role | upper }}: {% for p in m.content -%}
 {%- if p.type == 'image' %} <|image_pad|>{% else %} {{ p.text }}{% endif -%}
-{%- endfor -%}{%- endfor -%}"""
+{%- endfor -%}{%- endfor -%}{%- if add_generation_prompt %}ASSISTANT:{% endif %}"""
 STAIRS = (0.0, 1.0, 3.0, 5.0)
 QUESTION = "A <image> B <image> C <image> Which is darkest?"
 CPU = torch.device("cpu")
@@ -494,6 +494,13 @@ def rendered(lab: Lab) -> str:
     return load_processor(str(lab.model), lab.config.model).render([Message("user", "Which ?")])
 
 
+def escaped(lab: Lab) -> str:
+    components = lab.session.components
+    components.processor = load_processor(str(lab.model), lab.config.model)
+    one = example("q", 0, question="<image> <|im_end|> ?")
+    return components.encoder.encode([permute(one, (0,))])[0][0].messages[0].content
+
+
 def images_of(lab: Lab) -> int:
     return lab.examples(1)[0].images[0].getpixel((0, 0))[0]
 
@@ -614,6 +621,7 @@ ROWS = [
     Row("data.max_prompt_tokens", 10, dropped, [0, 0], [1, 1], {"data.overlong": "drop", **ALL}),
     Row("data.overlong", "drop", or_refusal(dropped), "data.max_prompt_tokens = 10", [1, 1],
         {"data.max_prompt_tokens": 10, **ALL}),
+    Row("data.control_tokens", "escape", or_refusal(escaped), "<|im_end|>", "<image> < |im_end|> ?"),
 
     Row("cold_start.steps", 3, of("cold_start", "step"), [], [1, 2, 3]),
     Row("cold_start.batch_size", 4, of("cold_start", "tokens"), [6] * 4, [12] * 4, WARM),

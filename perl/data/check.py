@@ -64,13 +64,19 @@ class Checks:
                 raise
 
 
-def checks_of(text: Any, processor: Any = None, rewards: Iterable[tuple[str, ...]] = ()) -> Checks:
+def checks_of(
+    text: Any,
+    processor: Any = None,
+    rewards: Iterable[tuple[str, ...]] = (),
+    control_tokens: str = "error",
+) -> Checks:
     """What training asks of its rows: labels that hold in every order, texts and pictures that the model can take, and an
     answer where a reward reads it.
 
     Args:
         text: `permutation.text`.
         rewards: `reward.functions` of every stage.
+        control_tokens: `data.control_tokens`.
     """
     inspect: list[tuple[str, Callable[[Example], None]]] = [
         ("label", lambda example: check_moves(example, text))
@@ -82,10 +88,11 @@ def checks_of(text: Any, processor: Any = None, rewards: Iterable[tuple[str, ...
             readers.add(scorer.reader)
             inspect.append(("answer", scorer.check_answer))
     if processor is not None:
-        inspect += [("text", processor.check_texts), ("image shape", processor.check_shapes)]
-    return Checks(
-        tuple(inspect), f"{text} {sorted(readers)} {processor.demands if processor else ''}"
-    )
+        inspect.append(("image shape", processor.check_shapes))
+        if control_tokens == "error":
+            inspect.append(("text", processor.check_texts))
+    demands = f"{control_tokens} {processor.demands}" if processor else ""
+    return Checks(tuple(inspect), f"{text} {sorted(readers)} {demands}")
 
 
 def acceptance(
@@ -94,7 +101,7 @@ def acceptance(
     """What raises UserError for an example that `checks_of` finds faulty, where such are left out; None: they are errors."""
     if data.on_error == "error":
         return None
-    checks = checks_of(text, processor, rewards)
+    checks = checks_of(text, processor, rewards, data.control_tokens)
 
     return checks.look_at
 

@@ -92,7 +92,7 @@ def checks_for(config: Config, processor: Any) -> Checks:
     from perl.rewards.gold import gold_check
 
     functions = config.reward.functions
-    checks = checks_of(config.permutation.text, processor, [functions])
+    checks = checks_of(config.permutation.text, processor, [functions], config.data.control_tokens)
     more = replace(
         checks,
         inspect=(*checks.inspect, ("gold", gold_check(functions))),
@@ -106,7 +106,9 @@ def checks_for(config: Config, processor: Any) -> Checks:
     from perl.rollout.prompts import PromptEncoder, PromptLimit
 
     asked, limit = Instruction.of(config), PromptLimit.to_train(config)
-    encoder = PromptEncoder(processor, limit, config.data.overlong, asked)
+    encoder = PromptEncoder(
+        processor, limit, config.data.overlong, asked, config.data.control_tokens
+    )
 
     def tokens(example: Example) -> int:
         order = tuple(range(len(example.images)))

@@ -48,6 +48,8 @@ class Evaluate(Command):
     """Longest prompt, image tokens included; empty: the run's data.max_prompt_tokens."""
     overlong: Literal["error", "drop"] | None = None
     """What to do with a longer prompt; a dropped one is left out, with --suite it counts as wrong; empty: the run's."""
+    control_tokens: Literal["error", "escape"] | None = None
+    """What to do with a control token in a row's text, as data.control_tokens; empty: the run's, escape with --suite."""
     functions: tuple[str, ...] | None = None
     """Reward functions to measure by, written as in reward.functions, as in "accuracy(tags=True)", each with the weight 1; empty:
     the run's, without a run accuracy and format."""
@@ -179,6 +181,7 @@ def _settings(command: Evaluate, max_new_tokens: int | None) -> Config:
             "image_root": command.image_root,
             "max_prompt_tokens": command.max_prompt_tokens,
             "overlong": command.overlong,
+            "control_tokens": command.control_tokens or ("escape" if command.suite else None),
             "instruction": None if command.suite else command.instruction,
         },
         reward={"functions": command.functions, "weights": command.functions and ()},

@@ -56,6 +56,8 @@ class Filter(Command):
     """Longest prompt, image tokens included; empty: the run's data.max_prompt_tokens."""
     overlong: Literal["error", "drop"] | None = None
     """What to do with a longer prompt; a dropped one is left out; empty: the run's."""
+    control_tokens: Literal["error", "escape"] | None = None
+    """What to do with a control token in a row's text, as data.control_tokens; empty: the run's."""
     seed: Seed = 0
     """Of the sampling and of the selection."""
     map: tuple[str, ...] | None = None
@@ -151,6 +153,7 @@ def _settings(command: Filter) -> Config:
             "streaming": False,  # All rows are measured.
             "max_prompt_tokens": command.max_prompt_tokens,
             "overlong": command.overlong,
+            "control_tokens": command.control_tokens,
             "instruction": command.instruction,
         },
         rollout={

@@ -12,7 +12,6 @@ import numpy as np
 
 from perl.config import RewardConfig
 from perl.data.dataset import Dataset
-from perl.model.processor import Processor
 from perl.permutation import Consistency, permute
 from perl.rewards.columns import rollout_columns
 from perl.rewards.forms import BOX, Form, forms_of, opened, written
@@ -77,7 +76,7 @@ def try_rewards(
     if not variants:
         return
     read = forms_of(reward.functions, reward.weights)
-    right = [r for variant in variants for r in _answered(variant, encoder.processor, read)]
+    right = [r for variant in variants for r in _answered(variant, encoder, read)]
     try:
         given = scorer.score_rollouts(right)
     except UserError as error:
@@ -131,16 +130,17 @@ def _warn_of_worthless(
 
 
 def _answered(
-    variant: Variant, processor: Processor, read: Mapping[str, Sequence[Form]]
+    variant: Variant, encoder: PromptEncoder, read: Mapping[str, Sequence[Form]]
 ) -> list[Rollout]:
     """The right answer as if it was sampled; in the usual forms where none is known to be asked for or read."""
+    processor = encoder.processor
     prompt, answer = processor.render(variant.messages, variant.example.id), variant.answer
     text, _ = right_answer(prompt, variant.example.demonstration or "", answer, read)
     forms = [text]
     if text == answer:
         forms += [written(answer, marks) for marks in ({BOX}, {"<think>", "<answer>"})]
     unread: Any = None  # No reward reads the prompt's tokens.
-    tokens = [processor.encode_completion(form) for form in forms]
+    tokens = [processor.encode_completion(encoder.plain(form)) for form in forms]
     return [
         Rollout(variant, unread, ids, np.zeros(len(ids), np.float32), form, finished=True)
         for ids, form in zip(tokens, forms, strict=True)

@@ -239,6 +239,7 @@ def load_processor(folder: str, config: ModelConfig) -> Processor:
         out = Processor(tokenizer, image_processor, family, config.min_pixels, config.max_pixels)
     if own_template:
         _check_template(out, own_template)
+    _check_generation_prompt(out, folder)
     return out
 
 
@@ -271,6 +272,28 @@ def _check_template(processor: Processor, file: str) -> None:
             f"{where}: of a question with one image and with two it shows {shown[0]} and {shown[1]}"
             + ("" if ask in one else ", and not the question's text")
             + f"; it must write {token or 'a token'} for each part of type image, and the text of the others"
+        )
+
+
+def _check_generation_prompt(processor: Processor, folder: str) -> None:
+    """See that the prompt ends where the assistant's turn begins: else the model would go on with the question.
+
+    A template that writes nothing there is right if its own chats have nothing between the end of the user's turn and the
+    answer, as Mistral's `[INST] ... [/INST]`.
+    """
+    where, ask, reply = f"the chat template of {folder}", "which of these is it", "the second one"
+    question = Message("user", ask)
+    prompt = processor.render([question], where)
+    if prompt != processor.render([question], where, add_generation_prompt=False):
+        return
+    whole = processor.render([question, Message("assistant", reply)], where, False)
+    begun = prompt.rstrip()
+    goes_on = whole.startswith(begun) and whole[len(begun) :].lstrip().startswith(reply)
+    if not goes_on or begun.endswith(ask):
+        raise UserError(
+            f"{where} (model.chat_template) has no generation prompt: with add_generation_prompt it writes nothing more, so "
+            "that the model would go on with the question; name a template in model.chat_template that begins the "
+            "assistant's turn {% if add_generation_prompt %}"
         )
 
 

@@ -45,8 +45,10 @@ class PaddedProcessor(Processor):
         """Tokens of a chat and its pictures, with the text and the pictures that the model's inputs are made of.
 
         Raises:
-            UserError: the number of `<image>` slots is not the number of images, or `stock` refuses the prompt.
+            UserError: the number of `<image>` slots is not the number of images, the text holds a control token, or `stock`
+                refuses the prompt.
         """
+        self.check_messages(messages, where)
         check_slots(messages, images, where)
         text = self.render(messages, where)
         raw = RawPrompt(text, tuple(self._resized(image.convert("RGB")) for image in images))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from perl.model.control_tokens import ControlTokens
 from perl.model.families import Family
 from perl.types import (
     IMAGE_SLOT,
@@ -85,8 +86,9 @@ class Processor:
         """Tokens and positions of a chat and its pictures.
 
         Raises:
-            UserError: the number of `<image>` slots is not the number of images.
+            UserError: the number of `<image>` slots is not the number of images, or the text holds a control token.
         """
+        self.check_messages(messages, where)
         check_slots(messages, images, where)
         for image in images:
             self._check_shape(image, where)
@@ -97,8 +99,13 @@ class Processor:
         positions, next_position = self.family.positions(flat, encoded, self.image_token_id)
         return EncodedPrompt(flat, positions, next_position, encoded, self.image_token_id)
 
-    def render(self, messages: Sequence[Message], where: str = "the prompt") -> str:
-        """A chat as the chat template writes it, up to the assistant's turn; each image is one `image_token`.
+    def render(
+        self,
+        messages: Sequence[Message],
+        where: str = "the prompt",
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """A chat as the chat template writes it, with what begins the assistant's turn; each image is one `image_token`.
 
         Raises:
             UserError: the template refuses it.
@@ -108,7 +115,7 @@ class Processor:
         chat = [{"role": m.role, "content": parts(m.content)} for m in messages]
         try:
             return self._template.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=True
+                chat, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except (TemplateError, TypeError) as error:
             raise UserError(
@@ -148,7 +155,7 @@ class Processor:
     @property
     def demands(self) -> str:
         """What `check_texts` and `check_shapes` depend on."""
-        return f"{sorted(self._unsampled)} {self.tokenizer.name_or_path} {self.longest_aspect}"
+        return f"{[*self.control_tokens]} {self.tokenizer.name_or_path} {self.longest_aspect}"
 
     def _expand(self, ids: Sequence[int], images: Sequence[EncodedImage], where: str) -> np.ndarray:
         waiting = iter(images)
@@ -158,8 +165,8 @@ class Processor:
                 image = next(waiting, None)
                 if image is None:
                     raise UserError(
-                        f"{where}: the text itself holds {self.family.image_token}; "
-                        f"write {IMAGE_SLOT} for an image"
+                        f"{where}: the chat template writes {self.family.image_token} more often than there are images; "
+                        "name another in model.chat_template"
                     )
                 flat += self.tokenizer.convert_tokens_to_ids(self.family.placeholder(image))
             else:
@@ -192,20 +199,32 @@ class Processor:
         return np.asarray([*ids, self.eos_token_id], dtype=np.int64)
 
     def check_texts(self, example: Example) -> None:
-        """See that neither the question nor the demonstration writes a token that stands for an image.
+        """See that neither the question nor the demonstration writes a control token.
 
         Raises:
             UserError: one does.
         """
-        tokens = self.tokenizer.convert_ids_to_tokens(sorted(self._unsampled))
-        for message in example.messages:
-            written = message.content.replace(IMAGE_SLOT, "")
-            if found := next((t for t in tokens if t in written), None):
-                raise UserError(
-                    f"example {example.id}: the text itself holds {found}; write {IMAGE_SLOT} for an image"
-                )
-        if found := next((t for t in tokens if t in (example.demonstration or "")), None):
-            raise _never_sampled(f"example {example.id}: its demonstration", found)
+        where = f"example {example.id}"
+        self.check_messages(example.messages, where)
+        self._check_text(example.demonstration or "", f"{where}: its demonstration")
+
+    def check_messages(self, messages: Sequence[Message], where: str) -> None:
+        """The same of a chat."""
+        for message in messages:
+            self._check_text(message.role, f"{where}: a role")
+            self._check_text(message.content, f"{where}: the text")
+
+    def _check_text(self, text: str, where: str) -> None:
+        if found := self.control_tokens.found_in(text):
+            raise UserError(
+                f"{where} holds {found}, a control token of the model; take it out ({IMAGE_SLOT} stands for an image), or "
+                'set data.control_tokens = "escape" (--control-tokens escape)'
+            )
+
+    @cached_property
+    def control_tokens(self) -> ControlTokens:
+        unsampled = self.tokenizer.convert_ids_to_tokens(sorted(self._unsampled))
+        return ControlTokens.of(self.tokenizer, *unsampled)
 
     @cached_property
     def _unsampled(self) -> frozenset[int]:

@@ -98,7 +98,9 @@ def engine_and_encoder(config: Config) -> tuple[Any, Any]:
         PromptLimit.to_generate(config),
         advice="raise it with --max-prompt-tokens, or leave such examples out with --overlong drop",
     )
-    encoder = PromptEncoder(processor, limit, config.data.overlong, Instruction.of(config))
+    encoder = PromptEncoder(
+        processor, limit, config.data.overlong, Instruction.of(config), config.data.control_tokens
+    )
 
     def autocast() -> torch.autocast:
         return torch.autocast(

@@ -53,16 +53,24 @@ class PromptEncoder:
         limit: PromptLimit,
         overlong: str,
         instruction: Instruction | None = None,
+        control_tokens: str = "error",
     ) -> None:
+        self.escapes = control_tokens == "escape"
         self.processor, self.limit, self.overlong = processor, limit, overlong
         self.instruction = (instruction or Instruction()).fitted(processor)
         self.dropped = 0
 
     def ask(self, variant: Variant) -> Variant:
-        """The variant as it is asked. The instruction comes after the permutation, whose rules neither read nor rewrite it."""
+        """The variant as it is asked. The instruction comes after the permutation, whose rules neither read nor rewrite it,
+        and control tokens are escaped in all of it, if they are to be."""
         plain = replace(variant, asked=None)
         asked = self.instruction.add(plain.messages)
+        asked = tuple(replace(m, content=self.plain(m.content)) for m in asked)
         return variant if asked == variant.messages else replace(plain, asked=asked)
+
+    def plain(self, text: str) -> str:
+        """A text of the data as the model is to read it."""
+        return self.processor.control_tokens.escaped(text) if self.escapes else text
 
     def encode(self, variants: Sequence[Variant]) -> list[Shown]:
         """One example's variants, as they are asked, with their prompts; none if one is over the budget and they are to

@@ -31,7 +31,7 @@ from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.training.components import check_bundled
 from perl.training.optimizer import Schedule
 from perl.training.saving.hub import check_push
-from perl.types import Example, UserError
+from perl.types import UserError
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def check_rows(sources: Iterable[Source], processor: Processor | None) -> None:
     for source in sources:
         if not isinstance(source.dataset, RowDataset):
             continue
-        checks = checks_of(source.text, processor, source.rewards)
+        checks = checks_of(source.text, processor, source.rewards, source.config.control_tokens)
         stop = source.config.on_error == "error" or source.filtered
         with Display() as display:
             found = checked(source.dataset, checks, display, stop)
@@ -147,11 +147,15 @@ def _check_prompts(config: Config, processor: Processor | None, sources: Sequenc
             if stage.kind == "rl":
                 own = stage.config
                 asked = Instruction.of(own).fitted(reads)
-                reads.check_texts(Example("(data.instruction, data.system)", (), asked.add(()), ""))
+                limit = PromptLimit.to_train(own)
+                if own.data.control_tokens == "error":
+                    reads.check_messages(asked.add(()), "data.instruction or data.system")
                 here = (own.data, own.permutation.text)
                 shown = [(s.name, s.dataset) for s in sources if (s.config, s.text) == here]
                 tell_prompts(own, asked, reads, shown)
-                encoder = PromptEncoder(reads, PromptLimit.to_train(own), own.data.overlong, asked)
+                encoder = PromptEncoder(
+                    reads, limit, own.data.overlong, asked, own.data.control_tokens
+                )
                 for name, dataset in shown:
                     try_rewards(name, dataset, own.permutation.text, own.reward, encoder)
 

@@ -51,7 +51,9 @@ def _segment(session: Session, example: Example) -> list[Segment]:
         )
     # Whether an example's answer is spoilt depends on nothing else that is drawn.
     rng = random.Random(f"{config.run.seed}/{example.id}")
-    text = with_noise(example, config.cold_start.noise, rng)
+    text = components.encoder.plain(with_noise(example, config.cold_start.noise, rng))
+    if not components.encoder.escapes:
+        components.processor.check_texts(example)
     variant = Variant(example, tuple(range(len(example.images))), example.images, example.answer)
     shown = components.encoder.encode([variant])
     completion = components.processor.encode_completion(

@@ -58,9 +58,9 @@ class Components:
 
     @cached_property
     def encoder(self) -> PromptEncoder:
-        limit = PromptLimit.to_train(self.config)
+        limit, data = PromptLimit.to_train(self.config), self.config.data
         asked = Instruction.of(self.config)
-        return PromptEncoder(self.processor, limit, self.config.data.overlong, asked)
+        return PromptEncoder(self.processor, limit, data.overlong, asked, data.control_tokens)
 
     @cached_property
     def engine(self) -> InProcessEngine:

@@ -42,7 +42,9 @@ def measure(session: Session, at: str, step: int) -> dict[str, Any] | None:
 
     limit = PromptLimit.to_generate(config)
     asked = Instruction.of(config)
-    encoder = PromptEncoder(components.processor, limit, config.data.overlong, asked)
+    encoder = PromptEncoder(
+        components.processor, limit, config.data.overlong, asked, config.data.control_tokens
+    )
     with components.watch("evaluate"), session.processes.jointly():
         scorer = components.collector.scorer
         results, shown = evaluate(

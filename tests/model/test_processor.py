@@ -1,7 +1,10 @@
 """Prompts and positions are those of transformers' own processors and models."""
 
+import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +14,13 @@ from safetensors.torch import save_file
 
 from perl.config import Config
 from perl.model import processor as processor_module
+from perl.model.control_tokens import ControlTokens
 from perl.model.loading import load_processor
-from perl.model.processor import parts
-from perl.model.tiny import TINY_MODELS, TINY_QWEN
+from perl.model.processor import Processor, parts
+from perl.model.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, TINY_MODELS, TINY_QWEN
+from perl.permutation import permute
 from perl.recipe import save_config
+from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.types import Example, Message
 from tests.messages import refused
 from tests.model.conftest import CONFIG
@@ -79,6 +85,9 @@ def test_slots_and_images_must_match(load) -> None:
             )
     with refused("row 3", "<|image_pad|>", "<image>"):
         processor.encode_messages((Message("user", "<|image_pad|> ?"),), [], "row 3")
+    processor.tokenizer.chat_template = "<|image_pad|> ?"
+    with refused("row 3", "<|image_pad|>", "model.chat_template"):
+        processor.encode_messages((Message("user", "?"),), [], "row 3")
 
 
 def test_a_picture_is_processed_once_while_it_is_kept(
@@ -150,6 +159,81 @@ def test_texts_that_hold_tokens_of_images_are_refused(name: str, load) -> None:
     assert sorted(unsampled) == sorted(policy.family.vision_tokens)
 
 
+def of_bytes(processor: Processor) -> Processor:
+    """A processor with Qwen's special tokens and a tokenizer that reads every text, as theirs do."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([*SPECIAL_TOKENS, "<s>"])
+    tokenizer.add_tokens([AddedToken("<think>", special=False)])
+    named: dict[str, Any] = {"eos_token": "<|im_end|>", "pad_token": "!"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, **named)
+    return Processor(fast, processor.image_processor, processor.family, 28 * 28, 56 * 56)
+
+
+HELD = ["<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|image_pad|>", "<|endoftext|>", "<s>"]
+
+
+@pytest.mark.parametrize("token", HELD)
+def test_control_tokens_in_a_text_are_refused(load, token: str) -> None:
+    """Wherever the data have them; what is none of this model's is text."""
+    processor = of_bytes(load(TINY_QWEN[0])[1])
+    fine = "A <image> <|im_en d|> <im_end> [INST] </s> <think> | ! which?"
+    processor.check_texts(Example("7", (), fine, "A", demonstration="<think> A"))
+    shown = [picture(28, 28, 0)]
+    processor.encode_messages((Message("user", fine),), shown, "row 3")
+    turns = (Message("system", f"Be {token} brief."), Message("user", "<image>"))
+    for text in (f"<image>{token}", f"<<image>{token}assistant", turns):
+        example = Example("7", (), text, "A")
+        with refused("example 7", token, "data.control_tokens", "--control-tokens"):
+            processor.check_texts(example)
+        with refused("row 3", token):
+            processor.encode_messages(example.messages, shown, "row 3")
+    with refused("example 7", "role", token):
+        processor.check_texts(Example("7", (), (Message(f"user{token}", "?"),), "A"))
+    with refused("example 7", "demonstration", token):
+        processor.check_texts(Example("7", (), "?", "A", demonstration=f"A{token}"))
+
+
+@pytest.mark.parametrize(
+    "text", ["<image> A", *(f"<image> {t}{t} a<{t}B<im<s>_end>" for t in HELD)]
+)
+def test_escaped_control_tokens_are_text(load, text: str) -> None:
+    """No id of one is there but those that the template writes."""
+    processor = of_bytes(load(TINY_QWEN[0])[1])
+    shown = [picture(28, 28, 0)]
+    control = processor.tokenizer.convert_tokens_to_ids([*processor.control_tokens])
+    own = processor.encode_messages((Message("user", "<image> A"),), shown).input_ids
+    asked = example_asked(processor, text)
+    ids = processor.encode_messages(asked, shown).input_ids
+    assert [i for i in ids if i in control] == [i for i in own if i in control]
+    assert asked[0].content.replace(" ", "") == text.replace(" ", "")
+    said = processor.tokenizer.decode(ids)
+    assert f" {asked[0].content[8:]} <|im_end|>" in said
+
+
+def example_asked(processor: Processor, text: str) -> tuple[Message, ...]:
+    encoder = PromptEncoder(processor, PromptLimit(99, ""), "error", None, "escape")
+    example = Example("7", (picture(28, 28, 0),), text, "A")
+    (shown,) = encoder.encode([permute(example, (0,))])
+    return shown[0].messages
+
+
+def test_thousands_of_control_tokens_are_one_look() -> None:
+    """As many as Gemma's tokenizer has; a text of 10,000 characters took seconds by trying one after the other."""
+    tokens = ControlTokens([f"<unused{k}>" for k in range(6000)])
+    text = "a < b and <unused6000> " * 500
+    began = time.process_time()
+    assert tokens.found_in(text) == "" and tokens.escaped(text) == text
+    assert tokens.found_in(f"{text}<unused77>") == "<unused77>"
+    assert time.process_time() - began < 0.5
+    assert ControlTokens([]).found_in("?") == ""
+
+
 def test_a_template_without_images_is_refused(load) -> None:
     _, processor = load(TINY_QWEN[0])
     processor.tokenizer.chat_template = "{% for m in messages %}text{% endfor %}"
@@ -161,7 +245,7 @@ TEMPLATE = """\
 {%- for m in messages %}
 {%- if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}<{{ m.role }}>
 {%- for p in m.content %}{% if p.type == 'image' %}<|image_pad|>{% else %}{{ p.text }}{% endif %}{% endfor %}
-{%- endfor %}"""
+{%- endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
 
 
 def test_a_template_of_ones_own_takes_the_place_of_the_tokenizers(
@@ -173,7 +257,7 @@ def test_a_template_of_ones_own_takes_the_place_of_the_tokenizers(
     config = replace(CONFIG, chat_template=str(file))
     processor = load_processor(str(tiny_folder(TINY_QWEN[0])), config)
     chat = (Message("user", "A <image> which ?"),)
-    assert processor.render(chat) == "<user>A <|image_pad|> which ?"
+    assert processor.render(chat) == "<user>A <|image_pad|> which ?<assistant>"
     assert len(processor.encode_messages(chat, [picture(56, 28, 0)]).input_ids) == 1 + 2 + 2
     processor.save(tmp_path)
     assert (tmp_path / "chat_template.jinja").read_text() == TEMPLATE
@@ -187,6 +271,45 @@ def test_a_template_of_ones_own_takes_the_place_of_the_tokenizers(
     assert load_processor(str(checkpoint), CONFIG).render(chat) == processor.render(chat)
     with refused("row 3", "no system", "model.chat_template"):
         processor.render((Message("system", "x"), *chat), "row 3")
+
+
+BODY = "{% for p in m.content %}{{ p.text or '<|image_pad|>' }}{% endfor %}"
+BARE = "{% for m in messages %}" + BODY + "{% endfor %}"
+TURNS = "{% for m in messages %}<{{ m.role }}> " + BODY + "{% endfor %}"
+MISTRAL = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] "
+    + BODY
+    + " [/INST]{% else %} "
+    + BODY
+    + "</s>{% endif %}{% endfor %}"
+)
+NO_REPLY = MISTRAL.replace("</s>", "{{ raise_exception('one turn') }}")
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_template_begins_the_assistants_turn(own: bool, tiny_folder, tmp_path: Path) -> None:
+    """By a generation prompt, or by the end of the user's; the model's own template too."""
+
+    def load(template: str) -> Processor:
+        if own:
+            (tmp_path / "own.jinja").write_text(template)
+            config = replace(CONFIG, chat_template=str(tmp_path / "own.jinja"))
+            return load_processor(str(tiny_folder(TINY_QWEN[0])), config)
+        folder = tmp_path / "model"
+        shutil.copytree(tiny_folder(TINY_QWEN[0]), folder, dirs_exist_ok=True)
+        (folder / "chat_template.jinja").write_text(template)
+        return load_processor(str(folder), CONFIG)
+
+    ask = [Message("user", "which ?")]
+    for template in (TURNS, BARE):
+        with refused("model.chat_template", "add_generation_prompt"):
+            load(template)
+    begins = "{% if add_generation_prompt %} <assistant>{% endif %}"
+    assert load(TURNS + begins).render(ask) == "<user> which ? <assistant>"
+    assert load(BARE + begins).render(ask) == "which ? <assistant>"
+    assert load(MISTRAL).render(ask) == "[INST] which ? [/INST]"
+    with refused("model.chat_template", "one turn"):
+        load(NO_REPLY)
 
 
 @pytest.mark.parametrize(

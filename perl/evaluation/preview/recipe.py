@@ -51,7 +51,9 @@ def preview_recipe(config: Config, n: int, name: str = "") -> None:
     with processor_of(config) as processor:
         limit = PromptLimit.to_train(config)
         asked = Instruction.of(config)
-        encoder = PromptEncoder(processor, limit, config.data.overlong, asked)
+        encoder = PromptEncoder(
+            processor, limit, config.data.overlong, asked, config.data.control_tokens
+        )
         asked = encoder.instruction
         warn_of_prompts(config, asked, processor, data)
         print(f"instruction ({asked.why}): {asked.text or 'none'}")
