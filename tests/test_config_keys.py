@@ -495,8 +495,8 @@ def rendered(lab: Lab) -> str:
 
 
 def escaped(lab: Lab) -> str:
-    components = lab.session.components
-    components.processor = load_processor(str(lab.model), lab.config.model)
+    processor = load_processor(str(lab.model), lab.config.model)
+    components = replace(lab.session.components, processor=processor)
     one = example("q", 0, question="<image> <|im_end|> ?")
     return components.encoder.encode([permute(one, (0,))])[0][0].messages[0].content
 
