@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from perl.config import DataConfig
-from perl.data.questions.chats import read_chat, read_response, stored_chat, with_slots, with_turns
+from perl.data.questions.chats import read_chat, read_response, stored, with_slots, with_turns
 from perl.data.questions.golds import check_response, first_index, gold_by_options
 from perl.data.questions.options import OPTIONS, Options, listed, read_options
 from perl.data.readers import Source
@@ -112,9 +112,9 @@ class Layout:
         return {self.names.get(key, key): value for key, value in row.items()}
 
     def with_chats(self, row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-        """A row with our names, its chats that are stored as texts as turns."""
-        keys = (self.question(row, where), *self.convention.response)
-        read = {key: stored_chat(row.get(key), self.names.get(key, key), where) for key in keys}
+        """A row with our names, its chats and its `reward_model` read where they are stored as texts."""
+        keys = (self.question(row, where), *self.convention.response, "reward_model")
+        read = {key: stored(row.get(key), self.names.get(key, key), where) for key in keys}
         changed = {key: value for key, value in read.items() if value is not row.get(key)}
         return {**row, **changed} if changed else row
 

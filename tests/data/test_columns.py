@@ -149,6 +149,11 @@ def test_texts_inside_of_stored_chats() -> None:
     assert (
         read({**PAIR, "prompt": ASKED, "completion": completion}).demonstration == r"So \boxed{B}"
     )
+    assert read({**PAIR, "messages": json.dumps(json.dumps(CHAT))}).answer == "B"
+    gold = json.dumps({"style": "rule", "ground_truth": "B"})
+    assert read({**PAIR, "prompt": ASKED, "reward_model": gold}).answer == "B"
+    gold = '[{"content": "a cat"}]'
+    assert read({**PAIR, "question": ASKED, "answer": gold}).answer == gold
     # No chat: a text about one.
     text = '<image> <image> Is [{"role": "user"}] on both?'
     assert read({**PAIR, "question": text, "answer": "B"}).question == text

@@ -13,7 +13,7 @@ from perl.types import IMAGE_SLOT, Message, UserError, one_line
 Messages = tuple[Message, ...]
 
 _STORED = re.compile(
-    r"""\s*(?:array\(\s*)?\[?\s*\{\s*['"](?:role|content|from|value|human|assistant)['"]\s*:"""
+    r"""\s*"?(?:array\(\s*)?\[?\s*\{\s*\\?['"](?:role|content|from|value|human|assistant|ground_truth|style)\\?['"]\s*:"""
 )
 _NUMBERED = re.compile(r"<image[_ ]?([0-9]{1,2})>")
 _SPEAKERS = {
@@ -34,20 +34,20 @@ class Chat(NamedTuple):
     response: str | None = None
 
 
-def stored_chat(value: Any, column: str, where: str) -> Any:
-    """The turns of a chat that a column holds as JSON, or as pandas writes it; any other value as it is.
+def stored(value: Any, column: str, where: str) -> Any:
+    """A chat, or verl's `reward_model`, that a column holds as JSON or as pandas writes it; any other value as it is.
 
     Raises:
-        UserError: it begins as such a chat does and cannot be read.
+        UserError: it begins as one of these does and cannot be read.
     """
-    if not isinstance(value, str) or not _STORED.match(value):
-        return value
-    try:
-        return read_literal(value)
-    except ValueError as error:
-        raise UserError(
-            f"{where}: the column {column} begins as a chat in JSON and is none ({error}); correct it"
-        ) from error
+    while isinstance(value, str) and _STORED.match(value):
+        try:
+            value = read_literal(value)
+        except ValueError as error:
+            raise UserError(
+                f"{where}: the column {column} begins as a chat in JSON does and is none ({error}); correct it"
+            ) from error
+    return value
 
 
 def read_chat(value: Any, where: str) -> Chat:

@@ -86,8 +86,11 @@ def test_what_is_an_open_question() -> None:
     assert not is_open(Example("x", IMAGES[:2], turns, "a fox"))
 
 
-@pytest.mark.parametrize("chat", [False, True])
-def test_rows_are_rephrased_and_labelled(tmp_path: Path, model: Model, chat: bool) -> None:
+@pytest.mark.parametrize(("chat", "stored"), [(False, False), (True, False), (True, True)], ids=str)
+def test_rows_are_rephrased_and_labelled(
+    tmp_path: Path, model: Model, chat: bool, stored: bool
+) -> None:
+    """A chat keeps its system message, also one that is stored as a text."""
     model.answer = lambda task: GOOD if "shows a fox" in task else "no"
     for k, image in enumerate(IMAGES):
         image.save(tmp_path / f"{k}.png")
@@ -98,7 +101,8 @@ def test_rows_are_rephrased_and_labelled(tmp_path: Path, model: Model, chat: boo
                 {"role": "system", "content": "Be brief."},
                 {"role": "user", "content": asked.question},
             ]
-            row = {"prompt": prompt, "reward_model": {"ground_truth": asked.answer, "k": 1}}
+            row = {"prompt": json.dumps(prompt) if stored else prompt}
+            row |= {"reward_model": {"ground_truth": asked.answer, "k": 1}}
         else:
             row = {
                 "question": asked.question,
