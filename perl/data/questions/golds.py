@@ -8,7 +8,7 @@ from typing import Any
 
 from perl.data.questions.options import LABELLED, Listing, Options, plain
 from perl.permutation import CARDINALS
-from perl.rewards.reading import canonical, equal, gold_text
+from perl.rewards.reading import canonical, equal, gold_text, letters_in
 from perl.types import UserError, one_line
 
 _LETTER = re.compile(r"[(\[]?\s*([A-Za-z])\s*[)\].:]*")
@@ -46,10 +46,13 @@ def gold_by_options(raw: Any, listing: Listing, first: int | None, where: str) -
         raise UserError(
             f"{said} may be {letters} in {options}: by its letter, by its text, or counted from 0 or from 1; write the letter"
         )
-    parts = list(text) if text.isalpha() and text.isupper() else _SEPARATOR.split(text)
-    each = [_readings(options, part, False, first) for part in parts]
+    each = [_readings(options, part, False, first) for part in _SEPARATOR.split(text)]
     if len(each) > 1 and all(len(one) == 1 for one in each):
         return ", ".join(listing.names[one.pop()] for one in each)
+    # In a sentence: "The answer is B".
+    letters = letters_in(text, whole=True) or ""
+    if letters and set(letters) <= set(options.labels) and not LABELLED.fullmatch(text):
+        return ", ".join(listing.names[options.labels.index(letter)] for letter in letters)
     raise UserError(f"{said} is none in {options}; correct it, or leave the row out")
 
 

@@ -145,6 +145,13 @@ def test_a_column_of_another_name() -> None:
         (["x", "y", "z"], "A and C", "A, C"),
         (["x", "y", "z"], "AC", "A, C"),
         (["black and white", "red"], "black and white", "A"),
+        # in a sentence
+        (PETS, r"\text{B}", "B"),
+        (PETS, "Option B", "B"),
+        (PETS, "The answer is (B).", "B"),
+        (PETS, "A dog is in image B", None),
+        (PETS, "A or B", None),
+        (PETS, "Option C", None),
         # an index that is one by the first option alone
         (PETS, 0, "A"),
         (PETS, "0", "A"),
