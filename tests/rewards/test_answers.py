@@ -28,6 +28,13 @@ def test_accuracy_of_tags_and_of_sets() -> None:
     assert accuracy(["q"], [r"\boxed{2; 1}"], ["1,2"], unordered=True) == [1]
 
 
+def test_accuracy_of_a_box_in_tags() -> None:
+    texts = [r"<answer>\boxed{B}</answer>", r"<answer>so \boxed{A}</answer>", "<answer>B</answer>"]
+    assert accuracy(
+        ["q"] * 3, texts, ["B", r"<answer>\boxed{A}</answer>", r"\boxed{B}"], tags=True
+    ) == [1, 1, 1]
+
+
 def test_accuracy_of_lists_whose_form_is_known() -> None:
     texts, golds = [r"\boxed{B, A}", r"\boxed{C, A}"] * 3, ["A, B", "A, C"] * 3
     forms = [None, None, "set", "sequence", "free text", "values"]

@@ -18,6 +18,11 @@ CHOSEN = {
     "B": (
         "<answer>B</answer>", "A or C? <answer> (b) </answer>", "<answer>B. A dog</answer>", "<answer>B) dog</answer>",
         "<answer>Option B</answer>", "<answer>option b.</answer>", "<answer>It shows A dog, so B</answer>",
+        "B\n\nExplanation: the dog is shown in B, not A.", "A shows a cat and C a bird.\nB", "The answer to the question is B",
+        "The answer is Image B because", "My choice is B", "Hmm, answer: A... wait, actually B.", "B) dog. A) is wrong",
+        "<answer>ruled out A and C; B remains</answer>", "<answer>b: dog</answer>", "<answer>b) dog</answer>", "**Answer:** B",
+        "Answer\n\nB", "答案：B", "<answer>（B）</answer>", "<answer>It's not A, it's B</answer>", "<answer>A (a cat) is out, so B</answer>",
+        "Between A and C, I choose B", "So, B is the correct answer.", r"<answer>\boxed{B}</answer>", "<answer>B over A</answer>",
         "<answer>C</answer> <answer>B</answer>", r"\boxed{\text{B}}", r"\boxed{{B}}", r"\boxed{(\mathbf{B})}", r"\boxed{B}", "<think>A is wrong</think> B", "B.",
         "Maybe (A). No: the answer is B", "<answer>e.g. B</answer>", "<answer>i.e., the second: (B)</answer>",
         "<answer>E.G. option B</answer>", "<answer>B.Dog</answer>",
@@ -39,6 +44,10 @@ CHOSEN = {
     ),
     "D": ("<answer>**D**</answer>", "Which is best? I pick option D."),
     None: (
+        "<answer>B isn't right</answer>", "<answer>Option B is not correct</answer>", "<answer>Not B, C, or D</answer>",
+        "<answer>B doesn't fit</answer>", "<answer>any but B</answer>", "<answer>None of the above</answer>", "<answer>B1</answer>",
+        "Options A and C show cats", "Image A shows a cat. Image B shows a dog. Therefore, B.", "<answer>A. cat, B. dog</answer>",
+        "<answer>A > B > C</answer>", "The answer is either A or B", "(B) dog because (A) is a cat", "A) cat B) dog", "a) cat b) dog",
         r"\boxed{A or B}", "<answer>A, B, C or D</answer>", r"\boxed{not B}", "<answer>B is wrong</answer>", r"\boxed{A, C}",
         "<answer>It isn't B</answer>", "<answer>anything but B</answer>", "<answer>neither A nor B</answer>", "<answer>A/C</answer>",
         "<answer>all except C</answer>", "<answer>either A or C</answer>", "<answer>A) or B)</answer>", "<answer>Not (A)</answer>",

@@ -69,7 +69,7 @@ def _key(answer: Answer, form: AnswerForm | None) -> str:
     if answer.form == "letter":
         return f"{answer.letter}. {plain(answer.label)}" if answer.label else answer.letter
     if answer.form == "text":
-        return plain(answer.text)
+        return f"{plain(answer.text)} {answer.unit}".strip()
     keys = [_key(item, None) for item in answer.items]
     text = ",".join(keys if _in_sequence(answer, form) else sorted(keys))
     shown = form is None and answer.mark not in ("", "<", ">", "{}")
@@ -83,6 +83,8 @@ def _equal(
         given, gold = _as_list(given, gold), _as_list(gold, given)
     if given.form == gold.form == "list":
         return _equal_lists(given, gold, form, same, digits)
+    if {given.form, gold.form} in ({"list", "number"}, {"list", "letter"}):
+        return False
     if given.unit and gold.unit and given.unit != gold.unit:
         return False
     if given.form == gold.form == "number":

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Literal
 
 from perl.permutation import AnswerForm
-from perl.rewards.reading.notation import LONGEST, number_in, tidy, unit_behind
+from perl.rewards.reading.notation import LONGEST, number_in, tidy, without_unit
 
 _NESTED = 2
 _NOUN = re.compile(
@@ -17,7 +17,10 @@ _NOUN = re.compile(
 )
 GLUED = re.compile(r"[A-Z]{2,26}")
 _LETTER = re.compile(r"[A-Za-z]")
-_LABEL = re.compile(r"(?:\(?([A-Z])[).:]+ |\(([A-Z])\) ?)(?!(?:or|and|nor|is)\b)(\S.*)", re.DOTALL)
+_LABEL = re.compile(
+    r"(?:(?:option|choice) )?(?:\(?(?-i:([A-Z]))(?:[).:]+ | [-–—] (?=[a-z]{2}))|\((?-i:([A-Z]))\) ?)(?!(?:or|and|nor|is)\b)(\S.*)",
+    re.DOTALL | re.IGNORECASE | re.ASCII,
+)
 _OPEN, _CLOSE = "([{", ")]}"
 _BREAKS = re.compile(r"[(\[{)\]},;&<>→∪]| and\b ?", re.IGNORECASE | re.ASCII)
 
@@ -68,8 +71,8 @@ def _single(text: str, answer: str) -> Answer | None:
         return number
     if label := _LABEL.fullmatch(text):
         return Answer("letter", answer, letter=(label[1] or label[2]).lower(), label=label[3])
-    unit = unit_behind(text)
-    return Answer("text", text if named else answer, unit=unit) if unit or named else None
+    rest, unit = without_unit(text)
+    return Answer("text", rest, unit=unit) if unit or named else None
 
 
 def _number(text: str, answer: str) -> Answer | None:
@@ -84,8 +87,9 @@ def _list(text: str, answer: str, form: AnswerForm | None, nested: int) -> Answe
     if len(parts) < 2:
         if not brackets and parts and parts[0] != text:
             return read(parts[0], form, nested)
-        inside = brackets and nested and _parts(parts[0], form is not None)[0][1:] if parts else ""
-        return _list(parts[0], answer, form, nested - 1) if inside else None
+        return (
+            _list(parts[0], answer, form, nested - 1) if parts and nested > 1 and brackets else None
+        )
     found = tuple(read(part, None, nested - 1) for part in parts)
     kinds = {item.form for item in found}
     mark, kind = "", ""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from perl.permutation import LETTERS
+from perl.rewards.reading.notation import WIDE
 from perl.rewards.reading.places import marked
 
 _DECORATION = re.compile(
@@ -25,7 +26,7 @@ _GLUED = re.compile(r"(?=[A-J]{2,10}\Z)A?B?C?D?E?F?G?H?I?J?")
 _LABEL = re.compile(
     r"[(\[]?([A-Za-z])\s?(?:[)\]][.:]?|[.:])(?![.:)])\s{0,4}(?!(?:or|and)\b)(?=\S)", re.ASCII
 )
-_LINE_LABEL = re.compile(r"^[ \t]*[(\[]?[A-Z][)\].:]", re.MULTILINE)
+_LABELS = re.compile(r"(?<![A-Za-z0-9'’])([A-Za-z])(?:\)|[.:]\s)", re.ASCII)
 _TOKEN = re.compile(
     r"(?<![A-Za-z0-9'’\\^])(?:[(\[{]\s?([A-Za-z])\s?[)\]}]|([A-Za-z])(?![A-Za-z0-9'’^=+(-])[)\]]?)",
     re.ASCII,
@@ -36,12 +37,15 @@ _ARTICLE = re.compile(
 )
 """Behind an A or I that is a word and no letter."""
 _JOIN = re.compile(
-    rf"\s?(?:[,;&/]\s?)?(?:\b(and|or|nor)\b|(?<=[,;&/])|(?<=[,;&/]\s))\s?(?:(?:also|the|{_NAME})\s){{0,3}}",
+    rf"\s?(?:[,&/]\s?)?(?:\b(and|or|nor)\b|(?<=[,&/])|(?<=[,&/]\s))\s?(?:(?:also|the|{_NAME})\s){{0,3}}",
     re.IGNORECASE | re.ASCII,
 )
-_FILLER = rf"(?:(?:the|be|is|a|any|simply|just|correct|right|final|either|both|{_NAME})\s|{_NAME}?\s?[:=]\s?){{0,5}}"
+_FILLER = (
+    rf"(?:(?:the|be|is|a|any|simply|just|correct|right|final|either|both|{_NAME}|image|picture|photo|figure"
+    rf"|panel)\s|{_NAME}?\s?[:=]\s?){{0,5}}"
+)
 _CUE = re.compile(
-    rf"(?:\banswers?|\b(?:correct|right|best|final)\s(?:option|choice|letter|one)s?|\b(?:choose|chose|choosing|pick|picked"
+    rf"(?:\banswers?(?:\s(?:to|for)\s(?:the|this)\s[a-z]{{1,12}})?|\b(?:option|choice|pick)(?=\s(?:is|should|must|would)\b)|\b(?:correct|right|best|final)\s(?:option|choice|letter|one)s?|\b(?:choose|chose|choosing|pick|picked"
     rf"|select|selected|go with|opt for|settle on)|\bit(?:['’]s| is| must be| should be))"
     rf"(?:\s(?:is|are|should be|must be|would be))?\s?[:=]?\s{{0,3}}{_FILLER}\Z",
     re.IGNORECASE | re.ASCII,
@@ -51,14 +55,14 @@ _CUE_BEHIND = re.compile(
 )
 _OPTION = re.compile(rf"\b{_NAME}\s?[:=]?\s?\Z", re.IGNORECASE)
 _NOT = re.compile(
-    rf"(?:\b(?:not|never|neither|cannot be|without|except(?: for)?|rather than|instead of|other than|(?:any(?:thing)?|all|everything)"
+    rf"(?:\b(?:not|never|neither|cannot be|without|except(?: for)?|rather than|instead of|other than|over|(?:any(?:thing)?|all|everything)"
     rf"\sbut|rules? out|ruled out|ruling out|eliminat(?:e|es|ed|ing)|exclud(?:e|es|ed|ing)|reject(?:s|ed|ing)?)|n['’]t(?: be)?)"
     rf"\s{_FILLER}\Z",
     re.IGNORECASE | re.ASCII,
 )
 _NOT_BEHIND = re.compile(
-    r"\s?(?:\?|\(?(?:wrong|incorrect|false)\b)|\s(?:cannot\b|[a-z]{2,6}n['’]t\b|can['’]t\b|(?:is|are|was|can|could|does|would|will|must|seems?"
-    r"|looks?)\s(?:[a-z]{2,12}ly\s|also\s)?(?:not|never|wrong|incorrect|false|ruled out|out|eliminated|excluded|impossible)\b)",
+    r"(?:\s\([^()]{1,30}\))?(?:\s?(?:\?|\(?(?:wrong|incorrect|false)\b)|\s(?:cannot\b|[a-z]{2,6}n['’]t\b|can['’]t\b|(?:is|are|was|can|could|does|would|will|must|seems?"
+    r"|looks?)\s(?:[a-z]{2,12}ly\s|also\s)?(?:not|never|wrong|incorrect|false|ruled out|out|eliminated|excluded|impossible)\b))",
     re.IGNORECASE | re.ASCII,
 )
 _END = re.compile(r"\s*(?:[.,;:!]|\Z)")
@@ -67,7 +71,7 @@ _RETRACTED = re.compile(
 )
 _LONGEST = 5000
 """The end of a longer text is read."""
-_BEFORE, _BEHIND = 80, 40
+_BEFORE, _BEHIND = 80, 60
 """Characters around a letter that may say something about it."""
 
 
@@ -99,7 +103,7 @@ def letters_in(
     """The letters that an answer chooses. In this order: letters alone; those of the last "answer is X"; a letter that
     opens the text (`B. a dog`); those called an option or in brackets; single capitals, unless the text is a `whole`
     completion; the only one of the texts in `options` that occurs."""
-    text = _DECORATION.sub("", text[-_LONGEST:]).strip()
+    text = _DECORATION.sub("", text[-_LONGEST:].translate(WIDE)).strip()
     chosen, named = _read(text, whole)
     if not named and options:
         chosen = _by_text(text, options)
@@ -121,16 +125,15 @@ def _read(text: str, whole: bool) -> tuple[str | None, bool]:
         return "".join(sorted({part.upper() for part in parts})), True
     groups = _groups(text)
     changed = max((match.end() for match in _RETRACTED.finditer(text)), default=0)
-    later = [
-        group
-        for group in groups
-        if group.start >= changed and (group.level or group.negated or not whole)
-    ]
-    for some in (later, groups) if any(not group.negated for group in later) else (groups,):
-        chosen = _choose(text, some, whole)
-        if chosen is not None:
-            return chosen or None, True
-    return None, bool(groups)
+    later = (
+        _choose(text, [group for group in groups if group.start >= changed], False)
+        if changed
+        else None
+    )
+    if later and len(later) == 1:
+        return later, True
+    chosen = _choose(text, groups, whole)
+    return (chosen or None), bool(groups) or chosen is not None
 
 
 def _choose(text: str, groups: Sequence[_Group], whole: bool) -> str | None:
@@ -141,16 +144,15 @@ def _choose(text: str, groups: Sequence[_Group], whole: bool) -> str | None:
         later = "".join(g.letters for g in groups if g.negated and g.start > said[-1].start)
         return "" if said[-1].hedged or set(said[-1].letters) & set(later) else said[-1].letters
     label = _LABEL.match(text)
-    if (
-        label
-        and {label[1].upper()} == {x for g in kept if g.level or g.start < 2 for x in g.letters}
-        and len(_LINE_LABEL.findall(text)) < 2
-    ):
+    denied = {letter for group in groups if group.negated for letter in group.letters}
+    if label and {letter.upper() for letter in _LABELS.findall(text)} - denied == {
+        label[1].upper()
+    }:
         return label[1].upper()
     for level in (1,) if whole else (1, 0):
         found = [group for group in kept if group.level == level]
         last = text.rfind("\n\n")
-        if whole and last >= 0 and not _LINE_LABEL.match(text[last:].strip()):
+        if whole and last >= 0 and not _LABELS.match(text[last:].strip(" \n([")):
             found = [group for group in found if group.start > last] or found
         if found:
             letters = {letter for group in found for letter in group.letters}
@@ -162,7 +164,7 @@ def _choose(text: str, groups: Sequence[_Group], whole: bool) -> str | None:
 def _groups(text: str) -> list[_Group]:
     """The letters that a text names, those that it joins together as one group."""
     groups: list[_Group] = []
-    end = 0
+    end, last = 0, len(text.rstrip("."))
     for token in _TOKEN.finditer(text):
         before, behind = (
             text[max(0, token.start() - _BEFORE) : token.start()],
@@ -175,9 +177,12 @@ def _groups(text: str) -> list[_Group]:
             alone = token[2].islower() or token[2] == "I"
             if alone and not ((cued or option) and _END.match(behind)):
                 continue
+        line = (token.start() == 0 and behind.startswith("\n")) or (
+            token.end() == last and text[: token.start()].endswith("\n")
+        )
         new = _Group(
             (token[1] or token[2]).upper(),
-            2 if cued or _CUE_BEHIND.match(behind) else 1 if option or token[1] else 0,
+            2 if cued or line or _CUE_BEHIND.match(behind) else 1 if option or token[1] else 0,
             bool(_NOT.search(before) or _NOT_BEHIND.match(behind)),
             False,
             token.start(),

@@ -9,13 +9,16 @@ from fractions import Fraction
 LONGEST = 2000
 """Characters of an answer that has a form; longer ones are texts."""
 _LONGEST_NUMBER = 64
+WIDE = {ord("、"): ","} | {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)}
+"""Signs of Chinese texts in their ASCII form."""
+_POWERS = {ord("²"): "2", ord("³"): "3", ord("{"): "", ord("}"): ""}
 _UNITS = {
     "mm": "millimeter millimetre", "cm": "centimeter centimetre", "dm": "decimeter decimetre", "m": "meter metre",
     "km": "kilometer kilometre", "in": "inch inches", "ft": "foot feet", "yd": "yard", "mi": "mile", "mg": "milligram",
-    "g": "gram", "kg": "kilogram", "t": "ton tonne", "lb": "lbs pound", "oz": "ounce", "ms": "millisecond", "s": "sec second",
+    "g": "gram", "kg": "kilogram", "ton": "tonne", "lb": "lbs pound", "oz": "ounce", "ms": "millisecond", "s": "sec second",
     "min": "minute", "h": "hr hour", "day": "", "week": "", "month": "", "year": "yr", "ml": "milliliter millilitre",
-    "l": "liter litre", "°": "degree deg", "°c": "celsius", "°f": "fahrenheit", "k": "kelvin", "rad": "radian", "mph": "",
-    "hz": "hertz", "w": "watt", "kw": "kilowatt", "j": "joule", "n": "newton", "pa": "pascal", "v": "volt", "unit": "",
+    "L": "l liter litre", "°": "degree deg", "°c": "celsius", "°f": "fahrenheit", "K": "kelvin", "rad": "radian", "mph": "",
+    "hz": "hertz", "W": "watt", "kw": "kilowatt", "J": "joule", "N": "newton", "pa": "pascal", "V": "volt", "unit": "",
     "$": "dollar usd", "€": "euro eur", "£": "gbp", "¥": "yen yuan", "₹": "rupee", "¢": "cent",
 }  # fmt: skip
 _UNIT_OF = {
@@ -24,6 +27,7 @@ _UNIT_OF = {
     for one in (unit, *names.split())
     for name in (one, f"{one}s" if len(one) > 2 else one)
 }
+_UNIT = re.compile(r"(square |sq\.? |cubic )?([a-z°$€£¥₹¢]{1,16}) ?\^? ?([23]?)", re.IGNORECASE)
 
 _WRAPPED = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname)\s?\{([^{}]*)\}"
@@ -33,19 +37,21 @@ _FRACTION = re.compile(
     rf"\\[dt]?frac\s?(?:\{{\s?({_N})\s?\}}|([0-9]))\s?(?:\{{\s?([0-9]{{1,64}})\s?\}}|([0-9]))"
 )
 _LATEX = (
+    (re.compile(r"\\[()\[\]]|\$\$"), ""),
     (re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\!"), ""),
     (re.compile(r"(?<=[0-9])(?:\{,\}|\\,)(?=[0-9]{3})"), ","),
     (re.compile(r"\\[,;: ]|\\q?quad(?![a-zA-Z])|~"), " "),
     (re.compile(r"\s?(?:\^\s?(?:\{\s?\\circ\s?\}|\\circ)|\\degree)(?![a-zA-Z])"), "°"),
     (re.compile(r"\\cup(?![a-zA-Z])|(?<=[)\]])\s?U\s?(?=[(\[])"), "∪"),
     (re.compile(r"\\infty(?![a-zA-Z])|\binfinity\b|\binf\b"), "∞"),
+    (re.compile(r"\+ ?(?=∞)"), ""),
     (re.compile(r"\\(?:to|rightarrow)(?![a-zA-Z])|->"), "→"),
     (re.compile(r"\\(?:lbrace|rbrace)(?![a-zA-Z])"), lambda m: "{" if m[0][1] == "l" else "}"),
     (re.compile(r"\\([{}%])"), r"\1"),
     (re.compile(r"\u2212"), "-"),
     (re.compile("[¼-¾⅐-⅞]"), lambda m: f" {unicodedata.normalize('NFKC', m[0])} ".replace("\u2044", "/")),
 )  # fmt: skip
-_INLINE = re.compile(r"(?<!\\)\$(?=\S)([^$\n]{0,200}[A-Za-z0-9)}\]])\$(?![0-9])")
+_INLINE = re.compile(r"(?<!\\)\$(?=\S)((?:\\.|[^$\\\n]){1,300})(?<=[A-Za-z0-9)}\]%])\$(?![0-9])")
 _DECORATION = "*_`\"'“”‘’"
 _MONEY = re.compile(r"([-+]?) ?(?:US)?([$€£¥₹]) ?(?=[-+.0-9])")
 _AMOUNT = re.compile(
@@ -53,24 +59,15 @@ _AMOUNT = re.compile(
     r"|((?:[0-9]{1,3}(?:,[0-9]{3}){1,20}(?![0-9])|[0-9]{1,64})(?:\.[0-9]{0,64})?|\.[0-9]{1,64})(?: ?/ ?([0-9]{1,64}))?)"
 )
 _UNIT_BEHIND = re.compile(
-    r"(?<=[0-9})\]]) ?([a-z°%$€£][a-z°%/ ^{}0-9²³.]{0,30})\Z", re.IGNORECASE | re.ASCII
+    r"(?:(?<=[0-9})\]])|(?<=\\pi)) ?([a-z°%$€£][a-z°%/ ^{}0-9²³.]{0,30})\Z",
+    re.IGNORECASE | re.ASCII,
 )
 _AROUND = re.compile(r" ?([<>=+]) ?")
 
 
 def tidy(answer: str) -> str:
     """Without what LaTeX and Markdown add to the look alone, and without a period at the end."""
-    text = answer.strip()[: LONGEST * 4].strip(_DECORATION).strip()
-    for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
-        if (
-            text.startswith(opening)
-            and text.rstrip(".").endswith(closing)
-            and not text.endswith(r"\$")
-        ):
-            inner = text.rstrip(".")[len(opening) : -len(closing)]
-            if inner and not re.search(r"(?<!\\)\$", inner):
-                text = inner
-                break
+    text = answer.strip()[: LONGEST * 4].translate(WIDE).strip(_DECORATION).strip()
     text = _INLINE.sub(r"\1", text)
     for pattern, new in _LATEX:
         text = pattern.sub(new, text)
@@ -111,30 +108,28 @@ def number_in(text: str) -> tuple[Fraction, bool, str] | None:
 
 
 def unit_of(text: str) -> str:
-    """A unit in its short form, empty if it is none: `square centimeters` gives `cm^2`."""
+    """A unit in its short form, empty if it is none: `square centimeters` gives `cm^2`. Only of one letter is the case
+    told apart: 5 N is a force, and 5n is none."""
     text = (
         text.strip(" .")
-        .casefold()
-        .replace("²", "^2")
-        .replace("³", "^3")
-        .replace("{", "")
-        .replace("}", "")
+        .translate(_POWERS)
+        .replace(" per ", "/")
+        .replace("degrees ", "")
+        .replace("° ", "°")
     )
-    text = text.replace(" per ", "/").replace("degrees ", "").replace("° ", "°")
-    power = ""
-    for word, exponent in (("square ", "^2"), ("sq ", "^2"), ("sq. ", "^2"), ("cubic ", "^3")):
-        if text.startswith(word):
-            text, power = text[len(word) :], exponent
     parts = []
     for part in text.split("/"):
-        name, _, exponent = part.strip().partition("^")
-        if name.strip() not in _UNIT_OF or exponent.strip() not in ("", "2", "3"):
+        match = _UNIT.fullmatch(part.strip())
+        name = match and _UNIT_OF.get(match[2] if len(match[2]) == 1 else match[2].casefold())
+        if not match or not name:
             return ""
-        parts.append(_UNIT_OF[name.strip()] + (power or (exponent and f"^{exponent.strip()}")))
+        power = match[3] or {"s": "2", "c": "3"}.get((match[1] or " ")[0].lower())
+        parts.append(f"{name}^{power}" if power else name)
     return "/".join(parts)
 
 
-def unit_behind(text: str) -> str:
-    """The unit that an expression ends with, empty if it has none."""
+def without_unit(text: str) -> tuple[str, str]:
+    """An expression, and the unit that it ends with; empty if it has none."""
     behind = _UNIT_BEHIND.search(text)
-    return unit_of(behind[1]) if behind else ""
+    unit = unit_of(behind[1]) if behind else ""
+    return (text[: behind.start()], unit) if behind and unit else (text, "")

@@ -27,12 +27,15 @@ def extract_answer(text: str) -> str | None:
 
 
 def tagged(text: str, tag: str = "answer") -> str | None:
-    """What the last `<tag>...</tag>` holds; None without one or if it never closes.
+    r"""What the last `<tag>...</tag>` holds, or a box in it; None without one or if it never closes.
 
-    Example: `tagged("<answer> B </answer>") == "B"`.
+    Example: `tagged(r"<answer> \boxed{B} </answer>") == "B"`.
     """
     span = _tag_span(text, tag)
-    return None if span is None else text[span].strip()
+    if span is None:
+        return None
+    boxed = extract_answer(text[span])
+    return text[span].strip() if boxed is None else boxed
 
 
 def marked(text: str) -> str | None:
