@@ -158,8 +158,10 @@ def shown(order: Order, first: Order) -> Order:
 
 def _sequences_of(pictures: Sequence[int]) -> int:
     """How many sequences these pictures have: of a, a, b there are 3! / 2! = 3."""
-    several = math.prod(math.factorial(n) for n in Counter(pictures).values())
-    return math.factorial(len(pictures)) // several
+    total = math.factorial(len(pictures))
+    if len(set(pictures)) == len(pictures):
+        return total
+    return total // math.prod(math.factorial(n) for n in Counter(pictures).values())
 
 
 def _distinct(rng: random.Random, total: int, k: int) -> list[int]:

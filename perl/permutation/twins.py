@@ -25,9 +25,9 @@ def twins(example: Example) -> list[tuple[Order, Order]]:
 
     Example: pictures a, a, b that all may move: `[((0, 1, 2), (1, 0, 2))]`.
     """
-    if num_orders(example) == 1:
-        return []
     count, first = len(example.images), alike(example.images)
+    if len(set(first)) == count or num_orders(example) == 1:
+        return []
     if example.kind == "ordering":
         distinct = distinct_options(example, first)
         pairs = [(distinct[shown(order, first)], order) for order in option_orders(example)]
