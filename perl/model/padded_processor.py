@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 
 from perl.model.processor import Processor, check_slots, content_key
-from perl.types import EncodedImage, EncodedPrompt, Message, RawPrompt, UserError
+from perl.types import EncodedImage, EncodedPrompt, Message, RawPrompt, UserError, one_line
 
 _PLACEHOLDER = re.compile(r"(image|img|video|vision|audio|boi|eoi)", re.IGNORECASE)
+_USUAL_SIDE, _USUAL_ASPECT = 28, 20
+"""Pixels of the shorter side, and how many times it the other is at most: no image processor refuses such."""
 
 
 class PaddedProcessor(Processor):
@@ -34,10 +36,32 @@ class PaddedProcessor(Processor):
         self.pad_token_id = int(self.tokenizer.pad_token_id)
         self.eos_token_id = int(self.tokenizer.eos_token_id)
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        self._refusals: dict[tuple[int, int], str] = {}
 
     @property
     def longest_aspect(self) -> float:
         return math.inf
+
+    @property
+    def demands(self) -> str:
+        return f"{super().demands} {self.min_pixels} {self.max_pixels}"
+
+    def _check_shape(self, image: Image.Image, where: str) -> None:
+        """An unusual shape is tried, on a black picture of it and once."""
+        size = self._resized_to(image.size)
+        if min(size) >= _USUAL_SIDE and max(size) <= _USUAL_ASPECT * min(size):
+            return
+        if size not in self._refusals:
+            self._refusals[size] = ""
+            try:
+                self.stock.image_processor(images=[Image.new("RGB", size)], return_tensors="pt")
+            except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:
+                self._refusals[size] = one_line(error)
+        if why := self._refusals[size]:
+            raise UserError(
+                f"{where}: {image.width} x {image.height} pixels, which the model's "
+                f"{type(self.stock.image_processor).__name__} refuses ({why}); crop it"
+            )
 
     def encode_messages(
         self, messages: Sequence[Message], images: Sequence[Image.Image], where: str = "the prompt"
@@ -138,9 +162,11 @@ class PaddedProcessor(Processor):
         self.stock.save_pretrained(folder)
 
     def _resized(self, image: Image.Image) -> Image.Image:
-        pixels = image.width * image.height
+        size = self._resized_to(image.size)
+        return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+    def _resized_to(self, size: tuple[int, int]) -> tuple[int, int]:
+        width, height = size
+        pixels = width * height
         scale = math.sqrt(min(max(pixels, self.min_pixels), self.max_pixels) / pixels)
-        if scale == 1:
-            return image
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        return image.resize(size, Image.Resampling.BICUBIC)
+        return max(1, round(width * scale)), max(1, round(height * scale))

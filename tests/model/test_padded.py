@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from perl.cli import main
 from perl.config import ModelConfig
@@ -23,7 +24,7 @@ from perl.model.processor import Processor
 from perl.model.tiny import make_tokenizer
 from perl.rollout.engine import SamplingParams
 from perl.rollout.padded import PaddedEngine, make_engine
-from perl.types import EncodedImage, EncodedPrompt, Message, Segment
+from perl.types import EncodedImage, EncodedPrompt, Example, Message, Segment
 from tests.messages import refused, tells
 from tests.model.steps import (
     batch_logprobs,
@@ -317,3 +318,28 @@ def test_prompts_it_cannot_read(load) -> None:
     assert prompt.raw is not None
     areas = [image.width * image.height for image in prompt.raw.images]
     assert areas == pytest.approx([CONFIG.max_pixels, CONFIG.min_pixels], rel=0.05)
+
+
+def test_a_shape_that_its_image_processor_refuses(load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known by headers; unusual ones are tried, once and after they are resized."""
+    _, processor = load()
+    tried = []
+
+    def refuses(images: list[Image.Image], **_: Any) -> None:
+        tried.append(images[0].size)
+        if min(images[0].size) < 3:
+            raise ValueError("sides below 3")
+
+    monkeypatch.setattr(processor.stock, "image_processor", refuses)
+
+    def of(*sizes: tuple[int, int]) -> Example:
+        return Example("7", tuple(Image.new("RGB", size) for size in sizes), "?", "A")
+
+    fine, thin, long = (300, 200), (10, 300), (2, 500)
+    processor.check_shapes(of(fine, (30, 600)))
+    assert tried == []
+    for _ in range(2):
+        processor.check_shapes(of(fine, thin))
+        with refused("example 7, image 3", "2 x 500", "sides below 3"):
+            processor.check_shapes(of(fine, thin, long))
+    assert tried == [thin, long]
