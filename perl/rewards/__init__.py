@@ -2,8 +2,8 @@
 
 `scorer.Scorer` is what runs use; it has the table of built-in functions. `columns` is what functions are given, `results`
 what they return, `calls` holds faults and time limits, `loading` finds a function by what a recipe says, `peers` calls those
-of verl and EasyR1, `forms` says what each built-in function wants written around an answer. `answers` reads final answers out of completions
-and compares them, for the evaluation too. `math.equal_values` compares formulas in a process of its own.
+of verl and EasyR1, `forms` says what each built-in function wants written around an answer, and what it reads. `reading/` is the one reader of
+answers: where one stands, which form it has, whether two are equal. `math.equal_values` compares formulas in a process of its own.
 
 To add a reward, write `f(prompts, completions, **columns) -> list of float or None` into the file of its
 kind (`answers`, `choice`, `math`, `boxes`, `sequences`, `judge`, `shaping`), with its options as

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from perl.rewards.forms import READS
+from perl.rewards.reading import chosen_letters
 from perl.rewards.scorer import BUILT_IN, Scorer
 from tests.rewards.scoring import score
 
@@ -29,6 +30,12 @@ def table(title: str) -> list[list[str]]:
 
 
 EXAMPLES = table("completion")
+EQUAL = [
+    (gold.strip("`"), answer, right)
+    for _, gold, *sides in table("form")
+    for right, side in zip((1, 0), sides, strict=True)
+    for answer in f"`{side}`".strip("`").split("` `")
+]
 
 
 @pytest.mark.parametrize(("text", "gold", "function", "value"), EXAMPLES)
@@ -37,6 +44,16 @@ def test_examples(text: str, gold: str, function: str, value: str) -> None:
         pytest.importorskip("math_verify")
     columns = COLUMNS.get(function) or COLUMNS.get(function.partition("(")[0], {"answer": gold})
     assert score(function, text, **columns) == pytest.approx(float(value), abs=5e-4)
+
+
+@pytest.mark.parametrize(("gold", "given", "right"), EQUAL)
+def test_what_counts_as_equal(gold: str, given: str, right: int) -> None:
+    assert score("accuracy", rf"\boxed{{{given}}}", answer=gold) == right
+
+
+@pytest.mark.parametrize(("text", "letters"), table("says"))
+def test_the_letters_of_a_choice(text: str, letters: str) -> None:
+    assert ", ".join(chosen_letters(text) or "") == letters
 
 
 def test_every_function_and_option_is_listed() -> None:
