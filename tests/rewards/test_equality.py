@@ -87,7 +87,7 @@ def test_what_is_equal_and_nothing_else(alike: tuple[str, ...]) -> None:
         ("90", r"90^\circ", 1), ("$5, $10", "$10, $5", 1), ("5 cm, 6 cm", "6 cm, 5 m", 0),
         # Letters.
         ("B. a dog", "B", 1), ("B", "B) a dog", 1), ("(B) a dog", "(B) a cat", 0), ("A. Lincoln", "A. Smith", 0), ("A or B", "A", 0),
-        ("A, B", "A", 0), ("A cat", "A", 0), ("not B", "B", 0), ("A", "A, C", 0), ("B is", "B", 0), ("Option B: the dog", "B", 1), ("B - the dog", "B", 1), ("A - B", "A", 0), ("(A) or (B)", "A", 0), ("（B）", "B", 1), ("Bob", "B", 0), ("B", "2", 0),
+        ("A, B", "A", 0), ("A cat", "A", 0), ("not B", "B", 0), ("A", "A, C", 0), ("B is", "B", 0), ("The answer is B", "B", 1), ("Answer: **2.5**", "2 1/2", 1), ("answer is not B", "B", 0), ("Option B: the dog", "B", 1), ("B - the dog", "B", 1), ("A - B", "A", 0), ("(A) or (B)", "A", 0), ("（B）", "B", 1), ("Bob", "B", 0), ("B", "2", 0),
         # Lists that nothing says anything of.
         ("1, 3", "3, 1", 1), ("2,1,3", "1,2,3", 0), ("B, A", "A, B", 0), ("2, 1", "1, 2", 0), ("C, A", "A, C", 1), ("AC", "C, A", 1),
         ("A, C", "AC", 1), ("CAB", "C, A, B", 1), ("CAB", "A, B, C", 0), ("1, 3, 3", "1, 3", 0), ("1, 3, 3", "3, 1, 1", 0),
@@ -110,12 +110,18 @@ def test_equal(given_: str | None, gold: str, right: int) -> None:
         ("sequence", "1, 3", "3, 1", 0), ("sequence", "C > A > B", "C, A, B", 1), ("sequence", "CAB", "C, A, B", 1),
         ("sequence", r"\{3, 1\}", "1, 3", 0), ("sequence", "[3; 1]", "3, 1", 1), ("sequence", "B → A", "B, A", 1),
         ("values", "2, 3, 2", "2, 3, 2", 1), ("values", "3, 2, 2", "2, 3, 2", 0), ("values", "4, 7", "7, 4", 0),
-        ("values", "100,200", "100, 200", 1), ("set", "B", "(b)", 1), ("values", "1,234", "1234", 0), ("set", "2.5", "2 1/2", 1),
+        ("values", "100,200", "100, 200", 1), ("set", "B", "(b)", 1), ("set", "2.5", "2 1/2", 1),
     ],
 )  # fmt: skip
 def test_lists_of_a_known_form(form: Any, given_: str, gold: str, right: int) -> None:
     assert equal(given_, gold, form) == bool(right)
     assert (canonical(given_, form) == canonical(gold, form)) == bool(right)
+
+
+def test_what_only_two_answers_together_tell() -> None:
+    """A number in thousands where a list is known, and which way a ranking goes."""
+    assert equal("1,234", "1234", "values") and equal("1234", "1,234", "values")
+    assert not equal("1234", "1,235", "values") and not equal("A > B", "A < B", "sequence")
 
 
 def test_items_of_a_list() -> None:

@@ -80,7 +80,7 @@ def _equal(
     given: Answer, gold: Answer, form: AnswerForm | None, same: Same, digits: int | None
 ) -> bool:
     if (given.form == "list") != (gold.form == "list"):
-        given, gold = _as_list(given, gold), _as_list(gold, given)
+        given, gold = _beside(given, gold), _beside(gold, given)
     if given.form == gold.form == "list":
         return _equal_lists(given, gold, form, same, digits)
     if {given.form, gold.form} in ({"list", "number"}, {"list", "letter"}):
@@ -107,7 +107,8 @@ def _equal_lists(
 ) -> bool:
     if len(given.items) != len(gold.items):
         return False
-    if given.mark and gold.mark and given.mark != gold.mark and form is None:
+    marks = given.mark and gold.mark and given.mark != gold.mark
+    if marks and (form is None or {given.mark, gold.mark} == {"<", ">"}):
         return False
     if _in_sequence(gold, form):
         pairs = zip(given.items, gold.items, strict=True)
@@ -123,11 +124,10 @@ def _equal_lists(
     return True
 
 
-def _as_list(answer: Answer, other: Answer) -> Answer:
-    """`CAB` and `100,200` beside a list."""
-    if answer.form == "list":
-        return answer
+def _beside(answer: Answer, other: Answer) -> Answer:
+    """An answer as it is read beside another one: `CAB` and `100,200` beside a list, `1,234` beside a number."""
     text = tidy(answer.text)
-    if GLUED.fullmatch(text) and len(text) == len(other.items):
-        return read(text, "sequence")
-    return read(text, "sequence") if answer.form == "number" and "," in text else answer
+    if answer.form == "list":
+        return read(text) if other.form == "number" else answer
+    listed = GLUED.fullmatch(text) and len(text) == len(other.items)
+    return read(text, "sequence") if listed or (answer.form == "number" and "," in text) else answer

@@ -48,10 +48,14 @@ _LATEX = (
     (re.compile(r"\\(?:to|rightarrow)(?![a-zA-Z])|->"), "→"),
     (re.compile(r"\\(?:lbrace|rbrace)(?![a-zA-Z])"), lambda m: "{" if m[0][1] == "l" else "}"),
     (re.compile(r"\\([{}%])"), r"\1"),
-    (re.compile(r"\u2212"), "-"),
+    (re.compile(r"\u2212|\A\u2013(?=[0-9.])"), "-"),
     (re.compile("[¼-¾⅐-⅞]"), lambda m: f" {unicodedata.normalize('NFKC', m[0])} ".replace("\u2044", "/")),
 )  # fmt: skip
 _INLINE = re.compile(r"(?<!\\)\$(?=\S)((?:\\.|[^$\\\n]){1,300})(?<=[A-Za-z0-9)}\]%])\$(?![0-9])")
+_PREFIX = re.compile(
+    r"\A(?:so |thus,? |therefore,? )?(?:the |my )?(?:final |correct )?answer(?: is|:| is:) ?(?=\S)",
+    re.IGNORECASE | re.ASCII,
+)
 _DECORATION = "*_`\"'“”‘’"
 _MONEY = re.compile(r"([-+]?) ?(?:US)?([$€£¥₹]) ?(?=[-+.0-9])")
 _AMOUNT = re.compile(
@@ -73,7 +77,8 @@ def tidy(answer: str) -> str:
         text = pattern.sub(new, text)
     text = _WRAPPED.sub(r"\1", _WRAPPED.sub(r"\1", text))
     text = _FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]} ", text).replace("\\$", "$")
-    return " ".join(text.split()).rstrip(".").strip(_DECORATION).strip()
+    text = " ".join(text.split()).rstrip(".").strip(_DECORATION).strip()
+    return _PREFIX.sub("", text).strip(_DECORATION).strip()
 
 
 def plain(answer: str) -> str:
