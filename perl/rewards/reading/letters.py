@@ -45,9 +45,11 @@ _FILLER = (
     rf"|panel)\s|{_NAME}?\s?[:=]\s?){{0,5}}"
 )
 _CUE = re.compile(
-    rf"(?:\banswers?(?:\s(?:to|for)\s(?:the|this)\s[a-z]{{1,12}})?|\b(?:option|choice|pick)(?=\s(?:is|should|must|would)\b)|\b(?:correct|right|best|final)\s(?:option|choice|letter|one)s?|\b(?:choose|chose|choosing|pick|picked"
-    rf"|select|selected|go with|opt for|settle on)|\bit(?:['’]s| is| must be| should be))"
-    rf"(?:\s(?:is|are|should be|must be|would be))?\s?[:=]?\s{{0,3}}{_FILLER}\Z",
+    r"(?:\banswers?(?:\s(?:to|for)\s(?:the|this)\s[a-z]{1,12})?|\b(?:option|choice|pick)(?=\s(?:is|should|must|would)\b)"
+    r"|\b(?:correct|right|best|final)\s(?:option|choice|letter|one)s?"
+    r"|\b(?:choose|chose|choosing|pick|picked|select|selected|go with|opt for|settle on)"
+    r"|\bit(?:['’]s| is| must be| should be))(?:\s(?:is|are|should be|must be|would be))?\s?[:=]?\s{0,3}"
+    rf"{_FILLER}\Z",
     re.IGNORECASE | re.ASCII,
 )
 _CUE_BEHIND = re.compile(
@@ -55,14 +57,15 @@ _CUE_BEHIND = re.compile(
 )
 _OPTION = re.compile(rf"\b{_NAME}\s?[:=]?\s?\Z", re.IGNORECASE)
 _NOT = re.compile(
-    rf"(?:\b(?:not|never|neither|cannot be|without|except(?: for)?|rather than|instead of|other than|over|(?:any(?:thing)?|all|everything)"
-    rf"\sbut|rules? out|ruled out|ruling out|eliminat(?:e|es|ed|ing)|exclud(?:e|es|ed|ing)|reject(?:s|ed|ing)?)|n['’]t(?: be)?)"
-    rf"\s{_FILLER}\Z",
+    r"(?:\b(?:not|never|neither|cannot be|without|except(?: for)?|rather than|instead of|other than|over"
+    r"|(?:any(?:thing)?|all|everything)\sbut|rules? out|ruled out|ruling out|eliminat(?:e|es|ed|ing)|exclud(?:e|es|ed|ing)"
+    rf"|reject(?:s|ed|ing)?)|n['’]t(?: be)?)\s{_FILLER}\Z",
     re.IGNORECASE | re.ASCII,
 )
 _NOT_BEHIND = re.compile(
-    r"(?:\s\([^()]{1,30}\))?(?:\s?(?:\?|\(?(?:wrong|incorrect|false)\b)|\s(?:cannot\b|[a-z]{2,6}n['’]t\b|can['’]t\b|(?:is|are|was|can|could|does|would|will|must|seems?"
-    r"|looks?)\s(?:[a-z]{2,12}ly\s|also\s)?(?:not|never|wrong|incorrect|false|ruled out|out|eliminated|excluded|impossible)\b))",
+    r"(?:\s\([^()]{1,30}\))?(?:\s?(?:\?|\(?(?:wrong|incorrect|false)\b)|\s(?:cannot\b|[a-z]{2,6}n['’]t\b|can['’]t\b"
+    r"|(?:is|are|was|can|could|does|would|will|must|seems?|looks?)\s(?:[a-z]{2,12}ly\s|also\s)?"
+    r"(?:not|never|wrong|incorrect|false|ruled out|out|eliminated|excluded|impossible)\b))",
     re.IGNORECASE | re.ASCII,
 )
 _END = re.compile(r"\s*(?:[.,;:!]|\Z)")
@@ -125,15 +128,13 @@ def _read(text: str, whole: bool) -> tuple[str | None, bool]:
         return "".join(sorted({part.upper() for part in parts})), True
     groups = _groups(text)
     changed = max((match.end() for match in _RETRACTED.finditer(text)), default=0)
-    later = (
-        _choose(text, [group for group in groups if group.start >= changed], False)
-        if changed
-        else None
-    )
-    if later and len(later) == 1:
-        return later, True
+    if changed:
+        later = _choose(text, [group for group in groups if group.start >= changed], False)
+        if later and len(later) == 1:
+            return later, True
     chosen = _choose(text, groups, whole)
-    return (chosen or None), bool(groups) or chosen is not None
+    named = any(group.level or group.negated or not whole for group in groups)
+    return chosen or None, named or chosen is not None
 
 
 def _choose(text: str, groups: Sequence[_Group], whole: bool) -> str | None:
@@ -143,11 +144,9 @@ def _choose(text: str, groups: Sequence[_Group], whole: bool) -> str | None:
     if said:
         later = "".join(g.letters for g in groups if g.negated and g.start > said[-1].start)
         return "" if said[-1].hedged or set(said[-1].letters) & set(later) else said[-1].letters
-    label = _LABEL.match(text)
     denied = {letter for group in groups if group.negated for letter in group.letters}
-    if label and {letter.upper() for letter in _LABELS.findall(text)} - denied == {
-        label[1].upper()
-    }:
+    label, labels = _LABEL.match(text), {letter.upper() for letter in _LABELS.findall(text)}
+    if label and labels - denied == {label[1].upper()}:
         return label[1].upper()
     for level in (1,) if whole else (1, 0):
         found = [group for group in kept if group.level == level]
@@ -166,10 +165,8 @@ def _groups(text: str) -> list[_Group]:
     groups: list[_Group] = []
     end, last = 0, len(text.rstrip("."))
     for token in _TOKEN.finditer(text):
-        before, behind = (
-            text[max(0, token.start() - _BEFORE) : token.start()],
-            text[token.end() : token.end() + _BEHIND],
-        )
+        before = text[max(0, token.start() - _BEFORE) : token.start()]
+        behind = text[token.end() : token.end() + _BEHIND]
         cued, option = _CUE.search(before), _OPTION.search(before)
         if not token[1]:
             if token[2] in "AIai" and _ARTICLE.match(behind):
@@ -177,9 +174,8 @@ def _groups(text: str) -> list[_Group]:
             alone = token[2].islower() or token[2] == "I"
             if alone and not ((cued or option) and _END.match(behind)):
                 continue
-        line = (token.start() == 0 and behind.startswith("\n")) or (
-            token.end() == last and text[: token.start()].endswith("\n")
-        )
+        opens, closes = not before and behind.startswith("\n"), before.endswith("\n")
+        line = opens or (closes and token.end() == last)
         new = _Group(
             (token[1] or token[2]).upper(),
             2 if cued or line or _CUE_BEHIND.match(behind) else 1 if option or token[1] else 0,
@@ -187,12 +183,8 @@ def _groups(text: str) -> list[_Group]:
             False,
             token.start(),
         )
-        join = (
-            _JOIN.fullmatch(text, end, token.start())
-            if groups and token.start() - end <= _BEFORE
-            else None
-        )
-        if join and not (new.negated and "," in join[0] and not join[1]):
+        join = _JOIN.fullmatch(text, end, token.start())
+        if groups and join and not (new.negated and "," in join[0] and not join[1]):
             groups[-1] = _joined(groups[-1], new, join)
         else:
             groups.append(new)
