@@ -136,7 +136,7 @@ def measured(model: Path) -> dict[str, float]:
 
     from perl.config import EVAL_SEED, DataConfig, ModelConfig
     from perl.data.dataset import load_examples
-    from perl.evaluation.agreement import agreement, chosen_picture
+    from perl.evaluation.agreement import Reading, agreement, chosen_picture
     from perl.model.loading import load_policy, load_processor
     from perl.permutation import all_orders, permute
     from perl.report.metrics import mean
@@ -171,7 +171,8 @@ def measured(model: Path) -> dict[str, float]:
                     picks.append(
                         [
                             chosen_picture(
-                                Rollout(variant, prompt, c.token_ids, c.logprobs, text, c.finished)
+                                Rollout(variant, prompt, c.token_ids, c.logprobs, text, c.finished),
+                                Reading(),
                             )
                             for c, text in zip(mine, texts, strict=True)
                         ]

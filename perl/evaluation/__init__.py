@@ -1,7 +1,7 @@
 """What a policy can do: on held-out examples, on public benchmarks, on each question of a training set.
 
 * `evaluate.evaluate` and `aggregate`: accuracy and consistency over image orders, in a run and by `perl-rl evaluate`;
-  `agreement.group_agreement` is the consistency of a training group.
+  `agreement.Reading` is how a run's rewards read answers, `group_agreement` the consistency of a training group.
 * `record`: an evaluation as a file with the scores of every example; `comparison`: two of those, paired.
 * `suites/`: the eight benchmarks of the paper; see there to add one. `statistics` says how sure their numbers are.
 * `difficulty`: how often a policy answers each question right, kept in a `MeasuredFile`; `selection.write_selection` keeps the

@@ -18,12 +18,11 @@ from perl.config import EVAL_SEED, Config, names_of, places_of
 from perl.data.check import acceptance
 from perl.data.columns import tell_once
 from perl.data.dataset import Dataset
-from perl.evaluation.agreement import agreement, chosen_picture
+from perl.evaluation.agreement import Reading, agreement, chosen_picture
 from perl.model.processor import content_key
 from perl.permutation import all_orders, permute
 from perl.report.metrics import mean
-from perl.rewards.forms import reader_of, says_right
-from perl.rewards.reading import Reader
+from perl.rewards.forms import says_right
 from perl.rewards.scorer import Scorer
 from perl.rollout.engine import InProcessEngine, SamplingParams
 from perl.rollout.prompts import PromptEncoder
@@ -115,7 +114,7 @@ def evaluate(
     if scorer is None:
         scorer = Scorer(config.reward.functions, config.reward.weights, config.reward.timeout)
     accuracy, _ = accuracy_of(config) or (None, "")
-    read = answer_reader(config, scorer)
+    reading = answer_reading(config, scorer)
     longest, text = config.rollout.max_new_tokens, config.permutation.text
     accept = acceptance(config.data, text, encoder.processor)
     stop = config.rollout.stop
@@ -139,7 +138,7 @@ def evaluate(
         by_order = iter([list(islice(scored, len(rollouts))) for rollouts in both])
         for pairs in filter(None, encoded):
             own = list(islice(by_order, len(pairs)))
-            results.append(_summarise(own, accuracy, read))
+            results.append(_summarise(own, accuracy, reading))
             if not start:
                 shown += [scored_of_order[0] for scored_of_order in own]
         advance(len(numbers))
@@ -199,11 +198,11 @@ def _judges(config: Config) -> list[str]:
     return [f for f in config.reward.functions if names_of([f]) == ("accuracy",) or says_right(f)]
 
 
-def answer_reader(config: Config, scorer: Scorer) -> Reader | None:
-    """What reads a completion's answer as the run's rewards do; None if none of them is known to read one."""
+def answer_reading(config: Config, scorer: Scorer) -> Reading | None:
+    """How the run's rewards read a completion's answer; None if none of them is known to read one."""
     found = accuracy_of(config)
     names = [found[0]] if found else scorer.names
-    return next(filter(None, (reader_of(scorer.functions[name]) for name in names)), None)
+    return next(filter(None, (Reading.of(scorer.functions[name]) for name in names)), None)
 
 
 def unmeasured(numbers: Mapping[str, Any], config: Config, scorer: Scorer) -> str | None:
@@ -228,7 +227,7 @@ def unmeasured(numbers: Mapping[str, Any], config: Config, scorer: Scorer) -> st
             f"{' and '.join(lost)} are not measured: reward.functions has several that say what is right "
             f"({', '.join(several)}); name the one that counts in filter.measure"
         )
-    lost += ["consistency"] if answer_reader(config, scorer) is None else []
+    lost += ["consistency"] if answer_reading(config, scorer) is None else []
     return (
         f"{', '.join(lost[:-1])} and {lost[-1]} are not measured: none of reward.functions "
         f"({', '.join(config.reward.functions)}) is known to say whether an answer is right; add accuracy, with its options "
@@ -252,7 +251,7 @@ def _scored(scorer: Scorer, rollouts: Sequence[Rollout]) -> list[Scored]:
 
 
 def _summarise(
-    by_order: Sequence[Sequence[Scored]], accuracy: str | None, read: Reader | None
+    by_order: Sequence[Sequence[Scored]], accuracy: str | None, reading: Reading | None
 ) -> ExampleResult:
     """Each order's rollouts are its samples and, last, its greedy completion."""
     example = by_order[0][0].rollout.variant.example
@@ -260,7 +259,12 @@ def _summarise(
     samples = [s for scored in by_order for s in scored[:-1]]
     greedy = [scored[-1] for scored in by_order]
     everything = [s for scored in by_order for s in scored]
-    picks = [[read and chosen_picture(s.rollout, read) for s in scored] for scored in by_order]
+    consistency, unread = [math.nan, math.nan], math.nan
+    if reading:
+        picks = [[chosen_picture(s.rollout, reading) for s in scored] for scored in by_order]
+        parts = ([p[:-1] for p in picks], [p[-1:] for p in picks])
+        consistency = [agreement(part, reading.same) for part in parts]
+        unread = mean([reading.read(s.rollout.text) is None for s in everything])
     rewards = {}
     for prefix, scored in (("", samples), ("greedy_", greedy)):
         rewards[f"{prefix}reward"] = mean([s.reward for s in scored])
@@ -271,15 +275,15 @@ def _summarise(
         task=example.task,
         accuracy=_part(samples, accuracy),
         greedy=_part(greedy, accuracy),
-        consistency=agreement([p[:-1] for p in picks]) if read else math.nan,
-        greedy_consistency=agreement([p[-1:] for p in picks]) if read else math.nan,
+        consistency=consistency[0],
+        greedy_consistency=consistency[1],
         format=_part(samples, "format"),
         orders=len(by_order),
         content=content,
         pictures=pictures,
         rewards=rewards,
         unscored=sum(math.isnan(s.reward) for s in everything),
-        unread=mean([read(s.rollout.text) is None for s in everything]) if read else math.nan,
+        unread=unread,
     )
 
 

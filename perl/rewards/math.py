@@ -30,6 +30,8 @@ from perl.types import UserError
 
 _MEMORY = 4 * 2**30
 _FAULTS = (TimeoutError, RuntimeError, ValueError)
+_LONGEST = 500
+"""Longer texts are no expressions, and math-verify takes seconds to find that out."""
 _DIGITS = 6
 """As math-verify compares numbers that have a point."""
 
@@ -100,6 +102,8 @@ class _Worker:
 
     def ask(self, gold: str, given: str, seconds: float, digits: int | None = None) -> bool:
         """Whether they are equal; raises what the comparison ended in, one of `_FAULTS`. `digits` as in `_equal`."""
+        if len(given) > _LONGEST:
+            return False
         with self._lock:
             # Only a process that has answered is used again: what an interrupt leaves in the pipe
             # would be taken for the answer to the next question.

@@ -11,15 +11,14 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from perl.evaluation.agreement import group_agreement
-from perl.evaluation.evaluate import answer_reader
+from perl.evaluation.agreement import Reading, group_agreement
+from perl.evaluation.evaluate import answer_reading
 from perl.model.head import HeadLoss, make_policy_loss, needs_reference
 from perl.model.loading import load_policy
 from perl.model.packed.pack import packing_report
 from perl.model.weights import trains_adapters_alone
 from perl.recipe import Stage
 from perl.report.metrics import mean
-from perl.rewards.reading import Reader, extract_answer
 from perl.rollout.collect import Collected
 from perl.training.balancing import ModelFlops, share_out
 from perl.training.measure import measure
@@ -35,7 +34,7 @@ def reinforce(session: Session, stage: Stage) -> None:
         return
     components, vision = session.components, session.components.policy.vision
     policy_step = PolicyStep(session)
-    read = answer_reader(session.config, components.collector.scorer)
+    reading = answer_reading(session.config, components.collector.scorer)
     # A step whose evaluation failed was kept without it.
     if not session.progress.ended:
         _measure_if_due(session, session.progress.step - 1)
@@ -43,7 +42,7 @@ def reinforce(session: Session, stage: Stage) -> None:
     for step in session.steps():
         started, encoded = time.perf_counter(), vision.images_encoded
         collected = components.collector.collect(session.source, session.processes, step)
-        row = group_metrics(collected, read) | policy_step(step, collected.groups)
+        row = group_metrics(collected, reading) | policy_step(step, collected.groups)
         row["time/step"] = time.perf_counter() - started
         row["throughput/tokens_per_second"] = (
             row["tokens/prompt"] + row["tokens/completion"]
@@ -194,7 +193,7 @@ def segments_of(group: Group, condition: str) -> list[Segment]:
     ]
 
 
-def group_metrics(collected: Collected, read: Reader | None = extract_answer) -> dict[str, float]:
+def group_metrics(collected: Collected, reading: Reading | None) -> dict[str, float]:
     """What this process's rollouts of a step were like, the dropped groups included; no consistency without a reader."""
     seen, counts = collected.seen, collected.counts
     rollouts = [r for g in seen for r in g.rollouts]
@@ -207,7 +206,7 @@ def group_metrics(collected: Collected, read: Reader | None = extract_answer) ->
         },
         **{f"reward/faults/{name}": n for name, n in collected.faults.items()},
         **{f"logged/{name}": value for name, value in collected.logged.items()},
-        **({"consistency": mean([group_agreement(g, read) for g in seen])} if read else {}),
+        **({"consistency": mean([group_agreement(g, reading) for g in seen])} if reading else {}),
         "permutation/rate": collected.rate,
         "permutation/orders": mean([len(g.variants) for g in seen]),
         "length/mean": mean([len(r.token_ids) for r in rollouts]),

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perl.evaluation.agreement import agreement, chosen_picture, group_agreement
+from perl.evaluation.agreement import Reading, agreement, chosen_picture, group_agreement
 from perl.permutation import permute
+from perl.rewards.scorer import load_reward
 from perl.types import EncodedPrompt, Example, Group, Rollout
 
 PICTURES = tuple(Image.new("RGB", (4, 4), color) for color in ("red", "green", "blue"))
@@ -20,10 +21,16 @@ def rollout(order: tuple[int, ...], text: str, example: Example = EXAMPLE) -> Ro
     return Rollout(permute(example, order), prompt, empty, empty, text, True)
 
 
+def chosen(rollout: Rollout, function: str = "accuracy") -> str | None:
+    reading = Reading.of(load_reward(function))
+    assert reading
+    return chosen_picture(rollout, reading)
+
+
 def test_the_same_picture_under_different_letters() -> None:
     here, there = rollout((0, 1, 2), r"\boxed{ A }"), rollout((2, 0, 1), r"\boxed{ B }")
-    assert chosen_picture(here) == chosen_picture(there)
-    assert chosen_picture(rollout((2, 0, 1), r"\boxed{ A }")) != chosen_picture(here)
+    assert chosen(here) == chosen(there)
+    assert chosen(rollout((2, 0, 1), r"\boxed{ A }")) != chosen(here)
 
 
 @pytest.mark.parametrize(
@@ -36,12 +43,55 @@ def test_the_same_picture_under_different_letters() -> None:
 )
 def test_an_answer_that_names_no_picture_is_none(text: str, picture: str | None) -> None:
     """In an order that shows the third picture first; pictures by their place in the data."""
-    assert chosen_picture(rollout((2, 0, 1), text)) == picture
+    assert chosen(rollout((2, 0, 1), text)) == picture
 
 
 def test_answers_that_stay_are_compared_as_they_are() -> None:
     example = Example("e", PICTURES, "<image> <image> <image> how many ?", "2", should_change=False)
-    assert chosen_picture(rollout((1, 0, 2), r"\boxed{ 2 }", example)) == "2"
+    assert chosen(rollout((1, 0, 2), r"\boxed{ 2 }", example)) == "2"
+
+
+WHICH, ORDER = (
+    f"A <image> B <image> C <image> {asked}"
+    for asked in ("Which images show red?", "In which order were they taken?")
+)
+
+
+@pytest.mark.parametrize(
+    ("question", "function", "here", "there", "same"),
+    [
+        # There the slots show the pictures C, A, B.
+        (WHICH, "accuracy", r"\boxed{A, C}", r"\boxed{A and B}", True),
+        (WHICH, "accuracy", r"\boxed{C, A}", r"\boxed{B, A}", True),
+        (WHICH, "accuracy", r"\boxed{A, C}", r"\boxed{A, C}", False),
+        (WHICH, "choice", "<answer>(C) and (A)</answer>", "The answer is A and B.", True),
+        (ORDER, "accuracy", r"\boxed{C, A, B}", r"\boxed{A, B, C}", True),
+        (ORDER, "accuracy", r"\boxed{A, B, C}", r"\boxed{A, B, C}", False),
+        (ORDER, "accuracy", r"\boxed{A, C, B}", r"\boxed{A, B, C}", False),
+        (ORDER, "accuracy(unordered=True)", r"\boxed{A, C, B}", r"\boxed{A, B, C}", True),
+        (ORDER, "ordering", r"C > A > B", r"\boxed{A, B, C}", True),
+        (WHICH, "accuracy(tags=True)", r"\boxed{A}<answer>B</answer>", "<answer>C</answer>", True),
+        (WHICH, "accuracy(tags=True)", r"\boxed{A}", r"\boxed{B}", None),
+        (WHICH, "choice", r"\boxed{A or B}", r"\boxed{not B}", None),
+        (WHICH, "math", "<answer>C</answer>", "So the answer is (A).", True),
+    ],
+)
+def test_choices_are_read_and_compared_as_rewards_do(
+    question: str, function: str, here: str, there: str, same: bool | None
+) -> None:
+    example = Example("e", PICTURES, question, "A, B, C")
+    one = chosen(rollout((0, 1, 2), here, example), function)
+    other = chosen(rollout((2, 0, 1), there, example), function)
+    assert (one == other if one and other else None) == same
+
+
+def test_formulas_are_equal_by_their_values() -> None:
+    """Of six pairs from two orders four are equal; nothing said equals nothing."""
+    reading = Reading.of(load_reward("math"))
+    assert reading and reading.same
+    picks = [[r"2\sqrt{3}", r"\sqrt{12}"], [r"\sqrt{4 \cdot 3}", r"\sqrt{12}", None]]
+    assert agreement(picks, reading.same) == pytest.approx(4 / 6)
+    assert agreement(picks) == pytest.approx(1 / 6)
 
 
 def test_agreement_counts_pairs_from_different_orders() -> None:
@@ -59,4 +109,6 @@ def test_a_group_compares_its_orders() -> None:
     texts = {(0, 1, 2): ("A", "C", ""), (2, 0, 1): ("A", "A")}
     rollouts = tuple(rollout(order, rf"\boxed{{{t}}}") for order, ts in texts.items() for t in ts)
     none = np.zeros(0)
-    assert group_agreement(Group(EXAMPLE, (), rollouts, none, {}, none)) == pytest.approx(2 / 6)
+    assert group_agreement(
+        Group(EXAMPLE, (), rollouts, none, {}, none), Reading()
+    ) == pytest.approx(2 / 6)

@@ -255,6 +255,21 @@ def test_why_there_is_no_accuracy(functions: list[str], answer: str, names: list
         tells(said, *names)
 
 
+def test_formulas_that_are_equal_are_one_answer() -> None:
+    """In one order the sampled and the greedy completion say it in one way, in the other order in another."""
+    asked = example("q", 10, 20, question="<image> <image> How long?", should_change=False)
+    asked = replace(asked, answer=r"2\sqrt{3}")
+    ways = {(0, 1): r"\sqrt{12}", (1, 0): r"\sqrt{4 \cdot 3}"}
+    for function, accuracy, consistency in (("math", 1, 1), ("accuracy", 0, 0)):
+        reward = RewardConfig(functions=(function,), weights=(1.0,))
+        results, *_ = measured(
+            lambda a: rf"\boxed{{{ways[a.variant.order]}}}", asked, reward=reward
+        )
+        found = aggregate(results)
+        assert (found["accuracy"], found["greedy"]) == (accuracy, accuracy)
+        assert (found["consistency"], found["greedy_consistency"]) == (consistency, consistency)
+
+
 def test_with_the_weight_0_all_three_are_back() -> None:
     reward = RewardConfig(functions=(TENS, "accuracy"), weights=(1.0, 0.0))
     results, *_ = measured(lambda _: r"\boxed{A}", example("q", 10, 20), reward=reward)

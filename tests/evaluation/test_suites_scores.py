@@ -15,10 +15,9 @@ from perl.evaluation.suites.base import Items, make_example, open_items
 from perl.evaluation.suites.reading import (
     Reply,
     image_kind,
+    judge_value,
     numbered_slots,
     option_letter,
-    said,
-    same_value,
 )
 from perl.permutation import all_orders, permute
 from perl.types import IMAGE_SLOT, Example
@@ -54,7 +53,11 @@ CASES = {
         ("\\boxed{A}", "A", 0),
         ("The correct answer is **B**", "B", 1),
         ("The answer is A. No, the answer is B", "B", 1),  # the last one counts
-        ("Answer: B, not answer: (A)", "A", 0),
+        ("Answer: B, not answer: (A)", "B", 1),
+        ("The answer is B. Option A shows a cat.", "B", 1),
+        ("Not (A), so it must be (B)", "B", 1),
+        ("<think>(A)?</think><answer>B</answer>", "B", 1),
+        ("<answer>A or B</answer>", None, 0),
         ("I cannot help", None, 0),
     ],
     "mmiu forensic_detection_blink/0": [
@@ -104,7 +107,7 @@ CASES = {
     ],
     "mathvision 15": [
         ("\\boxed{B}", "B", 1),
-        ("\\boxed{4}", "4", 1),
+        ("\\boxed{4}", "B", 1),
         ("\\boxed{\\frac{8}{2}}", "\\frac{8}{2}", 1),
         ("\\boxed{A}", "A", 0),
         ("\\boxed{B} no, \\boxed{C}", "C", 0),
@@ -295,10 +298,11 @@ def judged(suite: str, reply: str, gold: str, task: str = "", **extra: Any) -> A
         ("A) or B)", ["x", "y", "z"], None),
         ("A. and more", ["x", "y", "z"], None),
         ("I choose (B), as I said: (B)", ["x", "y", "z"], "B"),
-        ("(A), not (B)", ["x", "y", "z"], None),
+        ("(A), not (B)", ["x", "y", "z"], "A"),
+        ("The answers are (A) and (B).", ["x", "y", "z"], None),
         ("(A) first\n\nthen (B)", ["x", "y", "z"], "B"),
         ("(A) or (B)\n\nthen (B) or (C)", ["x", "y", "z"], None),
-        ("Option: c", ["x", "y", "z"], None),
+        ("Option: c", ["x", "y", "z"], "C"),
         ("Choice C", ["x", "y", "z"], "C"),
         ("answer = **B**", ["x", "y", "z"], "B"),
         ("Answer Bob", ["x", "y", "z"], None),
@@ -310,7 +314,7 @@ def judged(suite: str, reply: str, gold: str, task: str = "", **extra: Any) -> A
     ],
 )
 def test_which_option_a_text_chooses(text: str, options: list[str], letter: str | None) -> None:
-    assert option_letter(text, len(options), options) == letter
+    assert option_letter(Reply(text, False), options) == letter
 
 
 @pytest.mark.parametrize(
@@ -385,32 +389,43 @@ FORMS = [
 def test_a_letter_is_read_from_every_common_form(count: int, data: st.DataObject) -> None:
     letter = data.draw(st.sampled_from("ABCDEFGH"[:count]))
     form = data.draw(st.sampled_from(FORMS))
-    assert option_letter(form.format(letter), count) == letter
+    assert option_letter(Reply(form.format(letter), False), (), count) == letter
     beyond = "ABCDEFGHI"[count]
-    assert option_letter(form.format(beyond), count) is None
+    assert option_letter(Reply(form.format(beyond), False), (), count) is None
 
 
 @settings(max_examples=40)
 @given(st.text(max_size=80), st.text(max_size=40))
 def test_any_text_is_judged_without_an_error(text: str, gold: str) -> None:
-    option_letter(text, 4, [gold, "b"])
-    said(text)
-    assert same_value(text, text) == bool(text.strip())
-    assert not same_value("", gold)
+    reply = Reply.of(text)
+    option_letter(reply, [gold, "b"])
+    assert judge_value(reply, reply.value).score == bool(reply.value)
+    assert judge_value(Reply("", True), gold).score == 0
 
 
-def test_values() -> None:
-    equal = [("0.5", "\\frac{1}{2}"), ("$2\\sqrt{3}$", "\\sqrt{12}"), ("17 m", "17"), ("x=3", "3")]
-    equal += [("(3,4)", "(3, 4)"), ("1,000", "1000")]
-    for one, other in equal:
-        assert same_value(one, other), (one, other)
-    for one, other in (
-        *(("3.14", "\\pi"), ("", "3"), ("9^9^9^9", "3"), ("1" * 500, "1" * 500)),
-        *(("0.5 m", "50 cm"), ("(2,1)", "(1,2)"), ("5 m", "5 cm"), ("2,1", "1,2"), ("50", r"50\%")),
-    ):
-        assert not same_value(one, other), (one, other)
-    assert same_value("3.14", "\\pi", digits=2)
-    assert same_value("x" * 400, "x" * 400) and not same_value("x" * 401, "x" * 401)
+@pytest.mark.parametrize(
+    ("given", "gold", "right"),
+    [
+        ("0.5", r"\frac{1}{2}", 1),
+        (r"2\sqrt{3}", r"$\sqrt{12}$", 1),
+        ("So x = 3\n\nThe answer is 17 m.", "17", 1),
+        ("<answer>2.5</answer>", r"2\frac{1}{2}", 1),
+        ("<answer>10.5</answer>", r"2\frac{1}{2}", 0),
+        (r"\boxed{[3, 4]}", "(3, 4)", 0),
+        (r"\boxed{5 m}", "5 cm", 0),
+        (r"\boxed{2, 1}", "1, 2", 0),
+        (r"\boxed{50}", r"50\%", 0),
+        ("3.14", r"\pi", 0),
+        ("9^9^9^9", "3", 0),
+        ("word " * 1000, "5", 0),
+    ],
+)
+def test_values(given: str, gold: str, right: float) -> None:
+    assert judge_value(Reply.of(given), gold).score == right
+
+
+def test_values_to_two_digits() -> None:
+    assert judge_value(Reply.of("3.14"), r"\pi", digits=2).score == 1
 
 
 @pytest.mark.parametrize(

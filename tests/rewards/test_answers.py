@@ -22,6 +22,7 @@ def test_accuracy_of_tags_and_of_sets() -> None:
     texts = ["<answer>A</answer> <answer> (c) and A. </answer>", r"<answer>C, A \boxed{A, C}"]
     assert accuracy(["q"] * 2, texts, ["A, C"] * 2) == [0, 1]
     assert accuracy(["q"] * 2, texts, ["A, C"] * 2, tags=True) == [1, 0]
+    assert accuracy(["q"], [r"<answer>\boxed{42}</answer>"], ["42"], tags=True) == [1]
     assert accuracy(["q"], texts[:1], ["A, B"], tags=True) == [0]
     assert accuracy(["q"] * 2, texts, ["A, C"] * 2, tags=True, unordered=True) == [1, 0]
     assert accuracy(["q"], [r"\boxed{A}"], ["A, C"], unordered=True) == [0]

@@ -99,6 +99,9 @@ def test_choice_of_several(text: str, spec: str) -> None:
         ("not Image 2", ["Image 1", "Image 2"], None),
         ("Image 2", ["Image 1", "Image 2"], "B"),
         ("A cat sits", ["a cat", "a dog"], "A"),
+        ("(A) x", ["x", "y"], "A"),
+        ("B:8", ["7", "8"], "B"),
+        (r"2*\sqrt{3}", ["8", r"2*\sqrt{3}"], "B"),
         ("yes", ["", "yes"], "B"),
     ],
 )

@@ -40,6 +40,7 @@ def test_extract_answer_survives_any_text(text: str) -> None:
     ("text", "answer"),
     [
         (r"<answer> A </answer> <answer>B</answer> \boxed{C}", "B"),
+        (r"\boxed{A} <answer>It is \boxed{ B }.</answer> \boxed{C}", "B"),
         (r"<answer>A \boxed{B} \boxed{ C }", "C"),
         ("<think>A</think>B</think> C ", "C"),
         (r" A \boxed{B", r"A \boxed{B"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from perl.config import ModelConfig
+from perl.evaluation.agreement import Reading
 from perl.model.packed.pack import pack_row
 from perl.permutation import permute
 from perl.rollout.collect import Collected
@@ -252,7 +253,7 @@ def test_what_a_step_s_rollouts_were_like() -> None:
         faults={"own": 13},
         counts=counts,
     )
-    assert group_metrics(collected) == {
+    assert group_metrics(collected, Reading()) == {
         "reward/mean": pytest.approx(5 / 7),
         "reward/own": pytest.approx(5 / 14),
         "reward/faults/own": 13,

@@ -1,7 +1,7 @@
 """Public benchmarks, read from local files laid out as they are published; one file each.
 
-`SUITES` has them in the sequence of the paper's Table 1 (arXiv 2506.14907). `base` says what a benchmark is, `reading` reads
-answers out of completions, `measure` asks a model, `answers` keeps what it said, `summary` and `comparison` make the tables.
+`SUITES` has them in the sequence of the paper's Table 1 (arXiv 2506.14907). `base` says what a benchmark is, `reading` what a
+reply answers, by the one reader of `perl.rewards.reading`, `measure` asks a model, `answers` keeps what it said, `summary` and `comparison` make the tables.
 
 To add one: a file that makes an `Example` of a row (`base.make_example`) and judges a reply (`reading.judge_option`,
 `judge_value`, or a rule of its own), with a `SUITE` at its end, and its module in `SUITES` below.

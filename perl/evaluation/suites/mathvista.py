@@ -55,9 +55,9 @@ def _judge(example: Example, gold: str, reply: Reply) -> Judgement:
 def _choice(reply: Reply, choices: Sequence[str]) -> str | None:
     if reply.text in choices:
         return reply.text
-    if letter := option_letter(reply.text, len(choices), choices):
+    if letter := option_letter(reply, choices):
         return choices[LETTERS.index(letter)]
-    if reply.boxed and 0 < len(reply.text) <= _LONGEST_CHOICE:
+    if reply.marked and 0 < len(reply.text) <= _LONGEST_CHOICE:
         return min(choices, key=lambda choice: _distance(reply.text, choice))
     return None
 

@@ -10,7 +10,7 @@ from perl.evaluation.suites.answers import AnswerFile, Row
 from perl.evaluation.suites.base import Items
 from perl.evaluation.suites.reading import Judgement, Reply
 from perl.llm import Endpoint
-from perl.permutation import all_orders, num_orders, original_answer, permute
+from perl.permutation import all_orders, answer_form, num_orders, original_answer, permute
 from perl.rewards.reading import canonical
 from perl.rollout.engine import InProcessEngine, SamplingParams
 from perl.rollout.prompts import PromptEncoder, Shown
@@ -103,7 +103,7 @@ def measure(
 def _judged(rollouts: Sequence[Rollout], items: Items, reader: Endpoint | None) -> list[Row]:
     replies = [Reply.of(rollout.text) for rollout in rollouts]
     extracted: dict[int, str] = {}
-    if reader is not None and (unread := [i for i, r in enumerate(replies) if not r.boxed]):
+    if reader is not None and (unread := [i for i, r in enumerate(replies) if not r.marked]):
         texts = _extract(reader, [rollouts[i] for i in unread])
         extracted = dict(zip(unread, texts, strict=True))
     rows = []
@@ -142,5 +142,5 @@ def _row(variant: Variant, text: str | None, finished: bool, judgement: Judgemen
         "answer": judgement.answer,
         "gold": variant.answer,
         "score": judgement.score,
-        "chosen": None if chosen is None else canonical(chosen),
+        "chosen": None if chosen is None else canonical(chosen, answer_form(example)),
     }

@@ -20,10 +20,10 @@ from perl.evaluation.suites.reading import (
     judge_option,
     judge_value,
     numbered_slots,
-    said,
-    same_value,
 )
 from perl.permutation import LETTERS
+from perl.rewards.math import equal_values
+from perl.rewards.reading import said
 from perl.types import IMAGE_SLOT, Example, Message
 
 _ASSISTANT = (
@@ -95,7 +95,7 @@ def _judge(example: Example, gold: str, reply: Reply) -> Judgement:
         return judge_value(reply, gold)
     given, wanted = _parts(reply.text), _parts(gold)
     right = bool(wanted) and all(
-        same_value(said(given.get(part, "")), value) for part, value in wanted.items()
+        equal_values(said(given.get(part, "")), value) for part, value in wanted.items()
     )
     written = "; ".join(f"({part}) {said(value)}" for part, value in given.items())
     return Judgement(written or None, float(right))

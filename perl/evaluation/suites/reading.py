@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from perl.permutation import LETTERS
 from perl.rewards.math import equal_values
-from perl.rewards.reading import extract_answer, tagged
+from perl.rewards.reading import letters_in, marked, said
 from perl.types import IMAGE_SLOT
 
 _WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}")
@@ -18,8 +18,6 @@ _IMAGE = re.compile(
     re.IGNORECASE,
 )
 _LABEL = re.compile(r"\s*[(\[]?([A-Z])[)\].:]\s*")
-_CUE = re.compile(r"(?i:answer)\s*(?:is|should be|=|:)\s*:?\s*([^\n]+)")
-_LONGEST_VALUE = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +33,19 @@ class Reply:
     """What a completion answers with: its last `<answer>` block, else its last `\\boxed{}`, else what follows its thinking."""
 
     text: str
-    boxed: bool
+    marked: bool
 
     @classmethod
     def of(cls, completion: str) -> Reply:
-        block = tagged(completion)
-        boxed = extract_answer(completion if block is None else block)
-        marked = block if boxed is None else boxed
-        if marked is None:
+        answer = marked(completion)
+        if answer is None:
             return cls(completion.rpartition("</think>")[2].strip(), False)
-        return cls(" ".join(_WRAPPED.sub(r"\1", marked).split()), True)
+        return cls(" ".join(_WRAPPED.sub(r"\1", answer).split()), True)
 
     @property
     def value(self) -> str:
         """The free answer: all of a box, else what the text says that it is."""
-        return self.text if self.boxed else said(self.text)
+        return self.text if self.marked else said(self.text)
 
 
 def judge_option(
@@ -59,36 +55,21 @@ def judge_option(
 
     `count` is how many options there are, where the data does not list them.
     """
-    letter = option_letter(reply.text, count or len(options), options)
+    letter = option_letter(reply, options, count)
     return Judgement(letter, float(letter is not None and letter == right))
 
 
 def judge_value(reply: Reply, gold: str, digits: int = 6) -> Judgement:
-    """A free answer of mathematics; see `same_value`."""
-    return Judgement(reply.value or None, float(same_value(reply.value, gold, digits)))
+    """A free answer of mathematics, compared by `equal_values` to `digits` after the point."""
+    right = bool(reply.value) and equal_values(reply.value, gold, digits=digits)
+    return Judgement(reply.value or None, float(right))
 
 
-def option_letter(text: str, count: int, options: Sequence[str] = ()) -> str | None:
-    """The letter that a text chooses among `count` options; None if it chooses none or several.
-
-    In this order: a letter alone; the last "answer is X" or "Answer: X"; the only `(X)` of the last of several
-    paragraphs; a letter that opens the text (`B. because`); the only `(X)` of the whole; the only option whose text occurs.
-    """
-    one = f"[{LETTERS[:count]}]"
-    text = text.strip()
-    if alone := re.fullmatch(rf"[\W_]*({one}|{one.lower()})[\W_]*", text):
-        return alone[1].upper()
-    cue = rf"(?i:answer|option|choice)(?i:\s+is)?\s*[:=]?[\s*]*[(\[{{]?\s*({one})(?![A-Za-z'])"
-    if cued := re.findall(cue, text):
-        return cued[-1]
-    bracketed = [set(re.findall(rf"\(({one})\)", part)) for part in (text.split("\n\n")[-1], text)]
-    if "\n\n" in text and len(bracketed[0]) == 1:
-        return bracketed[0].pop()
-    if opening := re.match(rf"[(\[]?({one})[)\].:](?:\s|$)(?!\s*(?:or|and)\b)", text):
-        return opening[1]
-    if len(bracketed[1]) == 1:
-        return bracketed[1].pop()
-    return _by_text(text, [without_label(option) for option in options])
+def option_letter(reply: Reply, options: Sequence[str], count: int | None = None) -> str | None:
+    """The one letter that a reply chooses (`perl.rewards.reading.letters`); None if it chooses none or several."""
+    number = count or len(options)
+    letters = letters_in(reply.text, number, options, whole=not reply.marked)
+    return letters if letters and len(letters) == 1 else None
 
 
 def without_label(option: str) -> str:
@@ -99,25 +80,6 @@ def without_label(option: str) -> str:
 def labelled(options: Sequence[str]) -> str:
     """One line `(A) text` for each option."""
     return "\n".join(f"({letter}) {o}" for letter, o in zip(LETTERS, options, strict=False))
-
-
-def same_value(given: str, gold: str, digits: int = 6) -> bool:
-    """Whether two answers are equal (`perl.rewards.equality`) or, by the library math-verify, in value.
-
-    `digits` after the point are compared. LaTeX need not stand between dollar signs. Longer texts than 400
-    characters are no answers.
-    """
-    if not given.strip() or len(given) > _LONGEST_VALUE:
-        return False
-    return equal_values(given, gold, digits=digits)
-
-
-def said(text: str) -> str:
-    """What a text gives as its answer: what follows its last "answer is" or "Answer:", else its last line."""
-    cued = _CUE.findall(text)
-    answer = cued[-1] if cued else text.strip().rpartition("\n")[2]
-    answer = re.split(r"\.\s", answer.strip(" *") + " ")[0].strip(" *")
-    return answer[1:-1].strip() if re.fullmatch(r"\{[^{}]*\}", answer) else answer
 
 
 def image_kind(question: str, options: Sequence[str], count: int) -> str:
@@ -162,18 +124,6 @@ def numbered_slots(text: str, mark: str, count: int) -> tuple[str, tuple[int, ..
     text = re.sub(mark, slot, text)
     before = [image for image in range(count) if image not in seen]
     return IMAGE_SLOT * len(before) + text, (*before, *seen)
-
-
-def _by_text(text: str, options: Sequence[str]) -> str | None:
-    low = text.casefold()
-    for fits in (
-        lambda option: option.casefold() == low.rstrip("."),
-        lambda option: re.search(rf"(?<!\w){re.escape(option.casefold())}(?!\w)", low),
-    ):
-        found = [i for i, option in enumerate(options) if option and fits(option)]
-        if len(found) == 1:
-            return LETTERS[found[0]]
-    return None
 
 
 def _slot(match: re.Match[str]) -> int:

@@ -52,7 +52,7 @@ def _example(item: Item) -> Example:
 
 
 def _judge(example: Example, gold: str, reply: Reply) -> Judgement:
-    answer = reply.text if reply.boxed else _field(reply.text)
+    answer = reply.text if reply.marked else _field(reply.text)
     if answer is None:
         return Judgement(None, 0.0)
     given = answer.lower().partition("%")[0].strip()

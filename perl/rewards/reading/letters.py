@@ -124,6 +124,7 @@ def _read(text: str, whole: bool) -> tuple[str | None, bool]:
         parts
         and len(text) < 400
         and all(len(part) == 1 and part.isascii() and part.isalpha() for part in parts)
+        and len({part.isupper() for part in parts}) == 1  # Not `(A) x`.
     ):
         return "".join(sorted({part.upper() for part in parts})), True
     groups = _groups(text)
@@ -146,7 +147,7 @@ def _choose(text: str, groups: Sequence[_Group], whole: bool) -> str | None:
         return "" if said[-1].hedged or set(said[-1].letters) & set(later) else said[-1].letters
     denied = {letter for group in groups if group.negated for letter in group.letters}
     label, labels = _LABEL.match(text), {letter.upper() for letter in _LABELS.findall(text)}
-    if label and labels - denied == {label[1].upper()}:
+    if label and {label[1].upper(), *labels} - denied == {label[1].upper()}:
         return label[1].upper()
     for level in (1,) if whole else (1, 0):
         found = [group for group in kept if group.level == level]
@@ -206,7 +207,10 @@ def _by_text(text: str, options: Sequence[str]) -> str | None:
     """The letter of the only option whose text is all that is said, or else that occurs and is not negated."""
     low, labels = (
         text.casefold(),
-        [_LABEL.sub("", option, count=1).strip().casefold() for option in options],
+        [
+            _LABEL.sub("", _DECORATION.sub("", option).strip(), count=1).casefold()
+            for option in options
+        ],
     )
     for found in (
         [k for k, option in enumerate(labels) if option and option == low.rstrip(". ")],
