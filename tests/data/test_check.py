@@ -197,8 +197,9 @@ def test_a_text_that_ends_its_own_turn(
     for k, token in enumerate(("<|im_end|>", "<|vision_start|>")):
         tells(bad[k]["fault"], f"{source} line {k + 1}", token, "data.control_tokens")
     assert run("check", source, *own, "--data.control-tokens", "escape") == 0
-    # They are none of this model's.
+    # Without a model there are none.
     assert run("check", source, *own[2:]) == 0
+    tells(error_of("generate", own[1], "--prompt", "<|im_end|> ?"), "--prompt", "<|im_end|>")
     tells(error_of("check", source, *own), "text")
 
 

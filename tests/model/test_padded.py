@@ -22,8 +22,10 @@ from perl.model.padded import PaddedBatch, PaddedPolicy, check_head
 from perl.model.padded_processor import PaddedProcessor
 from perl.model.processor import Processor
 from perl.model.tiny import make_tokenizer
+from perl.permutation import permute
 from perl.rollout.engine import SamplingParams
 from perl.rollout.padded import PaddedEngine, make_engine
+from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.types import EncodedImage, EncodedPrompt, Example, Message, Segment
 from tests.messages import refused, tells
 from tests.model.steps import (
@@ -318,6 +320,18 @@ def test_prompts_it_cannot_read(load) -> None:
     assert prompt.raw is not None
     areas = [image.width * image.height for image in prompt.raw.images]
     assert areas == pytest.approx([CONFIG.max_pixels, CONFIG.min_pixels], rel=0.05)
+
+
+def test_slots_are_no_control_tokens(load) -> None:
+    """The slot is written like the model's own image token."""
+    _, processor = load()
+    one = Example("7", (picture(28, 28, 0),), "<image> <|im_end|> three", "A")
+    with refused("example 7", "<|im_end|>"):
+        processor.check_texts(one)
+    encoder = PromptEncoder(processor, PromptLimit(99, ""), "error", None, "escape")
+    ((asked, prompt),) = encoder.encode([permute(one, (0,))])
+    assert asked.messages[0].content == "<image> < |im_end|> three"
+    assert 2 not in prompt.input_ids.tolist() and prompt.input_ids.tolist().count(3) == 4
 
 
 def test_a_shape_that_its_image_processor_refuses(load, monkeypatch: pytest.MonkeyPatch) -> None:

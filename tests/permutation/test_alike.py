@@ -131,6 +131,16 @@ def test_equal_prompts_have_one_answer(text: Any) -> None:
         check_moves(of("abac", "A", kind="blocks:1,3,4"), text)
 
 
+def test_a_block_of_one_picture_stays() -> None:
+    """Whatever the other block shows: its answer is that of the original."""
+    for pictures, answer, other in (("aabc", "A", "aacb"), ("bcaa", "D", "cbaa")):
+        example = of(pictures, answer, kind="blocks:1,2/3,4")
+        check_moves(example, "slots")
+        every = all_orders(example, 9, 0)
+        assert [shown(example, order) for order in every] == [pictures, other]
+        assert [permute(example, order).answer for order in every] == [answer, answer]
+
+
 def test_a_set_of_both_is_one_answer() -> None:
     question = "A <image> B <image> C <image> {}"
     which, order = question.format("Which images show a cat?"), question.format("In which order?")
