@@ -356,7 +356,9 @@ def test_an_endpoint_that_goes_down_loses_nothing(
 def test_the_documents_example_prints_its_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT, flags=re.DOTALL)
+    (code,) = re.findall(
+        r"```python\n(.*?)```", DOCUMENT.partition("## Labels")[2], flags=re.DOTALL
+    )
     (table,) = re.findall(r"```\n(pets.labelled.jsonl\n.*?)```", DOCUMENT, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     exec(code, {})
