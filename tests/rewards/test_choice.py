@@ -42,7 +42,9 @@ CHOSEN = {
         "<answer>The answer is (C)</answer>", "I think that (C) fits", "Option A? No, option C", "(A)? No, (C), like (C) before",
         "<answer>Option C, not option A</answer>", "<answer>(C), not (A)</answer>", "<answer>it is C, not A</answer>",
     ),
-    "D": ("<answer>**D**</answer>", "Which is best? I pick option D."),
+    "D": (
+        "<answer>A, B, and C are wrong, so D</answer>", "The answer is D. Wait, A shows a cat and C a bird.", "<answer>**D**</answer>", "Which is best? I pick option D.",
+    ),
     None: (
         "<answer>B isn't right</answer>", "<answer>Option B is not correct</answer>", "<answer>Not B, C, or D</answer>",
         "<answer>B doesn't fit</answer>", "<answer>any but B</answer>", "<answer>None of the above</answer>", "<answer>B1</answer>",
@@ -83,7 +85,8 @@ def test_choice_of_several(text: str, spec: str) -> None:
         assert score(spec, f"<answer>{text}</answer>", answer=gold) == 0
     assert score(spec, r"\boxed{A}", answer="A, C") == 0
     assert score(spec, "The answers are C and A.", answer="A, C") == 1
-    assert score(spec, r"\boxed{A or C}", answer="A, C") == 0
+    for text in ("A or C", "C, or A", "A or C and B", "A/C"):
+        assert score(spec, rf"\boxed{{{text}}}", answer="A, B, C" if "B" in text else "A, C") == 0
 
 
 @pytest.mark.parametrize(
@@ -102,6 +105,8 @@ def test_choice_of_several(text: str, spec: str) -> None:
         ("(A) x", ["x", "y"], "A"),
         ("B:8", ["7", "8"], "B"),
         (r"2*\sqrt{3}", ["8", r"2*\sqrt{3}"], "B"),
+        ("Mr B has a dog", ["a cat", "a dog"], "B"),
+        ("It is not B, I say it is a dog", ["a cat", "a dog"], None),
         ("yes", ["", "yes"], "B"),
     ],
 )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from perl.permutation import AnswerForm
 from perl.rewards.reading.forms import GLUED, Answer, read
 from perl.rewards.reading.notation import plain, tidy
 
+_THOUSANDS = re.compile(r"[1-9][0-9]{0,2}(?:,[1-9][0-9]{2})+")
+"""Which may be a list as well."""
 Same = Callable[[str, str], bool]
 """Whether two texts, given and gold, are equal that have no form by which to tell."""
 
@@ -129,5 +132,5 @@ def _beside(answer: Answer, other: Answer) -> Answer:
     text = tidy(answer.text)
     if answer.form == "list":
         return read(text) if other.form == "number" else answer
-    listed = GLUED.fullmatch(text) and len(text) == len(other.items)
-    return read(text, "sequence") if listed or (answer.form == "number" and "," in text) else answer
+    glued = GLUED.fullmatch(text) and len(text) == len(other.items)
+    return read(text, "sequence") if glued or _THOUSANDS.fullmatch(text) else answer
