@@ -39,6 +39,60 @@ def one_line(value: object, limit: int = 200) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+Meaning = tuple["str | tuple[int, ...]", ...]
+"""What an option says: its words in lower case, and for each list of images their sorted 0-based slots."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mention:
+    """One image named in a text: `text[start:end]` names the 0-based slot `slot` in a `style`.
+
+    Styles: `number` ("2" of "Image 2"), `word` ("two"), `tag` ("<image_2>"), `letter` ("B" of
+    "image B"), `ordinal` ("second"), `suffixed` ("2nd"), `last`; `several` for words of which no part stands for one
+    image alone ("first two images", "images 1-3"), one mention for each, all of one span, and `other` for those
+    that may name an image by what it shows ("chart 1"): these are not rewritten.
+    """
+
+    start: int
+    end: int
+    slot: int
+    style: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the text and the answer of a question follow its images: what was read in it, once. Slots are 0-based.
+
+    Letter k names the slot `letters[k]`, number `start` + k the slot `numbers[k]`.
+    Example: `"A <image> B <image> Is image A the darker one?"` has `letters=(0, 1)`, `lettered=True` and one mention, of slot 0.
+    """
+
+    key: str
+    """A hash of what was read: a plan counts only for the text, answer and label that it was made of."""
+    letters: tuple[int, ...]
+    numbers: tuple[int, ...]
+    start: int = 1
+    nouns: tuple[str, ...] = ()
+    """What slots are labelled with: in a text with `Chart 1: <image>`, "chart 1" is as good as "image 1"."""
+    lettered: bool = False
+    """Letters label slots, so that "image B" in the text names one; else they count images, or stand for options."""
+    mentions: tuple[Mention, ...] = ()
+    """Names of images in the messages, joined by newlines; labels of slots are none."""
+    options: dict[str, Meaning] = field(default_factory=dict)
+    """Options in words, and codes that a sentence explains, by letter or number: what each says."""
+    sequences: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Options that list images, as "2, 1, 3", by letter: the slots."""
+    lines: tuple[tuple[int, int], ...] = ()
+    """Where the options stand in the messages."""
+    bare: bool = False
+    """Options that are nothing but a number or an ordinal name images."""
+    form: str | None = None
+    """What a list in the answer is: a `set`, a `sequence`, or one of the `values` of each image in turn; None: nothing says."""
+    faults: dict[str, str] = field(default_factory=dict)
+    """Why images cannot move: `answer` where the answer is to follow them, `text` where the text is rewritten, `options`
+    where it is not, and `any`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One chat turn. `content` may hold `<image>` slots.
@@ -76,6 +130,8 @@ class Example:
     """A name to report accuracies by."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Every other column of the data; handed to reward functions as keyword arguments."""
+    plan: Plan | None = None
+    """What was read in question and answer when they were loaded or labelled; None: `permute` reads them."""
     origin: dict[str, tuple[str, Any]] = field(default_factory=dict)
     """Where the data had these fields: name here -> column there and its value, as in
     `{"answer": ("solution", "<answer>B</answer>")}`; reward functions get them under the data's names too."""

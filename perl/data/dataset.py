@@ -20,7 +20,7 @@ from perl.data.sources import Source, is_streamable, open_source, open_streamed
 from perl.data.tasks import BundledTasks
 from perl.data.videos import Frame, open_frame
 from perl.kept import kept
-from perl.permutation import check_answer
+from perl.permutation import check_answer, from_json, plan_of
 from perl.recipe import is_split, source_key, split_of
 from perl.types import Example, UserError
 
@@ -172,6 +172,9 @@ class RowDataset:
         """The example of row `index` of the source, as `row` has it."""
         where = self.source.place(index)
         example = read_row(row, self.layout, where, id=self._unnamed(index))
+        if labelled := from_json(example.extra.get("plan")):
+            extra = {key: value for key, value in example.extra.items() if key != "plan"}
+            example = replace(example, plan=labelled, extra=extra)
         if not example.images:
             self._tell(where, "a row without images is a question of text alone")
         elif len(example.images) > 1 and not may_move(self.layout.ours(row)):
@@ -180,6 +183,7 @@ class RowDataset:
                 "it has neither kind nor should_change, so its images keep their order; perl-rl label "
                 f"{self.source.name} says which may move",
             )
+        example = replace(example, plan=plan_of(example))
         try:
             check_answer(example)
         except UserError as error:

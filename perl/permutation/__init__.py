@@ -1,17 +1,17 @@
 """Orders of a question's images, and the text and the answer that are right in each. No torch here.
 
-`permute` holds the permutation rule: images move, and text and answer go on naming the same pictures,
-or the example is refused. `orders` says which orders a kind of example has and which are drawn;
-`ordering` is the kind whose options are sequences of images. What a text names is read in `layout`
-(labels of slots, options), `references` ("image 2", "the second picture") and `answers`.
+`plan` reads a question once, into what follows its images: what letters and numbers name (`layout`: labels of slots, options,
+codes; `references`: "image 2", "the second picture"), and what kind of list the answer is (`forms`). `permute` holds the
+permutation rule: images move, and text and answer go on naming the same pictures (`answers`), or the example is refused.
+`orders` says which orders a kind of example has and which are drawn; `ordering` is the kind whose options are sequences of
+images; `alike` and `twins` are about pictures that stand in two slots.
 
 To add a kind that moves images in blocks, add a branch to `orders.movable`; to follow another way of
 naming an image, add a pattern to `references`.
 """
 
 from perl.permutation.alike import alike
-from perl.permutation.answers import Lettering, lettering, named_images, text_of
-from perl.permutation.forms import AnswerForm, answer_form
+from perl.permutation.answers import named_images, slots_named
 from perl.permutation.layout import option_lines
 from perl.permutation.orders import (
     Order,
@@ -26,14 +26,17 @@ from perl.permutation.orders import (
     shares,
 )
 from perl.permutation.permute import (
+    AnswerForm,
     Consistency,
+    answer_form,
     check_answer,
     check_moves,
     letter_slots,
     original_answer,
     permute,
 )
-from perl.permutation.references import CARDINALS, LETTERS, ORDINALS, Mention, Names, mentions
+from perl.permutation.plan import from_json, names_in_answers, plan_of, text_of, to_json
+from perl.permutation.references import CARDINALS, LETTERS, ORDINALS, Names, mentions
 
 __all__ = [
     "CARDINALS",
@@ -41,8 +44,6 @@ __all__ = [
     "ORDINALS",
     "AnswerForm",
     "Consistency",
-    "Lettering",
-    "Mention",
     "Names",
     "Order",
     "alike",
@@ -50,20 +51,24 @@ __all__ = [
     "answer_form",
     "check_answer",
     "check_moves",
+    "from_json",
     "is_permuted",
     "letter_slots",
-    "lettering",
     "mentions",
     "misplaced",
     "movable",
     "named_images",
+    "names_in_answers",
     "num_orders",
     "option_lines",
     "orders",
     "original_answer",
     "permute",
+    "plan_of",
     "rate_at",
     "released_orders",
     "shares",
+    "slots_named",
     "text_of",
+    "to_json",
 ]

@@ -3,38 +3,40 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
 
-from perl.permutation.answers import text_of
-from perl.types import Example
-
-AnswerForm = Literal["set", "sequence", "values"]
-
-_SEQUENCE = re.compile(
-    r"\b(?:in (?:what|which|the (?:right|correct|proper)) (?:order|sequence)|order|sequence|chronological(?:ly)?|"
-    r"arrange|rearrange|sort|rank|first to last|(?:earliest|oldest|smallest|largest|shortest|tallest) to)\b",
-    re.IGNORECASE,
-)
+_IMAGE = r"(?:image|picture|photo|photograph|figure|panel|frame|one)"
 _VALUES = re.compile(
-    r"\b(?:for|of) (?:each|every) (?:image|picture|photo|figure|panel)\b|\bin turn\b|\brespectively\b",
+    rf"\b(?:for|of|in) (?:each|every)(?: one)?(?: of (?:the|these)(?: [a-z0-9]+)?)? {_IMAGE}s?\b(?=[^.?!\n]{{0,30}}\b(?:in turn|in order|"
+    r"in the (?:same )?(?:given |shown |displayed )?(?:order|sequence)))"
+    rf"|\bin turn\b|\brespectively\b|\b(?:one|a) [a-z]+ (?:per|for each) {_IMAGE}\b|\bimage by image\b"
+    rf"|(?:\A|[.:;?!,>\n]\s{0, 4}|\b(?:give|state|write|name|tell|list|say)\s{1, 4})(?:for|of) (?:each|every)(?: of the(?: \w+)?)? {_IMAGE}s?\b",
     re.IGNORECASE,
 )
+_AS_SHOWN = re.compile(
+    r"\bin (?:the )?(?:same |given |original )?(?:order|sequence)(?: (?:they are |in which they are )?(?:shown|given|displayed|presented|listed|above|below))?\b(?! of)",
+    re.IGNORECASE,
+)
+_ARRANGED = re.compile(
+    r"\b(?:order(?! to\b)|ordered|ordering|sequence|chronological(?:ly)?|arrange[ds]?|rearrange[ds]?|sort(?:ed)?|first to last|"
+    r"from (?:the )?(?:\w+est|least|most|worst|best|first)\b|\w+est first)\b",
+    re.IGNORECASE,
+)
+_RANKED = re.compile(r"\brank(?:s|ed|ing|ings)?\b", re.IGNORECASE)
+_PLURAL = r"(?:images|pictures|photos|photographs|figures|panels|frames|options|ones|of them|two|three|pair|all)"
 _SET = re.compile(
-    r"\b(?:which|what|select|name|list|find|identify|choose|pick)\b[^.?!\n]{0,40}\b(?:images|pictures|photos|photographs|"
-    r"figures|panels|options|ones|two|all)\b",
+    rf"\b(?:which|what|select|name|list|find|identify|choose|pick|tick|mark|give|indicate)\b[^.?!\n]{{0,40}}\b{_PLURAL}\b",
     re.IGNORECASE,
 )
 
 
-def answer_form(example: Example) -> AnswerForm | None:
-    """What a list in the gold answer is: a `set` of images in any sequence, a `sequence`, or one of the `values` of each
-    image in turn; None where the question does not say.
-
-    Example: "Which images show a bicycle?" asks for a set, "In which order were they taken?" for a sequence.
-    """
-    text = text_of(example)
+def form_of(text: str) -> str | None:
+    """`values` for one value of each image in turn, `sequence`, `set`, `unclear` for a sequence or values; None where the
+    text does not say."""
     if _VALUES.search(text):
-        return "values"
-    if _SEQUENCE.search(text):
+        rest = _AS_SHOWN.sub(" ", text)
+        return "unclear" if re.search(r"\b(?:arrange|rearrange|sort)\b", rest, re.I) else "values"
+    if _ARRANGED.search(text):
         return "sequence"
+    if _RANKED.search(text):
+        return "unclear"
     return "set" if _SET.search(text) else None

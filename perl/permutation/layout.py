@@ -2,10 +2,12 @@
 
 *Labels* of `<image>` slots: `Image 1: <image>`, `(A) <image>`, `<image> (Image 1)`. A label belongs to
 its slot, whatever the slot shows. A row of labels counts if each stands directly before its slot, or
-each directly after it, if it runs 1, 2, ... or A, B, ..., and if it leaves out no slot between its own.
+each directly after it, if it runs 1, 2, ... or A, B, ... (or from another number on, where it labels all), in any
+sequence, and if it leaves out no slot between its own. A text may also *state* what numbers count from.
 
 *Options* of a multiple-choice question, which run `A.`, `B)`, `(C)`, ... unbroken from A, on lines of
-their own or in one line, and what each says, whatever names it gives the images.
+their own or in one line, and what each says, whatever names it gives the images. *Codes* are options that stand in
+a sentence: "answer 1 for the first image and 2 for the second image".
 """
 
 from __future__ import annotations
@@ -15,11 +17,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from perl.permutation.references import LETTERS, LINK, NOUN, Mention
-from perl.types import IMAGE_SLOT
+from perl.permutation.references import LETTERS, LINK, NOUN, OTHER_NOUN, value_of
+from perl.types import IMAGE_SLOT, Meaning, Mention
 
 _LABEL = (
-    rf"(?:<image[ _-]?(?P<tag>[0-9]{{1,2}})>|(?P<noun>(?:{NOUN}|(?i:option|choice|candidate))"
+    rf"(?:<image[ _-]?(?P<tag>[0-9]{{1,2}})>|(?P<noun>(?:{NOUN}|{OTHER_NOUN}|(?i:option|choice))"
     rf"(?:{LINK}|#|(?=[0-9])))?(?P<name>(?:[0-9]{{1,2}}|[A-Za-z])(?![A-Za-z0-9])))"
 )
 _BEFORE = re.compile(
@@ -36,6 +38,21 @@ _MARK = re.compile(
     r"(?P<letter>[A-Za-z])(?:(?P<close>[).:\]]{1,3})[*_]{0,2}\s{0,8}|(?P<dash>[ \t]{1,4}(?:[|–—-][ \t]{1,4})?))(?=\S)",
     re.IGNORECASE | re.MULTILINE | re.ASCII,
 )
+_NUMBER = r"([0-9]{1,2}|zero|one)"
+_COUNTED_FROM = re.compile(
+    rf"\b(?:count|number|ind(?:ex|ic)|label)\w{{0,5}}\b[^.?!\n]{{0,20}}?\b(?:from|(?:start|begin|beginn)(?:s|ing)?\s(?:at|from|with))\s{{1,3}}{_NUMBER}\b"
+    rf"|\b(?:start|beginn)(?:ing|s)?\s(?:at|from)\s{{1,3}}{_NUMBER}\b|\b{_NUMBER}[ -]?(?:indexed|based)\b"
+    rf"|\bfirst\s(?:image|picture|photo|one)\s(?:is|has|as)\s[^.?!\n]{{0,20}}?(?:number|index|image|picture|position)\s{{1,3}}{_NUMBER}\b",
+    re.IGNORECASE | re.ASCII,
+)
+_LISTED = r"\s{0,3}(?:,|/|\bor\b|\band\b|,\s{0,3}or\b|,\s{0,3}and\b)\s{0,3}"
+_SAYS = r"(?:=|:|->|→|\b(?:for|if|when|means?|meaning|stands?\s+for|denotes?|represents?|corresponds?\s+to|refers?\s+to|is)\b)"
+_QUOTED = r"['\"(\[]?(?P<code>[0-9]{1,2}|[A-Z])['\")\]]?"
+_CODE = re.compile(
+    rf"(?<![\w'.-]){_QUOTED}\s{{0,3}}{_SAYS}\s{{1,3}}"
+    rf"(?P<said>(?:(?!\b(?:and|or)\s+['\"(\[]?(?:[0-9]{{1,2}}|[A-Z])['\")\]]?\s{{0,3}}{_SAYS}\s)[^,;.?!\n<]){{2,120}})",
+    re.ASCII,
+)
 _LONGEST = 500  # Characters of a last option without a line's end.
 _WORD = re.compile(r"[^\W_]")
 _JOINING = re.compile(r"\b(?:and|or)\b", re.IGNORECASE | re.ASCII)
@@ -45,20 +62,19 @@ _NUMBERED = re.compile(
     r"(?:^|(?<=[\s>]))[(\[]?(1|2)[).\]]{1,2}[ \t]{1,8}(?=[^\s<])", re.MULTILINE | re.ASCII
 )
 
-Meaning = tuple["str | tuple[int, ...]", ...]
-"""What an option says: its words in lower case, and for each list of images their sorted slots."""
-
 
 @dataclass(frozen=True, slots=True)
 class SlotLabels:
-    """What labels the slots of a text: number k + 1 the slot `numbers[k]`, letter k `letters[k]`.
+    """What labels the slots of a text: number `start` + k the slot `numbers[k]`, letter k `letters[k]`.
 
-    `spans` are where the labels stand. `ambiguous` are words that are labels by one reading only;
-    `conflicts` says of which kind ("number", "letter") some would name another slot than counting does.
+    `spans` are where the labels stand, `nouns` the words before them. `ambiguous` are words that are labels by one reading
+    only; `conflicts` says of which kind ("number", "letter") some would name another slot than counting does.
     """
 
     numbers: tuple[int, ...]
+    start: int
     letters: tuple[int, ...]
+    nouns: tuple[str, ...]
     spans: tuple[tuple[int, int], ...]
     ambiguous: tuple[str, ...]
     conflicts: tuple[str, ...]
@@ -68,6 +84,7 @@ class SlotLabels:
 class _Label:
     slot: int
     name: str
+    noun: str
     span: tuple[int, int]
     strong: bool
     """It has a noun and stands as labels do: at the start of a line, or before a colon or a bracket."""
@@ -82,6 +99,8 @@ def slot_labels(text: str) -> SlotLabels:
     ambiguous: list[str] = []
     conflicts: list[str] = []
     spans: set[tuple[int, int]] = set()
+    nouns: set[str] = set()
+    start = 1
     for digits in (True, False):
         rows = [[x for x in row if x.name.isdigit() == digits] for row in (before, after)]
         fitting = [
@@ -92,18 +111,23 @@ def slot_labels(text: str) -> SlotLabels:
         chosen = fitting[0] if len(fitting) == 1 else []
         named.append(tuple(x.slot for x in sorted(chosen, key=lambda x: _index(x.name))))
         spans.update(x.span for x in chosen)
+        nouns.update(x.noun for x in chosen)
+        if digits and chosen:
+            start = min(_index(x.name) for x in chosen) + 1
         left = [[x for x in row if x.span not in spans] for row in rows]
         loose = [
             row if _runs(row, count) and not chosen else [x for x in row if x.strong]
             for row in left
         ]
         ambiguous += [" ".join(text[slice(*x.span)].split()) for row in loose for x in row]
-        tellable = [row for row in loose if len(row) > 1 or (row and _index(row[0].name) == 0)]
+        tellable = [row for row in loose if len(row) > 1 or (row and _index(row[0].name) <= 0)]
         if not chosen and any(x.slot != _index(x.name) for row in tellable for x in row):
             conflicts.append("number" if digits else "letter")
     return SlotLabels(
         numbers=named[0],
+        start=start,
         letters=named[1],
+        nouns=tuple(sorted(nouns - {""})),
         spans=tuple(sorted(spans)),
         ambiguous=tuple(dict.fromkeys(ambiguous)),
         conflicts=tuple(conflicts),
@@ -128,7 +152,8 @@ def _labels_before(parts: Sequence[str]) -> Iterator[_Label]:
             if not sentence and not bare:
                 start = end - len(tail) + match.start()
                 span = (start, end - len(close))
-                yield _Label(slot, name.upper(), span, noun and (starts or marked))
+                word = _noun_of(match)
+                yield _Label(slot, name.upper(), word, span, noun and (starts or marked))
         offset = end + len(IMAGE_SLOT)
 
 
@@ -142,7 +167,7 @@ def _labels_after(parts: Sequence[str]) -> Iterator[_Label]:
             if closed or (match["rest"] is not None and (noun or not name.islower())):
                 start = offset + match.end("open")
                 end = offset + (match.end("tag") + 1 if match["tag"] else match.end("name"))
-                yield _Label(slot, name.upper(), (start, end), noun)
+                yield _Label(slot, name.upper(), _noun_of(match), (start, end), noun)
         offset += len(part) + len(IMAGE_SLOT)
 
 
@@ -157,13 +182,20 @@ def _index(name: str) -> int:
     return int(name) - 1 if name.isdigit() else LETTERS.index(name)
 
 
+def _noun_of(match: re.Match[str]) -> str:
+    return re.sub(r"[^a-z]", "", (match["noun"] or "").lower())
+
+
 def _runs(row: Sequence[_Label], count: int) -> bool:
-    """Whether the names are 1, 2, ... or A, B, ..., at least two where there are two slots."""
-    return (
-        len(row) >= min(2, count)
-        and len(row) > 0
-        and sorted(_index(x.name) for x in row) == list(range(len(row)))
-    )
+    """Whether the names are 1, 2, ... or A, B, ..., at least two where there are two slots.
+
+    Numbers that label all slots may run from another one on.
+    """
+    if len(row) < max(1, min(2, count)):
+        return False
+    places = sorted(_index(x.name) for x in row)
+    first = places[0] if len(row) == count > 1 and row[0].name.isdigit() else 0
+    return places == list(range(first, first + len(row)))
 
 
 def _covers(row: Sequence[_Label], parts: Sequence[str], after: int) -> bool:
@@ -178,12 +210,13 @@ def _covers(row: Sequence[_Label], parts: Sequence[str], after: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option: `text[start:end]` is what it says, without its letter."""
+    """One option: `text[start:end]` is what it says; its letter stands at `mark`."""
 
     letter: str
     start: int
     end: int
     text: str
+    mark: int
 
 
 def find_options(text: str) -> tuple[list[Option], list[Option]]:
@@ -223,6 +256,30 @@ def option_lines(text: str) -> dict[str, str]:
 def numbers_its_options(text: str) -> bool:
     """Whether a text lists options as `1.`, `2.`, whose numbers may be taken for those of images."""
     return {match[1] for match in _NUMBERED.finditer(text)} == {"1", "2"}
+
+
+def first_numbers(text: str, count: int) -> set[int]:
+    """What a text says that the numbers of its images count from: {0} for "0-indexed", or for "answer 0, 1 or 2" over three
+    images."""
+    said = [next(filter(None, groups)).lower() for groups in _COUNTED_FROM.findall(text)]
+    found = {0 if number == "zero" else value_of(number) for number in said}
+    listed = _LISTED.join(map(str, range(count)))
+    to_last = rf"0\s{{0,3}}(?:-|–|to|and|through)\s{{0,3}}{count - 1}"
+    if count > 1 and re.search(rf"(?<![\w.])(?:{listed}|{to_last})(?!\w|\.[0-9])", text):
+        found.add(0)
+    return found
+
+
+def find_codes(text: str) -> list[Option]:
+    """Numbers and letters that a sentence says the meaning of, as in "answer 1 for the first image and 2 for the second
+    image"; a code may be there twice."""
+    found = []
+    for match in _CODE.finditer(text):
+        said, start = match["said"].rstrip(), match.start("said")
+        found.append(
+            Option(match["code"].upper(), start, start + len(said), said, match.start("code"))
+        )
+    return found
 
 
 def meaning(text: str, found: Sequence[Mention]) -> Meaning:
@@ -287,7 +344,7 @@ def _options(text: str, run: Sequence[re.Match[str]]) -> list[Option]:
         lead = len(said) - len(said.lstrip())
         start = mark.end() + lead
         said = said.strip().rstrip(",; ")
-        out.append(Option(mark["letter"].upper(), start, start + len(said), said))
+        out.append(Option(mark["letter"].upper(), start, start + len(said), said, mark.start()))
     return out
 
 

@@ -9,9 +9,10 @@ paper's released code does with its ordering questions.
 
 from __future__ import annotations
 
-from perl.permutation.answers import Slots, named_images, text_of
-from perl.permutation.layout import option_lines, slot_labels
+from perl.permutation.plan import plan_of
 from perl.types import Example, UserError, one_line
+
+Slots = tuple[int, ...]
 
 
 def sequences(example: Example) -> dict[str, Slots]:
@@ -20,26 +21,17 @@ def sequences(example: Example) -> dict[str, Slots]:
     Raises:
         UserError: the text has no such options, or the answer is none of them.
     """
-    count, text = len(example.images), text_of(example)
-    numbers = slot_labels(text).numbers or None
-    options = {
-        letter: named_images(line.replace("-", ",").replace("–", ","), count, (), numbers)
-        for letter, line in option_lines(text).items()
-    }
+    options = plan_of(example).sequences
     right = example.answer.strip().strip("().").upper()
     gold = options.get(right)
     if gold is None or len(gold) < 2 or len(set(gold)) < len(gold):
-        listed = ", ".join(letter for letter, slots in options.items() if slots) or "none"
+        listed = ", ".join(options) or "none"
         raise UserError(
             f"example '{example.id}': kind 'ordering' needs an answer that is the letter of an option "
             f"such as 'A. 2, 1, 3' (options that are sequences: {listed}), got "
             f"'{one_line(example.answer, 60)}'; correct it, or set kind to none"
         )
-    alike = {
-        letter: slots
-        for letter, slots in options.items()
-        if slots is not None and sorted(slots) == sorted(gold)
-    }
+    alike = {letter: slots for letter, slots in options.items() if sorted(slots) == sorted(gold)}
     distinct = {slots: letter for letter, slots in reversed(alike.items())} | {gold: right}
     return {right: gold} | {letter: slots for slots, letter in sorted(distinct.items())}
 

@@ -1,7 +1,7 @@
 """Mentions of images in a text ("Image 2", "the second picture", "<image_2>"), found and rewritten.
 
-A mention names one image, or several ("images 1 and 3", "the first two images"). *Ambiguous* mentions
-may be read in more than one way; *unsupported* ones ("the first one", "image II") are never followed.
+*Unclear* words may name images, in a way that is read in more than one way ("the second of the second
+to last image") or that no rewriting follows ("the first one", "image II", "chart 1").
 All patterns are ASCII, so that no other script's digits or letters are taken for a name, and bounded,
 so that reading takes linear time.
 """
@@ -9,9 +9,10 @@ so that reading takes linear time.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from perl.types import Mention
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ORDINALS = (
@@ -24,9 +25,22 @@ CARDINALS = (
     *("twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
     *("nineteen", "twenty"),
 )
-_ONE = r"(?i:image|img|picture|pic|photo|photograph|figure|frame|panel|fig\.)"
+_SEPARATOR = re.compile(r"\s{0,8}(?:,|;|->|→|>|<|&|\band\b)\s{0,8}", re.IGNORECASE | re.ASCII)
+_ITEM = re.compile(
+    r"\s*[(\[]*\s*(?:(?:image|picture|option|(?P<noun>[a-z]{2,16}))(?:[\s#_-]+|(?=[0-9])))?(?P<name>[A-Za-z]|[0-9]{1,4})\s*[)\]]*\s*\.?\s*",
+    re.IGNORECASE | re.ASCII,
+)
+_ONE = r"(?i:image|img|picture|pic|photo|photograph|figure|frame|panel|fig\.?)"
 _MANY = r"(?i:images|imgs|pictures|pics|photos|photographs|figures|frames|panels)"
 NOUN = rf"(?:{_MANY}|{_ONE})"
+OTHER_NOUN = (
+    r"(?i:charts?|graphs?|plots?|diagrams?|sketch(?:es)?|drawings?|maps?|samples?|scenes?|views?|screenshots?|screens?|"
+    r"slides?|paintings?|snapshots?|shots?|illustrations?|scans?|sub-?figures?|sub-?plots?|thumbnails?|candidates?|"
+    r"exhibits?|designs?|patterns?|shapes?|logos?|plans?|tables?|pages?|cards?|items?|objects?|"
+    r"specimens?|products?|posters?|renders?|renderings?|layouts?|versions?|clips?|videos?|examples?|displays?|tiles?|"
+    r"crops?|patch(?:es)?|portraits?|steps?|stages?|cases?|visuals?|documents?|memes?|comics?)"
+)
+"""Words that may name an image with a number or letter behind them, or something that it shows."""
 ORDINAL = rf"(?i:{'|'.join(ORDINALS)}|last|[0-9]{{1,2}}(?:st|nd|rd|th))"
 
 _CARDINAL = rf"(?i:{'|'.join(reversed(CARDINALS))})"
@@ -55,6 +69,9 @@ _NOUN_NAME = re.compile(
     rf"|{_MANY}(?:{LINK}{_NAME}|#?[0-9]{{1,2}}{_END})"
     rf"(?:{_COMMA}(?:{_AGAIN})?{_NAME}){{0,30}}(?:{_AND}(?:{_AGAIN})?{_NAME}){{0,30}})",
     re.ASCII,
+)
+_OTHER_NAME = re.compile(
+    rf"\b(?P<noun>{OTHER_NOUN})(?:{LINK}|(?=[0-9]))(?P<name>[0-9]{{1,2}}|[A-Z]){_END}", re.ASCII
 )
 _ORDINAL_NOUN = re.compile(
     rf"(?<![\w-])({ORDINAL}(?:{_JOINT}(?:the\s{{1,8}})?{ORDINAL}){{0,30}})\s{{1,8}}({NOUN})(?!\w)",
@@ -104,28 +121,40 @@ _UNSUPPORTED = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What names the images of a question: letter k the 0-based slot `letters[k]`, number k + 1 the slot
+    """What names the images of a question: letter k the 0-based slot `letters[k]`, number `start` + k the slot
     `numbers[k]`, and an ordinal any of the `count` slots."""
 
     count: int
     letters: Sequence[int]
     numbers: Sequence[int]
+    start: int = 1
+    nouns: Collection[str] = ()
+    """Words that labels have before them: in a text with `Chart 1: <image>`, "chart 1" is as good as "image 1"."""
+
+    def slot(self, name: str) -> int | None:
+        """The slot of a letter, or of a number in digits or words; None: no slot has that name."""
+        if len(name) == 1 and name.isalpha():
+            place, slots = LETTERS.index(name.upper()), self.letters
+        else:
+            place, slots = value_of(name) - self.start, self.numbers
+        return slots[place] if 0 <= place < len(slots) else None
+
+    def number(self, slot: int) -> int:
+        """The number of a slot; raises LookupError for one without."""
+        if slot not in self.numbers:
+            raise LookupError(slot)
+        return list(self.numbers).index(slot) + self.start
 
 
-@dataclass(frozen=True, slots=True)
-class Mention:
-    """One image named in a text: `text[start:end]` names the 0-based slot `slot` in a `style`.
+FIXED = ("several", "other")
+"""Styles of mentions that cannot be rewritten."""
 
-    Styles: `number` ("2" of "Image 2"), `word` ("two"), `tag` ("<image_2>"), `letter` ("B" of
-    "image B"), `ordinal` ("second"), `suffixed` ("2nd"), `last`, and `several` for an expression of
-    which no part stands for one image alone ("first two images", "images 1-3"): one mention for
-    each, all of one span.
-    """
 
-    start: int
-    end: int
-    slot: int
-    style: str
+def value_of(number: str) -> int:
+    """The value of a number in digits or words, -1 if it is none: "7", "seven"."""
+    if number.isascii() and number.isdigit():
+        return int(number)
+    return CARDINALS.index(number.lower()) + 1 if number.lower() in CARDINALS else -1
 
 
 def mentions(text: str, names: Names) -> list[Mention]:
@@ -140,12 +169,12 @@ def mentions(text: str, names: Names) -> list[Mention]:
 def read(
     text: str, names: Names, labels: Sequence[tuple[int, int]] = ()
 ) -> tuple[list[Mention], list[str]]:
-    """The mentions in a text, and its ambiguous ones in words, as "the second" of "the second to last image".
+    """The mentions in a text, and its unclear words.
 
     `labels` are where what labels a slot stands (`Image 1: <image>`); that is no mention.
     """
     found: list[Mention] = []
-    ambiguous: list[str] = []
+    unclear: list[str] = []
     taken = bytearray(len(text))  # 1 where a label or an expression that was read stands.
     for start, end in labels:
         taken[start:end] = b"\1" * (end - start)
@@ -155,6 +184,7 @@ def read(
         (_RANGE, _range),
         (_NOUN_NAME, _names),
         (_ORDINAL_NOUN, _ordinals),
+        (_OTHER_NAME, _other),
     ):
         for match in pattern.finditer(text):
             start, end = match.span()
@@ -162,30 +192,23 @@ def read(
                 continue
             named = reader(match, names)
             if named is None:
-                ambiguous.append(" ".join(text[start:end].split()))
+                unclear.append(" ".join(text[start:end].split()))
             elif named:
                 found += named
             else:
                 continue
             taken[start:end] = b"\1" * (end - start)
             if named and (rest := _UNREAD.match(text, end)):
-                ambiguous.append(" ".join(text[start : rest.end()].split()))
-    return sorted(found, key=lambda m: (m.start, m.slot)), ambiguous
-
-
-def unsupported_mentions(text: str, found: Sequence[Mention]) -> list[str]:
-    """Words that speak of particular images in ways that no rewriting follows, outside the mentions `found`.
-
-    Example: "Is the first one like the left picture?" has two.
-    """
-    taken = bytearray(len(text))
+                unclear.append(" ".join(text[start : rest.end()].split()))
+    read_well = bytearray(len(text))
     for mention in found:
-        taken[mention.start : mention.end] = b"\1" * (mention.end - mention.start)
-    return [
+        read_well[mention.start : mention.end] = b"\1" * (mention.end - mention.start)
+    unsupported = [
         " ".join(match[0].split())
         for match in _UNSUPPORTED.finditer(text)
-        if not any(taken[match.start() : match.end()])
+        if not any(read_well[match.start() : match.end()])
     ]
+    return sorted(found, key=lambda m: (m.start, m.slot)), unsupported + unclear
 
 
 def bare_name(text: str, names: Names) -> Mention | None:
@@ -198,52 +221,61 @@ def bare_name(text: str, names: Names) -> Mention | None:
     if not match:
         return None
     name = match["name"].lower()
-    if name.isdigit() or name in CARDINALS:
-        place = int(name) if name.isdigit() else CARDINALS.index(name) + 1
-        if not 1 <= place <= len(names.numbers):
-            return None
-        slot, style = names.numbers[place - 1], "number" if name.isdigit() else "word"
-    else:
+    slot, style = names.slot(name), "number" if name.isdigit() else "word"
+    if value_of(name) < 0:
         slot, style = _ordinal(name, names.count)
-        if not 0 <= slot < names.count:
-            return None
-    return Mention(*match.span("name"), slot, style)
+        slot = slot if 0 <= slot < names.count else None
+    return None if slot is None else Mention(*match.span("name"), slot, style)
+
+
+def listed(answer: str, names: Names) -> list[Mention]:
+    """An answer that is nothing but names; empty if it is not."""
+    found, position = [], 0
+    ends = [match.span() for match in _SEPARATOR.finditer(answer)]
+    for end, after in [*ends, (len(answer), len(answer))]:
+        item = answer[position:end]
+        match = _ITEM.fullmatch(item)
+        if match and (not match["noun"] or match["noun"].lower() in names.nouns):
+            slot = names.slot(match["name"])
+            style = "number" if match["name"].isdigit() else "letter"
+            one = None if slot is None else Mention(*match.span("name"), slot, style)
+        else:
+            one = bare_name(item, names)
+        if one is None or one.style == "word":
+            return []
+        found.append(replace(one, start=one.start + position, end=one.end + position))
+        position = after
+    return found
 
 
 def write(text: str, found: Sequence[Mention], slots: Sequence[int], names: Names) -> str:
     """The text with each of its mentions of slot s naming slot `slots[s]` instead, in the same style.
 
     A slot without a letter is written as a number. Raises LookupError for an image that is named by
-    number and has moved to a slot that no number names.
+    number and has moved to a slot that no number names, and for a mention of a style in `FIXED` that would move.
 
     Example: with slots (1, 0) "Is Image 1 like the second picture?" becomes "Is Image 2 like the first
     picture?".
     """
     out, position = [], 0
-    for (start, end), same in groupby(found, key=lambda m: (m.start, m.end)):
-        group = list(same)
-        moved = [slots[m.slot] for m in group]
-        old = text[start:end]
-        if group[0].style == "several":
-            new = _several(old, moved, names) if moved != [m.slot for m in group] else old
-        else:
-            new = _written(group[0], old, moved[0], names)
-        out += [text[position:start], new]
-        position = end
+    for mention in found:
+        slot, old = slots[mention.slot], text[mention.start : mention.end]
+        if slot != mention.slot:
+            out += [text[position : mention.start], written(mention, old, slot, names)]
+            position = mention.end
     return "".join([*out, text[position:]])
 
 
 def _tagged(match: re.Match[str], names: Names) -> list[Mention] | None:
     group = 1 if match[1] else 2
     slot = int(match[group]) - 1
-    if slot < len(names.numbers) and names.numbers[slot] != slot:
+    if names.start != 1 or (slot < len(names.numbers) and names.numbers[slot] != slot):
         return None  # It may count all images, or mean the one that is labelled so.
     return [Mention(*match.span(group), slot, "tag")] if 0 <= slot < names.count else []
 
 
 def _span(match: re.Match[str], names: Names) -> list[Mention] | None:
-    word = match[2].lower()
-    length = int(word) if word.isdigit() else CARDINALS.index(word) + 1
+    length = value_of(match[2])
     if length > names.count or length < 2:
         return None if length == 1 else []
     start = 0 if match[1].lower() == "first" else names.count - length
@@ -251,7 +283,7 @@ def _span(match: re.Match[str], names: Names) -> list[Mention] | None:
 
 
 def _range(match: re.Match[str], names: Names) -> list[Mention] | None:
-    low, high = int(match[1]) - 1, int(match[2]) - 1
+    low, high = int(match[1]) - names.start, int(match[2]) - names.start
     if max(low, high) >= names.count:
         return []
     plural = match[0].split()[0].lower().endswith("s")
@@ -268,7 +300,10 @@ def _names(match: re.Match[str], known: Names) -> list[Mention] | None:
     noun = re.match(NOUN, match[0])
     assert noun is not None
     names = list(_NAMES.finditer(text, match.start() + noun.end(), match.end()))
-    places = [_place(name[0]) for name in names]
+    places = [
+        LETTERS.index(name[0]) if name[0] in LETTERS else value_of(name[0]) - known.start
+        for name in names
+    ]
     if max(places) >= known.count or min(places) < 0:
         return []
     plural = noun[0].lower().endswith("s")
@@ -283,20 +318,26 @@ def _names(match: re.Match[str], known: Names) -> list[Mention] | None:
     if counting and (spelled or article or (len(names) > 1 and not listed)):
         return None
     out = []
-    for name, place in zip(names, places, strict=True):
-        letter = len(name[0]) == 1 and name[0].isalpha()
-        called = known.letters if letter else known.numbers
-        if place >= len(called):
+    for name in names:
+        slot = known.slot(name[0])
+        if slot is None:
             return None
-        style = "letter" if letter else "number" if name[0].isdigit() else "word"
-        out.append(Mention(*name.span(), called[place], style))
+        style = "letter" if name[0] in LETTERS else "number" if name[0].isdigit() else "word"
+        out.append(Mention(*name.span(), slot, style))
     return out
 
 
-def _place(name: str) -> int:
-    if name.lower() in CARDINALS:
-        return CARDINALS.index(name.lower())
-    return int(name) - 1 if name.isdigit() else LETTERS.index(name)
+def _other(match: re.Match[str], names: Names) -> list[Mention] | None:
+    """What may be an image by a noun of what it shows: "chart 1"."""
+    slot = names.slot(match["name"])
+    if slot is None:
+        place = LETTERS.find(match["name"])
+        return None if 0 <= place < names.count else []
+    known = match["noun"].lower() in names.nouns
+    if not known:
+        return [Mention(*match.span(), slot, "other")]
+    style = "letter" if match["name"] in LETTERS else "number"
+    return [Mention(*match.span("name"), slot, style)]
 
 
 def _ordinals(match: re.Match[str], names: Names) -> list[Mention] | None:
@@ -326,40 +367,24 @@ def _ordinal(word: str, count: int) -> tuple[int, str]:
     return int(word[:-2]) - 1, "suffixed"
 
 
-def _written(mention: Mention, old: str, slot: int, names: Names) -> str:
-    if slot == mention.slot:
-        return old
+def written(mention: Mention, old: str, slot: int, names: Names) -> str:
+    """The words `old` of a mention as they name another slot; raises LookupError where none do."""
+    if mention.style in FIXED:
+        raise LookupError(slot)
     if mention.style == "letter" and slot in names.letters:
         letter = LETTERS[list(names.letters).index(slot)]
         return letter if old.isupper() else letter.lower()
-    if mention.style == "last" and slot == names.count - 1:
-        return old
     if mention.style in ("ordinal", "last") and slot < len(ORDINALS):
         return ORDINALS[slot].capitalize() if old[0].isupper() else ORDINALS[slot]
     if mention.style in ("ordinal", "suffixed", "last"):
         return f"{slot + 1}{_suffix(slot + 1)}"
     if mention.style == "tag":
         return str(slot + 1)
-    number = _number(slot, names)
-    if mention.style == "word" and int(number) <= len(CARDINALS):
-        word = CARDINALS[int(number) - 1]
+    number = names.number(slot)
+    if mention.style == "word" and 0 < number <= len(CARDINALS):
+        word = CARDINALS[number - 1]
         return word.capitalize() if old[0].isupper() else word
-    return number
-
-
-def _number(slot: int, names: Names) -> str:
-    if slot not in names.numbers:
-        raise LookupError(slot)
-    return str(list(names.numbers).index(slot) + 1)
-
-
-def _several(old: str, slots: Sequence[int], names: Names) -> str:
-    """`the first two images` as `images 2 and 4`, in the sequence of the new slots."""
-    noun = re.search(NOUN, old)
-    assert noun is not None
-    *most, last = (_number(slot, names) for slot in sorted(slots))
-    plural = noun[0] if noun[0].lower().endswith("s") else f"{noun[0]}s"
-    return f"{plural} {', '.join(most)} and {last}"
+    return str(number)
 
 
 def _suffix(number: int) -> str:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable
 
 from perl.permutation.alike import alike
-from perl.permutation.forms import answer_form
 from perl.permutation.orders import (
     Order,
     distinct_options,
@@ -16,6 +15,7 @@ from perl.permutation.orders import (
     option_orders,
     shown,
 )
+from perl.permutation.plan import plan_of
 from perl.types import Example, UserError, Variant, one_line
 
 
@@ -64,6 +64,6 @@ def check_twins(example: Example, written: Callable[[Order], Variant]) -> None:
 
 def _read(example: Example, variant: Variant) -> object:
     """The answer; of a set its members."""
-    if answer_form(example) == "set":
+    if plan_of(example).form == "set":
         return Counter(re.findall(r"\w+", variant.answer))
     return variant.answer

@@ -76,9 +76,10 @@ def test_every_mention_follows_its_picture_and_back(sentence, random) -> None:
 )
 def test_any_text_is_survived(text: str, order: list[int]) -> None:
     found = mentions(text, Names(5, range(5), range(5)))
-    assert rewrite(text, range(5), range(5)) == text or any(m.style == "several" for m in found)
+    assert rewrite(text, range(5), range(5)) == text
     assert all(0 <= m.start < m.end <= len(text) and 0 <= m.slot < 5 for m in found)
-    rewrite(text, order, range(5))
+    with suppress(LookupError):
+        rewrite(text, order, range(5))
 
 
 @pytest.mark.parametrize(
@@ -88,14 +89,6 @@ def test_any_text_is_survived(text: str, order: list[int]) -> None:
         ("the first and the third image", "the second and the first image"),
         ("The last image is dark.", "The first image is dark."),
         ("Second photo, 2ND photo", "Third photo, 3rd photo"),
-        ("the first two images", "images 2 and 3"),
-        ("Last Two Photos", "Photos 1 and 3"),
-        ("the first three images", "images 1, 2 and 3"),
-        (
-            "images 1–2, pics 1 to 2; photos 1 through 2",
-            "images 2 and 3, pics 2 and 3; photos 2 and 3",
-        ),
-        ("images 1-3 and picture 1", "images 1, 2 and 3 and picture 2"),
         ("Is <image_3> like Image-1?", "Is <image_1> like Image-2?"),
         ("image A or image C", "image B or image A"),
         ("There are 2 dogs and 3 cats in the images.", None),
@@ -112,6 +105,34 @@ def test_any_text_is_survived(text: str, order: list[int]) -> None:
 def test_what_is_a_mention(text: str, after: str | None) -> None:
     """Each image moves one slot on; None: the text names none."""
     assert rewrite(text, (1, 2, 0), (0, 1, 2)) == (after or text)
+
+
+@pytest.mark.parametrize(
+    ("text", "slots"),
+    [
+        ("the first two images", [0, 1]),
+        ("Last Two Photos", [1, 2]),
+        ("the first three images", [0, 1, 2]),
+        ("images 1–2", [0, 1]),
+        ("pics 1 to 2; photos 2 through 3", [0, 1, 1, 2]),
+        ("chart 1, scene B and sample3", [0, 1, 2]),
+    ],
+)
+def test_what_is_named_and_not_rewritten(text: str, slots: list[int]) -> None:
+    assert slots_in(text, 3, (0, 1, 2)) == slots
+    assert rewrite(text, (0, 1, 2), (0, 1, 2)) == text
+    with pytest.raises(LookupError):
+        rewrite(text, (1, 2, 0), (0, 1, 2))
+
+
+def test_numbers_count_from_what_they_start_at() -> None:
+    names = Names(3, (), range(3), start=0)
+    text = "Is image 0 like images 1 and 2, not image 3?"
+    assert [m.slot for m in mentions(text, names)] == [0, 1, 2]
+    assert (
+        write(text, mentions(text, names), (1, 2, 0), names)
+        == "Is image 1 like images 2 and 0, not image 3?"
+    )
 
 
 NOUNS = ["image", "img", "picture", "pic", "photo", "photograph", "figure", "frame", "panel"]

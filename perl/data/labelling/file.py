@@ -20,13 +20,12 @@ from perl.data.rows import RowWriter
 from perl.data.sources import open_source
 from perl.files import append_rows, keep_rows, read_rows
 from perl.llm import Endpoint, EndpointError
-from perl.permutation import Consistency
+from perl.permutation import Consistency, to_json
 from perl.types import Example, UserError
 
-_SOURCE_COLUMNS = ("task", "data_source", "source", "dataset")
 _NO_LABEL = {"kind": "none", "should_change": False}
 _WRITTEN_ANEW = frozenset(
-    ("kind", "should_change", "change_needed", "label_reason", "label_text", *IMAGES)
+    ("kind", "should_change", "change_needed", "label_reason", "label_text", "plan", *IMAGES)
 )
 
 
@@ -170,9 +169,7 @@ class LabelledFile:
         for draft in drafts:
             # There is nothing to ask a model about a single image.
             if how.labeller != "llm" or len(draft.example.images) < 2:
-                row = self._source.row(draft.number)
-                source = " ".join(str(row.get(name, "")) for name in _SOURCE_COLUMNS)
-                draft.label = label_by_rules(draft.example, how.text, source)
+                draft.label = label_by_rules(draft.example, how.text)
         if how.labeller != "rules":
             assert how.endpoint is not None
             asked = [d for d in drafts if not (isinstance(d.label, Label) and d.label.sure)]
@@ -234,16 +231,17 @@ class LabelledFile:
             and "original" not in draft.changes
         ):
             label = self._held(draft.example, replace(label, **given))
+        plan = None
         try:
-            self._load(
-                i, {**draft.changes, "kind": label.kind, "should_change": label.should_change}
-            )
+            labels = {"kind": label.kind, "should_change": label.should_change}
+            plan = self._load(i, {**draft.changes, **labels}).plan
         except UserError as error:
             label = unsure(str(error))
         columns = dict(zip(self._columns, (label.kind, label.should_change), strict=True))
         self.counts[label.kind, label.should_change, label.reason] += 1
         reason = {"label_reason": label.reason, "label_text": self.how.text}
-        return {**draft.row, **draft.changes, **columns, **reason}
+        read = {"plan": to_json(plan)} if plan else {}
+        return {**draft.row, **draft.changes, **columns, **reason, **read}
 
     def _resume(self) -> None:
         """Count what the output has already."""

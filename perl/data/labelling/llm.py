@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from perl.data.labelling.label import Label, checked, unsure
 from perl.llm import Endpoint, EndpointError
-from perl.permutation import Consistency, lettering, named_images, option_lines, text_of
+from perl.permutation import Consistency, named_images, option_lines, plan_of, text_of
 from perl.rewards.reading import canonical
 from perl.types import IMAGE_SLOT, Example
 
@@ -119,7 +119,7 @@ def is_open(example: Example) -> bool:
         len(example.images) > 1
         and [m.role for m in example.messages if m.role != "system"] == ["user"]
         and not option_lines(text_of(example))
-        and lettering(example, tuple(range(len(example.images)))).source == "count"
+        and not plan_of(example).lettered
     )
 
 
@@ -220,9 +220,9 @@ def _read_rephrased(said: str, example: Example) -> Rephrased:
     letter = answer.strip().strip("().").upper()
     new = replace(example, question=question, answer=letter)
     counted = tuple(range(count))
-    letters, options = lettering(new, counted), option_lines(question)
-    if letters.source == "slots":
-        named = named_images(letter, count, letters.slots)
+    plan, options = plan_of(replace(new, kind="all")), option_lines(question)
+    if plan.lettered:
+        named = named_images(letter, count, plan.letters)
         before = named_images(example.answer, count, counted)
         if named is None:
             raise ValueError(f"the answer '{answer}' is none of the options")

@@ -1,58 +1,48 @@
-"""Labels by rules, from the words of a question, its options and its answer; no model is asked.
+"""Labels by rules, from the form of a question, its options and its answer; no model is asked.
 
-An answer that names an image follows it; one that does not is taken to stay only in the forms of
-`perl.data.labelling.symmetry`. Whatever is not covered stays as it is, with a reason that begins with "unsure".
+An example's images move only if every sentence is of a form in `perl.data.labelling.grammar`, and layout, options and
+answer are of a kind that is known to go with it. Whatever is not covered stays as it is, with a reason that begins with
+"unsure".
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
 
-from perl.data.labelling.label import Label, checked, kind_of, stays, unsure
-from perl.data.labelling.symmetry import asks_about_options, names_no_one, states_truth, stays_right
-from perl.data.labelling.text import (
-    ARRANGES,
-    ASKS_WHICH,
-    COUNTS,
-    SEQUENCE,
-    SINGULAR,
-    SPECIAL,
-    TOGETHER,
-    Question,
-    Slots,
+from perl.data.labelling.grammar import (
+    Form,
+    asked_for,
+    asks_for_candidate,
+    compares,
+    is_instruction,
+    telling_word,
 )
-from perl.permutation import LETTERS, Consistency, letter_slots, movable, named_images
+from perl.data.labelling.label import Label, checked, kind_of, stays, unsure
+from perl.data.labelling.text import Question, Slots
+from perl.permutation import CARDINALS, Consistency, slots_named
+from perl.permutation.plan import names_in_answers
 from perl.types import IMAGE_SLOT, Example
 
+_LONGEST_ANSWER = 5  # Words; a longer answer may describe the images one after the other.
+_NUMBER = re.compile(rf"[0-9]+(?:,[0-9]{{3}})*|{'|'.join(CARDINALS)}|zero|none", re.IGNORECASE)
+_YES_NO = re.compile(r"yes|no|true|false", re.IGNORECASE)
+_LIST = re.compile(r",|;|/|&|\b(?:and|or|then|versus|vs)\b", re.IGNORECASE)
 _NAMES_ONLY = re.compile(r"[\s(\[]*(?:[A-Za-z]|[0-9]{1,2})(?:[\s).\],;&>-]+(?:and\s+)?[(\[]?(?:[A-Za-z]|[0-9]{1,2}))*[\s).\]]*")  # fmt: skip
-
-_SOURCES = (
-    (re.compile(r"nlvr", re.IGNORECASE), range(2, 3), "all", "two images side by side"),
-    (re.compile(r"dreamsim", re.IGNORECASE), range(3, 4), "first_fixed", "the first image is the reference"),
-    (re.compile(r"iconqa", re.IGNORECASE), range(3, 7), "first_fixed", "the first image is the question's"),
-    (re.compile(r"(?:description_to|missing|next)_frame", re.IGNORECASE), range(5, 99), "last:4", "the last four images are the options"),
-)  # fmt: skip
-"""Data sets by name: for how many images, which may move, and why. After the rules by data set of the
-paper's training code."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Places:
-    """The slots that may change places before the answer is looked at, and why.
-
-    `certain`: the data set says so, and the text need not. `options`: they are labelled image options,
-    which may change places though the images before them are steps in time.
-    """
-
-    slots: Slots
-    why: str
-    certain: bool = False
-    options: bool = False
+_NO_ONE_IMAGE = re.compile(
+    r"(?:neither|none|both|all|(?:(?:they|both|it) (?:are|is) )?(?:about |equal(?:ly)? )?(?:equal|identical|the same|a tie)|equally|cannot (?:tell|be (?:told|determined))|no difference)"
+    r"(?: of (?:them|the above|these|(?:the |these )?(?:two )?\w+s))?(?: \w+)?",
+    re.IGNORECASE,
+)
+_PLACED = re.compile(
+    r"\b(?:left\w*|right\w*|top|bottom|upper|lower|middle|former|latter|previous|next|earlier|later|other|before|after|"
+    r"first|second|third|fourth|last)\b",
+    re.IGNORECASE,
+)
+_ASKS_FOR_ONE: tuple[Form, ...] = ("which", "bare", "compare", "relate")
 
 
-def label_by_rules(example: Example, text: Consistency = "slots", source: str = "") -> Label:
-    """The label of an example; `source` is the name of its data set or task, where known.
+def label_by_rules(example: Example, text: Consistency = "slots") -> Label:
+    """The label of an example.
 
     With `text="slots"` images that the question names keep their places; with `"references"` the
     names follow. The label has gone through `checked`.
@@ -65,87 +55,101 @@ def label_by_rules(example: Example, text: Consistency = "slots", source: str = 
         for m in example.messages
     ):
         return unsure("a conversation of several turns")
-    return checked(example, _label(Question(example), text, source), text)
+    return checked(example, _label(Question(example), text), text)
 
 
-def _label(question: Question, text: Consistency, source: str) -> Label:
-    if _is_ordering(question):
-        return Label("ordering", True, "the options are sequences of the images")
-    if _is_arrangement(question):
-        return Label("all", True, "the answer lists all images in sequence")
-    places = _places(question, source)
+def _label(question: Question, text: Consistency) -> Label:
+    every = tuple(range(question.count))
+    if why := question.plan.faults.get("any"):
+        return unsure(why)
+    start = question.plan.start
+    numbers = [
+        int(n)
+        for s in question.sentences
+        if is_instruction(s)
+        for n in re.findall(r"\b[0-9]+\b", s)
+    ]
+    if any(not start <= n < start + question.count for n in numbers):
+        return unsure("it speaks of numbers that are no image's")
+    places = _places(question)
     if isinstance(places, Label):
         return places
-    if word := question.place:
-        return stays(f"the text speaks of images by their place ({word})")
-    context = len(places.slots) < question.count
-    if (word := question.words(SEQUENCE)) and not (context and (places.certain or places.options)):
-        return stays(f"the text speaks of a sequence ({word})")
-    kept = question.spoken_of
-    if (word := question.words(SPECIAL)) and not (context or kept or question.labelled):
-        return unsure(f"it does not say which image is the {word}")
-    if text == "references":
-        named = question.labelled and question.letters.slots
-        followed = {mention.slot for mention in question.named(question.stem, named or ())}
-        kept = tuple(slot for slot in kept if slot not in followed)
-    free = tuple(slot for slot in places.slots if slot not in kept)
+    candidates = len(places) < question.count
+    if candidates and len(set(_named(question))) == 1 and not question.options:
+        sure = question.labelled and "text" not in question.plan.faults
+        if asks_for_candidate(question.sentences, bool(sure)) and (
+            sure or not _NUMBER.fullmatch(question.example.answer.strip())
+        ):
+            return _moving(question, places, True, "the last images are the options")
+    asked = asked_for(question.sentences)
+    if asked is None:
+        if word := telling_word(question.sentences):
+            return stays(f"the text speaks of a sequence or of places ({word})")
+        return unsure("the question is of no known form")
+    if _is_ordering(question, asked):
+        return Label("ordering", True, "the options are sequences of the images")
+    if asked in ("arrange", "values"):
+        return _in_turn(question, asked, places == every)
+    kept = set(question.spoken_of if text == "slots" else ())
+    kept |= {m.slot for m in question.plan.mentions if m.style == "other"}
+    # "Which of the last three images": those are asked about, and the others are named for themselves.
+    several = {m.slot for m in question.plan.mentions if m.style == "several"}
+    single = {m.slot for m in question.plan.mentions if m.style != "several"}
+    if several and asked == "relate" and not several & single:
+        places, kept = tuple(sorted(several)), kept - several
+    else:
+        kept |= several
+    free = tuple(slot for slot in places if slot not in kept)
     if len(free) < 2:
         return stays("the text speaks of particular images")
-    if free != places.slots:
-        places = _Places(free, f"{places.why}, without those that the text names", places.certain)
+    if asked == "compare" and len(free) > 2:
+        return unsure("it compares, and does not say with which image")
     if question.options:
-        return _with_options(question, places, text)
-    return _without_options(question, places)
+        return _with_options(question, asked, free, text)
+    return _without_options(question, asked, free, candidates)
 
 
-def _is_ordering(question: Question) -> bool:
-    """Whether options are sequences of all images and the answer is one of them."""
-    every = list(range(question.count))
-    sequences = [
-        line
-        for line in question.options.values()
-        if sorted(named_images(line.replace("-", ","), question.count, ()) or ()) == every
-    ]
-    listed = len(sequences) >= 2 and not question.spoken_of
-    return listed and (question.count > 2 or question.asks(ARRANGES))
-
-
-def _is_arrangement(question: Question) -> bool:
-    answer = question.example.answer
-    named = named_images(answer, question.count, question.letters.slots, question.letters.numbers)
-    return (
-        not question.options
-        and not question.spoken_of
-        and question.asks(ARRANGES)
-        and named is not None
-        and sorted(named) == list(range(question.count))
-        and _in_one_run(question, tuple(range(question.count)))
-    )
-
-
-def _in_one_run(question: Question, slots: Slots) -> bool:
-    return any(set(slots) <= set(run) for run in question.runs)
-
-
-def _places(question: Question, source: str) -> _Places | Label:
-    for name, counts, kind, why in _SOURCES:
-        if name.search(source) and question.count in counts:
-            (slots,) = movable(kind, question.count)
-            return _Places(slots, f"data set: {why}", certain=True)
-    if labelled := question.labelled:
-        if not _in_one_run(question, labelled):
-            return unsure("text stands beside single images")
-        why = "letters label the images" if len(labelled) == question.count else "image options"
-        return _Places(labelled, why, options=True)
+def _places(question: Question) -> Slots | Label:
+    """The slots whose images are alike to the question, as the layout of its text shows."""
     *_, last = question.runs
+    if labelled := question.labelled:
+        if not any(set(labelled) <= set(run) for run in question.runs):
+            return unsure("text stands beside single images")
+        return labelled
     if len(question.runs) == 1:
-        return _Places(last, "all images alike")
+        return last
     if len(question.runs) == 2 and len(last) > 1:
-        return _Places(last, "the last images are the options")
+        return last
     return unsure("text stands beside single images")
 
 
-def _with_options(question: Question, places: _Places, text: Consistency) -> Label:
+def _is_ordering(question: Question, asked: Form) -> bool:
+    """Whether options are sequences of all images and the answer is one of them."""
+    every = list(range(question.count))
+    sequences = [s for s in question.plan.sequences.values() if sorted(s) == every]
+    return asked == "arrange" and len(sequences) >= 2 and not question.spoken_of
+
+
+def _in_turn(question: Question, asked: Form, all_alike: bool) -> Label:
+    """The answer lists all images, or has a value for each."""
+    if question.options or question.spoken_of or not all_alike:
+        return unsure("it is not about all images alike")
+    if asked == "values":
+        if question.plan.form != "values":
+            return unsure("its answer may list the images in sequence, or a value for each image")
+        return Label("all", True, "the answer has a value for each image in turn")
+    named = _named(question)
+    if question.plan.form != "sequence" or sorted(named) != list(range(question.count)):
+        return unsure("the answer does not list all images")
+    return Label("all", True, "the answer lists all images in sequence")
+
+
+def _named(question: Question) -> Slots:
+    names = names_in_answers(question.plan, question.count)
+    return slots_named(question.example.answer.strip(), names) or ()
+
+
+def _with_options(question: Question, asked: Form, free: Slots, text: Consistency) -> Label:
     """Options in words: each names an image, some do, or none does."""
     answer = question.example.answer.strip()
     letter = answer.strip("().").upper()
@@ -155,86 +159,68 @@ def _with_options(question: Question, places: _Places, text: Consistency) -> Lab
         if len(alike) != 1:
             return unsure("the answer is none of the options")
         letter = alike[0]
-    bare = {k: question.bare(line) for k, line in question.options.items()}
-    slots = tuple(s for s in places.slots if s in bare.values())
-    if all(slot is not None for slot in bare.values()):
-        return _moving(question, slots, True, "the options name the images")
+    bare = {k: question.bare(k) for k in question.options}
+    slots = tuple(s for s in free if any(s in named for named in bare.values()))
+    if any(bare.values()) and asked in (*_ASKS_FOR_ONE, "options"):
+        rest = [line for k, line in question.options.items() if not bare[k]]
+        if not all(_NO_ONE_IMAGE.fullmatch(line.strip().rstrip(".")) for line in rest):
+            return unsure("some options are images, others are not")
+        follows = bool(bare[letter]) and not (rest and by_letter and text == "references")
+        return _moving(
+            question, slots, follows, f"{'some' if rest else 'the'} options name the images"
+        )
     speaking = {m.slot for line in question.options.values() for m in question.named(line)}
-    if any(slot is not None for slot in bare.values()):
-        if any(question.named(question.options[k]) for k, slot in bare.items() if slot is None):
-            return unsure("some options name one image, others several")
-        why = "some options name the images"
-        if bare[letter] is None and not names_no_one(question.options[letter]):
-            return unsure("the answer is an option that is no image")
-        if bare[letter] is None or (by_letter and text == "references"):
-            return _moving(question, slots, False, why)
-        kind = kind_of(slots, question.count)
-        if by_letter and not _letters_count(question, bare, kind):
-            return unsure("the letters of the options do not count the images")
-        return _moving(question, slots, True, why)
     if speaking:
-        why = "the options speak of particular images"
-        if not asks_about_options(question):
-            return unsure(f"{why}, and the answer may depend on their sequence")
-        followed = {m.slot for line in question.options.values() for m in question.named(line, ())}
-        left = speaking - followed if text == "references" else speaking
-        free = tuple(s for s in places.slots if s not in left)
-        return stays(why) if len(free) < 2 else _moving(question, free, False, why)
-    numbers = all(_NAMES_ONLY.fullmatch(line) for line in question.options.values())
-    if numbers and not question.asks(COUNTS):
-        return unsure("the options may be images or something else")
-    return _invariant(question, places, answer if not by_letter else question.options[letter])
+        alone = [line for line in question.options.values() if len(question.named(line)) < 2]
+        if asked != "options" or any(compares(line) for line in alone):
+            return unsure("the options speak of particular images")
+        if text == "references":
+            return _moving(question, free, False, "the options speak of images by name")
+        return stays("the options speak of particular images")
+    if asked in _ASKS_FOR_ONE:
+        return unsure("it asks for an image, and the options are none")
+    return _invariant(question, asked, free, answer if not by_letter else question.options[letter])
 
 
-def _letters_count(question: Question, bare: dict[str, int | None], kind: str) -> bool:
-    letters = letter_slots(replace(question.example, kind=kind))
-    return all(
-        LETTERS.index(letter) < len(letters) and letters[LETTERS.index(letter)] == slot
-        for letter, slot in bare.items()
-        if slot is not None
-    )
-
-
-def _without_options(question: Question, places: _Places) -> Label:
+def _without_options(question: Question, asked: Form, free: Slots, candidates: bool) -> Label:
     """The answer stands alone: an image, a number, a yes or no, or a few words."""
     answer = question.example.answer.strip()
-    if question.bare(answer) is not None and not _NAMES_ONLY.fullmatch(answer):
-        return _moving(question, places.slots, True, f"{places.why}; the answer names one")
-    if not _NAMES_ONLY.fullmatch(answer):
-        return _invariant(question, places, answer)
-    if question.asks(COUNTS) and answer.isdigit() and not question.asks(ASKS_WHICH):
-        return _invariant(question, places, answer)
-    named = named_images(answer, question.count, range(len(LETTERS)), question.letters.numbers)
-    letters = any(c.isalpha() for c in answer.replace("and", ""))
-    if named is None:
-        return _invariant(question, places, answer)
-    if letters and question.labelled:
-        return _moving(question, places.slots, True, f"{places.why}; the answer is a label")
-    if not (question.asks(ASKS_WHICH) or places.certain) or question.asks(COUNTS):
-        return unsure("the answer may be an image or something else")
-    whole = len(places.slots) == question.count
-    if letters and question.spoken_of and not places.certain:
-        return unsure("letters may count all images or the options")
-    if not letters and not (whole or places.certain or question.spoken_of):
-        return unsure("numbers may count all images or the options")
-    return _moving(question, places.slots, True, f"{places.why}; the answer names one")
-
-
-def _invariant(question: Question, places: _Places, answer: str) -> Label:
-    """An answer that stays wherever the images are, if question and answer are of a form that says so."""
-    if question.asks(ASKS_WHICH) and not (states_truth(answer) or question.options):
+    if asked not in _ASKS_FOR_ONE:
+        return _invariant(question, asked, free, answer)
+    if not _named(question):
         return unsure("it asks for an image and the answer names none")
-    if question.asks(SINGULAR) and not question.named(question.stem):
-        return unsure("it speaks of one image and does not say which")
-    # A data set of statements about all images alike; those that name one by its place are not here.
-    statement = places.certain and len(places.slots) == question.count and states_truth(answer)
-    if not (statement or question.asks(TOGETHER) or question.spoken_of):
-        return unsure("it does not say that it is about all images")
-    if not (statement or stays_right(question, answer)):
-        return unsure("the answer may depend on the sequence of the images")
-    said = "yes or no" if states_truth(answer) else "an answer in words"
-    said = "a number" if answer.isdigit() else said
-    return _moving(question, places.slots, False, f"{places.why}; {said} stays")
+    if _NAMES_ONLY.fullmatch(answer):
+        letters = any(c.isalpha() for c in answer.replace("and", ""))
+        if letters and not question.labelled and question.spoken_of:
+            return unsure("letters may count all images or the others")
+        if not letters and candidates and not question.spoken_of:
+            return unsure("numbers may count all images or the options")
+        if asked == "bare" and not (letters and question.labelled):
+            return unsure("the answer may be an image or something else")
+    return _moving(question, free, True, "it asks for an image, and the answer names it")
+
+
+def _invariant(question: Question, asked: Form, free: Slots, answer: str) -> Label:
+    """An answer that stays wherever the images are."""
+    said = answer.rstrip(".")
+    if any(_PLACED.search(line) for line in (said, *question.options.values())):
+        return unsure("answer or options speak of places")
+    if asked == "number" and _NUMBER.fullmatch(said):
+        return _moving(question, free, False, "it counts over all images alike")
+    if asked == "truth" and _YES_NO.fullmatch(said):
+        return _moving(question, free, False, "it asks whether something holds of all images alike")
+    if asked == "thing" and not _may_list(said, question.options):
+        return _moving(question, free, False, "it asks what the images have in common")
+    return unsure("the answer does not fit what is asked for")
+
+
+def _may_list(answer: str, options: dict[str, str]) -> bool:
+    """Whether an answer in words could be about one image after the other."""
+    if options:
+        # "a cat and a dog" beside "a dog and a cat" asks for a sequence.
+        words = sorted(answer.lower().split())
+        return sum(sorted(line.lower().split()) == words for line in options.values()) > 1
+    return len(answer.split()) > _LONGEST_ANSWER or bool(_LIST.search(answer))
 
 
 def _moving(question: Question, slots: Slots, should_change: bool, why: str) -> Label:

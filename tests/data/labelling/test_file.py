@@ -69,7 +69,7 @@ def test_rows_keep_their_columns_and_load_with_their_labels(
     assert run(data) == 0
     output = data.with_name("rows.labelled.jsonl")
     assert labels(output) == LABELS
-    added = {"kind", "should_change", "label_reason", "label_text"}
+    added = {"kind", "should_change", "label_reason", "label_text", "plan"}
     kept = [{k: v for k, v in row.items() if k not in added} for row in read(output)]
     assert kept == read(data) and data.read_bytes() == before
     assert all(row["label_reason"] for row in read(output))
@@ -100,7 +100,7 @@ def test_columns_named_by_the_user(data: Path, tmp_path: Path) -> None:
     output, given = tmp_path / "other" / "out.jsonl", [f"{k}={v}" for k, v in names.items()]
     assert run(mapped, "--map", *given, "--output", output) == 0
     assert [(row["k"], row["s"]) for row in read(output)] == LABELS
-    assert read(output)[0].keys() == {*names.values(), "label_reason", "label_text"}
+    assert read(output)[0].keys() == {*names.values(), "label_reason", "label_text", "plan"}
     output.write_text("".join(output.read_text().splitlines(keepends=True)[:3]))
     assert run(mapped, "--map", *given, "--output", output) == 0 and len(read(output)) == 6
     again = load_examples(str(output), DataConfig(map=tuple(given)), "train", 0)
@@ -356,9 +356,7 @@ def test_an_endpoint_that_goes_down_loses_nothing(
 def test_the_documents_example_prints_its_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (code,) = re.findall(
-        r"```python\n(.*?)```", DOCUMENT.partition("## Labels")[2], flags=re.DOTALL
-    )
+    (code,) = re.findall(r"```python\n([^`]*pets.*?)```", DOCUMENT, flags=re.DOTALL)
     (table,) = re.findall(r"```\n(pets.labelled.jsonl\n.*?)```", DOCUMENT, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     exec(code, {})

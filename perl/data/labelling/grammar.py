@@ -1,0 +1,298 @@
+"""Forms of questions of which it is known what happens to them when the images change places.
+
+A list of what is allowed. Every sentence must be of one of these forms as a whole, and what a form leaves open (`_X`, "shows
+a dog on a sofa") must look at one image alone: it may hold no word that compares images or puts them in a sequence, on
+a side or next to each other, and no number or letter that may name one. Whatever is not covered is of no form.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+from perl.permutation import CARDINALS, ORDINALS
+
+Form = Literal[
+    "which", "bare", "compare", "relate", "number", "truth", "thing", "arrange", "values", "options"
+]
+"""What is asked for: an image, by what it shows (`which`; `bare` where the question does not say that it is an image), beside the one other image (`compare`) or beside an image that the
+question names (`relate`); how many, whether or what, of all images alike; their sequence; a value of each in turn; or
+which statement about named images holds."""
+
+NAMED = "\0"
+"""Stands for the name of an image in a sentence."""
+
+_LONGEST = 300  # Characters of a sentence; a longer one is of no known form.
+
+_ONE = r"(?:image|picture|photo|photograph|figure|panel|one)"
+_NOUN = r"(?:images|pictures|photos|photographs|figures|panels)"
+_OPTION = r"(?:option|candidate|choice|answer)"
+_MANY = rf"(?:{'|'.join(CARDINALS[1:])}|[0-9]{{1,2}})"
+_THESE = (
+    rf"(?:(?:the|these|those|the following|the given|the above) (?:{_MANY} )?(?:given )?{_NOUN})"
+)
+_EVERY = rf"(?:(?:both|all|all {_MANY}|both of|all of|all {_MANY} of)(?: {_THESE}| {_NOUN}))"
+_ANY = rf"(?:(?:any|either|each|every|every one|each one)(?: of {_THESE}| {_ONE}))"
+_SHOW = r"(?:show|contain|have|depict|feature|include|display|share)"
+_STATE = r"(?:shows?|contains?|ha(?:s|ve)|depicts?|features?|includes?|displays?|is|are)"
+
+# Words that put images beside or behind each other, whatever else they mean.
+_PLACES = (
+    rf"(?:{'|'.join(ORDINALS)}|[0-9]{{1,2}}(?:st|nd|rd|th)|last|former|latter|left|right|top(?<!on top)|bottom|upper|lower|"
+    r"middle|cent(?:er|re|ral)|(?:left|right|top)-?most|left-\w+|right-\w+|side|adjacent|neighbo\w*|between|among|next(?! to)|"
+    r"previous\w*|preceding|following|opposite|beside it|row|column|diagonal\w*|position\w*|(?<!the same )places?|placed|misplaced|"
+    r"above it|below it|here|there(?! (?:is|are)))"
+)
+_TIMES = (
+    r"(?:before\w*|after\w*|then|earlier|later|latest|earliest|until|since|once|already|still|yet|again|now|longer|"
+    r"any ?more|when|while|during|begin\w*|began|begun|start\w*|end|ends|ended|ending|finish\w*|stop\w*|resum\w*|continu\w*|"
+    r"becom\w*|became|turn\w*|grow\w*|grew|grown|shr[aiu]nk\w*|chang\w*|mov(?:e|es|ed|ing|ement)|happen\w*|occur\w*|sequen\w*|"
+    r"series|consecutive\w*|successive\w*|order\w*|steps?|stages?|phases?|frames?|video\w*|clip|footage|time-?lapse|"
+    r"timeline|story\w*|process|progress\w*|initial\w*|final\w*|result\w*|outcome|transition\w*|follow\w*|preced\w*|comes?|coming|leads?|complet\w*|"
+    r"appear(?:ed|ing)|disappear\w*|(?:new|recent)ly|new|newer|been|being|got|gets?|getting|gone|went|came|arriv\w*|"
+    r"left|flew|fallen|melt\w*|freez\w*|opening|closing|rising|falling|increas\w*|decreas\w*|edit\w*|add(?:ed|ing)|"
+    r"remov\w*|missing|chronolog\w*|respectively|turns?)"
+)
+_ARRANGED = (
+    r"(?:together|sorted|arrang\w*|rank\w*|alphabetical\w*|ascending|descending|numerical\w*|correct\w*|incorrect\w*|"
+    r"wrong\w*|proper\w*|shuffl\w*|swap\w*|revers\w*|out of|number(?:ed|ing|s)?|index\w*|labell?\w*|count(?:ed|ing)?)"
+)
+# Words that look from one image to another, or at what all of them make up.
+_COMPARED = (
+    r"(?:others?|another|else|rest|remaining|same|differ\w*|similar\w*|alike|unlike|like|identical|equal\w*|"
+    r"compar\w*|match\w*|correspond\w*|pair\w*|belong\w*|fits?|odd|outlier|extra|relat\w*|resembl\w*|reference|query|"
+    r"anchor|template|original\w*|source|target|given|across|over time|through|"
+    r"combin\w*|concat\w*|join\w*|spell\w*|form|forms|formed|words?|letters?|phrase|sentence|digits?|subtract\w*|"
+    r"divid\w*|ratio|quotient|minus)"
+)
+_ASKING = r"(?:which|what|how|who|whose|where|why|these|those|them|they)"
+_A_NUMBER = rf"(?:[0-9]|(?:{'|'.join(CARDINALS)})\b)"
+_DEGREES = (
+    r"tall|larg|small|bigg|dark|bright|light|high|low|long|short|old|young|clos|near|farth|furth|"
+    r"fast|slow|warm|cold|hott|thick|thinn|wid|narrow|full|empt|strong|weak|deep|clean|lat|steep|"
+    r"fatt|great|loud|soft|\w+i|clear|sharp|round|rich|smooth|rough|calm|heav|dens|quiet"
+)
+_COMPARATIVES = rf"(?:(?:more|less|fewer)(?! than {_A_NUMBER})|than(?! {_A_NUMBER})|(?:{_DEGREES})er|better|worse)"
+# A number counts what follows it, or it may name an image; so may a letter.
+_NAMES = r"(?:[0-9]+(?! [a-z]{2})|(?<!['’])[b-hj-z](?!['’]))"
+_SINGULAR = r"(?:the|this) (?:image|picture|photo|photograph|figure)"
+_IMAGES = rf"(?:{_NOUN}|image|picture|photo|photograph|figure|panel|{_OPTION}s?|one (?:before|after|on|to|at))"
+
+
+def _without(*barred: str, stop: str = ";") -> str:
+    """Any words but these, and no name of an image."""
+    return rf"(?:(?!\b(?:{'|'.join(barred)})\b)[^{stop}{NAMED}])+?"
+
+
+_ALWAYS = (_PLACES, _TIMES, _ARRANGED, _NAMES, _ASKING)
+_X = _without(*_ALWAYS, _COMPARED, _COMPARATIVES, _IMAGES)
+_MORE = _without(*_ALWAYS, _COMPARED, _IMAGES)
+_LIKE = _without(*_ALWAYS, _IMAGES)
+_SAID = _without(*_ALWAYS, _COMPARED, _COMPARATIVES, _SINGULAR)
+_VALUE = rf"(?:its rank|(?:how many |whether |the number of )?{_SAID})(?:,? in (?:the same |the )?order(?: (?:shown|given))?)?"
+
+_OUT_OF = (
+    rf"(?: (?:of|among|from|in|out of) (?:{_THESE}|{_EVERY}|(?:the|these) (?:other|remaining) (?:{_MANY} )?{_NOUN}|these|them|those|"
+    rf"the {_MANY}|the following|the {_OPTION}s)|"
+    r" (?:shown |given )?(?:below|above|here))"
+)
+_OTHERS = (
+    rf"(?:the |all the |all )?(?:others|other {_NOUN}|other ones|rest|other {_MANY}(?: {_NOUN})?)"
+)
+_AN_IMAGE = rf"(?:image|picture|photo|photograph|figure|panel|{_NOUN}|{_OPTION}s?)"
+_WHICH = (
+    rf"(?:(?:in |on |at |from )?(?:(?:which|what)(?: (?:single|one|two|three|other))? {_AN_IMAGE}{_OUT_OF}?|which(?: ones?)?{_OUT_OF})"
+    rf"|(?:of|among|out of|between) {_THESE},? which(?: ones?| {_AN_IMAGE})?)"
+)
+_VERB = r"(?:is|are|was|were|shows?|has|have|contains?|depicts?|looks?|does|do|would|can|could)"
+_BARE = rf"which(?: ones?)?(?= {_VERB}\b)"
+_PICK = (
+    r"(?:(?:please |now )?(?:(?:pick|choose|select|find|identify|point out|point to|name|tell me|indicate|give|state|write|list|mark|"
+    r"show me|spot|locate|determine)(?: out)?|what is|which is)(?: the (?:number|letter|index|label)s? of)?)"
+)
+_THE_ONE = rf"(?:(?:all|only|the|an?|any|every|those|both|one of) )*(?:single )?(?:{_AN_IMAGE}|ones?){_OUT_OF}?"
+_THAT = r"(?:that|which|who|with|without|where|in which|on which|showing|containing|depicting|featuring|displaying|of|having)"
+_TOTAL = r"(?: (?:together|in total|altogether|in all|combined|overall))"
+_IN_ALL = rf"(?: (?:in|on|across|among) (?:{_THESE}|{_EVERY}))"
+_SEEN = (
+    r"(?:appear|are there|are shown|are visible|are seen|can be seen|can you see|do you see|are)"
+)
+
+_QUANTIFIED = (
+    rf"(?:(?:(?:at least|at most|exactly|only) )?(?:one|two|three|four)|both|all|each|every|no|none|neither|some|an|a)"
+    rf"(?: of {_THESE})?(?: (?:{_NOUN}|{_ONE}))? {_STATE} {_SAID}"
+    rf"|one (?:{_ONE}|of {_THESE}) {_STATE} {_SAID},? (?:and|while|but|whereas) the other(?: {_ONE})? {_STATE} {_SAID}"
+    rf"|one {_ONE} {_STATE} (?:{_MORE}|twice as many {_SAID}) (?:than|as) the other(?: {_ONE})?"
+    rf"|{_SAID} in one {_ONE} (?:is|are) (?:{_COMPARATIVES}) than {_SAID} in the other(?: {_ONE})?"
+    rf"|(?:the combined {_NOUN}|(?:{_THESE}|{_EVERY}) (?:together|combined)|together,? {_THESE}) {_STATE} {_SAID}"
+    rf"|(?:all|every|each|no|none|some)(?: of)?(?: the)? {_SAID} in (?:{_THESE}|{_EVERY}) (?:is|are|ha(?:s|ve)) {_SAID}"
+    rf"|in (?:(?:at least|exactly|only) )?(?:one|both|all|each|every|no) (?:of {_THESE}|{_NOUN}|{_ONE}),? {_SAID}"
+    rf"|there (?:is|are) (?:{_SAID}|(?:exactly|at least|at most|more than|fewer than|less than) {_SAID})"
+)
+_TRUTH_OF = re.compile(
+    rf"(?:is (?:this|that|it|(?:the|this)(?: following)? (?:statement|sentence|claim|description)) (?:true|correct|right|false)(?: or (?:false|not|wrong|incorrect))?"
+    rf"(?: (?:of|for|about) (?:both|{_THESE}))?|true or false|(?:{_THESE}, )?judge (?:the|this) statement)"
+)
+_STATEMENT = re.compile(_QUANTIFIED)
+_CAPTION = r"(?:caption|description|text|sentence|title|phrase|prompt|statement)"
+
+_WRITTEN: tuple[tuple[Form, str], ...] = (
+    ("options", r"which (?:(?:of (?:these|the following)|statement|option|answer|one|of (?:these|the following) statements) )?"
+                r"(?:is|are) (?:true|correct|right|false|wrong|not true)"),
+    ("options", rf"which (?:pair|two|{_NOUN})(?: of {_NOUN})? (?:shows?|depicts?|contains?|ha(?:s|ve)|are of) the same {_X}"),
+    ("which", rf"{_WHICH},? {_X}"),
+    ("which", rf"{_PICK} {_THE_ONE} {_THAT} {_X}"),
+    ("which", rf"{_WHICH} (?:is|looks|seems) (?:the )?(?:odd one out|odd one|outlier|(?:most )?(?:different from|unlike|dissimilar to) {_OTHERS})"),
+    ("which", rf"{_WHICH} (?:(?:does not|doesn't) belong(?: (?:with|to|among) (?:{_OTHERS}|the (?:same )?group))?|differs from {_OTHERS}|is not like {_OTHERS})"),
+    ("which", rf"{_WHICH} (?:best |is |does |most |is best )*(?:match(?:es)?|fits?|corresponds? to|goes? with|described by|depicts?|shows?|illustrates?) "
+              rf"(?:best )?(?:the |this )?(?:following |given )?{_CAPTION}"),
+    ("which", rf"{_WHICH} does (?:the |this )?(?:following |given )?{_CAPTION} (?:best )?(?:describe|match|fit|belong to)"),
+    ("which", rf"{_PICK} the odd (?:one|{_ONE})(?: out)?"),
+    ("which", rf"which(?: one| {_ONE})? (?:(?:does|is|has|was) not|doesn't|isn't|is it|is the (?:exception|one))"),
+    ("bare", rf"{_BARE} {_X}|(?:in |on )?(?:which|what)(?: of the)? [a-z]+(?: [a-z]+)?(?: below| above)? {_VERB} {_X}"),
+    ("relate", rf"{_WHICH},? (?:other than|besides|apart from|except) {NAMED},? {_X}"),
+    ("relate", rf"(?:given {NAMED},? )?(?:in |on )?which(?: one)? of {NAMED}(?: (?:and|or) {NAMED})* {_LIKE}(?: {NAMED}(?: {_X})?)?"),
+    ("truth", _QUANTIFIED),
+    ("which", rf"which (?:pair of|{_MANY}) (?:of {_THESE}|{_NOUN}) (?:(?:show|depict|contain|have|share|are of) the same {_X}|are (?:identical|alike|the same))"),
+    ("compare", rf"(?:{_WHICH}|{_BARE}) {_MORE}(?: than the other(?: {_ONE})?)?"),
+    ("compare", rf"{_PICK} {_THE_ONE} {_THAT} {_MORE}(?: than the other(?: {_ONE})?)?"),
+    ("compare", rf"(?:between|of|comparing) {NAMED} (?:and|or|with) {NAMED},? which(?: {_ONE})? {_MORE}"),
+    ("relate", rf"{_WHICH} {_LIKE} {NAMED}(?:,?(?: but| and)? {_X}| again)?"),
+    ("relate", rf"{_PICK} {_THE_ONE} {_THAT} {_LIKE} {NAMED}"),
+    ("relate", rf"given {NAMED},? {_WHICH} {_LIKE}(?: {NAMED})?"),
+    ("arrange", rf"(?:please )?(?:put|arrange|sort|order|place|rearrange) (?:{_THESE}|the [a-z]+ (?:shown )?in {_THESE}|the (?:steps|events|scenes|frames|stages))"
+                r"(?: (?:in|into|by|from) (?:the |their |its )?[a-z ,]+?)?(?:,? \w+est first)?"),
+    ("arrange", rf"rank {_THESE} from (?:the )?[a-z ]+ to (?:the )?[a-z ]+"),
+    ("arrange", rf"in (?:what|which) (?:order|sequence) (?:were|are|should|do|did|would|must) (?:they|{_THESE}) [a-z ]+"),
+    ("arrange", r"(?:what is|give|state|find|determine) the (?:correct |right |proper )?(?:chronological |temporal )?(?:order|sequence) of "
+                rf"(?:{_THESE}|these)"),
+    ("values", rf"(?:for|of|in) (?:each|every)(?: of {_THESE}| {_ONE})(?:,? (?:in turn|in (?:the )?(?:order|sequence)(?: (?:shown|given))?))?,? "
+               rf"(?:give|state|write|name|tell|list) {_VALUE}"),
+    ("values", rf"(?:give|state|write|name|tell|list) (?:for|of) (?:each|every)(?: of {_THESE}| {_ONE})(?:,? (?:in turn|in (?:the )?order(?: (?:shown|given))?))?,? {_VALUE}"),
+    ("values", rf"{_VALUE}(?: {_ONE})? (?:for|of|in) (?:each|every)(?: of {_THESE}| {_ONE}),? (?:in turn|in (?:the )?order(?: (?:shown|given))?)"),
+    ("number", rf"how many (?:other )?(?:of {_THESE}|{_NOUN}) (?:{_STATE}|were|was|do not show|do not contain) {_X}"),
+    ("number", rf"in how many (?:other )?(?:of {_THESE}|{_NOUN}) (?:is|are|can you see|do you see|can we see|do we see|does|do) {_X}"),
+    ("number", rf"(?:in total,? )?how many (?:different |distinct |unique )?{_X} {_SEEN}(?:{_TOTAL}|(?:{_IN_ALL}{_TOTAL}?)|(?:{_TOTAL}{_IN_ALL}))"),
+    ("number", rf"how many {_X} do (?:{_THESE}|{_EVERY}) (?:show|contain|have){_TOTAL}"),
+    ("number", rf"what is the (?:total number of|sum of) (?:{_X}|(?:all )?the (?:numbers|values|digits)(?: shown| written)?){_IN_ALL}"),
+    ("number", rf"(?:in )?how many (?:other )?(?:of {_THESE}|{_NOUN}) (?:{_STATE}) {_LIKE} {NAMED}"),
+    ("number", rf"(?:count|what is|give|state) (?:the )?(?:number of )?(?:the )?{_NOUN} {_THAT} {_X}"),
+    ("truth", rf"is there (?:an?|any|at least one) {_ONE} {_THAT} {_X}|(?:does|is) at least one (?:of {_THESE}|{_ONE}) (?:{_SHOW} )?{_X}"),
+    ("truth", rf"is (?:it|this|he|she) the same {_X} in (?:{_EVERY}|{_ANY})"),
+    ("truth", rf"do {_EVERY} {_SHOW} {_X}|(?:do|does) {_ANY} {_SHOW} {_X}"),
+    ("truth", rf"(?:are {_EVERY}|(?:is|are) {_ANY}) (?:taken )?(?:in|at|of|from) {_X}"),
+    ("truth", rf"(?:does|do) any other {_ONE}s? {_SHOW} {_LIKE}(?:{NAMED})?"),
+    ("truth", rf"(?:is|are) there (?:a|an|any|at least one) {_X} in (?:{_EVERY}|{_ANY})"),
+    ("truth", rf"do {_THESE} {_SHOW} the same {_X}|do {_EVERY} {_SHOW} the same {_X}"),
+    ("truth", rf"(?:is|are) the same {_X} (?:shown|visible|seen|depicted|present) in (?:{_THESE}|{_EVERY})"),
+    ("truth", rf"(?:are|were) (?:{_THESE}|{_EVERY}) (?:identical|the same|alike|similar|(?:[a-z]+ )?(?:in|at|of|from|by|with) the same {_X})"),
+    ("truth", rf"do the {_MANY} [a-z]+ {_SHOW} the same {_X}|are the {_MANY} [a-z]+ (?:identical|alike|the same|isomorphic|congruent|equivalent)"),
+    ("truth", rf"(?:is|are) {_X} (?:visible|shown|present|seen|depicted) in (?:{_EVERY}|{_ANY})"),
+    ("truth", rf"do {_THESE} have {_X} in common"),
+    ("truth", rf"is it (?:true|correct) (?:of|for) (?:both|{_THESE}) that (?:{_QUANTIFIED})"),
+    ("truth", rf"is it (?:true|correct) that (?:{_QUANTIFIED})"),
+    ("thing", rf"what do (?:{_THESE}|{_EVERY}) have in common|what is common (?:to|in|among) (?:{_THESE}|{_EVERY})"),
+    ("thing", rf"(?:what|which) {_X} do (?:{_THESE}|{_EVERY}) (?:have in common|share)"),
+    ("thing", rf"(?:what|which) (?!two|many|number)(?:{_X} )?(?:is|are|appears|occurs) (?:visible |shown |present )?in (?:{_EVERY}|{_ANY})"),
+    ("thing", rf"(?:what|which) {_X} (?:is|are) {_X} in {NAMED}|what (?:is|are) {_X} in {NAMED}"),
+    ("number", rf"how many {_X} (?:are|are there|can be seen) in {NAMED}"),
+    ("truth", rf"(?:is|are) {_X} in {NAMED}(?: {_X})?|is {NAMED} {_X}|does {NAMED} (?:show|contain|have) {_X}"),
+    ("truth", rf"(?:is|are) {_X} in {NAMED} \w+er than {_X} in {NAMED}|is {NAMED} \w+er than {NAMED}"),
+    ("number", rf"how many more {_X} (?:has|does) {NAMED} (?:have )?than {NAMED}"
+               rf"|how many more {_X} are (?:there )?in {NAMED} than in {NAMED}"),
+)  # fmt: skip
+_FORMS: tuple[tuple[Form, re.Pattern[str]], ...] = tuple(
+    (form, re.compile(pattern)) for form, pattern in _WRITTEN
+)
+
+_REFERENCE = r"(?:(?:the |this |that |an? )?(?:reference|query|anchor|target|source|template|original)(?: (?:image|picture|photo|one))?)"
+_ABOUT = _without(*_ALWAYS)
+_ALL_BUT_ONE = re.compile(
+    rf"(?:(?:only |exactly )?one of (?:{_THESE}|them)|(?:all|every {_ONE}) (?:but|except) one(?: of {_THESE})?) {_ABOUT}"
+)
+_IS_REFERENCE = re.compile(
+    rf"(?:(?:take |use |given )?{NAMED} (?:is|shows|depicts|as|for) (?:{_REFERENCE}|{_SAID})|{_REFERENCE} is {NAMED})"
+)
+# Sentences that say nothing about which image is which.
+_INTRODUCTION = re.compile(
+    rf"(?:(?:look at|consider|compare|examine|study|observe|view|see|here are|here is|these are|you (?:see|are given|are shown)|given|"
+    rf"below are|there are) (?:both |all )?(?:{_THESE}|{_EVERY}|{_MANY} {_NOUN}|{_NOUN})(?: carefully| closely| below| above)?"
+    rf"|(?:{_THESE}|{_EVERY}) are (?:numbered|labell?ed|indexed|counted) from [0-9]+(?: to [0-9]+)?"
+    rf"|(?:{_THESE}|{_EVERY}) (?:show|are|were taken (?:in|at|on)|depict|come from) {_SAID}"
+    rf"|(?:yes or no|true or false)|questions?|{_OPTION}s?|{_NOUN}|query|reference|context|{_CAPTION})(?: [0-9a-f])?"
+)
+_ANSWER_WORDS = re.compile(
+    r"(?:(?:please|answer|respond|reply|give|provide|write|state|output|enter|select|choose|pick|use|return|say|only|just|directly|simply|"
+    r"with|by|using|as|in|the|your|an?|one|single|correct|right|best|option|options|option's|choice|choices|letter|letters|number|numbers|"
+    r"word|words|phrase|index|indices|label|labels|of|from|given|image|images|picture|pictures|photo|that|is|are|it|yes|no|true|false|or|"
+    r"and|short|integer|digit|digits|numeral|counting|count|counted|indexed|based|starting|start|at|zero|between|to|such|two|three|listed|below|above|question|following|format|"
+    r"its|their|them|name|all|apply|list|separated|commas|comma|exactly|a-[a-h]|[0-9]|[a-h])(?:[\s,/()\[\]'\"-]+|\Z))+"
+)
+_TELLING = re.compile(rf"\b(?:{_PLACES}|{_TIMES})\b")
+_COMPARES = re.compile(rf"\b(?:{_COMPARATIVES}|{_COMPARED})\b")
+_OF_PLACES = re.compile(
+    rf"\b(?:(?:{'|'.join(ORDINALS)}|last|left|right|leftmost|rightmost|middle|top|bottom|upper|lower|other|former|latter|previous|next) "
+    rf"(?:{_AN_IMAGE}|ones?|two|three)|adjacent|neighbo\w*|former|latter|misplaced|out of place|order|shuffl\w*|swap\w*|revers\w*|"
+    rf"(?:wrong|right|correct) (?:place|position|order|spot)|{_OPTION}s? [0-9a-h])\b"
+)
+_ORDINAL_ANSWER = re.compile(
+    rf"(?:answer|reply|respond) with (?:only )?(?:{'|'.join(ORDINALS)})(?:,? (?:or )?(?:{'|'.join(ORDINALS)}))+"
+)
+_RANK = re.compile(rf"rank {_THESE}(?: by [a-z ]+)?(?:, \w+est first)?")
+_FORMATS = re.compile(
+    r"\\boxed|<think>|</think>|<answer>|step by step|internal monologue|reasoning process|final answer"
+)
+
+
+def asked_for(sentences: Sequence[str]) -> Form | None:
+    """What the sentences of a question ask for, in lower case and with `NAMED` for each image that is named; None: they are of
+    no known form."""
+    rest = [s for s in sentences if not is_instruction(s) and not _INTRODUCTION.fullmatch(s)]
+    if any(_IS_REFERENCE.fullmatch(s) for s in rest):
+        rest = [s for s in rest if not _IS_REFERENCE.fullmatch(s)]
+        rest = [re.sub(rf"\b(?:{_REFERENCE}|it|him|her|that)\b", NAMED, s, count=1) for s in rest]
+    if not rest or any(len(s) > _LONGEST for s in rest):
+        return None
+    if len(rest) == 2 and any(
+        _STATEMENT.fullmatch(a) and _TRUTH_OF.fullmatch(b) for a, b in (rest, reversed(rest))
+    ):
+        return "truth"
+    if len(rest) == 2 and _ALL_BUT_ONE.fullmatch(rest[0]) and "which" in rest[1]:
+        rest = rest[1:]
+    if len(rest) == 2 and _RANK.fullmatch(rest[0]):
+        rest = rest[1:]
+    if len(rest) != 1:
+        return None
+    return next((form for form, pattern in _FORMS if pattern.fullmatch(rest[0])), None)
+
+
+def is_instruction(sentence: str) -> bool:
+    """Whether a sentence is about the form of the answer alone."""
+    if _FORMATS.search(sentence):
+        return NAMED not in sentence and not re.search(r"\b[0-9]\b", sentence)
+    return bool(_ANSWER_WORDS.fullmatch(sentence) or _ORDINAL_ANSWER.fullmatch(sentence))
+
+
+def asks_for_candidate(sentences: Sequence[str], labelled: bool) -> bool:
+    """Whether a question about the images before it has one of the images behind it as its answer: whatever it asks of the
+    others, these may change places among themselves, unless it speaks of their places.
+
+    `labelled`: a letter or number stands beside each of them; else the question must ask for an image.
+    """
+    asks = labelled or any(
+        re.search(rf"\b(?:which|what)(?: of)?(?: the| these)?(?: \w+)? {_AN_IMAGE}\b", s)
+        for s in sentences
+    )
+    return asks and not any(_OF_PLACES.search(s) or NAMED in s for s in sentences)
+
+
+def compares(text: str) -> bool:
+    """Whether a text compares something with what it does not name."""
+    return bool(_COMPARES.search(text.lower()))
+
+
+def telling_word(sentences: Sequence[str]) -> str:
+    """The first word that may put images beside each other or in a sequence; empty if there is none."""
+    found = (_TELLING.search(s) for s in sentences if not is_instruction(s))
+    return next((match[0] for match in found if match), "")
