@@ -284,7 +284,10 @@ def test_image_kind(question: str, options: list[str], count: int, kind: str) ->
     [
         ("Which image shows a cat?", "all"),
         ("<image> and <image> and <image> Which one shows three ?", "all"),
+        ("Which image has more birds than the one to its left?", "none"),
+        ("In which image does the ball first touch the ground?", "none"),
         ("Which image was taken after Image 1?", "none"),
+        ("Quelle image montre un chat ?", "none"),
     ],
 )
 def test_questions_in_somebody_s_own_words(question: str, kind: str) -> None:
