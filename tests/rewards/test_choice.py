@@ -19,7 +19,7 @@ CHOSEN = {
         "<answer>B</answer>", "A or C? <answer> (b) </answer>", "<answer>B. A dog</answer>", "<answer>B) dog</answer>",
         "<answer>Option B</answer>", "<answer>option b.</answer>", "<answer>It shows A dog, so B</answer>",
         "B\n\nExplanation: the dog is shown in B, not A.", "A shows a cat and C a bird.\nB", "The answer to the question is B",
-        "The answer is Image B because", "My choice is B", "The answer is most likely B.", "The answer is probably (B).", "The answer seems to be B", "The answer's B.", "Hmm, answer: A... wait, actually B.", "B) dog. A) is wrong",
+        "The answer is Image B because", "My choice is B", "At first the answer is A. After a second look the answer is B.", "The answer is most likely B.", "The answer is probably (B).", "The answer seems to be B", "The answer's B.", "Hmm, answer: A... wait, actually B.", "B) dog. A) is wrong",
         "<answer>ruled out A and C; B remains</answer>", "<answer>b: dog</answer>", "<answer>b) dog</answer>", "**Answer:** B",
         "Answer\n\nB", "答案：B", "<answer>（B）</answer>", "<answer>It's not A, it's B</answer>", "<answer>A (a cat) is out, so B</answer>",
         "Between A and C, I choose B", "So, B is the correct answer.", r"<answer>\boxed{B}</answer>", "<answer>B over A</answer>",
