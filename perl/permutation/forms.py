@@ -22,6 +22,15 @@ _ARRANGED = re.compile(
     re.IGNORECASE,
 )
 _RANKED = re.compile(r"\brank(?:s|ed|ing|ings)?\b", re.IGNORECASE)
+_PLACE_OF = re.compile(
+    r"\b(?:rank|place|position)s? (?:of|for) (?:each|every|all|the)\b|\b(?:its|their) (?:rank|place|position)s?\b",
+    re.IGNORECASE,
+)
+_END = r"(?:\w+est|most|least|fewest|best|worst)"
+_ONE_AND_ONE = re.compile(
+    rf"\b{_END}\b[^.?!\n]{{0,80}}\band\b[^.?!\n]{{0,80}}\b{_END}\b", re.IGNORECASE
+)
+"""One image for each of them: "the largest and the smallest dog"."""
 _PLURAL = r"(?:images|pictures|photos|photographs|figures|panels|frames|options|ones|of them|two|three|pair|all)"
 _SET = re.compile(
     rf"\b(?:which|what|select|name|list|find|identify|choose|pick|tick|mark|give|indicate)\b[^.?!\n]{{0,40}}\b{_PLURAL}\b",
@@ -35,7 +44,9 @@ def form_of(text: str) -> str | None:
     if _VALUES.search(text):
         rest = _AS_SHOWN.sub(" ", text)
         return "unclear" if re.search(r"\b(?:arrange|rearrange|sort)\b", rest, re.I) else "values"
-    if _ARRANGED.search(text):
+    if _PLACE_OF.search(text):
+        return "unclear"
+    if _ARRANGED.search(text) or _ONE_AND_ONE.search(text):
         return "sequence"
     if _RANKED.search(text):
         return "unclear"

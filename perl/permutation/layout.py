@@ -45,6 +45,14 @@ _COUNTED_FROM = re.compile(
     rf"|\bfirst\s(?:image|picture|photo|one)\s(?:is|has|as)\s[^.?!\n]{{0,20}}?(?:number|index|image|picture|position)\s{{1,3}}{_NUMBER}\b",
     re.IGNORECASE | re.ASCII,
 )
+_BACKWARDS = re.compile(
+    r"\b(?:count|number|ind(?:ex|ic))\w{0,5}\b[^.?!\n]{0,40}?\b(?:backwards?|in reverse|right to left|from (?:the )?(?:end|right|back|last|bottom))\b",
+    re.IGNORECASE,
+)
+_NUMBER_OF_OPTION = re.compile(
+    r"\bnumber of (?:the|that|this) (?:\w+ )?(?:candidate|option|choice)\b|\b(?:candidate|option|choice) number\b",
+    re.IGNORECASE,
+)
 _LISTED = r"\s{0,3}(?:,|/|\bor\b|\band\b|,\s{0,3}or\b|,\s{0,3}and\b)\s{0,3}"
 _SAYS = r"(?:=|:|->|→|\b(?:for|if|when|means?|meaning|stands?\s+for|denotes?|represents?|corresponds?\s+to|refers?\s+to|is)\b)"
 _QUOTED = r"['\"(\[]?(?P<code>[0-9]{1,2}|[A-Z])['\")\]]?"
@@ -116,7 +124,9 @@ def slot_labels(text: str) -> SlotLabels:
             start = min(_index(x.name) for x in chosen) + 1
         left = [[x for x in row if x.span not in spans] for row in rows]
         loose = [
-            row if _runs(row, count) and not chosen else [x for x in row if x.strong]
+            row
+            if not chosen and (_runs(row, count) or _repeats(row))
+            else [x for x in row if x.strong]
             for row in left
         ]
         ambiguous += [" ".join(text[slice(*x.span)].split()) for row in loose for x in row]
@@ -198,6 +208,12 @@ def _runs(row: Sequence[_Label], count: int) -> bool:
     return places == list(range(first, first + len(row)))
 
 
+def _repeats(row: Sequence[_Label]) -> bool:
+    """Whether the names begin anew, as in the turns of a chat."""
+    names = {x.name for x in row}
+    return 1 < len(names) < len(row) and bool(names & {"1", "A"})
+
+
 def _covers(row: Sequence[_Label], parts: Sequence[str], after: int) -> bool:
     """Whether no slot without a label stands bare beside one with a label, on its far side."""
     own = {x.slot for x in row}
@@ -268,6 +284,16 @@ def first_numbers(text: str, count: int) -> set[int]:
     if count > 1 and re.search(rf"(?<![\w.])(?:{listed}|{to_last})(?!\w|\.[0-9])", text):
         found.add(0)
     return found
+
+
+def counts_backwards(text: str) -> bool:
+    """Whether a text says that its images are counted from the end."""
+    return bool(_BACKWARDS.search(text))
+
+
+def counts_options(text: str) -> bool:
+    """Whether a text asks for the number of one of its candidates, which need not be that of the image."""
+    return bool(_NUMBER_OF_OPTION.search(text))
 
 
 def find_codes(text: str) -> list[Option]:

@@ -23,6 +23,8 @@ from perl.permutation.forms import form_of
 from perl.permutation.layout import (
     Option,
     SlotLabels,
+    counts_backwards,
+    counts_options,
     find_codes,
     find_options,
     first_numbers,
@@ -159,6 +161,12 @@ def _read(
     elif answer.strip(" ().").isdigit() and not codes and numbers_its_options(text):
         faults["answer"] = (
             "its answer may be an image or one of its numbered options; letter the options"
+        )
+    elif answer.strip(" ().").isdigit() and (
+        counts_backwards(text) or (counted[:1] > (0,) and counts_options(text))
+    ):
+        faults["answer"] = (
+            "its numbers count the images in another way than from the first on; label each slot as in 'Image 1: <image>'"
         )
     elif some_bare and not bare:
         faults["answer"] = (

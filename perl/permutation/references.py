@@ -50,6 +50,8 @@ _NAME = rf"(?:[0-9]{{1,2}}|[A-Z]|{_CARDINAL}){_END}"
 _OR = r"(?:\s{0,8},?\s{1,8}(?i:and|or|nor|vs\.?|versus)\s{1,8}|\s{0,8}[&/]\s{0,8})"
 _AND = rf"(?:{_OR}|\s{{1,8}}to\s{{1,8}})"
 _COMMA = r"\s{0,8},\s{0,8}"
+# "If it is image 1 and 2 if it is image 3" explains a code.
+_NO_CODE = r"(?!\s{0,8}=|\s{1,8}(?i:if|for|when|means|stands)\b)"
 _AGAIN = rf"(?:(?i:the)\s{{1,8}})?{NOUN}{LINK}"
 _JOINT = rf"(?:{_OR}|{_COMMA})"
 
@@ -65,7 +67,7 @@ _RANGE = re.compile(
 # A comma goes on with a list after a plural only: "in image 1, 2 dogs play".
 _NOUN_NAME = re.compile(
     rf"\b(?:{_ONE}(?:{LINK}{_NAME}|#?[0-9]{{1,2}}{_END})"
-    rf"(?:(?:{_AND}|{_COMMA}){_AGAIN}{_NAME}|{_AND}{_NAME}){{0,30}}"
+    rf"(?:(?:{_AND}|{_COMMA}){_AGAIN}{_NAME}|{_AND}{_NAME}{_NO_CODE}){{0,30}}"
     rf"|{_MANY}(?:{LINK}{_NAME}|#?[0-9]{{1,2}}{_END})"
     rf"(?:{_COMMA}(?:{_AGAIN})?{_NAME}){{0,30}}(?:{_AND}(?:{_AGAIN})?{_NAME}){{0,30}})",
     re.ASCII,

@@ -52,7 +52,10 @@ _TIMES = (
     r"timeline|story\w*|process|progress\w*|initial\w*|final\w*|result\w*|outcome|transition\w*|follow\w*|preced\w*|comes?|coming|leads?|complet\w*|"
     r"appear(?:ed|ing)|disappear\w*|(?:new|recent)ly|new|newer|been|being|got|gets?|getting|gone|went|came|arriv\w*|"
     r"left|flew|fallen|melt\w*|freez\w*|opening|closing|rising|falling|increas\w*|decreas\w*|edit\w*|add(?:ed|ing)|"
-    r"remov\w*|missing|chronolog\w*|respectively|turns?)"
+    r"remov\w*|missing|chronolog\w*|respectively|turns?|so far|thus far|hitherto|henceforth|(?:here|there)after|subsequent\w*|"
+    r"prior|formerly|lately|eventually|meanwhile|interim|meantime|in advance|upcoming|onwards?|backwards?|midway|halfway|"
+    r"alternat\w*|vice versa|anew|afresh|reappear\w*|return\w*|insert\w*|replac\w*|skip\w*|causes?|effects?|penultimate|"
+    r"(?:breaks?|fits?|violates?) the pattern)"
 )
 _ARRANGED = (
     r"(?:together|sorted|arrang\w*|rank\w*|alphabetical\w*|ascending|descending|numerical\w*|correct\w*|incorrect\w*|"
@@ -64,7 +67,7 @@ _COMPARED = (
     r"compar\w*|match\w*|correspond\w*|pair\w*|belong\w*|fits?|odd|outlier|extra|relat\w*|resembl\w*|reference|query|"
     r"anchor|template|original\w*|source|target|given|across|over time|through|"
     r"combin\w*|concat\w*|join\w*|spell\w*|form|forms|formed|words?|letters?|phrase|sentence|digits?|subtract\w*|"
-    r"divid\w*|ratio|quotient|minus)"
+    r"divid\w*|ratio|quotient|minus|instead|likewise|also|too|either|elsewhere)"
 )
 _ASKING = r"(?:which|what|how|who|whose|where|why|these|those|them|they)"
 _A_NUMBER = rf"(?:[0-9]|(?:{'|'.join(CARDINALS)})\b)"
@@ -239,6 +242,14 @@ _OF_PLACES = re.compile(
 _ORDINAL_ANSWER = re.compile(
     rf"(?:answer|reply|respond) with (?:only )?(?:{'|'.join(ORDINALS)})(?:,? (?:or )?(?:{'|'.join(ORDINALS)}))+"
 )
+# What is said of the place of an image itself, and of a moment rather than a state.
+_SELF = re.compile(
+    rf"\b(?:{_AN_IMAGE}|ones?|that|which)(?: of {_THESE})? (?:is|are|was|were|stands?|lies?|sits?) (?:the |directly |right |just )*(?:next|"
+    r"beside|behind|above|below|under\w*|over|near\w*|clos\w*|far\w*|furth\w*|surrounded|flanked|around|within|inside|outside|in front|"
+    r"beneath|beyond|along\w*|abreast|aside|apart|ahead|facing|at the|on the|off)\b"
+    r"|\b(?:in|on|at) (?:which|what|how many) .*\b(?:open|close|leave|enter|exit|vanish|arrive|bounce|switch|start|stop|reach(?:ed)?|"
+    r"passed|go (?:on|off|out|by)|come (?:in|out|on))$"
+)
 _RANK = re.compile(rf"rank {_THESE}(?: by [a-z ]+)?(?:, \w+est first)?")
 _FORMATS = re.compile(
     r"\\boxed|<think>|</think>|<answer>|step by step|internal monologue|reasoning process|final answer"
@@ -252,7 +263,7 @@ def asked_for(sentences: Sequence[str]) -> Form | None:
     if any(_IS_REFERENCE.fullmatch(s) for s in rest):
         rest = [s for s in rest if not _IS_REFERENCE.fullmatch(s)]
         rest = [re.sub(rf"\b(?:{_REFERENCE}|it|him|her|that)\b", NAMED, s, count=1) for s in rest]
-    if not rest or any(len(s) > _LONGEST for s in rest):
+    if not rest or any(len(s) > _LONGEST or _SELF.search(s) for s in rest):
         return None
     if len(rest) == 2 and any(
         _STATEMENT.fullmatch(a) and _TRUTH_OF.fullmatch(b) for a, b in (rest, reversed(rest))
