@@ -51,9 +51,13 @@ def test_answers_that_stay_are_compared_as_they_are() -> None:
     assert chosen(rollout((1, 0, 2), r"\boxed{ 2 }", example)) == "2"
 
 
-WHICH, ORDER = (
+WHICH, ORDER, RANKS = (
     f"A <image> B <image> C <image> {asked}"
-    for asked in ("Which images show red?", "In which order were they taken?")
+    for asked in (
+        "Which images show red?",
+        "In which order were they taken?",
+        "Rank the images: give for each image in turn its rank.",
+    )
 )
 
 
@@ -71,6 +75,8 @@ WHICH, ORDER = (
         (ORDER, "accuracy(unordered=True)", r"\boxed{A, C, B}", r"\boxed{A, B, C}", True),
         (ORDER, "ordering", r"C > A > B", r"\boxed{A, B, C}", True),
         (WHICH, "accuracy(tags=True)", r"\boxed{A}<answer>B</answer>", "<answer>C</answer>", True),
+        (RANKS, "accuracy", r"\boxed{2, 3, 1}", r"\boxed{1, 2, 3}", True),
+        (RANKS, "accuracy", r"\boxed{2, 3, 1}", r"\boxed{3, 1, 2}", False),
         (WHICH, "accuracy(tags=True)", r"\boxed{A}", r"\boxed{B}", None),
         (WHICH, "choice", r"\boxed{A or B}", r"\boxed{not B}", None),
         (WHICH, "math", "<answer>C</answer>", "So the answer is (A).", True),
