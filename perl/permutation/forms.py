@@ -9,7 +9,7 @@ _VALUES = re.compile(
     rf"\b(?:for|of|in) (?:each|every)(?: one)?(?: of (?:the|these)(?: [a-z0-9]+)?)? {_IMAGE}s?\b(?=[^.?!\n]{{0,30}}\b(?:in turn|in order|"
     r"in the (?:same )?(?:given |shown |displayed )?(?:order|sequence)))"
     rf"|\bin turn\b|\brespectively\b|\b(?:one|a) [a-z]+ (?:per|for each) {_IMAGE}\b|\bimage by image\b"
-    rf"|(?:\A|[.:;?!,>\n]\s{0, 4}|\b(?:give|state|write|name|tell|list|say)\s{1, 4})(?:for|of) (?:each|every)(?: of the(?: \w+)?)? {_IMAGE}s?\b",
+    rf"|(?:\A|[.:;?!,>\n]\s{{0,4}}|\b(?:give|state|write|name|tell|list|say)\s{{1,4}})(?:for|of) (?:each|every)(?: of the(?: \w+)?)? {_IMAGE}s?\b",
     re.IGNORECASE,
 )
 _AS_SHOWN = re.compile(

@@ -124,8 +124,8 @@ COLUMNS = ("right", "kept", "refused", "wrong")
 @pytest.mark.parametrize(
     ("text", "label", "least"),
     [
-        ("slots", by_rules, 125),
-        ("references", by_rules, 126),
+        ("slots", by_rules, 127),
+        ("references", by_rules, 128),
         ("slots", by_hand, 140),
         ("references", by_hand, 135),
     ],
