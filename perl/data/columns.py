@@ -15,6 +15,7 @@ from perl.data.questions.golds import check_response, first_index, gold_by_optio
 from perl.data.questions.options import OPTIONS, Options, listed, read_options
 from perl.data.readers import Source
 from perl.data.videos import VIDEOS, Frame, with_frames
+from perl.permutation import answer_form
 from perl.rewards.reading import GOLD_COLUMNS, gold_text
 from perl.types import Example, UserError, one_line
 
@@ -254,13 +255,11 @@ def read_row(row: Mapping[str, Any], layout: Layout, where: str, id: str = "") -
         answer = gold_by_options(gold, listing, layout.first_index, where)
     else:
         answer = gold_text(gold)
-    if response and answer_key in present:
-        check_response(response, answer, listing, where)
     kind, should_change = _labels(present, images, answer, where)
     used = {question_key, answer_key, response_key, *more, *_OPTIONAL, *IMAGES, *VIDEOS}
     plain = len(messages) == 1 and isinstance(present[question_key], str)
     fields = {question_key: "question", gold_key: "answer", images_key: "images"}
-    return Example(
+    example = Example(
         id=str(present.get("id", id)),
         images=images,
         question=messages[0].content if plain else messages,
@@ -276,6 +275,9 @@ def read_row(row: Mapping[str, Any], layout: Layout, where: str, id: str = "") -
             if key in used
         },
     )
+    if response and answer_key in present:
+        check_response(response, answer, answer_form(example), listing, where)
+    return example
 
 
 def may_move(row: Mapping[str, Any]) -> bool:

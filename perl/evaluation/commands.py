@@ -51,8 +51,8 @@ class Evaluate(Command):
     control_tokens: Literal["error", "escape"] | None = None
     """What to do with a control token in a row's text, as data.control_tokens; empty: the run's, escape with --suite."""
     functions: tuple[str, ...] | None = None
-    """Reward functions to measure by, written as in reward.functions, as in "accuracy(tags=True)", each with the weight 1; empty:
-    the run's, without a run accuracy and format."""
+    """Reward functions to measure by, written as in reward.functions, as in "accuracy(tags=True)", with the weights of a recipe
+    that names none; empty: the run's, without a run accuracy and format."""
     output: Path | None = None
     """JSON file for the numbers, by task and by example; with --suite a folder for answers, numbers and table."""
     suite: tuple[str, ...] = ()
@@ -184,12 +184,20 @@ def _settings(command: Evaluate, max_new_tokens: int | None) -> Config:
             "control_tokens": command.control_tokens or ("escape" if command.suite else None),
             "instruction": None if command.suite else command.instruction,
         },
-        reward={"functions": command.functions, "weights": command.functions and ()},
+        **(_measured_by(command.functions) if command.functions else {}),
         rollout={"max_new_tokens": max_new_tokens},
     )
     config = replace(config, eval=EvalConfig(**asdict(command.eval)))
     check_config(config)
     return config
+
+
+def _measured_by(functions: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Other functions than the run's, without what groups are filtered and weighted by, as those may be none of them."""
+    return {
+        "reward": {"functions": functions, "weights": (), "group_weight": "none"},
+        "filter": {"min_accuracy": 0.0, "max_accuracy": 1.0},
+    }
 
 
 def _evaluate_held_out(command: Evaluate) -> None:

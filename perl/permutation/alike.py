@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import hashlib
+import os
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -34,16 +35,13 @@ def alike(images: Sequence[Any]) -> tuple[int, ...]:
 
     def same(i: int, k: int) -> bool:
         one, other = images[i], images[k]
-        if one is other:
-            return True
-        if not (hasattr(one, "tobytes") and hasattr(other, "tobytes")):
+        if one is other or outlines[i] != outlines[k]:
+            return one is other
+        if not hasattr(one, "tobytes"):
             return type(one) is type(other) and bool(one == other)
-        if (one.size, one.mode) != (other.size, other.mode):
-            return False
-        if _is_header(one) or _is_header(other):
-            return _same_source(one, other)
-        return content(i) == content(k)
+        return _same_source(one, other) if _is_header(one) else content(i) == content(k)
 
+    outlines = [_outline(image) for image in images]
     out: list[int] = []
     for k in range(len(images)):
         out.append(next((i for i in range(k) if out[i] == i and same(i, k)), k))
@@ -51,16 +49,28 @@ def alike(images: Sequence[Any]) -> tuple[int, ...]:
     return tuple(out)
 
 
+def _outline(image: Any) -> tuple[Any, ...]:
+    """What is known of a picture at once."""
+    if not hasattr(image, "tobytes"):
+        return ()
+    if not _is_header(image):
+        return image.size, image.mode
+    inside = image.info.get(ENCODED)
+    try:
+        return image.size, image.mode, len(inside) if inside else os.stat(image.filename).st_size
+    except (OSError, AttributeError):
+        return image.size, image.mode, -1
+
+
 def _is_header(image: Any) -> bool:
     return bool(getattr(image, "tile", None))
 
 
 def _same_source(one: Any, other: Any) -> bool:
-    if ENCODED in one.info:
-        return one.info[ENCODED] == other.info.get(ENCODED)
+    if ENCODED in one.info or ENCODED in other.info:
+        return one.info.get(ENCODED) == other.info.get(ENCODED)
     a, b = (getattr(image, "filename", "") for image in (one, other))
     try:
-        # Of files of one size; `shallow` would believe equal times.
         return bool(a and b) and (a == b or filecmp.cmp(a, b, shallow=False))
     except OSError:
         return False

@@ -133,7 +133,10 @@ def _orders_of(example: Example) -> tuple[int, Callable[[int], Order]]:
         distinct = list(distinct_options(example, first).values())
         return len(distinct), lambda rank: distinct[rank]
     blocks = movable(example.kind, count)
-    total = math.prod(_sequences_of([first[slot] for slot in block]) for block in blocks)
+    if len(set(first)) == count:
+        total = math.prod(math.factorial(len(block)) for block in blocks)
+    else:
+        total = math.prod(_sequences_of([first[slot] for slot in block]) for block in blocks)
     return total, lambda rank: _unrank(rank, blocks, first)
 
 
@@ -159,8 +162,6 @@ def shown(order: Order, first: Order) -> Order:
 def _sequences_of(pictures: Sequence[int]) -> int:
     """How many sequences these pictures have: of a, a, b there are 3! / 2! = 3."""
     total = math.factorial(len(pictures))
-    if len(set(pictures)) == len(pictures):
-        return total
     return total // math.prod(math.factorial(n) for n in Counter(pictures).values())
 
 

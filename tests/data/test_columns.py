@@ -189,6 +189,7 @@ def test_a_stored_chat_that_is_broken(text: str, column: str) -> None:
         (r"\boxed{no}", "yes", False),
         (r"\boxed{C, A}", ["A", "C"], True),
         (r"\boxed{C, A}", "A, B", False),
+        (r"\boxed{2, 1, 3}", "3, 1, 2", True),  # a set for all that is known
         # What one reward takes for equal and another does not.
         (r"\boxed{a dog}", "the dog", True),
         (r"\boxed{second}", "2", True),
@@ -209,6 +210,20 @@ def test_a_last_turn_that_contradicts_the_answer(response: str, gold: Any, fits:
         else:
             with refused("here", gold):
                 read({**PAIR, **row})
+
+
+def test_a_last_turn_with_a_list() -> None:
+    row = {**PAIR, "answer": "2, 1"}
+    for asked, fits in (
+        ("In which order were they taken?", False),
+        ("Which images show it?", True),
+    ):
+        chat = {**row, "messages": turns(f"<image> <image> {asked}", r"\boxed{1, 2}")}
+        if fits:
+            assert read(chat).answer == "2, 1"
+        else:
+            with refused("here", "'1, 2'", "'2, 1'"):
+                read(chat)
 
 
 def test_a_last_turn_answers_by_an_option() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from perl.evaluation.suites import SUITES
-from perl.evaluation.suites.base import Items, make_example, open_items
+from perl.evaluation.suites.base import Items, kind_by_rules, make_example, open_items
 from perl.evaluation.suites.reading import (
     Reply,
     image_kind,
@@ -249,10 +249,51 @@ def test_only_images_that_are_the_options_move(items: dict[str, dict[str, Items]
         ("Which?", ["Image 1", "Image 2"], 1, "none"),
         ("Which?", ["Image 1", "Image 2"], 2, "all"),
         ("Which?", ["the eighth picture", "photo"], 2, "none"),
+        (
+            "Take the first image as reference: which one of the second or the third image is like it?",
+            ["the second image", "the third image"],
+            3,
+            "last:2",
+        ),
+        (
+            "Which one of the second image or the third image is missing from the first image?",
+            ["the second image", "the third image"],
+            3,
+            "last:2",
+        ),
+        (
+            "Is the second or the third image like the third image turned?",
+            ["the second image", "the third image"],
+            3,
+            "none",
+        ),
+        (
+            "Which one of the second or the third image is it?",
+            ["the first image", "the second image", "the third image"],
+            3,
+            "none",
+        ),
     ],
 )
 def test_image_kind(question: str, options: list[str], count: int, kind: str) -> None:
     assert image_kind(question, options, count) == kind
+
+
+@pytest.mark.parametrize(
+    ("question", "kind"),
+    [
+        ("Which image shows a cat?", "all"),
+        ("<image> and <image> and <image> Which one shows three ?", "all"),
+        ("Which image has more birds than the one to its left?", "none"),
+        ("In which image does the ball first touch the ground?", "none"),
+        ("Which image was taken after Image 1?", "none"),
+        ("Quelle image montre un chat ?", "none"),
+    ],
+)
+def test_questions_in_somebody_s_own_words(question: str, kind: str) -> None:
+    options = "".join(f"\n ({letter}) Image {k}" for k, letter in enumerate("ABC", start=1))
+    pictures = [Image.new("L", (1, 1), k) for k in range(3)]
+    assert kind_by_rules(pictures, question + options, "B") == kind
 
 
 @pytest.mark.parametrize(

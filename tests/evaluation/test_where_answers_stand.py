@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from perl.config import INSTRUCTIONS, DataConfig, RewardConfig
+from perl.config import INSTRUCTIONS, DataConfig, FilterConfig, RewardConfig
 from tests.command_line import ErrorOf, json_lines, run
 from tests.messages import tells
 from tests.stand_ins import Asked, TableEngine
@@ -123,6 +123,24 @@ def test_a_model_that_is_no_run_s(
         "acuracy",
         "accuracy",
     )
+
+
+def test_a_run_measured_by_other_functions(
+    engine: TableEngine, trained: Trained, data: Path, tmp_path: Path
+) -> None:
+    """Its own filter, and the weights of its groups, go by a function that is not among them."""
+    engine.answer = tagged
+    reward = RewardConfig(
+        functions=("choice", "format"),
+        weights=(1.0, 1.0),
+        group_weight="exp",
+        group_weight_of="choice",
+    )
+    own = FilterConfig(measure="choice", min_accuracy=0.1)
+    run = trained(reward=reward, filter=own, data=DataConfig(eval=str(data)))
+    assert numbers(run, tmp_path)["accuracy"] == 1
+    found = numbers(run, tmp_path, "--functions", "ordering")
+    assert (found["accuracy"], found["format"], found["reward"]) == (1, None, 1)
 
 
 def test_by_filter(

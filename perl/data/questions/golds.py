@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from perl.data.questions.options import LABELLED, Listing, Options, plain
-from perl.permutation import CARDINALS
+from perl.permutation import CARDINALS, AnswerForm
 from perl.rewards.reading import canonical, equal, gold_text, letters_in
 from perl.types import UserError, one_line
 
@@ -69,18 +69,20 @@ def first_index(golds: Iterable[tuple[Options, Any]]) -> int | None:
     return None
 
 
-def check_response(response: str, gold: str, listing: Listing | None, where: str) -> None:
+def check_response(
+    response: str, gold: str, form: AnswerForm | None, listing: Listing | None, where: str
+) -> None:
     """Raise UserError if a response answers otherwise than the gold: with another letter, word, number or option, or another
-    list of letters or numbers, in tags, in a box or alone. Longer texts, spans and boxes are not compared."""
+    list of letters or numbers, in tags, in a box or alone. Longer texts, spans and boxes are not compared; lists are sets
+    unless `form` says more."""
+    form = form or "set"
     said = own = gold_text(response)
     if listing and len(found := _named(listing.options, own)) == 1:
         own = listing.names[found.pop()]
-    if not gold or equal(own, gold):
+    if not gold or equal(own, gold, form):
         return
-    one, other = (_PLAIN.fullmatch(canonical(text)) for text in (own, gold))
-    if not one or not other or one.lastgroup != other.lastgroup:
-        return
-    if sorted(one[0].split(",")) != sorted(other[0].split(",")):
+    one, other = (_PLAIN.fullmatch(canonical(text, form)) for text in (own, gold))
+    if one and other and one.lastgroup == other.lastgroup and one[0] != other[0]:
         raise UserError(
             f"{where}: its response answers '{one_line(said, 60)}', and its answer is '{one_line(gold, 60)}'; correct one of "
             "them, or leave the row out"

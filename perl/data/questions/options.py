@@ -130,7 +130,7 @@ def listed(messages: Messages, options: Options, images: int, where: str) -> Lis
     if options.texts == options.labels or (pictured and text.count(IMAGE_SLOT) == images):
         return Listing(options, options.labels, messages)
     for names in (options.labels, options.numbers):
-        if _in_sequence(text, names, said):
+        if _are_named(text, names, said):
             return Listing(options, names, messages)
     joined = rf"(?<!\w){_JOINED.join(said)}(?!\w)"
     if len(said) > 1 and not pictured and re.search(joined, text, re.IGNORECASE):
@@ -145,16 +145,13 @@ def listed(messages: Messages, options: Options, images: int, where: str) -> Lis
     return Listing(options, options.labels, (*before, replace(last, content=asked)))
 
 
-def _in_sequence(text: str, names: Sequence[str], said: Sequence[str]) -> bool:
-    """Whether a text has each name before what it names, one after the other."""
-    start = 0
-    for name, option in zip(names, said, strict=True):
-        pattern = rf"(?<!\w)[(\[]?{name}{_CLOSE}{option}(?!\w)"
-        match = re.compile(pattern, re.IGNORECASE).search(text, start)
-        if match is None:
-            return False
-        start = match.end()
-    return True
+def _are_named(text: str, names: Sequence[str], said: Sequence[str]) -> bool:
+    """Whether a text has each name before what it names."""
+    patterns = (
+        rf"(?<!\w)[(\[]?{name}{_CLOSE}{option}(?!\w)"
+        for name, option in zip(names, said, strict=True)
+    )
+    return all(re.search(pattern, text, re.IGNORECASE) for pattern in patterns)
 
 
 def plain(text: str) -> str:

@@ -89,6 +89,15 @@ def make_example(
     return replace(example, kind="none", should_change=False)
 
 
+def kind_by_rules(images: Sequence[Image.Image], text: str, answer: str) -> str:
+    """The `kind` of a question in somebody's own words whose answer names an image: as the labelling rules have it, which
+    let images move only where all of the text is of a form that they know; else "none"."""
+    from perl.data.labelling.rules import label_by_rules
+
+    label = label_by_rules(make_example("", images, text, answer, ""), "slots")
+    return label.kind if label.should_change else "none"
+
+
 @dataclass(frozen=True)
 class Suite:
     """One public benchmark.

@@ -39,8 +39,8 @@ def _example(item: Item) -> Example:
         text = f"{item.text('question')}\n{labelled(choices)}\n{item.think}"
     if task in _DISCLAIMED:
         text = _DISCLAIMER + text
-    # The questions of these tasks speak of their candidates as a set ("the second or the third image").
-    kind = image_kind("", choices, len(images)) if task in _OPTIONS_ARE_IMAGES else "none"
+    candidates = task in _OPTIONS_ARE_IMAGES
+    kind = image_kind(item.text("question"), choices, len(images)) if candidates else "none"
     return make_example(name, images, text, item.text("answer"), task, kind, options=choices)
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 
-from perl.evaluation.suites.base import Item, Suite, make_example
-from perl.evaluation.suites.reading import Judgement, Reply, image_kind, without_label
+from perl.evaluation.suites.base import Item, Suite, kind_by_rules, make_example
+from perl.evaluation.suites.reading import Judgement, Reply, without_label
 from perl.permutation import LETTERS
 from perl.types import Example
 
@@ -23,21 +23,21 @@ _SHORT = (
 
 def _example(item: Item) -> Example:
     images = tuple(item.picture(value) for value in item.value("images"))
-    asked, options = item.text("question"), item.texts("options")
+    question, options = item.text("question"), item.texts("options")
     choice = item.text("question_type") == "multi-choice"
-    question = asked
     if choice:
         for letter, option in zip(LETTERS, options, strict=False):
             marked = any(f"{letter}{mark}" in option.upper() for mark in "):.")
             question += f"\n {option}" if marked else f"\n ({letter}) {option}"
+    answer = item.text("answer").strip("()\n ")
     official = (_CHOICE if choice else _SHORT).replace("{question}", question)
     return make_example(
         item.text("id"),
         images,
         f"{question}\n{item.think}" if item.think else official,
-        item.text("answer").strip("()\n "),
+        answer,
         item.text("category"),
-        image_kind(asked, options, len(images)) if choice else "none",
+        kind_by_rules(images, question, answer) if choice else "none",
         options=options,
         choice=choice,
     )

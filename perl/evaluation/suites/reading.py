@@ -86,8 +86,8 @@ def image_kind(question: str, options: Sequence[str], count: int) -> str:
     """The `kind` of a question over `count` images; unless it is "none", the answer follows its image.
 
     The images may move where every option names one of them, in their sequence, those are the last of all, and
-    the question (without its options) mentions none of them: then the right letter follows its image. Everything else keeps
-    its order.
+    the question (without its options) mentions none of them but all at once ("the second or the third image"): then the right
+    letter follows its image. Everything else keeps its order.
 
     Example: `image_kind("Which is real?", ["the first image", "the second image"], 2) == "all"`.
     """
@@ -96,7 +96,9 @@ def image_kind(question: str, options: Sequence[str], count: int) -> str:
     named = [_slot(match) if match else None for match in matches]
     if len(options) < 2 or first < 0 or named != list(range(first, count)):
         return "none"
-    if any(_slot(match) >= first for match in _IMAGE.finditer(question)):
+    each = (rf"(?:the )?{name}(?: image)?" for name in _ORDINALS[first:count])
+    alike = re.sub(r"(?:,| or|, or| and|, and) ".join(each), "", question, flags=re.IGNORECASE)
+    if any(_slot(match) >= first for match in _IMAGE.finditer(alike)):
         return "none"
     return "all" if first == 0 else f"last:{len(options)}"
 

@@ -41,11 +41,11 @@ _JOIN = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 _FILLER = (
-    rf"(?:(?:the|be|is|a|any|simply|just|correct|right|final|either|both|{_NAME}|image|picture|photo|figure"
+    rf"(?:(?:the|be|is|a|any|simply|just|correct|right|final|either|both|likely|probably|most|clearly|definitely|certainly|seems|to|{_NAME}|image|picture|photo|figure"
     rf"|panel)\s|{_NAME}?\s?[:=]\s?){{0,5}}"
 )
 _CUE = re.compile(
-    r"(?:\banswers?(?:\s(?:to|for)\s(?:the|this)\s[a-z]{1,12})?|\b(?:option|choice|pick)(?=\s(?:is|should|must|would)\b)"
+    r"(?:\banswers?(?:['’]s)?(?:\s(?:to|for)\s(?:the|this)\s[a-z]{1,12})?|\b(?:option|choice|pick)(?=\s(?:is|should|must|would)\b)"
     r"|\b(?:correct|right|best|final)\s(?:option|choice|letter|one)s?"
     r"|\b(?:choose|chose|choosing|pick|picked|select|selected|go with|opt for|settle on)"
     r"|\bit(?:['’]s| is| must be| should be))(?:\s(?:is|are|should be|must be|would be))?\s?[:=]?\s{0,3}"

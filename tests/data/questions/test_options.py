@@ -12,6 +12,8 @@ import pytest
 from perl.config import DataConfig
 from perl.data.columns import choose_layout, read_row
 from perl.data.dataset import load_examples
+from perl.data.questions.golds import first_index
+from perl.data.questions.options import read_options
 from perl.types import Example, Message
 from tests.messages import refused
 from tests.pictures import encoded
@@ -85,6 +87,11 @@ def test_no_options(columns: dict[str, Any]) -> None:
         ("{} Options: 'a cat', 'a dog'.", PETS, "a dog", "", "a dog"),
         # Letters that name what carries them say nothing.
         ("{}", ["A", "B"], "B", "", "B"),
+        # in any sequence
+        ("{} (B) a dog (A) a cat", PETS, "a dog", "", "B"),
+        # Abbreviations are no letters, and numbers are shown as they are.
+        ("{}", ["U.S.", "E.U."], "U.S.", "\nA. U.S.\nB. E.U.", "A"),
+        ("{}", [2.0, 2.5], 2.0, "\nA. 2\nB. 2.5", "A"),
         # It mentions them, or a part of them, and lists none.
         ("{} Is a cat here, and is a dog?", PETS, "B", "\nA. a cat\nB. a dog", "B"),
         ("{} A. a catfish B. a dog", PETS, "B", "\nA. a cat\nB. a dog", "B"),
@@ -109,6 +116,8 @@ def test_options_that_are_images_have_their_slots() -> None:
     assert read({"options": pictured, "answer": "B"}).question == ASKED
     asked = "Which?\nA. <image>\nB. <image>"
     assert read({"question": "Which?", "options": pictured, "answer": "B"}).question == asked
+    own = read({"images": ["0.png"] * 4, "options": pictured, "answer": "B"})
+    assert (own.question, own.answer) == (f"{ASKED}\nA. <image>\nB. <image>", "B")
     numbered = read({"question": "<image 1> Which?", "options": "['<image 2>', 'none']", "answer": "B"})  # fmt: skip
     assert numbered.question == "<image> Which?\nA. <image>\nB. none"
 
@@ -215,6 +224,13 @@ def test_the_gold_is_the_letter_or_the_row_is_refused(
 def test_options_that_cannot_be_asked(columns: dict[str, Any], names: list[str]) -> None:
     with refused("here", *names):
         read({"answer": "B", **columns})
+
+
+def test_an_option_of_digits_says_nothing_of_where_indices_begin() -> None:
+    options = read_options({"options": ["3", "x", "y"]}, "here")
+    assert options
+    assert first_index([(options, 3), (options, 0)]) == 0
+    assert first_index([(options, 1), (options, 3)]) is None
 
 
 @pytest.mark.parametrize(
