@@ -14,9 +14,20 @@ from typing import Literal
 from perl.permutation import CARDINALS, ORDINALS
 
 Form = Literal[
-    "which", "bare", "compare", "relate", "number", "truth", "thing", "arrange", "values", "options"
+    "which",
+    "bare",
+    "option",
+    "compare",
+    "relate",
+    "number",
+    "truth",
+    "thing",
+    "arrange",
+    "values",
+    "options",
 ]
-"""What is asked for: an image, by what it shows (`which`; `bare` where the question does not say that it is an image), beside the one other image (`compare`) or beside an image that the
+"""What is asked for: an image, by what it shows (`which`; `bare` where the question does not say that it is an image,
+`option` where it says that it is something else), beside the one other image (`compare`) or beside an image that the
 question names (`relate`); how many, whether or what, of all images alike; their sequence; a value of each in turn; or
 which statement about named images holds."""
 
@@ -41,7 +52,7 @@ _STATE = r"(?:shows?|contains?|ha(?:s|ve)|depicts?|features?|includes?|displays?
 _PLACES = (
     rf"(?:{'|'.join(ORDINALS)}|[0-9]{{1,2}}(?:st|nd|rd|th)|last|former|latter|left|right|top(?<!on top)|bottom|upper|lower|"
     r"middle|cent(?:er|re|ral)|(?:left|right|top)-?most|left-\w+|right-\w+|side|adjacent|neighbo\w*|between|among|next(?! to)|"
-    r"previous\w*|preceding|following|opposite|beside it|row|column|diagonal\w*|position\w*|(?<!the same )places?|placed|misplaced|"
+    r"previous\w*|preceding|following|opposite|beside it|row|column|corner|edge|diagonal\w*|position\w*|(?<!the same )places?|placed|misplaced|"
     r"above it|below it|here|there(?! (?:is|are)))"
 )
 _TIMES = (
@@ -80,7 +91,7 @@ _COMPARATIVES = rf"(?:(?:more|less|fewer)(?! than {_A_NUMBER})|than(?! {_A_NUMBE
 # A number counts what follows it, or it may name an image; so may a letter.
 _NAMES = r"(?:[0-9]+(?! [a-z]{2})|(?<!['’])[b-hj-z](?!['’]))"
 _SINGULAR = r"(?:the|this) (?:image|picture|photo|photograph|figure)"
-_IMAGES = rf"(?:{_NOUN}|image|picture|photo|photograph|figure|panel|{_OPTION}s?|one (?:before|after|on|to|at))"
+_IMAGES = rf"(?:{_NOUN}|image|picture|photo|photograph|figure|panel|{_OPTION}s?|(?:the|that|this|an?)(?: [a-z]+)? ones?|one (?:before|after|on|to|at))"
 
 
 def _without(*barred: str, stop: str = ";") -> str:
@@ -140,6 +151,9 @@ _TRUTH_OF = re.compile(
 _STATEMENT = re.compile(_QUANTIFIED)
 _CAPTION = r"(?:caption|description|text|sentence|title|phrase|prompt|statement)"
 
+# By what they show, and not by how they stand.
+_BY = r"(?:(?!\b(?:revers\w*|opposite|shown|given|current|same|displayed|left|right|number\w*|numeric\w*|label\w*|index)\b)[a-z ,])"
+
 _WRITTEN: tuple[tuple[Form, str], ...] = (
     ("options", r"which (?:(?:of (?:these|the following)|statement|option|answer|one|of (?:these|the following) statements) )?"
                 r"(?:is|are) (?:true|correct|right|false|wrong|not true)"),
@@ -153,7 +167,8 @@ _WRITTEN: tuple[tuple[Form, str], ...] = (
     ("which", rf"{_WHICH} does (?:the |this )?(?:following |given )?{_CAPTION} (?:best )?(?:describe|match|fit|belong to)"),
     ("which", rf"{_PICK} the odd (?:one|{_ONE})(?: out)?"),
     ("which", rf"which(?: one| {_ONE})? (?:(?:does|is|has|was) not|doesn't|isn't|is it|is the (?:exception|one))"),
-    ("bare", rf"{_BARE} {_X}|(?:in |on )?(?:which|what)(?: of the)? [a-z]+(?: [a-z]+)?(?: below| above)? {_VERB} {_X}"),
+    ("bare", rf"{_BARE} {_X}"),
+    ("option", rf"(?:in |on )?(?:which|what)(?: of the)? [a-z]+(?: [a-z]+)?(?: below| above)? {_VERB} {_X}"),
     ("relate", rf"{_WHICH},? (?:other than|besides|apart from|except) {NAMED},? {_X}"),
     ("relate", rf"(?:given {NAMED},? )?(?:in |on )?which(?: one)? of {NAMED}(?: (?:and|or) {NAMED})* {_LIKE}(?: {NAMED}(?: {_X})?)?"),
     ("truth", _QUANTIFIED),
@@ -165,8 +180,8 @@ _WRITTEN: tuple[tuple[Form, str], ...] = (
     ("relate", rf"{_PICK} {_THE_ONE} {_THAT} {_LIKE} {NAMED}"),
     ("relate", rf"given {NAMED},? {_WHICH} {_LIKE}(?: {NAMED})?"),
     ("arrange", rf"(?:please )?(?:put|arrange|sort|order|place|rearrange) (?:{_THESE}|the [a-z]+ (?:shown )?in {_THESE}|the (?:steps|events|scenes|frames|stages))"
-                r"(?: (?:in|into|by|from) (?:the |their |its )?[a-z ,]+?)?(?:,? \w+est first)?"),
-    ("arrange", rf"rank {_THESE} from (?:the )?[a-z ]+ to (?:the )?[a-z ]+"),
+                rf"(?: (?:in|into|by|from) (?:the |their |its )?{_BY}+?)?(?:,? \w+est first)?"),
+    ("arrange", rf"rank {_THESE} from (?:the )?{_BY}+ to (?:the )?{_BY}+"),
     ("arrange", rf"in (?:what|which) (?:order|sequence) (?:were|are|should|do|did|would|must) (?:they|{_THESE}) [a-z ]+"),
     ("arrange", r"(?:what is|give|state|find|determine) the (?:correct |right |proper )?(?:chronological |temporal )?(?:order|sequence) of "
                 rf"(?:{_THESE}|these)"),
@@ -201,7 +216,7 @@ _WRITTEN: tuple[tuple[Form, str], ...] = (
     ("thing", rf"(?:what|which) {_X} (?:is|are) {_X} in {NAMED}|what (?:is|are) {_X} in {NAMED}"),
     ("number", rf"how many {_X} (?:are|are there|can be seen) in {NAMED}"),
     ("truth", rf"(?:is|are) {_X} in {NAMED}(?: {_X})?|is {NAMED} {_X}|does {NAMED} (?:show|contain|have) {_X}"),
-    ("truth", rf"(?:is|are) {_X} in {NAMED} \w+er than {_X} in {NAMED}|is {NAMED} \w+er than {NAMED}"),
+    ("truth", rf"(?:is|are) {_X} in {NAMED} \w+er than (?:{_X}|the ones?) in {NAMED}|is {NAMED} \w+er than {NAMED}"),
     ("number", rf"how many more {_X} (?:has|does) {NAMED} (?:have )?than {NAMED}"
                rf"|how many more {_X} are (?:there )?in {NAMED} than in {NAMED}"),
 )  # fmt: skip
@@ -227,10 +242,15 @@ _INTRODUCTION = re.compile(
 )
 _ANSWER_WORDS = re.compile(
     r"(?:(?:please|answer|respond|reply|give|provide|write|state|output|enter|select|choose|pick|use|return|say|only|just|directly|simply|"
-    r"with|by|using|as|in|the|your|an?|one|single|correct|right|best|option|options|option's|choice|choices|letter|letters|number|numbers|"
-    r"word|words|phrase|index|indices|label|labels|of|from|given|image|images|picture|pictures|photo|that|is|are|it|yes|no|true|false|or|"
-    r"and|short|integer|digit|digits|numeral|counting|count|counted|indexed|based|starting|start|at|zero|between|to|such|two|three|listed|below|above|question|following|format|"
-    r"its|their|them|name|all|apply|list|separated|commas|comma|exactly|a-[a-h]|[0-9]|[a-h])(?:[\s,/()\[\]'\"-]+|\Z))+"
+    r"with|by|using|as|in|the|your|an?|one|single|(?:correct|right|best|following) (?:answers?|options?|choices?|letters?|numbers?|label|format)|"
+    r"(?:correct|best) (?:image|picture|photo|one)|(?:listed|given|options|choices|shown) (?:below|above)|"
+    r"options?|option's|choices?|letters?|numbers?|words?|phrase|index|indices|labels?|of|from|given|images?|pictures?|photos?|"
+    r"yes|no|true|false|or|and|short|integer|digits?|numeral|counting|count|counted|indexed|based|starting|start|at|zero|between|to|"
+    r"such|two|three|listed|question|format|name|all|that apply|list|separated|commas?|exactly|a-[a-h]|[0-9]|[a-h])(?:[\s,/()\[\]'\"-]+|\Z))+"
+)
+_SIDED = re.compile(
+    r"\b(?:left|right(?! (?:answer|option|choice|letter|number))|next|neighbo\w*|adjacent|previous|preceding|beside|opposite|"
+    r"(?:before|after|below|above) (?:it|that|this|the)|following (?:image|picture|photo|one))\b"
 )
 _TELLING = re.compile(rf"\b(?:{_PLACES}|{_TIMES})\b")
 _COMPARES = re.compile(rf"\b(?:{_COMPARATIVES}|{_COMPARED})\b")
@@ -249,6 +269,9 @@ _SELF = re.compile(
     r"beneath|beyond|along\w*|abreast|aside|apart|ahead|facing|at the|on the|off)\b"
     r"|\b(?:in|on|at) (?:which|what|how many) .*\b(?:open|close|leave|enter|exit|vanish|arrive|bounce|switch|start|stop|reach(?:ed)?|"
     r"passed|go (?:on|off|out|by)|come (?:in|out|on))$"
+)
+_STANDS_BY = re.compile(
+    rf"\b(?:next|near\w*|clos\w+|beside|behind|under|above|below|over|by|around|along|far)(?: to| from)? {NAMED}"
 )
 _RANK = re.compile(rf"rank {_THESE}(?: by [a-z ]+)?(?:, \w+est first)?")
 _FORMATS = re.compile(
@@ -275,27 +298,30 @@ def asked_for(sentences: Sequence[str]) -> Form | None:
         rest = rest[1:]
     if len(rest) != 1:
         return None
+    if _STANDS_BY.search(rest[0]):
+        return None
     return next((form for form, pattern in _FORMS if pattern.fullmatch(rest[0])), None)
 
 
 def is_instruction(sentence: str) -> bool:
     """Whether a sentence is about the form of the answer alone."""
     if _FORMATS.search(sentence):
-        return NAMED not in sentence and not re.search(r"\b[0-9]\b", sentence)
+        return NAMED not in sentence and not _SIDED.search(sentence)
     return bool(_ANSWER_WORDS.fullmatch(sentence) or _ORDINAL_ANSWER.fullmatch(sentence))
 
 
-def asks_for_candidate(sentences: Sequence[str], labelled: bool) -> bool:
+def asks_for_candidate(sentences: Sequence[str], options: bool) -> bool:
     """Whether a question about the images before it has one of the images behind it as its answer: whatever it asks of the
     others, these may change places among themselves, unless it speaks of their places.
 
-    `labelled`: a letter or number stands beside each of them; else the question must ask for an image.
+    `options`: a letter or number stands beside each of them, and they end the question; else it must ask for an image.
     """
-    asks = labelled or any(
+    asks = options or any(
         re.search(rf"\b(?:which|what)(?: of)?(?: the| these)?(?: \w+)? {_AN_IMAGE}\b", s)
         for s in sentences
     )
-    return asks and not any(_OF_PLACES.search(s) or NAMED in s for s in sentences)
+    placed = any(_OF_PLACES.search(s) or NAMED in s for s in sentences)
+    return asks and not placed and not any(_SIDED.search(s) for s in sentences if is_instruction(s))
 
 
 def compares(text: str) -> bool:

@@ -38,7 +38,7 @@ _PLACED = re.compile(
     r"first|second|third|fourth|last)\b",
     re.IGNORECASE,
 )
-_ASKS_FOR_ONE: tuple[Form, ...] = ("which", "bare", "compare", "relate")
+_ASKS_FOR_ONE: tuple[Form, ...] = ("which", "bare", "option", "compare", "relate")
 
 
 def label_by_rules(example: Example, text: Consistency = "slots") -> Label:
@@ -76,9 +76,9 @@ def _label(question: Question, text: Consistency) -> Label:
         return places
     candidates = len(places) < question.count
     if candidates and len(set(_named(question))) == 1 and not question.options:
-        sure = question.labelled and "text" not in question.plan.faults
-        if asks_for_candidate(question.sentences, bool(sure)) and (
-            sure or not _NUMBER.fullmatch(question.example.answer.strip())
+        labelled = question.labelled and "text" not in question.plan.faults
+        if asks_for_candidate(question.sentences, bool(labelled) and question.ends_in_images) and (
+            labelled or not _NUMBER.fullmatch(question.example.answer.strip())
         ):
             return _moving(question, places, True, "the last images are the options")
     asked = asked_for(question.sentences)
@@ -195,7 +195,8 @@ def _without_options(question: Question, asked: Form, free: Slots, candidates: b
             return unsure("letters may count all images or the others")
         if not letters and candidates and not question.spoken_of:
             return unsure("numbers may count all images or the options")
-        if asked == "bare" and not (letters and question.labelled):
+        sure = asked not in ("bare", "option") or (letters and question.labelled)
+        if not sure or (asked == "option" and not question.ends_in_images):
             return unsure("the answer may be an image or something else")
     return _moving(question, free, True, "it asks for an image, and the answer names it")
 

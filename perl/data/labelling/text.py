@@ -93,6 +93,11 @@ class Question:
                 groups.append([slot])
         return tuple(tuple(group) for group in groups)
 
+    @property
+    def ends_in_images(self) -> bool:
+        """Whether its images stand behind the question, as options do."""
+        return bool(_BETWEEN.fullmatch(self._stem.rpartition(_SLOT)[2]))
+
     @cached_property
     def sentences(self) -> list[str]:
         """The sentences without options, in lower case, a mark in place of every image that is named.
