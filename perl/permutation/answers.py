@@ -165,9 +165,13 @@ def follow(plan: Plan, answer: str, where: Sequence[int], rewritten: bool) -> st
         raise NoAnswer("its letters label images as well as options in words")
 
     def moved_letter(letter: str) -> str:
+        said = options[letter]
+        if rewritten and len(plan.sequences.get(letter, ())) > 1 and not images_in(said):
+            raise NoAnswer(
+                f"option {letter} lists images by bare numbers, which cannot be rewritten"
+            )
         if rewritten:
             return letter
-        said = options[letter]
         if not images_in(said):
             raise NoAnswer(f"option {letter} speaks of no image")
         new = letter_of(moved(said, where), options)
