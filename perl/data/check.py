@@ -75,6 +75,7 @@ def checks_of(
 
     Args:
         text: `permutation.text`.
+        processor: or else what a model asks, `perl.model.demands.Demands`.
         rewards: `reward.functions` of every stage.
         control_tokens: `data.control_tokens`.
     """

@@ -89,10 +89,12 @@ def named_processor(config: Config) -> Any:
 def checks_for(config: Config, processor: Any) -> Checks:
     """Those of training, and what takes longer."""
     from perl.data.check import checks_of
+    from perl.model.demands import Demands
     from perl.rewards.gold import gold_check
 
     functions = config.reward.functions
-    checks = checks_of(config.permutation.text, processor, [functions], config.data.control_tokens)
+    text, control = config.permutation.text, config.data.control_tokens
+    checks = checks_of(text, processor or Demands(), [functions], control)
     more = replace(
         checks,
         inspect=(*checks.inspect, ("gold", gold_check(functions))),

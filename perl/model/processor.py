@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 
 from perl.model.control_tokens import ControlTokens
+from perl.model.demands import Demands
 from perl.model.families import Family
 from perl.types import (
     IMAGE_SLOT,
     EncodedImage,
     EncodedPrompt,
-    Example,
     Message,
     UserError,
     Variant,
@@ -31,7 +31,7 @@ _CACHE_BYTES = 2**29
 """How much of processed images is kept, by content."""
 
 
-class Processor:
+class Processor(Demands):
     """A tokenizer with its chat template and an image processor, and a cache of processed images.
 
     Args:
@@ -132,30 +132,13 @@ class Processor:
         """Stands for an image in what `render` writes; empty where that is not known."""
         return self.family.image_token
 
-    def check_shapes(self, example: Example) -> None:
-        """See that the model takes pictures of these shapes.
-
-        Raises:
-            UserError: it does not.
-        """
-        for k, image in enumerate(example.images, start=1):
-            self._check_shape(image, f"example {example.id}, image {k}")
-
-    def _check_shape(self, image: Image.Image, where: str) -> None:
-        if max(image.size) > self.longest_aspect * min(image.size):
-            raise UserError(
-                f"{where}: {image.width} x {image.height} pixels; of one side the model takes at most "
-                f"{self.longest_aspect:g} times the other, so crop it"
-            )
-
     @property
     def longest_aspect(self) -> float:
         return self.family.longest_aspect
 
     @property
     def demands(self) -> str:
-        """What `check_texts` and `check_shapes` depend on."""
-        return f"{[*self.control_tokens]} {self.tokenizer.name_or_path} {self.longest_aspect}"
+        return f"{super().demands} {self.tokenizer.name_or_path}"
 
     def _expand(self, ids: Sequence[int], images: Sequence[EncodedImage], where: str) -> np.ndarray:
         waiting = iter(images)
@@ -197,29 +180,6 @@ class Processor:
             token = self.tokenizer.convert_ids_to_tokens(banned[0])
             raise _never_sampled(where, token)
         return np.asarray([*ids, self.eos_token_id], dtype=np.int64)
-
-    def check_texts(self, example: Example) -> None:
-        """See that neither the question nor the demonstration writes a control token.
-
-        Raises:
-            UserError: one does.
-        """
-        where = f"example {example.id}"
-        self.check_messages(example.messages, where)
-        self._check_text(example.demonstration or "", f"{where}: its demonstration")
-
-    def check_messages(self, messages: Sequence[Message], where: str) -> None:
-        """The same of a chat."""
-        for message in messages:
-            self._check_text(message.role, f"{where}: a role")
-            self._check_text(message.content, f"{where}: the text")
-
-    def _check_text(self, text: str, where: str) -> None:
-        if found := self.control_tokens.found_in(text):
-            raise UserError(
-                f"{where} holds {found}, a control token of the model; take it out ({IMAGE_SLOT} stands for an image), or "
-                'set data.control_tokens = "escape" (--control-tokens escape)'
-            )
 
     @cached_property
     def control_tokens(self) -> ControlTokens:

@@ -145,6 +145,21 @@ def test_a_named_model_refuses_what_it_cannot_take(
     assert [line["id"] for line in lines[1:]] == ["taken", "taken"]
 
 
+def test_without_a_model_rows_are_held_to_qwen_vl(said: Callable[..., Said]) -> None:
+    for name, size in (("long.png", (1000, 5)), ("longer.png", (1001, 5))):
+        Image.new("RGB", size).save(name)
+    lines, _ = said(
+        {"id": "fine", "images": ["long.png", "g.png"]},
+        {"id": "thin", "images": ["r.png", "longer.png"]},
+        {"id": "ends", "question": "A <image> B <image> Which?<|im_end|>"},
+        {"id": "sign", "question": "A <image> B <image> Which <|sign|>?"},
+        options=("--orders", 1),
+    )
+    assert [line["id"] for line in lines if "order" in line] == ["fine", "sign"]
+    tells(lines[1]["refused"], "image 2", "1001 x 5", "200")
+    tells(lines[2]["refused"], "<|im_end|>", "data.control_tokens")
+
+
 @pytest.mark.parametrize(
     ("images", "names"),
     [
