@@ -26,9 +26,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if ends:
         image = _scaled(image, *ends)
-    if image.mode == "RGB":
-        return image.copy()
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    clear = image.info.get("transparency")
+    if image.mode == "RGB" and clear and max(clear) > 255:  # It has 16 bits, and the image 8.
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    if image.mode in ("RGBA", "LA", "PA") or clear is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
@@ -45,7 +46,7 @@ def black_and_white(image: Image.Image) -> tuple[float, float] | None:
     bits, signed = (_first(tags.get(tag)) for tag in (_BITS, _SAMPLE_FORMAT))
     if image.mode.startswith("I;16"):
         ends = 0.0, 2.0 ** (bits or 16) - 1
-    elif image.format in ("PNG", "PPM"):  # Of 16 bits to Pillow, whatever its mode.
+    elif image.mode == "I" and image.format in ("PNG", "PPM"):  # 16 bits to Pillow.
         ends = 0.0, 65535.0
     elif image.mode == "I" and (bits, signed) == (16, 2):
         ends = -32768.0, 32767.0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,19 @@ def saved(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
     return file.getvalue()
 
 
+def deep_colours(values: list[int], clear: int) -> bytes:
+    """A PNG of 16 bits for each of red, green and blue, which Pillow does not write; one value is transparent."""
+    pixels = np.repeat(np.array(values, ">u2"), 3).tobytes()
+    header = struct.pack(">IIBBBBB", len(values), 1, 16, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"tRNS", struct.pack(">HHH", *[clear] * 3))]
+    chunks += [(b"IDAT", zlib.compress(b"\0" + pixels)), (b"IEND", b"")]
+    out = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(out)
+
+
 def greys(source: Any) -> list[int]:
     """The row of greys that is seen."""
     seen = np.asarray(open_image(source, "row 3, image 1"))
@@ -72,6 +87,8 @@ def test_16_bits_in_png_and_pgm() -> None:
     assert greys(saved(Image.fromarray(array), "PPM")) == EIGHT
     # 257 stands for what is transparent, which becomes white.
     assert greys(saved(Image.fromarray(array), transparency=257)) == [0, 0, 1, 255, *EIGHT[4:]]
+    colours = deep_colours([258, 128, 65535], clear=258)  # their high bytes
+    assert greys(colours) == [255, 0, 255]
     ten = b"P5 4 1 1023\n" + np.array([0, 2, 512, 1023], ">u2").tobytes()
     assert greys(ten) == [0, 0, 128, 255]
 
@@ -102,11 +119,13 @@ def test_32_bits_are_scaled_where_the_file_gives_their_range(
 
 
 @pytest.mark.parametrize("decode", [True, False])
-@pytest.mark.parametrize("name", ["<f4", ">f4", "<u4", "<i4", ">i4", "I", "F"])
+@pytest.mark.parametrize("name", ["<f4", ">f4", "<u4", "<i4", ">i4", "I", "F", "pfm"])
 def test_32_bits_without_a_range_are_refused(name: str, decode: bool, tmp_path: Path) -> None:
     """At the start, by the header, with what to do; they were white or black."""
-    source: Any = Image.new(name, (2, 1)) if name in "IF" else tmp_path / "deep.tiff"
-    if isinstance(source, Path):
+    source: Any = Image.new(name, (2, 1)) if name in "IF" else tmp_path / "deep"
+    if name == "pfm":
+        source.write_bytes(b"Pf\n2 1\n-1.0\n" + np.array([0.0, 1.0], "<f4").tobytes())
+    elif isinstance(source, Path):
         source.write_bytes(tiff([0, 1], name))
     what = "floating-point" if "f" in name.lower() else "32-bit"
     with refused("row 3, image 1", what, "8 bits", "astype('uint8')"):
@@ -135,6 +154,8 @@ def test_8_bits_of_every_mode() -> None:
     assert greys(saved(palette)) == [0, 100, 9]
     assert greys(saved(palette, transparency=1)) == [0, 255, 9]
     assert greys(saved(palette, transparency=bytes([255, 0, 51]))) == [0, 255, 206]
+    colours = Image.merge("RGB", [row] * 3)
+    assert greys(saved(colours, transparency=(100, 100, 100))) == [0, 255, 255]
     ink = Image.merge("CMYK", [Image.new("L", (3, 1))] * 3 + [row])
     assert greys(saved(ink, "TIFF")) == [255, 155, 0]
     assert greys(ink) == [255, 155, 0]
