@@ -24,8 +24,7 @@ class ControlTokens:
 
     @classmethod
     def of(cls, tokenizer: Any, *more: str) -> ControlTokens:
-        """The special tokens of a tokenizer, and others. What it has added without calling it special, as `<think>`, is
-        text."""
+        """The special tokens of a tokenizer, and `more`. What else it has added, as `<think>`, is text."""
         added = tokenizer.added_tokens_decoder.values()
         return cls({*(t.content for t in added if t.special), *tokenizer.all_special_tokens, *more})
 

@@ -184,7 +184,11 @@ class Processor(Demands):
     @cached_property
     def control_tokens(self) -> ControlTokens:
         unsampled = self.tokenizer.convert_ids_to_tokens(sorted(self._unsampled))
-        return ControlTokens.of(self.tokenizer, *unsampled)
+        # Some tokenizers do not call special what their template writes around a turn.
+        turn = self.render([Message("user", "?")], add_generation_prompt=False)
+        added = (token.content for token in self.tokenizer.added_tokens_decoder.values())
+        around = (token for token in added if token in turn and re.search(r"[^\w\s]", token))
+        return ControlTokens.of(self.tokenizer, *unsampled, *around)
 
     @cached_property
     def _unsampled(self) -> frozenset[int]:

@@ -223,6 +223,17 @@ def example_asked(processor: Processor, text: str) -> tuple[Message, ...]:
     return shown[0].messages
 
 
+def test_what_a_template_writes_around_a_turn_is_a_control_token(load) -> None:
+    """Called special by the tokenizer or not, as Cohere's; what it writes behind the turn and spaces are not."""
+    processor = of_bytes(load(TINY_QWEN[0])[1])
+    processor.tokenizer.add_tokens(["<|TURN|>", "<|user|>", "user", "\n\n"])
+    processor.tokenizer.chat_template = (
+        "{% for m in messages %}<|TURN|><|{{ m.role }}|>user\n\n" + BODY + "{% endfor %}<think>"
+    ).replace("<think>", "{% if add_generation_prompt %}<think>{% endif %}")
+    assert {"<|TURN|>", "<|user|>"} < {*processor.control_tokens}
+    assert processor.control_tokens.found_in("a user\n\n <think>") == ""
+
+
 def test_thousands_of_control_tokens_are_one_look() -> None:
     """As many as Gemma's tokenizer has; a text of 10,000 characters took seconds by trying one after the other."""
     tokens = ControlTokens([f"<unused{k}>" for k in range(6000)])
