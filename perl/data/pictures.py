@@ -172,7 +172,7 @@ def path_inside(text: str, root: Path) -> Path | None:
     What is written decides, `..` taken at its word. A link inside the folder is followed wherever it leads, as those of
     the hub's cache are: whoever can put it there can put the file there.
     """
-    path = os.path.normpath(root / text.removeprefix("file://"))
+    path = os.path.normpath(os.path.join(root, text.removeprefix("file://")))
     if path.startswith(os.path.join(root, "")):
         return Path(path)
     # The same folder by another name.

@@ -107,6 +107,13 @@ def test_what_keeps_its_images_and_what_is_refused(said: Callable[..., Said]) ->
         {"id": "one", "images": ["r.png"], "question": "<image> What?"},
         {"id": "by rule", "kind": "none", "label_reason": "the text speaks of a sequence"},
         {"id": "twice", "images": ["r.png", "r.png"], "answer": "no", "should_change": False},
+        {
+            "id": "twice",
+            "images": ["r.png", "r.png"],
+            "answer": "no",
+            "should_change": False,
+            "label_reason": "as given",
+        },
         {"id": "cut", "images": ["cut.png", "g.png"]},
         {"id": "gone", "images": ["gone.png", "g.png"]},
         {"id": "no label", "answer": "a dog"},
@@ -119,20 +126,23 @@ def test_what_keeps_its_images_and_what_is_refused(said: Callable[..., Said]) ->
         ("one", [1], "all"),
         ("by rule", [1, 2], "none"),
         ("twice", [1, 2], "all"),
+        ("twice", [1, 2], "all"),
         ("last", [1, 2], "all"),
         ("last", [2, 1], "all"),
     ]
     tells(shown[0]["reason"], "perl-rl label")
     assert shown[2]["reason"] == "the text speaks of a sequence"
-    assert shown[3]["reason"] != shown[4]["reason"] == "as labelled"
+    alone = ", and no other order shows anything else"
+    reasons = [line["reason"] for line in shown[3:6]]
+    assert reasons == [f"as labelled{alone}", f"as given{alone}", "as labelled"]
     refused = [line for line in lines if "order" not in line]
     assert [list(line) for line in refused] == [["id", "refused"]] * 4
-    assert [line["id"] for line in refused] == ["cut", "gone", "no label", "row-000007"]
+    assert [line["id"] for line in refused] == ["cut", "gone", "no label", "row-000008"]
     for line, names in zip(refused, (["cut.png"], ["gone.png"], ["a dog"], ["JSON"]), strict=True):
         tells(line["refused"], *names)
-    for number, line in enumerate(refused, 5):
+    for number, line in enumerate(refused, 6):
         tells(line["refused"], f"line {number}")
-    tells(summary.splitlines()[-1], "9 rows", "1 permuted", "4 kept", "4 refused")
+    tells(summary.splitlines()[-1], "10 rows", "1 permuted", "5 kept", "4 refused")
 
 
 def test_a_named_model_refuses_what_it_cannot_take(

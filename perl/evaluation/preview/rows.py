@@ -106,13 +106,11 @@ class Rows:
 def reason_of(example: Example) -> str:
     """Why the images of a row may move, or may not."""
     given = str(example.extra.get("label_reason") or "").strip()
-    if given:
-        return given
-    if len(example.images) < 2:
+    if not given and len(example.images) < 2:
         return "a single image" if example.images else "no images"
-    if "kind" in example.origin:
-        alone = example.kind != "none" and num_orders(example) == 1
-        return "as labelled, and no other order shows anything else" if alone else "as labelled"
+    if given or "kind" in example.origin:
+        alone = len(example.images) > 1 and example.kind != "none" and num_orders(example) == 1
+        return (given or "as labelled") + ", and no other order shows anything else" * alone
     if example.origin.keys() & set(SHOULD_CHANGE):
         return "as labelled" if example.kind != "none" else "frames of a video keep their sequence"
     return "no labels, so that images keep their order; perl-rl label says which may move"
