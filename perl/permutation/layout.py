@@ -283,6 +283,14 @@ def first_numbers(text: str, count: int) -> set[int]:
     to_last = rf"0\s{{0,3}}(?:-|–|to|and|through)\s{{0,3}}{count - 1}"
     if count > 1 and re.search(rf"(?<![\w.])(?:{listed}|{to_last})(?!\w|\.[0-9])", text):
         found.add(0)
+    for first in range(2, 10) if count > 1 else ():
+        listed = _LISTED.join(map(str, range(first, first + count)))
+        if re.search(
+            rf"\b(?:answer|reply|respond)\b[^.?!\n]{{0,20}}(?<![\w.]){listed}(?!\w|\.[0-9])",
+            text,
+            re.I,
+        ):
+            found.add(first)
     return found
 
 
