@@ -12,6 +12,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from perl.failures import install_command
 from perl.permutation import AnswerForm
 from perl.rewards.answers import forms_in, score_each
 from perl.rewards.reading import equal, gold_text, stated_answer
+from perl.rewards.reading.notation import plain
 from perl.types import UserError
 
 _MEMORY = 4 * 2**30
@@ -34,6 +36,19 @@ _LONGEST = 500
 """Longer texts are no expressions, and math-verify takes seconds to find that out."""
 _DIGITS = 6
 """As math-verify compares numbers that have a point."""
+_NO_VALUE = re.compile(
+    r"[<>≤≥≠].*"  # x > 3 is a relation, and > 3 would be read as 3.
+    r"|[0-9]+(?:[-–x×][0-9.]+|\\times ?[0-9.]+|_\{?[0-9]+\}?)+%?"  # Ranges, sizes, and numbers with a base.
+    r"|[0-9]+(?:/[0-9]+){2,}|[a-z]['’′]+"
+)
+"""What would be computed, though it is no expression, as the date 2024-05-01, which would equal 2024-01-05."""
+_TIME = re.compile(r"[0-9]+(?::[0-9]+)+")
+_WORDS = re.compile(r"[^\W\d_]{2,}(?: [^\W\d_]+)*")
+"""Whose letters would be factors: `left` would equal `felt`."""
+_SAYING_MORE = re.compile(
+    r"(?<![^\W_])(?:not|wrong|incorrect|false|more|less|fewer|hundred|thousand|million|billion|trillion|dozen)(?![^\W_])"
+)
+"""Words that math-verify does not see behind a number."""
 
 
 def math_reward(
@@ -54,13 +69,10 @@ def math_reward(
     def score(text: str, gold: str, form: Any) -> Any:
         try:
             return float(
-                equal(stated_answer(text), gold_text(gold), *form, same=same, digits=_DIGITS)
+                _equal_in_form(stated_answer(text), gold_text(gold), *form, seconds=seconds)
             )
         except _FAULTS as error:
             return error
-
-    def same(given: str, gold: str) -> bool:
-        return _WORKER.ask(gold, given, seconds)
 
     return score_each(score, completions, answer, forms_in(columns, completions))
 
@@ -77,14 +89,28 @@ def equal_values(
 
     False too if one cannot be read, or the comparison takes longer than `seconds`.
     """
-
-    def same(one: str, other: str) -> bool:
-        return _WORKER.ask(other, one, seconds, digits)
-
     try:
-        return equal(given, gold, form) or equal(given, gold, form, same=same, digits=digits)
+        return _equal_in_form(given, gold, form, seconds, digits)
     except _FAULTS:
         return False
+
+
+def _equal_in_form(
+    given: str, gold: str, form: AnswerForm | None, seconds: float, digits: int | None = None
+) -> bool:
+    def same(given: str, gold: str) -> bool:
+        if len(given) > _LONGEST:
+            return False
+        one, other = plain(given), plain(gold)
+        if any(map(_NO_VALUE.fullmatch, (one, other))) or any(
+            kind.fullmatch(one) and kind.fullmatch(other) for kind in (_TIME, _WORDS)
+        ):
+            return one == other
+        if set(_SAYING_MORE.findall(one)) != set(_SAYING_MORE.findall(other)):
+            return False
+        return _WORKER.ask(gold, given, seconds, digits)
+
+    return equal(given, gold, form) or equal(given, gold, form, same=same, digits=digits or _DIGITS)
 
 
 def check_math(user: str = "reward math") -> None:
@@ -102,8 +128,6 @@ class _Worker:
 
     def ask(self, gold: str, given: str, seconds: float, digits: int | None = None) -> bool:
         """Whether they are equal; raises what the comparison ended in, one of `_FAULTS`. `digits` as in `_equal`."""
-        if len(given) > _LONGEST:
-            return False
         with self._lock:
             # Only a process that has answered is used again: what an interrupt leaves in the pipe
             # would be taken for the answer to the next question.
@@ -172,13 +196,16 @@ def serve() -> None:
         print(json.dumps(equal), file=answers, flush=True)
 
 
+_MARKED = re.compile(r"(?<!\\)\$[^$]+(?<!\\)\$|\\boxed|\\\(|\\\[")
+"""Mathematics within a text; a single dollar is money."""
+
+
 def _equal(gold: str, given: str, digits: int | None) -> bool | None:
     """Whether two texts are equal as answers, None for an unreadable gold; with `digits`, as values alone."""
     from math_verify import parse, verify
 
     if digits is None:
-        marks = ("$", "\\boxed", "\\(", "\\[")
-        texts = [t if any(m in t for m in marks) else f"\\boxed{{{t}}}" for t in (gold, given)]
+        texts = [t if _MARKED.search(t) else f"\\boxed{{{t}}}" for t in (gold, given)]
         wanted, found = (parse(t, parsing_timeout=None) for t in texts)  # pyright: ignore[reportArgumentType]
         return bool(verify(wanted, found, timeout_seconds=None)) if wanted else None
 

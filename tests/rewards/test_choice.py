@@ -34,6 +34,8 @@ CHOSEN = {
         "<answer>B is right, not A</answer>", "<answer>The answer isn't A; it's B</answer>", "<answer>Image B</answer>",
         "<answer>B: a dog</answer>", "<answer>B (a dog)</answer>", "(A) is not, so I choose:\n\n(B)", "Answer: B, not answer: (A)",
         "My final answer is option B!", "It must be B.", "<answer>B!</answer>", "Answer: {B}",
+        "The answer is 'B'.", r"Therefore, the answer is \( B \).", "The answer is: <b>B</b>", "Final answer\n\n### B", "Option b is correct",
+        "I believe the answer might be B", "The answer is therefore B", "If the answer is A, there is a cat. So the answer is B.",
     ),
     "A": (
         "<answer>A is correct</answer>", "<answer>A. dog</answer>", "I pick option A.", "<answer>A</answer> I think", "The answer is A and nothing else",
@@ -58,6 +60,10 @@ CHOSEN = {
         "Option A shows a cat, option B a dog", "(A) a cat\n\n(B) a dog\n\n(C) a bird", "A. cat\nB. dog", "I cannot help",
         "The answer is A. The answer is not A.", "<answer>both A and B</answer>", "<answer>AC</answer>", "<answer>I think so</answer>",
         "The image on the left, I believe.", "<answer>A-level</answer>", "<answer>x = A + B</answer>",
+        "Choose the correct option:\nA. cat\nB. dog\n\nI see a dog.", "Let me check each option:\nA. cat - no\nB. dog - yes\nC. bird - no",
+        "Options: A. cat B. dog C. bird. I see a dog.", "The answer would be A if there was a cat", "If I choose A, it is wrong.",
+        "I would not choose A.", "D?", "The answer is E = mc^2", "The answer is A'", "<answer>B+C</answer>", "<answer>A vs B</answer>", "Answer: A|B",
+        "Answers: A; C", r"\boxed{B \text{ or } C}", "<answer>A  or  B</answer>", "<answer>B is unlikely</answer>",
         "<answer>a.m.</answer>", "A cat is to be seen.", "<answer>a dog</answer>", "<answer></answer>", ""),
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from perl.rewards.reading import canonical, equal, items
 from tests.permutation.questions import ODD
 
 ALIKE = (
-    ("B", "b", "(B)", "(b).", "B.", "option B", r"\text{B}", "$B$", "{B}", "{{B}}", r"\{B\}", "**B**", "[B]", r"\(B\)", "Image B",
+    ("B", "b", "(B)", "(b).", "B.", "option B", "Option (B)", "B:", "B)", "B。", r"\boldsymbol{B}", r"\text{B}", "$B$", "{B}", "{{B}}", r"\{B\}", "**B**", "[B]", r"\(B\)", "Image B",
      "`B`", r"\textbf{(B)}"),
     ("2", "Image 2", "image2", "2.0", "option 2", "(2)", "Picture 2", "[2]", r"\{2\}", "Figure 2.", "$2$", "4/2"),
     ("1/2", "0.50", "0.5", r"\frac{1}{2}", "½", r"\frac12", ".5", "50%", r"50\%", "50 percent", r"\dfrac{2}{4}", r"$\tfrac{1}{2}$"),
@@ -47,7 +47,12 @@ ALIKE = (
     (r"\{(1,2),(3,4)\}", "{(3,4), (1,2)}"),
     ("yes, no, yes", "Yes, No and Yes", "[yes; no; yes]"),
     ("A red car", "a  Red   car.", '"A red car"'),
-    ("x > 3", "x>3", "$x > 3$"),
+    ("x > 3", "x>3", "$x > 3$", r"x \gt 3"),
+    (r"x \ge 3", "x >= 3", r"x\geq3", "x ≥ 3"),
+    (r"10\sqrt{3}", r"10 \sqrt{3}"),
+    ("2-3", "2 - 3", "2–3"),
+    ("3:2", "3 : 2"),
+    (r"2 \times 7", r"2\times 7"),
     ("E. coli", "e. coli"),
     (r"2\sqrt{3}", r"$2\sqrt{3}$", r"2\sqrt{3}."),
 )  # fmt: skip
@@ -85,6 +90,9 @@ def test_what_is_equal_and_nothing_else(alike: tuple[str, ...]) -> None:
         (r"25\pi cm^2", r"25\pi m^2", 0), ("120 km / h", "120 km/h", 1), ("20 mph", "20 km/h", 0), ("5!", "5", 0), ("5 cm by 6 cm", "5 cm", 0), ("5x", "5", 0), ("5 or 6", "5", 0),
         (r"5\sqrt{2}\text{ m}", r"5\sqrt{2}\text{ cm}", 0), (r"5\sqrt{2} cm", r"5\sqrt{2}\text{ cm}", 1), ("$5$", "$5", 1),
         ("90", r"90^\circ", 1), ("$5, $10", "$10, $5", 1), ("5 cm, 6 cm", "6 cm, 5 m", 0),
+        # Signs.
+        ("> 5", "5", 0), ("< 5", "> 5", 0), ("5 >", "5", 0), ("> A", "A", 0), (r"\le 5", r"\ge 5", 0), (r"(1,2)\cup", "(1,2)", 0), ("A'", "A", 0), ('5"', "5 in", 1), ("5'", '5"', 0),
+        ("0,123", "123", 0), ("1, 2, ...", "1, 2", 0), ("0.3...", "0.3", 0), ("1. 2", "1.2", 0), ("3-2", "2-3", 0), ('"5"', "5", 1), ("['A', 'C']", "A, C", 1),
         # Letters.
         ("B. a dog", "B", 1), ("B", "B) a dog", 1), ("(B) a dog", "(B) a cat", 0), ("A. Lincoln", "A. Smith", 0), ("A or B", "A", 0),
         ("A, B", "A", 0), ("A cat", "A", 0), ("not B", "B", 0), ("A", "A, C", 0), ("B is", "B", 0), ("The answer is B", "B", 1), ("Answer: **2.5**", "2 1/2", 1), ("answer is not B", "B", 0), ("Option B: the dog", "B", 1), ("B - the dog", "B", 1), ("A - B", "A", 0), ("(A) or (B)", "A", 0), ("（B）", "B", 1), ("Bob", "B", 0), ("B", "2", 0),

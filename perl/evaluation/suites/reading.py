@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from perl.permutation import LETTERS
 from perl.rewards.math import equal_values
 from perl.rewards.reading import letters_in, marked, said
+from perl.rewards.reading.notation import WRAPPED
 from perl.types import IMAGE_SLOT
 
-_WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}")
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 _IMAGE = re.compile(
     rf"(?:the\s+)?(?:({'|'.join(_ORDINALS)})\s+(?:image|picture|photo)|(?:image|picture)\s*([0-9]{{1,2}}))\b",
@@ -40,7 +40,7 @@ class Reply:
         answer = marked(completion)
         if answer is None:
             return cls(completion.rpartition("</think>")[2].strip(), False)
-        return cls(" ".join(_WRAPPED.sub(r"\1", answer).split()), True)
+        return cls(" ".join(WRAPPED.sub(r"\1", answer).split()), True)
 
     @property
     def value(self) -> str:

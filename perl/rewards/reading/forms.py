@@ -12,11 +12,11 @@ from perl.rewards.reading.notation import LONGEST, number_in, tidy, without_unit
 
 _NESTED = 2
 _NOUN = re.compile(
-    r"(?:the )?(?:image|picture|photo|figure|panel|option|choice)s?(?:[ #:-]{1,3}(?=(?:[a-z]|[0-9]+)\Z)|(?=[0-9]+\Z))",
+    r"(?:the )?(?:image|picture|photo|figure|panel|option|choice)s?(?:[ #:-]{1,3}(?=\(?(?:[a-z]|[0-9]+)\)?\Z)|(?=[0-9]+\Z))",
     re.IGNORECASE | re.ASCII,
 )
 GLUED = re.compile(r"[A-Z]{2,26}")
-_LETTER = re.compile(r"[A-Za-z]")
+_LETTER = re.compile(r"\(?([A-Za-z])[):]?")
 _LABEL = re.compile(
     r"(?:(?:option|choice) )?(?:\(?(?-i:([A-Z]))(?:[).:]+ | [-–—] (?=[a-z]{2}))|\((?-i:([A-Z]))\) ?)(?!(?:or|and|nor|is)\b)(\S.*)",
     re.DOTALL | re.IGNORECASE | re.ASCII,
@@ -65,8 +65,8 @@ def _single(text: str, answer: str) -> Answer | None:
         text = text[1:-1].strip().rstrip(".").strip()
     named = _NOUN.match(text)
     text = text[named.end() :] if named else text
-    if _LETTER.fullmatch(text):
-        return Answer("letter", answer, letter=text.lower())
+    if letter := _LETTER.fullmatch(text):
+        return Answer("letter", answer, letter=letter[1].lower())
     if number := _number(text, answer):
         return number
     if label := _LABEL.fullmatch(text):
@@ -85,7 +85,7 @@ def _list(text: str, answer: str, form: AnswerForm | None, nested: int) -> Answe
     inner = text[1:-1] if brackets else text
     parts, signs = _parts(inner, form is not None)
     if len(parts) < 2:
-        if not brackets and parts and parts[0] != text:
+        if not brackets and parts and parts[0] != text and not signs:
             return read(parts[0], form, nested)
         return (
             _list(parts[0], answer, form, nested - 1) if parts and nested > 1 and brackets else None

@@ -10,34 +10,38 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from perl.permutation import LETTERS
-from perl.rewards.reading.notation import WIDE
+from perl.rewards.reading.notation import WIDE, WRAPPED
 from perl.rewards.reading.places import marked
 
 _DECORATION = re.compile(
-    r"\\(?:text[a-z]*|mathrm|mathbf)\b|[*_`$\"“”]|\b(?:[A-Za-z]\.){1,4}[A-Za-z]\b\.?"
+    r"\\(?:text[a-z]*|mathrm|mathbf)\b|\\[()\[\]]|</?[a-z]{1,10}>|[*_`$\"“”#]| (?= )"
+    r"|['‘](?=[A-Za-z]['’](?!\w))|(?<=['‘][A-Za-z])['’](?!\w)"
+    r"|\b(?:[A-Za-z]\.){1,4}[A-Za-z]\b\.?"
 )
 """With abbreviations: the e of `e.g. B` is no choice."""
 _NAME = r"(?:options?|choices?|answers?|letters?)"
-_BARE = re.compile(rf"(?:{_NAME}\s)?[\W_]*([A-Za-z])[\W_]*", re.IGNORECASE | re.ASCII)
+_BARE = re.compile(rf"(?:{_NAME}\s)?[\W_]*([A-Za-z])(?:(?!\?)[\W_])*", re.IGNORECASE | re.ASCII)
 _BARE_LIST = re.compile(r"[\s,;&()\[\]{}.]|\band\b", re.IGNORECASE | re.ASCII)
 _GLUED = re.compile(r"(?=[A-J]{2,10}\Z)A?B?C?D?E?F?G?H?I?J?")
 _LABEL = re.compile(
     r"[(\[]?([A-Za-z])\s?(?:[)\]][.:]?|[.:])(?![.:)])\s{0,4}(?!(?:or|and)\b)(?=\S)", re.ASCII
 )
 _LABELS = re.compile(r"(?<![A-Za-z0-9'’])([A-Za-z])(?:\)|[.:]\s)", re.ASCII)
+_LISTED = re.compile(r"^[ (\[-]*([A-Za-z])(?:\)|[.:])\s", re.ASCII | re.MULTILINE)
 _TOKEN = re.compile(
-    r"(?<![A-Za-z0-9'’\\^])(?:[(\[{]\s?([A-Za-z])\s?[)\]}]|([A-Za-z])(?![A-Za-z0-9'’^=+(-])[)\]]?)",
+    r"(?<![A-Za-z0-9'’\\^+])(?:[(\[{]\s?([A-Za-z])\s?[)\]}]|([A-Za-z])(?![A-Za-z0-9'’+(-]|\s?[=^])[)\]]?)",
     re.ASCII,
 )
 _ARTICLE = re.compile(
     r" (?!(?:and|or|nor|is|are|was|isn|because|since|as|for|but|not|so|if|which|that|based|due|while|has|shows?|would|seems"
-    r"|looks|must|can|cannot|does|rather|fits|matches|alone|only)\b)[a-z0-9]"
+    r"|looks|must|can|cannot|does|rather|fits|matches|alone|only|to|vs|then|with)\b)[a-z0-9]"
 )
 """Behind an A or I that is a word and no letter."""
 _JOIN = re.compile(
-    rf"\s?(?:[,&/]\s?)?(?:\b(and|or|nor)\b|(?<=[,&/])|(?<=[,&/]\s))\s?(?:(?:also|the|{_NAME})\s){{0,3}}",
+    rf"\s?(?:[,;&/|]\s?)?(?:\b(and|or|nor)\b|(?<=[,;&/|])|(?<=[,;&/|]\s))\s?(?:(?:also|the|{_NAME})\s){{0,3}}",
     re.IGNORECASE | re.ASCII,
 )
 _FILLER = (
@@ -48,24 +52,25 @@ _CUE = re.compile(
     r"(?:\banswers?(?:['’]s)?(?:\s(?:to|for)\s(?:the|this)\s[a-z]{1,12})?|\b(?:option|choice|pick)(?=\s(?:is|should|must|would)\b)"
     r"|\b(?:correct|right|best|final)\s(?:option|choice|letter|one)s?"
     r"|\b(?:choose|chose|choosing|pick|picked|select|selected|go with|opt for|settle on)"
-    r"|\bit(?:['’]s| is| must be| should be))(?:\s(?:is|are|should be|must be|would be))?\s?[:=]?\s{0,3}"
-    rf"{_FILLER}\Z",
+    r"|\bit(?:['’]s| is| must be| should be))(?:\s(?:is|are|should be|must be|might be|may be|would be|therefore|thus))*\s?[:=]?\s{0,3}"
+    rf"{_FILLER}[\[{{<]?\Z",
     re.IGNORECASE | re.ASCII,
 )
 _CUE_BEHIND = re.compile(
     r"\s(?:is|are|must be)\s(?:the\s)?(?:correct|right|answer|best)\b", re.IGNORECASE
 )
-_OPTION = re.compile(rf"\b{_NAME}\s?[:=]?\s?\Z", re.IGNORECASE)
+_OPTION = re.compile(rf"\b(?:{_NAME} ?|(?:option|choice|answer|letter) ?[:=] ?)\Z", re.IGNORECASE)
 _NOT = re.compile(
     r"(?:\b(?:not|never|neither|cannot be|without|except(?: for)?|rather than|instead of|other than|over"
     r"|(?:any(?:thing)?|all|everything)\sbut|rules? out|ruled out|ruling out|eliminat(?:e|es|ed|ing)|exclud(?:e|es|ed|ing)"
-    rf"|reject(?:s|ed|ing)?)|n['’]t(?: be)?)\s{_FILLER}\Z",
+    rf"|reject(?:s|ed|ing)?)|n['’]t(?: be)?)\s(?:(?:choose|pick|select|say|go with)\s)?{_FILLER}\Z"
+    r"|\bif\s(?:[a-z'’]{1,10}\s){0,5}\Z",
     re.IGNORECASE | re.ASCII,
 )
 _NOT_BEHIND = re.compile(
-    r"(?:\s\([^()]{1,30}\))?(?:\s?(?:\?|\(?(?:wrong|incorrect|false)\b)|\s(?:cannot\b|[a-z]{2,6}n['’]t\b|can['’]t\b"
+    r"(?:\s\([^()]{1,30}\))?(?:\s?(?:\?|\(?(?:wrong|incorrect|false)\b)|\s(?:if|unless)\b|\s(?:cannot\b|[a-z]{2,6}n['’]t\b|can['’]t\b"
     r"|(?:is|are|was|can|could|does|would|will|must|seems?|looks?)\s(?:[a-z]{2,12}ly\s|also\s)?"
-    r"(?:not|never|wrong|incorrect|false|ruled out|out|eliminated|excluded|impossible)\b))",
+    r"(?:not|never|wrong|incorrect|false|ruled out|out|eliminated|excluded|impossible|unlikely)\b))",
     re.IGNORECASE | re.ASCII,
 )
 _END = re.compile(r"\s*(?:[.,;:!]|\Z)")
@@ -106,7 +111,8 @@ def letters_in(
     """The letters that an answer chooses. In this order: letters alone; those of the last "answer is X"; a letter that
     opens the text (`B. a dog`); those called an option or in brackets; single capitals, unless the text is a `whole`
     completion; the only one of the texts in `options` that occurs."""
-    text = _DECORATION.sub("", text[-_LONGEST:].translate(WIDE)).strip()
+    text = WRAPPED.sub(r"\1", text[-_LONGEST:].translate(WIDE))
+    text = _DECORATION.sub("", text).strip()
     chosen, named = _read(text, whole)
     if not named and options:
         chosen = _by_text(text, options)
@@ -164,16 +170,21 @@ def _choose(text: str, groups: Sequence[_Group], whole: bool) -> str | None:
 def _groups(text: str) -> list[_Group]:
     """The letters that a text names, those that it joins together as one group."""
     groups: list[_Group] = []
+    lines = pairwise(_LISTED.finditer(text))
+    listed = {one.start(1) for one, other in lines if ord(other[1]) == ord(one[1]) + 1}
     end, last = 0, len(text.rstrip("."))
     for token in _TOKEN.finditer(text):
         before = text[max(0, token.start() - _BEFORE) : token.start()]
         behind = text[token.end() : token.end() + _BEHIND]
-        cued, option = _CUE.search(before), _OPTION.search(before)
+        # A list of the options may stand behind a line that ends with "the correct option:".
+        cued = token.start(2) not in listed and _CUE.search(before)
+        option = _OPTION.search(before)
         if not token[1]:
             if token[2] in "AIai" and _ARTICLE.match(behind):
                 continue
             alone = token[2].islower() or token[2] == "I"
-            if alone and not ((cued or option) and _END.match(behind)):
+            ends = _END.match(behind) or _CUE_BEHIND.match(behind)
+            if alone and not ((cued or option) and ends):
                 continue
         opens, closes = not before and behind.startswith("\n"), before.endswith("\n")
         line = opens or (closes and token.end() == last)
@@ -185,7 +196,8 @@ def _groups(text: str) -> list[_Group]:
             token.start(),
         )
         join = _JOIN.fullmatch(text, end, token.start())
-        if groups and join and not (new.negated and "," in join[0] and not join[1]):
+        clause = new.negated if join and "," in join[0] else not _END.match(behind)
+        if groups and join and (join[1] or join[0][:1] not in ",;" or not clause):
             groups[-1] = _joined(groups[-1], new, join)
         else:
             groups.append(new)
@@ -198,7 +210,7 @@ def _joined(one: _Group, other: _Group, join: re.Match[str]) -> _Group:
         "".join(sorted({*one.letters, *other.letters})),
         max(one.level, other.level),
         one.negated or other.negated,
-        one.hedged or "/" in join[0] or (join[1] or "").lower() == "or",
+        one.hedged or any(sign in join[0].lower() for sign in ("/", "|", "or ")),
         one.start,
     )
 

@@ -9,12 +9,12 @@ from fractions import Fraction
 LONGEST = 2000
 """Characters of an answer that has a form; longer ones are texts."""
 _LONGEST_NUMBER = 64
-WIDE = {ord("、"): ","} | {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)}
+WIDE = {ord("、"): ",", ord("。"): "."} | {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)}
 """Signs of Chinese texts in their ASCII form."""
 _POWERS = {ord("²"): "2", ord("³"): "3", ord("{"): "", ord("}"): ""}
 _UNITS = {
     "mm": "millimeter millimetre", "cm": "centimeter centimetre", "dm": "decimeter decimetre", "m": "meter metre",
-    "km": "kilometer kilometre", "in": "inch inches", "ft": "foot feet", "yd": "yard", "mi": "mile", "mg": "milligram",
+    "km": "kilometer kilometre", "in": "inch inches \" ″", "ft": "foot feet ' ′", "yd": "yard", "mi": "mile", "mg": "milligram",
     "g": "gram", "kg": "kilogram", "ton": "tonne", "lb": "lbs pound", "oz": "ounce", "ms": "millisecond", "s": "sec second",
     "min": "minute", "h": "hr hour", "day": "", "week": "", "month": "", "year": "yr", "ml": "milliliter millilitre",
     "L": "l liter litre", "°": "degree deg", "°c": "celsius", "°f": "fahrenheit", "K": "kelvin", "rad": "radian", "mph": "",
@@ -27,10 +27,12 @@ _UNIT_OF = {
     for one in (unit, *names.split())
     for name in (one, f"{one}s" if len(one) > 2 else one)
 }
-_UNIT = re.compile(r"(square |sq\.? |cubic )?([a-z°$€£¥₹¢]{1,16}) ?\^? ?([23]?)", re.IGNORECASE)
+_UNIT = re.compile(
+    r"(square |sq\.? |cubic )?([a-z°$€£¥₹¢\"″'′]{1,16}) ?\^? ?([23]?)", re.IGNORECASE
+)
 
-_WRAPPED = re.compile(
-    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname)\s?\{([^{}]*)\}"
+WRAPPED = re.compile(
+    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|boldsymbol|operatorname)\s?\{([^{}]*)\}"
 )
 _N = r"-?[0-9]{1,64}(?:\.[0-9]{1,64})?"
 _FRACTION = re.compile(
@@ -48,7 +50,9 @@ _LATEX = (
     (re.compile(r"\\(?:to|rightarrow)(?![a-zA-Z])|->"), "→"),
     (re.compile(r"\\(?:lbrace|rbrace)(?![a-zA-Z])"), lambda m: "{" if m[0][1] == "l" else "}"),
     (re.compile(r"\\([{}%])"), r"\1"),
-    (re.compile(r"\u2212|\A\u2013(?=[0-9.])"), "-"),
+    (re.compile(r"\\(?:geq?(?:slant)?|gt)(?![a-zA-Z])|>="), lambda m: ">" if m[0] == r"\gt" else "≥"),
+    (re.compile(r"\\(?:leq?(?:slant)?|lt)(?![a-zA-Z])|<="), lambda m: "<" if m[0] == r"\lt" else "≤"),
+    (re.compile(r"\u2212|(?:\A|(?<=[0-9])|(?<=[0-9] ))\u2013(?= ?[0-9.])"), "-"),
     (re.compile("[¼-¾⅐-⅞]"), lambda m: f" {unicodedata.normalize('NFKC', m[0])} ".replace("\u2044", "/")),
 )  # fmt: skip
 _INLINE = re.compile(r"(?<!\\)\$(?=\S)((?:\\.|[^$\\\n]){1,300})(?<=[A-Za-z0-9)}\]%])\$(?![0-9])")
@@ -56,35 +60,44 @@ _PREFIX = re.compile(
     r"\A(?:so |thus,? |therefore,? )?(?:the |my )?(?:final |correct )?answer(?: is|:| is:) ?(?=\S)",
     re.IGNORECASE | re.ASCII,
 )
-_DECORATION = "*_`\"'“”‘’"
+_DECORATION = "*_`"
+_QUOTED = re.compile(r"\A(?:\"([^\"]*)\"|“([^“”]*)”|['‘]([^'‘’]*)['’])\Z")
 _MONEY = re.compile(r"([-+]?) ?(?:US)?([$€£¥₹]) ?(?=[-+.0-9])")
 _AMOUNT = re.compile(
     r"([-+]?) ?(?:([0-9]{1,64}) ([0-9]{1,64}) ?/ ?([0-9]{1,64})(?![0-9.])"
-    r"|((?:[0-9]{1,3}(?:,[0-9]{3}){1,20}(?![0-9])|[0-9]{1,64})(?:\.[0-9]{0,64})?|\.[0-9]{1,64})(?: ?/ ?([0-9]{1,64}))?)"
+    r"|((?:[1-9][0-9]{0,2}(?:,[0-9]{3}){1,20}(?![0-9])|[0-9]{1,64})(?:\.[0-9]{0,64})?|\.[0-9]{1,64})(?: ?/ ?([0-9]{1,64}))?)"
 )
 _UNIT_BEHIND = re.compile(
     r"(?:(?<=[0-9})\]])|(?<=\\pi)) ?([a-z°%$€£][a-z°%/ ^{}0-9²³.]{0,30})\Z",
     re.IGNORECASE | re.ASCII,
 )
-_AROUND = re.compile(r" ?([<>=+]) ?")
+_LOOSE = re.compile(r" (?!\w)|(?<![\w.]) ")
+"""A space beside a sign, which says nothing."""
 
 
 def tidy(answer: str) -> str:
     """Without what LaTeX and Markdown add to the look alone, and without a period at the end."""
-    text = answer.strip()[: LONGEST * 4].translate(WIDE).strip(_DECORATION).strip()
+    text = _bare(answer.strip()[: LONGEST * 4].translate(WIDE))
     text = _INLINE.sub(r"\1", text)
     for pattern, new in _LATEX:
         text = pattern.sub(new, text)
-    text = _WRAPPED.sub(r"\1", _WRAPPED.sub(r"\1", text))
+    text = WRAPPED.sub(r"\1", WRAPPED.sub(r"\1", text))
     text = _FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]} ", text).replace("\\$", "$")
-    text = " ".join(text.split()).rstrip(".").strip(_DECORATION).strip()
-    return _PREFIX.sub("", text).strip(_DECORATION).strip()
+    return _bare(_PREFIX.sub("", _bare(" ".join(text.split()))))
+
+
+def _bare(text: str) -> str:
+    """Without quotes and Markdown around it, and without the period that ends it."""
+    text = text.strip(f"{_DECORATION} ")
+    text = text if text.endswith("..") else text.removesuffix(".").strip(f"{_DECORATION} ")
+    quoted = _QUOTED.match(text)
+    return (quoted[1] or quoted[2] or quoted[3] or "").strip() if quoted else text
 
 
 def plain(answer: str) -> str:
     """A text as texts are compared."""
     text = answer if len(answer) > 4 * LONGEST else tidy(answer)
-    return _AROUND.sub(r"\1", " ".join(text.replace("$", "").casefold().split()).rstrip(". "))
+    return _LOOSE.sub("", " ".join(text.replace("$", "").casefold().split()))
 
 
 def number_in(text: str) -> tuple[Fraction, bool, str] | None:
