@@ -52,8 +52,9 @@ _STATE = r"(?:shows?|contains?|ha(?:s|ve)|depicts?|features?|includes?|displays?
 _PLACES = (
     rf"(?:{'|'.join(ORDINALS)}|[0-9]{{1,2}}(?:st|nd|rd|th)|last|former|latter|left|right|top(?<!on top)|bottom|upper|lower|"
     r"middle|cent(?:er|re|ral)|(?:left|right|top)-?most|left-\w+|right-\w+|side|adjacent|neighbo\w*|between|among|next(?! to)|"
-    r"previous\w*|preceding|following|opposite|beside it|row|column|corner|edge|diagonal\w*|position\w*|(?<!the same )places?|placed|misplaced|"
-    r"above it|below it|here|there(?! (?:is|are)))"
+    r"previous\w*|preceding|following|opposite|row|column|corner|edge|diagonal\w*|position\w*|(?<!the same )places?|placed|misplaced|"
+    r"(?:behind|under|over|above|below|beneath|beside|around|near|next to|in front of) it|beneath$|(?:both|either) sides?|here|there(?! (?:is|are))|outer|inner|\w+er-?most|foremost|"
+    r"(?:in|on|of|down|up|out of) (?:the|this|that|a) (?:list|page|screen|display|prompt|message|grid|layout|strip|line|queue))"
 )
 _TIMES = (
     r"(?:before\w*|after\w*|then|earlier|later|latest|earliest|until|since|once|already|still|yet|again|now|longer|"
@@ -66,7 +67,9 @@ _TIMES = (
     r"remov\w*|missing|chronolog\w*|respectively|turns?|so far|thus far|hitherto|henceforth|(?:here|there)after|subsequent\w*|"
     r"prior|formerly|lately|eventually|meanwhile|interim|meantime|in advance|upcoming|onwards?|backwards?|midway|halfway|"
     r"alternat\w*|vice versa|anew|afresh|reappear\w*|return\w*|insert\w*|replac\w*|skip\w*|causes?|effects?|penultimate|"
-    r"(?:breaks?|fits?|violates?) the pattern)"
+    r"(?:breaks?|fits?|violates?) the pattern|moment|aftermath|consequen\w*|react\w*|climax|punch ?line|introduc\w*|"
+    r"establish\w*|recent|advanced|life ?cycle|goal state|(?:pre|post)dat\w*|revealed|scored|let (?:in|out|go)|about to|as it|"
+    r"for good|running total|cumulative|accumulat\w*|up to|to date|lost|gained|half as|double the|(?:pre|se)quel|omit\w*|drop(?:s|ped)|exchang\w*|switch\w*|mixed up)"
 )
 _ARRANGED = (
     r"(?:together|sorted|arrang\w*|rank\w*|alphabetical\w*|ascending|descending|numerical\w*|correct\w*|incorrect\w*|"
@@ -75,10 +78,12 @@ _ARRANGED = (
 # Words that look from one image to another, or at what all of them make up.
 _COMPARED = (
     r"(?:others?|another|else|rest|remaining|same|differ\w*|similar\w*|alike|unlike|like|identical|equal\w*|"
-    r"compar\w*|match\w*|correspond\w*|pair\w*|belong\w*|fits?|odd|outlier|extra|relat\w*|resembl\w*|reference|query|"
+    r"compar\w*|match\w*|correspond\w*|pair\w*|partner\w*|belong\w*|fits?|odd|outlier|extra|relat\w*|resembl\w*|reference|query|"
     r"anchor|template|original\w*|source|target|given|across|over time|through|"
     r"combin\w*|concat\w*|join\w*|spell\w*|form|forms|formed|words?|letters?|phrase|sentence|digits?|subtract\w*|"
-    r"divid\w*|ratio|quotient|minus|instead|likewise|also|too|either|elsewhere)"
+    r"divid\w*|ratio|quotient|minus|instead|likewise|also|too|either|elsewhere|additional\w*|duplicat\w*|cop(?:y|ies|ied)|"
+    r"repeat\w*|repetition|twice|redundant|superfluous|unnecessary|irrelevant|contradict\w*|overlap\w*|adjoin\w*|"
+    r"(?:of|to|with|from|for|by) it|(?:shows?|contains?|depicts?|has|have) (?:it|its|this|that))"
 )
 _ASKING = r"(?:which|what|how|who|whose|where|why|these|those|them|they)"
 _A_NUMBER = rf"(?:[0-9]|(?:{'|'.join(CARDINALS)})\b)"
@@ -121,12 +126,23 @@ _WHICH = (
 )
 _VERB = r"(?:is|are|was|were|shows?|has|have|contains?|depicts?|looks?|does|do|would|can|could)"
 _BARE = rf"which(?: ones?)?(?= {_VERB}\b)"
+# What an image does by itself; it "comes", "introduces" or "continues" by where it stands.
+_SHOWING = (
+    r"(?=(?:clearly |only |actually |does not |doesn't |do not |don't )?(?:is|are|was|were|shows?|contains?|ha(?:s|ve)|depicts?|features?|"
+    r"includes?|displays?|looks?|seems?|portrays?|captures?|represents?|illustrates?|can|could)\b|(?:do|does) (?:you|we) see\b|"
+    r"(?:do|does) .*\b(?:wear|hold|sit|stand|lie|carry|ride|smile|sleep|rain|snow)\b(?! (?:up|down|off|away|out|over|back)\b))"
+)
 _PICK = (
     r"(?:(?:please |now )?(?:(?:pick|choose|select|find|identify|point out|point to|name|tell me|indicate|give|state|write|list|mark|"
     r"show me|spot|locate|determine)(?: out)?|what is|which is)(?: the (?:number|letter|index|label)s? of)?)"
 )
 _THE_ONE = rf"(?:(?:all|only|the|an?|any|every|those|both|one of) )*(?:single )?(?:{_AN_IMAGE}|ones?){_OUT_OF}?"
 _THAT = r"(?:that|which|who|with|without|where|in which|on which|showing|containing|depicting|featuring|displaying|of|having)"
+_RELATED = (
+    rf"(?=[^{NAMED}]*\b(?:same|similar\w*|dissimilar|like|alike|unlike|match\w*|resembl\w*|differ\w*|identical|equal\w*|correspond\w*|"
+    rf"than|congruent|isomorphic|equivalent|(?:the|an?) [a-z ]+ (?:of|in|from))\b|(?:shows?|contains?|depicts?|features?) {NAMED}(?: again)?$)"
+)
+"""To another image by what both show."""
 _TOTAL = r"(?: (?:together|in total|altogether|in all|combined|overall))"
 _IN_ALL = rf"(?: (?:in|on|across|among) (?:{_THESE}|{_EVERY}))"
 _SEEN = (
@@ -139,7 +155,7 @@ _QUANTIFIED = (
     rf"|one (?:{_ONE}|of {_THESE}) {_STATE} {_SAID},? (?:and|while|but|whereas) the other(?: {_ONE})? {_STATE} {_SAID}"
     rf"|one {_ONE} {_STATE} (?:{_MORE}|twice as many {_SAID}) (?:than|as) the other(?: {_ONE})?"
     rf"|{_SAID} in one {_ONE} (?:is|are) (?:{_COMPARATIVES}) than {_SAID} in the other(?: {_ONE})?"
-    rf"|(?:the combined {_NOUN}|(?:{_THESE}|{_EVERY}) (?:together|combined)|together,? {_THESE}) {_STATE} {_SAID}"
+    rf"|(?:the combined {_NOUN}|(?:{_THESE}|{_EVERY}) (?:together|combined)|together,? {_THESE}) {_STATE} (?=.*\b(?:no|{_MANY})\b){_SAID}"
     rf"|(?:all|every|each|no|none|some)(?: of)?(?: the)? {_SAID} in (?:{_THESE}|{_EVERY}) (?:is|are|ha(?:s|ve)) {_SAID}"
     rf"|in (?:(?:at least|exactly|only) )?(?:one|both|all|each|every|no) (?:of {_THESE}|{_NOUN}|{_ONE}),? {_SAID}"
     rf"|there (?:is|are) (?:{_SAID}|(?:exactly|at least|at most|more than|fewer than|less than) {_SAID})"
@@ -152,13 +168,16 @@ _STATEMENT = re.compile(_QUANTIFIED)
 _CAPTION = r"(?:caption|description|text|sentence|title|phrase|prompt|statement)"
 
 # By what they show, and not by how they stand.
-_BY = r"(?:(?!\b(?:revers\w*|opposite|shown|given|current|same|displayed|left|right|number\w*|numeric\w*|label\w*|index)\b)[a-z ,])"
+_BY = (
+    r"(?:(?!\b(?:revers\w*|opposite|shown|given|current|same|displayed|left|right|number\w*|numeric\w*|label\w*|index|proper|"
+    r"appear\w*|original|pairs|place|position|distance|from the first(?! to)|listed|presented|printed|arranged|here)\b)[a-z ,])"
+)
 
 _WRITTEN: tuple[tuple[Form, str], ...] = (
     ("options", r"which (?:(?:of (?:these|the following)|statement|option|answer|one|of (?:these|the following) statements) )?"
                 r"(?:is|are) (?:true|correct|right|false|wrong|not true)"),
     ("options", rf"which (?:pair|two|{_NOUN})(?: of {_NOUN})? (?:shows?|depicts?|contains?|ha(?:s|ve)|are of) the same {_X}"),
-    ("which", rf"{_WHICH},? {_X}"),
+    ("which", rf"{_WHICH},? {_SHOWING}{_X}"),
     ("which", rf"{_PICK} {_THE_ONE} {_THAT} {_X}"),
     ("which", rf"{_WHICH} (?:is|looks|seems) (?:the )?(?:odd one out|odd one|outlier|(?:most )?(?:different from|unlike|dissimilar to) {_OTHERS})"),
     ("which", rf"{_WHICH} (?:(?:does not|doesn't) belong(?: (?:with|to|among) (?:{_OTHERS}|the (?:same )?group))?|differs from {_OTHERS}|is not like {_OTHERS})"),
@@ -166,24 +185,24 @@ _WRITTEN: tuple[tuple[Form, str], ...] = (
               rf"(?:best )?(?:the |this )?(?:following |given )?{_CAPTION}"),
     ("which", rf"{_WHICH} does (?:the |this )?(?:following |given )?{_CAPTION} (?:best )?(?:describe|match|fit|belong to)"),
     ("which", rf"{_PICK} the odd (?:one|{_ONE})(?: out)?"),
-    ("which", rf"which(?: one| {_ONE})? (?:(?:does|is|has|was) not|doesn't|isn't|is it|is the (?:exception|one))"),
     ("bare", rf"{_BARE} {_X}"),
-    ("option", rf"(?:in |on )?(?:which|what)(?: of the)? [a-z]+(?: [a-z]+)?(?: below| above)? {_VERB} {_X}"),
+    ("bare", rf"which of (?:these|the following) (?:{_MANY} )?[a-z]+s {_SHOWING}{_X}"),
+    ("option", rf"(?:in |on )?(?:which|what)(?: of the)? (?!(?:letter|number|digit|word)s?\b)[a-z]+(?: [a-z]+)?(?: below| above)? {_VERB} {_X}"),
     ("relate", rf"{_WHICH},? (?:other than|besides|apart from|except) {NAMED},? {_X}"),
     ("relate", rf"(?:given {NAMED},? )?(?:in |on )?which(?: one)? of {NAMED}(?: (?:and|or) {NAMED})* {_LIKE}(?: {NAMED}(?: {_X})?)?"),
     ("truth", _QUANTIFIED),
     ("which", rf"which (?:pair of|{_MANY}) (?:of {_THESE}|{_NOUN}) (?:(?:show|depict|contain|have|share|are of) the same {_X}|are (?:identical|alike|the same))"),
-    ("compare", rf"(?:{_WHICH}|{_BARE}) {_MORE}(?: than the other(?: {_ONE})?)?"),
+    ("compare", rf"(?:{_WHICH}|{_BARE}|which of (?:these|the following) [a-z]+s) {_SHOWING}{_MORE}(?: than the other(?: {_ONE})?)?"),
     ("compare", rf"{_PICK} {_THE_ONE} {_THAT} {_MORE}(?: than the other(?: {_ONE})?)?"),
     ("compare", rf"(?:between|of|comparing) {NAMED} (?:and|or|with) {NAMED},? which(?: {_ONE})? {_MORE}"),
-    ("relate", rf"{_WHICH} {_LIKE} {NAMED}(?:,?(?: but| and)? {_X}| again)?"),
-    ("relate", rf"{_PICK} {_THE_ONE} {_THAT} {_LIKE} {NAMED}"),
+    ("relate", rf"{_WHICH} {_RELATED}{_LIKE} {NAMED}(?:,?(?: but| and)? {_X}| again)?"),
+    ("relate", rf"{_PICK} {_THE_ONE} {_THAT} {_RELATED}{_LIKE} {NAMED}"),
     ("relate", rf"given {NAMED},? {_WHICH} {_LIKE}(?: {NAMED})?"),
     ("arrange", rf"(?:please )?(?:put|arrange|sort|order|place|rearrange) (?:{_THESE}|the [a-z]+ (?:shown )?in {_THESE}|the (?:steps|events|scenes|frames|stages))"
                 rf"(?: (?:in|into|by|from) (?:the |their |its )?{_BY}+?)?(?:,? \w+est first)?"),
     ("arrange", rf"rank {_THESE} from (?:the )?{_BY}+ to (?:the )?{_BY}+"),
-    ("arrange", rf"in (?:what|which) (?:order|sequence) (?:were|are|should|do|did|would|must) (?:they|{_THESE}) [a-z ]+"),
-    ("arrange", r"(?:what is|give|state|find|determine) the (?:correct |right |proper )?(?:chronological |temporal )?(?:order|sequence) of "
+    ("arrange", rf"in (?:what|which) (?:order|sequence) (?:were|are|should|do|did|would|must) (?:they|{_THESE}) (?!stand$){_BY}+"),
+    ("arrange", r"(?:what is|give|state|find|determine) the (?:(?:correct|right|proper|chronological|temporal) )+(?:order|sequence) of "
                 rf"(?:{_THESE}|these)"),
     ("values", rf"(?:for|of|in) (?:each|every)(?: of {_THESE}| {_ONE})(?:,? (?:in turn|in (?:the )?(?:order|sequence)(?: (?:shown|given))?))?,? "
                rf"(?:give|state|write|name|tell|list) {_VALUE}"),
@@ -229,6 +248,9 @@ _ABOUT = _without(*_ALWAYS)
 _ALL_BUT_ONE = re.compile(
     rf"(?:(?:only |exactly )?one of (?:{_THESE}|them)|(?:all|every {_ONE}) (?:but|except) one(?: of {_THESE})?) {_ABOUT}"
 )
+_EXCEPTION = re.compile(
+    rf"which(?: one| {_ONE})? (?:(?:does|is|has|was) not|doesn't|isn't|is it|is the (?:exception|one))"
+)
 _IS_REFERENCE = re.compile(
     rf"(?:(?:take |use |given )?{NAMED} (?:is|shows|depicts|as|for) (?:{_REFERENCE}|{_SAID})|{_REFERENCE} is {NAMED})"
 )
@@ -248,6 +270,17 @@ _ANSWER_WORDS = re.compile(
     r"yes|no|true|false|or|and|short|integer|digits?|numeral|counting|count|counted|indexed|based|starting|start|at|zero|between|to|"
     r"such|two|three|listed|question|format|name|all|that apply|list|separated|commas?|exactly|a-[a-h]|[0-9]|[a-h])(?:[\s,/()\[\]'\"-]+|\Z))+"
 )
+_A_NUMBER_OF = re.compile(
+    r"\b(?:number|count|sum) of (?:the |all |these |given |your |correct )*(?!choices?\b)\w+s\b|\bcount\Z"
+)
+_REASONING = re.compile(
+    r"(?:(?:\\?boxed|</?(?:think|answer)>|think\w*|reason\w*|thoughts?|process|internal|monologue|mind|step|first|then|finally|about|through|it|this|"
+    r"provide[sd]?|final|must|should|be|is|are|will|enclosed?d?|wrap\w*|within|inside|put|place[d]?|tags?|box|you|user|assistant|"
+    r"detailed|carefully|brief\w*|explain\w*|explanation|conversation|solve[sd]?|solution|responses?|following|do|so|let's|let|us|me|i|e|and|like|e\.g|"
+    r"please|answer\w*|respond|reply|give|write|state|output|enter|return|only|just|with|by|using|use|as|in|the|your|an?|"
+    r"correct|options?|choices?|letters?|number|of|to|or|format|question|for|before|after|here|at|end|image|picture|x|[0-9]|[a-h])"
+    r"(?:[\s,/()\[\]{}'\"$`*-]+|\Z|(?=[<\\])|(?<=>)))+"
+)
 _SIDED = re.compile(
     r"\b(?:left|right(?! (?:answer|option|choice|letter|number))|next|neighbo\w*|adjacent|previous|preceding|beside|opposite|"
     r"(?:before|after|below|above) (?:it|that|this|the)|following (?:image|picture|photo|one))\b"
@@ -259,6 +292,17 @@ _OF_PLACES = re.compile(
     rf"(?:{_AN_IMAGE}|ones?|two|three)|adjacent|neighbo\w*|former|latter|misplaced|out of place|order|shuffl\w*|swap\w*|revers\w*|"
     rf"(?:wrong|right|correct) (?:place|position|order|spot)|{_OPTION}s? [0-9a-h])\b"
 )
+# Where a candidate stands, when it was taken, or what else than a candidate is asked for.
+_OF_CANDIDATES = re.compile(
+    rf"^(?:when|at what|how|where (?:do|does|did))\b|\b(?:which|what) (?:letter|number|digit|order|sequence)s?\b|\bletters?\b"
+    rf"|\b(?:at|from|since|until|up to) (?:which|what) {_AN_IMAGE}\b|\b(?:(?:at|on|in) )?which {_AN_IMAGE} (?:has|had) (?:the|an?|he|she|it)? ?(?:\w+ )?(?:been|gone|\w+ed)\b"
+    rf"|\b(?:{_AN_IMAGE}|ones?|they) (?:is|are|was|were|lies?|stands?|get|shown|can be)? ?(?:taken |seen )?(?:right |just |directly )?"
+    r"(?:(?:to|on|at) (?:the|its) (?:left|right)|(?:left|right) of|next to|beside|behind|between|ahead|in the middle|at the end|shown from|sorted|"
+    r"arranged|ordered|ranked|numbered|better|worse|one too)\b"
+    rf"|\b(?:between|before|after|from|until|beside|is|are|and|or|than) [a-h](?: (?:and|or|on|to)\b|$)|\b(?:{'|'.join(ORDINALS)}|last) (?:position|place|spot)\b"
+    r"|\b(?:out of sequence|alphabetical\w*|story|tale|trend|video|clip|footage|frames|from one to|in turn|temporal|come in|"
+    r"(?:options|candidates|choices|images|pictures) before)\b"
+)
 _ORDINAL_ANSWER = re.compile(
     rf"(?:answer|reply|respond) with (?:only )?(?:{'|'.join(ORDINALS)})(?:,? (?:or )?(?:{'|'.join(ORDINALS)}))+"
 )
@@ -266,13 +310,18 @@ _ORDINAL_ANSWER = re.compile(
 _SELF = re.compile(
     rf"\b(?:{_AN_IMAGE}|ones?|that|which)(?: of {_THESE})? (?:is|are|was|were|stands?|lies?|sits?) (?:the |directly |right |just )*(?:next|"
     r"beside|behind|above|below|under\w*|over|near\w*|clos\w*|far\w*|furth\w*|surrounded|flanked|around|within|inside|outside|in front|"
-    r"beneath|beyond|along\w*|abreast|aside|apart|ahead|facing|at the|on the|off)\b"
+    r"beneath|beyond|along\w*|abreast|aside|apart|ahead|past|facing|paired|at the|on the|to the|on top|off|"
+    r"\w+er (?:up|down)|as (?:close|near|far)|(?:\w+ )?(?:shown|displayed|presented|listed|printed|located|positioned|found|put|set|seen)|isolated|alone|"
+    r"contiguous|connected|linked)\b"
+    rf"|\b{_AN_IMAGE} (?:is|are|was|were) (?:it|this|that|best|true|referred to|(?:being )?(?:meant|mentioned|described|discussed))$"
+    rf"|\b(?:in|on|at|from) (?:which|what|how many)(?: (?:other|single|of {_THESE}))*(?: {_AN_IMAGE})?{_OUT_OF}? (?:has|have|had|was|were) "
     r"|\b(?:in|on|at) (?:which|what|how many) .*\b(?:open|close|leave|enter|exit|vanish|arrive|bounce|switch|start|stop|reach(?:ed)?|"
     r"passed|go (?:on|off|out|by)|come (?:in|out|on))$"
 )
 _STANDS_BY = re.compile(
     rf"\b(?:next|near\w*|clos\w+|beside|behind|under|above|below|over|by|around|along|far)(?: to| from)? {NAMED}"
 )
+_REMAINING = re.compile(r"\b(?:which|what|how many)(?: of)?(?: the| these)? (?:other|remaining)\b")
 _RANK = re.compile(rf"rank {_THESE}(?: by [a-z ]+)?(?:, \w+est first)?")
 _FORMATS = re.compile(
     r"\\boxed|<think>|</think>|<answer>|step by step|internal monologue|reasoning process|final answer"
@@ -292,21 +341,25 @@ def asked_for(sentences: Sequence[str]) -> Form | None:
         _STATEMENT.fullmatch(a) and _TRUTH_OF.fullmatch(b) for a, b in (rest, reversed(rest))
     ):
         return "truth"
-    if len(rest) == 2 and _ALL_BUT_ONE.fullmatch(rest[0]) and "which" in rest[1]:
+    if len(rest) == 2 and _ALL_BUT_ONE.fullmatch(rest[0]):
+        if _EXCEPTION.fullmatch(rest[1]):
+            return "which"
         rest = rest[1:]
     if len(rest) == 2 and _RANK.fullmatch(rest[0]):
         rest = rest[1:]
     if len(rest) != 1:
         return None
-    if _STANDS_BY.search(rest[0]):
+    if _STANDS_BY.search(rest[0]) or (_REMAINING.search(rest[0]) and NAMED not in rest[0]):
         return None
     return next((form for form, pattern in _FORMS if pattern.fullmatch(rest[0])), None)
 
 
 def is_instruction(sentence: str) -> bool:
     """Whether a sentence is about the form of the answer alone."""
+    if _A_NUMBER_OF.search(sentence):
+        return False
     if _FORMATS.search(sentence):
-        return NAMED not in sentence and not _SIDED.search(sentence)
+        return bool(_REASONING.fullmatch(sentence)) and not _SIDED.search(sentence)
     return bool(_ANSWER_WORDS.fullmatch(sentence) or _ORDINAL_ANSWER.fullmatch(sentence))
 
 
@@ -320,8 +373,16 @@ def asks_for_candidate(sentences: Sequence[str], options: bool) -> bool:
         re.search(rf"\b(?:which|what)(?: of)?(?: the| these)?(?: \w+)? {_AN_IMAGE}\b", s)
         for s in sentences
     )
-    placed = any(_OF_PLACES.search(s) or NAMED in s for s in sentences)
+    asking = [s for s in sentences if not is_instruction(s)]
+    placed = any(
+        _OF_PLACES.search(s) or _OF_CANDIDATES.search(s) or NAMED in s for s in asking
+    ) or any(_OF_PLACES.search(s) or NAMED in s for s in sentences)
     return asks and not placed and not any(_SIDED.search(s) for s in sentences if is_instruction(s))
+
+
+def names_image(sentences: Sequence[str]) -> bool:
+    """Whether a question has a word for an image."""
+    return any(re.search(rf"\b{_AN_IMAGE}\b", s) for s in sentences if not is_instruction(s))
 
 
 def compares(text: str) -> bool:

@@ -15,6 +15,7 @@ from perl.data.labelling.grammar import (
     asks_for_candidate,
     compares,
     is_instruction,
+    names_image,
     telling_word,
 )
 from perl.data.labelling.label import Label, checked, kind_of, stays, unsure
@@ -27,6 +28,11 @@ _LONGEST_ANSWER = 5  # Words; a longer answer may describe the images one after 
 _NUMBER = re.compile(rf"[0-9]+(?:,[0-9]{{3}})*|{'|'.join(CARDINALS)}|zero|none", re.IGNORECASE)
 _YES_NO = re.compile(r"yes|no|true|false", re.IGNORECASE)
 _LIST = re.compile(r",|;|/|&|\b(?:and|or|then|versus|vs)\b", re.IGNORECASE)
+_JOINED = re.compile(r",|\band\b|\bby\b|\bto\b")
+"""One image for each: "the dog and the cat", or in a sequence: "by size", "small to large"."""
+_NUMBER_OF_IMAGE = re.compile(
+    r"\b(?:number|letter|index|label) of the (?:correct |right )?(?:image|picture|photo)\b"
+)
 _NAMES_ONLY = re.compile(r"[\s(\[]*(?:[A-Za-z]|[0-9]{1,2})(?:[\s).\],;&>-]+(?:and\s+)?[(\[]?(?:[A-Za-z]|[0-9]{1,2}))*[\s).\]]*")  # fmt: skip
 _NO_ONE_IMAGE = re.compile(
     r"(?:neither|none|both|all|(?:(?:they|both|it) (?:are|is) )?(?:about |equal(?:ly)? )?(?:equal|identical|the same|a tie)|equally|cannot (?:tell|be (?:told|determined))|no difference)"
@@ -187,15 +193,25 @@ def _without_options(question: Question, asked: Form, free: Slots, candidates: b
     answer = question.example.answer.strip()
     if asked not in _ASKS_FOR_ONE:
         return _invariant(question, asked, free, answer)
-    if not _named(question):
+    named = _named(question)
+    if not named:
         return unsure("it asks for an image and the answer names none")
+    if len(named) > 1 and (
+        list(named) != sorted(named)
+        or any(_JOINED.search(s) for s in question.sentences if not is_instruction(s))
+    ):
+        return unsure("the answer may list the images in a sequence")
     if _NAMES_ONLY.fullmatch(answer):
         letters = any(c.isalpha() for c in answer.replace("and", ""))
         if letters and not question.labelled and question.spoken_of:
             return unsure("letters may count all images or the others")
         if not letters and candidates and not question.spoken_of:
             return unsure("numbers may count all images or the options")
-        sure = asked not in ("bare", "option") or (letters and question.labelled)
+        told = any(_NUMBER_OF_IMAGE.search(s) for s in question.sentences if is_instruction(s))
+        is_open = asked in ("bare", "option") or (
+            asked == "compare" and not names_image(question.sentences)
+        )
+        sure = told or not is_open or (letters and question.labelled)
         if not sure or (asked == "option" and not question.ends_in_images):
             return unsure("the answer may be an image or something else")
     return _moving(question, free, True, "it asks for an image, and the answer names it")
