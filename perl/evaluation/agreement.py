@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
+import operator
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations, product
 
 from perl.permutation import AnswerForm, answer_form, original_answer
 from perl.rewards.forms import reader_of
 from perl.rewards.loading import BoundReward
 from perl.rewards.math import equal_values, math_reward
-from perl.rewards.reading import Reader, canonical, extract_answer
-from perl.types import Group, Rollout
+from perl.rewards.reading import Reader, canonical, equal, extract_answer
+from perl.rewards.sequences import ordering
+from perl.types import Example, Group, Rollout
+
+_LABELLED = re.compile(r"(?<![^,])([a-z])\. [^,]*")
+"""An item such as `b. a dog` of a canonical answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,47 +30,56 @@ class Reading:
     read: Reader = extract_answer
     form: AnswerForm | None = None
     """What it takes a list for; None: what the question asks for (`answer_form`)."""
-    same: Callable[[str, str], bool] | None = None
-    """Of answers that are written differently; None: those are different ones."""
+    same: Callable[..., bool] = equal
+    """Of two answers and their form."""
 
     @classmethod
     def of(cls, function: BoundReward) -> Reading | None:
         """None for a function whose answers are not known here."""
         read = reader_of(function)
         form = "set" if function.options.get("unordered") else None
-        same = equal_values if function.function is math_reward else None
-        return read and cls(read, form, same)
+        form = "sequence" if function.function is ordering else form
+        return read and cls(read, form, equal_values if function.function is math_reward else equal)
+
+    def form_in(self, example: Example) -> AnswerForm | None:
+        """What a list is that is given to an example."""
+        if example.kind == "ordering":  # An option, which stands for a sequence of images.
+            return "sequence"
+        return self.form or answer_form(example)
+
+    def same_in(self, example: Example) -> Callable[[str, str], bool]:
+        """Whether two answers to an example chose the same picture, or pictures."""
+        return partial(self.same, form=self.form_in(example))
 
 
 def chosen_picture(rollout: Rollout, reading: Reading) -> str | None:
-    """The answer of a rollout in the example's original order: two that are equal chose the same picture, or pictures."""
-    variant = rollout.variant
-    answer = original_answer(variant, reading.read(rollout.text))
-    form = reading.form or answer_form(variant.example)
-    return None if answer is None else canonical(answer, form)
+    """The answer of a rollout in the example's original order, to be compared by `Reading.same_in`; None: it gives none, or
+    one that names no picture where it should."""
+    example, answer = rollout.variant.example, reading.read(rollout.text)
+    if answer is not None and example.should_change:
+        answer = _LABELLED.sub(r"\1", canonical(answer, reading.form_in(example)))
+    return original_answer(rollout.variant, answer)
 
 
 def agreement(
-    by_order: Sequence[Sequence[str | None]], same: Callable[[str, str], bool] | None = None
+    by_order: Sequence[Sequence[str | None]], same: Callable[[str, str], bool] = operator.eq
 ) -> float:
     """The share of equal pairs among all pairs of choices from two different orders; None equals none.
 
     Args:
         by_order: for each order the choices of its completions.
-        same: whether two choices that are written differently are equal; None: they are not.
+        same: whether two choices are equal.
 
     Returns:
         0 to 1; NaN with fewer than two orders.
     """
-    if same is not None:
-        found: dict[str, str] = {}
-        for choice in dict.fromkeys(c for choices in by_order for c in choices if c is not None):
-            firsts = dict.fromkeys(found.values())
-            found[choice] = next((first for first in firsts if same(choice, first)), choice)
-        by_order = [[None if c is None else found[c] for c in choices] for choices in by_order]
+    found: dict[str | None, str] = {}
+    for choice in dict.fromkeys(c for choices in by_order for c in choices if c is not None):
+        firsts = dict.fromkeys(found.values())
+        found[choice] = next((first for first in firsts if same(choice, first)), choice)
     pairs = [pair for both in combinations(by_order, 2) for pair in product(*both)]
-    equal = sum(a is not None and a == b for a, b in pairs)
-    return equal / len(pairs) if pairs else math.nan
+    alike = sum(a is not None and found[a] == found.get(b) for a, b in pairs)
+    return alike / len(pairs) if pairs else math.nan
 
 
 def group_agreement(group: Group, reading: Reading) -> float:
@@ -71,4 +87,4 @@ def group_agreement(group: Group, reading: Reading) -> float:
     by_order: defaultdict[tuple[int, ...], list[str | None]] = defaultdict(list)
     for rollout in group.rollouts:
         by_order[rollout.variant.order].append(chosen_picture(rollout, reading))
-    return agreement(list(by_order.values()), reading.same)
+    return agreement(list(by_order.values()), reading.same_in(group.example))

@@ -263,7 +263,7 @@ def _summarise(
     if reading:
         picks = [[chosen_picture(s.rollout, reading) for s in scored] for scored in by_order]
         parts = ([p[:-1] for p in picks], [p[-1:] for p in picks])
-        consistency = [agreement(part, reading.same) for part in parts]
+        consistency = [agreement(part, reading.same_in(example)) for part in parts]
         unread = mean([reading.read(s.rollout.text) is None for s in everything])
     rewards = {}
     for prefix, scored in (("", samples), ("greedy_", greedy)):

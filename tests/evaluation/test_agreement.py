@@ -51,12 +51,13 @@ def test_answers_that_stay_are_compared_as_they_are() -> None:
     assert chosen(rollout((1, 0, 2), r"\boxed{ 2 }", example)) == "2"
 
 
-WHICH, ORDER, RANKS = (
+WHICH, ORDER, RANKS, MANY = (
     f"A <image> B <image> C <image> {asked}"
     for asked in (
         "Which images show red?",
         "In which order were they taken?",
         "Rank the images: give for each image in turn its rank.",
+        "Which numbers are on the signs?",
     )
 )
 
@@ -80,23 +81,46 @@ WHICH, ORDER, RANKS = (
         (WHICH, "accuracy(tags=True)", r"\boxed{A}", r"\boxed{B}", None),
         (WHICH, "choice", r"\boxed{A or B}", r"\boxed{not B}", None),
         (WHICH, "math", "<answer>C</answer>", "So the answer is (A).", True),
+        (WHICH, "accuracy", r"\boxed{\text{C}}", r"\boxed{A. a cat}", True),
+        (WHICH, "accuracy", r"\boxed{\text{A and C}}", r"\boxed{AB}", True),
+        (WHICH, "accuracy", r"\boxed{\textbf{B:}}", r"\boxed{(C) a cat, A: a dog}", False),
+        (ORDER, "math", r"\boxed{A, C}", r"\boxed{A, B}", False),
+        (ORDER, "math", r"\boxed{C, A}", r"\boxed{A, B}", True),
+        (MANY, "ordering", r"\boxed{5, 7}", r"\boxed{7, 5}", False),
+        (MANY, "accuracy", r"\boxed{5, 7}", r"\boxed{7, 5}", True),
+        (MANY, "accuracy", r"\boxed{B}", r"\boxed{B. a dog}", True),
+        (MANY, "accuracy", r"\boxed{5 cm}", r"\boxed{5}", True),
+        (MANY, "accuracy", r"\boxed{B. a cat}", r"\boxed{B. a dog}", False),
     ],
 )
 def test_choices_are_read_and_compared_as_rewards_do(
     question: str, function: str, here: str, there: str, same: bool | None
 ) -> None:
-    example = Example("e", PICTURES, question, "A, B, C")
+    gold = "5, 7" if question == MANY else "A, B, C"
+    example = Example("e", PICTURES, question, gold, should_change=question != MANY)
+    reading = Reading.of(load_reward(function))
+    assert reading
     one = chosen(rollout((0, 1, 2), here, example), function)
     other = chosen(rollout((2, 0, 1), there, example), function)
-    assert (one == other if one and other else None) == same
+    alike = reading.same_in(example)
+    assert (alike(one, other) if one and other else None) == same
+    assert agreement([[one], [other]], alike) == bool(same)
+
+
+def test_an_option_that_stands_for_a_sequence_is_compared_as_one() -> None:
+    example = Example("e", PICTURES, "In which order? A. 2, 3 B. 3, 2", "A", "ordering")
+    reading = Reading.of(load_reward("accuracy(unordered=True)"))
+    assert reading and reading.same_in(example)("2, 3", "2, 3")
+    assert not reading.same_in(example)("2, 3", "3, 2")
 
 
 def test_formulas_are_equal_by_their_values() -> None:
     """Of six pairs from two orders four are equal; nothing said equals nothing."""
     reading = Reading.of(load_reward("math"))
-    assert reading and reading.same
+    assert reading
+    same = reading.same_in(EXAMPLE)
     picks = [[r"2\sqrt{3}", r"\sqrt{12}"], [r"\sqrt{4 \cdot 3}", r"\sqrt{12}", None]]
-    assert agreement(picks, reading.same) == pytest.approx(4 / 6)
+    assert agreement(picks, same) == pytest.approx(4 / 6)
     assert agreement(picks) == pytest.approx(1 / 6)
 
 
