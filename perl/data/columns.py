@@ -60,7 +60,7 @@ class Convention:
 
     def answer_key(self, row: Mapping[str, Any]) -> str:
         """The column of a row with our names that its answer stands in."""
-        return next((key for key in self.answer if row.get(key) is not None), "answer")
+        return next((key for key in self.answer if _is_given(row.get(key))), "answer")
 
     def __str__(self) -> str:
         return ", ".join(self.missing((), gold=True))
@@ -127,7 +127,7 @@ class Layout:
         """The column of a row with our names that its question stands in; UserError if all are null."""
         keys = (*self.convention.question, *self.convention.instead)
         for key in keys:
-            if row.get(key) is not None:
+            if _is_given(row.get(key)):
                 return key
         names = " or ".join(keys)
         raise UserError(f"{where}: {names} is missing or null; fill it in or leave the row out")
@@ -228,7 +228,7 @@ def read_row(row: Mapping[str, Any], layout: Layout, where: str, id: str = "") -
         raise UserError(f"{where}: there is sound, which is not read; leave the row out")
     question_key = layout.question(row, where)
     row = layout.with_frames(layout.with_chats(row, where), where)
-    present = {key: value for key, value in row.items() if value is not None}
+    present = {key: value for key, value in row.items() if _is_given(value)}
     chat = read_chat(present[question_key], where)
     more = {key: present[key] for key in convention.turns if key in present}
     chat = with_turns(chat, more, where)
@@ -275,6 +275,11 @@ def read_row(row: Mapping[str, Any], layout: Layout, where: str, id: str = "") -
             if key in used
         },
     )
+    if response and answer_key == "label" and isinstance(gold, bool):
+        raise UserError(
+            f"{where}: its label {gold} beside a response may judge that response or be the answer; put the answer into a "
+            "column answer, or take label out"
+        )
     if response and answer_key in present:
         check_response(response, answer, answer_form(example), listing, where)
     return example
@@ -282,13 +287,18 @@ def read_row(row: Mapping[str, Any], layout: Layout, where: str, id: str = "") -
 
 def may_move(row: Mapping[str, Any]) -> bool:
     """Whether a row says something about moving its images."""
-    return any(row.get(key) is not None for key in ("kind", *SHOULD_CHANGE))
+    return any(_is_given(row.get(key)) for key in ("kind", *SHOULD_CHANGE))
+
+
+def _is_given(value: Any) -> bool:
+    """Whether a cell holds something: pandas writes those that are empty as NaN."""
+    return value is not None and not (isinstance(value, float) and value != value)
 
 
 def labels_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """What a row says itself of `kind` and `should_change`."""
-    change = next((row[key] for key in SHOULD_CHANGE if row.get(key) is not None), None)
-    labels: dict[str, Any] = {"kind": str(row["kind"])} if row.get("kind") is not None else {}
+    change = next((row[key] for key in SHOULD_CHANGE if _is_given(row.get(key))), None)
+    labels: dict[str, Any] = {"kind": str(row["kind"])} if _is_given(row.get("kind")) else {}
     truth = _TRUTH.get(str(change).strip().lower())
     return labels if truth is None else {**labels, "should_change": truth}
 

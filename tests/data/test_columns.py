@@ -17,6 +17,7 @@ from tests.messages import refused, tells
 
 PAIR = {"images": ["0.png", "1.png"]}
 ASKED = "<image> <image> Which?"
+NAN = float("nan")
 
 
 def read(row: dict[str, Any], **config: Any) -> Example:
@@ -48,6 +49,10 @@ EARLIER = (Message("user", ASKED), Message("assistant", "Both."), Message("user"
         ({"messages": turns(ASKED, "See A"), "solution": "B"}, EARLIER[:1], "B", "See A"),
         ({"messages": turns(ASKED, "B"), "demonstration": "So B"}, EARLIER[:1], "B", "So B"),
         ({"prompt": turns(ASKED, "See A"), "answer": "B"}, EARLIER[:1], "B", "See A"),
+        # what stands behind the thinking, and an answer that a sentence ends with
+        ({"messages": turns(ASKED, "<think>A?</think>\n\nB")}, EARLIER[:1], "B", "<think>A?</think>\n\nB"),
+        ({"messages": turns(ASKED, "A dog. The answer is **B**.")}, EARLIER[:1], "B", "A dog. The answer is **B**."),
+        ({"prompt": ASKED, "solution": "It is whether the answer is right. So no."}, EARLIER[:1], "It is whether the answer is right. So no.", None),
         # several of the assistant's in the end are one response
         ({"messages": [*turns(ASKED, "Hm."), *turns(r"\boxed{B}", first="assistant")], "answer": "B"}, EARLIER[:1], "B", "Hm.\n\\boxed{B}"),
         # turns before it stay, and one of the assistant's that begins
@@ -78,6 +83,10 @@ EARLIER = (Message("user", ASKED), Message("assistant", "Both."), Message("user"
         ({"prompt": ASKED}, EARLIER[:1], "", None),
         ({"problem": ASKED, "solution": None}, EARLIER[:1], "", None),
         ({"question": ASKED, "answer": " "}, EARLIER[:1], "", None),
+        # pandas' empty cells
+        ({"question": ASKED, "answer": NAN, "kind": NAN, "should_change": NAN, "demonstration": NAN}, EARLIER[:1], "", None),
+        ({"prompt": ASKED, "answer": NAN, "solution": "B"}, EARLIER[:1], "B", None),
+        ({"query": NAN, "messages": turns(ASKED, "B")}, EARLIER[:1], "B", "B"),
     ],
 )  # fmt: skip
 def test_what_is_asked_and_what_is_right(
@@ -106,6 +115,9 @@ def test_what_is_left_is_for_the_rewards() -> None:
         ({"query": ASKED, "response": "B", "history": ["Hm"]}, ["history", "Hm"]),
         ({"messages": turns(f"{ASKED} Is <bbox> a cat?", "B"), "objects": {"bbox": [[1, 2, 3, 4]]}}, ["<bbox>", "objects"]),
         ({"messages": turns(ASKED, "B"), "audios": ["a.wav"]}, ["sound"]),
+        # a preference (KTO): whether the response is a good one
+        ({"messages": turns(ASKED, "B"), "label": False}, ["label False"]),
+        ({"prompt": ASKED, "completion": "So B", "label": True}, ["label True"]),
         ({"messages": turns("<image> Which?", "B")}, ["2 images", "1 <image>"]),
     ],
 )  # fmt: skip

@@ -66,17 +66,17 @@ def said(text: str) -> str:
 
 
 def gold_text(value: Any) -> str:
-    """The answer in a column of the data: of a text that says more, what its last `<answer>` block or box holds; empty:
-    there is none."""
+    """The answer in a column of the data: of a text that says more, what its last `<answer>` block or box holds, or what
+    stands behind `</think>`, there behind an "answer is" that ends it; empty: there is none."""
     if isinstance(value, Mapping):  # verl's reward_model
         value = value.get("ground_truth")
     if isinstance(value, (list, tuple)):
         value = ", ".join(str(item) for item in value)
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # A column of whole numbers with gaps is read as floats.
-    text = "" if value is None else str(value).strip()
-    answer = marked(text)
-    return text if answer is None else answer
+    text = "" if value is None or value != value else str(value).strip()
+    whole, stated = final_answer(text), stated_answer(text)
+    return stated if whole.rstrip(" .*").endswith(stated) else whole
 
 
 def with_answer(text: str, old: str, new: str) -> str:
