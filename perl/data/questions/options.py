@@ -19,6 +19,7 @@ OPTIONS = ("options", "choices")
 _COLUMNS = tuple(LETTERS[:10])
 """Columns that hold one option each, as MMBench's `A`, `B`, `C`, `D`."""
 LABELLED = re.compile(r"[(\[]?\s*([A-Za-z])\s*[)\].:]+\s*(\S.*)", re.DOTALL)
+_NOUNS = "image|picture|photo|figure|panel|option"
 _CLOSE = r"\s?(?:[).:\]]{1,3}|\s[-–—|])\s?"
 _BETWEEN = r"[\s,;/|'\"`.*•()\[\]–—-]{0,9}"
 _JOINED = rf"(?!\w){_BETWEEN}(?:\b(?:or|and)\b{_BETWEEN})?(?<!\w)"
@@ -119,7 +120,7 @@ class Listing:
 
 def listed(messages: Messages, options: Options, images: int, where: str) -> Listing:
     """The question with its options: one line each (`A. a cat`) at the end of the last turn, unless the text lists them
-    already, or shows all images where they are the options.
+    already, has an image with each letter that the options say, or shows all images where they are the options.
 
     Raises:
         UserError: the text gives them other letters.
@@ -128,6 +129,8 @@ def listed(messages: Messages, options: Options, images: int, where: str) -> Lis
     said = [re.escape(" ".join(option.split())) for option in options.texts]
     pictured = {*options.texts} == {IMAGE_SLOT}
     if options.texts == options.labels or (pictured and text.count(IMAGE_SLOT) == images):
+        return Listing(options, options.labels, messages)
+    if all(map(_carries, options.labels, options.texts, [text] * len(said))):
         return Listing(options, options.labels, messages)
     for names in (options.labels, options.numbers):
         if _are_named(text, names, said):
@@ -143,6 +146,12 @@ def listed(messages: Messages, options: Options, images: int, where: str) -> Lis
     *before, last = messages
     asked = "\n".join((last.content.rstrip(), *options.lines))
     return Listing(options, options.labels, (*before, replace(last, content=asked)))
+
+
+def _carries(label: str, option: str, text: str) -> bool:
+    """Whether a text has an image with this letter, and the option says no more than that: `image B`."""
+    named = re.fullmatch(rf"(?:{_NOUNS})?\W*{label}\W*", option, re.IGNORECASE)
+    return bool(named and re.search(rf"(?<!\w){label}[).:\]\s]*{IMAGE_SLOT}", text))
 
 
 def _are_named(text: str, names: Sequence[str], said: Sequence[str]) -> bool:

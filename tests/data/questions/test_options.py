@@ -122,6 +122,18 @@ def test_options_that_are_images_have_their_slots() -> None:
     assert numbered.question == "<image> Which?\nA. <image>\nB. none"
 
 
+def test_letters_that_images_carry_are_not_asked_again() -> None:
+    """So that they follow the images."""
+    asked = "A: <image> (B) <image> Which?"
+    for options in (["Image A", "Image B"], ["(A)", "picture b."]):
+        example = read({"question": asked, "options": options, "answer": options[1], "kind": "all"})
+        assert (example.question, example.answer) == (asked, "B")
+    for question, options in ((asked, ["Image B", "Image A"]), (ASKED, ["Image A", "Image B"])):
+        example = read({"question": question, "options": options, "answer": options[0]})
+        lines = f"A. {options[0]}\nB. {options[1]}"
+        assert (example.question, example.answer) == (f"{question}\n{lines}", "A")
+
+
 def test_they_end_the_last_turn_of_a_chat() -> None:
     turns = [("system", "Look."), ("user", ASKED), ("assistant", "Hm"), ("user", "Well?")]
     chat = [{"role": role, "content": text} for role, text in turns]
