@@ -46,7 +46,7 @@ ALIKE = (
     (r"(-\infty,1)\cup[5,8)", "[5, 8) U (-inf, 1)", "[5,8)∪(-∞,1)"),
     (r"\{(1,2),(3,4)\}", "{(3,4), (1,2)}"),
     ("yes, no, yes", "Yes, No and Yes", "[yes; no; yes]"),
-    ("A red car", "a  Red   car.", '"A red car"'),
+    ("A red car", "a  Red   car.", '"A red car"', "(a red car.)", "[A red car]", "$A red car.$"),
     ("x > 3", "x>3", "$x > 3$", r"x \gt 3"),
     (r"x \ge 3", "x >= 3", r"x\geq3", "x ≥ 3"),
     (r"10\sqrt{3}", r"10 \sqrt{3}"),
@@ -54,7 +54,7 @@ ALIKE = (
     ("3:2", "3 : 2"),
     (r"2 \times 7", r"2\times 7"),
     ("E. coli", "e. coli"),
-    (r"2\sqrt{3}", r"$2\sqrt{3}$", r"2\sqrt{3}."),
+    (r"2\sqrt{3}", r"$2\sqrt{3}$", r"2\sqrt{3}.", r"(2 \sqrt{3})"),
 )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ class Answer:
 def read(answer: str, form: AnswerForm | None = None, nested: int = _NESTED) -> Answer:
     """The form of an answer; one that is known to be a list is split at every comma and sign."""
     text = tidy(answer)
-    as_text = Answer("text", answer.strip().replace("∞", r"\infty "))
+    as_text = Answer("text", _unwrapped(answer.strip()).replace("∞", r"\infty "))
     if len(text) > LONGEST or "\\begin" in text:
         return as_text
     known = form is not None and nested == _NESTED
@@ -61,8 +61,7 @@ def read(answer: str, form: AnswerForm | None = None, nested: int = _NESTED) -> 
 
 
 def _single(text: str, answer: str) -> Answer | None:
-    while len(text) > 2 and text[0] + text[-1] in ("()", "[]", "{}") and _encloses(text):
-        text = text[1:-1].strip().rstrip(".").strip()
+    text = _unwrapped(text)
     named = _NOUN.match(text)
     text = text[named.end() :] if named else text
     if letter := _LETTER.fullmatch(text):
@@ -132,6 +131,13 @@ def _parts(text: str, ranked: bool) -> tuple[list[str], set[str]]:
             signs |= {sign} & set("<>→∪")
     parts = [part.strip() for part in (*parts, text[start:])]
     return [part for part in parts if part], signs
+
+
+def _unwrapped(text: str) -> str:
+    """Without brackets around it, and without a period that ends what stands in them."""
+    while len(text) > 2 and text[0] + text[-1] in ("()", "[]", "{}") and _encloses(text):
+        text = text[1:-1].strip().rstrip(".").strip()
+    return text
 
 
 def _encloses(text: str) -> bool:

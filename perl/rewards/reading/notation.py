@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from fractions import Fraction
+from functools import lru_cache
 
 LONGEST = 2000
 """Characters of an answer that has a form; longer ones are texts."""
@@ -75,6 +76,7 @@ _LOOSE = re.compile(r" (?!\w)|(?<![\w.]) ")
 """A space beside a sign, which says nothing."""
 
 
+@lru_cache(256)
 def tidy(answer: str) -> str:
     """Without what LaTeX and Markdown add to the look alone, and without a period at the end."""
     text = _bare(answer.strip()[: LONGEST * 4].translate(WIDE))
@@ -97,7 +99,7 @@ def _bare(text: str) -> str:
 def plain(answer: str) -> str:
     """A text as texts are compared."""
     text = answer if len(answer) > 4 * LONGEST else tidy(answer)
-    return _LOOSE.sub("", " ".join(text.replace("$", "").casefold().split()))
+    return _LOOSE.sub("", " ".join(_bare(text.replace("$", "")).casefold().split()))
 
 
 def number_in(text: str) -> tuple[Fraction, bool, str] | None:
