@@ -55,6 +55,9 @@ EARLIER = (Message("user", ASKED), Message("assistant", "Both."), Message("user"
         ({"prompt": ASKED, "solution": "It is whether the answer is right. So no."}, EARLIER[:1], "It is whether the answer is right. So no.", None),
         # several of the assistant's in the end are one response
         ({"messages": [*turns(ASKED, "Hm."), *turns(r"\boxed{B}", first="assistant")], "answer": "B"}, EARLIER[:1], "B", "Hm.\n\\boxed{B}"),
+        # whatever the data call who says it
+        ({"messages": [{"role": "Human", "content": ASKED}, {"role": "model", "content": "B"}]}, EARLIER[:1], "B", "B"),
+        ({"conversations": [{"from": "User", "value": ASKED}, {"from": "GPT", "value": "B"}]}, EARLIER[:1], "B", "B"),
         # turns before it stay, and one of the assistant's that begins
         ({"messages": [*turns("Hi", first="assistant"), *turns(ASKED, "B")]}, (Message("assistant", "Hi"), *EARLIER[:1]), "B", "B"),
         ({"messages": turns(ASKED, "Both.", "And now?", "B")}, EARLIER, "B", "B"),
@@ -109,6 +112,7 @@ def test_what_is_left_is_for_the_rewards() -> None:
         ({"messages": turns("B", first="assistant")}, ["user"]),
         ({"messages": turns(ASKED, "Both.", first="assistant")[:1] * 2}, ["user"]),
         ({"messages": [{"role": "system", "content": ASKED}]}, ["user"]),
+        ({"messages": [*turns(ASKED), {"role": "expert", "content": "B"}], "answer": "B"}, ["'expert'", "user"]),
         ({"messages": turns("Which?", "<image> <image>")}, ["image", "last turn"]),
         ({"conversations": [*said(ASKED), {"from": "observation", "value": "1"}]}, ["'observation'", "human", "gpt"]),
         ({"conversations": [{"from": "human"}]}, ["content", "None"]),

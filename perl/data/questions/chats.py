@@ -20,10 +20,12 @@ _SPEAKERS = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
     "assistant": "assistant",
     "system": "system",
 }
-"""ShareGPT's, as the roles of chat templates."""
+"""ShareGPT's and others', in whatever case, as the roles of chat templates."""
 
 
 class Chat(NamedTuple):
@@ -75,9 +77,10 @@ def read_chat(value: Any, where: str) -> Chat:
         end -= 1
     response = "\n".join(message.content for message in messages[end:]) or None
     messages = messages[:end]
-    if not messages or messages[-1].role == "system":
+    if not messages or messages[-1].role != "user":
+        last = f", the last is from '{one_line(messages[-1].role, 40)}'" if messages else ""
         raise UserError(
-            f"{where}: the chat has no turn of the user to answer; give it one, or leave the row out"
+            f"{where}: the chat has no turn of the user to answer{last}; end it with role user or assistant, or leave the row out"
         )
     if response and IMAGE_SLOT in response:
         raise UserError(f"{where}: the last turn, the assistant's, shows an image; leave it out")
@@ -128,14 +131,16 @@ def _turns(turn: Any, where: str) -> Iterator[tuple[str, Any]]:
     """The role and the content of a turn, or of the two that an exchange is."""
     if isinstance(turn, Mapping):
         if isinstance(turn.get("role"), str):
-            yield turn["role"], turn.get("content")
+            role = turn["role"].strip()
+            yield _SPEAKERS.get(role.lower(), role), turn.get("content")
             return
         if isinstance(turn.get("from"), str):
-            if turn["from"] not in _SPEAKERS:
+            speaker = turn["from"].strip().lower()
+            if speaker not in _SPEAKERS:
                 raise UserError(
                     f"{where}: a turn is from '{one_line(turn['from'], 40)}'; known are {', '.join(_SPEAKERS)}"
                 )
-            yield _SPEAKERS[turn["from"]], turn.get("value")
+            yield _SPEAKERS[speaker], turn.get("value")
             return
         if isinstance(turn.get("human"), str):
             yield "user", turn["human"]
