@@ -68,9 +68,7 @@ def math_reward(
 
     def score(text: str, gold: str, form: Any) -> Any:
         try:
-            return float(
-                _equal_in_form(stated_answer(text), gold_text(gold), *form, seconds=seconds)
-            )
+            return float(_equal(stated_answer(text), gold_text(gold), *form, seconds=seconds))
         except _FAULTS as error:
             return error
 
@@ -90,27 +88,25 @@ def equal_values(
     False too if one cannot be read, or the comparison takes longer than `seconds`.
     """
     try:
-        return _equal_in_form(given, gold, form, seconds, digits)
+        return _equal(given, gold, form, seconds, digits)
     except _FAULTS:
         return False
 
 
-def _equal_in_form(
-    given: str, gold: str, form: AnswerForm | None, seconds: float, digits: int | None = None
+def _equal(
+    given: str, gold: str, form: AnswerForm | None, seconds: float, digits: int = _DIGITS
 ) -> bool:
     def same(given: str, gold: str) -> bool:
-        if len(given) > _LONGEST:
-            return False
         one, other = plain(given), plain(gold)
-        if any(map(_NO_VALUE.fullmatch, (one, other))) or any(
+        computed = not any(map(_NO_VALUE.fullmatch, (one, other))) and not any(
             kind.fullmatch(one) and kind.fullmatch(other) for kind in (_TIME, _WORDS)
-        ):
+        )
+        if len(given) > _LONGEST or not computed:
             return one == other
-        if set(_SAYING_MORE.findall(one)) != set(_SAYING_MORE.findall(other)):
-            return False
-        return _WORKER.ask(gold, given, seconds, digits)
+        said = [set(_SAYING_MORE.findall(text)) for text in (one, other)]
+        return said[0] == said[1] and _WORKER.ask(gold, given, seconds, digits)
 
-    return equal(given, gold, form) or equal(given, gold, form, same=same, digits=digits or _DIGITS)
+    return equal(given, gold, form) or equal(given, gold, form, same=same, digits=digits)
 
 
 def check_math(user: str = "reward math") -> None:
@@ -126,8 +122,8 @@ class _Worker:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
 
-    def ask(self, gold: str, given: str, seconds: float, digits: int | None = None) -> bool:
-        """Whether they are equal; raises what the comparison ended in, one of `_FAULTS`. `digits` as in `_equal`."""
+    def ask(self, gold: str, given: str, seconds: float, digits: int) -> bool:
+        """Whether they are equal; raises what the comparison ended in, one of `_FAULTS`."""
         with self._lock:
             # Only a process that has answered is used again: what an interrupt leaves in the pipe
             # would be taken for the answer to the next question.
@@ -175,7 +171,7 @@ def _start() -> subprocess.Popen[str]:
 
 
 def serve() -> None:
-    """The process: answers `[gold, given, seconds, digits]` on stdin with what `_equal` says, in JSON lines.
+    """The process: answers `[gold, given, seconds, digits]` on stdin with what `_same_value` says, in JSON lines.
 
     The alarm of an answer that takes too long ends it.
     """
@@ -191,7 +187,7 @@ def serve() -> None:
     for line in sys.stdin:
         gold, given, seconds, digits = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        equal = _equal(gold, given, digits)
+        equal = _same_value(gold, given, digits)
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(equal), file=answers, flush=True)
 
@@ -200,24 +196,12 @@ _MARKED = re.compile(r"(?<!\\)\$[^$]+(?<!\\)\$|\\boxed|\\\(|\\\[")
 """Mathematics within a text; a single dollar is money."""
 
 
-def _equal(gold: str, given: str, digits: int | None) -> bool | None:
-    """Whether two texts are equal as answers, None for an unreadable gold; with `digits`, as values alone."""
+def _same_value(gold: str, given: str, digits: int) -> bool | None:
+    """Whether two texts have equal values, numbers with a point to so many digits; None for an unreadable gold."""
     from math_verify import parse, verify
 
-    if digits is None:
-        texts = [t if _MARKED.search(t) else f"\\boxed{{{t}}}" for t in (gold, given)]
-        wanted, found = (parse(t, parsing_timeout=None) for t in texts)  # pyright: ignore[reportArgumentType]
-        return bool(verify(wanted, found, timeout_seconds=None)) if wanted else None
-
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig
-
-    values = [
-        parse(
-            t if "$" in t else f"${t}$",
-            extraction_config=(LatexExtractionConfig(), ExprExtractionConfig()),
-            fallback_mode="no_fallback",
-            parsing_timeout=None,  # pyright: ignore[reportArgumentType]
-        )
-        for t in (gold, given)
-    ]
-    return all(values) and bool(verify(*values, float_rounding=digits, timeout_seconds=None))
+    texts = [t if _MARKED.search(t) else f"\\boxed{{{t}}}" for t in (gold, given)]
+    wanted, found = (parse(t, parsing_timeout=None) for t in texts)  # pyright: ignore[reportArgumentType]
+    if not wanted:
+        return None
+    return bool(verify(wanted, found, float_rounding=digits, timeout_seconds=None))
