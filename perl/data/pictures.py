@@ -143,11 +143,11 @@ def locate(text: str, root: Path, where: str) -> Path | bytes:
     path = path_inside(text, root)
     if path is None:
         raise UserError(
-            f"{where}: image path {text} leaves {root}; {_elsewhere(text) or f'move the image there or set {_ROOT}'}"
+            f"{where}: image path {one_line(text, 400)} leaves {root}; {_elsewhere(text) or f'move the image there or set {_ROOT}'}"
         )
-    if not path.exists():
+    if not os.path.exists(path):  # Of bytes in base64 it is a path too long to ask Path for.
         raise UserError(
-            f"{where}: there is no image file {path}; "
+            f"{where}: there is no image file {one_line(path, 400)}; "
             f"{_elsewhere(text) or f'correct the path or {_ROOT}, which is {root}'}"
         ) from FileNotFoundError(path)
     return path
@@ -156,7 +156,7 @@ def locate(text: str, root: Path, where: str) -> Path | bytes:
 def _elsewhere(text: str) -> str:
     """What root would find the file that a path of the data names; empty if it is not there either."""
     path = Path(text.removeprefix("file://"))
-    if not path.is_file():
+    if not os.path.isfile(path):
         return ""
     if path.is_absolute():
         return (

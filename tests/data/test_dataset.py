@@ -101,6 +101,9 @@ def test_chats_with_parts_are_slots(tmp_path: Path) -> None:
         Message("system", "Be brief."),
         Message("user", "A <image> B <image>"),
     )
+    inside = [{"type": "image", key: f"{k}.png"} for k, key in ((2, "url"), (3, "path"))]
+    chat = [{"role": "user", "content": inside}]
+    assert reds(load_row(tmp_path, perl_row(question=..., images=..., messages=chat))) == [2, 3]
     inside = [{"type": "image", "image": f"{k}.png"} for k in (2, 3)]
     chat = [{"role": "user", "content": inside}]
     example = load_row(tmp_path, perl_row(question=..., images=..., messages=chat))
@@ -427,6 +430,8 @@ BAD_IMAGES: list[tuple[Any, tuple[object, ...]]] = [
     ("a\0b.png", ("path", "NUL")),
     ("data:image/png;base64,###", ("data:", "base64", "replace")),
     ("data:image/png;base64,AAAA", ("embedded", "replace")),
+    ("/9j/" + "A" * 9999, ("leaves", "data.image_root")),
+    ("iVBOR" + "A" * 9999, ("no image file", "data.image_root")),
     ({"path": None}, ("NoneType", "path")),
     (17, ("int", "path")),
 ]

@@ -165,8 +165,10 @@ def _part(part: Any, images: list[Any], where: str) -> str:
     if kind == "text" and isinstance(part.get("text"), str):
         return part["text"]
     if kind in ("image", "image_url"):
-        if part.get(kind) is not None:
-            images.append(part[kind])
+        if (
+            image := next((part[k] for k in (kind, "path", "url") if part.get(k)), None)
+        ) is not None:
+            images.append(image)
         return IMAGE_SLOT
     raise UserError(
         f"{where}: a part of a message must be a text or an image, got {one_line(part, 80)}"
