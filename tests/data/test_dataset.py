@@ -431,7 +431,7 @@ BAD_IMAGES: list[tuple[Any, tuple[object, ...]]] = [
     ("data:image/png;base64,###", ("data:", "base64", "replace")),
     ("data:image/png;base64,AAAA", ("embedded", "replace")),
     ("/9j/" + "A" * 9999, ("leaves", "data.image_root")),
-    ("iVBOR" + "A" * 9999, ("no image file", "data.image_root")),
+    ("iVBOR" + "A" * 9999, ("image root", "data.image_root")),
     ({"path": None}, ("NoneType", "path")),
     (17, ("int", "path")),
 ]
