@@ -16,6 +16,7 @@ from perl.permutation.layout import described, images_in, letter_of, meaning, mo
 from perl.permutation.plan import names_in_answers, names_in_text
 from perl.permutation.references import (
     NOUN,
+    ORDINAL,
     Names,
     bare_name,
     listed,
@@ -42,6 +43,12 @@ _CHOICE = re.compile(
 )
 _CHOICES = re.compile(r"(\s{0,8}(?:,|;|&|\band\b)\s{0,8})", re.IGNORECASE | re.ASCII)
 _VALUES = re.compile(r"(\s*(?:,|;|\band\b|\n|\|)\s*)")
+_NAMED_VALUE = re.compile(
+    rf"\s*(?:the\s+)?(?:(?:{ORDINAL}|left|right)(?:\s+{NOUN})?\s*[:=,-]?\s+\w|{NOUN}[\s#_-]*(?:[0-9]|[A-Z]\b)|[(\[]?(?:[0-9]{{1,2}}|[A-Za-z])(?:[:=)\]]\s*[A-Za-z]|[:.=)\]]\s))",
+    re.ASCII | re.IGNORECASE,
+)
+"""A value with the name of its image: "Image 1: a dog", "1. a dog", "the first shows a dog"."""
+_THOUSANDS = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+")
 
 
 class NoAnswer(Exception):
@@ -85,8 +92,13 @@ def plainly_named(answer: str, plan: Plan, count: int) -> Slots:
     return tuple(slots)
 
 
-def rename(answer: str, slots: Sequence[int], names: Names, form: str | None = None) -> str | None:
+def rename(
+    answer: str, slots: Sequence[int], names: Names, form: str | None = None, gold: bool = False
+) -> str | None:
     """The answer with every named slot s replaced by `slots[s]`, in the style it is written in; a set sorted.
+
+    A `gold` answer that does not list its set in ascending order keeps its sequence, which may be what is asked for ("Which
+    images show the king and his wife?").
 
     None if it names no image, or would have to name a slot by a letter or number that it has not
     got.
@@ -95,8 +107,9 @@ def rename(answer: str, slots: Sequence[int], names: Names, form: str | None = N
     lettered = [m for m in found if m.style == "letter"]
     if not found or any(slots[m.slot] not in names.letters for m in lettered):
         return None
-    where = [slots[m.slot] for m in found]
-    if form == "set" and len(set(where)) == len(found):
+    where, old_slots = [slots[m.slot] for m in found], [m.slot for m in found]
+    kept = gold and old_slots != sorted(old_slots)
+    if form == "set" and len(set(where)) == len(found) and not kept:
         where.sort()
     out, position = [], 0
     for mention, slot in zip(found, where, strict=True):
@@ -120,7 +133,7 @@ def rearranged_values(answer: str, order: Sequence[int]) -> str | None:
 
     Example: `rearranged_values("2, 3, 1", (1, 0, 2)) == "3, 2, 1"`.
     """
-    if len(answer) > _LONGEST_ANSWER:
+    if len(answer) > _LONGEST_ANSWER or _THOUSANDS.fullmatch(answer.strip()):
         return None
     opened = re.match(r"\s*[(\[]?\s*", answer)
     closed = re.search(r"\s*[)\]]?\s*\.?\s*$", answer)
@@ -128,7 +141,7 @@ def rearranged_values(answer: str, order: Sequence[int]) -> str | None:
     start, end = opened.end(), max(opened.end(), closed.start())
     parts = _VALUES.split(answer[start:end])
     values = parts[::2]
-    if len(values) != len(order) or not all(values):
+    if len(values) != len(order) or not all(values) or any(map(_NAMED_VALUE.match, values)):
         return None
     parts[::2] = [values[i] for i in order]
     return answer[:start] + "".join(parts) + answer[end:]
@@ -157,7 +170,7 @@ def follow(plan: Plan, answer: str, where: Sequence[int], rewritten: bool) -> st
             and not letter_of(moved(said, where), options)
         ):
             raise NoAnswer("no option says the same when images move")
-        new = rename(answer, where, names, plan.form)
+        new = rename(answer, where, names, plan.form, gold=True)
         if new is None:
             raise NoAnswer("it names no image, or one that moves to a slot without a name")
         return new
@@ -181,7 +194,7 @@ def follow(plan: Plan, answer: str, where: Sequence[int], rewritten: bool) -> st
 
     both = _letter_and_text(plan, answer)
     if both is None:
-        return _replace(plan, answer, moved_letter)
+        return _replace(plan, answer, moved_letter, gold=True)
     letter, text = both[1].upper(), both[2]
     if _says(plan, text, names) != options[letter]:
         raise NoAnswer("its letter and its text are not the same option")
@@ -245,11 +258,12 @@ def _choices(plan: Plan, answer: str) -> list[re.Match[str] | str]:
     return parts
 
 
-def _replace(plan: Plan, answer: str, new: Callable[[str], str]) -> str:
-    """A list of options' letters with each replaced; a set sorted."""
+def _replace(plan: Plan, answer: str, new: Callable[[str], str], gold: bool = False) -> str:
+    """A list of options' letters with each replaced; a set sorted as in `rename`."""
     parts = _choices(plan, answer)
-    letters = [new(str(match[2]).upper()) for match in parts[::2]]
-    if plan.form == "set":
+    old = [str(match[2]).upper() for match in parts[::2]]
+    letters = [new(letter) for letter in old]
+    if plan.form == "set" and not (gold and old != sorted(old)):
         letters.sort()
     out = [
         f"{match[1]}{letter if match[2] == match[2].upper() else letter.lower()}{match[3]}"

@@ -183,6 +183,11 @@ def _check_that_the_text_stays(example: Example, order: Order, plan: Plan) -> No
     """
     if example.kind.startswith("blocks:"):
         return
+    if words := plan.faults.get("stem"):
+        raise UserError(
+            f"example '{example.id}': its text may name an image that moves by '{one_line(words, 60)}'; "
+            "set a kind that keeps it in place, or none"
+        )
     for m in _moved(plan, order):
         if not any(start <= m.start < end for start, end in plan.lines):
             raise UserError(
@@ -262,7 +267,7 @@ def _answer_in(example: Example, order: Order, text: Consistency, plan: Plan) ->
                 f"example '{example.id}': answer '{one_line(answer, 60)}' cannot follow its image: {error}; "
                 f"set should_change to false if the answer stays when images move{other}"
             ) from None
-    new = rename(answer, inverse(order), names_in_answers(plan, count), plan.form)
+    new = rename(answer, inverse(order), names_in_answers(plan, count), plan.form, gold=True)
     if new is None:
         raise UserError(
             f"example '{example.id}': answer '{one_line(answer, 60)}' moves to a slot that has no "

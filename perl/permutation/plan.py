@@ -33,7 +33,16 @@ from perl.permutation.layout import (
     numbers_its_options,
     slot_labels,
 )
-from perl.permutation.references import LETTERS, Names, bare_name, listed, mentions, read
+from perl.permutation.references import (
+    LETTERS,
+    Names,
+    bare_name,
+    hinted,
+    labels_in,
+    listed,
+    mentions,
+    read,
+)
 from perl.types import IMAGE_SLOT, Example, Meaning, Mention, Plan
 
 
@@ -175,6 +184,19 @@ def _read(
     words = [*labels.ambiguous, *unclear]
     if words:
         faults["text"] = words[0]
+    stem = list(text)
+    for begin, end in [*labels.spans, *((line.mark, line.end) for line in lines)]:
+        stem[begin:end] = "\n" * (end - begin)
+    loose = [
+        words
+        for words, slot in hinted("".join(stem), found, count)
+        if slot is None or slot in counted
+    ]
+    if labels.letters:
+        loose += labels_in("".join(stem), LETTERS[: len(labels.letters)])
+    if loose:
+        faults["stem"] = loose[0]
+        faults.setdefault("text", loose[0])
     for line in lines:
         unsure = () if bare_name(line.text, numbered) else read(line.text, names)[1]
         if unsure:

@@ -112,12 +112,25 @@ _UNSUPPORTED_FORMS = (
     rf"\b{_TENS}[\s-]{{1,8}}{ORDINAL}\s{{1,8}}{NOUN}(?!\w)",
     rf"\b(?:pen)?ultimate\s{{1,8}}{NOUN}(?!\w)|\b(?:last|next|second)\s{{1,8}}(?:but|to)\s{{1,8}}(?:one|last)\b",
     r"\b(?:first|last)\s{1,8}(?:few|several|couple|pair)\b|\b(?:former|latter)\b",
-    rf"\b(?:left|left-?most|right-?most|left-hand|right-hand|middle|previous|preceding)\s{{1,8}}{NOUN}(?!\w)",
+    rf"\b(?:left|left-?most|right-?most|left-hand|right-hand|middle|previous|preceding)\s{{1,8}}(?:{NOUN}|ones?)(?!\w)",
     rf"\b{NOUN}(?:\s{{1,8}}|-)(?-i:I{{2,3}}|IV|VI{{0,3}}|IX|[b-h])(?!\w)",
     rf"\b{NOUN}\s{{0,8}}(?:[(\[]\s{{0,4}}[0-9]{{1,2}}\s{{0,4}}[)\]]|\n\s{{0,8}}[0-9]{{1,2}}(?![\w.):]))",
 )
 _UNSUPPORTED = re.compile(
     "|".join(f"(?:{pattern})" for pattern in _UNSUPPORTED_FORMS), re.IGNORECASE | re.ASCII
+)
+
+# A letter that may be a slot's: not that of "vitamin B", nor the article "a".
+_ANSWERING = re.compile(
+    r"\b(?:answer|option|choice|choose|letter|label|respon|repl|select|output|format|return|write|give)",
+    re.IGNORECASE,
+)
+_BEFORE_LETTER = re.compile(
+    r"(?:^|[,;:(]|\b(?:is|are|than|from|to|and|or|of|in|on|with|between|does|do|that|like|both|as|vs|for|by|but|if|whether|while))\s*$",
+    re.IGNORECASE,
+)
+_BEHIND_A = re.compile(
+    r"\s*(?:$|[,;:&/]|(?:is|are|or|and|than|to|has|have|shows?|contains?|vs|differs?|like|as|but|the|more|less|\w+er(?= than))\b)"
 )
 
 
@@ -202,15 +215,59 @@ def read(
             taken[start:end] = b"\1" * (end - start)
             if named and (rest := _UNREAD.match(text, end)):
                 unclear.append(" ".join(text[start : rest.end()].split()))
+    unsupported = [words for words, _ in hinted(text, found, names.count)]
+    return sorted(found, key=lambda m: (m.start, m.slot)), unsupported + unclear
+
+
+def hinted(text: str, found: Sequence[Mention], count: int) -> list[tuple[str, int | None]]:
+    """Words of a text that may name an image in a way that no rewriting follows ("the first one", "the left image"), and
+    the slot they mean; None: any."""
     read_well = bytearray(len(text))
     for mention in found:
         read_well[mention.start : mention.end] = b"\1" * (mention.end - mention.start)
-    unsupported = [
-        " ".join(match[0].split())
+    return [
+        (" ".join(match[0].split()), _hinted_slot(match[0], count))
         for match in _UNSUPPORTED.finditer(text)
         if not any(read_well[match.start() : match.end()])
     ]
-    return sorted(found, key=lambda m: (m.start, m.slot)), unsupported + unclear
+
+
+def _hinted_slot(words: str, count: int) -> int | None:
+    named = re.findall(rf"\b(?:{ORDINAL}|left|right|former|latter)\b", words.lower())
+    if len(named) != 1 or re.search(r"ultimate|few|several|couple|pair", words.lower()):
+        return None
+    sides = {"left": 0, "former": 0, "right": count - 1, "latter": count - 1}
+    return sides[named[0]] if named[0] in sides else _ordinal(named[0], count)[0]
+
+
+def labels_in(text: str, letters: str) -> list[str]:
+    """Letters of slots that stand alone in a sentence ("Is A darker than B?"), if not all of them stand in one list ("Which
+    is darker, A or B?") or in words about the form of the answer."""
+    out: list[str] = []
+    for sentence in re.split(r"[.?!\n]|<image>", text):
+        if _ANSWERING.search(sentence):
+            continue
+        alone = [
+            match
+            for match in re.finditer(
+                rf"(?<![\w'’.-])[(\[]?([{letters}])[)\]]?(?![\w'’-])", sentence
+            )
+            if _BEFORE_LETTER.search(sentence[: match.start()])
+            and (match[1] != "A" or match[0] != "A" or _BEHIND_A.match(sentence, match.end()))
+        ]
+        lists: list[list[re.Match[str]]] = []
+        for match in alone:
+            between = sentence[lists[-1][-1].end() : match.start()] if lists else "."
+            if re.fullmatch(rf"(?:{_AND}|{_OR}|{_COMMA})+", between, re.ASCII):
+                lists[-1].append(match)
+            else:
+                lists.append([match])
+        out += [
+            sentence[row[0].start() : row[-1].end()]
+            for row in lists
+            if {match[1] for match in row} != set(letters)
+        ]
+    return out
 
 
 def bare_name(text: str, names: Names) -> Mention | None:

@@ -373,3 +373,87 @@ def test_slots_refuse_a_text_that_names_an_image_that_moves(
         check_moves(replace(example, kind="first_fixed"), "slots")
     if answer is None:  # Whoever writes blocks knows what the text says of them.
         check_moves(replace(example, kind="blocks:1,2"), "slots")
+
+
+@pytest.mark.parametrize(
+    ("question", "words"),
+    [
+        ("<image><image> Is the left image larger than the other?", "left image"),
+        ("<image><image> Is the first one larger than the other?", "first one"),
+        ("<image><image><image> Is it larger than the middle one?", "middle one"),
+        ("<image><image> Is the former larger than the latter?", "former"),
+        ("<image><image> Is it larger than image II?", "image II"),
+        ("A: <image> B: <image> Is A larger than B?", "A"),
+        ("A: <image> B: <image> Is (A) larger than (B)?", "(A)"),
+        ("A: <image> B: <image> C: <image> Are A, B alike?", "A, B"),
+        ("A: <image> B: <image> Which is larger, A or B?", None),
+        ("A: <image> B: <image> A dog is in both. Is this so of A, B?", None),
+        ("A: <image> B: <image> Do both show vitamin B?", None),
+        ("A: <image> B: <image> Answer with B if so.", None),
+        ("<image><image> Which is larger?\nA. the first one\nB. none", None),
+    ],
+)
+def test_words_that_may_name_an_image_that_moves_are_refused(
+    question: str, words: str | None
+) -> None:
+    example = ask(question, "yes", should_change=False)
+    if words is None:
+        return check_moves(example, "slots")
+    for mode in MODES:
+        with refused("'q'", f"'{words}'", "kind"):
+            check_moves(example, mode)
+    check_moves(
+        replace(example, kind=f"blocks:{len(example.images) - 1},{len(example.images)}"), "slots"
+    )
+
+
+def test_words_that_may_name_an_image_that_stays_are_no_matter() -> None:
+    for words in ("the first one", "the left image", "the first"):
+        question = f"<image><image><image> Which is as large as {words}?"
+        check_moves(ask(question, "B", kind="first_fixed"), "slots")
+        with refused(
+            "'q'", f"'{words.removeprefix('the ')}'" if " " in words[4:] else "'the first'"
+        ):
+            check_moves(ask(question, "2"), "slots")
+
+
+@pytest.mark.parametrize(
+    ("answer", "after"),
+    [
+        ("3, 0, 1", "1, 3, 0"),
+        ("[10:30, 11:15, 0.5]", "[0.5, 10:30, 11:15]"),
+        ("left; first | a dog", "a dog; left | first"),
+        ("100,200,300,", None),
+        ("Image 1: dog, Image 2: cat, Image 3: fox", None),
+        ("1. dog\n2. cat\n3. fox", None),
+        ("(a) dog, (b) cat, (c) fox", None),
+        ("the first a dog, the second a cat, the last a fox", None),
+        ("The left does, the middle does, the right does not", None),
+        ("1,200", None),
+    ],
+)
+def test_values_move_if_they_do_not_name_their_images(answer: str, after: str | None) -> None:
+    count = 2 if answer == "1,200" else 3
+    example = ask("<image>" * count + " For each image in turn, what is it?", answer)
+    if after is None:
+        with refused("'q'", f"{count} images", "kind"):
+            check_moves(example, "slots")
+    else:
+        assert permute(example, (2, 0, 1)).answer == after
+
+
+def test_a_set_that_is_not_written_in_ascending_order_keeps_its_sequence() -> None:
+    """It may be the sequence of what is asked for."""
+    for question, answer, after in (
+        ("<image><image><image> Which images show the king and his wife?", "3, 1", "3, 2"),
+        ("<image><image><image> Which images show a dog?", "1, 3", "2, 3"),
+        ("A. <image> B. <image> C. <image> Which images show a dog?", "C, A", "C, B"),
+        (
+            f"{'<image>' * 3} Which images show a dog?\nA. Image 1\nB. Image 2\nC. Image 3",
+            "C, A",
+            "C, B",
+        ),
+    ):
+        variant = permute(ask(question, answer), (1, 0, 2))
+        assert variant.answer == after
+        assert original_answer(variant, after) == ", ".join(sorted(answer.split(", ")))

@@ -196,9 +196,13 @@ def _without_options(question: Question, asked: Form, free: Slots, candidates: b
     named = _named(question)
     if not named:
         return unsure("it asks for an image and the answer names none")
-    if len(named) > 1 and (
-        list(named) != sorted(named)
-        or any(_JOINED.search(s) for s in question.sentences if not is_instruction(s))
+    if (
+        len(named) > 1
+        and question.plan.form != "sequence"
+        and (
+            list(named) != sorted(named)
+            or any(_JOINED.search(s) for s in question.sentences if not is_instruction(s))
+        )
     ):
         return unsure("the answer may list the images in a sequence")
     if _NAMES_ONLY.fullmatch(answer):
