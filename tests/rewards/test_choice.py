@@ -158,3 +158,11 @@ def test_choice_without_gold_and_with_a_gold_that_is_none(caplog: Any) -> None:
     scorer, scores = totals("choice", ["A"] * 3, answer=["A", None, "12"])
     np.testing.assert_array_equal(scores, [1, np.nan, np.nan])  # nothing else scores the other two
     assert scorer.faults == {"choice": 0} and not caplog.text
+
+
+def test_choice_is_of_sets() -> None:
+    """Where a sequence is asked for, sorted letters would make any one right."""
+    forms = [None, "set", "sequence", "values", "sequence"]
+    texts, golds = ["A, C"] * 4 + ["C"], ["C, A"] * 4 + ["C"]
+    scores = totals("choice", texts, answer=golds, answer_form=forms)[1]
+    np.testing.assert_array_equal(scores, [1, 1, np.nan, np.nan, 1])
