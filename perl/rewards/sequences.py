@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import Any
 
 from perl.rewards.answers import column_of, score_each
-from perl.rewards.reading import final_answer, gold_text, items, stated_answer, tagged
+from perl.rewards.reading import equal, final_answer, gold_text, items, stated_answer, tagged
 from perl.types import UserError
 
 _TIME = re.compile(r"[0-9]{1,4}(?::[0-9]{2}){1,2}(?:\.[0-9]{1,6})?|[0-9]{1,9}(?:\.[0-9]{1,6})?")
@@ -72,9 +72,10 @@ def ordering(
     """
 
     def score(text: str, gold: str) -> float:
-        wanted, found = items(gold_text(gold)), items(stated_answer(text))
+        given, gold = stated_answer(text), gold_text(gold)
         if not kendall:
-            return float(found == wanted)
+            return float(equal(given, gold, "sequence"))
+        wanted, found = items(gold), items(given)
         if len(set(wanted)) < len(wanted):
             raise ValueError(f"the gold sequence '{gold}' names an item twice")
         if sorted(found) != sorted(wanted):

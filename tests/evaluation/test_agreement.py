@@ -1,15 +1,18 @@
 """Agreement across orders: the same picture, however its slot is called."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from perl.data.labelling.rules import label_by_rules
 from perl.evaluation.agreement import Reading, agreement, chosen_picture, group_agreement
-from perl.permutation import permute
+from perl.permutation import all_orders, answer_form, permute
 from perl.rewards.scorer import load_reward
 from perl.types import EncodedPrompt, Example, Group, Rollout
+from tests.data.labelling.test_questions import QUESTIONS, example_of
 
 PICTURES = tuple(Image.new("RGB", (4, 4), color) for color in ("red", "green", "blue"))
 EXAMPLE = Example("e", PICTURES, "A <image> B <image> C <image> which image shows red ?", "A")
@@ -142,3 +145,34 @@ def test_a_group_compares_its_orders() -> None:
     assert group_agreement(
         Group(EXAMPLE, (), rollouts, none, {}, none), Reading()
     ) == pytest.approx(2 / 6)
+
+
+@pytest.mark.parametrize("function", ["accuracy", "choice", "math", "ordering"])
+@pytest.mark.parametrize("way", ["{}", r"\text{{{}}}", "{}."])
+def test_right_answers_in_every_order_are_right_and_agree(function: str, way: str) -> None:
+    """Of questions that the rules let move: where a function scores the right answers, they are right and chose the same."""
+    found = load_reward(function)
+    reading = Reading.of(found)
+    assert reading
+    scored = 0
+    for row in QUESTIONS:
+        bare = example_of(row)
+        label = label_by_rules(bare, "slots")
+        example = replace(bare, kind=label.kind, should_change=label.should_change)
+        form = answer_form(example)
+        if label.kind == "none" or (function == "ordering" and form != "sequence"):
+            continue
+        rollouts = [
+            rollout(order, rf"\boxed{{{way.format(permute(example, order).answer)}}}", example)
+            for order in all_orders(example, 4, 0)
+        ]
+        texts = [r.text for r in rollouts]
+        answers = [r.variant.answer for r in rollouts]
+        columns = {"prompts": texts, "completions": texts, "answer": answers}
+        scores = found(columns | {"answer_form": [form] * len(texts)}, {})
+        if None not in scores:
+            scored += 1
+            picks = [[chosen_picture(r, reading)] for r in rollouts]
+            same = agreement(picks, reading.same_in(example))
+            assert (set(scores), same) == ({1}, 1), (row, texts)
+    assert scored >= {"choice": 40, "ordering": 3}.get(function, 100)

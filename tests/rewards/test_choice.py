@@ -34,7 +34,7 @@ CHOSEN = {
         "<answer>B is right, not A</answer>", "<answer>The answer isn't A; it's B</answer>", "<answer>Image B</answer>",
         "<answer>B: a dog</answer>", "<answer>B (a dog)</answer>", "(A) is not, so I choose:\n\n(B)", "Answer: B, not answer: (A)",
         "My final answer is option B!", "It must be B.", "<answer>B!</answer>", "Answer: {B}",
-        "The answer is 'B'.", r"Therefore, the answer is \( B \).", "The answer is: <b>B</b>", "Final answer\n\n### B", "Option b is correct",
+        "The answer is 'B'.", r"Therefore, the answer is \( B \).", "The answer is: <b>B</b>", "Final answer\n\n### B", "Option b is correct", r"\boxed{image b}",
         "I believe the answer might be B", "The answer is therefore B", "If the answer is A, there is a cat. So the answer is B.",
     ),
     "A": (

@@ -52,6 +52,10 @@ def test_temporal_iou_of_timestamps() -> None:
 def test_ordering() -> None:
     texts = ["<answer>C, A, B</answer>", "[c; a; b]", "C > A > B", "CAB", "C, A", "A, C, B", ""]
     assert score("ordering", texts, answer="C, A, B") == [1, 1, 1, 1, 0, 0, 0]
+    labels = [r"\boxed{C. cat, A. dog}", r"\boxed{A. cat, C. dog}"]
+    for spec in ("ordering", "ordering(kendall=True)"):
+        assert score(spec, labels, answer="C, A") == [1, 0]
+    assert score("ordering", "C < A", answer="C > A") == 0
     shares = score("ordering(kendall=True)", texts, answer="CAB")
     assert shares == pytest.approx([1, 1, 1, 1, 0, 2 / 3, 0])
     assert score("ordering(kendall=True)", "B, A, C", answer="C, A, B") == 0

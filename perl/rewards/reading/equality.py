@@ -48,9 +48,9 @@ def canonical(answer: str, form: AnswerForm | None = None) -> str:
 
 
 def items(answer: str) -> list[str]:
-    """A list such as `A, C`, `[3; 1]`, `B > A`, `A and C` or `CAB`, its items canonical, in sequence."""
+    """A list such as `A, C`, `[3; 1]`, `B > A`, `A and C` or `CAB`, its items canonical and without labels, in sequence."""
     whole = read(answer, "sequence")
-    return [_key(item, None) for item in whole.items or (whole,) if item.text]
+    return [item.letter or _key(item, None) for item in whole.items or (whole,) if item.text]
 
 
 def _in_sequence(answer: Answer, form: AnswerForm | None) -> bool:

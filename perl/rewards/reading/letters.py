@@ -23,7 +23,10 @@ _DECORATION = re.compile(
 )
 """With abbreviations: the e of `e.g. B` is no choice."""
 _NAME = r"(?:options?|choices?|answers?|letters?)"
-_BARE = re.compile(rf"(?:{_NAME}\s)?[\W_]*([A-Za-z])(?:(?!\?)[\W_])*", re.IGNORECASE | re.ASCII)
+_BARE = re.compile(
+    rf"(?:(?:{_NAME}|image|picture|photo|figure|panel|view)\s)?[\W_]*([A-Za-z])(?:(?!\?)[\W_])*",
+    re.IGNORECASE | re.ASCII,
+)
 _BARE_LIST = re.compile(r"[\s,;&()\[\]{}.]|\band\b", re.IGNORECASE | re.ASCII)
 _GLUED = re.compile(r"(?=[A-J]{2,10}\Z)A?B?C?D?E?F?G?H?I?J?")
 _LABEL = re.compile(
