@@ -106,15 +106,17 @@ def _named(options: Options, gold: str) -> set[int]:
     return found
 
 
-def _indices(options: Options, gold: str, number: bool) -> dict[int, int]:
+def _indices(options: Options, gold: str, number: bool, first: int | None = None) -> dict[int, int]:
     """The options that a gold may be as an index, by what the first would then count as: 0 or 1.
 
-    `number`: the data hold the gold as a number. A text among options that are numbers is a value and no index.
+    `number`: the data hold the gold as a number. A text among options that are numbers is a value and no index, unless the
+    data are known, by `first`, to hold indices.
     """
     if not _INDEX.fullmatch(gold) or gold in options.keys:
         return {}
     values = all(isinstance(_value(text), float) for text in options.texts)
-    if (options.numeric or not number) and (values or _named(options, gold)):
+    valued = first is None and (options.numeric or not number)
+    if valued and (values or _named(options, gold)):
         return {}
     count = len(options.texts)
     return {first: int(gold) - first for first in (0, 1) if 0 <= int(gold) - first < count}
@@ -122,7 +124,7 @@ def _indices(options: Options, gold: str, number: bool) -> dict[int, int]:
 
 def _readings(options: Options, gold: str, number: bool, first: int | None) -> set[int]:
     """The options that a gold may be; `first` is what the first counts as, None: 0 or 1."""
-    by_index = _indices(options, gold, number)
+    by_index = _indices(options, gold, number, first)
     found = {k for base, k in by_index.items() if first in (None, base)}
     if by_index:
         said = re.compile(rf"(?<![\w.]){gold}(?![\w.])")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,22 @@ def test_the_gold_is_the_letter_or_the_row_is_refused(
 def test_options_that_cannot_be_asked(columns: dict[str, Any], names: list[str]) -> None:
     with refused("here", *names):
         read({"answer": "B", **columns})
+
+
+@pytest.mark.parametrize(
+    ("options", "gold", "answer"),
+    [(["2", "3", "1"], "1", None), ([2, 3, 1], 1, None), ([2, 3, 1], 3, "B"), ([5, 1, 7], 1, "B")],
+)
+def test_a_number_among_numbers_may_be_an_index_where_others_are(
+    options: list[Any], gold: Any, answer: str | None
+) -> None:
+    row = {"images": ["0.png", "1.png"], "question": ASKED, "options": options, "answer": gold}
+    layout = replace(choose_layout(DataConfig(), row, "here"), first_index=0)
+    if answer is not None:
+        assert read_row(row, layout, "here").answer == answer
+        return
+    with refused("here", "answer", "options"):
+        read_row(row, layout, "here")
 
 
 def test_an_option_of_digits_says_nothing_of_where_indices_begin() -> None:
