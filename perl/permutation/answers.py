@@ -34,7 +34,7 @@ _CODE_AND_TEXT = re.compile(
     re.DOTALL | re.ASCII,
 )
 _STRAY = re.compile(
-    rf"(?<![\w'])([A-Z])(?![\w'])(?!\s[a-z])|[(\[]([A-Za-z])[)\]]|^\s*[0-9]+\s*[.):]|{NOUN}[\s#_-]{{0,4}}[0-9]",
+    rf"(?<![\w'])([A-Z])(?![\w'])(?!\s[a-z])|[(\[]([A-Za-z])[)\]]|^\s*[0-9]+\s*[.):]|(?<![\w.'])[0-9]{{1,2}}(?![\w'])(?!\s[a-z])|\b(?:{ORDINAL}|the other)\b|\((?:left|right|middle)\)|{NOUN}[\s#_-]{{0,4}}[0-9]",
     re.ASCII,
 )
 _CHOICE = re.compile(
@@ -107,15 +107,15 @@ def rename(
     lettered = [m for m in found if m.style == "letter"]
     if not found or any(slots[m.slot] not in names.letters for m in lettered):
         return None
-    where, old_slots = [slots[m.slot] for m in found], [m.slot for m in found]
-    kept = gold and old_slots != sorted(old_slots)
-    if form == "set" and len(set(where)) == len(found) and not kept:
+    old = [m.slot for m in found]
+    where = [slots[slot] for slot in old]
+    if form == "set" and len(set(where)) == len(found) and not (gold and old != sorted(old)):
         where.sort()
     out, position = [], 0
     for mention, slot in zip(found, where, strict=True):
-        old = answer[mention.start : mention.end]
+        name = answer[mention.start : mention.end]
         try:
-            new = old if slot == mention.slot else written(mention, old, slot, names)
+            new = name if slot == mention.slot else written(mention, name, slot, names)
         except LookupError:
             return None
         out += [answer[position : mention.start], new]

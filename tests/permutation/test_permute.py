@@ -114,12 +114,41 @@ def test_what_an_answer_names(answer: str, slots: tuple[int, ...] | None) -> Non
     assert named_images(answer, 3, range(3)) == slots
 
 
-@pytest.mark.parametrize("answer", ["D", "4", "0", "Image 9", "A, D", "yes", "AB", "the dog"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "D",
+        "4",
+        "0",
+        "Image 9",
+        "A, D",
+        "yes",
+        "AB",
+        "the dog",
+        "second (Image 2)",
+        "Image 2 (left)",
+    ],
+)
 def test_an_answer_that_names_no_image_is_an_error(answer: str) -> None:
     example = lettered(3, answer)
     for check in (lambda: permute(example, (1, 0, 2)), lambda: check_answer(example)):
         with refused("'q'", f"'{answer}'", "3 images", "A to C", "1 to 3", "should_change"):
             check()
+    assert original_answer(permute(lettered(3), (1, 0, 2)), answer) is None
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "1 (the first image)",
+        "the first image (1)",
+        "1, the first image",
+        "Image 2 and the other one",
+    ],
+)
+def test_a_name_beside_another_that_is_not_read_is_an_error(answer: str) -> None:
+    with refused("'q'", "3 images", "should_change"):
+        check_answer(lettered(3, answer))
     assert original_answer(permute(lettered(3), (1, 0, 2)), answer) is None
 
 

@@ -373,10 +373,10 @@ def asks_for_candidate(sentences: Sequence[str], options: bool) -> bool:
         re.search(rf"\b(?:which|what)(?: of)?(?: the| these)?(?: \w+)? {_AN_IMAGE}\b", s)
         for s in sentences
     )
-    asking = [s for s in sentences if not is_instruction(s)]
     placed = any(
-        _OF_PLACES.search(s) or _OF_CANDIDATES.search(s) or NAMED in s for s in asking
-    ) or any(_OF_PLACES.search(s) or NAMED in s for s in sentences)
+        _OF_PLACES.search(s) or NAMED in s or (_OF_CANDIDATES.search(s) and not is_instruction(s))
+        for s in sentences
+    )
     return asks and not placed and not any(_SIDED.search(s) for s in sentences if is_instruction(s))
 
 
