@@ -12,6 +12,12 @@ _VALUES = re.compile(
     rf"|(?:\A|[.:;?!,>\n]\s{{0,4}}|\b(?:give|state|write|name|tell|list|say)\s{{1,4}})(?:for|of) (?:each|every)(?: of the(?: \w+)?)? {_IMAGE}s?\b",
     re.IGNORECASE,
 )
+_VALUES_IN_EACH = re.compile(
+    rf"\b(?:how many|how much|what|count|give|name|state|list|report|read|write|describe|label|classify)\b[^.?!\n]{{0,80}}"
+    rf"\b(?:in|of|on|for|by|from|does|do|is) (?:each|every)(?: one)?(?: of (?:the|these|those)(?: \w+)?)? {_IMAGE}s?\b",
+    re.IGNORECASE,
+)
+"""One for each image, though it does not say in turn: "how many dogs are in each image?"."""
 _AS_SHOWN = re.compile(
     r"\bin (?:the )?(?:same |given |original )?(?:order|sequence)(?: (?:they are |in which they are )?(?:shown|given|displayed|presented|listed|above|below))?\b(?! of)",
     re.IGNORECASE,
@@ -31,21 +37,35 @@ _ONE_AND_ONE = re.compile(
     rf"\b{_END}\b[^.?!\n]{{0,80}}\band\b[^.?!\n]{{0,80}}\b{_END}\b", re.IGNORECASE
 )
 """One image for each of them: "the largest and the smallest dog"."""
-_PLURAL = r"(?:images|pictures|photos|photographs|figures|panels|frames|options|ones|of them|two|three|pair|all)"
+_NTH = r"(?:first|second|third|fourth|fifth|last|left|right|top|bottom)"
+_AS_NAMED = re.compile(
+    rf"\b(?:left to right|right to left|top to bottom|bottom to top|(?:anti-?|counter-?)?clockwise|reading order)\b"
+    rf"|\bfirst (?:the|give|name|write|state)\b"
+    rf"|(?<!which of )\b(?:what|how (?:many|much)|state|count|name|read|give|list)\b[^.?!\n]{{0,80}}?\b(?:{_NTH},? (?:the )?)+and (?:the )?{_NTH}\b"
+    rf"|\b(?:what|how (?:many|much)|state|count|name|read|give|list)\b[^.?!\n]{{0,80}}?\b{_IMAGE}s? [0-9](?:,? (?:{_IMAGE} )?[0-9])*,? and (?:{_IMAGE} )?[0-9]\b",
+    re.IGNORECASE,
+)
+"""In the sequence in which the question names them: "what do the first and the second image show?"."""
+_PLURAL = r"(?:images|pictures|photos|photographs|figures|panels|frames|options|ones|them|two|three|pairs?)"
 _SET = re.compile(
-    rf"\b(?:which|what|select|name|list|find|identify|choose|pick|tick|mark|give|indicate)\b[^.?!\n]{{0,40}}\b{_PLURAL}\b",
+    rf"\b(?:which|what)(?: of)?(?: (?:the|these|those|all|following|two|three|four|other))* {_PLURAL}\b"
+    rf"|\b(?:select|name|list|find|identify|choose|pick|tick|mark|give|indicate)(?: out)?(?: (?:all|every|both|any|the|of|those|two|three))* {_PLURAL}\b"
+    r"|\ball that apply\b",
     re.IGNORECASE,
 )
 
 
 def form_of(text: str) -> str | None:
-    """`values` for one value of each image in turn, `sequence`, `set`, `unclear` for a sequence or values; None where the
-    text does not say."""
-    if _VALUES.search(text):
+    """`values` for one value of each image in turn, `sequence`, `set`, `as named` for a sequence whose members the question
+    names or places, `unclear` for a sequence or values; None where the text does not say."""
+    ranked = _PLACE_OF.search(text)
+    if _VALUES.search(text) or (_VALUES_IN_EACH.search(text) and not ranked):
         rest = _AS_SHOWN.sub(" ", text)
         return "unclear" if re.search(r"\b(?:arrange|rearrange|sort)\b", rest, re.I) else "values"
-    if _PLACE_OF.search(text):
+    if ranked:
         return "unclear"
+    if _AS_NAMED.search(text):
+        return "as named"
     if _ARRANGED.search(text) or _ONE_AND_ONE.search(text):
         return "sequence"
     if _RANKED.search(text):

@@ -41,7 +41,7 @@ _MARK = re.compile(
 _NUMBER = r"([0-9]{1,2}|zero|one)"
 _COUNTED_FROM = re.compile(
     rf"\b(?:count|number|ind(?:ex|ic)|label)\w{{0,5}}\b[^.?!\n]{{0,20}}?\b(?:from|(?:start|begin|beginn)(?:s|ing)?\s(?:at|from|with))\s{{1,3}}{_NUMBER}\b"
-    rf"|\b(?:start|beginn)(?:ing|s)?\s(?:at|from)\s{{1,3}}{_NUMBER}\b|\b{_NUMBER}[ -]?(?:indexed|based)\b"
+    rf"|\b(?:start|begin|beginn)(?:ing|s)?\s(?:(?:counting|numbering|indexing)\s(?:at|from|with)|at|from)\s{{1,3}}{_NUMBER}\b|\b{_NUMBER}[ -]?(?:indexed|based)\b"
     rf"|\bfirst\s(?:image|picture|photo|one)\s(?:is|has|as)\s[^.?!\n]{{0,20}}?(?:number|index|image|picture|position)\s{{1,3}}{_NUMBER}\b",
     re.IGNORECASE | re.ASCII,
 )

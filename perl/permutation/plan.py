@@ -43,7 +43,7 @@ from perl.permutation.references import (
     mentions,
     read,
 )
-from perl.types import IMAGE_SLOT, Example, Meaning, Mention, Plan
+from perl.types import IMAGE_SLOT, Example, Meaning, Mention, Plan, UserError, one_line
 
 
 def plan_of(example: Example) -> Plan:
@@ -52,7 +52,13 @@ def plan_of(example: Example) -> Plan:
     last = re.fullmatch(r"last:([0-9]{1,4})", example.kind)
     first = max(0, count - int(last[1])) if last else int(example.kind == "first_fixed")
     counted = tuple(range(first, count))
-    said = (text_of(example), example.answer, count, example.should_change, counted)
+    given = example.extra.get("answer_form") or None
+    if given not in (None, "set", "sequence", "values"):
+        raise UserError(
+            f"example '{example.id}': answer_form '{one_line(given, 40)}' is none of set, sequence, values; correct it, or "
+            "leave it empty"
+        )
+    said = (text_of(example), example.answer, count, example.should_change, counted, given)
     key = hashlib.blake2b(repr(said).encode(), digest_size=8).hexdigest()
     if example.plan is not None and example.plan.key == key:
         return example.plan
@@ -106,7 +112,13 @@ def names_in_answers(plan: Plan, count: int) -> Names:
     maxsize=16
 )  # An example without its plan is asked about several times in turn.
 def _read(
-    key: str, text: str, answer: str, count: int, should_change: bool, counted: tuple[int, ...]
+    key: str,
+    text: str,
+    answer: str,
+    count: int,
+    should_change: bool,
+    counted: tuple[int, ...],
+    given: str | None,
 ) -> Plan:
     labels = slot_labels(text)
     in_words, pictured = find_options(text)
@@ -158,7 +170,13 @@ def _read(
             "its text gives a number or letter a meaning of its own, which cannot be followed; list such "
             "answers as options, each on its own line ('A. Image 1')"
         )
-    form = form_of(text)
+    form = given or form_of(text)
+    if form == "values" and not (lines or _lists(answer)):
+        form = None
+    if form == "as named" and should_change and _lists(answer):
+        faults["any"] = (
+            "its answer lists what the question names or places one after the other, which cannot follow the images"
+        )
     if form == "unclear" and should_change and _lists(answer):
         faults["any"] = (
             "its answer may list the images in sequence, or a value for each image; ask for one of them "
@@ -213,7 +231,7 @@ def _read(
         sequences={letter: slots for letter, slots in lists.items() if slots},
         lines=tuple((line.start, line.end) for line in lines),
         bare=bool(bare),
-        form=None if form == "unclear" else form,
+        form={"unclear": None, "as named": "sequence"}.get(form or "", form),
         faults=faults,
     )
 
@@ -266,4 +284,4 @@ def _conflict(labels: SlotLabels, said: Sequence[str], options: bool) -> str:
 
 
 def _lists(answer: str) -> bool:
-    return bool(re.search(r"[,;>]|->|→|\band\b", answer))
+    return bool(re.search(r"[,;>\n]|->|→|\band\b", answer))

@@ -109,7 +109,7 @@ _X = _without(*_ALWAYS, _COMPARED, _COMPARATIVES, _IMAGES)
 _MORE = _without(*_ALWAYS, _COMPARED, _IMAGES)
 _LIKE = _without(*_ALWAYS, _IMAGES)
 _SAID = _without(*_ALWAYS, _COMPARED, _COMPARATIVES, _SINGULAR)
-_VALUE = rf"(?:its rank|(?:how many |whether |the number of )?{_SAID})(?:,? in (?:the same |the )?order(?: (?:shown|given))?)?"
+_VALUE = rf"(?:its rank(?: by [a-z ]+)?|(?:how many |whether |the number of )?{_SAID})(?:,? in (?:the same |the )?order(?: (?:shown|given))?)?"
 
 _OUT_OF = (
     rf"(?: (?:of|among|from|in|out of) (?:{_THESE}|{_EVERY}|(?:the|these) (?:other|remaining) (?:{_MANY} )?{_NOUN}|these|them|those|"
@@ -201,11 +201,11 @@ _WRITTEN: tuple[tuple[Form, str], ...] = (
     ("arrange", rf"(?:please )?(?:put|arrange|sort|order|place|rearrange) (?:{_THESE}|the [a-z]+ (?:shown )?in {_THESE}|the (?:steps|events|scenes|frames|stages))"
                 rf"(?: (?:in|into|by|from) (?:the |their |its )?{_BY}+?)?(?:,? \w+est first)?"),
     ("arrange", rf"rank {_THESE} from (?:the )?{_BY}+ to (?:the )?{_BY}+"),
-    ("arrange", rf"in (?:what|which) (?:order|sequence) (?:were|are|should|do|did|would|must) (?:they|{_THESE}) (?!stand$){_BY}+"),
+    ("arrange", rf"in (?:what|which) (?:order|sequence) (?:were|are|should|do|did|would|must) (?:they|{_THESE}) (?!stand$)(?:{_BY}|, )+"),
     ("arrange", r"(?:what is|give|state|find|determine) the (?:(?:correct|right|proper|chronological|temporal) )+(?:order|sequence) of "
                 rf"(?:{_THESE}|these)"),
     ("values", rf"(?:for|of|in) (?:each|every)(?: of {_THESE}| {_ONE})(?:,? (?:in turn|in (?:the )?(?:order|sequence)(?: (?:shown|given))?))?,? "
-               rf"(?:give|state|write|name|tell|list) {_VALUE}"),
+               rf"(?:(?:give|state|write|name|tell|list) )?{_VALUE}"),
     ("values", rf"(?:give|state|write|name|tell|list) (?:for|of) (?:each|every)(?: of {_THESE}| {_ONE})(?:,? (?:in turn|in (?:the )?order(?: (?:shown|given))?))?,? {_VALUE}"),
     ("values", rf"{_VALUE}(?: {_ONE})? (?:for|of|in) (?:each|every)(?: of {_THESE}| {_ONE}),? (?:in turn|in (?:the )?order(?: (?:shown|given))?)"),
     ("number", rf"how many (?:other )?(?:of {_THESE}|{_NOUN}) (?:{_STATE}|were|was|do not show|do not contain) {_X}"),

@@ -20,7 +20,7 @@ from perl.data.labelling.grammar import (
 )
 from perl.data.labelling.label import Label, checked, kind_of, stays, unsure
 from perl.data.labelling.text import Question, Slots
-from perl.permutation import CARDINALS, Consistency, slots_named
+from perl.permutation import CARDINALS, LETTERS, Consistency, slots_named
 from perl.permutation.plan import names_in_answers
 from perl.types import IMAGE_SLOT, Example
 
@@ -77,6 +77,8 @@ def _label(question: Question, text: Consistency) -> Label:
     ]
     if any(not start <= n < start + question.count for n in numbers):
         return unsure("it speaks of numbers that are no image's")
+    if not all(_names_all(question, s) for s in question.sentences if is_instruction(s)):
+        return unsure("the answer may be some of the images only")
     places = _places(question)
     if isinstance(places, Label):
         return places
@@ -113,6 +115,21 @@ def _label(question: Question, text: Consistency) -> Label:
     if question.options:
         return _with_options(question, asked, free, text)
     return _without_options(question, asked, free, candidates)
+
+
+def _names_all(question: Question, sentence: str) -> bool:
+    """Whether an instruction that lists what to answer with, as in "answer A, B or C", lists every image or every option."""
+    if re.search(r"\b(?:such as|like|e g|for example|counting|from|start)\b", sentence):
+        return True
+    listed = re.findall(r"\b(?:[0-9]|[a-h])\b(?=\s*(?:,|or\b|/|and\b|to\b|-|\)?$))", sentence)
+    if len(listed) < 2 or (
+        len(listed) == 2 and re.search(r"[0-9a-h]\s*(?:-|to|and)\s*[0-9a-h]", sentence)
+    ):
+        return True
+    letters = len(question.options) or question.count
+    first = question.plan.start
+    every = {str(first + k) for k in range(question.count)}
+    return set(listed) in (every, set(LETTERS[:letters].lower()))
 
 
 def _places(question: Question) -> Slots | Label:

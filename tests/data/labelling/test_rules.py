@@ -133,6 +133,12 @@ TABLE: list[tuple[str, str, tuple, tuple | None]] = [
     ("### For each image in turn, state the number of people.", "3, 1, 2", ("all", True), None),
     ("### Rank the images by size, smallest first: give for each image in turn its rank.", "2, 3, 1", ("all", True), None),
     ("### Rank the images by size.", "2, 3, 1", UNSURE, None),
+    ("### For each image in turn, give its rank by number of circles.", "2, 3, 1", ("all", True), None),
+    ("### For each image in turn, how many circles does it show?", "2, 3, 1", ("all", True), None),
+    ("### Which image shows a cat? Answer 1, 2 or 3.", "2", ("all", True), None),
+    ("### Which image shows a cat? Start counting at 2.", "2", ("all", True), None),
+    ("### Which image shows a cat? Answer A, B or D.", "B", UNSURE, None),
+    ("### Which image shows a cat? Answer 1 or 2.", "2", UNSURE, None),
     ("### For each image, state how many cats it shows.", "2, 0, 1", ("all", True), None),
     ("### State for every image whether it shows a dog.", "yes, no, yes", ("all", True), None),
     # Captions and odd ones.
