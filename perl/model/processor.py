@@ -178,7 +178,9 @@ class Processor(Demands):
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if banned := sorted(self._unsampled.intersection(ids)):
             token = self.tokenizer.convert_ids_to_tokens(banned[0])
-            raise _never_sampled(where, token)
+            raise UserError(
+                f"{where} holds {token}, which stands for an image and is never sampled; remove it"
+            )
         return np.asarray([*ids, self.eos_token_id], dtype=np.int64)
 
     @cached_property
@@ -208,12 +210,6 @@ class Processor(Demands):
         """Write tokenizer and image processor the way transformers reads them."""
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
-
-
-def _never_sampled(where: str, token: str) -> UserError:
-    return UserError(
-        f"{where} holds {token}, which stands for an image and is never sampled; remove it"
-    )
 
 
 def content_key(image: Image.Image) -> str:
