@@ -43,7 +43,7 @@ _NO_VALUE = re.compile(
 )
 """What would be computed, though it is no expression, as the date 2024-05-01, which would equal 2024-01-05."""
 _TIME = re.compile(r"[0-9]+(?::[0-9]+)+")
-_WORDS = re.compile(r"[^\W\d_]{2,}(?: [^\W\d_]+)*")
+_WORDS = re.compile(r"(?=.*[^\W\d_]{2})[^\W\d_](?:[ '’.-]?[^\W\d_])*")
 """Whose letters would be factors: `left` would equal `felt`."""
 _SAYING_MORE = re.compile(
     r"(?<![^\W_])(?:not|wrong|incorrect|false|more|less|fewer|hundred|thousand|million|billion|trillion|dozen)(?![^\W_])"

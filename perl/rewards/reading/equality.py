@@ -97,7 +97,13 @@ def _equal(
     if given.form == gold.form == "letter":
         both = given.label and gold.label
         return given.letter == gold.letter and (not both or plain(given.label) == plain(gold.label))
-    return same(given.text, gold.text)
+    return same(_plainly(given), _plainly(gold))
+
+
+def _plainly(answer: Answer) -> str:
+    """As mathematics reads it, to which 2 1/2 is no mixed number."""
+    fraction = answer.form == "number" and not answer.is_decimal and answer.number.denominator > 1
+    return str(answer.number) if fraction else answer.text
 
 
 def _equal_numbers(given: Answer, gold: Answer, digits: int | None) -> bool:

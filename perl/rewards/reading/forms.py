@@ -21,6 +21,8 @@ _LABEL = re.compile(
     r"(?:(?:option|choice) )?(?:\(?(?-i:([A-Z]))(?:[).:]+ | [-–—] (?=[a-z]{2}))|\((?-i:([A-Z]))\) ?)(?!(?:or|and|nor|is)\b)(\S.*)",
     re.DOTALL | re.IGNORECASE | re.ASCII,
 )
+_COUNTED = re.compile(r"[-+]?[0-9][0-9.,/ ]* ([a-z]{2}[a-z ]*)", re.IGNORECASE | re.ASCII)
+"""Words behind a number that are no known unit, as in `5 apples`."""
 _OPEN, _CLOSE = "([{", ")]}"
 _BREAKS = re.compile(r"[(\[{)\]},;&<>→∪]| and\b ?", re.IGNORECASE | re.ASCII)
 
@@ -71,6 +73,8 @@ def _single(text: str, answer: str) -> Answer | None:
     if label := _LABEL.fullmatch(text):
         return Answer("letter", answer, letter=(label[1] or label[2]).lower(), label=label[3])
     rest, unit = without_unit(text)
+    if counted := _COUNTED.fullmatch(text):
+        return Answer("text", answer, unit=counted[1].casefold())
     return Answer("text", rest, unit=unit) if unit or named else None
 
 
