@@ -131,7 +131,7 @@ def _turns(turn: Any, where: str) -> Iterator[tuple[str, Any]]:
     """The role and the content of a turn, or of the two that an exchange is."""
     if isinstance(turn, Mapping):
         if isinstance(turn.get("role"), str):
-            role = turn["role"].strip()
+            role: str = turn["role"].strip()
             yield _SPEAKERS.get(role.lower(), role), turn.get("content")
             return
         if isinstance(turn.get("from"), str):
