@@ -52,6 +52,7 @@ EARLIER = (Message("user", ASKED), Message("assistant", "Both."), Message("user"
         # what stands behind the thinking, and an answer that a sentence ends with
         ({"messages": turns(ASKED, "<think>A?</think>\n\nB")}, EARLIER[:1], "B", "<think>A?</think>\n\nB"),
         ({"messages": turns(ASKED, "A dog. The answer is **B**.")}, EARLIER[:1], "B", "A dog. The answer is **B**."),
+        ({"prompt": ASKED, "solution": "What the answer is"}, EARLIER[:1], "What the answer is", None),
         ({"prompt": ASKED, "solution": "It is whether the answer is right. So no."}, EARLIER[:1], "It is whether the answer is right. So no.", None),
         # several of the assistant's in the end are one response
         ({"messages": [*turns(ASKED, "Hm."), *turns(r"\boxed{B}", first="assistant")], "answer": "B"}, EARLIER[:1], "B", "Hm.\n\\boxed{B}"),

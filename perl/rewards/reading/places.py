@@ -76,7 +76,7 @@ def gold_text(value: Any) -> str:
         value = int(value)  # A column of whole numbers with gaps is read as floats.
     text = "" if value is None or value != value else str(value).strip()
     whole, stated = final_answer(text), stated_answer(text)
-    return stated if whole.rstrip(" .*").endswith(stated) else whole
+    return stated if stated and whole.rstrip(" .*").endswith(stated) else whole
 
 
 def with_answer(text: str, old: str, new: str) -> str:
