@@ -87,6 +87,8 @@ def open_image(
                 if not decode:
                     if isinstance(source, bytes):
                         image.info[ENCODED] = source
+                    # What Pillow has not decoded has a tile, but for WebP.
+                    image.tile = image.tile or [None]  # pyright: ignore
                     return image
                 out = to_rgb(image)
         if isinstance(source, Path):

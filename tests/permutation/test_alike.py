@@ -189,6 +189,9 @@ def test_pictures_are_compared_by_what_they_show(
     png, bmp = encoded((1, 1, 1)), encoded((1, 1, 1), "BMP")
     inside = [open_image(data, "", decode=False) for data in (png, bmp, bytes(bytearray(png)))]
     assert alike((*inside, open_image(png, ""))) == (0, 1, 0, 3)
+    for name in ("a.webp", "b.webp"):
+        (tmp_path / name).write_bytes(encoded((1, 1, 1), "WEBP"))
+    assert alike([open_image(tmp_path / f"{k}.webp", "", decode=False) for k in "ab"]) == (0, 0)
     (tmp_path / "a.png").unlink()
     assert alike((opened[0], opened[2])) == (0, 1)
     assert alike(({"bytes": b"x"}, "a.png", {"bytes": b"x"}, b"x", "a.png")) == (0, 1, 0, 3, 1)
