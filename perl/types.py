@@ -68,7 +68,8 @@ class Plan:
     """
 
     key: str
-    """A hash of what was read: a plan counts only for the text, answer and label that it was made of."""
+    """A hash of what was read, and by which version of the reader: a plan counts only for the text, answer and label that it
+    was made of."""
     letters: tuple[int, ...]
     numbers: tuple[int, ...]
     start: int = 1

@@ -16,12 +16,12 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from perl.config import DataConfig
 from perl.data.pictures import PictureCollection, Split, load_collection
-from perl.permutation import LETTERS, letter_slots
+from perl.permutation import LETTERS, letter_slots, plan_of
 from perl.types import IMAGE_SLOT, Example, UserError
 
 THINK, END_THINK, BOXED, END_BOXED = "<think>", "</think>", "\\boxed{", "}"
@@ -113,7 +113,7 @@ class BundledTasks:
         letters = tuple(LETTERS[: len(draft.classes)])
         slots = " ".join(f"{letter} {IMAGE_SLOT}" for letter in letters)
         slots = slots if len(letters) > 1 else IMAGE_SLOT
-        return Example(
+        example = Example(
             id=f"{self.collection.name}-{self.split}-{task}-{i:06d}",
             images=_pictures(self.collection, self.split, draft.classes, rng),
             question=f"{slots} {ask} ?",
@@ -124,6 +124,7 @@ class BundledTasks:
             task=task,
             extra={"choices": letters if draft.choices is None else tuple(draft.choices)},
         )
+        return replace(example, plan=plan_of(example))
 
 
 def vocabulary(collection: str = "digits") -> list[str]:

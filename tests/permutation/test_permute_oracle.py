@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -119,3 +120,32 @@ def test_the_gold_answer_is_true_in_every_order(form: str) -> None:
     # Whoever keeps or refuses everything is never wrong.
     for by, least in zip(("rules", "hand"), LEAST_MOVED.get(form, ()), strict=False):
         assert moved[by] >= least * seen[by], (by, moved, seen)
+
+
+def test_a_plan_counts_for_what_it_was_read_in_and_its_reader(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images: tuple[Any, ...] = (1, 2)
+    asked = Example("q", images, "A: <image> B: <image> Which is a dog?", "B")
+    own = from_json(to_json(plan_of(asked)))
+    assert own == plan_of(asked)
+    assert plan_of(replace(asked, plan=own)) is own
+    for changes in (
+        {"answer": "A"},
+        {"question": "<image> <image>"},
+        {"kind": "first_fixed"},
+        {"should_change": False},
+    ):
+        assert plan_of(replace(asked, plan=own, **changes)).key != plan_of(asked).key
+    monkeypatch.setattr("perl.permutation.plan._reader", lambda: "another")
+    assert plan_of(replace(asked, plan=own)) is not own
+    for text in (
+        None,
+        5,
+        "",
+        "[]",
+        "{}",
+        "none",
+        '{"key": "x", "mentions": 5}',
+    ):
+        assert from_json(text) is None

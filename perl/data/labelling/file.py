@@ -20,7 +20,7 @@ from perl.data.rows import RowWriter
 from perl.data.sources import open_source
 from perl.files import append_rows, keep_rows, read_rows
 from perl.llm import Endpoint, EndpointError
-from perl.permutation import Consistency, to_json
+from perl.permutation import Consistency, from_json, to_json
 from perl.types import Example, UserError
 
 _NO_LABEL = {"kind": "none", "should_change": False}
@@ -240,7 +240,8 @@ class LabelledFile:
         columns = dict(zip(self._columns, (label.kind, label.should_change), strict=True))
         self.counts[label.kind, label.should_change, label.reason] += 1
         reason = {"label_reason": label.reason, "label_text": self.how.text}
-        read = {"plan": to_json(plan)} if plan else {}
+        own = draft.row.get("plan")  # Another column of that name is the user's.
+        read = {"plan": to_json(plan)} if plan and (own is None or from_json(own)) else {}
         return {**draft.row, **draft.changes, **columns, **reason, **read}
 
     def _resume(self) -> None:

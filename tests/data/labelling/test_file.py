@@ -58,6 +58,16 @@ def labels(path: Path) -> list[tuple[str, bool]]:
     return [(row["kind"], row["should_change"]) for row in read(path)]
 
 
+def test_a_plan_of_the_user_s_own_stays(data: Path) -> None:
+    rows = read(data)
+    data.write_text("".join(json.dumps(row | {"plan": "B"}) + "\n" for row in rows))
+    assert run(data) == 0
+    output = data.with_name("rows.labelled.jsonl")
+    assert [row["plan"] for row in read(output)] == ["B"] * len(rows)
+    example = load_examples(str(output), DataConfig(), "train", 0)[0]
+    assert example.extra["plan"] == "B" and example.plan is not None
+
+
 def label_json(kind: str, change: bool) -> str:
     return json.dumps({"kind": kind, "should_change": change, "reason": "because"})
 
