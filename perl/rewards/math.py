@@ -45,6 +45,8 @@ _NO_VALUE = re.compile(
 _TIME = re.compile(r"[0-9]+(?::[0-9]+)+")
 _WORDS = re.compile(r"(?=.*[^\W\d_]{2})[^\W\d_](?:[ '’.-]?[^\W\d_])*")
 """Whose letters would be factors: `left` would equal `felt`."""
+_COMPUTED = re.compile(r"\\(?:[dt]?frac|sqrt|times|cdot|div|left|right|pi)(?![a-zA-Z])")
+_NAME = re.compile(r"[^\W\d_]")
 _SAYING_MORE = re.compile(
     r"(?<![^\W_])(?:not|wrong|incorrect|false|more|less|fewer|hundred|thousand|million|billion|trillion|dozen)(?![^\W_])"
 )
@@ -104,9 +106,18 @@ def _equal(
         if len(given) > _LONGEST or not computed:
             return one == other
         said = [set(_SAYING_MORE.findall(text)) for text in (one, other)]
-        return said[0] == said[1] and _WORKER.ask(gold, given, seconds, digits)
+        return said[0] == said[1] and all(
+            _WORKER.ask(gold, side, seconds, digits) for side in _sides(given, gold)
+        )
 
     return equal(given, gold, form) or equal(given, gold, form, same=same, digits=digits)
+
+
+def _sides(given: str, gold: str) -> list[str]:
+    """An answer, and where it is an equation that a value is compared with its sides that are values: all are to equal it."""
+    sides = given.split("=") if "=" not in gold else []
+    values = [side for side in sides if side.strip() and not _NAME.search(_COMPUTED.sub("", side))]
+    return [given, *values] if len(sides) > 1 else [given]
 
 
 def check_math(user: str = "reward math") -> None:

@@ -81,7 +81,7 @@ def test_choice_finds_the_letter(letter: str | None, text: str) -> None:
 @pytest.mark.parametrize("spec", ["choice", "choice(unordered=True)"])
 @pytest.mark.parametrize(
     "text",
-    ["A, C", "C and A", "A and C", "(c), (a)", "AC", "C; A.", "e.g. A and C", "(a), i.e. (c)", "A, and C", "Options A and C",
+    ["A, C", "C and A", "A and C", "(c), (a)", "AC", "CA", r"\text{CA}", "C; A.", "e.g. A and C", "(a), i.e. (c)", "A, and C", "Options A and C",
      "The answers are A and C", "both A and C, not B"],
 )  # fmt: skip
 def test_choice_of_several(text: str, spec: str) -> None:
@@ -89,7 +89,9 @@ def test_choice_of_several(text: str, spec: str) -> None:
         assert score(spec, f"<answer>{text}</answer>", answer=gold) == 1
     for gold in ("A, B, C", "A", "C", "B"):
         assert score(spec, f"<answer>{text}</answer>", answer=gold) == 0
-    assert score(spec, r"\boxed{A}", answer="A, C") == 0
+    assert (
+        score(spec, r"\boxed{A}", answer="A, C") == score(spec, r"\boxed{CAC}", answer="A, C") == 0
+    )
     assert score(spec, "The answers are C and A.", answer="A, C") == 1
     for text in ("A or C", "C, or A", "A or C and B", "A/C"):
         assert score(spec, rf"\boxed{{{text}}}", answer="A, B, C" if "B" in text else "A, C") == 0

@@ -16,7 +16,7 @@ from tests.permutation.questions import ODD
 ALIKE = (
     ("B", "b", "(B)", "(b).", "B.", "option B", "Option (B)", "B:", "B)", "B。", r"\boldsymbol{B}", r"\text{B}", "$B$", "{B}", "{{B}}", r"\{B\}", "**B**", "[B]", r"\(B\)", "Image B",
      "`B`", r"\textbf{(B)}"),
-    ("2", "Image 2", "image2", "2.0", "option 2", "(2)", "Picture 2", "[2]", r"\{2\}", "Figure 2.", "$2$", "4/2"),
+    ("2", "Image 2", "image2", "2.0", "option 2", "(2)", "Picture 2", "[2]", r"\{2\}", "Figure 2.", "$2$", "4/2", "the second image", "second picture", "2nd image"),
     ("1/2", "0.50", "0.5", r"\frac{1}{2}", "½", r"\frac12", ".5", "50%", r"50\%", "50 percent", r"\dfrac{2}{4}", r"$\tfrac{1}{2}$"),
     ("-.5", r"-\dfrac{1}{2}", r"\frac{-1}{2}", "-50%", "-1/2"),
     ("2 1/2", "2.5", r"2\frac{1}{2}", "2½", r"2 \frac12", r"$2\frac{1}{2}$", "5/2", "250%", "+2.5"),

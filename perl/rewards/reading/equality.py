@@ -11,6 +11,8 @@ from perl.rewards.reading.notation import plain, tidy
 
 _THOUSANDS = re.compile(r"[1-9][0-9]{0,2}(?:,[1-9][0-9]{2})+")
 """Which may be a list as well."""
+_HEDGE = re.compile(r"[^=]*\bor\b[^=]*")
+"""And no solutions of an equation, as `x = 1 or x = 2`."""
 Same = Callable[[str, str], bool]
 """Whether two texts, given and gold, are equal that have no form by which to tell."""
 
@@ -88,8 +90,9 @@ def _equal(
         return _equal_lists(given, gold, form, same, digits)
     if {given.form, gold.form} in ({"list", "number"}, {"list", "letter"}):
         return False
-    if given.form == "text" and gold.items and {i.form for i in gold.items} == {"letter"}:
-        return False  # A hedge, as A or C, which mathematics takes for a set.
+    letters = {item.form for item in gold.items} == {"letter"}
+    if given.form == "text" and gold.items and (letters or _HEDGE.fullmatch(plain(given.text))):
+        return False  # Mathematics takes a hedge, as A or C, for a set.
     if given.unit and gold.unit and given.unit != gold.unit:
         return False
     if given.form == gold.form == "number":

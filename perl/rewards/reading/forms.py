@@ -7,12 +7,16 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal
 
-from perl.permutation import AnswerForm
+from perl.permutation import ORDINALS, AnswerForm
 from perl.rewards.reading.notation import LONGEST, number_in, tidy, without_unit
 
 _NESTED = 2
 _NOUN = re.compile(
     r"(?:the )?(?:image|picture|photo|figure|panel|option|choice)s?(?:[ #:-]{1,3}(?=\(?(?:[a-z]|[0-9]+)\)?\Z)|(?=[0-9]+\Z))",
+    re.IGNORECASE | re.ASCII,
+)
+_ORDINAL = re.compile(
+    rf"(?:the )?(?:({'|'.join(ORDINALS)})|([0-9]{{1,2}})(?:st|nd|rd|th)) (?:image|picture|photo|figure|panel)",
     re.IGNORECASE | re.ASCII,
 )
 GLUED = re.compile(r"[A-Z]{2,26}")
@@ -64,6 +68,9 @@ def read(answer: str, form: AnswerForm | None = None, nested: int = _NESTED) -> 
 
 def _single(text: str, answer: str) -> Answer | None:
     text = _unwrapped(text)
+    if place := _ORDINAL.fullmatch(text):
+        count = int(place[2]) if place[2] else ORDINALS.index(place[1].lower()) + 1
+        return Answer("number", answer, number=Fraction(count))
     named = _NOUN.match(text)
     text = text[named.end() :] if named else text
     if letter := _LETTER.fullmatch(text):
