@@ -11,7 +11,7 @@ from typing import Any
 
 from perl.config import DataConfig
 from perl.data.questions.chats import read_chat, read_response, stored, with_slots, with_turns
-from perl.data.questions.golds import check_response, first_index, gold_by_options
+from perl.data.questions.golds import check_response, first_index, gold_by_options, gold_by_text
 from perl.data.questions.options import OPTIONS, Options, listed, read_options
 from perl.data.readers import Source
 from perl.data.videos import VIDEOS, Frame, with_frames
@@ -254,7 +254,9 @@ def read_row(row: Mapping[str, Any], layout: Layout, where: str, id: str = "") -
     if listing:
         answer = gold_by_options(gold, listing, layout.first_index, where)
     else:
-        answer = gold_text(gold)
+        text = "\n".join(message.content for message in messages)
+        said = present.get("demonstration", response)
+        answer = gold_by_text(gold_text(gold), text, gold_text(said))
     kind, should_change = _labels(present, images, answer, where)
     used = {question_key, answer_key, response_key, *more, *_OPTIONAL, *IMAGES, *VIDEOS}
     plain = len(messages) == 1 and isinstance(present[question_key], str)

@@ -12,7 +12,7 @@ naming an image, add a pattern to `references`.
 
 from perl.permutation.alike import alike
 from perl.permutation.answers import named_images, slots_named
-from perl.permutation.layout import option_lines
+from perl.permutation.layout import only_options, option_lines
 from perl.permutation.orders import (
     Order,
     all_orders,
@@ -60,6 +60,7 @@ __all__ = [
     "named_images",
     "names_in_answers",
     "num_orders",
+    "only_options",
     "option_lines",
     "orders",
     "original_answer",

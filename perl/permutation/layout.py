@@ -237,10 +237,23 @@ class Option:
 
 def find_options(text: str) -> tuple[list[Option], list[Option]]:
     """The options of a text that are words, and those that hold images: of each the longest run, of equal
-    ones the last; empty if there is none.
+    ones the last; empty if there is none."""
+    found = _option_runs(text)
+    pictured = [run for run in found if any(IMAGE_SLOT in option.text for option in run)]
+    in_words = [run for run in found if run not in pictured]
+    return max(in_words, key=len, default=[]), max(pictured, key=len, default=[])
 
-    A run is A, B, ... in one style, and each of its options has words of its own or an image.
-    """
+
+def only_options(text: str) -> dict[str, str]:
+    """The options in words that a text lists, by letter, if it has no other list by letters; else empty."""
+    found = _option_runs(text)
+    if len(found) != 1 or any(IMAGE_SLOT in option.text for option in found[0]):
+        return {}
+    return {option.letter: option.text for option in found[0]}
+
+
+def _option_runs(text: str) -> list[list[Option]]:
+    """The lists of options, the last one first: A, B, ... in one style, each with words of its own or an image."""
     runs: list[list[re.Match[str]]] = []
     last: dict[tuple[str, ...], list[re.Match[str]]] = {}
     for mark in _MARK.finditer(text):
@@ -254,10 +267,7 @@ def find_options(text: str) -> tuple[list[Option], list[Option]]:
         elif run and len(run) < len(LETTERS) and letter == LETTERS[len(run)]:
             run.append(mark)
     found = [_options(text, run) for run in reversed(runs) if len(run) > 1]
-    found = [run for run in found if all(_says(option.text) for option in run)]
-    pictured = [run for run in found if any(IMAGE_SLOT in option.text for option in run)]
-    in_words = [run for run in found if run not in pictured]
-    return max(in_words, key=len, default=[]), max(pictured, key=len, default=[])
+    return [run for run in found if all(_says(option.text) for option in run)]
 
 
 def option_lines(text: str) -> dict[str, str]:

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from perl.data.questions.options import LABELLED, Listing, Options, plain
-from perl.permutation import CARDINALS, AnswerForm
+from perl.permutation import CARDINALS, AnswerForm, only_options
 from perl.rewards.reading import canonical, equal, gold_text, letters_in
 from perl.types import UserError, one_line
 
 _LETTER = re.compile(r"[(\[]?\s*([A-Za-z])\s*[)\].:]*")
 _INDEX = re.compile(r"[0-9]{1,2}")
 _NUMBER = re.compile(r"[-+]?[0-9]*\.?[0-9]+")
+_IMAGES = re.compile(r"\b(?:images?|pictures?|photos?|figures?|frames?|panels?)\b", re.IGNORECASE)
 _SEPARATOR = re.compile(r"\s*(?:[,;]|\band\b)\s*")
 _PLAIN = re.compile(
     r"(?P<letter>[a-z])|(?P<word>[^\W\d_]{2,})|(?P<number>-?[0-9]+(?:/[0-9]+)?)|"
@@ -54,6 +55,17 @@ def gold_by_options(raw: Any, listing: Listing, first: int | None, where: str) -
     if letters and set(letters) <= set(options.labels) and not LABELLED.fullmatch(text):
         return ", ".join(listing.names[options.labels.index(letter)] for letter in letters)
     raise UserError(f"{said} is none in {options}; correct it, or leave the row out")
+
+
+def gold_by_text(gold: str, text: str, said: str) -> str:
+    """The gold, and where it names images as just one of the options does that the text lists by letter, that letter.
+
+    `said` is what the row's own response gives: one that says what the gold does shows that this is to be answered.
+    """
+    if not _IMAGES.search(gold) or (said and equal(said, gold, "set")):
+        return gold
+    found = [letter for letter, words in only_options(text).items() if equal(words, gold, "set")]
+    return found[0] if len(found) == 1 else gold
 
 
 def first_index(golds: Iterable[tuple[Options, Any]]) -> int | None:

@@ -15,6 +15,7 @@ from perl.data.columns import choose_layout, read_row
 from perl.data.dataset import load_examples
 from perl.data.questions.golds import first_index
 from perl.data.questions.options import read_options
+from perl.permutation import permute
 from perl.types import Example, Message
 from tests.messages import refused
 from tests.pictures import encoded
@@ -290,3 +291,36 @@ def test_indices_count_from_where_the_data_set_counts(
             data[1]
     else:
         assert [data[i].answer for i in range(3)] == list(answers)
+
+
+@pytest.mark.parametrize(
+    ("listed", "answer", "row", "gold"),
+    [
+        (" A) Image 1 B) Image 2", "Image 2", {}, "B"), (" A) Image 2 B) Image 1", "Image 2", {}, "A"),
+        ("\nA. The first image\nB. The second image", "image 2.", {}, "B"), ("\nA. Image 1\nB. Images 1 and 2", "Images 2 and 1", {}, "B"),
+        # No option says it, or two do, or it is not the only list, or no image is named.
+        ("\nA. Image 1\nB. Image 2", "Image 3", {}, "Image 3"), ("\nA. Image 1\nB. the first image", "Image 1", {}, "Image 1"),
+        ("\nA. Image 1\nB. Image 2\n(A) Image 2\n(B) Image 1", "Image 2", {}, "Image 2"), (" A: <image> B: <image>\n(A) Image 2\n(B) Image 1", "Image 2", {}, "Image 2"),
+        ("\nA. 2\nB. 1", "2", {}, "2"), ("\nA. a cat\nB. a dog", "a dog", {}, "a dog"), (" Image 1 or Image 2", "Image 2", {}, "Image 2"),
+        ("\nA. Image 2\nB. Image 1", "B. Image 1", {}, "B. Image 1"),
+        # What the row's own response gives is what is to be answered.
+        (" A) Image 1 B) Image 2", "Image 2", {"demonstration": r"So \boxed{image 2}"}, "Image 2"), (" A) Image 1 B) Image 2", "Image 2", {"demonstration": r"So \boxed{B}"}, "B"),
+    ],
+)  # fmt: skip
+def test_an_image_that_an_option_in_the_text_names_is_answered_by_letter(
+    listed: str, answer: str, row: dict[str, Any], gold: str
+) -> None:
+    slots = "" if "<image>" in listed else "<image> <image>"
+    assert (
+        read({"question": f"{slots} Which is it?{listed}", "answer": answer, **row}).answer == gold
+    )
+
+
+@pytest.mark.parametrize("listed", ["A) Image 1 B) Image 2", "A) Image 2 B) Image 1"])
+def test_the_letter_of_an_image_follows_it(listed: str) -> None:
+    example = read(
+        {"question": f"<image> <image> Which? {listed}", "answer": "Image 2", "kind": "all"}
+    )
+    right, wrong = ("B", "A") if listed[3:10] == "Image 1" else ("A", "B")
+    answers = [permute(example, (1, 0), text).answer for text in ("slots", "references")]
+    assert answers == [wrong, right]
