@@ -7,7 +7,7 @@ import operator
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations, product
 
@@ -39,7 +39,9 @@ class Reading:
         read = reader_of(function)
         form = "set" if function.options.get("unordered") else None
         form = "sequence" if function.function is ordering else form
-        return read and cls(read, form, equal_values if function.function is math_reward else equal)
+        # Each pair of different answers is compared: none may wait long.
+        by_value = partial(equal_values, seconds=1.0)
+        return read and cls(read, form, by_value if function.function is math_reward else equal)
 
     def form_in(self, example: Example) -> AnswerForm | None:
         """What a list is that is given to an example."""
@@ -83,8 +85,8 @@ def agreement(
 
 
 def group_agreement(group: Group, reading: Reading) -> float:
-    """`agreement` of a group's rollouts across its orders."""
+    """`agreement` of a group's rollouts across its orders, formulas as they are written: their values take time in each step."""
     by_order: defaultdict[tuple[int, ...], list[str | None]] = defaultdict(list)
     for rollout in group.rollouts:
         by_order[rollout.variant.order].append(chosen_picture(rollout, reading))
-    return agreement(list(by_order.values()), reading.same_in(group.example))
+    return agreement(list(by_order.values()), replace(reading, same=equal).same_in(group.example))

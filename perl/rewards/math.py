@@ -20,6 +20,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ _WORDS = re.compile(r"(?=.*[^\W\d_]{2})[^\W\d_](?:[ '’.-]?[^\W\d_])*")
 """Whose letters would be factors: `left` would equal `felt`."""
 _COMPUTED = re.compile(r"\\(?:[dt]?frac|sqrt|times|cdot|div|left|right|pi)(?![a-zA-Z])")
 _NAME = re.compile(r"[^\W\d_]")
+_WORD = re.compile(r"(?<![^\W_])(?<!\\)[^\W\d_]{2,}")
+_MOST_WORDS = 3
+"""With more of them a text is a sentence, whatever values stand in it."""
 _SAYING_MORE = re.compile(
     r"(?<![^\W_])(?:not|wrong|incorrect|false|more|less|fewer|hundred|thousand|million|billion|trillion|dozen)(?![^\W_])"
 )
@@ -103,7 +107,8 @@ def _equal(
         computed = not any(map(_NO_VALUE.fullmatch, (one, other))) and not any(
             kind.fullmatch(one) and kind.fullmatch(other) for kind in (_TIME, _WORDS)
         )
-        if len(given) > _LONGEST or not computed:
+        most = max(len(_WORD.findall(text)) for text in (one, other))
+        if len(given) > _LONGEST or most > _MOST_WORDS or not computed:
             return one == other
         said = [set(_SAYING_MORE.findall(text)) for text in (one, other)]
         return said[0] == said[1] and all(
@@ -209,10 +214,17 @@ _MARKED = re.compile(r"(?<!\\)\$[^$]+(?<!\\)\$|\\boxed|\\\(|\\\[")
 
 def _same_value(gold: str, given: str, digits: int) -> bool | None:
     """Whether two texts have equal values, numbers with a point to so many digits; None for an unreadable gold."""
-    from math_verify import parse, verify
+    from math_verify import verify
 
-    texts = [t if _MARKED.search(t) else f"\\boxed{{{t}}}" for t in (gold, given)]
-    wanted, found = (parse(t, parsing_timeout=None) for t in texts)  # pyright: ignore[reportArgumentType]
+    wanted, found = _parsed(gold), _parsed(given)
     if not wanted:
         return None
     return bool(verify(wanted, found, float_rounding=digits, timeout_seconds=None))
+
+
+@lru_cache(1024)
+def _parsed(text: str) -> list[Any]:
+    from math_verify import parse
+
+    text = text if _MARKED.search(text) else f"\\boxed{{{text}}}"
+    return parse(text, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
