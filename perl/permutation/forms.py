@@ -29,7 +29,9 @@ _ARRANGED = re.compile(
 )
 _RANKED = re.compile(r"\brank(?:s|ed|ing|ings)?\b", re.IGNORECASE)
 _PLACE_OF = re.compile(
-    r"\b(?:rank|place|position)s? (?:of|for) (?:each|every|all|the)\b|\b(?:its|their) (?:rank|place|position)s?\b",
+    r"\b(?:rank|place|position)s? (?:of|for) (?:each|every|all|the)\b|\b(?:its|their) (?:rank|place|position)s?\b"
+    rf"|\b(?:at|in) (?:which|what) (?:place|position|spot)s?\b|\b(?:which|what) (?:place|position)s?\b|\bnumber (?:the|these|all|each|every) (?:\w+ )?{_IMAGE}s?\b"
+    r"|\b(?:match|pair) (?:each|every|up)\b",
     re.IGNORECASE,
 )
 _END = r"(?:\w+est|most|least|fewest|best|worst)"

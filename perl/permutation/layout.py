@@ -125,7 +125,7 @@ def slot_labels(text: str) -> SlotLabels:
         left = [[x for x in row if x.span not in spans] for row in rows]
         loose = [
             row
-            if not chosen and (_runs(row, count) or _repeats(row))
+            if not chosen and (_runs(row, count) or _repeats(row) or len(row) == count > 1)
             else [x for x in row if x.strong]
             for row in left
         ]

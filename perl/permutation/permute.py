@@ -153,10 +153,16 @@ def check_moves(example: Example, text: Consistency) -> None:
 
 def _check_named(example: Example, plan: Plan) -> None:
     count = len(example.images)
-    if not example.answer or plan.form == "values":
+    if not example.answer or (plan.form == "values" and example.should_change):
         return
+    moving = {slot for block in movable(example.kind, count) for slot in block}
     if not example.should_change:
-        moving = {slot for block in movable(example.kind, count) for slot in block}
+        turned = rearranged_values(example.answer, range(count)[::-1])
+        if plan.form in ("values", "sequence") and turned not in (None, example.answer):
+            raise UserError(
+                f"example '{example.id}': should_change is false, but answer '{one_line(example.answer, 60)}' lists something for "
+                "each image in turn; set should_change to true, or kind to none"
+            )
         if named := sorted(moving & set(plainly_named(example.answer, plan, count))):
             raise UserError(
                 f"example '{example.id}': should_change is false, but answer '{one_line(example.answer, 60)}' names "
@@ -174,6 +180,12 @@ def _check_named(example: Example, plan: Plan) -> None:
         )
     if why := plan.faults.get("answer"):
         raise UserError(f"example '{example.id}': {why}")
+    own = not plan.options and not plan.nouns and not plan.lettered
+    if own and not moving & set(slots_named(example.answer, names) or moving):
+        raise UserError(
+            f"example '{example.id}': answer '{one_line(example.answer, 60)}' names no image that may move by kind "
+            f"'{example.kind}'; label each slot as in 'Image 1: <image>' if its numbers count candidates, or set kind to none"
+        )
 
 
 def _check_that_the_text_stays(example: Example, order: Order, plan: Plan) -> None:

@@ -229,6 +229,11 @@ def _read(
         unsure = () if bare_name(line.text, numbered) else read(line.text, names)[1]
         if unsure:
             faults["options"] = unsure[0]
+        # "Candidate 1" may be the first image or the first that may move.
+        if counted[:1] > (0,) and any(m.style == "other" for m in mentions(line.text, names)):
+            faults["answer"] = (
+                "its options may count all images or those that may move; name them as in 'Image 2', or set kind to none"
+            )
     return Plan(
         key=key,
         letters=tuple(slots),

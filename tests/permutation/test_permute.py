@@ -486,3 +486,35 @@ def test_a_set_that_is_not_written_in_ascending_order_keeps_its_sequence() -> No
         variant = permute(ask(question, answer), (1, 0, 2))
         assert variant.answer == after
         assert original_answer(variant, after) == ", ".join(sorted(answer.split(", ")))
+
+
+@pytest.mark.parametrize(
+    ("question", "kind", "answer", "follows"),
+    [
+        # What is said of each image in turn cannot stay.
+        ("### For each image in turn, name the animal.", "all", "dog, cat, fox", False),
+        ("### What do the three images show, in order?", "all", "dog, cat, fox", False),
+        # Ranks or a sequence?
+        ("### Number the images by size.", "all", "3, 1, 2", True),
+        ("### At which position should each image be?", "all", "3, 1, 2", True),
+        ("## ## Match each image above with one below.", "last:2", "3, 4", True),
+        # The first image, which stays, or the first candidate?
+        ("### Which candidate is like the query?", "first_fixed", "1", True),
+        ("### Which candidate is like the query?", "first_fixed", "Image 1", True),
+        (
+            "### Which candidate is like it?\nA. candidate 1\nB. candidate 2",
+            "first_fixed",
+            "A",
+            True,
+        ),
+        # Labels that do not begin with A.
+        ("B: # C: # Which shows a dog?", "all", "B", True),
+    ],
+)
+def test_what_cannot_be_told_apart_is_refused(
+    question: str, kind: str, answer: str, follows: bool
+) -> None:
+    example = ask(question.replace("#", "<image>"), answer, kind=kind, should_change=follows)
+    for mode in MODES:
+        with refused("'q'", "kind"):
+            check_moves(example, mode)
