@@ -7,9 +7,7 @@ from typing import Any
 
 from perl.permutation import AnswerForm
 from perl.rewards.answers import forms_in, score_each
-from perl.rewards.reading import chosen_letters, final_answer, gold_text, letters_in
-from perl.rewards.reading.forms import GLUED
-from perl.rewards.reading.notation import tidy
+from perl.rewards.reading import chosen_letters, gold_text, letters_in
 
 
 def choice(
@@ -30,14 +28,7 @@ def choice(
         _letters(gold, form)
         for gold, (form,) in zip(answer, forms_in(columns, completions), strict=True)
     ]
-    return score_each(lambda text, gold: float(_chosen(text, gold) == gold), completions, golds)
-
-
-def _chosen(text: str, gold: str) -> str | None:
-    """The letters chosen; `CA` is a choice where several are asked for, and a word elsewhere."""
-    said = tidy(final_answer(text))
-    glued = len(gold) > 1 and GLUED.fullmatch(said)
-    return "".join(sorted(said)) if glued else chosen_letters(text)
+    return score_each(lambda text, gold: float(chosen_letters(text) == gold), completions, golds)
 
 
 def _letters(gold: str | None, form: AnswerForm | None) -> str | None:

@@ -82,6 +82,7 @@ WHICH, ORDER, RANKS, MANY = (
         (RANKS, "accuracy", r"\boxed{2, 3, 1}", r"\boxed{1, 2, 3}", True),
         (RANKS, "accuracy", r"\boxed{2, 3, 1}", r"\boxed{3, 1, 2}", False),
         (WHICH, "accuracy(tags=True)", r"\boxed{A}", r"\boxed{B}", None),
+        (WHICH, "choice", r"\boxed{CA}", r"\boxed{AB}", True),
         (WHICH, "choice", r"\boxed{A or B}", r"\boxed{not B}", None),
         (WHICH, "math", "<answer>C</answer>", "So the answer is (A).", True),
         (WHICH, "accuracy", r"\boxed{\text{C}}", r"\boxed{A. a cat}", True),

@@ -162,6 +162,11 @@ def test_choice_without_gold_and_with_a_gold_that_is_none(caplog: Any) -> None:
     assert scorer.faults == {"choice": 0} and not caplog.text
 
 
+def test_letters_that_are_all_a_text_says_are_a_choice_where_they_are_in_sequence() -> None:
+    assert letters_in("AC", whole=True) == chosen_letters("AC") == "AC"
+    assert letters_in("CA", whole=True) is chosen_letters("CA") is None and letters_in("CA") == "AC"
+
+
 def test_choice_is_of_sets() -> None:
     """Where a sequence is asked for, sorted letters would make any one right."""
     forms = [None, "set", "sequence", "values", "sequence"]

@@ -28,7 +28,7 @@ _BARE = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 _BARE_LIST = re.compile(r"[\s,;&()\[\]{}.]|\band\b", re.IGNORECASE | re.ASCII)
-_GLUED = re.compile(r"(?=[A-J]{2,10}\Z)A?B?C?D?E?F?G?H?I?J?")
+_GLUED = re.compile(r"(?:([A-J])(?!.*\1)){2,10}")
 _LABEL = re.compile(
     r"[(\[]?([A-Za-z])\s?(?:[)\]][.:]?|[.:])(?![.:)])\s{0,4}(?!(?:or|and)\b)(?=\S)", re.ASCII
 )
@@ -126,8 +126,9 @@ def _read(text: str, whole: bool) -> tuple[str | None, bool]:
     """The letters chosen, and whether any is named."""
     if alone := _BARE.fullmatch(text):
         return alone[1].upper(), True
-    if _GLUED.fullmatch(text):
-        return text, True
+    letters = "".join(sorted(text)) if _GLUED.fullmatch(text) else ""
+    if letters and (letters == text or not whole):  # All that is said may be a sequence, or a word.
+        return letters, True
     parts = [part for part in _BARE_LIST.split(text[:400]) if part]
     if (
         parts
