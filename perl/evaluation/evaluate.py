@@ -210,6 +210,11 @@ def unmeasured(numbers: Mapping[str, Any], config: Config, scorer: Scorer) -> st
     lost = [name for name in ("accuracy", "greedy") if numbers.get(name) is None]
     found = accuracy_of(config)
     if not lost:
+        if found and numbers["consistency"] is None and numbers["orders"] > 1:
+            return (
+                f"consistency is not measured: nothing here knows how {found[1]} reads answers; add a function that is known "
+                "to, as choice or math, with the weight 0, and name it in filter.measure"
+            )
         if found is None or numbers["unread"] != 1:
             return None
         return (

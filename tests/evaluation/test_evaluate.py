@@ -229,6 +229,11 @@ def test_answers_that_nobody_knows_have_no_accuracy() -> None:
     assert one.rewards["reward"] == 0  # of the form alone
 
 
+def accuracy(completions: list[str], **columns: Any) -> list[float]:
+    """A user's own."""
+    return [float("A" in text) for text in completions]
+
+
 @pytest.mark.parametrize(
     ("functions", "answer", "names"),
     [
@@ -236,6 +241,7 @@ def test_answers_that_nobody_knows_have_no_accuracy() -> None:
         (["box_iou"], "A", ["accuracy", "greedy", "consistency", "reward.functions"]),
         (["choice"], "A", []),
         (["ordering(kendall=True)"], "A", ["accuracy", "greedy", "reward.functions"]),
+        (["tests.evaluation.test_evaluate:accuracy"], "A", ["consistency", "filter.measure"]),
         (["choice", "ordering"], "A", ["accuracy", "greedy", "choice, ordering", "filter.measure"]),
         (["accuracy(tags=True)"], "A", ["accuracy(tags=True)", 0, "data.instruction"]),
         (["accuracy"], "", ["accuracy", "greedy", "data.map"]),
