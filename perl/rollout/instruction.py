@@ -10,9 +10,10 @@ from typing import Literal
 
 from perl.config import INSTRUCTIONS, Config, RewardConfig
 from perl.data.dataset import Dataset
-from perl.files import is_main_process
+from perl.files import RunFolder, is_main_process
 from perl.model.processor import Processor
-from perl.recipe import plan
+from perl.model.sources import run_of
+from perl.recipe import plan, read_config
 from perl.rewards.forms import Form, fits, forms_of, opened
 from perl.types import Example, Message, UserError
 
@@ -55,10 +56,14 @@ class Instruction:
         name = max(served, key=lambda name: len(served[name]))
         text, functions = INSTRUCTIONS[name], served[name]
         if not functions:
-            return replace(own, why=f"auto: there is none that asks for what {_listed(forms)} read")
+            return replace(
+                own,
+                why=f"auto: there is none that asks for what {_listed(forms)} read{'s' * (len(forms) == 1)}",
+            )
         asked_for = [next(form for form in forms[f] if fits([form], text)) for f in functions]
         needed = Form().union(*asked_for)
-        why = f"auto, {name}: {_listed(functions)} read {_listed(sorted(needed))}"
+        reads = "reads" if len(functions) == 1 else "read"
+        why = f"auto, {name}: {_listed(functions)} {reads} {_listed(sorted(needed))}"
         return replace(own, text=text, unless=(needed,), why=why)
 
     def fitted(self, processor: Processor) -> Instruction:
@@ -118,11 +123,11 @@ def warn_of_prompts(
 
     Args:
         config: with the rewards that read the answers. Where it has a cold start, demonstrations that show a form are
-            enough.
+            enough; a model of a run that had one knows the form, and no more is asked.
         instruction: fitted to the model.
         sources: data sets by their names; some rows of each are looked at.
     """
-    taught = is_taught(config)
+    taught, before = is_taught(config), _was_taught(config.model.path)
     for name, dataset in sources:
         examples = _looked_at(dataset)
         chats = [instruction.add(e.messages) for e in examples]
@@ -150,7 +155,7 @@ def warn_of_prompts(
             if not any(fits(wanted, text) for text in texts)
         ]
         # Held-out rows mostly have no demonstrations; those of the training data were looked at.
-        if missed and (shown or not taught):
+        if missed and not before and (shown or not taught):
             logger.warning(
                 "%s: rewards read a form that nothing asks the model for, so that they stay 0: %s; ask in "
                 "data.instruction (auto, %s, or your own words), data.system or the questions, or teach it by a cold "
@@ -173,6 +178,17 @@ def warn_of_prompts(
 def is_taught(config: Config) -> bool:
     """Whether a run trains on demonstrations, which may show a form that no prompt asks for."""
     return any(stage.kind == "cold_start" and stage.steps for stage in plan(config))
+
+
+def _was_taught(model: str) -> bool:
+    """The same of the run that left a model, or of one that it started from."""
+    root = run_of(model)
+    if root is None:
+        return False
+    with suppress(UserError):
+        config = read_config(RunFolder(root).config)
+        return is_taught(config) or _was_taught(config.model.path)
+    return False
 
 
 def spread(size: int | None, count: int) -> list[int]:

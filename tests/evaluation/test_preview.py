@@ -160,6 +160,18 @@ def test_what_is_not_permuted_is_shown_in_its_order(preview: Preview) -> None:
         assert re.findall(r"in the order ([0-9 ]+):", "\n".join(lines)) == orders
 
 
+def test_a_cold_start_is_shown_in_its_order_with_its_demonstrations(preview: Preview) -> None:
+    """And nothing is held out of rows that share their pictures."""
+    cold = ("--stage", "cold_start", "--n", 1, "--data.eval", "split:0.5")
+    lines = preview(*cold, demonstration=r"So <think> \boxed{ B }", cold=9)
+    (order,) = [line for line in lines if line.startswith("--- ")]
+    assert order.startswith("--- images in the order 1 2: ")
+    said = r"demonstration: So <think> \boxed{ B }: reward 0.9 (accuracy 1, format 0)"
+    assert lines.count(said) == 1
+    (missing,) = [line for line in preview(*cold, cold=9) if line.startswith("demonstration: ")]
+    assert "reward" not in missing
+
+
 def test_a_template_that_opens_the_thought(
     preview: Preview, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

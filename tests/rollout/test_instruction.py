@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -215,6 +216,31 @@ def test_a_cold_start_on_demonstrations_teaches_a_form(caplog: pytest.LogCapture
     assert not told(caplog, config("accuracy"), Model(unknown=["monologue"]), shown)
     # Held-out rows without demonstrations tell nothing of those that were trained on.
     assert not told(caplog, warm, Model(), example("q", 1))
+
+
+def test_a_model_of_a_run_that_was_taught_knows_the_form(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = example("q", 1, demonstration="A")
+    off = config("accuracy", instruction="")
+    for name, section in (
+        ("warm", "[cold_start]\nsteps = 5"),
+        ("after", f'[cold_start]\nsteps = 0\n[model]\npath = "{tmp_path}/warm/models/final"'),
+        ("cold", "[cold_start]\nsteps = 0"),
+    ):
+        (tmp_path / name / "models/final").mkdir(parents=True)
+        (tmp_path / name / "config.toml").write_text(section)
+        model = replace(off.model, path=f"{tmp_path}/{name}/models/final")
+        said = told(caplog, replace(off, model=model), Model(), plain)
+        assert len(said) == (name == "cold"), name
+
+
+@pytest.mark.parametrize(
+    ("functions", "said"),
+    [(["accuracy"], r"accuracy reads \boxed"), (["accuracy", "choice", "format"], "accuracy and format read <think>")],
+)  # fmt: skip
+def test_why_an_instruction_is_added(functions: list[str], said: str) -> None:
+    assert said in Instruction.of(config(*functions)).why
 
 
 def test_words_that_the_model_does_not_know_are_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 def preview_recipe(config: Config, n: int, name: str = "") -> None:
     """Print `n` training questions of each data source of a stage, in the orders of their images that the first epoch has,
-    and what rewards give for their right answers.
+    and what rewards give for their right answers; of a cold start in the original order and with their demonstrations.
+    Nothing is held out.
 
     Raises:
         UserError: a recipe that names no data or no model, or has no such stage.
@@ -42,7 +44,7 @@ def preview_recipe(config: Config, n: int, name: str = "") -> None:
     config = stage.config
     seed = config.run.seed
     data = [
-        (source, load_examples(source, config.data, "train", seed))
+        (source, load_examples(source, replace(config.data, eval=""), "train", seed))
         for source, _ in training_sources(config.data)
     ]
     reward = config.reward
@@ -66,10 +68,12 @@ def preview_recipe(config: Config, n: int, name: str = "") -> None:
                 example = dataset[i]
                 text, rate = config.permutation.text, config.permutation.rate
                 some = drawn_orders(stage, example, rate, epoch=0)
+                if stage.kind == "cold_start":
+                    some = [tuple(range(len(example.images)))]
                 print(f"\n=== {source}: {example.id}")
                 shown = encoder.encode([permute(example, o, text) for o in some])
                 for pair in shown:
-                    _show(pair, encoder, scorer, read, is_taught(config))
+                    _show(pair, encoder, scorer, read, stage, is_taught(config))
                 if not shown:
                     print(f"left out: it has more tokens than {limit.name}")
 
@@ -102,8 +106,10 @@ def processor_of(config: Config) -> Iterator[Processor]:
         yield load_processor(folder, config.model)
 
 
-def _show(pair: Shown, encoder: PromptEncoder, scorer: Scorer, read: Read, taught: bool) -> None:
-    """One order: the prompt, its tokens, the right answer, and its rewards."""
+def _show(
+    pair: Shown, encoder: PromptEncoder, scorer: Scorer, read: Read, stage: Stage, taught: bool
+) -> None:
+    """One order: the prompt, its tokens, the right answer or the demonstration of a cold start, and its rewards."""
     from perl.evaluation.trial import right_answer
 
     variant, prompt = pair
@@ -113,18 +119,26 @@ def _show(pair: Shown, encoder: PromptEncoder, scorer: Scorer, read: Read, taugh
     tokens = f"{len(prompt.input_ids)} of at most {encoder.limit.tokens} tokens"
     print(f"\n--- images in the order {order or '(none)'}: {tokens}")
     print(with_sizes(text, processor.image_token, pair))
-    if not answer:
+    demonstration, remark = variant.example.demonstration, ""
+    if stage.kind == "cold_start":
+        if demonstration is None:
+            print("demonstration: none in the data, and the cold start needs one")
+            return
+        completion = demonstration
+        said = f"demonstration: {completion}"
+    elif not answer:
         print("right answer: none in the data")
         return
-    shown = variant.example.demonstration if taught else None
-    completion, unasked = right_answer(text, shown or "", answer, read)
+    else:
+        shown = demonstration if taught else None
+        completion, unasked = right_answer(text, shown or "", answer, read)
+        said = f"right answer: {answer}, as {completion}"
+        remark = "; no prompt asks for this form" if unasked else ""
     ids = processor.encode_completion(completion)
-    total, parts = scorer.score_rollouts(
-        [Rollout(variant, prompt, ids, 0.0 * ids.astype("float32"), completion, finished=True)]
-    )
+    rollout = Rollout(variant, prompt, ids, 0.0 * ids.astype("float32"), completion, finished=True)
+    total, parts = scorer.score_rollouts([rollout], lenient=not answer)
     given = ", ".join(f"{name} {_number(values[0])}" for name, values in parts.items())
-    remark = "; no prompt asks for this form" if unasked else ""
-    print(f"right answer: {answer}, as {completion}: reward {_number(total[0])} ({given}){remark}")
+    print(f"{said}: reward {_number(total[0])} ({given}){remark}")
 
 
 def with_sizes(text: str, token: str, pair: Shown) -> str:
