@@ -53,7 +53,7 @@ _PLACES = (
     rf"(?:{'|'.join(ORDINALS)}|[0-9]{{1,2}}(?:st|nd|rd|th)|last|former|latter|left|right|top(?<!on top)|bottom|upper|lower|"
     r"middle|cent(?:er|re|ral)|(?:left|right|top)-?most|left-\w+|right-\w+|side|adjacent|neighbo\w*|between|among|next(?! to)|"
     r"previous\w*|preceding|following|opposite|row|column|corner|edge|diagonal\w*|position\w*|(?<!the same )places?|placed|misplaced|"
-    r"(?:behind|under|over|above|below|beneath|beside|around|near|next to|in front of) it|beneath$|(?:both|either) sides?|here|there(?! (?:is|are))|outer|inner|\w+er-?most|foremost|"
+    r"(?:behind|under|over|above|below|beneath|beside|around|near|next to|in front of) it|beneath$|(?:both|either) sides?|here|there(?! (?:is|are|an?|any)\b)|outer|inner|\w+er-?most|foremost|"
     r"(?:in|on|of|down|up|out of) (?:the|this|that|a) (?:list|page|screen|display|prompt|message|grid|layout|strip|line|queue))"
 )
 _TIMES = (
@@ -128,8 +128,8 @@ _VERB = r"(?:is|are|was|were|shows?|has|have|contains?|depicts?|looks?|does|do|w
 _BARE = rf"which(?: ones?)?(?= {_VERB}\b)"
 # What an image does by itself; it "comes", "introduces" or "continues" by where it stands.
 _SHOWING = (
-    r"(?=(?:clearly |only |actually |does not |doesn't |do not |don't )?(?:is|are|was|were|shows?|contains?|ha(?:s|ve)|depicts?|features?|"
-    r"includes?|displays?|looks?|seems?|portrays?|captures?|represents?|illustrates?|can|could)\b|(?:do|does) (?:you|we) see\b|"
+    r"(?=(?:clearly |only |actually |best |does not |doesn't |do not |don't )?(?:is|are|was|were|shows?|contains?|ha(?:s|ve)|depicts?|features?|"
+    r"includes?|displays?|looks?|seems?|portrays?|captures?|represents?|illustrates?|conveys?|evokes?|expresses|suggests?|can|could)\b|(?:do|does) (?:you|we) see\b|"
     r"(?:do|does) .*\b(?:wear|hold|sit|stand|lie|carry|ride|smile|sleep|rain|snow)\b(?! (?:up|down|off|away|out|over|back)\b))"
 )
 _PICK = (

@@ -54,6 +54,15 @@ TABLE: list[tuple[str, str, tuple, tuple | None]] = [
     ("##\nWhich option completes the pattern?\nA. # B. # C. # D. #", "D", ("last:4", True), None),
     ("###\nWhich image shows what happens next? A. # B. #", "A", ("last:2", True), None),
     ("# This is a floor plan. Which of the pictures shows that flat? # #", "B", ("first_fixed", True), None),
+    ("### In which image is there a boat?", "2", ("all", True), None),
+    ("### Which image best represents happiness?", "2", ("all", True), None),
+    ("### In which image does the man wear glasses?", "2", ("all", True), None),
+    ("### Which image shows a dog? You FIRST think about the reasoning process as an internal monologue and then provide the final answer. "
+     "The final answer MUST BE put in \\boxed{}.", "2", ("all", True), None),
+    ("### Which image shows a dog? Output the thinking process in <think> </think> and final answer in <answer> </answer> tags.", "2",
+     ("all", True), None),
+    ("## What comes next? A. # B. # C. #", "B", ("last:3", True), None),
+    ("# Which option is the missing part in the lower right corner? A. # B. #", "B", ("first_fixed", True), None),
     # One reference image, named in the text.
     ("### The first image is the reference. Which image is most like it? A. Image 2 B. Image 3",
      "B", ("first_fixed", True), None),
