@@ -95,6 +95,8 @@ def _equal(
         return False  # Mathematics takes a hedge, as A or C, for a set.
     if given.unit and gold.unit and given.unit != gold.unit:
         return False
+    if given.is_ordinal and not gold.is_ordinal:
+        return False  # The question's numbers may count from 0.
     if given.form == gold.form == "number":
         return _equal_numbers(given, gold, digits)
     if given.form == gold.form == "letter":

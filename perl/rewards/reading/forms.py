@@ -42,6 +42,8 @@ class Answer:
     """What stands behind a letter, as in `B. a dog`."""
     number: Fraction = Fraction(0)
     is_decimal: bool = False
+    is_ordinal: bool = False
+    """An image by its place, as "the second image"."""
     unit: str = ""
     items: tuple[Answer, ...] = field(default=())
     kind: Literal["", "set", "sequence", "interval"] = ""
@@ -70,7 +72,7 @@ def _single(text: str, answer: str) -> Answer | None:
     text = _unwrapped(text)
     if place := _ORDINAL.fullmatch(text):
         count = int(place[2]) if place[2] else ORDINALS.index(place[1].lower()) + 1
-        return Answer("number", answer, number=Fraction(count))
+        return Answer("number", answer, number=Fraction(count), is_ordinal=True)
     named = _NOUN.match(text)
     text = text[named.end() :] if named else text
     if letter := _LETTER.fullmatch(text):
