@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 _AT_ONCE = 256
 """Rows that a process takes at a time. Fewer in all are visited by this one."""
-_LATER = ("gold", "prompt")
+_LATER = ("gold", "prompt", "id")
 """Kinds of fault that training does not look for when it starts."""
 
 
@@ -52,6 +52,8 @@ class Checks:
     tokens: Callable[[Example], int] | None = None
     most_tokens: int = 0
     """Prompts with more are counted."""
+    ids: bool = False
+    """Two rows with one id are a fault, of the later one. `perl-rl score` cannot tell them apart."""
 
     def look_at(self, example: Example, only: str = "") -> None:
         """Raise the UserError of what is faulty, with its kind."""
@@ -119,6 +121,7 @@ class Seen(NamedTuple):
     """What one row is like."""
 
     fault: Fault | None
+    id: str = ""
     sizes: tuple[tuple[int, int], ...] = ()
     label: str = ""
     question: int = 0
@@ -167,6 +170,7 @@ def visit(dataset: RowDataset, i: int, checks: Checks) -> Seen:
     change = "the answer follows" if example.should_change else "the answer stays"
     return Seen(
         None,
+        example.id,
         tuple(image.size for image in example.images),
         f"{example.kind}, {change}" if example.kind != "none" else "none",
         sum(len(message.content) for message in example.messages),
@@ -206,13 +210,14 @@ def _visit_all(dataset: RowDataset, checks: Checks, display: Display, stop: bool
     size = len(dataset)
     chunks = [range(k, min(k + _AT_ONCE, size)) for k in range(0, size, _AT_ONCE)]
     seen: list[Seen] = []
+    ids: dict[str, int] = {}
     if len(chunks) > 1:
         display.stage("check", size, unit="row")
     for some in _visited(dataset, checks, chunks):
         faulty = next((each.fault for each in some if each.fault), None)
         if stop and faulty:
             raise UserError(faulty.message)
-        seen += some
+        seen += _told_apart(some, len(seen), ids, dataset) if checks.ids else some
         if len(chunks) > 1:
             display.advance(len(some))
     display.close()
@@ -221,6 +226,18 @@ def _visit_all(dataset: RowDataset, checks: Checks, display: Display, stop: bool
     times = {folder: _changed(folder) for folder in sorted(folders)}
     sound = [each for each in seen if not each.fault]
     return Checked(size, faults, _statistics(sound, checks.most_tokens), times)
+
+
+def _told_apart(
+    some: Sequence[Seen], start: int, ids: dict[str, int], dataset: RowDataset
+) -> Iterator[Seen]:
+    """Rows from number `start` on, those with an id that an earlier one has as faulty; `ids` keeps who had each first."""
+    for i, each in enumerate(some, start):
+        first = i if each.fault else ids.setdefault(each.id, i)
+        if first != i:
+            place = f"{dataset.place(i)}: it has the id '{each.id}' of {dataset.place(first)}"
+            each = Seen(Fault(i, "id", f"{place}; give each row an id of its own"))
+        yield each
 
 
 def _visited(
@@ -292,8 +309,8 @@ def _known(dataset: RowDataset, checks: Checks) -> Checked | None:
     found = Checked(**{**stored, "faults": [Fault(*fault) for fault in stored["faults"]]})
     # A picture that has been mended in its place changes no folder.
     full = replace(checks, decode=True)
-    again = (visit(dataset, fault.index, full).fault for fault in found.faults)
-    same = all(new == old for new, old in zip(again, found.faults, strict=True))
+    own = [fault for fault in found.faults if fault.kind != "id"]
+    same = all(visit(dataset, fault.index, full).fault == fault for fault in own)
     return found if same else None
 
 

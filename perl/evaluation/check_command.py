@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, arg
 
 from perl.config import EVAL_SEED, Command, Config
+from perl.report.metrics import plural
 from perl.report.progress import Display
 from perl.report.tables import print_table
 from perl.types import Example, UserError, Variant
@@ -47,6 +48,11 @@ class Check(Command):
             sources = [(source, "train") for source, _ in training_sources(config.data)]
             sources = [each for each in (*sources, (config.data.eval, "test")) if each[0]]
         processor = named_processor(config)
+        if processor is None:
+            print(
+                f"model.path = {config.model.path or '(none)'}: no model is there to ask, so prompts are not counted in tokens, and "
+                "texts and pictures are held to what the Qwen-VL models take"
+            )
         faulty: list[tuple[Any, Any]] = []
         summaries: list[str] = []
         for source, split in sources:
@@ -61,14 +67,17 @@ class Check(Command):
             _print(source, found)
             faulty += [(dataset, fault) for fault in found.faults]
             if found.faults:
-                summaries.append(f"{len(found.faults)} of the {found.rows} rows of {source}")
+                summaries.append(
+                    f"{len(found.faults)} of the {found.rows} {plural('row', found.rows)} of {source}"
+                )
         if self.output:
             _write(faulty, self.output)
         if faulty:
-            kinds = ", ".join(sorted({fault.kind for _, fault in faulty}))
+            kinds = sorted({fault.kind for _, fault in faulty})
+            skip = "or train with --data.on-error skip (label with --on-error skip), which leaves them out"
             raise UserError(
-                f"faulty: {'; '.join(summaries)} ({kinds}); correct them, or train with "
-                "--data.on-error skip (label with --on-error skip), which leaves them out"
+                f"faulty: {'; '.join(summaries)} ({', '.join(kinds)}); correct them"
+                + (f", {skip}" if kinds != ["id"] else "")
             )
 
 
@@ -98,9 +107,10 @@ def checks_for(config: Config, processor: Any) -> Checks:
     more = replace(
         checks,
         inspect=(*checks.inspect, ("gold", gold_check(functions))),
-        key=f"{checks.key} {functions}",
+        key=f"{checks.key} {functions} ids",
         start_key=checks.key,
         decode=True,
+        ids=True,
     )
     if processor is None:
         return more
@@ -140,7 +150,10 @@ def _print(source: str, found: Any) -> None:
         else:
             sound = max(1, found.rows - len(found.faults))
             lines.append(f"{name}: {value:,} ({100 * value / sound:.0f} %)")
-    print_table(table, f"{source}: {found.rows:,} rows, {len(found.faults):,} of them faulty")
+    print_table(
+        table,
+        f"{source}: {found.rows:,} {plural('row', found.rows)}, {len(found.faults):,} of them faulty",
+    )
     print("\n".join(lines))
     for kind, messages in sorted(by_kind.items(), key=lambda item: -len(item[1])):
         print(f"\n{kind}: {len(messages):,}")

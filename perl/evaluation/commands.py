@@ -274,7 +274,9 @@ def _cell(name: str, value: float | None, share: bool) -> str:
         return "-"
     if share:
         return f"{100 * value:.1f} %"
-    return f"{value:g}" if name in ("examples", "orders") else f"{value:.3f}"
+    if name in ("examples", "orders"):
+        return f"{round(value, 2):,g}" if value < 1e5 else f"{value:,.0f}"
+    return f"{value:.3f}"
 
 
 def _evaluate_suites(command: Evaluate) -> None:

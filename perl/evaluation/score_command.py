@@ -105,6 +105,7 @@ class Score(Command):
                     asked = _decoded(asked, places[part], dataset)
                 lines += _scored(given[part], asked, scorer, bool(self.weights))
                 display.advance(len(asked))
+        _check_functions(lines, scorer)
         if self.output:
             with replacing(self.output) as temporary, temporary.open("w", encoding="utf-8") as file:
                 file.writelines(map(to_line, lines))
@@ -168,6 +169,17 @@ def _scored(
             }
         )
     return lines
+
+
+def _check_functions(lines: Sequence[Mapping[str, Any]], scorer: Scorer) -> None:
+    """Raise UserError if a function fails on all completions, as training would."""
+    for name in scorer.functions:
+        faults = [line["faults"][name] for line in lines if name in line.get("faults", {})]
+        if len(faults) == len(lines):
+            raise UserError(
+                f"reward function '{name}' {faults[0]}, '{lines[0]['id']}', and on all others; correct it, its options "
+                "or the data, or leave it out"
+            )
 
 
 def _number(value: float) -> float | None:

@@ -31,7 +31,7 @@ from perl.rewards.math import check_math, math_reward
 from perl.rewards.results import listed, named_parts, number_in, only_value
 from perl.rewards.sequences import frame_index, ordering, temporal_iou
 from perl.rewards.shaping import length_penalty, repetition
-from perl.types import Example, Rollout, UserError
+from perl.types import Example, Rollout, UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -209,9 +209,12 @@ class Scorer:
     def check_answer(self, example: Example) -> None:
         """Raise UserError if the example has no answer and a function reads it."""
         if self.reader and not example.answer:
+            _, held = example.origin.get("answer", ("", None))
+            is_object = isinstance(held, Mapping)
+            what = f"holds {one_line(held, 60)} and no text" if is_object else "is empty or missing"
             there = f"its other columns are {', '.join(example.extra)}; " if example.extra else ""
             raise UserError(
-                f"reward function '{self.reader}' reads the column answer, which is empty or missing in example "
+                f"reward function '{self.reader}' reads the column answer, which {what} in example "
                 f"'{example.id}'; {there}name the one that holds it with data.map, as in \"answer=THEIRS\", "
                 "or use rewards that need no answer"
             )

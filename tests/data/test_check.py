@@ -84,12 +84,41 @@ def test_the_command_counts_faults_by_kind_and_writes_them_down(
     write(tmp_path, [GOOD, long, {**GOOD, "answer": "1", "kind": "last:2", "should_change": True}])
     assert run("check", source) == 0
     out = capsys.readouterr().out
+    tells(out, "model.path", "Qwen-VL")
     lines = {" ".join(line.split()) for line in out.splitlines()}
     assert {"images per row 2 2 2", "image width 8 8 9", "image height 64 64 64"} <= lines
     assert "characters of the question 28 28 100" in lines
     assert "rows whose images can move: 2 (67 %)" in lines
     tells(out, "3 rows", 0, "none 1")
     assert "last:2, the answer follows 1" in out
+
+
+@pytest.mark.parametrize("at_once", [2, 100])
+def test_ids_that_come_twice_are_faults_that_training_does_not_mind(
+    tmp_path: Path,
+    at_once: int,
+    error_of: ErrorOf,
+    visits: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(check, "_AT_ONCE", at_once)
+    rows = [{**GOOD, "id": id} for id in ("a", "b", "a", "c", "a")] + [
+        {**FAULTS["label"], "id": "b"}
+    ]
+    source = write(tmp_path, rows)
+    for _ in range(2):  # Found, and remembered.
+        said = error_of("check", source, "--output", tmp_path / "bad.jsonl")
+        tells(said, "3 of the 6 rows", source, "id", "label")
+        bad = json_lines(tmp_path / "bad.jsonl")
+        assert [(row["fault_kind"], row["id"]) for row in bad] == [
+            ("id", "a"),
+            ("id", "a"),
+            ("label", "b"),
+        ]
+        tells(bad[1]["fault"], f"{source} line 5", "'a'", f"{source} line 1")
+    write(tmp_path, rows[:3])
+    assert "--data.on-error" not in error_of("check", source)
+    assert not checked(opened(source), SLOTS, QUIET).faults
 
 
 def test_what_a_model_and_a_reward_cannot_take(

@@ -190,9 +190,14 @@ def test_functions_of_ones_own(files: Files, capsys: Any) -> None:
     assert [list(row.get("faults", {})) for row in rows] == [[], ["f"], []]
     tells(rows[1]["faults"]["f"], "ValueError", "quota-42")
 
-    rows = scored(capsys, *names, "--functions", "mine.py:tokens")
-    assert [row["rewards"] for row in rows] == [{"tokens": None}] * 3  # Whose tokens is not known.
-    tells(rows[0]["faults"]["tokens"], "completion_ids")
+
+def test_a_function_that_fails_on_all_completions(files: Files, error_of: ErrorOf) -> None:
+    """Whose tokens it would be given is not known."""
+    Path("mine.py").write_text(FUNCTIONS)
+    names = files(*({"id": "dog", "completion": text} for text in "AB"))
+    functions = ("--functions", "choice", "mine.py:tokens", "--output", "out.jsonl")
+    tells(error_of("score", *names, *functions), "'tokens'", "completion_ids", "'dog'")
+    assert not Path("out.jsonl").exists()
 
 
 def test_no_picture_is_decoded_for_functions_that_see_none(

@@ -121,7 +121,7 @@ def with_slots(messages: Messages, images: int, images_first: bool, where: str) 
         messages = (*messages[:at], asked, *messages[at + 1 :])
     if (slots := _count_slots(messages)) != images:
         raise UserError(
-            f"{where}: {images} images but {slots} {IMAGE_SLOT} slots in the question; "
+            f"{where}: {images} image{'s' * (images != 1)} but {slots} {IMAGE_SLOT} slot{'s' * (slots != 1)} in the question; "
             "write one slot for each image"
         )
     return messages

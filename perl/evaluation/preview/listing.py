@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from perl.data.labelling.command import kind_of_reason
 from perl.files import to_line
 from perl.report.gallery import chat_text
+from perl.report.metrics import plural
 from perl.report.tables import print_table
 from perl.types import IMAGE_SLOT, Variant, one_line
 
@@ -139,7 +140,10 @@ class Totals:
         all_of = f" of {self.of:,}" if self.of is not None and self.of > shown else ""
         said = ", ".join(f"{each.total():,} {name}" for name, each in self.counts.items())
         kinds = "; ".join(f"{kind} {count:,}" for kind, count in self.refused.most_common())
-        return f"{shown:,}{all_of} rows: {said}" + (f" ({kinds})" if kinds else "")
+        return (
+            f"{shown:,}{all_of} {plural('row', self.of if all_of and self.of else shown)}: {said}"
+            + (f" ({kinds})" if kinds else "")
+        )
 
     def print(self) -> None:
         table = [("", "reason", "rows")]
