@@ -488,7 +488,8 @@ def test_a_question_of_text_alone(
 
 
 BAD_ROWS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
-    ({"images": ["0.png"]}, ("1 images", "2 <image>")),
+    ({"images": ["0.png"]}, ("1 image", "2 <image> slots")),
+    ({"question": "<image> Which?"}, ("2 images", "1 <image> slot")),
     ({"question": "which?"}, ("2 images", "0 <image>")),
     ({"images": []}, ("0 images", "2 <image>")),
     ({"images": ...}, ("0 images", "2 <image>")),

@@ -368,7 +368,7 @@ def test_the_command_tells_and_writes_its_numbers(
     lines = [" ".join(line.split()) for line in said.out.splitlines()]
     assert "task examples orders accuracy greedy consistency reward format" in lines
     assert "of 3 1 6 100.0 % 33.3 % 100.0 % 0.900 0.000" in lines
-    assert "all 3 3.33333 100.0 % 44.4 % 100.0 % 0.900 0.000" in lines
+    assert "all 3 3.33 100.0 % 44.4 % 100.0 % 0.900 0.000" in lines
     tells(said.out, "by accuracy", "0.9 accuracy + 0.1 format")
     tells(said.err, "3 examples")
     words = (*words, "--instruction", "")

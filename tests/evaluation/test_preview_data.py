@@ -252,6 +252,8 @@ def test_how_many_rows_and_orders(
     six["images"] = [f"{k}.png" for k in range(6)]
     for k, name in enumerate(six["images"]):
         Path(name).write_bytes(encoded((k, 2 * k, 0)))
+    summary = said({}, options=("--orders", 1))[1].splitlines()[-1]
+    assert summary.startswith("1 row: 1 permuted, ")
     lines, _ = said({**six, "should_change": False}, options=("--orders", "all"))
     assert len({tuple(line["order"]) for line in lines}) == len(lines) == 120
     assert run("preview", "rows.jsonl", "--orders", "all") == 0

@@ -87,6 +87,10 @@ def test_they_need_an_answer(function: Callable[..., Any]) -> None:
     Scorer((function,)).check_answer(Example("q", (), "Which?", "A"))
     with refused(f"'{function.__name__}'", "answer", "'q'", "data.map"):
         Scorer((function,)).check_answer(Example("q", (), "Which?", ""))
+    # An object, which is no answer, is none that is missing.
+    held = Example("q", (), "Which?", "", origin={"answer": ("answer", {"box": 17})})
+    with refused("{'box': 17}"):
+        Scorer((function,)).check_answer(held)
 
 
 def test_information_may_be_of_any_type() -> None:
