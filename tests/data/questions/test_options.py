@@ -297,9 +297,9 @@ def test_indices_count_from_where_the_data_set_counts(
     ("listed", "answer", "row", "gold"),
     [
         (" A) Image 1 B) Image 2", "Image 2", {}, "B"), (" A) Image 2 B) Image 1", "Image 2", {}, "A"),
-        ("\nA. The first image\nB. The second image", "image 2.", {}, "B"), ("\nA. Image 1\nB. Images 1 and 2", "Images 2 and 1", {}, "B"),
+        ("\nA. The first image\nB. The second image", "second image.", {}, "B"), ("\nA. Image 1\nB. Image 2", "the second image", {}, "B"), ("\nA. Image 1\nB. Images 1 and 2", "Images 2 and 1", {}, "B"),
         # No option says it, or two do, or it is not the only list, or no image is named.
-        ("\nA. Image 1\nB. Image 2", "Image 3", {}, "Image 3"), ("\nA. Image 1\nB. the first image", "Image 1", {}, "Image 1"),
+        ("\nA. Image 1\nB. Image 2", "Image 3", {}, "Image 3"), ("\nA. Image 1\nB. the first image", "first image", {}, "first image"), ("\nA. The first image\nB. The second image", "image 2", {}, "image 2"),
         ("\nA. Image 1\nB. Image 2\n(A) Image 2\n(B) Image 1", "Image 2", {}, "Image 2"), (" A: <image> B: <image>\n(A) Image 2\n(B) Image 1", "Image 2", {}, "Image 2"),
         ("\nA. 2\nB. 1", "2", {}, "2"), ("\nA. a cat\nB. a dog", "a dog", {}, "a dog"), (" Image 1 or Image 2", "Image 2", {}, "Image 2"),
         ("\nA. Image 2\nB. Image 1", "B. Image 1", {}, "B. Image 1"),
