@@ -62,7 +62,7 @@ def _permute(images: int) -> Contest:
 def _example(count: int) -> Example:
     return Example(
         id="example",
-        images=tuple(Image.new("RGB", (1, 1)) for _ in range(count)),
+        images=tuple(Image.new("RGB", (1, 1), (slot, 0, 0)) for slot in range(count)),
         question="<image>" * count + "Put the images in order.",
         answer=", ".join(str(slot + 1) for slot in range(count)),
     )
