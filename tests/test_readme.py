@@ -95,6 +95,7 @@ check("DDP")
 alone(**own, normalizer=tokens).backward()
 sum_gradients(model)
 check("sum")
+torch.distributed.destroy_process_group()  # Else gloo's threads may outlive the interpreter, which aborts.
 """
 
 
