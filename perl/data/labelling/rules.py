@@ -61,7 +61,11 @@ def label_by_rules(example: Example, text: Consistency = "slots") -> Label:
         for m in example.messages
     ):
         return unsure("a conversation of several turns")
-    return checked(example, _label(Question(example), text), text)
+    question = Question(example)
+    label = _label(question, text)
+    if label.kind != "none" and (words := question.plan.faults.get("text")):
+        label = unsure(f"its text may name an image ({words})")
+    return checked(example, label, text)
 
 
 def _label(question: Question, text: Consistency) -> Label:
