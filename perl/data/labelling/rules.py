@@ -63,7 +63,9 @@ def label_by_rules(example: Example, text: Consistency = "slots") -> Label:
         return unsure("a conversation of several turns")
     question = Question(example)
     label = _label(question, text)
-    if label.kind != "none" and (words := question.plan.faults.get("text")):
+    words = question.plan.faults.get("text", "")
+    # An option that is "the third" has been read as an option.
+    if label.kind != "none" and words and words not in question.options.values():
         label = unsure(f"its text may name an image ({words})")
     return checked(example, label, text)
 
