@@ -192,19 +192,11 @@ def _read(
             "its answer may list the images in sequence, or a value for each image; ask for one of them "
             "('In which order ...', 'For each image in turn ...')"
         )
-    conflict = _conflict(labels, [answer, *(line.text for line in lines)], bool(lines))
-    if conflict:
+    numeral = answer.strip(" ().").isdigit()
+    if conflict := _conflict(labels, [answer, *(line.text for line in lines)], bool(lines)):
         faults["answer"] = conflict
-    elif answer.strip(" ().").isdigit() and not codes and numbers_its_options(text):
-        faults["answer"] = (
-            "its answer may be an image or one of its numbered options; letter the options"
-        )
-    elif answer.strip(" ().").isdigit() and (
-        counts_backwards(text) or (counted[:1] > (0,) and counts_options(text))
-    ):
-        faults["answer"] = (
-            "its numbers count the images in another way than from the first on; label each slot as in 'Image 1: <image>'"
-        )
+    elif why := numeral and _no_number(text, codes, counted[:1] > (0,)):
+        faults["answer"] = why
     elif some_bare and not bare:
         faults["answer"] = (
             "some of its options are bare numbers; write 'Image 1' if they name images"
@@ -281,6 +273,15 @@ def _named_by(options: Mapping[str, Meaning]) -> tuple[int, ...]:
             break
         slots += images_in(said)
     return tuple(slots)
+
+
+def _no_number(text: str, codes: bool, own_images: bool) -> str:
+    """Why a number in the answer need not be that of an image; empty if it is. `own_images`: the first are the question's."""
+    if not codes and numbers_its_options(text):
+        return "its answer may be an image or one of its numbered options; letter the options"
+    if counts_backwards(text) or (own_images and counts_options(text)):
+        return "its numbers count the images in another way than from the first on; label each slot as in 'Image 1: <image>'"
+    return ""
 
 
 def _conflict(labels: SlotLabels, said: Sequence[str], options: bool) -> str:

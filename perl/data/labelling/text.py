@@ -8,7 +8,7 @@ from functools import cached_property
 
 from perl.data.labelling.grammar import NAMED
 from perl.permutation import LETTERS, mentions, names_in_answers, plan_of, text_of
-from perl.permutation.layout import SlotLabels, find_options, images_in, slot_labels
+from perl.permutation.layout import Option, SlotLabels, find_options, images_in, slot_labels
 from perl.permutation.references import NOUN, OTHER_NOUN
 from perl.types import IMAGE_SLOT, Example, Mention, Plan
 
@@ -58,16 +58,20 @@ class Question:
     @cached_property
     def options(self) -> dict[str, str]:
         """The options that are text, by letter; none where images are the options."""
-        in_words, _ = find_options(text_of(self.example))
-        return {option.letter: option.text for option in in_words}
+        return {option.letter: option.text for option in self._options[0]}
+
+    @cached_property
+    def _options(self) -> tuple[list[Option], list[Option]]:
+        return find_options(text_of(self.example))
 
     @cached_property
     def _stem(self) -> str:
         """The text without system message, options and labels, and with a mark for each slot and each image that is named."""
         text = text_of(self.example)
         cut = list(self._labels.spans)
-        cut += [(option.mark, option.end) for option in find_options(text)[0]]
-        cut += [(option.mark, option.start) for option in find_options(text)[1]]
+        in_words, pictured = self._options
+        cut += [(option.mark, option.end) for option in in_words]
+        cut += [(option.mark, option.start) for option in pictured]
         start = 0
         for message in self.example.messages:
             if message.role == "system":
