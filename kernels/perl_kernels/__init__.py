@@ -1,27 +1,7 @@
 """Losses of the GRPO family on packed tokens, from log-probs, logits, or hidden states."""
 
-from .advantage import GroupAdvantages, GroupedRewards, group_advantages
-from .linear import linear_grpo_loss, linear_token_logprobs
-from .logits import grpo_loss, token_logprobs
 from .objective import PolicyLoss
-from .outputs import LossOutput, TokenLogprobs
-from .policy import policy_loss
-from .selection import top_entropy_weights
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "GroupAdvantages",
-    "GroupedRewards",
-    "LossOutput",
-    "PolicyLoss",
-    "TokenLogprobs",
-    "__version__",
-    "group_advantages",
-    "grpo_loss",
-    "linear_grpo_loss",
-    "linear_token_logprobs",
-    "policy_loss",
-    "token_logprobs",
-    "top_entropy_weights",
-]
+__all__ = ["PolicyLoss", "__version__"]

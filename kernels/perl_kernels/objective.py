@@ -7,10 +7,12 @@ correction), not a name. `PolicyLoss.preset` gives the points that papers and li
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from .coefficient import Axes, Numbers
 from .scalars import check_number
 
 Surrogate = Literal["clip", "cispo", "sapo", "vespo", "gmpo", "dppo_tv", "dppo_kl", "reinforce"]
@@ -239,6 +241,42 @@ class PolicyLoss:
             if field not in _FIELDS:
                 raise TypeError(f"PolicyLoss has no field {field!r}; it has: {', '.join(_FIELDS)}")
         return cls(**{**_PRESETS[name], **overrides})
+
+
+@functools.lru_cache(maxsize=256)
+def coefficient_arguments(loss: PolicyLoss, has_ref: bool) -> tuple[Axes, Numbers]:
+    """`loss` as the functions of `coefficient.py` take it."""
+    axes = Axes(
+        surrogate=loss.surrogate,
+        ratio=loss.ratio,
+        kl=loss.kl or "",
+        correction=loss.correction or "",
+        aggregation=loss.aggregation,
+        dual_clip=loss.dual_clip is not None,
+        delta=loss.delta is not None,
+        has_kl=loss.has_kl,
+        has_ref=has_ref,
+        has_entropy=loss.entropy_coef != 0,
+        kl_bias_correction=loss.kl_bias_correction,
+    )
+    numbers = Numbers(
+        clip_low=float(loss.clip_low),
+        clip_high=float(loss.clip_high),
+        dual_clip=float(loss.dual_clip or 0.0),
+        delta=float(loss.delta or 0.0),
+        tau_pos=float(loss.sapo_tau_pos),
+        tau_neg=float(loss.sapo_tau_neg),
+        ratio_cap=float(loss.dppo_ratio_cap),
+        kl_coef=float(loss.kl_coef),
+        entropy_coef=float(loss.entropy_coef),
+        correction_low=float(loss.correction_low),
+        correction_high=float(loss.correction_high),
+        k_pos=float(loss.vespo_k_pos),
+        lambda_pos=float(loss.vespo_lambda_pos),
+        k_neg=float(loss.vespo_k_neg),
+        lambda_neg=float(loss.vespo_lambda_neg),
+    )
+    return axes, numbers
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(PolicyLoss))

@@ -5,8 +5,9 @@ any loss with dL/dlogprob = g and dL/dentropy = h is, per row,
 
     dL/ds_j = g (1[j = target] - p_j) - h p_j (log p_j + H)
 
-The exponentials are computed once and serve the sum, the entropy and the gradient: with m the largest score, c = s - m
-and Z = sum_j exp c_j, H = log Z - sum_j exp(c_j) c_j / Z, where nothing cancels, as no term is negative.
+The exponentials are computed once and serve the sum, the entropy and the gradient: with m the
+largest score, c = s - m and Z = sum_j exp c_j, H = log Z - sum_j exp(c_j) c_j / Z, where nothing
+cancels, as no term is negative. A score of -inf adds 0 to everything.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..inputs import Coefficients, LossInputs, Prepared
-from ..objective import PolicyLoss
-from ..scores import RowStats, Scoring
-from .losses import row_coefficients
+from .coefficient import Token, correction_weight, token_term
+from .objective import PolicyLoss, coefficient_arguments
+from .values import Coefficients, LossInputs, Prepared, RowStats, Scoring, compute_dtype
 
 
 class _Row(NamedTuple):
@@ -30,9 +30,9 @@ class _Row(NamedTuple):
     total: Tensor
 
 
-def row_stats(tile: Tensor, scoring: Scoring, dtype: torch.dtype) -> RowStats:
-    """Statistics of the logits `tile [n, V]`, computed in `dtype`."""
-    return _stats(_row(tile, scoring, dtype), scoring)
+def row_stats(tile: Tensor, scoring: Scoring) -> RowStats:
+    """Statistics of the logits `tile [n, V]`."""
+    return _stats(_row(tile, scoring), scoring)
 
 
 def row_gradient(
@@ -40,7 +40,7 @@ def row_gradient(
 ) -> None:
     """Write the gradient by the logits to `out [n, V]`, which may be `tile`: exactly 0 in rows
     where both coefficients are 0, whatever the scores."""
-    scores = _scores(tile, scoring, stats.logprobs.dtype)
+    scores = _scores(tile, scoring)
     centred = scores - stats.shift[:, None]
     row = _Row(scores, centred, centred.exp(), stats.shift, stats.log_sum.exp())
     _write_gradient(row, scoring, stats, coefficients, out)
@@ -52,13 +52,12 @@ def row_loss(
     loss: PolicyLoss,
     prepared: Prepared,
     inputs: LossInputs,
-    dtype: torch.dtype,
     out: Tensor | None,
 ) -> tuple[RowStats, Coefficients]:
     """Statistics of the rows and coefficients of the token-level `loss`, and in `out [n, V]`, if
-    given, the gradient by the logits; `out` may be `tile`. The per-token tensors are those of
-    these rows."""
-    row = _row(tile, scoring, dtype)
+    given, the gradient by the logits; `out` may be `tile`. The per-token tensors of `prepared` and
+    `inputs` are those of these rows."""
+    row = _row(tile, scoring)
     stats = _stats(row, scoring)
     coefficients = row_coefficients(loss, stats.logprobs, prepared, inputs)
     if out is not None:
@@ -66,19 +65,50 @@ def row_loss(
     return stats, coefficients
 
 
-def _scores(tile: Tensor, scoring: Scoring, dtype: torch.dtype) -> Tensor:
+def row_coefficients(
+    loss: PolicyLoss, logprobs: Tensor, prepared: Prepared, inputs: LossInputs
+) -> Coefficients:
+    """Derivatives of the loss by the log-probs [n] and entropies of some rows of a token-level
+    loss."""
+    scale = prepared.scale
+    mask, dtype = scale != 0, logprobs.dtype
+
+    def masked(tensor: Tensor) -> Tensor:
+        return torch.where(mask, tensor.to(dtype), 0.0)
+
+    logprobs = masked(logprobs)
+    old = logprobs if inputs.old is None else masked(inputs.old)
+    axes, numbers = coefficient_arguments(loss, inputs.ref is not None)
+    correction: Tensor | float = 1.0
+    if loss.correction is not None:
+        assert inputs.rollout is not None
+        correction = correction_weight(axes, numbers, old - masked(inputs.rollout))
+    ref = logprobs if inputs.ref is None else masked(inputs.ref)
+    advantage = masked(prepared.advantages)
+    token = Token(logprobs - old, logprobs, old, ref, advantage, correction, 1.0)
+    term = token_term(axes, numbers, token)
+    by_logprob = scale * (term.by_ratio + term.kl_by_ratio + term.by_logprob)
+    by_entropy = None
+    if loss.entropy_coef != 0:
+        by_entropy = masked(-loss.entropy_coef * scale)
+    return Coefficients(masked(by_logprob), by_entropy)
+
+
+def _scores(tile: Tensor, scoring: Scoring) -> Tensor:
+    dtype = compute_dtype(tile)
     logits = tile.to(dtype)
     if scoring.bias is not None:
         logits = logits + scoring.bias.to(dtype)
     if scoring.softcap is not None:
         logits = torch.tanh(logits / scoring.softcap) * scoring.softcap
-    column = _column(scoring.temperature)
+    column = _column(scoring.temperature, dtype)
     return logits / column if isinstance(column, Tensor) or column != 1 else logits
 
 
-def _row(tile: Tensor, scoring: Scoring, dtype: torch.dtype) -> _Row:
-    scores = _scores(tile, scoring, dtype)
+def _row(tile: Tensor, scoring: Scoring) -> _Row:
+    scores = _scores(tile, scoring)
     shift = scores.amax(1)
+    # A row of nothing but -inf becomes NaN here.
     centred = scores - shift[:, None]
     exp = centred.exp()
     return _Row(scores, centred, exp, shift, exp.sum(1))
@@ -87,11 +117,12 @@ def _row(tile: Tensor, scoring: Scoring, dtype: torch.dtype) -> _Row:
 def _stats(row: _Row, scoring: Scoring) -> RowStats:
     log_sum = row.total.log()
     # Not a product of matrices, whose running sums lose digits over a long row; `sum` adds pairwise.
-    entropy = log_sum - (row.exp * row.centred).sum(1) / row.total
+    weighted = torch.where(row.exp == 0, 0.0, row.exp * row.centred).sum(1)
+    entropy = log_sum - weighted / row.total
     index = scoring.targets.to(torch.int64)
     safe = index.clamp(0, row.exp.shape[1] - 1)
     logprobs = row.centred.gather(1, safe[:, None])[:, 0] - log_sum
-    # An infinite score makes the entropy NaN (0 * inf), whether or not the target is concerned.
+    # A NaN or +inf makes the entropy NaN, whether or not the target is concerned.
     valid = entropy.isfinite() & (safe == index)
     return RowStats(torch.where(valid, logprobs, torch.nan), entropy, row.shift, log_sum)
 
@@ -104,14 +135,16 @@ def _write_gradient(
         grad = row.exp.mul_((-by_logprob / row.total)[:, None])
     else:
         offset = (stats.entropy - stats.log_sum)[:, None]
-        slope = (row.centred + offset).mul_(by_entropy[:, None]).add_(by_logprob[:, None])
+        # Where the probability is 0, so is the product with its logarithm.
+        slope = torch.where(row.exp == 0, 0.0, row.centred + offset)
+        slope = slope.mul_(by_entropy[:, None]).add_(by_logprob[:, None])
         grad = slope.mul_(row.exp).div_(-row.total[:, None])
     index = scoring.targets.to(torch.int64)
     safe = index.clamp(0, grad.shape[1] - 1)
     # A target in another rank's part of the vocabulary adds nothing here.
     here = torch.where(safe == index, by_logprob, 0.0)
     grad.scatter_add_(1, safe[:, None], here[:, None])
-    column = _column(scoring.temperature)
+    column = _column(scoring.temperature, grad.dtype)
     if scoring.softcap is not None:
         grad *= 1 - (row.scores * column / scoring.softcap).square()
     if isinstance(column, Tensor) or column != 1:
@@ -120,9 +153,9 @@ def _write_gradient(
     out.copy_(grad.masked_fill_(idle, 0.0))
 
 
-def _column(temperature: float | Tensor) -> float | Tensor:
+def _column(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     if not isinstance(temperature, Tensor):
         return temperature
     # Values that a check could not look at: the row becomes NaN, not a plausible number.
     usable = (temperature > 0) & temperature.isfinite()
-    return torch.where(usable, temperature, torch.nan)[:, None]
+    return torch.where(usable, temperature.to(dtype), torch.nan)[:, None]

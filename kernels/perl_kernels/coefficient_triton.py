@@ -8,7 +8,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .. import coefficient
+from . import coefficient
 
 
 def _compiled(module: types.ModuleType) -> dict[str, Any]:
@@ -18,6 +18,8 @@ def _compiled(module: types.ModuleType) -> dict[str, Any]:
     for name, value in vars(module).items():
         if isinstance(value, float):
             namespace[name] = tl.constexpr(value)
+        elif isinstance(value, type) and issubclass(value, tuple):
+            namespace[name] = value
         elif isinstance(value, types.FunctionType) and value.__module__ == module.__name__:
             copy = types.FunctionType(value.__code__, namespace, name)
             copy.__module__ = __name__
