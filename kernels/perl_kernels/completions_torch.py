@@ -1,14 +1,21 @@
-"""Losses of packed log-probs in PyTorch: what `coefficient.py` leaves open are the sums over
-completions and the aggregation."""
+"""Completions and groups in PyTorch: advantages, the scale of each token, and the loss of all.
+
+What `coefficient.py` leaves open are the sums over completions and the aggregation. Sums over a
+completion or a group are in fp64: in fp32, one after the other, they lose digits with its length.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..axes import axes, numbers
-from ..coefficient import (
+from .coefficient import (
     LOG_RATIO_BOUND,
+    Axes,
+    Numbers,
+    Token,
     bounded,
     correction_weight,
     pessimistic,
@@ -16,269 +23,317 @@ from ..coefficient import (
     vespo_log,
     vespo_weight,
 )
-from ..inputs import Coefficients, Evaluated, LossInputs, Prepared, compute_dtype
-from ..objective import PolicyLoss
-from ..onepass import Fold
-from .advantage import group_advantages
-from .segments import Segments
+from .objective import PolicyLoss, coefficient_arguments
+from .values import (
+    Coefficients,
+    Evaluated,
+    GroupAdvantages,
+    LossInputs,
+    Prepared,
+    Rewards,
+    compute_dtype,
+)
 
 
-class _Tokens:
-    """The inputs, each [N] in `dtype`, 0 where `mask` is False; see `evaluate`."""
+class Completions(NamedTuple):
+    """`index [N]` int64: the completion of each token; `lengths [B]` int64; `valid []` bool:
+    whether the bounds describe the N tokens (looked at without a synchronisation)."""
 
-    def __init__(self, loss: PolicyLoss, inputs: LossInputs, n_tokens: int, dtype: torch.dtype):
-        self.segments = Segments.from_cu_seqlens(inputs.cu_seqlens, n_tokens)
-        self.dtype = dtype
-        weights = inputs.weights
-        if weights is None:
-            weights = torch.ones(n_tokens, dtype=dtype, device=inputs.cu_seqlens.device)
-        self.weights = weights.to(dtype)
-        self.mask = self.weights != 0
-        advantages = inputs.advantages
-        if advantages is None:
-            assert inputs.rewards is not None
-            advantages = group_advantages(inputs.rewards).advantages
-        if not inputs.per_token:
-            advantages = self.segments.spread(advantages)
-        # The advantage is a factor of every policy term, so that the row and the loss become NaN.
-        usable = (self.weights >= 0) & self.weights.isfinite()
-        self.advantages = torch.where(usable, self.masked(advantages), torch.nan)
-        self.old = self.optional(inputs.old)
-        self.ref = self.optional(inputs.ref)
-        self.rollout = self.optional(inputs.rollout)
-        self.scale, self.denominator, self.valid = self._aggregation(loss, inputs)
+    index: Tensor
+    lengths: Tensor
+    valid: Tensor
 
-    def masked(self, tensor: Tensor) -> Tensor:
-        return torch.where(self.mask, tensor.to(self.dtype), 0.0)
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, n_tokens: int) -> Completions:
+        bounds = cu_seqlens.to(torch.int64).contiguous()
+        lengths = bounds.diff()
+        positions = torch.arange(n_tokens, device=bounds.device)
+        # right=True skips empty completions: the first end strictly behind the position. Tokens
+        # that no completion has are put in the last one, to stay in bounds.
+        index = torch.searchsorted(bounds[1:], positions, right=True)
+        index = index.clamp_(max=max(lengths.shape[0] - 1, 0))
+        valid = (bounds[0] == 0) & (bounds[-1] == n_tokens) & (lengths >= 0).all()
+        return cls(index, lengths, valid)
 
-    def optional(self, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else self.masked(tensor)
+    def sum(self, tokens: Tensor) -> Tensor:
+        """[N] -> [B] fp64."""
+        zeros = tokens.new_zeros(max(self.lengths.shape[0], 1), dtype=torch.float64)
+        return zeros.index_add_(0, self.index, tokens.to(torch.float64))[: self.lengths.shape[0]]
 
-    def mean(self, tokens: Tensor) -> Tensor:
-        return self.segments.mean(tokens, self.mask)
+    def spread(self, per_completion: Tensor) -> Tensor:
+        """[B] -> [N]."""
+        if not self.lengths.shape[0]:
+            return per_completion.new_full(self.index.shape, torch.nan)
+        return per_completion[self.index]
 
-    def _aggregation(self, loss: PolicyLoss, inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Factor of each token's term, what the sum is divided by (NaN where that cannot be told),
-        and whether `cu_seqlens` and `normalizer` can be used."""
-        scale = self.weights
-        match loss.aggregation:
-            case "token-mean":
-                count = self.weights.sum()
-            case "seq-mean-token-mean":
-                per_sequence = self.segments.sum(self.weights)
-                count = (per_sequence != 0).sum().to(self.dtype)
-                shares = self.weights / self.segments.spread(per_sequence)
-                # Only tokens without weight can meet a sum of 0; 0 / 0 is 0 there, not NaN.
-                scale = torch.where(self.weights == 0, 0.0, shares)
-            case _:
-                count = self.weights.new_zeros(()) + self.segments.count
-        valid = self.segments.valid
-        if inputs.count is not None or inputs.normalizer is not None:
-            given = inputs.count if inputs.normalizer is None else inputs.normalizer
-            assert given is not None
-            count = torch.zeros_like(count) + given
-            valid = valid & (count > 0) & count.isfinite()
-        if loss.aggregation == "seq-mean-token-sum-norm":
-            assert loss.max_completion_length is not None
-            count = count * loss.max_completion_length
-        return scale, torch.where(valid, count, torch.nan), valid
-
-    def correction(self, loss: PolicyLoss, old: Tensor) -> Tensor | None:
-        """Importance weight of trainer against rollout engine, [N]."""
-        if loss.correction is None or self.rollout is None:
-            return None
-        log_weight = old - self.rollout
-        if loss.correction.startswith("sequence"):
-            log_weight = self.segments.spread(self.segments.sum(log_weight))
-        return correction_weight(
-            loss.correction, log_weight, loss.correction_low, loss.correction_high
-        )
+    def mean(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """[N] -> [N]: each token gets the mean over its completion's tokens where `mask`. What is
+        masked in `tokens` must be 0 already."""
+        means = self.sum(tokens) / self.sum(mask).clamp_(min=1)
+        return self.spread(means.to(tokens.dtype))
 
 
-def prepare(
-    loss: PolicyLoss, inputs: LossInputs, fold: Fold, n_tokens: int, dtype: torch.dtype
-) -> Prepared:
-    """What a row needs that does not follow from the row alone; see `Prepared`."""
-    tokens = _Tokens(loss, inputs, n_tokens, dtype)
-    advantages, weights = tokens.advantages, tokens.weights
-    if fold == "correction":
-        assert tokens.old is not None
-        correction = tokens.correction(loss, tokens.old)
-        assert correction is not None
-        advantages = advantages * correction
-    elif fold == "shared":
-        advantages = tokens.mean(torch.where(tokens.mask, weights * advantages, 0.0)) / weights
-    elif fold == "shared_gmpo":
-        advantages = tokens.mean(advantages) * tokens.mean(weights) / weights
-    return Prepared(torch.where(tokens.mask, advantages, 0.0), tokens.scale)
+def prepare(loss: PolicyLoss, inputs: LossInputs, n_tokens: int, dtype: torch.dtype) -> Prepared:
+    """What a token's term needs beside log-probs; see `Prepared`."""
+    completions = Completions.of(inputs.cu_seqlens, n_tokens)
+    valid, weights = completions.valid, inputs.weights
+    weights = None if weights is None else weights.to(dtype)
+    totals = completions.lengths.double() if weights is None else completions.sum(weights)
+    if inputs.normalizer is not None:
+        denominator = inputs.normalizer.to(torch.float64)
+        valid = valid & (denominator > 0) & denominator.isfinite()
+    elif inputs.count is not None:
+        denominator = inputs.count
+    elif loss.aggregation == "token-mean":
+        denominator = totals.sum()
+    elif loss.aggregation == "seq-mean-token-mean":
+        denominator = (totals != 0).sum()
+    else:
+        denominator = totals.shape[0]
+    if loss.aggregation == "seq-mean-token-mean":
+        denominator = totals * denominator
+    elif loss.aggregation == "seq-mean-token-sum-norm":
+        assert loss.max_completion_length is not None
+        denominator = denominator * loss.max_completion_length
+    share = torch.where(valid, 1.0, torch.nan).to(torch.float64) / denominator
+    # An infinite weight must not take the others out.
+    share = share.masked_fill_(share == 0, torch.nan).to(dtype)
+    scale = completions.spread(share) if share.ndim else share.repeat(n_tokens)
 
-
-def row_coefficients(
-    loss: PolicyLoss, logprobs: Tensor, prepared: Prepared, inputs: LossInputs
-) -> Coefficients:
-    """Derivatives of the loss by the log-probs [n] and entropies of some rows of a token-level
-    loss; the per-token tensors of `prepared` and `inputs` are those of the same rows."""
-    mask, dtype = prepared.scale != 0, logprobs.dtype
-
-    def masked(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else torch.where(mask, tensor.to(dtype), 0.0)
-
-    logprobs = torch.where(mask, logprobs, 0.0)
-    old = logprobs if inputs.old is None else masked(inputs.old)
-    assert old is not None
-    correction: Tensor | float = 1.0
-    if loss.correction is not None:
-        rollout = masked(inputs.rollout)
-        assert rollout is not None
-        correction = correction_weight(
-            loss.correction, old - rollout, loss.correction_low, loss.correction_high
-        )
-    _, by_ratio, kl_by_ratio, by_logprob, *_ = token_term(
-        **axes(loss, inputs.ref is not None),
-        log_ratio=logprobs - old,
-        logprob=logprobs,
-        old=old,
-        ref=masked(inputs.ref),
-        advantage=prepared.advantages,
-        correction=correction,
-        sequence=1.0,
-        **numbers(loss),
-    )
-    by_logprob = prepared.scale * (by_ratio + kl_by_ratio + by_logprob)
-    return _coefficients(loss, mask, prepared.scale, by_logprob)
-
-
-def _coefficients(
-    loss: PolicyLoss, mask: Tensor, scale: Tensor, by_logprob: Tensor
-) -> Coefficients:
-    by_entropy = None
-    if loss.entropy_coef != 0:
-        by_entropy = torch.where(mask, -loss.entropy_coef * scale, 0.0)
-    return Coefficients(torch.where(mask, by_logprob, 0.0), by_entropy)
+    advantages = inputs.advantages
+    if advantages is None:
+        assert inputs.rewards is not None
+        advantages = group_advantages(inputs.rewards).advantages
+    advantages = advantages.to(dtype)
+    advantages = advantages.contiguous() if inputs.per_token else completions.spread(advantages)
+    if weights is None:
+        return Prepared(advantages, scale, valid)
+    # The advantage is a factor of every policy term, so that the row and the loss become NaN.
+    usable = (weights >= 0) & weights.isfinite()
+    advantages = torch.where(usable, advantages, torch.nan)
+    counts = weights != 0
+    # Where nothing counts, the denominator may be 0.
+    scale = torch.where(counts, weights * scale, 0.0)
+    return Prepared(torch.where(counts, advantages, 0.0), scale, valid)
 
 
 def evaluate(
-    loss: PolicyLoss, inputs: LossInputs, logprobs: Tensor, entropy: Tensor | None
+    loss: PolicyLoss,
+    prepared: Prepared,
+    inputs: LossInputs,
+    logprobs: Tensor,
+    entropy: Tensor | None,
 ) -> Evaluated:
     """The loss of all tokens, its metrics, and its derivatives by log-probs and entropies."""
-    tokens = _Tokens(loss, inputs, logprobs.shape[0], compute_dtype(logprobs))
-    mask, advantages = tokens.mask, tokens.advantages
-    logprobs = tokens.masked(logprobs)
-    entropy = tokens.optional(entropy)
-    old = logprobs if tokens.old is None else tokens.old
+    dtype = compute_dtype(logprobs)
+    axes, numbers = coefficient_arguments(loss, inputs.ref is not None)
+    advantages, scale, valid = prepared
+    mask = scale != 0
+
+    def masked(tokens: Tensor) -> Tensor:
+        tokens = tokens.to(dtype)
+        return tokens if inputs.weights is None else torch.where(mask, tokens, 0.0)
+
+    logprobs = masked(logprobs)
+    old = logprobs if inputs.old is None else masked(inputs.old)
+    ref = logprobs if inputs.ref is None else masked(inputs.ref)
+    gap = None if inputs.rollout is None else old - masked(inputs.rollout)
     log_ratio = logprobs - old
-    correction = tokens.correction(loss, old)
+
+    by_completion = loss.ratio != "token" or loss.surrogate in ("vespo", "gmpo")
+    by_sequence = loss.correction is not None and loss.correction.startswith("sequence")
+    completions = None
+    if by_completion or by_sequence:
+        completions = Completions.of(inputs.cu_seqlens, mask.shape[0])
+    correction = None
+    if loss.correction is not None and gap is not None:
+        log_weight = gap
+        if completions is not None and by_sequence:
+            log_weight = completions.spread(completions.sum(gap).to(dtype))
+        correction = correction_weight(axes, numbers, log_weight)
 
     shared = None  # the log-ratio that a completion's tokens have in common
     sequence: Tensor | float = 1.0
-    low = high = torch.zeros_like(mask)
-    if loss.surrogate == "vespo":
-        sequence = _vespo(loss, tokens, log_ratio, correction)
-    elif loss.surrogate == "gmpo":
-        clipped, low, high = pessimistic(log_ratio, advantages, loss.clip_low, loss.clip_high)
-        shared = tokens.mean(clipped)
-        sequence = bounded(shared).exp()
-        advantages = tokens.mean(advantages)
-    elif loss.ratio != "token":
-        shared = log_ratio = tokens.mean(log_ratio)
-
-    term, by_ratio, kl_by_ratio, by_logprob, ratio, kl, *clipped_by = token_term(
-        **axes(loss, tokens.ref is not None),
-        log_ratio=log_ratio,
-        logprob=logprobs,
-        old=old,
-        ref=tokens.ref,
-        advantage=advantages,
-        correction=1.0 if correction is None else correction,
-        sequence=sequence,
-        **numbers(loss),
+    low = high = None
+    if completions is not None and by_completion:
+        if loss.surrogate == "vespo":
+            sequence = _vespo(axes, numbers, completions, log_ratio, advantages, correction, mask)
+        elif loss.surrogate == "gmpo":
+            clipped, low, high = pessimistic(numbers, log_ratio, advantages)
+            shared = completions.mean(clipped, mask)
+            sequence = bounded(shared).exp()
+            advantages = completions.mean(advantages, mask)
+        else:
+            shared = log_ratio = completions.mean(log_ratio, mask)
+    term = token_term(
+        axes,
+        numbers,
+        Token(
+            log_ratio,
+            logprobs,
+            old,
+            ref,
+            advantages,
+            1.0 if correction is None else correction,
+            sequence,
+        ),
     )
-    if loss.surrogate == "gmpo":
-        inside = mask & ~(shared.abs() > LOG_RATIO_BOUND)  # type: ignore[union-attr]
-        moved = torch.where(inside, tokens.scale * by_ratio, 0.0)
-        direct = tokens.scale * (kl_by_ratio + by_logprob)
-        by_logprob = direct + torch.where(low | high, 0.0, tokens.mean(moved))
-        clipped_by[:2] = low, high
-    elif loss.ratio == "sequence":
-        moved = torch.where(mask, tokens.scale * (by_ratio + kl_by_ratio), 0.0)
-        by_logprob = tokens.scale * by_logprob + tokens.mean(moved)
-    else:
-        by_logprob = tokens.scale * (by_ratio + kl_by_ratio + by_logprob)
-    if entropy is not None and loss.entropy_coef != 0:
-        term = term - loss.entropy_coef * entropy
+    if low is None or high is None:
+        low, high = term.low, term.high
+    value = term.value
+    if entropy is not None:
+        entropy = masked(entropy)
+        if loss.entropy_coef != 0:
+            value = value - loss.entropy_coef * entropy
 
-    total = torch.where(mask, tokens.scale * term, 0.0).sum()
-    empty = tokens.denominator == 0
-    value = torch.where(empty, 0.0, total / tokens.denominator)
-    measured = {
-        "kl": None if tokens.ref is None else kl,
-        "entropy": entropy,
-        "clip_fraction": clipped_by[0] | clipped_by[1],
-        "clip_fraction_low": clipped_by[0],
-        "clip_fraction_high": clipped_by[1],
-        "dual_clip_fraction": clipped_by[2],
-        "ratio_mean": ratio,
-        "rollout_kl": None if tokens.rollout is None else tokens.rollout - old,
-        "correction_mean": correction,
-    }
-    finite = term.isfinite() & logprobs.isfinite()
-    invalid = torch.where(tokens.valid, (mask & ~finite).sum(), max(mask.numel(), 1))
+    if completions is not None and shared is not None and loss.ratio != "sequence_token":
+        moved = scale * (term.by_ratio + term.kl_by_ratio)
+        by_logprob = scale * term.by_logprob
+        if loss.surrogate == "gmpo":
+            moved = scale * term.by_ratio
+            moved = torch.where(shared.abs() > LOG_RATIO_BOUND, 0.0, moved)
+            by_logprob = scale * (term.kl_by_ratio + term.by_logprob)
+        moved = completions.mean(masked(moved), mask)
+        if loss.surrogate == "gmpo":
+            moved = torch.where(low | high, 0.0, moved)
+        by_logprob = by_logprob + moved
+    else:
+        by_logprob = scale * (term.by_ratio + term.kl_by_ratio + term.by_logprob)
+    by_entropy = -loss.entropy_coef * scale if loss.entropy_coef != 0 else None
+
+    finite = value.isfinite() & logprobs.isfinite()
+    none = torch.zeros_like(logprobs)
+    table = torch.stack(
+        [
+            # In the order of METRICS, then the loss.
+            none if inputs.ref is None else term.kl,
+            none if entropy is None else entropy,
+            (low | high).to(dtype),
+            low.to(dtype),
+            high.to(dtype),
+            term.dual.to(dtype),
+            term.ratio,
+            none,
+            none if gap is None else -gap,
+            none + 1.0 if correction is None else correction,
+            none + 1.0,
+            (~finite).to(dtype),
+            scale * value,
+        ]
+    )
+    if inputs.weights is not None:
+        table = torch.where(mask, table, 0.0)
+    sums = table.sum(1)
+    total, metrics = sums[12], sums[:12]
+    metrics[:10] /= metrics[10].clamp(min=1)
+    if mask.shape[0]:
+        metrics[7] = table[6].amax()
+    # Without tokens, ratios and weights are 1.
+    empty = metrics[10] == 0
+    metrics[6:8] += empty
+    metrics[9] += empty
+    metrics[11] = torch.where(valid, metrics[11], max(mask.shape[0], 1))
     return Evaluated(
-        torch.where(value.isfinite(), value, torch.nan),
-        _metrics(measured, mask, ratio, invalid),
-        _coefficients(loss, mask, tokens.scale, by_logprob),
-        torch.where(empty, 0.0, 1.0 / tokens.denominator),
+        torch.where((metrics[11] == 0) & total.isfinite(), total, torch.nan),
+        metrics,
+        Coefficients(masked(by_logprob), by_entropy),
     )
 
 
 def _vespo(
-    loss: PolicyLoss, tokens: _Tokens, log_ratio: Tensor, correction: Tensor | None
+    axes: Axes,
+    numbers: Numbers,
+    completions: Completions,
+    log_ratio: Tensor,
+    advantages: Tensor,
+    correction: Tensor | None,
+    mask: Tensor,
 ) -> Tensor:
-    segments = tokens.segments
-    log_weight = segments.spread(segments.sum(bounded(log_ratio)))
-    if correction is not None and loss.correction is not None:
+    log_weight = completions.spread(completions.sum(bounded(log_ratio)))
+    if correction is not None:
         log_correction = vespo_log(correction.log())
-        if loss.correction.startswith("token"):
-            log_correction = torch.where(tokens.mask, log_correction, 0.0)
-            log_correction = segments.spread(segments.sum(log_correction))
+        if axes.correction.startswith("token"):
+            log_correction = torch.where(mask, log_correction, 0.0)
+            log_correction = completions.spread(completions.sum(log_correction))
         log_weight = log_weight + log_correction
-    return vespo_weight(
-        tokens.advantages,
-        vespo_log(log_weight),
-        loss.vespo_k_pos,
-        loss.vespo_lambda_pos,
-        loss.vespo_k_neg,
-        loss.vespo_lambda_neg,
+    return vespo_weight(numbers, advantages, vespo_log(log_weight).to(log_ratio.dtype))
+
+
+class _Statistics(NamedTuple):
+    centred: Tensor
+    count: Tensor
+    mean: Tensor
+    std: Tensor
+    active: Tensor
+
+
+def group_advantages(rewards: Rewards) -> GroupAdvantages:
+    """See `perl_kernels.group_advantages`."""
+    dtype = compute_dtype(rewards.rewards)
+    table = rewards.rewards.to(torch.float64)
+    table = table if table.ndim == 2 else table[:, None]
+    known = ~table.isnan()
+    n_groups = rewards.sizes.shape[0]
+    bounds = torch.nn.functional.pad(rewards.sizes.cumsum(0), (1, 0))
+    groups, _, valid = Completions.of(bounds, table.shape[0])
+    valid = valid & (rewards.sizes >= 0).all()
+    weighted = table if rewards.weights is None else table * rewards.weights
+    total = torch.where(known, weighted, 0.0).sum(1, keepdim=True)
+    scored = known.any(1, keepdim=True)
+    statistics = _statistics(total, scored, groups, n_groups, rewards.unbiased)
+    if rewards.combine == "normalize_then_sum":
+        each = _statistics(table, known, groups, n_groups, rewards.unbiased)
+        parts = _normalised(each, table, known, groups, rewards)
+        parts = parts if rewards.weights is None else parts * rewards.weights
+        summed = parts.sum(1, keepdim=True)
+        spread = _statistics(summed, scored, torch.zeros_like(groups), 1, rewards.unbiased)
+        advantages = _divide(spread.centred, spread.std + rewards.eps)
+    else:
+        advantages = _normalised(statistics, total, scored, groups, rewards)
+    advantages, mean, std = (
+        torch.where(valid, values[:, 0], torch.nan).to(dtype)
+        for values in (advantages, statistics.mean, statistics.std)
     )
+    return GroupAdvantages(advantages, mean, std, statistics.active[:, 0] & valid)
 
 
-def _metrics(
-    measured: dict[str, Tensor | None], mask: Tensor, ratio: Tensor, invalid: Tensor
+def _statistics(
+    values: Tensor, known: Tensor, groups: Tensor, n_groups: int, unbiased: bool
+) -> _Statistics:
+    """Of each column of `values [B, C]` where `known`: [B, C], then [P, C] each."""
+    zeros = values.new_zeros(n_groups, values.shape[1])
+    count = zeros.index_add(0, groups, known.to(values.dtype))
+    mean = zeros.index_add(0, groups, torch.where(known, values, 0.0)) / count.clamp(min=1)
+    # Equal rewards must give exactly 0: their rounded mean may differ from them, and dividing that
+    # by a standard deviation as small would make a signal of it.
+    rows = groups[:, None].expand(values.shape)
+    highest = torch.full_like(zeros, -torch.inf)
+    highest.scatter_reduce_(0, rows, torch.where(known, values, -torch.inf), "amax")
+    lowest = torch.full_like(zeros, torch.inf)
+    lowest.scatter_reduce_(0, rows, torch.where(known, values, torch.inf), "amin")
+    active = (count > 1) & ~(highest == lowest)
+    centred = torch.where(known & active[groups], values - mean[groups], 0.0)
+    squares = zeros.index_add(0, groups, centred.square())
+    std = (squares / (count - int(unbiased)).clamp(min=1)).sqrt()
+    return _Statistics(centred, count, mean, std, active)
+
+
+def _normalised(
+    found: _Statistics, values: Tensor, known: Tensor, groups: Tensor, rewards: Rewards
 ) -> Tensor:
-    """The metrics in the order of `outputs.METRICS`, [12]."""
-    count = mask.sum()
+    centred = found.centred
+    if rewards.baseline == "leave_one_out":
+        count = found.count[groups]
+        # r - mean of the others = n / (n - 1) * (r - mean of all)
+        centred = centred * count / (count - 1).clamp(min=1)
+    if rewards.scale == "none":
+        return centred
+    std = found.std[groups]
+    if rewards.scale == "batch":
+        std = _statistics(values, known, torch.zeros_like(groups), 1, rewards.unbiased).std
+    return _divide(centred, std + rewards.eps)
 
-    def mean(name: str, default: float = 0.0) -> Tensor:
-        values = measured[name]
-        if values is None:
-            return torch.full((), default, dtype=ratio.dtype, device=ratio.device)
-        total = torch.where(mask, values.to(ratio.dtype), 0.0).sum()
-        return torch.where(count > 0, total / count, default)
 
-    largest = torch.where(mask, ratio, 0.0).amax() if mask.numel() else ratio.new_zeros(())
-    return torch.stack(
-        [
-            mean("kl"),
-            mean("entropy"),
-            mean("clip_fraction"),
-            mean("clip_fraction_low"),
-            mean("clip_fraction_high"),
-            mean("dual_clip_fraction"),
-            mean("ratio_mean", 1.0),
-            torch.where(count > 0, largest, 1.0),
-            mean("rollout_kl"),
-            mean("correction_mean", 1.0),
-            count.to(ratio.dtype),
-            invalid.to(ratio.dtype),
-        ]
-    )
+def _divide(centred: Tensor, by: Tensor) -> Tensor:
+    # With eps = 0 a group of equal rewards would be 0 / 0.
+    return torch.where(centred == 0, 0.0, centred / by)
