@@ -14,13 +14,18 @@ from torch import Tensor
 
 from .advantage import GroupedRewards
 from .dispatch import values_visible
-from .objective import PolicyLoss
-from .scalars import check_number
+from .objective import PolicyLoss, check_number
 
 
 def check_tensor(name: str, got: object, ndim: int, shape: str) -> Tensor:
     if not isinstance(got, Tensor):
         raise TypeError(f"{name} is a {type(got).__name__}, must be a tensor {shape}")
+    if type(got).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} is a DTensor, must be a plain tensor {shape}: give {name}.full_tensor(), or for "
+            "an LM head that is split over ranks each rank's rows, weight.to_local(), with group= of "
+            "linear_token_logprobs"
+        )
     if got.ndim != ndim:
         padded = f"; padded rows go in as {name}[mask]" if got.ndim == ndim + 1 else ""
         raise ValueError(f"{name} has shape {list(got.shape)}, must be {shape}{padded}")

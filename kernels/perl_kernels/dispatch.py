@@ -15,7 +15,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -24,6 +24,23 @@ Backend = Literal["auto", "triton", "native", "torch"]
 
 _OLDEST_CAPABILITY = (8, 0)
 _logger = logging.getLogger("perl_kernels")
+
+
+class Engine(NamedTuple):
+    """The modules of a backend: `rows` is one of `rows_*.py`, `completions` of `completions_*.py`;
+    what they have in common is written down in `rows_torch.py` and `completions_torch.py`."""
+
+    rows: Any
+    completions: Any
+
+
+@functools.cache
+def engine(backend: str) -> Engine:
+    def load(name: str) -> Any:
+        return importlib.import_module(f".{name}", __package__)
+
+    completions = "completions_triton" if backend == "triton" else "completions_torch"
+    return Engine(load(f"rows_{backend}"), load(completions))
 
 
 def available_backends() -> dict[str, tuple[bool, str]]:
@@ -51,7 +68,9 @@ def select_backend(backend: str, tensor: Tensor) -> str:
         if backend not in known:
             raise ValueError(f"PERL_BACKEND is {backend!r}, must be one of {', '.join(known)}")
     if backend == "auto":
-        return _automatic(tensor)
+        return _automatic(tensor.device, tensor.dtype)
+    if backend == "torch":
+        return backend
     available, reason = available_backends()[backend]
     if available and backend == "triton":
         reason = _triton_refuses(tensor.device, tensor.dtype)
@@ -61,21 +80,25 @@ def select_backend(backend: str, tensor: Tensor) -> str:
     return backend
 
 
-def engine(backend: str) -> Any:
-    """The module that implements `passes.Engine`."""
-    return importlib.import_module(f".{backend}_backend", __package__)
-
-
 def interpreted() -> bool:
     """Whether Triton kernels run in its interpreter, on any device."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def values_visible(tensor: Tensor) -> bool:
-    """Whether the values of `tensor` may be looked at for a check."""
-    if torch.compiler.is_compiling():
+    """Whether the values of `tensor` may be looked at for a check: not while something traces, nor
+    of a tensor without values (fake, meta)."""
+    if tensor.device.type != "cpu" and os.environ.get("PERL_CHECKS") != "1":
         return False
-    return tensor.device.type == "cpu" or os.environ.get("PERL_CHECKS") == "1"
+    return not (tensor.device.type == "meta" or tracing())
+
+
+def tracing() -> bool:
+    """Whether `torch.compile`, `make_fx` or a `FakeTensorMode` runs this code."""
+    if torch.compiler.is_compiling():
+        return True
+    keys = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY))
 
 
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -102,13 +125,13 @@ def _triton_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _automatic(tensor: Tensor) -> str:
+def _automatic(device: torch.device, dtype: torch.dtype) -> str:
     # Interpreted kernels are for tests and debugging: nobody gets them without asking.
     available, reason = available_backends()["triton"]
-    if available and tensor.device.type != "cuda":
-        available, reason = False, f"triton is for CUDA tensors, these are on {tensor.device.type}"
+    if available and device.type != "cuda":
+        available, reason = False, f"triton is for CUDA tensors, these are on {device.type}"
     elif available:
-        refusal = _triton_refuses(tensor.device, tensor.dtype)
+        refusal = _triton_refuses(device, dtype)
         available, reason = refusal is None, refusal or reason
     chosen = "triton" if available else "torch"
     if not torch.compiler.is_compiling():

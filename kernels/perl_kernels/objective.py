@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from .coefficient import Axes, Numbers
-from .scalars import check_number
 
 Surrogate = Literal["clip", "cispo", "sapo", "vespo", "gmpo", "dppo_tv", "dppo_kl", "reinforce"]
 Ratio = Literal["token", "sequence", "sequence_token"]
@@ -22,6 +21,17 @@ Aggregation = Literal[
     "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
 ]
 Correction = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+
+
+def check_number(name: str, got: object, wanted: str) -> float:
+    """`got`, if it is an int or a float.
+
+    Raises:
+        TypeError: it is something else, a bool included; the message says `wanted`.
+    """
+    if isinstance(got, bool) or not isinstance(got, int | float):
+        raise TypeError(f"{name} is a {type(got).__name__}, must be {wanted}")
+    return got
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +123,8 @@ class PolicyLoss:
     def axes(self) -> str:
         """The axes that have names, in the form in which operators take an objective."""
         names = (self.surrogate, self.ratio, self.kl or "", self.aggregation, self.correction or "")
-        return "|".join([*names, "bias" if self.kl_bias_correction else ""])
+        flags = ("bias" if self.kl_bias_correction else "", "entropy" if self.entropy_coef else "")
+        return "|".join([*names, *flags])
 
     @property
     def numbers(self) -> tuple[float, ...]:
@@ -123,7 +134,7 @@ class PolicyLoss:
     @classmethod
     def of(cls, axes: str, numbers: tuple[float, ...]) -> PolicyLoss:
         """The objective with these `axes` and `numbers`."""
-        surrogate, ratio, kl, aggregation, correction, bias = axes.split("|")
+        surrogate, ratio, kl, aggregation, correction, bias, _ = axes.split("|")
         values: dict[str, Any] = dict(zip(NUMBERS, numbers, strict=True))
         for name in ("dual_clip", "delta", "max_completion_length"):
             values[name] = values[name] or None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .scalars import check_number
+from .objective import check_number
 
 
 def top_entropy_weights(
