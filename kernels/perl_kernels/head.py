@@ -18,7 +18,9 @@ _GPU_SHARE = 32  # of a GPU's memory, that a block of logits may take
 _CPU_ROWS = 512  # the products of fewer rows run at a worse rate; LOG.md has the measurement
 _CPU_BYTES = 16 * 2**20
 _MULTIPLE = 128  # rows of a tile of the matrix units
-_FP16_BITS = 14  # a block's largest gradient is made about 2^14 in fp16, a quarter of the largest number
+_FP16_BITS = (
+    14  # a block's largest gradient is made about 2^14 in fp16, a quarter of the largest number
+)
 
 
 class Products(NamedTuple):
@@ -138,7 +140,11 @@ class Head:
             self.grad_weight = torch.empty(weight.shape, dtype=dtype, device=device)
         if needs[2] and scoring.bias is not None:
             self.grad_bias = torch.zeros(scoring.bias.shape, dtype=self.dtype, device=device)
-        self.dtypes = (hidden.dtype, weight.dtype, None if scoring.bias is None else scoring.bias.dtype)
+        self.dtypes = (
+            hidden.dtype,
+            weight.dtype,
+            None if scoring.bias is None else scoring.bias.dtype,
+        )
         self.unit = torch.full((), torch.inf, device=device) if self.scaled else None
 
     def _buffer(self, dtype: torch.dtype) -> Tensor:
@@ -213,7 +219,7 @@ class Head:
         self.started = True
 
     def _by_hidden(self, gradient: Tensor) -> Tensor:
-        if not self.scaled:
+        if self.unit is None:
             return gradient @ self.weight
         if self.wide is not None:
             found = gradient.to(self.wide.dtype) @ self.wide
@@ -246,8 +252,8 @@ class Head:
                 continue
             if not self.started:
                 total.zero_()
-            elif self.scaled and i > 0:
+            elif self.unit is not None and i > 0:
                 total /= self.unit
-            if not self.scaled:
+            if self.unit is None:
                 found[i] = total.to(self.dtypes[i])
         return found

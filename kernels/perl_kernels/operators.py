@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from .dispatch import engine, tracing
 from .head import Head, Logits, Products, no_autocast
-from .objective import NUMBERS, PolicyLoss
+from .objective import PolicyLoss
 from .passes import gradient_pass, loss_pass, stats_pass
 from .values import (
     METRICS,
@@ -141,7 +141,7 @@ def _refuse_tangents(arguments: tuple[Any, ...]) -> None:
 
 def handed_over(found: Tensor, by: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """found * by in `dtype`; in `found` itself unless another backward may ask for it."""
-    kept = torch._C._autograd._get_current_graph_task_keep_graph()
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
     if kept or found.dtype != dtype or tracing() or type(found) is not Tensor:
         # Of the shape of `found`, as a 0-dim factor would be rounded to its dtype first.
         return torch.mul(found, by.expand(found.shape)).to(dtype)
@@ -239,9 +239,7 @@ def _objective(axes: str, *numbers: float) -> PolicyLoss:
     return PolicyLoss.of(axes, numbers)
 
 
-def _loss(
-    like: Tensor, arguments: tuple[Any, ...]
-) -> tuple[PolicyLoss, LossInputs, list[float]]:
+def _loss(like: Tensor, arguments: tuple[Any, ...]) -> tuple[PolicyLoss, LossInputs, list[float]]:
     """The objective, the inputs on the device of `like`, and the numbers."""
     cu_seqlens, advantages, rewards, sizes, reward_weights = arguments[:5]
     old, ref, rollout, weights, normalizer, numbers, names = arguments[5:]
@@ -298,7 +296,9 @@ def _none_if_empty(*tensors: Tensor) -> list[Tensor | None]:
 # ---- log-probs of logits
 
 
-@_operator("token_logprobs", f"(Tensor logits, {_SCORING}, Tensor numbers, str backend) -> ({_STATS})")
+@_operator(
+    "token_logprobs", f"(Tensor logits, {_SCORING}, Tensor numbers, str backend) -> ({_STATS})"
+)
 def token_logprobs(
     logits: Tensor, targets: Tensor, temperatures: Tensor | None, numbers: Tensor, backend: str
 ) -> _Tensors:
@@ -366,12 +366,13 @@ def linear_token_logprobs(
     targets: Tensor,
     temperatures: Tensor | None,
     numbers: Tensor,
-    *products: Any,
+    *arguments: Any,
 ) -> _Tensors:
-    *products, backend = products
+    *products, backend = arguments
     scoring = _scoring(targets, temperatures, numbers.tolist(), bias)
     with no_autocast(hidden):
-        return tuple(stats_pass(engine(backend), Head(hidden, weight, scoring, Products(*products))))
+        head = Head(hidden, weight, scoring, Products(*products))
+        return tuple(stats_pass(engine(backend), head))
 
 
 @_fake("linear_token_logprobs")

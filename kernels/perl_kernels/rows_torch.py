@@ -12,6 +12,7 @@ cancels, as no term is negative. A score of -inf adds 0 to everything.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,9 @@ from torch import Tensor
 from .coefficient import Token, correction_weight, token_term
 from .objective import PolicyLoss, coefficient_arguments
 from .values import Coefficients, LossInputs, Prepared, RowStats, Scoring, compute_dtype
+
+_BYTES = 32 * 2**20
+"""Of rows worked on at once: a handful of temporaries of this size are made."""
 
 
 class _Row(NamedTuple):
@@ -32,7 +36,11 @@ class _Row(NamedTuple):
 
 def row_stats(tile: Tensor, scoring: Scoring) -> RowStats:
     """Statistics of the logits `tile [n, V]`."""
-    return _stats(_row(tile, scoring), scoring)
+    stats = _empty_stats(tile)
+    for part in _parts(tile):
+        mine = scoring.rows(part)
+        _stats(_row(tile[part], mine), mine).store(stats, part)
+    return stats
 
 
 def row_gradient(
@@ -40,10 +48,12 @@ def row_gradient(
 ) -> None:
     """Write the gradient by the logits to `out [n, V]`, which may be `tile`: exactly 0 in rows
     where both coefficients are 0, whatever the scores."""
-    scores = _scores(tile, scoring)
-    centred = scores - stats.shift[:, None]
-    row = _Row(scores, centred, centred.exp(), stats.shift, stats.log_sum.exp())
-    _write_gradient(row, scoring, stats, coefficients, out)
+    for part in _parts(tile):
+        mine, of_rows = scoring.rows(part), stats.rows(part)
+        scores = _scores(tile[part], mine)
+        centred = scores - of_rows.shift[:, None]
+        row = _Row(scores, centred, centred.exp(), of_rows.shift, of_rows.log_sum.exp())
+        _write_gradient(row, mine, of_rows, coefficients.rows(part), out[part])
 
 
 def row_loss(
@@ -57,12 +67,34 @@ def row_loss(
     """Statistics of the rows and coefficients of the token-level `loss`, and in `out [n, V]`, if
     given, the gradient by the logits; `out` may be `tile`. The per-token tensors of `prepared` and
     `inputs` are those of these rows."""
-    row = _row(tile, scoring)
-    stats = _stats(row, scoring)
-    coefficients = row_coefficients(loss, stats.logprobs, prepared, inputs)
-    if out is not None:
-        _write_gradient(row, scoring, stats, coefficients, out)
-    return stats, coefficients
+    stats, found = _empty_stats(tile), []
+    for part in _parts(tile):
+        mine = scoring.rows(part)
+        row = _row(tile[part], mine)
+        of_rows = _stats(row, mine)
+        of_rows.store(stats, part)
+        coefficients = row_coefficients(
+            loss, of_rows.logprobs, prepared.rows(part), inputs.rows(part)
+        )
+        found.append(coefficients)
+        if out is not None:
+            _write_gradient(row, mine, of_rows, coefficients, out[part])
+    if len(found) == 1:
+        return stats, found[0]
+    by_entropy = None
+    if loss.entropy_coef != 0:
+        by_entropy = torch.cat([each.entropy for each in found if each.entropy is not None])
+    return stats, Coefficients(torch.cat([each.logprobs for each in found]), by_entropy)
+
+
+def _parts(tile: Tensor) -> Iterator[slice]:
+    rows = max(16, _BYTES // (compute_dtype(tile).itemsize * max(tile.shape[1], 1)))
+    for start in range(0, max(tile.shape[0], 1), rows):
+        yield slice(start, start + rows)
+
+
+def _empty_stats(tile: Tensor) -> RowStats:
+    return RowStats(*(tile.new_empty(tile.shape[0], dtype=compute_dtype(tile)) for _ in range(4)))
 
 
 def row_coefficients(

@@ -211,14 +211,17 @@ def _whole(parts: Tensor, owned: Tensor, present: Tensor) -> RowStats:
     """
     logprobs, entropies, shifts, log_sums = parts.unbind(1)
     shift = shifts.amax(0)
+    # A part of nothing but -inf has probability 0, and no entropy of its own.
+    present = present & (shifts != -torch.inf)
     masses = torch.where(present, shifts - shift + log_sums, -torch.inf)
     # Not below 0, as the largest score is one of the terms.
     log_sum = masses.exp().sum(0).log()
     log_weights = masses - log_sum
-    # A score that is not finite has made its rank's entropy NaN, and NaN * 0 is NaN.
+    # A NaN or +inf has made its rank's entropy NaN, and NaN * 0 is NaN.
     spread = log_weights.exp() * (entropies - log_weights)
-    entropy = torch.where(present, spread, 0.0).sum(0)
-    logprob = torch.where(owned, logprobs + log_weights, 0.0).sum(0)
+    entropy = torch.where(shift > -torch.inf, torch.where(present, spread, 0.0).sum(0), torch.nan)
+    within = torch.where(present, logprobs + log_weights, -torch.inf)
+    logprob = torch.where(owned, within, 0.0).sum(0)
     valid = owned.any(0) & entropy.isfinite()
     return RowStats(torch.where(valid, logprob, torch.nan), entropy, shift, log_sum)
 
