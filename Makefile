@@ -20,7 +20,7 @@ test: export OMP_NUM_THREADS ?= 1
 export GOMP_SPINCOUNT ?= 1000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test mutants lint format bench bench-wheels bench-compare clean
+.PHONY: help setup demo test mutants lint format bench bench-wheels bench-compare gpu-first clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -62,6 +62,9 @@ bench-wheels: $(STAMP) ## collect in .wheels what a GPU machine without a networ
 bench-compare: $(STAMP) ## tell whether anything is slower than at BASE=<revision>; ARGS="--only plan" selects some
 	@[ -n "$(BASE)" ] || { echo "error: which revision? try: make bench-compare BASE=HEAD" >&2; exit 2; }
 	.venv/bin/python -m benchmarks.compare "$(BASE)" $(ARGS)
+
+gpu-first: $(STAMP) ## the first run on a GPU, in parts of at most ten minutes; ARGS=sanitizer is the last of them
+	.venv/bin/python benchmarks/gpu_first.py $(ARGS)
 
 clean: ## remove .venv, builds and caches; runs/ stays
 	rm -rf .venv build dist .benchmarks .hypothesis .pytest_cache .ruff_cache
