@@ -182,7 +182,8 @@ def check_advantages(advantages: object, count: int, n_tokens: int) -> None:
             )
         return
     tensor = check_tensor("advantages", advantages, 1, "[B] or [N]")
-    if tensor.shape[0] not in (count, n_tokens):
+    # Not `in`: torch.compile takes a length that it knows and one that it does not for different.
+    if not (tensor.shape[0] == count or tensor.shape[0] == n_tokens):
         raise ValueError(
             f"advantages has shape {list(tensor.shape)}, must be [B] or [N] with B = {count}, "
             f"N = {n_tokens}"

@@ -6,6 +6,7 @@ becomes that of hidden states, head and bias. `Logits`: they are there already, 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -66,9 +67,20 @@ def block_rows(
     return rounded if blocks > 1 and rounded <= fitting else even
 
 
-def no_autocast(hidden: Tensor) -> torch.autocast:
+def no_autocast(hidden: Tensor) -> AbstractContextManager[object]:
     """The casts of autocast are made by hand: its own would undo the fp32 accumulation."""
+    if not torch.amp.is_autocast_available(hidden.device.type):
+        return nullcontext()
     return torch.autocast(hidden.device.type, enabled=False)
+
+
+def autocast_dtype(hidden: Tensor) -> torch.dtype:
+    """That of the operands of products: autocast's where it is on, which leaves fp64 alone."""
+    device = hidden.device.type
+    if not torch.amp.is_autocast_available(device) or hidden.dtype == torch.float64:
+        return hidden.dtype
+    on = torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else hidden.dtype
 
 
 class Logits:

@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from . import checks, operators, vocab_parallel
 from .advantage import GroupedRewards
 from .dispatch import Backend, select_backend, tracing
-from .head import Products
+from .head import Products, autocast_dtype
 from .objective import PolicyLoss
 from .values import METRICS, LossInputs, LossOutput, TokenLogprobs, compute_dtype
 
@@ -409,10 +409,7 @@ def _products(
     memory_budget: int | None,
 ) -> Products:
     checks.check_blocks(logits_dtype, chunk_size, memory_budget)
-    device = hidden.device
-    # Like autocast itself, leave fp64 alone.
-    cast = torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64
-    operands = torch.get_autocast_dtype(device.type) if cast else hidden.dtype
+    operands = autocast_dtype(hidden)
     wide = logits_dtype == torch.float32 and operands.itemsize < 4
     kept = torch.float32 if wide else operands
     return Products(chunk_size or 0, memory_budget or 0, operands, kept)

@@ -179,7 +179,8 @@ class PolicyLoss:
         for field in (*positive, "dppo_ratio_cap", "correction_high"):
             self._require(field, getattr(self, field) > 0, "above 0")
         for field in ("kl_coef", "entropy_coef"):
-            self._require(field, math.isfinite(getattr(self, field)), "finite")
+            # Not math.isfinite, which torch.compile cannot trace for a float that has changed.
+            self._require(field, -math.inf < getattr(self, field) < math.inf, "finite")
         if self.surrogate in ("clip", "cispo"):
             self._require("clip_low", self.clip_low <= 1, "at most 1: ratios are positive")
         if self.dual_clip is not None:
