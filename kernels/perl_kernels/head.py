@@ -90,7 +90,8 @@ class Logits:
 
     def __init__(self, logits: Tensor, scoring: Scoring, out: Tensor) -> None:
         self.logits, self.scoring, self.out = logits, scoring, out
-        self.n_tokens = self.rows = logits.shape[0]
+        self.n_tokens = logits.shape[0]
+        self.rows = max(self.n_tokens, 1)
         self.dtype = compute_dtype(logits)
 
     def tile(self, part: slice) -> Tensor:

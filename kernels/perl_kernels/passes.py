@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .dispatch import Engine
@@ -30,10 +29,8 @@ class _Span(NamedTuple):
 
 def stats_pass(engine: Engine, tiles: Head | Logits) -> RowStats:
     """Statistics of all rows."""
-    stats = _empty_stats(tiles)
-    for part in _blocks(tiles, _everything(tiles)):
-        _stats(engine, tiles, part, tiles.tile(part)).store(stats, part)
-    return stats
+    parts = _blocks(tiles, _everything(tiles))
+    return RowStats.joined([_stats(engine, tiles, part, tiles.tile(part)) for part in parts])
 
 
 def gradient_pass(
@@ -83,7 +80,7 @@ def _one_pass(
     inputs: LossInputs,
     skip_idle: bool,
 ) -> RowStats:
-    stats = _empty_stats(tiles)
+    stats = []
     # Which rows are skipped, and at what scale a gradient fits in fp16, is known only after all
     # coefficients of a block.
     later = skip_idle or tiles.scaled
@@ -98,12 +95,12 @@ def _one_pass(
             inputs.rows(part),
             out,
         )
-        found.store(stats, part)
+        stats.append(found)
         if out is None:
             _gradient(engine, tiles, part, tile, found, coefficients, skip_idle)
         else:
             tiles.accept(part, out, coefficients)
-    return stats
+    return RowStats.joined(stats)
 
 
 def _two_passes(
@@ -115,16 +112,16 @@ def _two_passes(
     lengths: Sequence[int] | None,
     skip_idle: bool,
 ) -> RowStats:
-    stats = _empty_stats(tiles)
+    stats = []
     for span in _spans(tiles, lengths, inputs.cu_seqlens.shape[0] - 1):
-        parts = list(_blocks(tiles, span.rows))
-        tile = None
+        parts, pieces, tile = list(_blocks(tiles, span.rows)), [], None
         for part in parts:
             tile = tiles.tile(part)
-            _stats(engine, tiles, part, tile).store(stats, part)
+            pieces.append(_stats(engine, tiles, part, tile))
+        found = RowStats.joined(pieces)
+        stats.append(found)
         bounds = inputs.cu_seqlens[span.first : span.last + 1] - span.rows.start
         whole = inputs.rows(span.rows)._replace(cu_seqlens=bounds)
-        found = stats.rows(span.rows)
         coefficients = engine.completions.evaluate(
             loss, prepared.rows(span.rows), whole, found.logprobs, found.entropy
         ).coefficients
@@ -134,13 +131,13 @@ def _two_passes(
             local = slice(part.start - span.rows.start, part.stop - span.rows.start)
             mine = coefficients.rows(local)
             _gradient(engine, tiles, part, tile, found.rows(local), mine, skip_idle)
-    return stats
+    return RowStats.joined(stats)
 
 
 def _spans(tiles: Head | Logits, lengths: Sequence[int] | None, count: int) -> Iterator[_Span]:
     """Runs of completions that fit in a block, and completions that fit in none; everything at
     once if their lengths are not known on the host."""
-    if lengths is None:
+    if lengths is None or not tiles.n_tokens:
         yield _Span(0, count, _everything(tiles))
         return
     first = start = stop = 0
@@ -186,17 +183,10 @@ def _gradient(
 
 
 def _blocks(tiles: Head | Logits, part: slice) -> Iterator[slice]:
-    """`part` in slices of at most a block's rows."""
-    for start in range(part.start, part.stop, max(tiles.rows, 1)):
+    """`part` in slices of at most a block's rows; one slice if it is empty."""
+    for start in range(part.start, max(part.stop, part.start + 1), tiles.rows):
         yield slice(start, min(start + tiles.rows, part.stop))
 
 
 def _everything(tiles: Head | Logits) -> slice:
     return slice(0, tiles.n_tokens)
-
-
-def _empty_stats(tiles: Head | Logits) -> RowStats:
-    device = tiles.scoring.targets.device
-    return RowStats(
-        *(torch.empty(tiles.n_tokens, dtype=tiles.dtype, device=device) for _ in range(4))
-    )

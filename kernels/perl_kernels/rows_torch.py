@@ -36,11 +36,11 @@ class _Row(NamedTuple):
 
 def row_stats(tile: Tensor, scoring: Scoring) -> RowStats:
     """Statistics of the logits `tile [n, V]`."""
-    stats = _empty_stats(tile)
+    stats = []
     for part in _parts(tile):
         mine = scoring.rows(part)
-        _stats(_row(tile[part], mine), mine).store(stats, part)
-    return stats
+        stats.append(_stats(_row(tile[part], mine), mine))
+    return RowStats.joined(stats)
 
 
 def row_gradient(
@@ -67,34 +67,29 @@ def row_loss(
     """Statistics of the rows and coefficients of the token-level `loss`, and in `out [n, V]`, if
     given, the gradient by the logits; `out` may be `tile`. The per-token tensors of `prepared` and
     `inputs` are those of these rows."""
-    stats, found = _empty_stats(tile), []
+    stats, found = [], []
     for part in _parts(tile):
         mine = scoring.rows(part)
         row = _row(tile[part], mine)
         of_rows = _stats(row, mine)
-        of_rows.store(stats, part)
+        stats.append(of_rows)
         coefficients = row_coefficients(
             loss, of_rows.logprobs, prepared.rows(part), inputs.rows(part)
         )
         found.append(coefficients)
         if out is not None:
             _write_gradient(row, mine, of_rows, coefficients, out[part])
-    if len(found) == 1:
-        return stats, found[0]
+    by_logprob = torch.cat([each.logprobs for each in found])
     by_entropy = None
     if loss.entropy_coef != 0:
         by_entropy = torch.cat([each.entropy for each in found if each.entropy is not None])
-    return stats, Coefficients(torch.cat([each.logprobs for each in found]), by_entropy)
+    return RowStats.joined(stats), Coefficients(by_logprob, by_entropy)
 
 
 def _parts(tile: Tensor) -> Iterator[slice]:
     rows = max(16, _BYTES // (compute_dtype(tile).itemsize * max(tile.shape[1], 1)))
     for start in range(0, max(tile.shape[0], 1), rows):
         yield slice(start, start + rows)
-
-
-def _empty_stats(tile: Tensor) -> RowStats:
-    return RowStats(*(tile.new_empty(tile.shape[0], dtype=compute_dtype(tile)) for _ in range(4)))
 
 
 def row_coefficients(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -171,9 +172,12 @@ class RowStats(NamedTuple):
     def rows(self, part: slice | Tensor) -> RowStats:
         return RowStats(*(tensor[part] for tensor in self))
 
-    def store(self, whole: RowStats, part: slice) -> None:
-        for mine, theirs in zip(self, whole, strict=True):
-            theirs[part] = mine
+    @classmethod
+    def joined(cls, parts: Sequence[RowStats]) -> RowStats:
+        """Of the rows of all `parts`, at least one."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
 class Coefficients(NamedTuple):
