@@ -103,28 +103,29 @@ def _differentiable(
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
-    class Differentiated(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, keyset: Any, *arguments: Any) -> _Tensors:  # type: ignore[override]
-            outputs = below(keyset, arguments)
-            ctx.set_materialize_grads(False)
-            ctx.n_arguments = len(arguments)
-            ctx.needs = ctx.needs_input_grad[1:]
-            save(ctx, arguments, outputs)
-            return outputs
+    def forward(ctx: Any, keyset: Any, *arguments: Any) -> _Tensors:
+        outputs = below(keyset, arguments)
+        ctx.set_materialize_grads(False)
+        ctx.n_arguments = len(arguments)
+        ctx.needs = ctx.needs_input_grad[1:]
+        save(ctx, arguments, outputs)
+        return outputs
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-            if torch.is_grad_enabled():
-                raise RuntimeError(ONCE)
-            found = backward(ctx, *grads)
-            return None, *found, *[None] * (ctx.n_arguments - len(found))
+    def checked(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(ONCE)
+        found = backward(ctx, *grads)
+        return None, *found, *[None] * (ctx.n_arguments - len(found))
+
+    functions = {"forward": staticmethod(forward), "backward": staticmethod(checked)}
+    # The name is the one of the loss's grad_fn.
+    function = type(f"perl_kernels_{name}_", (torch.autograd.Function,), functions)
 
     def kernel(keyset: Any, *arguments: Any) -> _Tensors:
         if forward_ad._current_level >= 0:
             _refuse_tangents(arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-            return Differentiated.apply(keyset, *arguments)  # type: ignore[return-value]
+            return function.apply(keyset, *arguments)  # type: ignore[attr-defined]
         return below(keyset, arguments)
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)
