@@ -1,380 +1,492 @@
-"""Rows of logits in Triton, one program per row: log-sum-exp, log-prob, entropy, coefficient of the
-loss, and the gradient in place.
+"""Rows of logits in Triton, one program per row; formulas: `rows_torch.py`, `coefficient.py`.
 
 A row is read once for its statistics and, where there is a gradient, a second time backwards, so
-that what was read last, and is still in the L2 cache, comes first. Formulas: `torch_backend/rows.py`
-and `coefficient.py`.
+that what was read last, and is still in the L2 cache, comes first. What it costs beside its bytes are
+instructions, so:
+
+* A logit becomes `y` (itself, or -1 / (1 + exp(2 logit / softcap))), of which the score in units of
+  log 2 is a linear function: an exponential is a subtraction, a multiply-add and one instruction
+  for 2^a. At the largest score a is 0 exactly, so that sums are exact where a token is certain.
+* Each thread has sums of its own: no thread waits for another before the end of the row.
+* The gradient is written without the target's own term, which one thread adds afterwards.
+* The body of a row starts and ends at a multiple of 16 elements in memory, whatever the number of
+  columns and the distance of the rows, and is read in 128-bit loads; of the edges, at most 15
+  elements before and after it, every thread takes one.
 """
+
+# Triton, not Python, compiles the device functions, which a type checker reads otherwise.
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportArgumentType=false
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
+from triton.language.extra import libdevice
 
-from ..axes import axes, numbers
-from ..inputs import Coefficients, LossInputs, Prepared
-from ..objective import PolicyLoss
-from ..scores import RowStats, Scoring
-from .compile_case import CompileCase
-from .device import correction_weight, token_term
-from .launch import architecture, compile_case, kernel
-from .numerics import scaled, scaled_slope
+from .coefficient import Token
+from .coefficient_triton import correction_weight, token_term
+from .objective import PolicyLoss, coefficient_arguments
+from .values import Coefficients, LossInputs, Prepared, RowStats, Scoring
 
-_BLOCK_BYTES = {80: 16384, 90: 16384, 100: 8192}
-_WARPS = 8
-_MAX_REGISTERS = 128
-"""On sm_80 and sm_90 four 128-bit loads at once per thread, and two rows at a time on each
-multiprocessor, of which a good part is still in the L2 cache when it is read again. On sm_100 that
-many columns spill. Chosen from the resources alone, see docs/kernels.md; not measured yet."""
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
+# 2 to the power of it is 0, and so is their product.
+_NEVER = tl.constexpr(-1e4)
+_ALIGNED = tl.constexpr(16)
+_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+_SCALE_BLOCK, _SCALE_PROGRAMS = 4096, 2048
+
+
+class _Tiling(NamedTuple):
+    """How a block of columns is spread over threads: `vector` neighbours each, `repeats` times.
+    `wide_bias, wide_out`: whether the bodies of the rows are aligned there too."""
+
+    vector: int
+    repeats: int
+    warps: int
+    wide_bias: bool
+    wide_out: bool
+
+
+class _Tile(NamedTuple):
+    """What every kernel reads. `misplaced`: elements between the last multiple of 16 in memory and
+    the logits. `temperatures [n]` is None or goes before `temperature`."""
+
+    logits: Any
+    misplaced: Any
+    stride: Any
+    n_columns: Any
+    targets: Any
+    bias: Any
+    softcap: Any
+    temperatures: Any
+    temperature: Any
+
+
+class _Row(NamedTuple):
+    """`first`, `n_body`: first column and number of columns of the body. `unit`, `rate`: by how much
+    the score rises with y, in nats and in units of log 2. `known`: whether the target is a column;
+    `chosen`: its y."""
+
+    logits: Any
+    first: Any
+    n_body: Any
+    temperature: Any
+    unit: Any
+    rate: Any
+    target: Any
+    known: Any
+    chosen: Any
+
+
+class _Sums(NamedTuple):
+    """Of what each thread has seen: largest y, and with a = (y - highest) * rate the sums of 2^a
+    and a 2^a."""
+
+    highest: Any
+    total: Any
+    weighted: Any
+
+
+class _Mass(NamedTuple):
+    """Probabilities are 2^a / total with a = (y - origin) * rate + rest."""
+
+    origin: Any
+    rest: Any
+    total: Any
+    log_total: Any
+
+
+class _Slope(NamedTuple):
+    """The gradient is 2^a (constant + linear a) dy/dlogit, with `extra` in the sum at the target."""
+
+    constant: Any
+    linear: Any
+    extra: Any
 
 
 @triton.jit
-def _score(
-    row_ptr,
-    bias_ptr,
-    columns,
-    inside,
-    softcap,
-    temperature,
-    HAS_SOFTCAP: tl.constexpr,
-):
-    """The scores of some columns of a row; 0 outside."""
-    logit = tl.load(row_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        logit += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    return scaled(logit, softcap, temperature, HAS_SOFTCAP)
-
-
-@triton.jit
-def _row_statistics(
-    row_ptr,
-    bias_ptr,
-    target,
-    n_columns,
-    softcap,
-    temperature,
-    HAS_SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Log-prob of `target` (NaN if it is no column), entropy, largest score, log sum exp(s - max)."""
-    shift = float("-inf")
-    # Sums per lane: one reduction a block, for the maximum, instead of three.
-    total = tl.zeros([BLOCK], dtype=tl.float32)
-    weighted = tl.zeros([BLOCK], dtype=tl.float32)
-    for start in range(0, n_columns, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = columns < n_columns
-        score = _score(row_ptr, bias_ptr, columns, inside, softcap, temperature, HAS_SOFTCAP)
-        score = tl.where(inside, score, float("-inf"))
-        higher = tl.maximum(shift, tl.max(score, axis=0))
-        # Nothing is there to be shifted before the first block.
-        moved = tl.where(shift == float("-inf"), 0.0, shift - higher)
-        shrunk = tl.exp(moved)
-        distance = score - higher
-        mass = tl.exp(distance)
-        weighted = shrunk * (weighted + moved * total) + mass * tl.where(inside, distance, 0.0)
-        total = shrunk * total + mass
-        shift = higher
-    all_mass = tl.sum(total, axis=0)
-    log_sum = tl.log(all_mass)
-    # An infinite score makes it NaN (0 * inf), whether or not the target is concerned.
-    entropy = log_sum - tl.sum(weighted, axis=0) / all_mass
-    known = (target >= 0) & (target < n_columns)
-    chosen = _score(row_ptr, bias_ptr, target, known, softcap, temperature, HAS_SOFTCAP)
-    valid = known & (tl.abs(entropy) < float("inf"))
-    logprob = tl.where(valid, chosen - shift - log_sum, float("nan"))
-    return logprob, entropy, shift, log_sum
-
-
-@triton.jit
-def _write_gradient(
-    row_ptr,
-    out_ptr,
-    bias_ptr,
-    target,
-    n_columns,
-    softcap,
-    temperature,
-    entropy,
-    shift,
-    log_sum,
-    by_logprob,
-    by_entropy,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The gradient of a row, which may be written over it; 0 if both coefficients are."""
-    idle = by_logprob == 0
-    if HAS_ENTROPY:
-        idle = idle & (by_entropy == 0)
-    # An idle row is not read a second time.
-    n_read = tl.where(idle, 0, n_columns)
-    n_blocks = tl.cdiv(n_columns, BLOCK)
-    for i in range(0, n_blocks):
-        columns = (n_blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
-        inside = columns < n_columns
-        score = _score(
-            row_ptr, bias_ptr, columns, columns < n_read, softcap, temperature, HAS_SOFTCAP
+def _reciprocal(x):
+    if _INTERPRETED:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
-        log_prob = score - shift - log_sum
-        by = by_logprob
-        if HAS_ENTROPY:
-            by = by_logprob + by_entropy * (log_prob + entropy)
-        gradient = tl.where(columns == target, by_logprob, 0.0) - tl.exp(log_prob) * by
-        gradient = gradient * scaled_slope(score, softcap, temperature, HAS_SOFTCAP)
-        gradient = tl.where(idle, 0.0, gradient)
-        tl.store(out_ptr + columns, gradient.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _temperature_of(temperatures_ptr, temperature, row):
-    if temperatures_ptr is not None:
-        temperature = tl.load(temperatures_ptr + row).to(tl.float32)
-    return temperature
+def _exact(x, LOG: tl.constexpr):
+    """log or exp to the last place; Triton's own are fast and lose more, log most next to 1."""
+    if _INTERPRETED:
+        return tl.log(x) if LOG else tl.exp(x)
+    else:
+        return libdevice.log(x) if LOG else libdevice.exp(x)
 
 
-@kernel
-def row_stats_kernel(
-    tile_ptr,
-    tile_stride,
-    bias_ptr,
-    targets_ptr,
-    temperatures_ptr,
-    stats_ptr,
-    n_rows,
-    n_columns,
-    softcap,
-    temperature,
-    HAS_SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """`stats [4, n]`: log-prob, entropy, largest score, log sum exp of each row."""
-    row = tl.program_id(0).to(tl.int64)
-    tau = _temperature_of(temperatures_ptr, temperature, row)
-    target = tl.load(targets_ptr + row).to(tl.int64)
-    logprob, entropy, shift, log_sum = _row_statistics(
-        tile_ptr + row * tile_stride, bias_ptr, target, n_columns, softcap, tau, HAS_SOFTCAP, BLOCK
-    )
-    tl.store(stats_ptr + row, logprob)
-    tl.store(stats_ptr + n_rows + row, entropy)
-    tl.store(stats_ptr + 2 * n_rows + row, shift)
-    tl.store(stats_ptr + 3 * n_rows + row, log_sum)
+@triton.jit
+def _loaded(pointers, inside):
+    if inside is None:
+        return tl.load(pointers).to(tl.float32)
+    else:
+        return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
 
 
-@kernel
-def row_gradient_kernel(
-    tile_ptr,
-    tile_stride,
-    out_ptr,
-    out_stride,
-    bias_ptr,
-    targets_ptr,
-    temperatures_ptr,
-    entropy_ptr,
-    shift_ptr,
-    log_sum_ptr,
-    by_logprob_ptr,
-    by_entropy_ptr,
-    n_columns,
-    softcap,
-    temperature,
-    HAS_SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """`out [n, V]`, which may be the tile: the gradient of a loss with these derivatives by
-    log-prob and entropy of each row."""
-    row = tl.program_id(0).to(tl.int64)
-    tau = _temperature_of(temperatures_ptr, temperature, row)
-    target = tl.load(targets_ptr + row).to(tl.int64)
-    by_entropy = 0.0
-    if by_entropy_ptr is not None:
-        by_entropy = tl.load(by_entropy_ptr + row).to(tl.float32)
-    _write_gradient(
-        tile_ptr + row * tile_stride,
-        out_ptr + row * out_stride,
-        bias_ptr,
+@triton.jit
+def _y(tile, logits, bias, lanes, inside):
+    """Of the logits at these lanes of two pointers, all or those `inside`."""
+    y = _loaded(logits + lanes, inside)
+    if bias is not None:
+        y += _loaded(bias + lanes, inside)
+    if tile.softcap is not None:
+        y = _reciprocal(-1.0 - tl.exp2(y * (2.0 * _LOG2E / tile.softcap)))
+    return y
+
+
+@triton.jit
+def _row(tile, row):
+    first = (-(tile.misplaced + row * tile.stride)) & (_ALIGNED - 1)
+    first = tl.minimum(first, tile.n_columns).to(tl.int32)
+    temperature = tile.temperature
+    if tile.temperatures is not None:
+        temperature = tl.load(tile.temperatures + row).to(tl.float32)
+    usable = (temperature > 0) & (temperature < float("inf"))
+    temperature = tl.where(usable, temperature, float("nan"))
+    unit = tl.div_rn(1.0, temperature)
+    if tile.softcap is not None:
+        unit *= 2.0 * tile.softcap
+    target = tl.load(tile.targets + row).to(tl.int64)
+    known = (target >= 0) & (target < tile.n_columns)
+    logits = tile.logits + row * tile.stride
+    chosen = _y(tile, logits, tile.bias, target, known)
+    return _Row(
+        logits,
+        first,
+        (tile.n_columns - first) // _ALIGNED * _ALIGNED,
+        temperature,
+        unit,
+        unit * _LOG2E,
         target,
-        n_columns,
-        softcap,
-        tau,
-        tl.load(entropy_ptr + row),
-        tl.load(shift_ptr + row),
-        tl.load(log_sum_ptr + row),
-        tl.load(by_logprob_ptr + row).to(tl.float32),
-        by_entropy,
-        HAS_SOFTCAP,
-        by_entropy_ptr is not None,
-        BLOCK,
-    )
-
-
-@kernel
-def row_loss_kernel(
-    tile_ptr,
-    tile_stride,
-    out_ptr,
-    out_stride,
-    bias_ptr,
-    targets_ptr,
-    temperatures_ptr,
-    advantages_ptr,
-    scale_ptr,
-    old_ptr,
-    ref_ptr,
-    rollout_ptr,
-    stats_ptr,
-    n_rows,
-    n_columns,
-    softcap,
-    temperature,
-    entropy_coef,
-    correction_low,
-    correction_high,
-    clip_low,
-    clip_high,
-    dual_clip,
-    delta,
-    tau_pos,
-    tau_neg,
-    ratio_cap,
-    kl_coef,
-    SURROGATE: tl.constexpr,
-    DUAL_CLIP: tl.constexpr,
-    DELTA: tl.constexpr,
-    KL: tl.constexpr,
-    HAS_KL: tl.constexpr,
-    HAS_REF: tl.constexpr,
-    KL_BIAS_CORRECTION: tl.constexpr,
-    CORRECTION: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One launch from logits to their gradient, for a token-level loss.
-
-    `stats [6, n]`: log-prob, entropy, largest score, log sum exp, derivatives by log-prob and by
-    entropy. `out [n, V]`, which may be the tile and may be left out: the gradient.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    tau = _temperature_of(temperatures_ptr, temperature, row)
-    target = tl.load(targets_ptr + row).to(tl.int64)
-    row_ptr = tile_ptr + row * tile_stride
-    logprob, entropy, shift, log_sum = _row_statistics(
-        row_ptr, bias_ptr, target, n_columns, softcap, tau, HAS_SOFTCAP, BLOCK
-    )
-    scale = tl.load(scale_ptr + row)
-    counts = scale != 0
-    known = tl.where(counts, logprob, 0.0)
-    old = known
-    if old_ptr is not None:
-        old = tl.load(old_ptr + row, mask=counts, other=0.0).to(tl.float32)
-    ref = known
-    if ref_ptr is not None:
-        ref = tl.load(ref_ptr + row, mask=counts, other=0.0).to(tl.float32)
-    correction = 1.0
-    if CORRECTION != "":
-        rollout = tl.load(rollout_ptr + row, mask=counts, other=0.0).to(tl.float32)
-        correction = correction_weight(CORRECTION, old - rollout, correction_low, correction_high)
-    _, by_ratio, kl_by_ratio, by_itself, _, _, _, _, _ = token_term(
-        SURROGATE,
-        DUAL_CLIP,
-        DELTA,
-        KL,
-        HAS_KL,
-        HAS_REF,
-        KL_BIAS_CORRECTION,
-        known - old,
         known,
-        old,
-        ref,
-        tl.load(advantages_ptr + row, mask=counts, other=0.0),
-        correction,
-        1.0,
-        clip_low,
-        clip_high,
-        dual_clip,
-        delta,
-        tau_pos,
-        tau_neg,
-        ratio_cap,
-        kl_coef,
+        chosen,
     )
-    by_logprob = tl.where(counts, scale * (by_ratio + kl_by_ratio + by_itself), 0.0)
-    by_entropy = tl.where(counts, -entropy_coef * scale, 0.0)
-    tl.store(stats_ptr + row, logprob)
-    tl.store(stats_ptr + n_rows + row, entropy)
-    tl.store(stats_ptr + 2 * n_rows + row, shift)
-    tl.store(stats_ptr + 3 * n_rows + row, log_sum)
-    tl.store(stats_ptr + 4 * n_rows + row, by_logprob)
-    tl.store(stats_ptr + 5 * n_rows + row, by_entropy)
-    if out_ptr is not None:
-        # The target's logit has been read by every thread before any of them writes over the row.
+
+
+@triton.jit
+def _edges(tile, row, THREADS: tl.constexpr):
+    lanes = tl.arange(0, THREADS)
+    before = lanes < _ALIGNED
+    columns = tl.where(before, lanes, row.first + row.n_body + lanes - _ALIGNED)
+    return columns, tl.where(before, lanes < row.first, columns < tile.n_columns)
+
+
+@triton.jit
+def _at_body(pointer, row, ALIGNED: tl.constexpr):
+    if pointer is None:
+        return None
+    elif ALIGNED:
+        size: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth // 8
+        return tl.multiple_of(pointer + row.first, _ALIGNED.value * size)
+    else:
+        return pointer + row.first
+
+
+@triton.jit
+def _further(pointer, count):
+    if pointer is None:
+        return None
+    else:
+        return pointer + count
+
+
+@triton.jit
+def _moved(sums, highest, rate):
+    a = tl.maximum((sums.highest - highest) * rate, _NEVER)
+    shrunk = tl.exp2(a)
+    return _Sums(highest, shrunk * sums.total, shrunk * (sums.weighted + a * sums.total))
+
+
+@triton.jit
+def _swept(sums, y, rate):
+    """With the elements y [repeats, threads, vector]."""
+    highest = tl.maximum(sums.highest, tl.max(tl.max(y, axis=2), axis=0))
+    sums = _moved(sums, highest, rate)
+    a = (y - highest[None, :, None]) * rate
+    # A score of -inf has the probability 0, and its logarithm counts nothing; NaN stays NaN.
+    a = tl.maximum(a, _NEVER, propagate_nan=tl.PropagateNan.ALL)
+    mass = tl.exp2(a)
+    total = sums.total + tl.sum(tl.sum(mass, axis=2), axis=0)
+    weighted = sums.weighted + tl.sum(tl.sum(mass * a, axis=2), axis=0)
+    return _Sums(highest, total, weighted)
+
+
+@triton.jit
+def _statistics(tile, row, TILING: tl.constexpr):
+    THREADS: tl.constexpr = 32 * TILING.warps
+    BLOCK: tl.constexpr = TILING.vector * TILING.repeats * THREADS
+    sums = _Sums(
+        tl.full([THREADS], _LOWEST, tl.float32),
+        tl.zeros([THREADS], tl.float32),
+        tl.zeros([THREADS], tl.float32),
+    )
+    if row.n_body < tile.n_columns:
+        columns, inside = _edges(tile, row, THREADS)
+        y = _y(tile, row.logits, tile.bias, columns, inside)
+        y = tl.where(inside, y, float("-inf"))
+        sums = _swept(sums, tl.reshape(y, [1, THREADS, 1]), row.rate)
+    logits = _at_body(row.logits, row, True)
+    bias = _at_body(tile.bias, row, TILING.wide_bias)
+    lanes = tl.arange(0, BLOCK)
+    whole = row.n_body // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        y = _y(tile, logits + start, _further(bias, start), lanes, None)
+        sums = _swept(sums, tl.reshape(y, [TILING.repeats, THREADS, TILING.vector]), row.rate)
+    if whole < row.n_body:
+        inside = whole + lanes < row.n_body
+        y = _y(tile, logits + whole, _further(bias, whole), lanes, inside)
+        y = tl.where(inside, y, float("-inf"))
+        sums = _swept(sums, tl.reshape(y, [TILING.repeats, THREADS, TILING.vector]), row.rate)
+    highest = tl.max(sums.highest, axis=0)
+    sums = _moved(sums, highest, row.rate)
+    total = tl.sum(sums.total, axis=0)
+    log_total = _exact(total, True)
+    entropy = log_total - tl.sum(sums.weighted, axis=0) * _LN2 / total
+    logprob = (row.chosen - highest) * row.unit - log_total
+    shift = highest
+    if tile.softcap is not None:
+        shift = tile.softcap * (1.0 + 2.0 * highest)
+    # The largest score adds 1 to the total, unless it is -inf.
+    shift = tl.where(total == 0, float("-inf"), tl.div_rn(shift, row.temperature))
+    entropy = tl.where(tl.abs(shift) < float("inf"), entropy, float("nan"))
+    logprob = tl.where(row.known & (tl.abs(entropy) < float("inf")), logprob, float("nan"))
+    origin, rest = _origin(tile, row, shift)
+    log_sum = log_total + ((highest - origin) * row.rate + rest) * _LN2
+    return RowStats(logprob, entropy, shift, log_sum), _Mass(highest, 0.0, total, log_total)
+
+
+@triton.jit
+def _origin(tile, row, shift):
+    """The y of which the score is `shift`, and what it is wrong by in units of log 2."""
+    scaled = shift * row.temperature
+    if tile.softcap is not None:
+        origin = 0.5 * (scaled / tile.softcap - 1.0)
+        return origin, (origin + 0.5) * row.rate - shift * _LOG2E
+    else:
+        return scaled, -tl.fma(shift, row.temperature, -scaled) * row.rate
+
+
+@triton.jit
+def _slope(tile, row, mass, entropy, by_logprob, by_entropy):
+    factor = 1.0 / row.temperature
+    if tile.softcap is not None:
+        factor = -4.0 * factor
+    share = -factor / mass.total
+    linear = None
+    constant = share * by_logprob
+    if by_entropy is not None:
+        linear = share * by_entropy * _LN2
+        constant += share * by_entropy * (entropy - mass.log_total)
+    return _Slope(constant, linear, factor * by_logprob)
+
+
+@triton.jit
+def _gradient(tile, row, mass, slope, y, extra):
+    a = (y - mass.origin) * row.rate + mass.rest
+    if slope.linear is None:
+        gradient = tl.exp2(a) * slope.constant + extra
+    else:
+        a = tl.maximum(a, _NEVER, propagate_nan=tl.PropagateNan.ALL)
+        gradient = tl.exp2(a) * (slope.linear * a + slope.constant) + extra
+    if tile.softcap is not None:
+        gradient *= y * y + y
+    return gradient
+
+
+@triton.jit
+def _write_gradient(tile, row, mass, slope, idle, out, TILING: tl.constexpr):
+    THREADS: tl.constexpr = 32 * TILING.warps
+    BLOCK: tl.constexpr = TILING.vector * TILING.repeats * THREADS
+    dtype: tl.constexpr = out.dtype.element_ty
+    logits = _at_body(row.logits, row, True)
+    bias = _at_body(tile.bias, row, TILING.wide_bias)
+    body = _at_body(out, row, TILING.wide_out)
+    lanes = tl.arange(0, BLOCK)
+    whole = row.n_body // BLOCK * BLOCK
+    edges, at_edge = _edges(tile, row, THREADS)
+    in_rest = whole + lanes < row.n_body
+    if idle:
+        tl.store(out + edges, tl.zeros([THREADS], dtype), mask=at_edge)
+        tl.store(body + whole + lanes, tl.zeros([BLOCK], dtype), mask=in_rest)
+        for start in range(0, whole, BLOCK):
+            tl.store(body + start + lanes, tl.zeros([BLOCK], dtype))
+    else:
+        # Every thread has read the target's logit before any of them writes over it.
         tl.debug_barrier()
-        _write_gradient(
-            row_ptr,
-            out_ptr + row * out_stride,
-            bias_ptr,
-            target,
-            n_columns,
-            softcap,
-            tau,
-            entropy,
-            shift,
-            log_sum,
-            by_logprob,
-            by_entropy,
-            HAS_SOFTCAP,
-            HAS_ENTROPY,
-            BLOCK,
-        )
+        if row.n_body < tile.n_columns:
+            y = _y(tile, row.logits, tile.bias, edges, at_edge)
+            gradient = _gradient(tile, row, mass, slope, y, 0.0)
+            tl.store(out + edges, gradient.to(dtype), mask=at_edge)
+        if whole < row.n_body:
+            y = _y(tile, logits + whole, _further(bias, whole), lanes, in_rest)
+            gradient = _gradient(tile, row, mass, slope, y, 0.0)
+            tl.store(body + whole + lanes, gradient.to(dtype), mask=in_rest)
+        for done in range(0, whole, BLOCK):
+            start = whole - BLOCK - done
+            y = _y(tile, logits + start, _further(bias, start), lanes, None)
+            gradient = _gradient(tile, row, mass, slope, y, 0.0)
+            tl.store(body + start + lanes, gradient.to(dtype))
+        tl.debug_barrier()
+        gradient = _gradient(tile, row, mass, slope, row.chosen, slope.extra)
+        tl.store(out + row.target, gradient.to(dtype), mask=row.known)
 
 
-def row_stats(tile: Tensor, scoring: Scoring, dtype: torch.dtype) -> RowStats:
-    """As `torch_backend.row_stats`."""
-    n_rows, n_columns = tile.shape
-    stats = torch.empty(4, n_rows, dtype=torch.float32, device=tile.device)
+@triton.jit
+def _store(pointer, n_rows, row, values):
+    for i in tl.static_range(len(values)):
+        tl.store(pointer + i * n_rows + row, values[i])
+
+
+_kernel = triton.jit(
+    do_not_specialize=["tile", "n_rows", "out_stride"],
+    do_not_specialize_on_alignment=["tile", "out", "found", "stats", "coefficients", "token"],
+)
+
+
+@_kernel
+def row_stats_kernel(tile, found, n_rows, TILING: tl.constexpr):
+    """`found [4, n]`: a `RowStats`."""
+    index = tl.program_id(0).to(tl.int64)
+    row = _row(tile, index)
+    stats, _ = _statistics(tile, row, TILING)
+    _store(found, n_rows, index, stats)
+
+
+@_kernel
+def row_gradient_kernel(tile, stats, coefficients, out, out_stride, TILING: tl.constexpr):
+    """`out [n, V]`, which may be the tile. `stats`: entropy, shift and log_sum of each row."""
+    index = tl.program_id(0).to(tl.int64)
+    row = _row(tile, index)
+    by_logprob = tl.load(coefficients[0] + index).to(tl.float32)
+    idle = by_logprob == 0
+    by_entropy = None
+    if coefficients[1] is not None:
+        by_entropy = tl.load(coefficients[1] + index).to(tl.float32)
+        idle = idle & (by_entropy == 0)
+    log_sum = tl.load(stats[2] + index)
+    shift = tl.load(stats[1] + index)
+    origin, rest = _origin(tile, row, shift)
+    mass = _Mass(origin, rest, _exact(log_sum, False), log_sum)
+    slope = _slope(tile, row, mass, tl.load(stats[0] + index), by_logprob, by_entropy)
+    _write_gradient(tile, row, mass, slope, idle, out + index * out_stride, TILING)
+
+
+@_kernel
+def row_loss_kernel(
+    tile,
+    token,
+    numbers,
+    found,
+    n_rows,
+    out,
+    out_stride,
+    AXES: tl.constexpr,
+    TILING: tl.constexpr,
+):
+    """From logits to their gradient, for a token-level loss. `found [6, n]`: a `RowStats`, and
+    derivatives by log-prob and entropy. `token`: advantages, scale, old, ref, rollout."""
+    index = tl.program_id(0).to(tl.int64)
+    row = _row(tile, index)
+    stats, mass = _statistics(tile, row, TILING)
+    by_logprob, by_entropy = _coefficients(stats.logprobs, index, token, numbers, AXES)
+    _store(found, n_rows, index, stats)
+    tl.store(found + 4 * n_rows + index, by_logprob)
+    tl.store(found + 5 * n_rows + index, by_entropy)
+    if out is not None:
+        idle = by_logprob == 0
+        if AXES.has_entropy:
+            idle = idle & (by_entropy == 0)
+            slope = _slope(tile, row, mass, stats.entropy, by_logprob, by_entropy)
+        else:
+            slope = _slope(tile, row, mass, stats.entropy, by_logprob, None)
+        _write_gradient(tile, row, mass, slope, idle, out + index * out_stride, TILING)
+
+
+@triton.jit
+def scale_kernel(x, factor, n_values, n_rows, n_columns, stride, BLOCK: tl.constexpr):
+    """x *= factor for `n_values` in rows of `n_columns`, the last one maybe shorter."""
+    by = tl.load(factor).to(tl.float32)
+    if by != 1.0:
+        for row in range(tl.program_id(0).to(tl.int64), n_rows, tl.num_programs(0)):
+            for start in range(0, n_columns, BLOCK):
+                columns = start + tl.arange(0, BLOCK)
+                inside = (columns < n_columns) & (row * n_columns + columns < n_values)
+                values = x + row * stride + columns
+                scaled = tl.load(values, mask=inside).to(tl.float32) * by
+                tl.store(values, scaled.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _coefficients(logprob, index, token, numbers, AXES: tl.constexpr):
+    scale = tl.load(token[1] + index)
+    counts = scale != 0
+    logprob = tl.where(counts, logprob, 0.0)
+    old = logprob
+    if token[2] is not None:
+        old = tl.load(token[2] + index, mask=counts, other=0.0).to(tl.float32)
+    ref = logprob
+    if token[3] is not None:
+        ref = tl.load(token[3] + index, mask=counts, other=0.0).to(tl.float32)
+    correction = 1.0
+    if AXES.correction != "":
+        rollout = tl.load(token[4] + index, mask=counts, other=0.0).to(tl.float32)
+        correction = correction_weight(AXES, numbers, old - rollout)
+    advantage = tl.load(token[0] + index, mask=counts, other=0.0)
+    term = token_term(
+        AXES,
+        numbers,
+        Token(logprob - old, logprob, old, ref, advantage, correction, 1.0),
+    )
+    by_logprob = scale * (term.by_ratio + term.kl_by_ratio + term.by_logprob)
+    return tl.where(counts, by_logprob, 0.0), tl.where(counts, -numbers.entropy_coef * scale, 0.0)
+
+
+def row_stats(tile: Tensor, scoring: Scoring) -> RowStats:
+    """As in `rows_torch`."""
+    n_rows = len(tile)
+    found = torch.empty(4, n_rows, dtype=torch.float32, device=tile.device)
     if n_rows:
-        tile = _rows_contiguous(tile)
+        source = _rows_contiguous(tile)
+        tiling = _tiling(source, scoring, source)
         row_stats_kernel[(n_rows,)](
-            tile_ptr=tile,
-            tile_stride=tile.stride(0),
-            stats_ptr=stats,
-            n_rows=n_rows,
-            n_columns=n_columns,
-            **_scoring_arguments(scoring),
-            **_launch(tile),
+            _tile(source, scoring), found, n_rows, tiling, num_warps=tiling.warps
         )
-    return RowStats(*stats.unbind())
+    return RowStats(*found.unbind())
 
 
 def row_gradient(
     tile: Tensor, scoring: Scoring, stats: RowStats, coefficients: Coefficients, out: Tensor
 ) -> None:
-    """As `torch_backend.row_gradient`."""
-    n_rows, n_columns = tile.shape
+    """As in `rows_torch`."""
+    n_rows = len(tile)
     if not n_rows:
         return
-    source = _rows_contiguous(tile)
-    target = _rows_contiguous(out)
-    by_logprob, by_entropy = coefficients
+    source, target = _rows_contiguous(tile), _rows_contiguous(out)
+    tiling = _tiling(source, scoring, target)
     row_gradient_kernel[(n_rows,)](
-        tile_ptr=source,
-        tile_stride=source.stride(0),
-        out_ptr=target,
-        out_stride=target.stride(0),
-        entropy_ptr=stats.entropy.contiguous(),
-        shift_ptr=stats.shift.contiguous(),
-        log_sum_ptr=stats.log_sum.contiguous(),
-        by_logprob_ptr=by_logprob.contiguous(),
-        by_entropy_ptr=None if by_entropy is None else by_entropy.contiguous(),
-        n_columns=n_columns,
-        **_scoring_arguments(scoring),
-        **_launch(tile),
+        _tile(source, scoring),
+        tuple(tensor.contiguous() for tensor in stats[1:]),
+        tuple(_contiguous(tensor) for tensor in coefficients),
+        target,
+        target.stride(0),
+        tiling,
+        num_warps=tiling.warps,
     )
     if target is not out:
         out.copy_(target)
@@ -386,67 +498,86 @@ def row_loss(
     loss: PolicyLoss,
     prepared: Prepared,
     inputs: LossInputs,
-    dtype: torch.dtype,
     out: Tensor | None,
 ) -> tuple[RowStats, Coefficients]:
-    """As `torch_backend.row_loss`, in one launch."""
-    n_rows, n_columns = tile.shape
-    stats = torch.empty(6, n_rows, dtype=torch.float32, device=tile.device)
-    has_entropy = loss.entropy_coef != 0
+    """As in `rows_torch`, in one launch."""
+    n_rows = len(tile)
+    found = torch.empty(6, n_rows, dtype=torch.float32, device=tile.device)
+    axes, numbers = coefficient_arguments(loss, inputs.ref is not None)
     if n_rows:
         source = _rows_contiguous(tile)
         target = None if out is None else _rows_contiguous(out)
+        rollout = inputs.rollout if loss.correction else None
+        token = (prepared.advantages, prepared.scale, inputs.old, inputs.ref, rollout)
+        tiling = _tiling(source, scoring, source if target is None else target)
         row_loss_kernel[(n_rows,)](
-            tile_ptr=source,
-            tile_stride=source.stride(0),
-            out_ptr=target,
-            out_stride=0 if target is None else target.stride(0),
-            advantages_ptr=prepared.advantages.contiguous(),
-            scale_ptr=prepared.scale.contiguous(),
-            old_ptr=_contiguous(inputs.old),
-            ref_ptr=_contiguous(inputs.ref),
-            rollout_ptr=_contiguous(inputs.rollout),
-            stats_ptr=stats,
-            n_rows=n_rows,
-            n_columns=n_columns,
-            entropy_coef=float(loss.entropy_coef),
-            correction_low=float(loss.correction_low),
-            correction_high=float(loss.correction_high),
-            CORRECTION=loss.correction or "",
-            HAS_ENTROPY=has_entropy,
-            **numbers(loss),
-            **axes(loss, inputs.ref is not None),
-            **_scoring_arguments(scoring),
-            **_launch(tile),
+            _tile(source, scoring),
+            tuple(_contiguous(tensor) for tensor in token),
+            numbers,
+            found,
+            n_rows,
+            target,
+            0 if target is None else target.stride(0),
+            axes,
+            tiling,
+            num_warps=tiling.warps,
         )
-        if out is not None and target is not out:
-            out.copy_(target)  # type: ignore[arg-type]
-    by_logprob, by_entropy = stats[4], stats[5] if has_entropy else None
-    return RowStats(*stats[:4].unbind()), Coefficients(by_logprob, by_entropy)
+        if target is not None and target is not out:
+            out.copy_(target)  # type: ignore[union-attr]
+    by_entropy = found[5] if axes.has_entropy else None
+    return RowStats(*found[:4].unbind()), Coefficients(found[4], by_entropy)
 
 
-def _scoring_arguments(scoring: Scoring) -> dict[str, Any]:
+def scale_(x: Tensor, by: Tensor) -> None:
+    """x *= by, a 0-dim tensor on the same device; x is neither read nor written if that is 1."""
+    n_columns, stride = _SCALE_BLOCK, _SCALE_BLOCK
+    if not x.is_contiguous():
+        if x.ndim != 2 or x.stride(1) != 1:
+            x.mul_(by)
+            return
+        n_columns, stride = x.shape[1], x.stride(0)
+    n_rows = triton.cdiv(x.numel(), n_columns)
+    if n_rows:
+        grid = (min(n_rows, _SCALE_PROGRAMS),)
+        scale_kernel[grid](x, by, x.numel(), n_rows, n_columns, stride, _SCALE_BLOCK)
+
+
+def _tile(tile: Tensor, scoring: Scoring) -> _Tile:
     tau, softcap = scoring.temperature, scoring.softcap
     per_row = isinstance(tau, Tensor)
-    return {
-        "bias_ptr": _contiguous(scoring.bias),
-        "targets_ptr": scoring.targets.contiguous(),
-        "temperatures_ptr": tau.contiguous() if per_row else None,
-        "temperature": 1.0 if per_row else float(tau),
-        "softcap": 0.0 if softcap is None else float(softcap),
-        "HAS_SOFTCAP": softcap is not None,
-    }
+    return _Tile(
+        logits=tile,
+        misplaced=_misplaced(tile),
+        stride=tile.stride(0),
+        n_columns=tile.shape[1],
+        targets=scoring.targets.contiguous(),
+        bias=_contiguous(scoring.bias),
+        softcap=None if softcap is None else float(softcap),
+        temperatures=tau.contiguous() if per_row else None,
+        temperature=1.0 if per_row else float(tau),
+    )
 
 
-def _launch(tile: Tensor) -> dict[str, int]:
-    blocks = _blocks(tile.shape[1], tile.element_size(), architecture(tile.device))
-    return {**blocks, "maxnreg": _MAX_REGISTERS}
+def _misplaced(tensor: Tensor) -> int:
+    """Elements from the last multiple of 16 in memory."""
+    return tensor.data_ptr() // tensor.element_size() % 16
 
 
-def _blocks(n_columns: int, itemsize: int, arch: int) -> dict[str, int]:
-    enough = 1 << (n_columns - 1).bit_length()
-    block = min(enough, _BLOCK_BYTES[arch] // itemsize)
-    return {"BLOCK": block, "num_warps": max(1, min(_WARPS, block // 256))}
+def _tiling(tile: Tensor, scoring: Scoring, out: Tensor) -> _Tiling:
+    size, stride, n_columns = tile.element_size(), tile.stride(0), tile.shape[1]
+    misplaced, bias = _misplaced(tile), scoring.bias
+    # A narrower bias would be given to the threads in another order than the tile.
+    wide_bias = (
+        bias is not None
+        and bias.element_size() >= size
+        and not (misplaced or stride % 16 or _misplaced(bias))
+    )
+    wide_out = misplaced == _misplaced(out) and (stride - out.stride(0)) % 16 == 0
+    # 128 bits of the tile or of what is written, whichever is more elements, as Triton does, and
+    # 64 bytes of the tile on their way at once.
+    vector = 16 // min(size, out.element_size())
+    warps = 1 if n_columns <= 2048 else 8
+    return _Tiling(vector, 64 // (vector * size), warps, wide_bias, wide_out)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -456,73 +587,3 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 def _rows_contiguous(tensor: Tensor) -> Tensor:
     """With columns next to each other; rows may be apart."""
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
-
-
-def compile_cases() -> list[CompileCase]:
-    """The launch variants, see `perl_kernels.resources`: the barest and the fullest."""
-    return [case for arch in _BLOCK_BYTES for case in _cases_on(arch)]
-
-
-def _cases_on(arch: int) -> list[CompileCase]:
-    narrow, wider = (_blocks(151_936, itemsize, arch) for itemsize in (2, 4))
-    block, warps = narrow["BLOCK"], narrow["num_warps"]
-    half = {"tile_ptr": "*bf16", "out_ptr": "*bf16", "targets_ptr": "*i64", "bias_ptr": "*bf16"}
-    bare: dict[str, Any] = {
-        "bias_ptr": None,
-        "temperatures_ptr": None,
-        "HAS_SOFTCAP": False,
-        "BLOCK": block,
-    }
-    full: dict[str, Any] = {"HAS_SOFTCAP": True, "BLOCK": block}
-
-    def loss(objective: PolicyLoss, has_ref: bool) -> dict[str, Any]:
-        return {
-            **axes(objective, has_ref),
-            "CORRECTION": objective.correction or "",
-            "HAS_ENTROPY": objective.entropy_coef != 0,
-        }
-
-    plain = {"ref_ptr": None, "rollout_ptr": None, **loss(PolicyLoss(), False)}
-    everything = PolicyLoss(
-        surrogate="dppo_kl",
-        kl="k3",
-        kl_coef=0.1,
-        kl_bias_correction=True,
-        entropy_coef=0.1,
-        correction="token_mask",
-    )
-    wide = {"tile_ptr": "*fp32"}
-    cases = []
-    for name, launched, constants, types in (
-        ("bf16", row_stats_kernel, bare, {}),
-        ("bf16, bias, softcap, row temperature", row_stats_kernel, full, {}),
-        ("fp32", row_stats_kernel, {**bare, "BLOCK": wider["BLOCK"]}, wide),
-        ("bf16", row_gradient_kernel, {**bare, "by_entropy_ptr": None}, {}),
-        ("bf16, bias, softcap, row temperature, entropy", row_gradient_kernel, full, {}),
-        ("bf16, clip", row_loss_kernel, {**bare, **plain}, {}),
-        (
-            "fp32 to bf16, clip",
-            row_loss_kernel,
-            {**bare, **plain, "BLOCK": wider["BLOCK"]},
-            wide,
-        ),
-        (
-            "bf16, bias, softcap, row temperature, dppo_kl, corrected k3, entropy, token mask",
-            row_loss_kernel,
-            {**full, **loss(everything, True)},
-            {},
-        ),
-    ):
-        cases.append(
-            compile_case(
-                name,
-                launched,
-                {**half, **types},
-                constants,
-                num_warps=warps,
-                vector_loads=True,
-                max_registers=_MAX_REGISTERS,
-                architectures=(arch,),
-            )
-        )
-    return cases
