@@ -7,7 +7,7 @@ endif
 # set-up that was interrupted has none and starts afresh; changed pins are installed over what is there. The names of the
 # modules count too: an editable install keeps a list of them, and a file that has moved would not be found.
 VENV := $(shell "$(PYTHON)" -c 'import os, sys, zlib; print(f"{sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]}-{zlib.crc32((sys.base_prefix + os.getcwd()).encode()):08x}")' 2>/dev/null)
-PINS := $(shell { cat pyproject.toml constraints.txt CMakeLists.txt; find perl kernels -name '*.py' | sort; } | cksum | cut -d' ' -f1)
+PINS := $(shell { cat pyproject.toml constraints.txt CMakeLists.txt kernels/csrc/* kernels/perl_kernels/coefficient.py; find perl kernels -name '*.py' | sort; } | cksum | cut -d' ' -f1)
 STAMP := .venv/stamp-$(VENV)-$(PINS)
 PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
@@ -80,7 +80,8 @@ clean: ## remove .venv, builds and caches; runs/ stays
 	@ls .venv/stamp-$(VENV)-* >/dev/null 2>&1 || { echo "Making .venv with $(PYTHON)"; "$(PYTHON)" -m venv --clear .venv; }
 	@rm -f .venv/stamp-*
 	@echo "Installing the pinned packages (several minutes the first time)"
-	@# torch first and alone: a build of native ops would compile against its headers.
+	@# torch first and alone: the native rows are compiled against its headers.
 	@$(PIP) torch
 	@$(PIP) --editable '.[dev]'
+	@.venv/bin/python -c 'from perl_kernels.rows_native import missing; print("Native CPU rows:", missing() or "built")'
 	@touch $@

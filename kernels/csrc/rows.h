@@ -1,0 +1,50 @@
+// Sweeps over one row of logits. rows.cpp is compiled once for each instruction set.
+//
+// The level of a column is its score times the temperature: softcap tanh((logit + bias) / softcap).
+// The sweeps compare levels, so that the largest is exact, and t = (level - top) / tau log2(e).
+#pragma once
+#include <cstdint>
+
+struct Buffer {
+  void* data;
+  int64_t stride;  // elements from row to row; those of a row are adjacent
+  bool bf16;       // else fp32
+};
+
+struct Tile {
+  Buffer logits;
+  int64_t columns;
+  const float* bias;  // or null
+  float softcap;      // or 0
+};
+
+struct Row {
+  int64_t index, target;  // a target outside the columns belongs to no column
+  double tau;
+};
+
+struct Sums {
+  float top;     // the largest level
+  double z, w;   // sums of 2^t and of 2^t t
+  float chosen;  // level of the target
+};
+
+// log p = (level - top) / tau - log_sum; `chosen` is read with `tops` only.
+struct Slopes {
+  double by_logprob, by_entropy, entropy, log_sum;
+  float top, chosen;
+};
+
+struct Kernels {
+  const char* name;
+  // With `exponentials`, fp32 for one row, 2^t is left there, where the top of a block is the largest
+  // level up to its end, which goes to `tops`.
+  Sums (*sums)(const Tile&, const Row&, float* exponentials, float* tops);
+  // Writes the gradient by the logits to `out`, which may be the tile. With `tops`, what `sums` has
+  // left is there already; not with a softcap or an entropy gradient, which need the levels.
+  void (*gradient)(const Tile&, const Row&, const Slopes&, const Buffer& out, const float* tops);
+};
+
+constexpr int64_t BLOCK = 1024;  // columns: 4 KB of fp32, which stay in L1
+
+extern const Kernels rows_portable, rows_avx2, rows_avx512;

@@ -1,0 +1,119 @@
+"""Rows of logits in C++ (`kernels/csrc`), for fp32 and bf16 tiles on a CPU.
+
+The same three functions as `rows_torch`, which has their mathematics. A row is worked on while it is in
+the cache: one reading from memory for the statistics, and for the loss one writing more, in the threads
+of PyTorch (`torch.set_num_threads`). Sums are in fp64 over blocks of 1024 columns. The code for AVX-512,
+for AVX2 with FMA or for any processor is chosen on the first call; `PERL_NATIVE_ISA=avx512 | avx2 |
+portable` in the environment chooses another.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import coefficient
+from .objective import PolicyLoss, coefficient_arguments
+from .values import Coefficients, LossInputs, Prepared, RowStats, Scoring
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why the library cannot be used; None once it is loaded."""
+    folders = [Path(folder) for folder in sys.modules[__package__].__path__]
+    library = next((folder / "_C.so" for folder in folders if (folder / "_C.so").exists()), None)
+    if library is None:
+        return (
+            "it is not built: perl_kernels was installed where there was no C++ compiler, or before "
+            "torch was (install again, with --verbose to see why)"
+        )
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"{library} cannot be loaded: {error}"
+    if torch.ops.perl_native.source() != zlib.crc32(Path(coefficient.__file__).read_bytes()):
+        return f"{library} was built from another coefficient.py (install again)"
+    return None
+
+
+def row_stats(tile: Tensor, scoring: Scoring) -> RowStats:
+    stats = torch.empty(4, tile.shape[0])
+    _operators().row_stats(*_scored(tile, scoring), stats)
+    return RowStats(*stats.unbind())
+
+
+def row_gradient(
+    tile: Tensor, scoring: Scoring, stats: RowStats, coefficients: Coefficients, out: Tensor
+) -> None:
+    place = _place(out)
+    numbers = (stats.shift, stats.log_sum, stats.entropy, *coefficients)
+    _operators().row_gradient(*_scored(tile, scoring), *map(_vector, numbers), place)
+    if place is not out:
+        out.copy_(place)
+
+
+def row_loss(
+    tile: Tensor,
+    scoring: Scoring,
+    loss: PolicyLoss,
+    prepared: Prepared,
+    inputs: LossInputs,
+    out: Tensor | None,
+) -> tuple[RowStats, Coefficients]:
+    axes, numbers = coefficient_arguments(loss, inputs.ref is not None)
+    rollout = None if loss.correction is None else inputs.rollout
+    of_tokens = (prepared.scale, prepared.advantages, inputs.old, inputs.ref, rollout)
+    stats = torch.empty(4, tile.shape[0])
+    by_logprob = torch.empty(tile.shape[0])
+    by_entropy = torch.empty(tile.shape[0]) if axes.has_entropy else None
+    place = None if out is None else _place(out)
+    _operators().row_loss(
+        *_scored(tile, scoring),
+        [str(axis) for axis in axes],
+        list(numbers),
+        *map(_vector, of_tokens),
+        stats,
+        by_logprob,
+        by_entropy,
+        place,
+    )
+    if out is not None and place is not None and place is not out:
+        out.copy_(place)
+    return RowStats(*stats.unbind()), Coefficients(by_logprob, by_entropy)
+
+
+def _operators() -> Any:
+    reason = missing()
+    if reason is not None:
+        raise RuntimeError(f"the native rows cannot be used: {reason}")
+    return torch.ops.perl_native
+
+
+def _scored(tile: Tensor, scoring: Scoring) -> tuple[Any, ...]:
+    tau = scoring.temperature
+    per_row = tau if isinstance(tau, Tensor) else None
+    return (
+        tile if tile.stride(1) == 1 else tile.contiguous(),
+        scoring.targets.to(torch.int64).contiguous(),
+        _vector(scoring.bias),
+        _vector(per_row),
+        1.0 if isinstance(tau, Tensor) else float(tau),
+        float(scoring.softcap or 0.0),
+    )
+
+
+def _vector(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(torch.float32).contiguous()
+
+
+def _place(out: Tensor) -> Tensor:
+    """`out`, or a tensor like it whose rows are in one piece."""
+    return out if out.stride(1) == 1 else torch.empty(out.shape, dtype=out.dtype)
