@@ -83,5 +83,5 @@ clean: ## remove .venv, builds and caches; runs/ stays
 	@# torch first and alone: the native rows are compiled against its headers.
 	@$(PIP) torch
 	@$(PIP) --editable '.[dev]'
-	@.venv/bin/python -c 'from perl_kernels.rows_native import missing; print("Native CPU rows:", missing() or "built")'
+	@.venv/bin/python -c 'from perl_kernels.dispatch import available_backends; print("Native backend:", available_backends()["native"][1])'
 	@touch $@

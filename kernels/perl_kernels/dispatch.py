@@ -1,11 +1,11 @@
 """Which implementation serves a call, and how much of it is checked.
 
 `backend="triton"` (CUDA devices from sm_80 on, and any device with TRITON_INTERPRET=1; fp32, fp16 and
-bf16) and `backend="torch"` (everything) are taken at their word or refused, `"native"` is always
-refused: no build has it yet. `"auto"` takes the fastest one that can serve the tensors of the call,
-and says so once to the logger `perl_kernels`, at level INFO. `PERL_BACKEND` sets the default of the
-process. With `PERL_CHECKS=1` the values of GPU tensors are checked like those of CPU tensors, at the
-cost of a synchronisation.
+bf16), `backend="native"` (C++ for CPUs, fp32 and bf16, where a compiler was found when perl_kernels was
+installed) and `backend="torch"` (everything) are taken at their word or refused. `"auto"` takes the
+fastest one that can serve the tensors of the call, and says so once to the logger `perl_kernels`, at
+level INFO. `PERL_BACKEND` sets the default of the process. With `PERL_CHECKS=1` the values of GPU
+tensors are checked like those of CPU tensors, at the cost of a synchronisation.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+
+from . import rows_native
 
 Backend = Literal["auto", "triton", "native", "torch"]
 
@@ -48,14 +50,14 @@ def available_backends() -> dict[str, tuple[bool, str]]:
     why_not = _triton_missing()
     return {
         "triton": (why_not is None, why_not or "Triton kernels, fp32, fp16 and bf16"),
-        "native": (False, "this build of perl_kernels has no native backend"),
+        "native": _NATIVE,
         "torch": (True, "plain PyTorch, on every device"),
     }
 
 
-def select_backend(backend: str, tensor: Tensor) -> str:
-    """The backend for a call on tensors like `tensor`: `backend`, or what PERL_BACKEND says if that
-    is `auto`.
+def select_backend(backend: str, tensor: Tensor, dtype: torch.dtype | None = None) -> str:
+    """The backend for a call on tensors like `tensor`, whose rows have `dtype` if not its own:
+    `backend`, or what PERL_BACKEND says if that is `auto`.
 
     Raises:
         ValueError: no backend of that name, or one that cannot serve the call.
@@ -68,14 +70,9 @@ def select_backend(backend: str, tensor: Tensor) -> str:
         if backend not in known:
             raise ValueError(f"PERL_BACKEND is {backend!r}, must be one of {', '.join(known)}")
     if backend == "auto":
-        return _automatic(tensor.device, tensor.dtype)
-    if backend == "torch":
-        return backend
-    available, reason = available_backends()[backend]
-    if available and backend == "triton":
-        reason = _triton_refuses(tensor.device, tensor.dtype)
-        available = reason is None
-    if not available:
+        return _automatic(tensor.device, dtype or tensor.dtype)
+    reason = _refuses(backend, tensor.device, dtype or tensor.dtype)
+    if reason is not None:
         raise ValueError(f"backend {backend!r} is not available: {reason}")
     return backend
 
@@ -101,6 +98,8 @@ def tracing() -> bool:
     return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY))
 
 
+# Looked at here, as torch.compile traces what the functions below do.
+_NATIVE = rows_native.available()
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -114,28 +113,34 @@ def _triton_missing() -> str | None:
     return None
 
 
-def _triton_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
-    if dtype == torch.float64:
-        return "the Triton kernels compute in fp32; fp64 tensors need backend='torch'"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _OLDEST_CAPABILITY:
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"{device} is sm_{major}{minor}, sm_80 is the oldest supported"
-    if device.type not in ("cuda", "meta") and not interpreted():
-        return f"the tensors are on {device.type}, and TRITON_INTERPRET is not 1"
+def _refuses(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot serve rows of this device and dtype."""
+    available, reason = available_backends()[backend]
+    if not available:
+        return reason
+    if backend == "native":
+        if device.type != "cpu":
+            return f"the native rows are for a CPU, the tensors are on {device.type}"
+        if dtype not in rows_native.DTYPES:
+            return f"the native rows are for fp32 and bf16, these are {dtype}"
+    if backend == "triton":
+        if dtype == torch.float64:
+            return "the Triton kernels compute in fp32; fp64 tensors need backend='torch'"
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < _OLDEST_CAPABILITY:
+            major, minor = torch.cuda.get_device_capability(device)
+            return f"{device} is sm_{major}{minor}, sm_80 is the oldest supported"
+        if device.type not in ("cuda", "meta") and not interpreted():
+            return f"the tensors are on {device.type}, and TRITON_INTERPRET is not 1"
     return None
 
 
 def _automatic(device: torch.device, dtype: torch.dtype) -> str:
     # Interpreted kernels are for tests and debugging: nobody gets them without asking.
-    available, reason = available_backends()["triton"]
-    if available and device.type != "cuda":
-        available, reason = False, f"triton is for CUDA tensors, these are on {device.type}"
-    elif available:
-        refusal = _triton_refuses(device, dtype)
-        available, reason = refusal is None, refusal or reason
-    chosen = "triton" if available else "torch"
+    fastest = "triton" if device.type == "cuda" else "native"
+    refusal = _refuses(fastest, device, dtype)
+    chosen = fastest if refusal is None else "torch"
     if not torch.compiler.is_compiling():
-        _announce(chosen, reason)
+        _announce(chosen, refusal or available_backends()[chosen][1])
     return chosen
 
 

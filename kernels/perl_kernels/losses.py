@@ -270,7 +270,7 @@ def linear_token_logprobs(
     else:
         vocab_parallel.check_shard(*given, group)
     products = _products(hidden, logits_dtype, chunk_size, memory_budget)
-    chosen = select_backend(backend, hidden)
+    chosen = select_backend(backend, hidden, products.operands)
     if group is not None:
         return TokenLogprobs(
             *vocab_parallel.linear_token_logprobs(
@@ -345,7 +345,7 @@ def linear_grpo_loss(
         [_needs_gradient(tensor) for tensor in (hidden, weight, bias)],
         bool(skip_idle),
         *_products(hidden, logits_dtype, chunk_size, memory_budget),
-        select_backend(backend, hidden),
+        select_backend(backend, hidden, autocast_dtype(hidden)),
     )
     return _output(value, metrics, logprobs, entropy)
 

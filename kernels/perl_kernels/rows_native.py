@@ -4,12 +4,13 @@ The same three functions as `rows_torch`, which has their mathematics. A row is 
 the cache: one reading from memory for the statistics, and for the loss one writing more, in the threads
 of PyTorch (`torch.set_num_threads`). Sums are in fp64 over blocks of 1024 columns. The code for AVX-512,
 for AVX2 with FMA or for any processor is chosen on the first call; `PERL_NATIVE_ISA=avx512 | avx2 |
-portable` in the environment chooses another.
+portable` in the environment chooses another. `PERL_NATIVE_LIBRARY` names a library to load in place of
+the installed one.
 """
 
 from __future__ import annotations
 
-import functools
+import os
 import sys
 import zlib
 from pathlib import Path
@@ -25,28 +26,35 @@ from .values import Coefficients, LossInputs, Prepared, RowStats, Scoring
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@functools.cache
-def missing() -> str | None:
-    """Why the library cannot be used; None once it is loaded."""
-    folders = [Path(folder) for folder in sys.modules[__package__].__path__]
-    library = next((folder / "_C.so" for folder in folders if (folder / "_C.so").exists()), None)
-    if library is None:
-        return (
-            "it is not built: perl_kernels was installed where there was no C++ compiler, or before "
-            "torch was (install again, with --verbose to see why)"
+def available() -> tuple[bool, str]:
+    """Whether the library can be used, and what it is or why not; loads it."""
+    given = os.environ.get("PERL_NATIVE_LIBRARY")
+    folders = map(Path, sys.modules[__package__ or ""].__path__)
+    found = [path for path in (folder / "_C.so" for folder in folders) if path.exists()]
+    if not found and not given:
+        return False, (
+            "it is not built: no C++ compiler or no torch was there when perl_kernels was installed "
+            "(install it again with --verbose to see why)"
         )
+    library = given or str(found[0])
     try:
-        torch.ops.load_library(str(library))
-    except OSError as error:
-        return f"{library} cannot be loaded: {error}"
-    if torch.ops.perl_native.source() != zlib.crc32(Path(coefficient.__file__).read_bytes()):
-        return f"{library} was built from another coefficient.py (install again)"
-    return None
+        # Twice would end the process; another import of this module finds the operators there.
+        if not hasattr(torch.ops.perl_native, "source"):
+            torch.ops.load_library(library)
+        mathematics, chosen = (
+            torch.ops.perl_native.source(),
+            torch.ops.perl_native.instruction_set(),
+        )
+    except (OSError, RuntimeError) as error:
+        return False, f"{library} cannot be used: {error}"
+    if mathematics != zlib.crc32(Path(coefficient.__file__).read_bytes()):
+        return False, f"{library} was built from another coefficient.py; install perl_kernels again"
+    return True, f"C++ for CPUs, fp32 and bf16, with {chosen}"
 
 
 def row_stats(tile: Tensor, scoring: Scoring) -> RowStats:
-    stats = torch.empty(4, tile.shape[0])
-    _operators().row_stats(*_scored(tile, scoring), stats)
+    stats = _numbers(tile, 4, tile.shape[0])
+    torch.ops.perl_native.row_stats(*_scored(tile, scoring), stats)
     return RowStats(*stats.unbind())
 
 
@@ -55,7 +63,7 @@ def row_gradient(
 ) -> None:
     place = _place(out)
     numbers = (stats.shift, stats.log_sum, stats.entropy, *coefficients)
-    _operators().row_gradient(*_scored(tile, scoring), *map(_vector, numbers), place)
+    torch.ops.perl_native.row_gradient(*_scored(tile, scoring), *map(_vector, numbers), place)
     if place is not out:
         out.copy_(place)
 
@@ -71,11 +79,11 @@ def row_loss(
     axes, numbers = coefficient_arguments(loss, inputs.ref is not None)
     rollout = None if loss.correction is None else inputs.rollout
     of_tokens = (prepared.scale, prepared.advantages, inputs.old, inputs.ref, rollout)
-    stats = torch.empty(4, tile.shape[0])
-    by_logprob = torch.empty(tile.shape[0])
-    by_entropy = torch.empty(tile.shape[0]) if axes.has_entropy else None
+    stats = _numbers(tile, 4, tile.shape[0])
+    by_logprob = _numbers(tile, tile.shape[0])
+    by_entropy = _numbers(tile, tile.shape[0]) if axes.has_entropy else None
     place = None if out is None else _place(out)
-    _operators().row_loss(
+    torch.ops.perl_native.row_loss(
         *_scored(tile, scoring),
         [str(axis) for axis in axes],
         list(numbers),
@@ -88,13 +96,6 @@ def row_loss(
     if out is not None and place is not None and place is not out:
         out.copy_(place)
     return RowStats(*stats.unbind()), Coefficients(by_logprob, by_entropy)
-
-
-def _operators() -> Any:
-    reason = missing()
-    if reason is not None:
-        raise RuntimeError(f"the native rows cannot be used: {reason}")
-    return torch.ops.perl_native
 
 
 def _scored(tile: Tensor, scoring: Scoring) -> tuple[Any, ...]:
@@ -110,10 +111,14 @@ def _scored(tile: Tensor, scoring: Scoring) -> tuple[Any, ...]:
     )
 
 
+def _numbers(tile: Tensor, *shape: int) -> Tensor:
+    return tile.new_empty(shape, dtype=torch.float32)
+
+
 def _vector(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(torch.float32).contiguous()
 
 
 def _place(out: Tensor) -> Tensor:
     """`out`, or a tensor like it whose rows are in one piece."""
-    return out if out.stride(1) == 1 else torch.empty(out.shape, dtype=out.dtype)
+    return out if out.stride(1) == 1 else out.new_empty(out.shape)
