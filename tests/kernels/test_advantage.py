@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perl_kernels import GroupedRewards, PolicyLoss, group_advantages, policy_loss, reference
+from tests.kernels.call import BACKENDS, DEVICE, Call
 from tests.messages import refused
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 NAN = float("nan")
 
@@ -170,6 +169,9 @@ def test_rewards_are_constants() -> None:
     """Also those that a model has given: no gradient flows to it."""
     rewards = torch.tensor([1.0, 0.0, 0.5, 2.0], requires_grad=True)
     assert not any(x.requires_grad for x in group_advantages(rewards, [2, 2]))
+    weights = torch.nn.Parameter(torch.ones(2))
+    given = (torch.rand(4, 2, requires_grad=True), [4])
+    assert not any(x.requires_grad for x in group_advantages(*given, reward_weights=weights))
     logprobs = torch.full((4,), -1.0, requires_grad=True)
     given = (GroupedRewards(rewards, [2, 2], scale="none"), torch.arange(5), PolicyLoss())
     policy_loss(logprobs, *given).loss.backward()
@@ -203,3 +205,35 @@ def test_the_reference_is_the_same(seed: int) -> None:
     found = group_advantages(rewards.to(DEVICE), sizes.to(DEVICE), backend="torch", **options)
     for got, expected in zip(found, wanted, strict=True):
         torch.testing.assert_close(got.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rewards_are_normalised_within_the_loss(backend: str) -> None:
+    call = Call(backend)
+    rewards = torch.tensor(
+        [[0.1, 1.0], [0.7, 0.0], [float("nan"), 1.0], [0.2, 0.5], [0.9, float("nan")]],
+        device=DEVICE,
+    )
+    for name, options in (
+        ("perl", {}),
+        ("gspo", {"scale": "batch", "unbiased": False, "reward_weights": [1.0, 0.3]}),
+        ("perl", {"scale": "none", "baseline": "leave_one_out"}),
+        ("gspo", {"combine": "normalize_then_sum"}),
+    ):
+        grouped = GroupedRewards(rewards, call.sizes, **options)
+        apart = group_advantages(rewards, call.sizes, backend="torch", **options).advantages
+        inside, outside = (
+            call.run("linear_grpo_loss", PolicyLoss.preset(name), advantages=advantages)
+            for advantages in (grouped, apart)
+        )
+        torch.testing.assert_close(inside, outside)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_of_any_layout_and_dtype(backend: Any) -> None:
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]], device=DEVICE)
+    wanted = group_advantages(rewards, [4], reward_weights=[1.0, 0.25]).advantages
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        table = torch.tensor([[1.0, 9.0], [0.25, 9.0]], dtype=dtype, device=DEVICE)
+        found = group_advantages(rewards, [4], reward_weights=table[:, 0], backend=backend)
+        torch.testing.assert_close(found.advantages, wanted)

@@ -13,7 +13,11 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import perl_kernels
 from perl_kernels import (
@@ -23,9 +27,8 @@ from perl_kernels import (
     grpo_loss,
     linear_grpo_loss,
     linear_token_logprobs,
-    ops,
+    operators,
     policy_loss,
-    registry,
     token_logprobs,
 )
 from perl_kernels.objective import Aggregation, Surrogate
@@ -124,7 +127,6 @@ ELSEWHERE = {
         ({"weights": -0.5 * torch.ones(N)}, ValueError, ("weights", -0.5, 0)),
         ({"weights": -torch.ones(N).int()}, ValueError, ("weights", -1, 0)),
         ({"backend": "cuda"}, ValueError, ("backend", "'cuda'", "auto", "triton", "torch")),
-        ({"backend": "native"}, ValueError, ("'native'",)),
         # missing, where the loss needs it
         ({"loss": PolicyLoss.preset("perl")}, ValueError, ("ref_logprobs", "None", "kl='k3'")),
         ({"loss": PolicyLoss(correction="token_mask")}, ValueError, ("rollout_logprobs", "None", "correction='token_mask'")),
@@ -167,10 +169,29 @@ def test_the_other_functions_check_too() -> None:
         with refused("entropy", *names, error=error):
             policy_loss(logits[:, 0], *common, PolicyLoss(), entropy=entropy)
     for function in (token_logprobs, grpo_loss, linear_token_logprobs, policy_loss):
-        given = arguments(logits=logits, logprobs=logits[:, 0], backend="native")
+        given = arguments(logits=logits, logprobs=logits[:, 0])
         names = function.__code__.co_varnames[: function.__code__.co_argcount]
-        with refused("'native'", error=ValueError):
-            function(**{name: given[name] for name in names}, backend="native")
+        with refused("backend", "'cuda'", error=ValueError):
+            function(**{name: given[name] for name in names}, backend="cuda")
+
+
+def test_a_head_that_is_split_by_dtensor() -> None:
+    """It is said what to give instead, in every function, of every argument."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        weight = distribute_tensor(torch.randn(8, H), mesh, [Shard(0)])
+        rows = distribute_tensor(torch.randn(N, V), mesh, [Replicate()])
+        with refused("weight", "DTensor", "group", error=TypeError):
+            linear_grpo_loss(**arguments(weight=weight))
+        with refused("weight", "DTensor", "group", error=TypeError):
+            linear_token_logprobs(torch.randn(N, H), weight, torch.arange(N))
+        with refused("logits", "DTensor", "full_tensor", error=TypeError):
+            token_logprobs(rows, torch.arange(N))
+        with refused("old_logprobs", "DTensor", "full_tensor", error=TypeError):
+            linear_grpo_loss(**arguments(old_logprobs=rows[:, 0]))
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -273,11 +294,11 @@ def test_no_synchronisation(
 ) -> None:
     """A meta tensor has no values: .item(), bool(tensor) and the like raise, as on a GPU that
     may not be waited for."""
-    # There is no autocast of meta tensors to ask for or to turn off.
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
-    monkeypatch.setattr(ops, "no_autocast", lambda hidden: contextlib.nullcontext())
+    # There is no autocast of meta tensors to turn off.
+    monkeypatch.setattr(operators, "no_autocast", lambda hidden: contextlib.nullcontext())
     # Called as an operator, a meta tensor would get the fake instead.
-    monkeypatch.setattr(ops, "linear_grpo_loss", registry.IMPLEMENTATIONS["linear_grpo_loss"])
+    implementation = operators.IMPLEMENTATIONS["linear_grpo_loss"]
+    monkeypatch.setattr(operators, "linear_grpo_loss", implementation)
     loss = PolicyLoss(
         surrogate=surrogate,
         aggregation=aggregation,
@@ -309,7 +330,7 @@ def test_no_synchronisation(
             output = linear_grpo_loss(**{**given, **changes})
         assert output.loss.is_meta and output.logprobs.shape == (N,)
     # Here everything is looked at, and so nothing can go unnoticed above.
-    monkeypatch.setenv("PERL_CHECKS", "1")
+    monkeypatch.setattr("perl_kernels.checks.values_visible", lambda tensor: True)
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"), torch.no_grad():
         linear_grpo_loss(**given)
 
@@ -349,13 +370,10 @@ def test_grouped_rewards_can_be_compared() -> None:
 
 
 def test_backend_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PERL_BACKEND", "native")
-    with refused("'native'", error=ValueError):
-        linear_grpo_loss(**arguments())
-    linear_grpo_loss(**arguments(backend="torch"))
     monkeypatch.setenv("PERL_BACKEND", "fastest")
     with refused("PERL_BACKEND", "'fastest'", "auto", "torch", error=ValueError):
         linear_grpo_loss(**arguments())
+    linear_grpo_loss(**arguments(backend="torch"))
 
 
 def test_auto_says_once_what_it_chose(
@@ -367,8 +385,8 @@ def test_auto_says_once_what_it_chose(
         linear_grpo_loss(**arguments())
         linear_grpo_loss(**arguments())
     assert len(caplog.records) == 1
-    tells(caplog.text, "triton" if torch.cuda.is_available() else "torch")
-    assert dispatch.available_backends()["torch"][0]
+    on_cpu = "native" if dispatch.available_backends()["native"][0] else "torch"
+    tells(caplog.text, "triton" if torch.cuda.is_available() else on_cpu)
 
 
 def test_public_names_and_cost_of_the_import() -> None:

@@ -22,10 +22,10 @@ from perl_kernels import (
     reference,
 )
 from perl_kernels.objective import KL, Aggregation, Correction
+from tests.kernels.call import BACKENDS, DEVICE
 from tests.kernels.naive import Problem, naive_logprobs, naive_loss
 from tests.kernels.test_objective import PRESETS
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 
 
@@ -309,7 +309,7 @@ def test_clipped_without_an_advantage(surrogate: Any, low: float, high: float) -
     given = (new, torch.zeros(1), torch.tensor([0, 2], dtype=torch.int32))
     loss = PolicyLoss(surrogate=surrogate)
     functions = [reference.policy_loss]
-    functions += [functools.partial(policy_loss, backend=x) for x in ("torch", "triton")]
+    functions += [functools.partial(policy_loss, backend=x) for x in BACKENDS]
     for function in functions:
         output = function(*given, loss, old_logprobs=old)
         names = ("clip_fraction_low", "clip_fraction_high", "clip_fraction")

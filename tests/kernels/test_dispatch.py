@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from perl_kernels import dispatch, tuning
+from perl_kernels import dispatch, head
 from tests.messages import refused
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -18,7 +18,7 @@ HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """One with a Hopper GPU, Triton, and nothing set in the environment."""
-    for name in ("TRITON_INTERPRET", "PERL_BACKEND", "PERL_CHECKS", "PERL_PERSISTENT"):
+    for name in ("TRITON_INTERPRET", "PERL_BACKEND", "PERL_CHECKS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -92,50 +92,35 @@ def test_values_that_are_looked_at(machine: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_tokens", "vocab", "dtype", "device", "chunk_size", "budget", "rows"),
+    ("n_tokens", "vocab", "dtype", "device", "given", "rows"),
     [
-        (1000, 10, SINGLE, CPU, 7, None, 7),
-        # 4 MiB hold 13 rows; at least 128, of 8 blocks of 125 rounded up
-        (1000, 152_064, HALF, CPU, None, None, 128),
-        # 4 MiB hold 262: 2 blocks of 200 are 256 each
-        (400, 4000, SINGLE, CPU, None, None, 256),
-        # 1280 MiB hold 4416: 3 blocks of 3334, rounded up to tiles of 128
-        (10_000, 151_936, HALF, CUDA, None, None, 3456),
-        # they hold 2208, which rounded up are too many
-        (2208, 151_936, SINGLE, CUDA, None, None, 2208),
+        (1000, 10, SINGLE, CPU, {"chunk_size": 7}, 7),
+        # 16 MiB hold 110, but at least 512: 2 blocks of 500, rounded up to tiles of 128
+        (1000, 152_064, SINGLE, CPU, {}, 512),
+        # they hold 2097: all in one, as they are
+        (400, 4000, HALF, CPU, {}, 400),
+        # 2 blocks of 2048 are as many tiles
+        (4096, 4000, HALF, CPU, {}, 2048),
+        # a 32nd of 141 GB holds 14,499: 3 blocks of 13,334, rounded up
+        (40_000, 151_936, HALF, CUDA, {}, 13_440),
+        (14_000, 151_936, HALF, CUDA, {}, 14_000),
         # 25 rows: 3 equal blocks of 60
-        (60, 10, SINGLE, CPU, None, 1000, 20),
-        (60, 10, HALF, CUDA, None, 1000, 30),
-        (5, 10, SINGLE, CPU, None, 1, 1),
-        (0, 10, SINGLE, CPU, None, None, 1),
-        (10, 0, SINGLE, CPU, None, 100, 10),
+        (60, 10, SINGLE, CPU, {"memory_budget": 1000}, 20),
+        (60, 10, HALF, CUDA, {"memory_budget": 1000}, 30),
+        (5, 10, SINGLE, CPU, {"memory_budget": 1}, 1),
+        (0, 10, SINGLE, CPU, {}, 1),
+        (10, 0, SINGLE, CPU, {"memory_budget": 100}, 10),
     ],
 )
 def test_rows_of_a_block(
-    n_tokens: int, vocab: int, dtype: Any, device: Any, chunk_size: Any, budget: Any, rows: int
+    n_tokens: int,
+    vocab: int,
+    dtype: Any,
+    device: Any,
+    given: dict[str, int],
+    rows: int,
+    machine: pytest.MonkeyPatch,
 ) -> None:
-    assert tuning.head_rows(n_tokens, vocab, dtype, device, chunk_size, budget) == rows
-
-
-def test_rows_of_logits_that_are_there() -> None:
-    """All of them in Triton; in PyTorch as many as make 32 MiB in fp32, but at least 16."""
-    assert [tuning.logits_rows(n, 152_064, "triton") for n in (1000, 0)] == [1000, 1]
-    assert [tuning.logits_rows(1000, v, "torch") for v in (152_064, 10**6, 0)] == [55, 16, 2**23]
-
-
-def test_persistent_kernel_is_asked_for(machine: pytest.MonkeyPatch) -> None:
-    assert not tuning.persistent_wanted()
-    for value, wanted in (("1", True), ("0", False)):
-        machine.setenv("PERL_PERSISTENT", value)
-        assert tuning.persistent_wanted() == wanted
-
-
-@pytest.mark.parametrize(
-    ("capability", "built_for"),
-    [((8, 0), 80), ((8, 9), 80), ((9, 0), 90), ((10, 0), 100), ((12, 0), 100)],
-)
-def test_architecture(capability: Any, built_for: int, machine: pytest.MonkeyPatch) -> None:
-    launch = pytest.importorskip("perl_kernels.triton_backend.launch", reason="needs triton")
-    machine.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert launch.architecture.__wrapped__(CUDA) == built_for
-    assert launch.architecture.__wrapped__(CPU) == 90
+    memory = SimpleNamespace(total_memory=141 * 10**9)
+    machine.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    assert head.block_rows(n_tokens, vocab, dtype, device, **given) == rows
