@@ -6,6 +6,7 @@ completion or a group are in fp64: in fp32, one after the other, they lose digit
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -84,6 +85,7 @@ def prepare(loss: PolicyLoss, inputs: LossInputs, n_tokens: int, dtype: torch.dt
         valid = valid & (denominator > 0) & denominator.isfinite()
     elif inputs.count is not None:
         denominator = inputs.count
+        valid = valid & (0 < denominator < math.inf)
     elif loss.aggregation == "token-mean":
         denominator = totals.sum()
     elif loss.aggregation == "seq-mean-token-mean":

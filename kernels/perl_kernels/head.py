@@ -83,12 +83,21 @@ def autocast_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if on else hidden.dtype
 
 
+def _fp16_unit(coefficients: Coefficients, temperature: float | Tensor) -> Tensor:
+    by_logprob, by_entropy = coefficients
+    bound = by_logprob.abs()
+    if by_entropy is not None:
+        # |p (log p + H)| is at most 0.4 + log V.
+        bound = bound + 16.0 * by_entropy.abs()
+    largest = torch.cat([bound / temperature, bound.new_full((1,), 2.0**-100)]).max()
+    return torch.exp2(_FP16_BITS - largest.log2().ceil())
+
+
 class Logits:
     """`logits [N, V]`, one block, whose gradient is written to `out [N, V]`, which may be them."""
 
-    scaled = False
-
     def __init__(self, logits: Tensor, scoring: Scoring, out: Tensor) -> None:
+        self.scaled, self.unit = logits.dtype == torch.float16, None
         self.logits, self.scoring, self.out = logits, scoring, out
         self.n_tokens = logits.shape[0]
         self.rows = max(self.n_tokens, 1)
@@ -99,6 +108,13 @@ class Logits:
 
     def gradient(self, part: slice) -> Tensor:
         return self.out[part]
+
+    def rescaled(self, coefficients: Coefficients, temperature: float | Tensor) -> Coefficients:
+        """As that of `Head`; the gradient stays multiplied by `unit`."""
+        if not self.scaled:
+            return coefficients
+        self.unit = _fp16_unit(coefficients, temperature)
+        return coefficients.times(self.unit)
 
     def accept(self, part: slice, gradient: Tensor | None, coefficients: Coefficients) -> None:
         pass
@@ -186,19 +202,13 @@ class Head:
         smallest of these powers."""
         if self.unit is None:
             return coefficients
-        by_logprob, by_entropy = coefficients
-        bound = by_logprob.abs()
-        if by_entropy is not None:
-            # |p (log p + H)| is at most 0.4 + log V.
-            bound = bound + 16.0 * by_entropy.abs()
-        largest = (bound / temperature).max().clamp(min=2.0**-100)
-        unit = torch.minimum(torch.exp2(_FP16_BITS - largest.log2().ceil()), self.unit)
+        unit = torch.minimum(_fp16_unit(coefficients, temperature), self.unit)
         if self.started:
             for total in (self.grad_weight, self.grad_bias):
                 if total is not None:
                     total *= unit / self.unit
         self.unit = unit
-        return Coefficients(by_logprob * unit, None if by_entropy is None else by_entropy * unit)
+        return coefficients.times(unit)
 
     def accept(
         self,

@@ -183,7 +183,7 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
         # Of the detached tensor, so that a leaf is served.
-        outputs = operators.grpo_loss_(logits.detach(), *arguments)
+        *outputs, ctx.unit = operators.grpo_loss_(logits.detach(), *arguments)
         # So that autograd refuses if another backward still needs the logits.
         torch.autograd.graph.increment_version(logits)
         ctx.gradient, ctx.backend = logits.detach(), arguments[-1]
@@ -203,7 +203,8 @@ class _InPlace(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None
         if grad_loss is None:
             return (None,) * len(ctx.needs_input_grad)
-        operators.scale_(gradient, grad_loss, ctx.backend)
+        by = grad_loss / ctx.unit if ctx.unit.numel() else grad_loss
+        operators.scale_(gradient, by, ctx.backend)
         return gradient, *[None] * (len(ctx.needs_input_grad) - 1)
 
 

@@ -514,22 +514,24 @@ _differentiable("policy_loss", _save_policy, _policy_backward)
 @_operator(
     "grpo_loss_",
     f"(Tensor(a!) logits, {_SCORING}, {_LOSS}, str backend) "
-    "-> (Tensor loss, Tensor metrics, Tensor logprobs, Tensor entropy)",
+    "-> (Tensor loss, Tensor metrics, Tensor logprobs, Tensor entropy, Tensor unit)",
 )
 def grpo_loss_(
     logits: Tensor, targets: Tensor, temperatures: Tensor | None, *arguments: Any
 ) -> _Tensors:
-    """The loss of logits, whose gradient takes their place."""
+    """The loss of logits, whose gradient takes their place; in fp16 times `unit []`, else empty."""
     loss, inputs, numbers = _loss(logits, arguments[:-1])
     tiles = Logits(logits, _scoring(targets, temperatures, numbers, None), logits)
     lengths = _lengths(arguments[0], logits.shape[0])
     found, stats = loss_pass(engine(arguments[-1]), tiles, loss, inputs, lengths, gradient=True)
-    return found.value, found.metrics, stats.logprobs, stats.entropy
+    unit = found.value.new_empty(0) if tiles.unit is None else tiles.unit
+    return found.value, found.metrics, stats.logprobs, stats.entropy, unit
 
 
 @_fake("grpo_loss_")
 def _(logits: Tensor, *_: Any) -> _Tensors:
-    return *_fake_value(logits), *_fake_stats(logits, 2)
+    unit = _like(logits) if logits.dtype == torch.float16 else _like(logits, 0)
+    return *_fake_value(logits), *_fake_stats(logits, 2), unit
 
 
 @_operator(

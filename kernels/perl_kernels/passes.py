@@ -164,20 +164,19 @@ def _gradient(
     skip_idle: bool,
 ) -> None:
     scoring, out = tiles.scoring.rows(part), tiles.gradient(part)
-    if isinstance(tiles, Head):
-        if skip_idle:
-            index = (~coefficients.idle()).nonzero()[:, 0]
-            if not index.shape[0]:
-                tiles.accept(part, None, coefficients)
-                return
-            if index.shape[0] < tile.shape[0]:
-                tile, out = tile.index_select(0, index), out[: index.shape[0]]
-                scoring, stats = scoring.rows(index), stats.rows(index)
-                coefficients = tiles.rescaled(coefficients.rows(index), scoring.temperature)
-                engine.rows.row_gradient(tile, scoring, stats, coefficients, out)
-                tiles.accept(part, out, coefficients, index)
-                return
-        coefficients = tiles.rescaled(coefficients, scoring.temperature)
+    if skip_idle and isinstance(tiles, Head):
+        index = (~coefficients.idle()).nonzero()[:, 0]
+        if not index.shape[0]:
+            tiles.accept(part, None, coefficients)
+            return
+        if index.shape[0] < tile.shape[0]:
+            tile, out = tile.index_select(0, index), out[: index.shape[0]]
+            scoring, stats = scoring.rows(index), stats.rows(index)
+            coefficients = tiles.rescaled(coefficients.rows(index), scoring.temperature)
+            engine.rows.row_gradient(tile, scoring, stats, coefficients, out)
+            tiles.accept(part, out, coefficients, index)
+            return
+    coefficients = tiles.rescaled(coefficients, scoring.temperature)
     engine.rows.row_gradient(tile, scoring, stats, coefficients, out)
     tiles.accept(part, out, coefficients)
 

@@ -191,6 +191,10 @@ class Coefficients(NamedTuple):
             self.logprobs[part], None if self.entropy is None else self.entropy[part]
         )
 
+    def times(self, factor: Tensor) -> Coefficients:
+        by_entropy = None if self.entropy is None else self.entropy * factor
+        return Coefficients(self.logprobs * factor, by_entropy)
+
     def idle(self) -> Tensor:
         """Rows that no gradient flows to, [N] bool."""
         idle = self.logprobs == 0
