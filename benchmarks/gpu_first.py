@@ -28,13 +28,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "kernels")) if p not in sys.path]
 
 import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from benchmarks.harness.contest import Refused, Run, Work  # noqa: E402
 from benchmarks.harness.device import (  # noqa: E402
@@ -61,7 +64,9 @@ from benchmarks.providers import ours  # noqa: E402
 from benchmarks.run import commit, device_folder  # noqa: E402
 from perl.files import replacing  # noqa: E402
 from perl.types import UserError  # noqa: E402
-from perl_kernels import group_advantages  # noqa: E402
+from perl_kernels import PolicyLoss, group_advantages, rows_triton  # noqa: E402
+from perl_kernels.dispatch import engine  # noqa: E402
+from perl_kernels.values import Coefficients, LossInputs, Prepared, Scoring  # noqa: E402
 
 SECONDS = 600.0
 """Of a part."""
@@ -72,6 +77,8 @@ _REPEATS = 6
 _POISON = 2**31
 """Bytes of NaN that are freed before a call: what it does not write must not look like a number."""
 
+_TILINGS = tuple((loads, warps) for warps in (4, 8, 16) for loads in (1, 2, 4))
+"""Loads of 128 bits and warps of a block."""
 _COUNTERS = (
     "gpu__time_duration.sum",
     "dram__bytes_read.sum",
@@ -283,6 +290,43 @@ def _kernels(call: Callable[[], Any], device: torch.device) -> dict[str, tuple[i
     return {name: (count[name], us) for name, us in spent.most_common()}
 
 
+def tilings(bench: Bench) -> None:
+    """The row kernels with other blocks than their own."""
+    peaks, own = bench.peaks(), rows_triton._tiling
+
+    def other(loads: int, warps: int, *given: Any) -> Any:
+        return own(*given)._replace(repeats=loads, warps=warps)
+
+    p = make_problem(LogitsProblem, bench.head("Qwen2.5-VL-3B", 8192), bench.device)
+    for dtype in (torch.bfloat16, torch.float32):
+        tile = p.logits.to(dtype)
+        for name, (passes, call) in _row_kernels(bench, p, tile).items():
+            for chosen in (None, *_TILINGS):
+                words = f"{chosen[0]} loads, {chosen[1]} warps" if chosen else "as it comes"
+                with mock.patch.object(
+                    rows_triton, "_tiling", partial(other, *chosen) if chosen else own
+                ):
+                    seconds = bench.seconds(call)
+                bound = passes * tile.nbytes / peaks.bytes_per_s
+                figures = {"ms": 1e3 * seconds, "of_bound": bound / seconds}
+                bench.say(f"{name}, {dtype}, {words}", **figures)
+
+
+def _row_kernels(
+    bench: Bench, p: HeadProblem, tile: Tensor
+) -> dict[str, tuple[int, Callable[[], Any]]]:
+    """How often each has to move the logits, and a call."""
+    rows, out = engine(bench.backend).rows, torch.empty_like(tile)
+    scoring, each = Scoring(p.targets, None, 1.0, None), torch.ones_like(p.old)
+    stats, by = rows.row_stats(tile, scoring), Coefficients(each, None)
+    loss = PolicyLoss(), Prepared(each, each, each[:1] > 0), LossInputs(p.cu_seqlens, old=p.old)
+    return {
+        "row_stats": (1, lambda: rows.row_stats(tile, scoring)),
+        "row_gradient": (2, lambda: rows.row_gradient(tile, scoring, stats, by, out)),
+        "row_loss": (2, lambda: rows.row_loss(tile, scoring, *loss, out)),
+    }
+
+
 def once(bench: Bench) -> None:
     """The row kernels at full size through the public functions, for ncu."""
     size = bench.head("Qwen2.5-VL-3B", 8192)
@@ -360,6 +404,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "ceilings": ceilings,
     "correct": correct,
     "operations": operations,
+    "tilings": tilings,
     "once": once,
     "tiny": tiny,
 }
@@ -372,7 +417,7 @@ PROGRAMS: dict[str, Callable[[argparse.Namespace, Path], list[list[str]]]] = {
     "sanitizer": sanitizer,
 }
 """What runs in others, by commands."""
-ALL = ("ceilings", "correct", "tests", "operations", "host", "counters", "peers")
+ALL = ("ceilings", "correct", "tests", "operations", "tilings", "host", "counters", "peers")
 """The default, in the order of what is needed first."""
 
 

@@ -24,6 +24,7 @@ Level = Literal["token", "sequence"]
 
 # hidden_size and vocab_size of config.json (text_config where there is one).
 _MODELS = {
+    "Mistral-7B": (4096, 32_768),
     "Qwen3-0.6B": (1024, 151_936),
     "Qwen2.5-VL-3B": (2048, 151_936),
     "Qwen2.5-VL-7B": (3584, 152_064),
@@ -55,6 +56,12 @@ def head(model: str, n: int, itemsize: int, fraction: int = 1) -> Head:
     hidden, vocabulary = _MODELS[model]
     name = model if fraction == 1 else f"{model} / {fraction}"
     return Head(name, n, hidden // fraction, vocabulary // fraction, itemsize)
+
+
+def logits_head(model: str, n: int, itemsize: int) -> Head:
+    """With the whole vocabulary of a model, and a width with which logits are soon made."""
+    hidden, vocabulary = _MODELS[model]
+    return Head(f"vocabulary of {model}", n, hidden // 32, vocabulary, itemsize)
 
 
 @dataclass(frozen=True)
