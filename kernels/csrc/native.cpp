@@ -99,11 +99,11 @@ struct Found {
     logprob = inside ? (double(sums.chosen) - sums.top) / row.tau - log_sum : NAN;
   }
 
-  void write(float* stats, int64_t n) const {
-    stats[0] = float(logprob);
-    stats[n] = float(entropy);
-    stats[2 * n] = float(top);
-    stats[3 * n] = float(log_sum + (top - float(top)));
+  void write(const std::vector<Tensor>& stats, int64_t i) const {
+    floats(stats[0])[i] = float(logprob);
+    floats(stats[1])[i] = float(entropy);
+    floats(stats[2])[i] = float(top);
+    floats(stats[3])[i] = float(log_sum + (top - float(top)));
   }
 };
 
@@ -130,13 +130,12 @@ struct Inputs {
 };
 
 void row_stats(Tensor tile, Tensor targets, Optional bias, Optional temperatures, double temperature,
-               double softcap, Tensor stats) {
+               double softcap, std::vector<Tensor> stats) {
   const Rows rows(tile, targets, bias, temperatures, temperature, softcap);
   const Kernels& level = kernels();
-  float* results = floats(stats);
   rows.each([&](const Row& row, float*) {
     const Sums sums = level.sums(rows.tile, row, nullptr, nullptr);
-    Found(sums, row, rows.inside(row)).write(results + row.index, rows.count);
+    Found(sums, row, rows.inside(row)).write(stats, row.index);
   });
 }
 
@@ -159,7 +158,7 @@ void row_gradient(Tensor tile, Tensor targets, Optional bias, Optional temperatu
 
 void row_loss(Tensor tile, Tensor targets, Optional bias, Optional temperatures, double temperature,
               double softcap, std::vector<std::string> axes, std::vector<double> numbers, Tensor scale,
-              Tensor advantages, Optional old, Optional ref, Optional rollout, Tensor stats,
+              Tensor advantages, Optional old, Optional ref, Optional rollout, std::vector<Tensor> stats,
               Tensor by_logprob, Optional by_entropy, Optional out) {
   const Rows rows(tile, targets, bias, temperatures, temperature, softcap);
   const Inputs inputs = {Axes::of(axes),     Numbers::of(numbers), floats(scale),  floats(advantages),
@@ -174,7 +173,7 @@ void row_loss(Tensor tile, Tensor targets, Optional bias, Optional temperatures,
     float* kept = keep ? static_cast<float*>(target.data) + i * target.stride : nullptr;
     const Sums sums = level.sums(rows.tile, row, kept, tops);
     const Found found(sums, row, rows.inside(row));
-    found.write(floats(stats) + i, rows.count);
+    found.write(stats, i);
     const float slope = floats(by_logprob)[i] = inputs.by_logprob(i, float(found.logprob));
     if (by_entropy) floats(*by_entropy)[i] = inputs.by_entropy(i);
     if (!out) return;
@@ -190,13 +189,13 @@ int64_t source() { return SOURCE; }
 STABLE_TORCH_LIBRARY(perl_native, m) {
   const std::string scoring =
       "Tensor tile, Tensor targets, Tensor? bias, Tensor? temperatures, float temperature, float softcap";
-  m.def(("row_stats(" + scoring + ", Tensor(a!) stats) -> ()").c_str());
+  m.def(("row_stats(" + scoring + ", Tensor(a!)[] stats) -> ()").c_str());
   m.def(("row_gradient(" + scoring +
          ", Tensor shift, Tensor log_sum, Tensor? entropy, Tensor by_logprob, Tensor? by_entropy, "
          "Tensor(a!) out) -> ()").c_str());
   m.def(("row_loss(" + scoring +
          ", str[] axes, float[] numbers, Tensor scale, Tensor advantages, Tensor? old, Tensor? ref, "
-         "Tensor? rollout, Tensor(a!) stats, Tensor(b!) by_logprob, Tensor(c!)? by_entropy, "
+         "Tensor? rollout, Tensor(a!)[] stats, Tensor(b!) by_logprob, Tensor(c!)? by_entropy, "
          "Tensor(d!)? out) -> ()").c_str());
   m.def("instruction_set() -> str");
   m.def("source() -> int");  // checksum of the coefficient.py that this was built from

@@ -44,14 +44,14 @@ class Translator:
             case ast.Call(func=ast.Name() | ast.Attribute(), keywords=[]):
                 opening, closing = "{}" if ast.unparse(node.func) in self.structs else "()"
                 return self.expression(node.func) + opening + self.listed(node.args) + closing
-            case ast.UnaryOp():
-                return f"({OPERATORS[type(node.op)]}{self.expression(node.operand)})"
-            case ast.BinOp():
-                return self.joined(node.op, [node.left, node.right])
+            case ast.UnaryOp(op=op) if type(op) in OPERATORS:
+                return f"({OPERATORS[type(op)]}{self.expression(node.operand)})"
+            case ast.BinOp(op=op) if type(op) in OPERATORS:
+                return self.joined(op, [node.left, node.right])
             case ast.BoolOp():
                 return self.joined(node.op, node.values)
-            case ast.Compare(ops=[operator], comparators=[right]):
-                return self.joined(operator, [node.left, right])
+            case ast.Compare(ops=[op], comparators=[right]) if type(op) in OPERATORS:
+                return self.joined(op, [node.left, right])
         raise SyntaxError(f"line {node.lineno}: no C++ for {ast.unparse(node)}")
 
     def joined(self, operator: ast.AST, operands: list[ast.expr]) -> str:

@@ -53,9 +53,9 @@ def available() -> tuple[bool, str]:
 
 
 def row_stats(tile: Tensor, scoring: Scoring) -> RowStats:
-    stats = _numbers(tile, 4, tile.shape[0])
-    torch.ops.perl_native.row_stats(*_scored(tile, scoring), stats)
-    return RowStats(*stats.unbind())
+    stats = RowStats(*(_per_row(tile) for _ in range(4)))
+    torch.ops.perl_native.row_stats(*_scored(tile, scoring), list(stats))
+    return stats
 
 
 def row_gradient(
@@ -79,23 +79,21 @@ def row_loss(
     axes, numbers = coefficient_arguments(loss, inputs.ref is not None)
     rollout = None if loss.correction is None else inputs.rollout
     of_tokens = (prepared.scale, prepared.advantages, inputs.old, inputs.ref, rollout)
-    stats = _numbers(tile, 4, tile.shape[0])
-    by_logprob = _numbers(tile, tile.shape[0])
-    by_entropy = _numbers(tile, tile.shape[0]) if axes.has_entropy else None
+    stats = RowStats(*(_per_row(tile) for _ in range(4)))
+    found = Coefficients(_per_row(tile), _per_row(tile) if axes.has_entropy else None)
     place = None if out is None else _place(out)
     torch.ops.perl_native.row_loss(
         *_scored(tile, scoring),
         [str(axis) for axis in axes],
         list(numbers),
         *map(_vector, of_tokens),
-        stats,
-        by_logprob,
-        by_entropy,
+        list(stats),
+        *found,
         place,
     )
     if out is not None and place is not None and place is not out:
         out.copy_(place)
-    return RowStats(*stats.unbind()), Coefficients(by_logprob, by_entropy)
+    return stats, found
 
 
 def _scored(tile: Tensor, scoring: Scoring) -> tuple[Any, ...]:
@@ -111,8 +109,8 @@ def _scored(tile: Tensor, scoring: Scoring) -> tuple[Any, ...]:
     )
 
 
-def _numbers(tile: Tensor, *shape: int) -> Tensor:
-    return tile.new_empty(shape, dtype=torch.float32)
+def _per_row(tile: Tensor) -> Tensor:
+    return tile.new_empty(tile.shape[0], dtype=torch.float32)
 
 
 def _vector(tensor: Tensor | None) -> Tensor | None:

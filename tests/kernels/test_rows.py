@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from perl_kernels import PolicyLoss
+from perl_kernels import PolicyLoss, rows_native
 from perl_kernels.values import Coefficients, LossInputs, Prepared, RowStats, Scoring
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,10 +22,12 @@ EPS = torch.finfo(torch.float32).eps
 LONG = 8192 + 333
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", "native", "triton"])
 def rows(request: pytest.FixtureRequest) -> Any:
     if request.param == "triton":
         pytest.importorskip("triton")
+    if request.param == "native" and not (native := rows_native.available())[0]:
+        pytest.skip(native[1])
     return importlib.import_module(f"perl_kernels.rows_{request.param}")
 
 
@@ -182,6 +184,8 @@ def test_rows_anywhere_in_memory(
     rows: Any, columns: int, before: int, after: int, dtype: torch.dtype
 ) -> None:
     """Whatever the address and the distance of the rows: the same numbers, nothing else written."""
+    if rows is rows_native and dtype not in rows.DTYPES:
+        pytest.skip("native rows are fp32 or bf16")
     memory = torch.full((5, before + columns + after), 7.0, dtype=dtype, device=DEVICE)
     x = memory[:, before : before + columns]
     x.copy_(torch.randn(5, columns))
