@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .values import Coefficients, Scoring, compute_dtype
 
-_ALIGNMENT = 16  # bytes; rows that start there are read 128 bits at a time
+_ALIGNMENT = 16  # elements; rows that start there are read 128 bits at a time, in any dtype
 _GPU_SHARE = 32  # of a GPU's memory, that a block of logits may take
 _CPU_ROWS = 512  # the products of fewer rows run at a worse rate; LOG.md has the measurement
 _CPU_BYTES = 16 * 2**20
@@ -178,8 +178,7 @@ class Head:
 
     def _buffer(self, dtype: torch.dtype) -> Tensor:
         vocab = self.weight.shape[0]
-        step = max(_ALIGNMENT // dtype.itemsize, 1)
-        padded = -(-vocab // step) * step
+        padded = -(-vocab // _ALIGNMENT) * _ALIGNMENT
         return torch.empty(self.rows, padded, dtype=dtype, device=self.weight.device)[:, :vocab]
 
     def tile(self, part: slice) -> Tensor:

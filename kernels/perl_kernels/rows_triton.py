@@ -573,11 +573,12 @@ def _tiling(tile: Tensor, scoring: Scoring, out: Tensor) -> _Tiling:
         and not (misplaced or stride % 16 or _misplaced(bias))
     )
     wide_out = misplaced == _misplaced(out) and (stride - out.stride(0)) % 16 == 0
-    # 128 bits of the tile or of what is written, whichever is more elements, as Triton does, and
-    # 64 bytes of the tile on their way at once.
+    # 128 bits of the tile or of what is written, whichever is more elements, as Triton does; and on
+    # every architecture as many bytes of the tile on their way at once as registers allow.
     vector = 16 // min(size, out.element_size())
+    at_once = 64 if bias is None or wide_bias else 32
     warps = 1 if n_columns <= 2048 else 8
-    return _Tiling(vector, 64 // (vector * size), warps, wide_bias, wide_out)
+    return _Tiling(vector, at_once // (vector * size), warps, wide_bias, wide_out)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
