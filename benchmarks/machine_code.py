@@ -90,8 +90,7 @@ def pretended(architecture: int) -> Iterator[list[Launch]]:
     with (
         mock.patch.object(driver, "_active", fake),
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(dispatch, "_triton_missing", lambda: None),
-        mock.patch.object(dispatch, "_triton_refuses", lambda device, dtype: None),
+        mock.patch.object(dispatch, "_refuses", lambda backend, device, dtype: None),
     ):
         yield launches
 
@@ -104,6 +103,7 @@ class Case(NamedTuple):
     columns: tuple[int, ...] = COLUMNS
 
 
+PLAIN = PolicyLoss()
 EVERYTHING = PolicyLoss(
     surrogate="dppo_kl",
     kl="k3",
@@ -133,7 +133,7 @@ def _targets() -> Tensor:
     return torch.zeros(_N, dtype=torch.int64)
 
 
-def _loss(loss: PolicyLoss = PolicyLoss(), dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+def _loss(loss: PolicyLoss, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
     """Positional and other arguments of a loss, after the log-probs."""
     near = torch.zeros(_N, dtype=dtype)
     others: dict[str, Any] = {"old_logprobs": near, **_TRITON}
@@ -166,7 +166,7 @@ def _linear_token_logprobs(dtype: torch.dtype) -> Callable[[int], None]:
 
 
 def _grpo_loss(columns: int) -> None:
-    positional, others = _loss()
+    positional, others = _loss(PLAIN)
     logits = _logits(columns, torch.bfloat16)
     perl_kernels.grpo_loss(
         logits.clone(), _targets(), *positional, inplace=True, **others
@@ -174,7 +174,7 @@ def _grpo_loss(columns: int) -> None:
 
 
 def _linear_grpo_loss(
-    dtype: torch.dtype, loss: PolicyLoss = PolicyLoss(), **options: Any
+    dtype: torch.dtype, loss: PolicyLoss = PLAIN, **options: Any
 ) -> Callable[[int], None]:
     def call(columns: int) -> None:
         positional, others = _loss(loss)
@@ -204,29 +204,31 @@ def _group_advantages(columns: int) -> None:
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES = (
-    Case("bf16", _token_logprobs(_BF16)),
-    Case("fp32", _token_logprobs(_FP32)),
-    Case("bf16 with everything", _linear_token_logprobs(_BF16)),
-    Case("fp16 with everything", _linear_token_logprobs(_FP16), COLUMNS[1:2]),
-    Case("bf16 in place", _grpo_loss),
-    Case("bf16", _linear_grpo_loss(_BF16)),
-    Case("fp32 to bf16", _linear_grpo_loss(_BF16, logits_dtype=_FP32)),
-    Case("bf16 with everything", _linear_grpo_loss(_BF16, EVERYTHING)),
-    Case("fp32 with everything", _linear_grpo_loss(_FP32, EVERYTHING), COLUMNS[:1]),
-    Case("fp32", _policy_loss(PolicyLoss(), _FP32), (0,)),
-    Case("bf16 with everything", _policy_loss(EVERYTHING, _BF16), (0,)),
-    Case("fp32", _group_advantages, (0,)),
+    Case("token_logprobs, bf16", _token_logprobs(_BF16)),
+    Case("token_logprobs, fp32", _token_logprobs(_FP32)),
+    Case("linear_token_logprobs, bf16, everything", _linear_token_logprobs(_BF16)),
+    Case("linear_token_logprobs, fp16, everything", _linear_token_logprobs(_FP16), COLUMNS[1:2]),
+    Case("grpo_loss, bf16, in place", _grpo_loss),
+    Case("linear_grpo_loss, bf16", _linear_grpo_loss(_BF16)),
+    Case("linear_grpo_loss, fp32 to bf16", _linear_grpo_loss(_BF16, logits_dtype=_FP32)),
+    Case("linear_grpo_loss, bf16, everything", _linear_grpo_loss(_BF16, EVERYTHING)),
+    Case("linear_grpo_loss, fp32, everything", _linear_grpo_loss(_FP32, EVERYTHING), COLUMNS[1:2]),
+    Case("policy_loss, fp32", _policy_loss(PLAIN, _FP32), (0,)),
+    Case("policy_loss, bf16, everything", _policy_loss(EVERYTHING, _BF16), (0,)),
+    Case("group_advantages, fp32", _group_advantages, (0,)),
 )
+"""Everything: bias, softcap, a temperature for each row, entropy and its gradient, and the terms of
+`EVERYTHING`."""
 
 
 @dataclass(frozen=True)
 class Loop:
     """A loop over the columns of a row: instructions for each, and how often it loads and stores how
-    many bits."""
+    many bits at once."""
 
     instructions: float
-    loads: dict[int, int]
-    stores: dict[int, int]
+    loads: dict[str, int]
+    stores: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -337,15 +339,15 @@ def loops(code: str, elements: int) -> list[Loop]:
     return found
 
 
-def _widths(body: list[str], operation: str) -> dict[int, int]:
-    """How often `operation` moves how many bits."""
+def _widths(body: list[str], operation: str) -> dict[str, int]:
+    """How often `operation` moves how many bits, fewest first."""
     counts: Counter[int] = Counter()
     for name in body:
         kind, *parts = name.split(".")
         if kind == operation:
             sizes = [int(part.lstrip("US")) for part in parts if re.fullmatch(r"[US]?\d+", part)]
             counts[sizes[-1] if sizes else 32] += 1
-    return dict(sorted(counts.items()))
+    return {str(bits): counts[bits] for bits in sorted(counts)}
 
 
 def blocks(architecture: int, warps: int, registers: int, shared: int) -> int:
@@ -358,33 +360,46 @@ def blocks(architecture: int, warps: int, registers: int, shared: int) -> int:
 
 
 def markdown(table: list[Code]) -> str:
-    """One line for each binary, on all architectures it was compiled for."""
-    lines = [
-        "| kernel | variant | columns | GPU | instructions per element | widest loads, stores "
-        "| registers | shared memory | stack | spills | occupancy |",
-        "|---|---|--:|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for rows in _by_binary(table):
-        code = rows[0]
-        columns = ", ".join(dict.fromkeys(str(row.columns) for row in rows if row.columns))
-        counts = " + ".join(f"{loop.instructions:.1f}" for loop in code.loops)
-        widths = "; ".join(
-            ", ".join(str(max(moved)) for moved in (loop.loads, loop.stores) if moved)
-            for loop in code.loops
-        )
-        lines.append(
-            f"| `{code.kernel}` | {code.case} | {columns} | sm_{code.architecture} | {counts} "
-            f"| {widths} | {code.registers} | {code.shared} | {code.stack} | {code.spills} "
-            f"| {code.occupancy:.0%} |"
-        )
-    return "\n".join(lines)
-
-
-def _by_binary(table: list[Code]) -> list[list[Code]]:
-    groups: dict[tuple[str, int], list[Code]] = {}
+    """One line for each kernel that differs, with its numbers on each of `ARCHITECTURES`."""
+    binaries: dict[tuple[str, int], list[Code]] = {}
     for row in table:
-        groups.setdefault((row.code, row.architecture), []).append(row)
-    return sorted(groups.values(), key=lambda rows: (rows[0].kernel, rows[0].case, rows[0].columns))
+        binaries.setdefault((row.code, row.architecture), []).append(row)
+    lines: dict[tuple[str, str, str], dict[int, Code]] = {}
+    for rows in binaries.values():
+        columns = ", ".join(dict.fromkeys(str(row.columns) for row in rows if row.columns))
+        key = (rows[0].kernel, rows[0].case, columns)
+        lines.setdefault(key, {})[rows[0].architecture] = rows[0]
+
+    def cells(codes: dict[int, Code], show: Callable[[Code], str]) -> str:
+        shown = [show(codes[number]) if number in codes else "" for number in ARCHITECTURES]
+        return shown[0] if len(set(shown)) == 1 else " / ".join(shown)
+
+    return "\n".join(
+        [
+            "| kernel | first launched by | columns | instructions per element | bits of a load, store "
+            "| registers | stack | spills | occupancy |",
+            "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+            *(
+                f"| `{kernel}` | {case} | {columns} | {cells(codes, _instructions)} "
+                f"| {cells(codes, _moved)} | {cells(codes, lambda x: str(x.registers))} "
+                f"| {cells(codes, lambda x: str(x.stack))} | {cells(codes, lambda x: str(x.spills))} "
+                f"| {cells(codes, lambda x: f'{x.occupancy:.0%}')} |"
+                for (kernel, case, columns), codes in sorted(lines.items())
+            ),
+        ]
+    )
+
+
+def _instructions(code: Code) -> str:
+    return " + ".join(f"{loop.instructions:.1f}" for loop in code.loops)
+
+
+def _moved(code: Code) -> str:
+    """The widest load and store of each loop."""
+    return " + ".join(
+        ", ".join([*moved][-1] for moved in (loop.loads, loop.stores) if moved)
+        for loop in code.loops
+    )
 
 
 def replace_table(document: str, table: str) -> str:

@@ -55,14 +55,9 @@ class _Tiling(NamedTuple):
     wide_out: bool
 
 
-class _Tile(NamedTuple):
-    """What every kernel reads. `misplaced`: elements between the last multiple of 16 in memory and
-    the logits. `temperatures [n]` is None or goes before `temperature`."""
+class _Scores(NamedTuple):
+    """A `Scoring`: `temperatures [n]` is None or goes before `temperature`."""
 
-    logits: Any
-    misplaced: Any
-    stride: Any
-    n_columns: Any
     targets: Any
     bias: Any
     softcap: Any
@@ -76,6 +71,7 @@ class _Row(NamedTuple):
     `chosen`: its y."""
 
     logits: Any
+    n_columns: Any
     first: Any
     n_body: Any
     temperature: Any
@@ -140,51 +136,52 @@ def _loaded(pointers, inside):
 
 
 @triton.jit
-def _y(tile, logits, bias, lanes, inside):
+def _y(scores, logits, bias, lanes, inside):
     """Of the logits at these lanes of two pointers, all or those `inside`."""
     y = _loaded(logits + lanes, inside)
     if bias is not None:
         y += _loaded(bias + lanes, inside)
-    if tile.softcap is not None:
-        y = _reciprocal(-1.0 - tl.exp2(y * (2.0 * _LOG2E / tile.softcap)))
+    if scores.softcap is not None:
+        y = _reciprocal(-1.0 - tl.exp2(y * (2.0 * _LOG2E / scores.softcap)))
     return y
 
 
 @triton.jit
-def _row(tile, row):
-    first = (-(tile.misplaced + row * tile.stride)) & (_ALIGNED - 1)
-    first = tl.minimum(first, tile.n_columns).to(tl.int32)
-    temperature = tile.temperature
-    if tile.temperatures is not None:
-        temperature = tl.load(tile.temperatures + row).to(tl.float32)
+def _row(logits, misplaced, stride, n_columns, scores, row):
+    """`misplaced`: elements between the last multiple of 16 in memory and the logits."""
+    first = (-(misplaced + row * stride)) & (_ALIGNED - 1)
+    first = tl.minimum(first, n_columns).to(tl.int32)
+    temperature = scores.temperature
+    if scores.temperatures is not None:
+        temperature = tl.load(scores.temperatures + row).to(tl.float32)
     usable = (temperature > 0) & (temperature < float("inf"))
     temperature = tl.where(usable, temperature, float("nan"))
     unit = tl.div_rn(1.0, temperature)
-    if tile.softcap is not None:
-        unit *= 2.0 * tile.softcap
-    target = tl.load(tile.targets + row).to(tl.int64)
-    known = (target >= 0) & (target < tile.n_columns)
-    logits = tile.logits + row * tile.stride
-    chosen = _y(tile, logits, tile.bias, target, known)
+    if scores.softcap is not None:
+        unit *= 2.0 * scores.softcap
+    target = tl.load(scores.targets + row).to(tl.int64)
+    known = (target >= 0) & (target < n_columns)
+    logits += row * stride
     return _Row(
         logits,
+        n_columns,
         first,
-        (tile.n_columns - first) // _ALIGNED * _ALIGNED,
+        (n_columns - first) // _ALIGNED * _ALIGNED,
         temperature,
         unit,
         unit * _LOG2E,
         target,
         known,
-        chosen,
+        _y(scores, logits, scores.bias, target, known),
     )
 
 
 @triton.jit
-def _edges(tile, row, THREADS: tl.constexpr):
+def _edges(row, THREADS: tl.constexpr):
     lanes = tl.arange(0, THREADS)
     before = lanes < _ALIGNED
     columns = tl.where(before, lanes, row.first + row.n_body + lanes - _ALIGNED)
-    return columns, tl.where(before, lanes < row.first, columns < tile.n_columns)
+    return columns, tl.where(before, lanes < row.first, columns < row.n_columns)
 
 
 @triton.jit
@@ -228,7 +225,7 @@ def _swept(sums, y, rate):
 
 
 @triton.jit
-def _statistics(tile, row, TILING: tl.constexpr):
+def _statistics(scores, row, TILING: tl.constexpr):
     THREADS: tl.constexpr = 32 * TILING.warps
     BLOCK: tl.constexpr = TILING.vector * TILING.repeats * THREADS
     sums = _Sums(
@@ -236,21 +233,21 @@ def _statistics(tile, row, TILING: tl.constexpr):
         tl.zeros([THREADS], tl.float32),
         tl.zeros([THREADS], tl.float32),
     )
-    if row.n_body < tile.n_columns:
-        columns, inside = _edges(tile, row, THREADS)
-        y = _y(tile, row.logits, tile.bias, columns, inside)
+    if row.n_body < row.n_columns:
+        columns, inside = _edges(row, THREADS)
+        y = _y(scores, row.logits, scores.bias, columns, inside)
         y = tl.where(inside, y, float("-inf"))
         sums = _swept(sums, tl.reshape(y, [1, THREADS, 1]), row.rate)
     logits = _at_body(row.logits, row, True)
-    bias = _at_body(tile.bias, row, TILING.wide_bias)
+    bias = _at_body(scores.bias, row, TILING.wide_bias)
     lanes = tl.arange(0, BLOCK)
     whole = row.n_body // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        y = _y(tile, logits + start, _further(bias, start), lanes, None)
+        y = _y(scores, logits + start, _further(bias, start), lanes, None)
         sums = _swept(sums, tl.reshape(y, [TILING.repeats, THREADS, TILING.vector]), row.rate)
     if whole < row.n_body:
         inside = whole + lanes < row.n_body
-        y = _y(tile, logits + whole, _further(bias, whole), lanes, inside)
+        y = _y(scores, logits + whole, _further(bias, whole), lanes, inside)
         y = tl.where(inside, y, float("-inf"))
         sums = _swept(sums, tl.reshape(y, [TILING.repeats, THREADS, TILING.vector]), row.rate)
     highest = tl.max(sums.highest, axis=0)
@@ -260,32 +257,32 @@ def _statistics(tile, row, TILING: tl.constexpr):
     entropy = log_total - tl.sum(sums.weighted, axis=0) * _LN2 / total
     logprob = (row.chosen - highest) * row.unit - log_total
     shift = highest
-    if tile.softcap is not None:
-        shift = tile.softcap * (1.0 + 2.0 * highest)
+    if scores.softcap is not None:
+        shift = scores.softcap * (1.0 + 2.0 * highest)
     # The largest score adds 1 to the total, unless it is -inf.
     shift = tl.where(total == 0, float("-inf"), tl.div_rn(shift, row.temperature))
     entropy = tl.where(tl.abs(shift) < float("inf"), entropy, float("nan"))
     logprob = tl.where(row.known & (tl.abs(entropy) < float("inf")), logprob, float("nan"))
-    origin, rest = _origin(tile, row, shift)
+    origin, rest = _origin(scores, row, shift)
     log_sum = log_total + ((highest - origin) * row.rate + rest) * _LN2
     return RowStats(logprob, entropy, shift, log_sum), _Mass(highest, 0.0, total, log_total)
 
 
 @triton.jit
-def _origin(tile, row, shift):
+def _origin(scores, row, shift):
     """The y of which the score is `shift`, and what it is wrong by in units of log 2."""
     scaled = shift * row.temperature
-    if tile.softcap is not None:
-        origin = 0.5 * (scaled / tile.softcap - 1.0)
+    if scores.softcap is not None:
+        origin = 0.5 * (scaled / scores.softcap - 1.0)
         return origin, (origin + 0.5) * row.rate - shift * _LOG2E
     else:
         return scaled, -tl.fma(shift, row.temperature, -scaled) * row.rate
 
 
 @triton.jit
-def _slope(tile, row, mass, entropy, by_logprob, by_entropy):
+def _slope(scores, row, mass, entropy, by_logprob, by_entropy):
     factor = 1.0 / row.temperature
-    if tile.softcap is not None:
+    if scores.softcap is not None:
         factor = -4.0 * factor
     share = -factor / mass.total
     linear = None
@@ -297,29 +294,29 @@ def _slope(tile, row, mass, entropy, by_logprob, by_entropy):
 
 
 @triton.jit
-def _gradient(tile, row, mass, slope, y, extra):
+def _gradient(scores, row, mass, slope, y, extra):
     a = (y - mass.origin) * row.rate + mass.rest
     if slope.linear is None:
         gradient = tl.exp2(a) * slope.constant + extra
     else:
         a = tl.maximum(a, _NEVER, propagate_nan=tl.PropagateNan.ALL)
         gradient = tl.exp2(a) * (slope.linear * a + slope.constant) + extra
-    if tile.softcap is not None:
+    if scores.softcap is not None:
         gradient *= y * y + y
     return gradient
 
 
 @triton.jit
-def _write_gradient(tile, row, mass, slope, idle, out, TILING: tl.constexpr):
+def _write_gradient(scores, row, mass, slope, idle, out, TILING: tl.constexpr):
     THREADS: tl.constexpr = 32 * TILING.warps
     BLOCK: tl.constexpr = TILING.vector * TILING.repeats * THREADS
     dtype: tl.constexpr = out.dtype.element_ty
     logits = _at_body(row.logits, row, True)
-    bias = _at_body(tile.bias, row, TILING.wide_bias)
+    bias = _at_body(scores.bias, row, TILING.wide_bias)
     body = _at_body(out, row, TILING.wide_out)
     lanes = tl.arange(0, BLOCK)
     whole = row.n_body // BLOCK * BLOCK
-    edges, at_edge = _edges(tile, row, THREADS)
+    edges, at_edge = _edges(row, THREADS)
     in_rest = whole + lanes < row.n_body
     if idle:
         tl.store(out + edges, tl.zeros([THREADS], dtype), mask=at_edge)
@@ -329,50 +326,65 @@ def _write_gradient(tile, row, mass, slope, idle, out, TILING: tl.constexpr):
     else:
         # Every thread has read the target's logit before any of them writes over it.
         tl.debug_barrier()
-        if row.n_body < tile.n_columns:
-            y = _y(tile, row.logits, tile.bias, edges, at_edge)
-            gradient = _gradient(tile, row, mass, slope, y, 0.0)
+        if row.n_body < row.n_columns:
+            y = _y(scores, row.logits, scores.bias, edges, at_edge)
+            gradient = _gradient(scores, row, mass, slope, y, 0.0)
             tl.store(out + edges, gradient.to(dtype), mask=at_edge)
         if whole < row.n_body:
-            y = _y(tile, logits + whole, _further(bias, whole), lanes, in_rest)
-            gradient = _gradient(tile, row, mass, slope, y, 0.0)
+            y = _y(scores, logits + whole, _further(bias, whole), lanes, in_rest)
+            gradient = _gradient(scores, row, mass, slope, y, 0.0)
             tl.store(body + whole + lanes, gradient.to(dtype), mask=in_rest)
         for done in range(0, whole, BLOCK):
             start = whole - BLOCK - done
-            y = _y(tile, logits + start, _further(bias, start), lanes, None)
-            gradient = _gradient(tile, row, mass, slope, y, 0.0)
+            y = _y(scores, logits + start, _further(bias, start), lanes, None)
+            gradient = _gradient(scores, row, mass, slope, y, 0.0)
             tl.store(body + start + lanes, gradient.to(dtype))
         tl.debug_barrier()
-        gradient = _gradient(tile, row, mass, slope, row.chosen, slope.extra)
+        gradient = _gradient(scores, row, mass, slope, row.chosen, slope.extra)
         tl.store(out + row.target, gradient.to(dtype), mask=row.known)
 
 
 @triton.jit
-def _store(pointer, n_rows, row, values):
+def _store(pointer, distance, row, values):
     for i in tl.static_range(len(values)):
-        tl.store(pointer + i * n_rows + row, values[i])
+        tl.store(pointer + i * distance + row, values[i])
 
 
+# Not compiled anew for other numbers or addresses. Inside of tuples Triton asks whether integers are
+# 1 or multiples of 16, and addresses multiples of 16: the former are not there, the latter all are.
 _kernel = triton.jit(
-    do_not_specialize=["tile", "n_rows", "out_stride"],
-    do_not_specialize_on_alignment=["tile", "out", "found", "stats", "coefficients", "token"],
+    do_not_specialize=["misplaced", "stride", "n_columns", "distance", "out_stride"],
+    do_not_specialize_on_alignment=["logits", "out"],
 )
 
 
 @_kernel
-def row_stats_kernel(tile, found, n_rows, TILING: tl.constexpr):
-    """`found [4, n]`: a `RowStats`."""
+def row_stats_kernel(
+    logits, misplaced, stride, n_columns, scores, found, distance, TILING: tl.constexpr
+):
+    """`found [4, n]`, rows `distance` apart: a `RowStats`."""
     index = tl.program_id(0).to(tl.int64)
-    row = _row(tile, index)
-    stats, _ = _statistics(tile, row, TILING)
-    _store(found, n_rows, index, stats)
+    row = _row(logits, misplaced, stride, n_columns, scores, index)
+    stats, _ = _statistics(scores, row, TILING)
+    _store(found, distance, index, stats)
 
 
 @_kernel
-def row_gradient_kernel(tile, stats, coefficients, out, out_stride, TILING: tl.constexpr):
+def row_gradient_kernel(
+    logits,
+    misplaced,
+    stride,
+    n_columns,
+    scores,
+    stats,
+    coefficients,
+    out,
+    out_stride,
+    TILING: tl.constexpr,
+):
     """`out [n, V]`, which may be the tile. `stats`: entropy, shift and log_sum of each row."""
     index = tl.program_id(0).to(tl.int64)
-    row = _row(tile, index)
+    row = _row(logits, misplaced, stride, n_columns, scores, index)
     by_logprob = tl.load(coefficients[0] + index).to(tl.float32)
     idle = by_logprob == 0
     by_entropy = None
@@ -381,19 +393,23 @@ def row_gradient_kernel(tile, stats, coefficients, out, out_stride, TILING: tl.c
         idle = idle & (by_entropy == 0)
     log_sum = tl.load(stats[2] + index)
     shift = tl.load(stats[1] + index)
-    origin, rest = _origin(tile, row, shift)
+    origin, rest = _origin(scores, row, shift)
     mass = _Mass(origin, rest, _exact(log_sum, False), log_sum)
-    slope = _slope(tile, row, mass, tl.load(stats[0] + index), by_logprob, by_entropy)
-    _write_gradient(tile, row, mass, slope, idle, out + index * out_stride, TILING)
+    slope = _slope(scores, row, mass, tl.load(stats[0] + index), by_logprob, by_entropy)
+    _write_gradient(scores, row, mass, slope, idle, out + index * out_stride, TILING)
 
 
 @_kernel
 def row_loss_kernel(
-    tile,
+    logits,
+    misplaced,
+    stride,
+    n_columns,
+    scores,
     token,
     numbers,
     found,
-    n_rows,
+    distance,
     out,
     out_stride,
     AXES: tl.constexpr,
@@ -402,20 +418,20 @@ def row_loss_kernel(
     """From logits to their gradient, for a token-level loss. `found [6, n]`: a `RowStats`, and
     derivatives by log-prob and entropy. `token`: advantages, scale, old, ref, rollout."""
     index = tl.program_id(0).to(tl.int64)
-    row = _row(tile, index)
-    stats, mass = _statistics(tile, row, TILING)
+    row = _row(logits, misplaced, stride, n_columns, scores, index)
+    stats, mass = _statistics(scores, row, TILING)
     by_logprob, by_entropy = _coefficients(stats.logprobs, index, token, numbers, AXES)
-    _store(found, n_rows, index, stats)
-    tl.store(found + 4 * n_rows + index, by_logprob)
-    tl.store(found + 5 * n_rows + index, by_entropy)
+    _store(found, distance, index, stats)
+    tl.store(found + 4 * distance + index, by_logprob)
+    tl.store(found + 5 * distance + index, by_entropy)
     if out is not None:
         idle = by_logprob == 0
         if AXES.has_entropy:
             idle = idle & (by_entropy == 0)
-            slope = _slope(tile, row, mass, stats.entropy, by_logprob, by_entropy)
+            slope = _slope(scores, row, mass, stats.entropy, by_logprob, by_entropy)
         else:
-            slope = _slope(tile, row, mass, stats.entropy, by_logprob, None)
-        _write_gradient(tile, row, mass, slope, idle, out + index * out_stride, TILING)
+            slope = _slope(scores, row, mass, stats.entropy, by_logprob, None)
+        _write_gradient(scores, row, mass, slope, idle, out + index * out_stride, TILING)
 
 
 @triton.jit
@@ -459,13 +475,17 @@ def _coefficients(logprob, index, token, numbers, AXES: tl.constexpr):
 
 def row_stats(tile: Tensor, scoring: Scoring) -> RowStats:
     """As in `rows_torch`."""
-    n_rows = len(tile)
-    found = torch.empty(4, n_rows, dtype=torch.float32, device=tile.device)
-    if n_rows:
+    found = _found(4, tile)
+    if len(tile):
         source = _rows_contiguous(tile)
         tiling = _tiling(source, scoring, source)
-        row_stats_kernel[(n_rows,)](
-            _tile(source, scoring), found, n_rows, tiling, num_warps=tiling.warps
+        row_stats_kernel[(len(tile),)](
+            *_placed(source),
+            _scores(scoring),
+            found,
+            found.stride(0),
+            tiling,
+            num_warps=tiling.warps,
         )
     return RowStats(*found.unbind())
 
@@ -474,15 +494,15 @@ def row_gradient(
     tile: Tensor, scoring: Scoring, stats: RowStats, coefficients: Coefficients, out: Tensor
 ) -> None:
     """As in `rows_torch`."""
-    n_rows = len(tile)
-    if not n_rows:
+    if not len(tile):
         return
     source, target = _rows_contiguous(tile), _rows_contiguous(out)
     tiling = _tiling(source, scoring, target)
-    row_gradient_kernel[(n_rows,)](
-        _tile(source, scoring),
-        tuple(tensor.contiguous() for tensor in stats[1:]),
-        tuple(_contiguous(tensor) for tensor in coefficients),
+    row_gradient_kernel[(len(tile),)](
+        *_placed(source),
+        _scores(scoring),
+        _dense(*stats[1:]),
+        _dense(*coefficients),
         target,
         target.stride(0),
         tiling,
@@ -501,21 +521,20 @@ def row_loss(
     out: Tensor | None,
 ) -> tuple[RowStats, Coefficients]:
     """As in `rows_torch`, in one launch."""
-    n_rows = len(tile)
-    found = torch.empty(6, n_rows, dtype=torch.float32, device=tile.device)
+    found = _found(6, tile)
     axes, numbers = coefficient_arguments(loss, inputs.ref is not None)
-    if n_rows:
+    if len(tile):
         source = _rows_contiguous(tile)
         target = None if out is None else _rows_contiguous(out)
         rollout = inputs.rollout if loss.correction else None
-        token = (prepared.advantages, prepared.scale, inputs.old, inputs.ref, rollout)
         tiling = _tiling(source, scoring, source if target is None else target)
-        row_loss_kernel[(n_rows,)](
-            _tile(source, scoring),
-            tuple(_contiguous(tensor) for tensor in token),
+        row_loss_kernel[(len(tile),)](
+            *_placed(source),
+            _scores(scoring),
+            _dense(prepared.advantages, prepared.scale, inputs.old, inputs.ref, rollout),
             numbers,
             found,
-            n_rows,
+            found.stride(0),
             target,
             0 if target is None else target.stride(0),
             axes,
@@ -542,20 +561,34 @@ def scale_(x: Tensor, by: Tensor) -> None:
         scale_kernel[grid](x, by, x.numel(), n_rows, n_columns, stride, _SCALE_BLOCK)
 
 
-def _tile(tile: Tensor, scoring: Scoring) -> _Tile:
+def _found(count: int, tile: Tensor) -> Tensor:
+    """[count, n], each at a multiple of 16 bytes."""
+    n_rows = len(tile)
+    found = torch.empty(count, -(-n_rows // 4) * 4, dtype=torch.float32, device=tile.device)
+    return found[:, :n_rows]
+
+
+def _placed(tile: Tensor) -> tuple[Tensor, int, int, int]:
+    return tile, _misplaced(tile), tile.stride(0), tile.shape[1]
+
+
+def _scores(scoring: Scoring) -> _Scores:
     tau, softcap = scoring.temperature, scoring.softcap
     per_row = isinstance(tau, Tensor)
-    return _Tile(
-        logits=tile,
-        misplaced=_misplaced(tile),
-        stride=tile.stride(0),
-        n_columns=tile.shape[1],
-        targets=scoring.targets.contiguous(),
-        bias=_contiguous(scoring.bias),
-        softcap=None if softcap is None else float(softcap),
-        temperatures=tau.contiguous() if per_row else None,
-        temperature=1.0 if per_row else float(tau),
+    targets, bias, temperatures = _dense(scoring.targets, scoring.bias, tau if per_row else None)
+    return _Scores(
+        targets,
+        bias,
+        None if softcap is None else float(softcap),
+        temperatures,
+        1.0 if per_row else float(tau),
     )
+
+
+def _dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Contiguous, and at a multiple of 16 bytes, as nearly all are."""
+    dense = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    return tuple(x.clone() if x is not None and x.data_ptr() % 16 else x for x in dense)
 
 
 def _misplaced(tensor: Tensor) -> int:
@@ -579,10 +612,6 @@ def _tiling(tile: Tensor, scoring: Scoring, out: Tensor) -> _Tiling:
     at_once = 64 if bias is None or wide_bias else 32
     warps = 1 if n_columns <= 2048 else 8
     return _Tiling(vector, at_once // (vector * size), warps, wide_bias, wide_out)
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:

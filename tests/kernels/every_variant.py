@@ -32,7 +32,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 def intermediate(source: Any, target: Any, options: Any = None, **_: Any) -> object:
     """In place of `triton.compile`."""
-    backend = make_backend(target)
+    backend: Any = make_backend(target)
     parsed = backend.parse_options(options)
     context = ir.context()
     ir.load_dialects(context)
@@ -43,6 +43,8 @@ def intermediate(source: Any, target: Any, options: Any = None, **_: Any) -> obj
 
 
 def objectives() -> Iterator[PolicyLoss]:
+    surrogate: Any
+    ratio: Any
     for surrogate in get_args(Surrogate):
         several = surrogate in ("clip", "cispo", "sapo")
         for ratio in get_args(Ratio) if several else ("token",):
@@ -55,7 +57,8 @@ def objectives() -> Iterator[PolicyLoss]:
             for bias in (False, True):
                 kind: dict[str, Any] = {"kl": kl, "kl_coef": 0.1, "kl_bias_correction": bias}
                 yield PolicyLoss(surrogate=surrogate, entropy_coef=0.1, **kind)
-    for bound in ({"dual_clip": 3.0}, {"delta": 4.0}):
+    bounds: tuple[dict[str, Any], ...] = ({"dual_clip": 3.0}, {"delta": 4.0})
+    for bound in bounds:
         for ratio in ("token", "sequence"):
             yield PolicyLoss(ratio=ratio, **bound)
     for aggregation in get_args(Aggregation):
@@ -121,7 +124,10 @@ def calls() -> Iterator[tuple[str, Any]]:
             yield f"{loss} {old=}", lambda loss=loss, old=old: losses(loss, old=old)
     rewards = GroupedRewards(torch.zeros(2), torch.tensor([2]))
     several = GroupedRewards(
-        torch.zeros(2, 3), torch.tensor([2]), reward_weights=[1.0, 2.0, 3.0], combine="normalize_then_sum"
+        torch.zeros(2, 3),
+        torch.tensor([2]),
+        reward_weights=[1.0, 2.0, 3.0],
+        combine="normalize_then_sum",
     )
     inputs: list[dict[str, Any]] = [
         {"scoring": True, "logits": FP32},
@@ -162,10 +168,15 @@ def with_other_numbers() -> dict[str, list[str]]:
         "normalizer": {"normalizer": 16.0},
     }
     for name, given in changed.items():
-        like = {"columns": 5000} if given.get("columns", 0) > 2048 else {}
+        like: dict[str, Any] = {"columns": 5000} if given.get("columns", 0) > 2048 else {}
         like |= {"normalizer": 2.5} if name == "normalizer" else {}
         pairs[name] = (lambda like=like: losses(loss, **like), lambda g=given: losses(loss, **g))
-    numbers: dict[str, Any] = {"clip_low": 0.1, "clip_high": 0.28, "kl_coef": 1.0, "dual_clip": 16.0}
+    numbers: dict[str, Any] = {
+        "clip_low": 0.1,
+        "clip_high": 0.28,
+        "kl_coef": 1.0,
+        "dual_clip": 16.0,
+    }
     other = dataclasses.replace(loss, entropy_coef=1.0, correction_high=16.0, **numbers)
     pairs["coefficients"] = (lambda: losses(loss), lambda: losses(other))
     pairs["groups"] = (
