@@ -366,7 +366,7 @@ def markdown(table: list[Code]) -> str:
         binaries.setdefault((row.code, row.architecture), []).append(row)
     lines: dict[tuple[str, str, str], dict[int, Code]] = {}
     for rows in binaries.values():
-        columns = ", ".join(dict.fromkeys(str(row.columns) for row in rows if row.columns))
+        columns = ", ".join(dict.fromkeys(str(row.columns) for row in rows if row.loops))
         key = (rows[0].kernel, rows[0].case, columns)
         lines.setdefault(key, {})[rows[0].architecture] = rows[0]
 

@@ -789,5 +789,7 @@ def group_advantages(rewards: Rewards) -> GroupAdvantages:
         GROUPS=_GROUPS,
         ROLLOUTS=_ROLLOUTS,
         num_warps=_WARPS,
+        # One program: registers are there, and without this number a few spill.
+        maxnreg=128,
     )
     return GroupAdvantages(advantages, mean, std, active)
