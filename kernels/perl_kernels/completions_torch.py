@@ -85,6 +85,7 @@ def prepare(loss: PolicyLoss, inputs: LossInputs, n_tokens: int, dtype: torch.dt
         valid = valid & (denominator > 0) & denominator.isfinite()
     elif inputs.count is not None:
         denominator = inputs.count
+        valid = valid & (0 < denominator < torch.inf)
         valid = valid & (0 < denominator < math.inf)
     elif loss.aggregation == "token-mean":
         denominator = totals.sum()
