@@ -74,17 +74,17 @@ struct Rows {
 
   bool inside(const Row& row) const { return row.target >= 0 && row.target < tile.columns; }
 
-  // f(row, tops) for each row, where `tops` is a thread's own room for one number a block.
+  // f(row, room) for each row, where `room` is a thread's own, of `size` numbers.
   template <class F>
-  void each(F f) const {
+  void each(int64_t size, F f) const {
     const int64_t together = 1 + (1 << 14) / (tile.columns + 1);
     const int64_t wanted = (count + together - 1) / together;
     const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), wanted);
     std::atomic<int64_t> next = 0;
     torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-      std::vector<float> tops(tile.columns / BLOCK + 1);
+      std::vector<float> room(size);
       for (int64_t i; (i = next.fetch_add(together)) < count;)
-        for (int64_t j = i; j < std::min(i + together, count); j++) f((*this)[j], tops.data());
+        for (int64_t j = i; j < std::min(i + together, count); j++) f((*this)[j], room.data());
     });
   }
 };
@@ -133,7 +133,7 @@ void row_stats(Tensor tile, Tensor targets, Optional bias, Optional temperatures
                double softcap, std::vector<Tensor> stats) {
   const Rows rows(tile, targets, bias, temperatures, temperature, softcap);
   const Kernels& level = kernels();
-  rows.each([&](const Row& row, float*) {
+  rows.each(0, [&](const Row& row, float*) {
     const Sums sums = level.sums(rows.tile, row, nullptr, nullptr);
     Found(sums, row, rows.inside(row)).write(stats, row.index);
   });
@@ -145,14 +145,14 @@ void row_gradient(Tensor tile, Tensor targets, Optional bias, Optional temperatu
   const Rows rows(tile, targets, bias, temperatures, temperature, softcap);
   const Kernels& level = kernels();
   const Buffer target = buffer_of(out);
-  rows.each([&](const Row& row, float*) {
+  rows.each(0, [&](const Row& row, float*) {
     const int64_t i = row.index;
     // The level that `shift` was rounded from, or one close to it; what differs is left in log_sum.
     const float top = float(floats(shift)[i] * row.tau);
     Slopes slopes = {floats(by_logprob)[i], 0, 0, 0, top, NAN};
     slopes.log_sum = floats(log_sum)[i] + (double(floats(shift)[i]) - top / row.tau);
     if (by_entropy) slopes.by_entropy = floats(*by_entropy)[i], slopes.entropy = floats(*entropy)[i];
-    level.gradient(rows.tile, row, slopes, target, nullptr);
+    level.gradient(rows.tile, row, slopes, target, nullptr, nullptr);
   });
 }
 
@@ -166,20 +166,21 @@ void row_loss(Tensor tile, Tensor targets, Optional bias, Optional temperatures,
   const Kernels& level = kernels();
   const Buffer target = out ? buffer_of(*out) : Buffer{};
   // Exponentials that are kept save the second sweep their computation, where it needs nothing else.
-  const bool keeps = out && !target.bf16 && !by_entropy && rows.tile.softcap == 0;
-  rows.each([&](const Row& row, float* tops) {
+  const bool keeps = out && !by_entropy && rows.tile.softcap == 0;
+  const int64_t blocks = rows.tile.columns / BLOCK + 1;
+  rows.each(blocks + (keeps && target.bf16 ? rows.tile.columns : 0), [&](const Row& row, float* tops) {
     const int64_t i = row.index;
-    const bool keep = keeps && inputs.scale[i] != 0;
-    float* kept = keep ? static_cast<float*>(target.data) + i * target.stride : nullptr;
+    float* kept = nullptr;
+    if (keeps && inputs.scale[i] != 0)
+      kept = target.bf16 ? tops + blocks : static_cast<float*>(target.data) + i * target.stride;
     const Sums sums = level.sums(rows.tile, row, kept, tops);
     const Found found(sums, row, rows.inside(row));
     found.write(stats, i);
     const float slope = floats(by_logprob)[i] = inputs.by_logprob(i, float(found.logprob));
-    if (by_entropy) floats(*by_entropy)[i] = inputs.by_entropy(i);
+    const float bonus = by_entropy ? floats(*by_entropy)[i] = inputs.by_entropy(i) : 0;
     if (!out) return;
-    const Slopes slopes = {slope,     by_entropy ? floats(*by_entropy)[i] : 0, found.entropy, found.log_sum,
-                           sums.top, sums.chosen};
-    level.gradient(rows.tile, row, slopes, target, keep ? tops : nullptr);
+    const Slopes slopes = {slope, bonus, found.entropy, found.log_sum, sums.top, sums.chosen};
+    level.gradient(rows.tile, row, slopes, target, kept, tops);
   });
 }
 

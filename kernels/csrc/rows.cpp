@@ -49,13 +49,12 @@ inline V exp2m1(V f) {
   return p * f;
 }
 
-// 2^t for t up to 0 or little more: exactly 0 below -126.5 at the latest, NaN of NaN. `t` becomes finite.
+// 2^t for t up to 0 or little more: exactly 0 of -inf, NaN of NaN. `t` becomes finite.
 inline V exp2(V& t) {
-#if WIDTH == 16  // an eighth faster than what is right for all
-  const __mmask16 some = _mm512_cmp_ps_mask(t, all(-126.0f), _CMP_NLT_UQ);
-  t = _mm512_mask_blend_ps(some, all(-126.0f), t);
+#if WIDTH == 16  // a fifth faster than what is right for all
+  t = _mm512_maskz_max_ps(-1, all(-200.0f), t);
   const V n = _mm512_maskz_roundscale_ps(-1, t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return _mm512_maskz_scalef_ps(some, exp2m1(t - n) + 1.0f, n);
+  return _mm512_maskz_scalef_ps(-1, exp2m1(t - n) + 1.0f, n);
 #else
   t = larger(all(-127.0f), t);
   V power, n = nearest(t, power);
@@ -173,7 +172,8 @@ Sums sums_of(const Tile& tile, const Row& row, float* exponentials, float* tops)
 }
 
 template <class T, class O>
-void gradient_of(const Tile& tile, const Row& row, const Slopes& slopes, O* out, const float* tops) {
+void gradient_of(const Tile& tile, const Row& row, const Slopes& slopes, O* out, const float* exponentials,
+                 const float* tops) {
   alignas(64) float buffer[BLOCK], place[BLOCK];
   const auto [by_logprob, by_entropy, entropy, log_sum, top, chosen] = slopes;
   const float cap = tile.softcap, rate = float(LOG2E / row.tau);
@@ -187,12 +187,10 @@ void gradient_of(const Tile& tile, const Row& row, const Slopes& slopes, O* out,
     if constexpr (sizeof(O) == sizeof(float))
       if (n == padded(n)) grad = reinterpret_cast<float*>(out + start);
     float level = chosen;
-    if (tops) {
+    if (exponentials) {
       const double rise = (double(tops[start / BLOCK]) - top) / row.tau;
       const float factor = float(unit * by_logprob * ::exp(rise));
-      if (grad == place) memcpy(place, out + start, n * sizeof(O));
-      for (int64_t i = 0; i < (n + WIDTH - 1) / WIDTH * WIDTH; i += WIDTH)
-        store(grad + i, load(grad + i) * factor);
+      for (int64_t i = 0; i < n; i++) grad[i] = exponentials[start + i] * factor;
     } else {
       const float* x = levels<T>(tile, row.index, start, n, buffer);
       if (row.target >= start && row.target < start + n) level = x[row.target - start];
@@ -224,16 +222,19 @@ Sums sums(const Tile& tile, const Row& row, float* exponentials, float* tops) {
   return (tile.logits.bf16 ? sums_of<bf16> : sums_of<float>)(tile, row, exponentials, tops);
 }
 
-void gradient(const Tile& tile, const Row& row, const Slopes& slopes, const Buffer& out, const float* tops) {
-  const int64_t start = row.index * out.stride;
+template <class O>
+void gradient_to(const Tile& tile, const Row& row, const Slopes& slopes, const Buffer& out,
+                 const float* exponentials, const float* tops) {
+  O* place = static_cast<O*>(out.data) + row.index * out.stride;
   if (slopes.by_logprob == 0 && slopes.by_entropy == 0)
-    memset(static_cast<char*>(out.data) + start * (out.bf16 ? 2 : 4), 0, tile.columns * (out.bf16 ? 2 : 4));
-  else if (out.bf16)
-    (tile.logits.bf16 ? gradient_of<bf16, bf16> : gradient_of<float, bf16>)(
-        tile, row, slopes, static_cast<bf16*>(out.data) + start, tops);
+    memset(place, 0, tile.columns * sizeof(O));
   else
-    (tile.logits.bf16 ? gradient_of<bf16, float> : gradient_of<float, float>)(
-        tile, row, slopes, static_cast<float*>(out.data) + start, tops);
+    (tile.logits.bf16 ? gradient_of<bf16, O> : gradient_of<float, O>)(tile, row, slopes, place, exponentials, tops);
+}
+
+void gradient(const Tile& tile, const Row& row, const Slopes& slopes, const Buffer& out,
+              const float* exponentials, const float* tops) {
+  (out.bf16 ? gradient_to<bf16> : gradient_to<float>)(tile, row, slopes, out, exponentials, tops);
 }
 
 }  // namespace

@@ -29,7 +29,7 @@ struct Sums {
   float chosen;  // level of the target
 };
 
-// log p = (level - top) / tau - log_sum; `chosen` is read with `tops` only.
+// log p = (level - top) / tau - log_sum; `chosen` is read with `exponentials` only.
 struct Slopes {
   double by_logprob, by_entropy, entropy, log_sum;
   float top, chosen;
@@ -37,12 +37,13 @@ struct Slopes {
 
 struct Kernels {
   const char* name;
-  // With `exponentials`, fp32 for one row, 2^t is left there, where the top of a block is the largest
-  // level up to its end, which goes to `tops`.
+  // With `exponentials` [columns], 2^t is left there, where the top of a block is the largest level up
+  // to its end, which goes to `tops`. They may be the row itself.
   Sums (*sums)(const Tile&, const Row&, float* exponentials, float* tops);
-  // Writes the gradient by the logits to `out`, which may be the tile. With `tops`, what `sums` has
-  // left is there already; not with a softcap or an entropy gradient, which need the levels.
-  void (*gradient)(const Tile&, const Row&, const Slopes&, const Buffer& out, const float* tops);
+  // Writes the gradient by the logits to `out`, which may be the tile. With `exponentials`, of those that
+  // `sums` has left, which may be in `out`; not with a softcap or an entropy gradient: these need levels.
+  void (*gradient)(const Tile&, const Row&, const Slopes&, const Buffer& out, const float* exponentials,
+                   const float* tops);
 };
 
 constexpr int64_t BLOCK = 1024;  // columns: 4 KB of fp32, which stay in L1
