@@ -83,6 +83,12 @@ def autocast_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if on else hidden.dtype
 
 
+def kept_dtype(hidden: Tensor, operands: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """Of a gradient that waits for the caller's: that of its tensor, `dtype`, but fp32 in place of
+    fp16, for which it may be too small before it is multiplied by what the caller gives."""
+    return compute_dtype(hidden) if torch.float16 in (operands, dtype) else dtype
+
+
 def _fp16_unit(coefficients: Coefficients, temperature: float | Tensor) -> Tensor:
     by_logprob, by_entropy = coefficients
     bound = by_logprob.abs()
@@ -159,9 +165,13 @@ class Head:
             self.wide = self.weight.to(torch.float32)
         self.started = False
         self.grad_hidden = self.grad_weight = self.grad_bias = None
+        bias = scoring.bias
+        self.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        self.kept = [
+            None if x is None else kept_dtype(hidden, self.operands, x) for x in self.dtypes
+        ]
         if needs[0]:
-            dtype = self.dtype if self.scaled else hidden.dtype
-            self.grad_hidden = torch.empty(hidden.shape, dtype=dtype, device=device)
+            self.grad_hidden = torch.empty(hidden.shape, dtype=self.kept[0], device=device)
         if needs[1]:
             # A single product is rounded once whatever it is written to; sums are kept in fp32.
             single = self.rows >= self.n_tokens and weight.dtype == self.operands
@@ -169,11 +179,6 @@ class Head:
             self.grad_weight = torch.empty(weight.shape, dtype=dtype, device=device)
         if needs[2] and scoring.bias is not None:
             self.grad_bias = torch.zeros(scoring.bias.shape, dtype=self.dtype, device=device)
-        self.dtypes = (
-            hidden.dtype,
-            weight.dtype,
-            None if scoring.bias is None else scoring.bias.dtype,
-        )
         self.unit = torch.full((), torch.inf, device=device) if self.scaled else None
 
     def _buffer(self, dtype: torch.dtype) -> Tensor:
@@ -265,9 +270,7 @@ class Head:
             torch.addmm(total, gradient, hidden, out_dtype=total.dtype, out=total)
 
     def gradients(self) -> list[Tensor | None]:
-        """The gradients of hidden, weight and bias, None where they are not wanted: in the dtypes of
-        these, but in fp32 for products in fp16, whose gradients may be too small for it before the
-        caller has multiplied them by the one that he is given."""
+        """The gradients of hidden, weight and bias, None where they are not wanted; see `kept_dtype`."""
         found = [self.grad_hidden, self.grad_weight, self.grad_bias]
         for i, total in enumerate(found):
             if total is None:
@@ -276,6 +279,5 @@ class Head:
                 total.zero_()
             elif self.unit is not None and i > 0:
                 total /= self.unit
-            if self.unit is None:
-                found[i] = total.to(self.dtypes[i])
+            found[i] = total.to(self.kept[i])
         return found

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .dispatch import engine, tracing
-from .head import Head, Logits, Products, no_autocast
+from .head import Head, Logits, Products, kept_dtype, no_autocast
 from .objective import PolicyLoss
 from .passes import gradient_pass, loss_pass, stats_pass
 from .values import (
@@ -457,9 +457,12 @@ def _fake_head_gradients(
 ) -> _Tensors:
     hidden = tensors[0]
     assert hidden is not None
-    wide = compute_dtype(hidden) if operands == torch.float16 else None
+
+    def kept(dtype: torch.dtype) -> torch.dtype:
+        return dtype if operands is None else kept_dtype(hidden, operands, dtype)
+
     return tuple(
-        _like(tensor, *tensor.shape, dtype=wide or tensor.dtype)
+        _like(tensor, *tensor.shape, dtype=kept(tensor.dtype))
         if needed and tensor is not None
         else _like(hidden, 0)
         for tensor, needed in zip(tensors, needs, strict=True)
