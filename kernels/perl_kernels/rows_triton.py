@@ -345,28 +345,26 @@ def _write_gradient(scores, row, mass, slope, idle, out, TILING: tl.constexpr):
 
 
 @triton.jit
-def _store(pointer, distance, row, values):
+def _store(found, row, values):
     for i in tl.static_range(len(values)):
-        tl.store(pointer + i * distance + row, values[i])
+        tl.store(found[i] + row, values[i])
 
 
 # Not compiled anew for other numbers or addresses. Inside of tuples Triton asks whether integers are
 # 1 or multiples of 16, and addresses multiples of 16: the former are not there, the latter all are.
 _kernel = triton.jit(
-    do_not_specialize=["misplaced", "stride", "n_columns", "distance", "out_stride"],
+    do_not_specialize=["misplaced", "stride", "n_columns", "out_stride"],
     do_not_specialize_on_alignment=["logits", "out"],
 )
 
 
 @_kernel
-def row_stats_kernel(
-    logits, misplaced, stride, n_columns, scores, found, distance, TILING: tl.constexpr
-):
-    """`found [4, n]`, rows `distance` apart: a `RowStats`."""
+def row_stats_kernel(logits, misplaced, stride, n_columns, scores, found, TILING: tl.constexpr):
+    """`found`: a `RowStats`, in tensors of their own, as results of an operator share no memory."""
     index = tl.program_id(0).to(tl.int64)
     row = _row(logits, misplaced, stride, n_columns, scores, index)
     stats, _ = _statistics(scores, row, TILING)
-    _store(found, distance, index, stats)
+    _store(found, index, stats)
 
 
 @_kernel
@@ -409,21 +407,21 @@ def row_loss_kernel(
     token,
     numbers,
     found,
-    distance,
     out,
     out_stride,
     AXES: tl.constexpr,
     TILING: tl.constexpr,
 ):
-    """From logits to their gradient, for a token-level loss. `found [6, n]`: a `RowStats`, and
+    """From logits to their gradient, for a token-level loss. `found`: a `RowStats`, and
     derivatives by log-prob and entropy. `token`: advantages, scale, old, ref, rollout."""
     index = tl.program_id(0).to(tl.int64)
     row = _row(logits, misplaced, stride, n_columns, scores, index)
     stats, mass = _statistics(scores, row, TILING)
     by_logprob, by_entropy = _coefficients(stats.logprobs, index, token, numbers, AXES)
-    _store(found, distance, index, stats)
-    tl.store(found + 4 * distance + index, by_logprob)
-    tl.store(found + 5 * distance + index, by_entropy)
+    _store(found, index, stats)
+    tl.store(found[4] + index, by_logprob)
+    if AXES.has_entropy:
+        tl.store(found[5] + index, by_entropy)
     if out is not None:
         idle = by_logprob == 0
         if AXES.has_entropy:
@@ -483,11 +481,10 @@ def row_stats(tile: Tensor, scoring: Scoring) -> RowStats:
             *_placed(source),
             _scores(scoring),
             found,
-            found.stride(0),
             tiling,
             num_warps=tiling.warps,
         )
-    return RowStats(*found.unbind())
+    return RowStats(*found)
 
 
 def row_gradient(
@@ -521,8 +518,8 @@ def row_loss(
     out: Tensor | None,
 ) -> tuple[RowStats, Coefficients]:
     """As in `rows_torch`, in one launch."""
-    found = _found(6, tile)
     axes, numbers = coefficient_arguments(loss, inputs.ref is not None)
+    found = _found(6 if axes.has_entropy else 5, tile)
     if len(tile):
         source = _rows_contiguous(tile)
         target = None if out is None else _rows_contiguous(out)
@@ -534,7 +531,6 @@ def row_loss(
             _dense(prepared.advantages, prepared.scale, inputs.old, inputs.ref, rollout),
             numbers,
             found,
-            found.stride(0),
             target,
             0 if target is None else target.stride(0),
             axes,
@@ -544,7 +540,7 @@ def row_loss(
         if target is not None and target is not out:
             out.copy_(target)  # type: ignore[union-attr]
     by_entropy = found[5] if axes.has_entropy else None
-    return RowStats(*found[:4].unbind()), Coefficients(found[4], by_entropy)
+    return RowStats(*found[:4]), Coefficients(found[4], by_entropy)
 
 
 def scale_(x: Tensor, by: Tensor) -> None:
@@ -561,11 +557,10 @@ def scale_(x: Tensor, by: Tensor) -> None:
         scale_kernel[grid](x, by, x.numel(), n_rows, n_columns, stride, _SCALE_BLOCK)
 
 
-def _found(count: int, tile: Tensor) -> Tensor:
-    """[count, n], each at a multiple of 16 bytes."""
-    n_rows = len(tile)
-    found = torch.empty(count, -(-n_rows // 4) * 4, dtype=torch.float32, device=tile.device)
-    return found[:, :n_rows]
+def _found(count: int, tile: Tensor) -> tuple[Tensor, ...]:
+    """`count` tensors [n]."""
+    numbers: Any = {"dtype": torch.float32, "device": tile.device}
+    return tuple(torch.empty(len(tile), **numbers) for _ in range(count))
 
 
 def _placed(tile: Tensor) -> tuple[Tensor, int, int, int]:

@@ -60,9 +60,11 @@ OPERATORS = [
 ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [*(("fp32", x) for x in BACKENDS), ("transposed", "torch"), ("frozen bf16", "torch")],
+)
 @pytest.mark.parametrize(("operator", "function", "loss"), OPERATORS)
-@pytest.mark.parametrize("kind", ["fp32", "transposed", "frozen bf16"])
 def test_opcheck(
     operator: str,
     function: str,
