@@ -155,8 +155,12 @@ def scale_(x: Tensor, by: Tensor, backend: str) -> None:
     """x *= by, a 0-dim tensor; nothing is read or written where that is 1 (on a GPU, in Triton)."""
     if x.is_cuda and backend == "triton":
         engine(backend).rows.scale_(x, by)
-    elif x.is_cuda or by != 1:
+    elif x.is_cuda:
+        # A 0-dim factor would be rounded to the dtype of `x` first.
         x.mul_(by.expand(x.shape))
+    elif by != 1:
+        # On a CPU it is not, and an expanded one would make fp32 copies of `x`.
+        x.mul_(by)
 
 
 # ---- arguments of the operators as values, and back

@@ -109,25 +109,12 @@ def test_broken_logits_and_logprobs(value: float, backend: Any) -> None:
 
 
 @backends
-def test_a_row_without_any_probability(backend: Any) -> None:
-    logits = torch.randn(3, 7, device=DEVICE)
-    logits[1] = -torch.inf
-    leaf = logits.requires_grad_()
-    seen = token_logprobs(leaf, torch.tensor([0, 1, 2], device=DEVICE), backend=backend)
-    for found in seen:
-        assert found.isnan().tolist() == [False, True, False]
-    (gradient,) = torch.autograd.grad((seen.logprobs + seen.entropy).sum(), leaf)
-    assert gradient.isnan().all(1).tolist() == [False, True, False]
-    assert gradient[[0, 2]].isfinite().all()
-
-
-@backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("floor", ["-inf", "finfo.min"])
 @pytest.mark.parametrize(
     ("vocab", "kept"),
-    [(13, slice(0, None, 2)), (8230, slice(8200, None)), (8230, slice(3, 40))],
-    ids=["every-other", "last", "first"],
+    [(13, slice(0, None, 2)), (8230, slice(8200, None))],
+    ids=["every-other", "last"],
 )
 def test_columns_of_probability_zero(
     vocab: int, kept: slice, floor: str, dtype: torch.dtype, backend: Any
@@ -318,27 +305,6 @@ def test_weight_of_a_vespo_sequence(
         torch.testing.assert_close(output.loss, torch.tensor(value), rtol=1e-5, atol=0)
         wanted = torch.full((2,), -phi * advantage / 2)
         torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=0)
-
-
-@backends
-@pytest.mark.parametrize("vocab", [5, 8197])
-def test_logits_far_below_zero(vocab: int, backend: Any) -> None:
-    """A log-sum-exp that started at 0 would lose rows whose logits are all very negative."""
-    logits = torch.full((2, vocab), -1e4, device=DEVICE)
-    targets = torch.tensor([0, vocab - 1], device=DEVICE)
-    seen = token_logprobs(logits, targets, backend=backend)
-    wanted = torch.full((2,), math.log(vocab))
-    torch.testing.assert_close(-seen.logprobs.cpu(), wanted)
-    torch.testing.assert_close(seen.entropy.cpu(), wanted)
-
-
-def test_a_completion_of_many_tokens() -> None:
-    bounds = torch.tensor([0, 100_000, 100_001], dtype=torch.int32)
-    logprobs = torch.full((100_001,), -1.0)
-    output = policy_loss(
-        logprobs, torch.ones(2), bounds, PolicyLoss.preset("gspo"), old_logprobs=logprobs
-    )
-    torch.testing.assert_close(output.loss, torch.tensor(-1.0))
 
 
 @backends

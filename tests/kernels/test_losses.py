@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, get_args
@@ -43,67 +44,44 @@ def check(
     problem: Problem,
     *,
     old: bool = True,
-    triton: bool = False,
+    others: Iterable[str] = (),
     **options: Any,
 ) -> None:
-    """The three entry points against the formulas, values and gradients; `test_triton.py` has the
-    rest of what Triton computes."""
+    """The three entry points against the formulas, values and gradients: in fp64, and in fp32, within
+    its rounding of a few hundred terms, on `others`."""
     arguments = {**problem.loss_arguments(old=old), **options}
     leaves = [x.clone().requires_grad_() for x in (problem.hidden, problem.weight, problem.bias)]
-    hidden, weight, bias = leaves
-    logprobs, entropy = naive_logprobs(hidden, weight, problem.targets, bias)
+    logprobs, entropy = naive_logprobs(*leaves[:2], problem.targets, leaves[2])
     truth = naive_loss(loss, logprobs, entropy, **arguments)
     gradients = torch.autograd.grad(truth, leaves)
+    for backend in ("torch", *others):
+        dtype, close, per_scale = torch.float64, EXACT, 0.0
+        if backend != "torch":
+            dtype, close, per_scale = torch.float32, {"rtol": 1e-4, "atol": 1e-5}, 1e-5
 
-    fused = linear_grpo_loss(
-        hidden, weight, problem.targets, loss=loss, bias=bias, chunk_size=4, **arguments
-    )
-    logits = hidden @ weight.T + bias
-    from_logits = grpo_loss(logits, problem.targets, loss=loss, **arguments)
-    seen = linear_token_logprobs(hidden, weight, problem.targets, bias=bias)
-    split = policy_loss(seen.logprobs, loss=loss, entropy=seen.entropy, **arguments)
-    for output in (fused, from_logits, split):
-        torch.testing.assert_close(output.loss, truth, **EXACT)
-        ours = torch.autograd.grad(output.loss, leaves)
-        for got, wanted in zip(ours, gradients, strict=True):
-            torch.testing.assert_close(got, wanted, **EXACT)
-        torch.testing.assert_close(output.logprobs, logprobs.detach(), **EXACT)
-        torch.testing.assert_close(output.entropy, entropy.detach(), **EXACT)
-    if triton:
-        check_triton(loss, problem, truth.detach(), gradients, arguments)
+        def given(x: Any, dtype: torch.dtype = dtype) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            return x.to(DEVICE, dtype if x.is_floating_point() else x.dtype)
 
-
-def check_triton(
-    loss: PolicyLoss,
-    problem: Problem,
-    truth: Tensor,
-    gradients: tuple[Tensor, ...],
-    arguments: dict[str, Any],
-) -> None:
-    """The same through the Triton kernels in fp32, within fp32's rounding of a few hundred terms."""
-    narrow = {
-        name: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
-        for name, x in arguments.items()
-    }
-    leaves = [
-        x.to(DEVICE, torch.float32).requires_grad_()
-        for x in (problem.hidden, problem.weight, problem.bias)
-    ]
-    narrow = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in narrow.items()}
-    targets = problem.targets.to(DEVICE)
-    hidden, weight, bias = leaves
-    given = {"loss": loss, "backend": "triton", **narrow}
-    fused = linear_grpo_loss(hidden, weight, targets, bias=bias, chunk_size=4, **given)
-    seen = linear_token_logprobs(hidden, weight, targets, bias=bias, backend="triton")
-    split = policy_loss(seen.logprobs, entropy=seen.entropy, **given)
-    for output in (fused, split):
-        torch.testing.assert_close(output.loss.cpu().double(), truth, rtol=1e-4, atol=1e-5)
-        ours = torch.autograd.grad(output.loss, leaves)
-        for got, wanted in zip(ours, gradients, strict=True):
-            scale = float(wanted.abs().max())
-            torch.testing.assert_close(
-                got.cpu().double(), wanted, rtol=1e-4, atol=1e-5 * max(scale, 1.0)
-            )
+        mine = [given(x.detach()).requires_grad_() for x in leaves]
+        hidden, weight, bias = mine
+        targets, chosen = given(problem.targets), {"backend": backend}
+        common = {name: given(x) for name, x in arguments.items()}
+        common |= {"loss": loss, **chosen}
+        fused = linear_grpo_loss(hidden, weight, targets, bias=bias, chunk_size=4, **common)
+        from_logits = grpo_loss(hidden @ weight.T + bias, targets, **common)
+        seen = linear_token_logprobs(hidden, weight, targets, bias=bias, **chosen)
+        split = policy_loss(seen.logprobs, entropy=seen.entropy, **common)
+        for output in (fused, from_logits, split):
+            values = (output.loss, output.logprobs, output.entropy)
+            for got, wanted in zip(values, (truth, logprobs, entropy), strict=True):
+                torch.testing.assert_close(got.cpu().double(), wanted.double(), **close)
+            for got, wanted in zip(torch.autograd.grad(output.loss, mine), gradients, strict=True):
+                atol = max(close["atol"], per_scale * float(wanted.abs().max()))
+                torch.testing.assert_close(
+                    got.cpu().double(), wanted, rtol=close["rtol"], atol=atol
+                )
 
 
 @pytest.mark.parametrize("old", [True, False], ids=["off-policy", "on-policy"])
@@ -116,8 +94,8 @@ def test_preset(name: str, old: bool) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_with_kl_entropy_and_token_advantages(name: str, old: bool) -> None:
     loss = preset(name, kl="k3", kl_coef=0.1, entropy_coef=0.02)
-    triton = old or name in ("perl", "gspo", "gspo_token", "gmpo", "vespo")
-    check(loss, Problem.make(seed=1).token_level(), old=old, triton=triton)
+    others = set(BACKENDS) - {"torch"}
+    check(loss, Problem.make(seed=1).token_level(), old=old, others=others)
 
 
 @pytest.mark.parametrize("aggregation", get_args(Aggregation))
