@@ -102,7 +102,7 @@ class Bench(NamedTuple):
         return self.device.type == "cpu"
 
     @property
-    def backend(self) -> str:
+    def backend(self) -> Any:
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         return "torch" if self.dry and not interpreted else "triton"
 
@@ -158,7 +158,8 @@ def _products(p: Any) -> dict[str, Callable[[], Any]]:
     }
     if x.device.type == "cpu":
         return found
-    wide, fp32 = torch.zeros_like(w, dtype=torch.float32), {"out_dtype": torch.float32}
+    wide = torch.zeros_like(w, dtype=torch.float32)
+    fp32: Any = {"out_dtype": torch.float32}
     return found | {
         "logits in fp32": lambda: torch.mm(x, w.T, **fp32),
         "grad weight in fp32": lambda: torch.mm(z.T, x, **fp32, out=wide),
@@ -225,14 +226,15 @@ def operations(bench: Bench) -> None:
     peaks = bench.peaks()
     for model in MODELS[:1] if bench.dry else MODELS:
         size = bench.head(model, 8192)
-        for words, options, extra in (
+        cases: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
             ("token", {}, {}),
             ("one block", {}, {"chunk_size": size.N}),
             ("blocks of 4096", {}, {"chunk_size": min(4096, size.N // 2)}),
             ("fp32 logits", {}, {"logits_dtype": torch.float32}),
             ("frozen head", {"frozen": True}, {}),
             ("sequence", {"level": "sequence"}, {}),
-        ):
+        ]
+        for words, options, extra in cases:
             p = make_problem(HeadProblem, size, bench.device, **options)
             run = ours.linear_loss(p, bench.backend, **extra)
             work = HeadProblem.work(size, bool(options.get("frozen")))
@@ -274,7 +276,7 @@ def _measure(bench: Bench, name: str, run: Run, work: Work, peaks: Peaks) -> Non
 
 def _kernels(call: Callable[[], Any], device: torch.device) -> dict[str, tuple[int, float]]:
     """Launches and microseconds of each kernel, the longest first; of operators on a CPU."""
-    from torch.autograd import DeviceType
+    from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     cuda = device.type == "cuda"
@@ -298,6 +300,7 @@ def tilings(bench: Bench) -> None:
         return own(*given)._replace(repeats=loads, warps=warps)
 
     p = make_problem(LogitsProblem, bench.head("Qwen2.5-VL-3B", 8192), bench.device)
+    assert isinstance(p, LogitsProblem)
     for dtype in (torch.bfloat16, torch.float32):
         tile = p.logits.to(dtype)
         for name, (passes, call) in _row_kernels(bench, p, tile).items():
@@ -308,8 +311,8 @@ def tilings(bench: Bench) -> None:
                 ):
                     seconds = bench.seconds(call)
                 bound = passes * tile.nbytes / peaks.bytes_per_s
-                figures = {"ms": 1e3 * seconds, "of_bound": bound / seconds}
-                bench.say(f"{name}, {dtype}, {words}", **figures)
+                line = f"{name}, {dtype}, {words}"
+                bench.say(line, ms=1e3 * seconds, of_bound=bound / seconds)
 
 
 def _row_kernels(
@@ -385,8 +388,8 @@ def peers(given: argparse.Namespace, folder: Path) -> list[list[str]]:
 
 def host(given: argparse.Namespace, folder: Path) -> list[list[str]]:
     """What a call costs the host."""
-    program = str(ROOT / "benchmarks" / "host_cost.py")
-    return [[sys.executable, program, "--device=cuda", f"--json={folder / 'host_cost.json'}"]]
+    program = [sys.executable, "-m", "benchmarks.host_cost", "--device=cuda"]
+    return [[*program, f"--json={folder / 'host_cost.json'}"]]
 
 
 def sanitizer(given: argparse.Namespace, folder: Path) -> list[list[str]]:

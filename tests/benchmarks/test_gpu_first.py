@@ -136,7 +136,7 @@ def test_programs_are_named_but_not_run_in_a_dry_run(tmp_path: Path, capfd) -> N
     options = [*program.PROGRAMS, "--dry-run", f"--output={tmp_path}"]
     assert program.main(options) == 0
     said = capfd.readouterr().out
-    tells(said, "-m pytest", "tests/kernels", "host_cost.py", "ncu ", "run.py", "memcheck")
+    tells(said, "-m pytest", "tests/kernels", "host_cost", "ncu ", "run.py", "memcheck")
     assert said.count("not run") == len(program.PROGRAMS)
     assert not list(tmp_path.glob("*/first/*.json"))
 
