@@ -44,13 +44,11 @@ from .values import (
     compute_dtype,
 )
 
-_TOKENS = tl.constexpr(1024)  # of a completion, at once
-_COMPLETIONS = tl.constexpr(256)  # of the batch, at once
+_TOKENS = 1024  # of a completion, at once
+_COMPLETIONS = 256  # of the batch, at once
 _GROUPS, _ROLLOUTS = tl.constexpr(16), tl.constexpr(16)  # groups at once, and rollouts of each
 _FLAT = tl.constexpr(256)  # rollouts at once where groups do not matter
 _WARPS = 8
-# Triton's interpreter refuses a bool in a tuple.
-_NOTHING = LossInputs(None, per_token=None)
 
 
 def _kernel(function: Callable[..., Any]) -> Any:
@@ -67,6 +65,11 @@ def _readable(tensor: Tensor | None) -> Tensor | None:
     tensor = tensor.contiguous()
     tensor = tensor.clone() if tensor.data_ptr() % 16 else tensor
     return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+
+
+def _pointers(inputs: LossInputs) -> LossInputs:
+    """`inputs` as kernels take them; Triton's interpreter refuses a bool in a tuple."""
+    return LossInputs(*map(_readable, inputs[:-2]), inputs.count, per_token=None)
 
 
 class _Sums(NamedTuple):
@@ -87,8 +90,8 @@ class _Sums(NamedTuple):
     loss: Any
 
 
-_N_SUMS = tl.constexpr(len(_Sums._fields))
-_ROW = tl.constexpr(16)  # floats that each program leaves its sums in
+_N_SUMS = len(_Sums._fields)
+_ROW = 16  # floats that each program leaves its sums in
 
 
 # ---- completions
@@ -119,11 +122,11 @@ def _total(inputs, totals, completion, inside):
 
 
 @triton.jit
-def _valid(cu_seqlens, n_completions, n_tokens):
+def _valid(cu_seqlens, n_completions, n_tokens, BLOCK: tl.constexpr):
     """Whether `cu_seqlens` runs from 0 to N without a step back."""
-    back = tl.zeros([_COMPLETIONS], dtype=tl.int32)
-    for first in range(0, n_completions, _COMPLETIONS):
-        index = first + tl.arange(0, _COMPLETIONS)
+    back = tl.zeros([BLOCK], dtype=tl.int32)
+    for first in range(0, n_completions, BLOCK):
+        index = first + tl.arange(0, BLOCK)
         start = tl.load(cu_seqlens + index, mask=index < n_completions, other=0)
         stop = tl.load(cu_seqlens + index + 1, mask=index < n_completions, other=0)
         back += (stop < start).to(tl.int32)
@@ -132,13 +135,20 @@ def _valid(cu_seqlens, n_completions, n_tokens):
 
 
 @_kernel
-def weight_kernel(inputs, totals, n_completions, n_tokens):
+def weight_kernel(
+    inputs,
+    totals,
+    n_completions,
+    n_tokens,
+    TOKENS: tl.constexpr = _TOKENS,
+    BLOCK: tl.constexpr = _COMPLETIONS,
+):
     """`totals [B]`: sum of the weights of each completion."""
-    valid = _valid(inputs.cu_seqlens, n_completions, n_tokens)
+    valid = _valid(inputs.cu_seqlens, n_completions, n_tokens, BLOCK)
     start, stop = _bounds(inputs.cu_seqlens, valid, n_completions, n_tokens)
-    total = tl.zeros([_TOKENS], dtype=tl.float64)
-    for first in range(start, stop, _TOKENS):
-        token = first + tl.arange(0, _TOKENS)
+    total = tl.zeros([TOKENS], dtype=tl.float64)
+    for first in range(start, stop, TOKENS):
+        token = first + tl.arange(0, TOKENS)
         weight = tl.load(inputs.weights + token, mask=token < stop, other=0)
         total += weight.to(tl.float32).to(tl.float64)
     tl.store(totals + tl.program_id(0), tl.sum(total, axis=0))
@@ -154,10 +164,12 @@ def prepare_kernel(
     max_completion_length,
     AGGREGATION: tl.constexpr,
     PER_TOKEN: tl.constexpr,
+    TOKENS: tl.constexpr = _TOKENS,
+    BLOCK: tl.constexpr = _COMPLETIONS,
 ):
     """`Prepared`."""
     program = tl.program_id(0).to(tl.int64)
-    valid = _valid(inputs.cu_seqlens, n_completions, n_tokens)
+    valid = _valid(inputs.cu_seqlens, n_completions, n_tokens, BLOCK)
     start, stop = _bounds(inputs.cu_seqlens, valid, n_completions, n_tokens)
     if inputs.normalizer is not None or inputs.count is not None:
         denominator = inputs.count
@@ -165,9 +177,9 @@ def prepare_kernel(
             denominator = tl.load(inputs.normalizer).to(tl.float64)
         valid = valid & (denominator > 0) & (denominator < float("inf"))
     elif AGGREGATION == "token-mean" or AGGREGATION == "seq-mean-token-mean":
-        found = tl.zeros([_COMPLETIONS], dtype=tl.float64)
-        for first in range(0, n_completions, _COMPLETIONS):
-            index = first + tl.arange(0, _COMPLETIONS)
+        found = tl.zeros([BLOCK], dtype=tl.float64)
+        for first in range(0, n_completions, BLOCK):
+            index = first + tl.arange(0, BLOCK)
             total = _total(inputs, totals, index, index < n_completions)
             found += total if AGGREGATION == "token-mean" else tl.where(total != 0, 1.0, 0.0)
         denominator = tl.sum(found, axis=0)
@@ -180,8 +192,8 @@ def prepare_kernel(
     share = tl.where(valid, 1.0 / denominator, float("nan"))
     # An infinite weight must not take the others out.
     share = tl.where(share == 0, float("nan"), share).to(tl.float32)
-    for first in range(start, stop, _TOKENS):
-        token = first + tl.arange(0, _TOKENS)
+    for first in range(start, stop, TOKENS):
+        token = first + tl.arange(0, TOKENS)
         inside = token < stop
         weight = tl.where(inside, 1.0, 0.0)
         if inputs.weights is not None:
@@ -212,13 +224,8 @@ def prepare(loss: PolicyLoss, inputs: LossInputs, n_tokens: int, dtype: torch.dt
         return torch.empty(shape, dtype=dtype, device=device)
 
     grid, totals = (max(n_completions, 1),), None
-    read = _NOTHING._replace(
-        cu_seqlens=_readable(inputs.cu_seqlens),
-        advantages=_readable(advantages),
-        weights=_readable(inputs.weights),
-        normalizer=_readable(inputs.normalizer),
-        count=inputs.count if inputs.count is None else float(inputs.count),
-    )
+    others = (inputs.weights, inputs.normalizer, inputs.count)
+    read = _pointers(LossInputs(inputs.cu_seqlens, advantages, None, None, None, None, *others))
     if inputs.weights is not None and loss.aggregation in ("token-mean", "seq-mean-token-mean"):
         totals = empty(*grid, dtype=torch.float64)
         weight_kernel[grid](read, totals, n_completions, n_tokens, num_warps=_WARPS)
@@ -289,6 +296,9 @@ def loss_kernel(
     numbers,
     AXES: tl.constexpr,
     COUPLED: tl.constexpr,
+    TOKENS: tl.constexpr = _TOKENS,
+    SUMS: tl.constexpr = _N_SUMS,
+    ROW: tl.constexpr = _ROW,
 ):
     """Coefficients of the tokens of one completion, and their sums; with `COUPLED` a completion's
     tokens depend on each other."""
@@ -297,10 +307,10 @@ def loss_kernel(
     )
     by_ratio: tl.constexpr = AXES.ratio == "sequence" or AXES.surrogate == "gmpo"
     program = tl.program_id(0).to(tl.int64)
-    lanes = tl.arange(0, _TOKENS)
-    zeros = tl.zeros([_TOKENS], dtype=tl.float32)
-    start = program * _TOKENS
-    stop = tl.minimum(start + _TOKENS, n_tokens)
+    lanes = tl.arange(0, TOKENS)
+    zeros = tl.zeros([TOKENS], dtype=tl.float32)
+    start = program * TOKENS
+    stop = tl.minimum(start + TOKENS, n_tokens)
 
     # First: what the tokens share.
     n = 1.0
@@ -311,11 +321,11 @@ def loss_kernel(
         start, stop = _bounds(
             inputs.cu_seqlens, tl.load(prepared.valid) != 0, n_completions, n_tokens
         )
-        counted = tl.zeros([_TOKENS], dtype=tl.float64)
-        ratios = tl.zeros([_TOKENS], dtype=tl.float64)
-        gains = tl.zeros([_TOKENS], dtype=tl.float64)
-        gaps = tl.zeros([_TOKENS], dtype=tl.float64)
-        for first in range(start, stop, _TOKENS):
+        counted = tl.zeros([TOKENS], dtype=tl.float64)
+        ratios = tl.zeros([TOKENS], dtype=tl.float64)
+        gains = tl.zeros([TOKENS], dtype=tl.float64)
+        gaps = tl.zeros([TOKENS], dtype=tl.float64)
+        for first in range(start, stop, TOKENS):
             token = first + lanes
             here = _token(prepared, inputs, logprobs, entropy, token, token < stop)
             log_ratio = here.logprob - here.old
@@ -346,11 +356,11 @@ def loss_kernel(
             shared = zeros + (shared / n).to(tl.float32)
 
     # Second: the terms.
-    moved = tl.zeros([_TOKENS], dtype=tl.float64)
+    moved = tl.zeros([TOKENS], dtype=tl.float64)
     sums = _Sums(
         zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
     )
-    for first in range(start, stop, _TOKENS):
+    for first in range(start, stop, TOKENS):
         token = first + lanes
         here = _token(prepared, inputs, logprobs, entropy, token, token < stop)
         log_ratio = here.logprob - here.old
@@ -415,7 +425,7 @@ def loss_kernel(
     if by_ratio:
         share = zeros + (tl.sum(moved, axis=0) / n).to(tl.float32)
         tl.debug_barrier()
-        for first in range(start, stop, _TOKENS):
+        for first in range(start, stop, TOKENS):
             token = first + lanes
             here = _token(prepared, inputs, logprobs, entropy, token, token < stop)
             mine = share
@@ -425,22 +435,32 @@ def loss_kernel(
             by_logprob = tl.load(out.logprobs + token, mask=here.counts, other=0.0)
             tl.store(out.logprobs + token, by_logprob + mine, mask=here.counts)
 
-    for i in tl.static_range(_N_SUMS):
-        tl.store(sums_out + program * _ROW + i, tl.sum(sums[i], axis=0))
+    for i in tl.static_range(SUMS):
+        tl.store(sums_out + program * ROW + i, tl.sum(sums[i], axis=0))
     # The sum carries NaN, which a maximum may drop.
     largest = tl.max(sums.ratio_max, axis=0) + tl.sum(sums.ratio_max, axis=0) * 0.0
-    tl.store(sums_out + program * _ROW + 7, largest)
+    tl.store(sums_out + program * ROW + 7, largest)
 
 
 @_kernel
-def finish_kernel(sums, valid, metrics, value, n_programs, n_tokens):
+def finish_kernel(
+    sums,
+    valid,
+    metrics,
+    value,
+    n_programs,
+    n_tokens,
+    SUMS: tl.constexpr = _N_SUMS,
+    ROW: tl.constexpr = _ROW,
+    BLOCK: tl.constexpr = _COMPLETIONS,
+):
     """Metrics and loss from the sums that each program has left."""
-    row = tl.arange(0, _ROW)
-    found = tl.zeros([_COMPLETIONS, _ROW], dtype=tl.float32)
-    for first in range(0, n_programs, _COMPLETIONS):
-        program = first + tl.arange(0, _COMPLETIONS)[:, None]
-        inside = (program < n_programs) & (row < _N_SUMS)[None, :]
-        one = tl.load(sums + program * _ROW + row[None, :], mask=inside, other=0.0)
+    row = tl.arange(0, ROW)
+    found = tl.zeros([BLOCK, ROW], dtype=tl.float32)
+    for first in range(0, n_programs, BLOCK):
+        program = first + tl.arange(0, BLOCK)[:, None]
+        inside = (program < n_programs) & (row < SUMS)[None, :]
+        one = tl.load(sums + program * ROW + row[None, :], mask=inside, other=0.0)
         higher = (one > found) | (one != one)
         found = tl.where((row == 7)[None, :], tl.where(higher, one, found), found + one)
     total = tl.sum(found, axis=0)
@@ -471,22 +491,18 @@ def evaluate(
     by_sequence = axes.correction.startswith("sequence")
     coupled = axes.ratio != "token" or axes.surrogate in ("vespo", "gmpo") or by_sequence
     n_completions = inputs.cu_seqlens.shape[0] - 1
-    n_programs = max(n_completions, 1) if coupled else triton.cdiv(n_tokens, _TOKENS.value)
+    n_programs = max(n_completions, 1) if coupled else triton.cdiv(n_tokens, _TOKENS)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
 
     out = Coefficients(empty(n_tokens), empty(n_tokens) if axes.has_entropy else None)
-    sums, metrics, value = empty(n_programs, _ROW.value), empty(len(METRICS)), empty()
+    sums, metrics, value = empty(n_programs, _ROW), empty(len(METRICS)), empty()
+    given = (inputs.old, inputs.ref, inputs.rollout)
     if n_programs:
         loss_kernel[(n_programs,)](
             Prepared(*map(_readable, prepared)),
-            _NOTHING._replace(
-                cu_seqlens=_readable(inputs.cu_seqlens),
-                old=_readable(inputs.old),
-                ref=_readable(inputs.ref),
-                rollout=_readable(inputs.rollout),
-            ),
+            _pointers(LossInputs(inputs.cu_seqlens, None, None, *given)),
             _readable(logprobs),
             _readable(entropy),
             out,
