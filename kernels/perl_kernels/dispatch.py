@@ -55,9 +55,9 @@ def available_backends() -> dict[str, tuple[bool, str]]:
     }
 
 
-def select_backend(backend: str, tensor: Tensor, dtype: torch.dtype | None = None) -> str:
-    """The backend for a call on tensors like `tensor`, whose rows have `dtype` if not its own:
-    `backend`, or what PERL_BACKEND says if that is `auto`.
+def select_backend(backend: str, tensor: Tensor, rows: torch.dtype | None = None) -> str:
+    """The backend for a call on tensors like `tensor`, with `rows` the dtype of logits if there are
+    any: `backend`, or what PERL_BACKEND says if that is `auto`.
 
     Raises:
         ValueError: no backend of that name, or one that cannot serve the call.
@@ -70,8 +70,8 @@ def select_backend(backend: str, tensor: Tensor, dtype: torch.dtype | None = Non
         if backend not in known:
             raise ValueError(f"PERL_BACKEND is {backend!r}, must be one of {', '.join(known)}")
     if backend == "auto":
-        return _automatic(tensor.device, dtype or tensor.dtype)
-    reason = _refuses(backend, tensor.device, dtype or tensor.dtype)
+        return _automatic(tensor, rows)
+    reason = _refuses(backend, tensor, rows)
     if reason is not None:
         raise ValueError(f"backend {backend!r} is not available: {reason}")
     return backend
@@ -113,18 +113,18 @@ def _triton_missing() -> str | None:
     return None
 
 
-def _refuses(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `backend` cannot serve rows of this device and dtype."""
-    available, reason = available_backends()[backend]
+def _refuses(backend: str, tensor: Tensor, rows: torch.dtype | None) -> str | None:
+    """Why `backend` cannot serve such tensors."""
+    device, (available, reason) = tensor.device, available_backends()[backend]
     if not available:
         return reason
     if backend == "native":
         if device.type != "cpu":
             return f"the native rows are for a CPU, the tensors are on {device.type}"
-        if dtype not in rows_native.DTYPES:
-            return f"the native rows are for fp32 and bf16, these are {dtype}"
+        if rows is not None and rows not in rows_native.DTYPES:
+            return f"the native rows are for fp32 and bf16, these are {rows}"
     if backend == "triton":
-        if dtype == torch.float64:
+        if tensor.dtype == torch.float64:
             return "the Triton kernels compute in fp32; fp64 tensors need backend='torch'"
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < _OLDEST_CAPABILITY:
             major, minor = torch.cuda.get_device_capability(device)
@@ -134,10 +134,10 @@ def _refuses(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     return None
 
 
-def _automatic(device: torch.device, dtype: torch.dtype) -> str:
+def _automatic(tensor: Tensor, rows: torch.dtype | None) -> str:
     # Interpreted kernels are for tests and debugging: nobody gets them without asking.
-    fastest = "triton" if device.type == "cuda" else "native"
-    refusal = _refuses(fastest, device, dtype)
+    fastest = "triton" if tensor.device.type == "cuda" else "native"
+    refusal = _refuses(fastest, tensor, rows)
     chosen = fastest if refusal is None else "torch"
     if not torch.compiler.is_compiling():
         _announce(chosen, refusal or available_backends()[chosen][1])

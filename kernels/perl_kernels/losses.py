@@ -113,7 +113,7 @@ def token_logprobs(
         TypeError, ValueError: an argument of the wrong type, shape or value.
     """
     checks.check_logits(logits, targets, temperature)
-    chosen = select_backend(backend, logits)
+    chosen = select_backend(backend, logits, logits.dtype)
     scoring = operators.scoring_arguments(targets, temperature)
     return TokenLogprobs(*operators.token_logprobs(logits, *scoring, chosen)[:2])
 
@@ -156,7 +156,7 @@ def grpo_loss(
         weights,
         normalizer,
     )
-    chosen = select_backend(backend, logits)
+    chosen = select_backend(backend, logits, logits.dtype)
     if inplace and _needs_gradient(logits) and not tracing():
         if any(
             size > 1 and step == 0 for size, step in zip(logits.shape, logits.stride(), strict=True)

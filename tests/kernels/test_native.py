@@ -14,7 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from perl_kernels import PolicyLoss, coefficient, dispatch, rows_native, rows_torch, token_logprobs
+from perl_kernels import (
+    PolicyLoss,
+    coefficient,
+    dispatch,
+    linear_token_logprobs,
+    rows_native,
+    rows_torch,
+    token_logprobs,
+)
 from perl_kernels.objective import KL, Correction, Surrogate
 from perl_kernels.values import Coefficients, LossInputs, Prepared, Scoring
 from tests.messages import refused
@@ -295,18 +303,23 @@ def test_no_library_of_other_mathematics(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_chosen_for_what_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PERL_BACKEND", raising=False)
+    x, targets = torch.randn(2, 5), torch.tensor([0, 1])
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        x, targets = torch.randn(2, 5).to(dtype), torch.tensor([0, 1])
         served = dtype in rows_native.DTYPES
-        assert dispatch.select_backend("auto", x) == ("native" if served else "torch")
-        # fp16 products of autocast
-        assert dispatch.select_backend("auto", x, torch.float16) == "torch"
+        assert dispatch.select_backend("auto", x, dtype) == ("native" if served else "torch")
         if not served:
             with refused("'native'", str(dtype), "fp32", "bf16", error=ValueError):
-                token_logprobs(x, targets, backend="native")
+                token_logprobs(x.to(dtype), targets, backend="native")
+        # Nothing of it is there without logits.
+        assert dispatch.select_backend("native", x.to(dtype)) == "native"
+    with (
+        torch.autocast("cpu", torch.float16),
+        refused("'native'", "torch.float16", error=ValueError),
+    ):
+        linear_token_logprobs(x, torch.randn(7, 5), targets, backend="native")
     with refused("'native'", "meta", error=ValueError):
-        token_logprobs(x.float().to("meta"), targets.to("meta"), backend="native")
+        token_logprobs(x.to("meta"), targets.to("meta"), backend="native")
     monkeypatch.setattr(dispatch, "_NATIVE", (False, "no compiler"))
-    assert dispatch.select_backend("auto", x.float()) == "torch"
+    assert dispatch.select_backend("auto", x, x.dtype) == "torch"
     with refused("'native'", "no compiler", error=ValueError):
-        token_logprobs(x.float(), targets, backend="native")
+        token_logprobs(x, targets, backend="native")
