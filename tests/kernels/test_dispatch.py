@@ -17,12 +17,13 @@ HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """One with a Hopper GPU, Triton, and nothing set in the environment."""
+    """One with a Hopper GPU, Triton, no native library, and nothing set in the environment."""
     for name in ("TRITON_INTERPRET", "PERL_BACKEND", "PERL_CHECKS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(dispatch, "_TRITON_INSTALLED", True)
+    monkeypatch.setattr(dispatch, "_NATIVE", (False, "not built"))
     return monkeypatch
 
 
@@ -54,6 +55,23 @@ def test_automatic(
         named = [name for name, holds in why.items() if holds]
         with refused("'triton'", *named, error=ValueError):
             dispatch.select_backend("triton", tensor(device, dtype))
+
+
+def test_native_rows_are_for_a_cpu(machine: pytest.MonkeyPatch) -> None:
+    with refused("'native'", "not built", error=ValueError):
+        dispatch.select_backend("native", tensor(CPU), SINGLE)
+    machine.setattr(dispatch, "_NATIVE", (True, "C++"))
+    chosen = [
+        dispatch.select_backend("auto", tensor(device), rows)
+        for device, rows in ((CPU, SINGLE), (CPU, HALF), (CPU, DOUBLE), (CUDA, SINGLE))
+    ]
+    assert chosen == ["native", "native", "torch", "triton"]
+    with refused("'native'", "torch.float64", "fp32", "bf16", error=ValueError):
+        dispatch.select_backend("native", tensor(CPU), DOUBLE)
+    with refused("'native'", "cuda", error=ValueError):
+        dispatch.select_backend("native", tensor(CUDA), SINGLE)
+    # Without logits nothing of it is needed.
+    assert dispatch.select_backend("native", tensor(CPU, DOUBLE)) == "native"
 
 
 def test_the_environment_decides_what_is_left_open(machine: pytest.MonkeyPatch) -> None:
