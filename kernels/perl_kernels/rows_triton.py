@@ -136,11 +136,11 @@ def _loaded(pointers, inside):
 
 
 @triton.jit
-def _y(scores, logits, bias, lanes, inside):
-    """Of the logits at these lanes of two pointers, all or those `inside`."""
-    y = _loaded(logits + lanes, inside)
+def _y(scores, logits, bias, start, lanes, inside):
+    """Of the logits at start + lanes of two pointers, all or those `inside`."""
+    y = _loaded(logits + start + lanes, inside)
     if bias is not None:
-        y += _loaded(bias + lanes, inside)
+        y += _loaded(bias + start + lanes, inside)
     if scores.softcap is not None:
         y = _reciprocal(-1.0 - tl.exp2(y * (2.0 * _LOG2E / scores.softcap)))
     return y
@@ -172,7 +172,7 @@ def _row(logits, misplaced, stride, n_columns, scores, row):
         unit * _LOG2E,
         target,
         known,
-        _y(scores, logits, scores.bias, target, known),
+        _y(scores, logits, scores.bias, target, 0, known),
     )
 
 
@@ -186,21 +186,11 @@ def _edges(row, THREADS: tl.constexpr):
 
 @triton.jit
 def _at_body(pointer, row, ALIGNED: tl.constexpr):
-    if pointer is None:
-        return None
-    elif ALIGNED:
+    pointer += row.first
+    if ALIGNED:
         size: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth // 8
-        return tl.multiple_of(pointer + row.first, _ALIGNED.value * size)
-    else:
-        return pointer + row.first
-
-
-@triton.jit
-def _further(pointer, count):
-    if pointer is None:
-        return None
-    else:
-        return pointer + count
+        pointer = tl.multiple_of(pointer, _ALIGNED.value * size)
+    return pointer
 
 
 @triton.jit
@@ -235,19 +225,21 @@ def _statistics(scores, row, TILING: tl.constexpr):
     )
     if row.n_body < row.n_columns:
         columns, inside = _edges(row, THREADS)
-        y = _y(scores, row.logits, scores.bias, columns, inside)
+        y = _y(scores, row.logits, scores.bias, 0, columns, inside)
         y = tl.where(inside, y, float("-inf"))
         sums = _swept(sums, tl.reshape(y, [1, THREADS, 1]), row.rate)
     logits = _at_body(row.logits, row, True)
-    bias = _at_body(scores.bias, row, TILING.wide_bias)
+    bias = scores.bias
+    if bias is not None:
+        bias = _at_body(bias, row, TILING.wide_bias)
     lanes = tl.arange(0, BLOCK)
     whole = row.n_body // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        y = _y(scores, logits + start, _further(bias, start), lanes, None)
+        y = _y(scores, logits, bias, start, lanes, None)
         sums = _swept(sums, tl.reshape(y, [TILING.repeats, THREADS, TILING.vector]), row.rate)
     if whole < row.n_body:
         inside = whole + lanes < row.n_body
-        y = _y(scores, logits + whole, _further(bias, whole), lanes, inside)
+        y = _y(scores, logits, bias, whole, lanes, inside)
         y = tl.where(inside, y, float("-inf"))
         sums = _swept(sums, tl.reshape(y, [TILING.repeats, THREADS, TILING.vector]), row.rate)
     highest = tl.max(sums.highest, axis=0)
@@ -280,39 +272,42 @@ def _origin(scores, row, shift):
 
 
 @triton.jit
-def _slope(scores, row, mass, entropy, by_logprob, by_entropy):
+def _slope(scores, row, mass, entropy, by_logprob, by_entropy, ENTROPY: tl.constexpr):
     factor = 1.0 / row.temperature
     if scores.softcap is not None:
         factor = -4.0 * factor
     share = -factor / mass.total
-    linear = None
+    linear = share * by_entropy * _LN2
     constant = share * by_logprob
-    if by_entropy is not None:
-        linear = share * by_entropy * _LN2
+    if ENTROPY:
         constant += share * by_entropy * (entropy - mass.log_total)
     return _Slope(constant, linear, factor * by_logprob)
 
 
 @triton.jit
-def _gradient(scores, row, mass, slope, y, extra):
+def _gradient(scores, row, mass, slope, y, extra, ENTROPY: tl.constexpr):
     a = (y - mass.origin) * row.rate + mass.rest
-    if slope.linear is None:
-        gradient = tl.exp2(a) * slope.constant + extra
-    else:
+    factor = slope.constant
+    if ENTROPY:
         a = tl.maximum(a, _NEVER, propagate_nan=tl.PropagateNan.ALL)
-        gradient = tl.exp2(a) * (slope.linear * a + slope.constant) + extra
+        factor += slope.linear * a
+    gradient = tl.exp2(a) * factor + extra
     if scores.softcap is not None:
         gradient *= y * y + y
     return gradient
 
 
 @triton.jit
-def _write_gradient(scores, row, mass, slope, idle, out, TILING: tl.constexpr):
+def _write_gradient(
+    scores, row, mass, slope, idle, out, ENTROPY: tl.constexpr, TILING: tl.constexpr
+):
     THREADS: tl.constexpr = 32 * TILING.warps
     BLOCK: tl.constexpr = TILING.vector * TILING.repeats * THREADS
     dtype: tl.constexpr = out.dtype.element_ty
     logits = _at_body(row.logits, row, True)
-    bias = _at_body(scores.bias, row, TILING.wide_bias)
+    bias = scores.bias
+    if bias is not None:
+        bias = _at_body(bias, row, TILING.wide_bias)
     body = _at_body(out, row, TILING.wide_out)
     lanes = tl.arange(0, BLOCK)
     whole = row.n_body // BLOCK * BLOCK
@@ -327,20 +322,20 @@ def _write_gradient(scores, row, mass, slope, idle, out, TILING: tl.constexpr):
         # Every thread has read the target's logit before any of them writes over it.
         tl.debug_barrier()
         if row.n_body < row.n_columns:
-            y = _y(scores, row.logits, scores.bias, edges, at_edge)
-            gradient = _gradient(scores, row, mass, slope, y, 0.0)
+            y = _y(scores, row.logits, scores.bias, 0, edges, at_edge)
+            gradient = _gradient(scores, row, mass, slope, y, 0.0, ENTROPY)
             tl.store(out + edges, gradient.to(dtype), mask=at_edge)
         if whole < row.n_body:
-            y = _y(scores, logits + whole, _further(bias, whole), lanes, in_rest)
-            gradient = _gradient(scores, row, mass, slope, y, 0.0)
+            y = _y(scores, logits, bias, whole, lanes, in_rest)
+            gradient = _gradient(scores, row, mass, slope, y, 0.0, ENTROPY)
             tl.store(body + whole + lanes, gradient.to(dtype), mask=in_rest)
         for done in range(0, whole, BLOCK):
             start = whole - BLOCK - done
-            y = _y(scores, logits + start, _further(bias, start), lanes, None)
-            gradient = _gradient(scores, row, mass, slope, y, 0.0)
+            y = _y(scores, logits, bias, start, lanes, None)
+            gradient = _gradient(scores, row, mass, slope, y, 0.0, ENTROPY)
             tl.store(body + start + lanes, gradient.to(dtype))
         tl.debug_barrier()
-        gradient = _gradient(scores, row, mass, slope, row.chosen, slope.extra)
+        gradient = _gradient(scores, row, mass, slope, row.chosen, slope.extra, ENTROPY)
         tl.store(out + row.target, gradient.to(dtype), mask=row.known)
 
 
@@ -385,16 +380,18 @@ def row_gradient_kernel(
     row = _row(logits, misplaced, stride, n_columns, scores, index)
     by_logprob = tl.load(coefficients[0] + index).to(tl.float32)
     idle = by_logprob == 0
-    by_entropy = None
+    by_entropy = 0.0
     if coefficients[1] is not None:
         by_entropy = tl.load(coefficients[1] + index).to(tl.float32)
         idle = idle & (by_entropy == 0)
+    ENTROPY: tl.constexpr = coefficients[1] is not None
     log_sum = tl.load(stats[2] + index)
-    shift = tl.load(stats[1] + index)
-    origin, rest = _origin(scores, row, shift)
+    origin, rest = _origin(scores, row, tl.load(stats[1] + index))
     mass = _Mass(origin, rest, _exact(log_sum, False), log_sum)
-    slope = _slope(scores, row, mass, tl.load(stats[0] + index), by_logprob, by_entropy)
-    _write_gradient(scores, row, mass, slope, idle, out + index * out_stride, TILING)
+    entropy = tl.load(stats[0] + index)
+    slope = _slope(scores, row, mass, entropy, by_logprob, by_entropy, ENTROPY)
+    out += index * out_stride
+    _write_gradient(scores, row, mass, slope, idle, out, ENTROPY, TILING)
 
 
 @_kernel
@@ -423,13 +420,11 @@ def row_loss_kernel(
     if AXES.has_entropy:
         tl.store(found[5] + index, by_entropy)
     if out is not None:
-        idle = by_logprob == 0
-        if AXES.has_entropy:
-            idle = idle & (by_entropy == 0)
-            slope = _slope(scores, row, mass, stats.entropy, by_logprob, by_entropy)
-        else:
-            slope = _slope(scores, row, mass, stats.entropy, by_logprob, None)
-        _write_gradient(scores, row, mass, slope, idle, out + index * out_stride, TILING)
+        ENTROPY: tl.constexpr = AXES.has_entropy
+        idle = (by_logprob == 0) & (by_entropy == 0)
+        slope = _slope(scores, row, mass, stats.entropy, by_logprob, by_entropy, ENTROPY)
+        out += index * out_stride
+        _write_gradient(scores, row, mass, slope, idle, out, ENTROPY, TILING)
 
 
 @triton.jit
