@@ -49,6 +49,7 @@ _COMPLETIONS = 256  # of the batch, at once
 _GROUPS, _ROLLOUTS = tl.constexpr(16), tl.constexpr(16)  # groups at once, and rollouts of each
 _FLAT = tl.constexpr(256)  # rollouts at once where groups do not matter
 _WARPS = 8
+_REGISTERS = 128  # of a thread; left to itself, the assembler spills a few to fit in more blocks
 
 
 def _kernel(function: Callable[..., Any]) -> Any:
@@ -513,6 +514,7 @@ def evaluate(
             AXES=axes,
             COUPLED=coupled,
             num_warps=_WARPS,
+            maxnreg=_REGISTERS,
         )
     finish_kernel[(1,)](
         sums, prepared.valid, metrics, value, n_programs, n_tokens, num_warps=_WARPS
@@ -706,7 +708,6 @@ def group_advantages(rewards: Rewards) -> GroupAdvantages:
         rewards.eps,
         HOW=rewards._replace(rewards=None, sizes=None, weights=None, eps=0.0),
         num_warps=_WARPS,
-        # One program: registers are there, and without this number a few spill.
-        maxnreg=128,
+        maxnreg=_REGISTERS,
     )
     return out
