@@ -30,6 +30,7 @@ from perl_kernels import GroupedRewards, PolicyLoss, dispatch, group_advantages,
 from perl_kernels.objective import KL, Aggregation, Correction, Ratio, Surrogate
 from perl_kernels.values import Baseline, Combine
 from perl_kernels.values import Scale as RewardScale
+from tests.kernels.naive import naive_advantages
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Compiled rather than interpreted, nearly every case needs kernels of its own, a second or more each.
@@ -660,7 +661,7 @@ class Groups:
 def check_groups(groups: Groups) -> None:
     given = _laid_out(groups.tensor(), groups.layout)
     ours = groups.run(group_advantages, given, backend=groups.backend)
-    truth = groups.run(reference.group_advantages, given.double())
+    truth = groups.run(naive_advantages, given.double())
     wide = groups.dtype == torch.float64
     # Computed in fp64 and rounded once; 1e-9 is what sums in another order leave of equal rewards
     # after the division by eps.
