@@ -20,7 +20,7 @@ test: export OMP_NUM_THREADS ?= 1
 export GOMP_SPINCOUNT ?= 1000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test mutants lint format bench bench-wheels bench-compare gpu-first clean
+.PHONY: help setup demo test sanitize mutants lint format bench bench-wheels bench-compare gpu-first clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,13 @@ demo: $(STAMP) ## train a tiny model on bundled questions over several images; w
 
 test: $(STAMP) ## run the tests; ARGS="-k pack" selects some
 	.venv/bin/python -m pytest --numprocesses $(THREADS) --dist worksteal $(ARGS)
+
+sanitize: $(STAMP) ## run the tests of the native rows under AddressSanitizer and UndefinedBehaviorSanitizer; needs cmake
+	cmake -S . -B build/sanitize -DPERL_SANITIZE=ON -DPERL_REQUIRE_NATIVE=ON -DPython_EXECUTABLE="$(CURDIR)/.venv/bin/python"
+	cmake --build build/sanitize
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PERL_NATIVE_LIBRARY="$(CURDIR)/build/sanitize/_C.so" .venv/bin/python -m pytest -k "native and not triton" \
+	  tests/kernels/test_native.py tests/kernels/test_rows.py $(ARGS)
 
 mutants: $(STAMP) ## whether the tests notice small wrong edits of the core, an hour; ARGS="--only rollout" is one package
 	@.venv/bin/python -c 'import cosmic_ray' 2>/dev/null || { echo "Installing cosmic-ray"; $(PIP) --editable '.[mutants]'; }
