@@ -427,18 +427,20 @@ def row_loss_kernel(
         _write_gradient(scores, row, mass, slope, idle, out, ENTROPY, TILING)
 
 
-@triton.jit
-def scale_kernel(x, factor, n_values, n_rows, n_columns, stride, BLOCK: tl.constexpr):
-    """x *= factor for `n_values` in rows of `n_columns`, the last one maybe shorter."""
+@triton.jit(do_not_specialize=["n_values"])
+def scale_kernel(values, factor, n_values, BLOCK: tl.constexpr):
     by = tl.load(factor).to(tl.float32)
     if by != 1.0:
-        for row in range(tl.program_id(0).to(tl.int64), n_rows, tl.num_programs(0)):
-            for start in range(0, n_columns, BLOCK):
-                columns = start + tl.arange(0, BLOCK)
-                inside = (columns < n_columns) & (row * n_columns + columns < n_values)
-                values = x + row * stride + columns
-                scaled = tl.load(values, mask=inside).to(tl.float32) * by
-                tl.store(values, scaled.to(x.dtype.element_ty), mask=inside)
+        program = tl.program_id(0).to(tl.int64)
+        lanes = tl.arange(0, BLOCK)
+        whole = n_values // BLOCK * BLOCK
+        for start in range(program * BLOCK, whole, tl.num_programs(0) * BLOCK):
+            scaled = tl.load(values + start + lanes).to(tl.float32) * by
+            tl.store(values + start + lanes, scaled.to(values.dtype.element_ty))
+        if program == 0:
+            inside = whole + lanes < n_values
+            scaled = tl.load(values + whole + lanes, mask=inside).to(tl.float32) * by
+            tl.store(values + whole + lanes, scaled.to(values.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -539,17 +541,13 @@ def row_loss(
 
 
 def scale_(x: Tensor, by: Tensor) -> None:
-    """x *= by, a 0-dim tensor on the same device; x is neither read nor written if that is 1."""
-    n_columns, stride = _SCALE_BLOCK, _SCALE_BLOCK
-    if not x.is_contiguous():
-        if x.ndim != 2 or x.stride(1) != 1:
-            x.mul_(by)
-            return
-        n_columns, stride = x.shape[1], x.stride(0)
-    n_rows = triton.cdiv(x.numel(), n_columns)
-    if n_rows:
-        grid = (min(n_rows, _SCALE_PROGRAMS),)
-        scale_kernel[grid](x, by, x.numel(), n_rows, n_columns, stride, _SCALE_BLOCK)
+    """x *= by, a 0-dim tensor on the same device; neither read nor written if that is 1 and x is
+    contiguous."""
+    if x.is_contiguous() and x.numel():
+        programs = min(triton.cdiv(x.numel(), _SCALE_BLOCK), _SCALE_PROGRAMS)
+        scale_kernel[(programs,)](x, by, x.numel(), _SCALE_BLOCK)
+    else:
+        x.mul_(by)
 
 
 def _found(count: int, tile: Tensor) -> tuple[Tensor, ...]:

@@ -24,7 +24,7 @@ from triton.compiler import make_backend
 
 import perl_kernels
 from benchmarks.machine_code import EVERYTHING, pretended
-from perl_kernels import GroupedRewards, PolicyLoss
+from perl_kernels import GroupedRewards, PolicyLoss, rows_triton
 from perl_kernels.objective import KL, Aggregation, Correction, Ratio, Surrogate
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -92,7 +92,8 @@ def losses(
     advantages = given.pop("advantages", torch.zeros(n if per_token else 2, dtype=dtype))
     packed = (advantages, torch.tensor([0, 1, n], dtype=cu_dtype), loss)
     targets = torch.zeros(n, dtype=torch.int64)
-    logprobs, entropy = torch.zeros(2, n, dtype=dtype, requires_grad=True)
+    own = FP32 if dtype == torch.float64 else dtype
+    logprobs, entropy = torch.zeros(2, n, dtype=own, requires_grad=True)
     perl_kernels.policy_loss(logprobs, *packed, entropy=entropy, **given).loss.backward()
     x = torch.zeros(n, columns, dtype=logits, requires_grad=True)
     tau: Any = torch.ones(n) if scoring else temperature
@@ -116,6 +117,11 @@ def log_probs(dtype: torch.dtype, *, n: int = 6, columns: int = 96, temperature:
 
 def groups(rewards: Tensor, sizes: Any = (2, 4), **options: Any) -> None:
     perl_kernels.group_advantages(rewards, list(sizes), backend="triton", **options)
+
+
+def scaled(n: int, dtype: torch.dtype = BF16) -> None:
+    """What a backward does with a gradient other than 1, on a GPU only."""
+    rows_triton.scale_(torch.zeros(n, dtype=dtype), torch.ones(()))
 
 
 def calls() -> Iterator[tuple[str, Any]]:
@@ -147,6 +153,7 @@ def calls() -> Iterator[tuple[str, Any]]:
         for loss in (PolicyLoss(), PolicyLoss.preset("gspo"), EVERYTHING):
             yield f"{loss} {given}", lambda loss=loss, given=given: losses(loss, **given)
     for dtype in (FP32, BF16, FP16):
+        yield f"scale_ {dtype}", lambda dtype=dtype: scaled(9, dtype)
         yield f"token_logprobs {dtype}", lambda dtype=dtype: log_probs(dtype)
         yield f"group_advantages {dtype}", lambda dtype=dtype: groups(torch.zeros(6, dtype=dtype))
     two: dict[str, Any] = {"reward_weights": [1.0, 2.0], "combine": "normalize_then_sum"}
@@ -183,6 +190,7 @@ def with_other_numbers() -> dict[str, list[str]]:
         lambda: groups(torch.zeros(6)),
         lambda: groups(torch.zeros(17), [16, 1], eps=1.0),
     )
+    pairs["scale"] = (lambda: scaled(9), lambda: scaled(160))
     pairs["offset"] = (
         lambda: _offset(0, 5000),
         lambda: _offset(1, 4999),
