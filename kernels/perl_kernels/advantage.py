@@ -136,7 +136,9 @@ def _tensors(
     n_rewards = rewards.shape[1] if rewards.ndim == 2 else 1
     weights = None
     if reward_weights is not None:
-        weights = torch.as_tensor(reward_weights, dtype=torch.float64).detach()
+        if not isinstance(reward_weights, Tensor):
+            reward_weights = operators.as_numbers(*reward_weights)
+        weights = reward_weights.detach().to(torch.float64)
         if list(weights.shape) != [n_rewards]:
             raise ValueError(
                 f"reward_weights has shape {list(weights.shape)}, must be [{n_rewards}]"

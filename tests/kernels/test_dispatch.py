@@ -23,6 +23,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(dispatch, "_TRITON_INSTALLED", True)
+    monkeypatch.setattr(dispatch, "_NATIVE", (False, "none was built"))
     monkeypatch.setattr(dispatch, "_NATIVE", (False, "not built"))
     return monkeypatch
 
@@ -99,6 +100,29 @@ def test_without_a_gpu(machine: pytest.MonkeyPatch) -> None:
     machine.setattr(dispatch, "_TRITON_INSTALLED", False)
     with refused("'triton'", "pip", error=ValueError):
         dispatch.select_backend("triton", tensor(CPU))
+
+
+def test_native_rows(machine: pytest.MonkeyPatch) -> None:
+    """For fp32 and bf16 on a CPU, and for log-probs of any dtype, where there are no rows."""
+    with refused("'native'", error=ValueError):
+        dispatch.select_backend("native", tensor(CPU), SINGLE)
+    machine.setattr(dispatch, "_NATIVE", (True, "built"))
+    for dtype, rows, chosen in (
+        (SINGLE, SINGLE, "native"),
+        (HALF, HALF, "native"),
+        (SINGLE, HALF, "native"),
+        (DOUBLE, DOUBLE, "torch"),
+        (torch.float16, torch.float16, "torch"),
+        (DOUBLE, None, "native"),
+    ):
+        assert dispatch.select_backend("auto", tensor(CPU, dtype), rows) == chosen
+        if chosen == "torch":
+            with refused("'native'", rows, error=ValueError):
+                dispatch.select_backend("native", tensor(CPU, dtype), rows)
+    with refused("'native'", "cuda", error=ValueError):
+        dispatch.select_backend("native", tensor(CUDA), SINGLE)
+    machine.setenv("PERL_BACKEND", "torch")
+    assert dispatch.select_backend("auto", tensor(CPU), SINGLE) == "torch"
 
 
 def test_values_that_are_looked_at(machine: pytest.MonkeyPatch) -> None:
