@@ -211,16 +211,16 @@ def evaluate(
             # In the order of METRICS, then the loss.
             none if inputs.ref is None else term.kl,
             none if entropy is None else entropy,
-            (low | high).to(dtype),
-            low.to(dtype),
-            high.to(dtype),
-            term.dual.to(dtype),
+            low | high,
+            low,
+            high,
+            term.dual,
             term.ratio,
             none,
             none if gap is None else -gap,
             none + 1.0 if correction is None else correction,
             none + 1.0,
-            (~finite).to(dtype),
+            ~finite,
             scale * value,
         ]
     )
