@@ -110,6 +110,44 @@ def test_narrow_rows_are_rounded_once(dtype: torch.dtype, out_dtype: torch.dtype
     assert torch.equal(out[:5], exact[:5].to(out_dtype))
 
 
+def test_ties_are_rounded_to_even() -> None:
+    """-by / 2 lies halfway between two numbers of bf16."""
+    by = Coefficients(torch.tensor([2 + 2**-7, 2 + 3 * 2**-7]), None)
+    x, how = torch.zeros(2, 2), Scoring(torch.tensor([0, 0]), None, 1.0, None)
+    out = torch.empty(2, 2, dtype=torch.bfloat16)
+    rows_native.row_gradient(x, how, rows_native.row_stats(x, how), by, out)
+    assert out.tolist() == [[1.0, -1.0], [1.015625, -1.015625]]
+
+
+@pytest.mark.parametrize(
+    ("row", "temperature", "softcap"),
+    [
+        ([NAN, 0.0], 1.0, 2.0),
+        ([0.0, NAN], 1.0, 2.0),
+        ([1e38, 0.0], 1e-3, None),
+        ([-1e38, -2e38], 1e-3, None),
+    ],
+)
+def test_broken_after_scaling(row: list[float], temperature: float, softcap: float | None) -> None:
+    """A NaN under a softcap, a score that is infinite by the temperature, and nothing else."""
+    for columns in (2, 1026):
+        x = torch.full((1, columns), row[1])
+        x[0, :2] = torch.tensor(row)
+        stats = rows_native.row_stats(x, Scoring(torch.tensor([1]), None, temperature, softcap))
+        assert stats.logprobs.isnan() and stats.entropy.isnan() and stats.log_sum.isnan()
+
+
+def test_gradient_of_large_scores_is_not_that_of_rounded_ones() -> None:
+    """fp32 has steps of 0.002 at 30,000; what `shift` has lost is made good."""
+    x = (20_000 + torch.arange(64) / 64)[None]
+    how, by = Scoring(torch.tensor([5]), None, 0.7, None), Coefficients(torch.ones(1), None)
+    p = (x.double() / 0.7).softmax(1)
+    right = torch.nn.functional.one_hot(how.targets, 64) - p
+    out = torch.empty_like(x)
+    rows_native.row_gradient(x, how, rows_native.row_stats(x, how), by, out)
+    torch.testing.assert_close(out, (right / 0.7).float(), rtol=1e-6, atol=0)
+
+
 def test_columns_that_are_not_adjacent() -> None:
     x = torch.randn(1500, 4).t()
     how = Scoring(torch.arange(4)[::1], None, torch.rand(8).double()[::2] + 0.5, None)
