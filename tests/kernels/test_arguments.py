@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,6 +33,7 @@ from perl_kernels import (
     token_logprobs,
 )
 from perl_kernels.objective import Aggregation, Surrogate
+from tests.kernels.call import BACKENDS, DEVICE
 from tests.messages import refused, tells
 
 N, V, H = 6, 7, 4
@@ -209,6 +211,15 @@ def test_nothing_else_is_refused(dtype: torch.dtype) -> None:
     assert linear_grpo_loss(**arguments(**changes)).metrics["invalid_rows"] == 0
 
 
+@pytest.fixture(params=BACKENDS)
+def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`auto` is each of them in turn, and tensors are where it works."""
+    monkeypatch.setenv("PERL_BACKEND", request.param)
+    with torch.device(DEVICE):
+        yield
+
+
+@pytest.mark.usefixtures("each_backend")
 def test_broken_values_that_may_not_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a check would synchronise, the result is NaN and counted, never out of bounds."""
     for module in ("checks", "advantage"):
@@ -248,6 +259,7 @@ def test_broken_values_that_may_not_be_looked_at(monkeypatch: pytest.MonkeyPatch
     assert output.loss.isnan() and output.metrics["invalid_rows"] == 1
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_masked_rows_may_have_any_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("perl_kernels.checks.values_visible", lambda tensor: False)
     temperature = torch.tensor([1.0, -1.0, 1.0, 0.0, 1.0, 1.0])
@@ -259,6 +271,7 @@ def test_masked_rows_may_have_any_temperature(monkeypatch: pytest.MonkeyPatch) -
     assert gradient.isfinite().all() and (gradient[temperature <= 0] == 0).all()
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_group_sizes_that_may_not_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("perl_kernels.advantage.values_visible", lambda tensor: False)
     for sizes in ([2, 3], [5, -1]):

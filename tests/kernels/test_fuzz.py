@@ -184,8 +184,9 @@ def build(case: Case) -> Call:
 
     def formed(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         layout, wanted = case.forms.get(name, (case.layout, None))
-        tensor = tensor.to(wanted or dtype or case.compute)
-        return _laid_out(tensor, layout)
+        # Bounds that are all the same are none.
+        layout = "strided" if (name, layout) == ("cu_seqlens", "expanded") else layout
+        return _laid_out(tensor.to(wanted or dtype or case.compute), layout)
 
     leaves: dict[str, Tensor] = {}
     fixed: dict[str, Any] = {}
@@ -271,7 +272,7 @@ def build(case: Case) -> Call:
         first = n_completions // 2
         sizes = torch.tensor([first, n_completions - first], device=DEVICE)
         rewards = formed("rewards", randint(5, n_completions) / 4)
-        sizes = formed("group_sizes", sizes, torch.int64) if case.seed % 3 else sizes.tolist()
+        sizes = sizes.to(INTEGERS[case.seed % 2]) if case.seed % 3 else sizes.tolist()
         fixed["advantages"] = GroupedRewards(rewards, sizes, eps=1e-4)
     else:
         values = normal(count if per_token else n_completions, scale=1.5)
@@ -538,7 +539,7 @@ FORMS = {
     **dict.fromkeys(("bias", "entropy", "temperature"), FLOATS),
     **dict.fromkeys(("old_logprobs", "ref_logprobs", "rollout_logprobs"), FLOATS),
     **dict.fromkeys(("advantages", "rewards", "weights", "normalizer"), NUMBERS),
-    **dict.fromkeys(("targets", "cu_seqlens", "group_sizes"), INTEGERS),
+    **dict.fromkeys(("targets", "cu_seqlens"), INTEGERS),
 }
 """The dtypes that an argument comes in."""
 
@@ -547,11 +548,9 @@ LAYOUTS = ("contiguous", "contiguous", "strided", "columns", "rows", "expanded")
 
 @st.composite
 def forms(draw: Any) -> dict[str, tuple[str, torch.dtype | None]]:
-    found = {}
-    for name, dtypes in FORMS.items():
-        expandable = name not in ("cu_seqlens", "group_sizes")
-        layout = draw(pick(*LAYOUTS[: len(LAYOUTS) - (not expandable)]))
-        found[name] = layout, draw(pick(None, *dtypes))
+    found = {
+        name: (draw(pick(*LAYOUTS)), draw(pick(None, *dtypes))) for name, dtypes in FORMS.items()
+    }
     # A flag is a normalizer of 1.
     if found["normalizer"][1] == torch.bool:
         found["normalizer"] = "contiguous", torch.int64
