@@ -92,7 +92,7 @@ def test_the_document_lists_the_kernels(codes: list[Code]) -> None:
 @pytest.mark.timeout(300)
 def test_every_kind_of_call_compiles_once() -> None:
     found = output("tests.kernels.every_variant")
-    assert not found["failed"]
+    assert not found["failed"] and not found["drops NaN"]
     assert not {name: kernels for name, kernels in found["again"].items() if kernels}
     assert len(found["again"]) >= 10 and min(found["variants"].values()) >= 1
     assert found["variants"].keys() >= ROW_KERNELS.keys()
