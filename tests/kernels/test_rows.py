@@ -320,7 +320,7 @@ def test_what_the_compiler_is_promised(
 
     monkeypatch.setattr(interpreter.TensorHandle, "set_attr", set_attr)
     x = torch.zeros(3, before + 48 + after, dtype=dtype)[:, before : before + 48]
-    how = scoring([0, 1, 2], bias=torch.zeros(49)[before % 2 :][:48])
+    how = scoring([0, 1, 2], bias=torch.zeros(52)[4 * (before > 0) :][:48])
     stats = rows.row_stats(x, how)
     by = Coefficients(tensor([1.0, 0.0, 2.0]), None)
     for out in (
