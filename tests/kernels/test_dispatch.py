@@ -102,29 +102,6 @@ def test_without_a_gpu(machine: pytest.MonkeyPatch) -> None:
         dispatch.select_backend("triton", tensor(CPU))
 
 
-def test_native_rows(machine: pytest.MonkeyPatch) -> None:
-    """For fp32 and bf16 on a CPU, and for log-probs of any dtype, where there are no rows."""
-    with refused("'native'", error=ValueError):
-        dispatch.select_backend("native", tensor(CPU), SINGLE)
-    machine.setattr(dispatch, "_NATIVE", (True, "built"))
-    for dtype, rows, chosen in (
-        (SINGLE, SINGLE, "native"),
-        (HALF, HALF, "native"),
-        (SINGLE, HALF, "native"),
-        (DOUBLE, DOUBLE, "torch"),
-        (torch.float16, torch.float16, "torch"),
-        (DOUBLE, None, "native"),
-    ):
-        assert dispatch.select_backend("auto", tensor(CPU, dtype), rows) == chosen
-        if chosen == "torch":
-            with refused("'native'", rows, error=ValueError):
-                dispatch.select_backend("native", tensor(CPU, dtype), rows)
-    with refused("'native'", "cuda", error=ValueError):
-        dispatch.select_backend("native", tensor(CUDA), SINGLE)
-    machine.setenv("PERL_BACKEND", "torch")
-    assert dispatch.select_backend("auto", tensor(CPU), SINGLE) == "torch"
-
-
 def test_values_that_are_looked_at(machine: pytest.MonkeyPatch) -> None:
     assert dispatch.values_visible(tensor(CPU)) and not dispatch.values_visible(tensor(CUDA))
     machine.setenv("PERL_CHECKS", "1")
