@@ -23,8 +23,8 @@ def contests(cuda: bool, quick: bool) -> list[Contest]:
         sizes = [head("Qwen2.5-VL-3B", n, 2) for n in ((4096,) if quick else (2048, 8192, 16384))]
         sizes += [] if quick else [head("Qwen3.5-4B", 8192, 2)]
     else:
-        # The logits of both take 78 and 67 MB, more than caches hold.
-        sizes = [logits_head("Qwen2.5-VL-3B", 128, 4), logits_head("Mistral-7B", 512, 4)]
+        # The logits of both take 156 and 134 MB, more than caches hold.
+        sizes = [logits_head("Qwen2.5-VL-3B", 256, 4), logits_head("Mistral-7B", 1024, 4)]
         sizes += [] if quick else [logits_head("Qwen3.5-4B", 128, 4)]
     light = soon_ready(LOGITS_LOSS)
     return [

@@ -23,7 +23,7 @@ def contests(cuda: bool, quick: bool) -> list[Contest]:
         for model in dict.fromkeys(["Qwen2.5-VL-3B", *([] if quick else MODELS)])
     )
     light = soon_ready(LOGPROBS)
-    logits = main if cuda else logits_head("Qwen2.5-VL-3B", 128, 4)
+    logits = main if cuda else logits_head("Qwen2.5-VL-3B", 256, 4)
     return [
         head_contest(HIDDEN, LogprobsProblem, main, LOGPROBS),
         head_contest(LOGITS, LogitsLogprobsProblem, logits, LOGITS_LOGPROBS),
