@@ -167,7 +167,7 @@ void row_loss(Tensor tile, Tensor targets, Optional bias, Optional temperatures,
   const Buffer target = out ? buffer_of(*out) : Buffer{};
   // Exponentials that are kept save the second sweep their computation, where it needs nothing else.
   const bool keeps = out && !by_entropy && rows.tile.softcap == 0;
-  const int64_t blocks = rows.tile.columns / BLOCK + 1;
+  const int64_t blocks = rows.tile.columns / level.block + 1;
   rows.each(blocks + (keeps && target.bf16 ? rows.tile.columns : 0), [&](const Row& row, float* tops) {
     const int64_t i = row.index;
     float* kept = nullptr;

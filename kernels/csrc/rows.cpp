@@ -21,6 +21,8 @@ typedef uint32_t U __attribute__((vector_size(4 * WIDTH)));
 typedef float Unaligned __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
 constexpr int64_t STEP = 4 * WIDTH;  // four independent chains hide the latency
+// Columns of a block: at most 8 KB of fp32, which stay in L1, and 32 numbers to a running sum in fp32.
+constexpr int64_t BLOCK = 32 * STEP;
 constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
 
 inline V load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
@@ -239,4 +241,4 @@ void gradient(const Tile& tile, const Row& row, const Slopes& slopes, const Buff
 
 }  // namespace
 
-const Kernels ROWS = {ISA, sums, gradient};
+const Kernels ROWS = {ISA, BLOCK, sums, gradient};

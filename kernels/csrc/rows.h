@@ -37,6 +37,7 @@ struct Slopes {
 
 struct Kernels {
   const char* name;
+  int64_t block;  // columns
   // With `exponentials` [columns], 2^t is left there, where the top of a block is the largest level up
   // to its end, which goes to `tops`. They may be the row itself.
   Sums (*sums)(const Tile&, const Row&, float* exponentials, float* tops);
@@ -45,7 +46,5 @@ struct Kernels {
   void (*gradient)(const Tile&, const Row&, const Slopes&, const Buffer& out, const float* exponentials,
                    const float* tops);
 };
-
-constexpr int64_t BLOCK = 1024;  // columns: 4 KB of fp32, which stay in L1
 
 extern const Kernels rows_portable, rows_avx2, rows_avx512;

@@ -1,11 +1,11 @@
 """Rows of logits in C++ (`kernels/csrc`), for fp32 and bf16 tiles on a CPU.
 
-The same three functions as `rows_torch`, which has their mathematics. A row is worked on while it is in
-the cache: one reading from memory for the statistics, and for the loss one writing more, in the threads
-of PyTorch (`torch.set_num_threads`). Sums are in fp64 over blocks of 1024 columns. The code for AVX-512,
-for AVX2 with FMA or for any processor is chosen on the first call; `PERL_NATIVE_ISA=avx512 | avx2 |
-portable` in the environment chooses another. `PERL_NATIVE_LIBRARY` names a library to load in place of
-the installed one.
+The same three functions as `rows_torch`, which has their mathematics. A row is worked on while it is
+in the cache: one reading from memory for the statistics, and for the loss one writing more, in the
+threads of PyTorch (`torch.set_num_threads`). Sums are in fp64 over blocks of up to 2048 columns. The
+code for AVX-512, for AVX2 with FMA or for any processor is chosen on the first call;
+`PERL_NATIVE_ISA=avx512 | avx2 | portable` in the environment chooses another. `PERL_NATIVE_LIBRARY`
+names a library to load in place of the installed one.
 """
 
 from __future__ import annotations
