@@ -39,7 +39,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def compiled_often(function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> int:
     """How often `function`, compiled whole, is compiled for all these calls; its results are those of
     the eager one."""
-    counter = CompileCounterWithBackend("eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, fullgraph=True, backend=counter)
     for arguments in calls:
         torch.testing.assert_close(compiled(*arguments), function(*arguments))
