@@ -112,7 +112,8 @@ def _tensors(
         raise TypeError(f"rewards is a {type(rewards).__name__}, must be a tensor")
     if rewards.ndim not in (1, 2) or rewards.is_complex():
         raise ValueError(f"rewards has shape {list(rewards.shape)}, must be real and [B] or [B, R]")
-    sizes = torch.as_tensor(group_sizes)
+    given = isinstance(group_sizes, Tensor)
+    sizes = group_sizes if given else torch.as_tensor(group_sizes, device="cpu")
     if sizes.numel() == 0:
         sizes = sizes.to(torch.int64)
     if sizes.ndim != 1 or sizes.is_floating_point():
@@ -122,7 +123,7 @@ def _tensors(
         )
     if sizes.numel() == 0 and len(rewards):
         raise ValueError(f"group_sizes is empty, but there are {len(rewards)} rewards")
-    known = None if isinstance(group_sizes, Tensor) else list(group_sizes)
+    known = None if given else list(group_sizes)
     if known is None and values_visible(sizes):
         known = sizes.tolist()
     if known and (sum(known) != len(rewards) or min(known) < 0):

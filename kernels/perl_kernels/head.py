@@ -95,7 +95,9 @@ def _fp16_unit(coefficients: Coefficients, temperature: float | Tensor) -> Tenso
     if by_entropy is not None:
         # |p (log p + H)| is at most 0.4 + log V.
         bound = bound + 16.0 * by_entropy.abs()
-    largest = torch.cat([bound / temperature, bound.new_full((1,), 2.0**-100)]).max()
+    # Masked rows may have any temperature.
+    bound = torch.where(bound == 0, 0.0, bound / temperature)
+    largest = torch.cat([bound, bound.new_full((1,), 2.0**-100)]).max()
     return torch.exp2(_FP16_BITS - largest.log2().ceil())
 
 

@@ -170,9 +170,9 @@ def as_numbers(*values: float) -> Tensor:
     """[n] fp64 on the CPU."""
     if torch.compiler.is_compiling():
         # A sum is what a number that changes between calls can go into without a new compilation.
-        zero = torch.zeros((), dtype=torch.float64)
+        zero = torch.zeros((), dtype=torch.float64, device="cpu")
         return torch.stack([zero + value for value in values])
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def loss_arguments(
