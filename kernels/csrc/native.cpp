@@ -21,6 +21,7 @@ using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
 constexpr double LN2 = 0.6931471805599453;
+constexpr double FAR = 1 << 24;  // fp32 has no fractions beyond
 
 // The best that this processor runs, or the one that PERL_NATIVE_ISA names.
 const Kernels& kernels() {
@@ -103,7 +104,7 @@ struct Found {
     floats(stats[0])[i] = float(logprob);
     floats(stats[1])[i] = float(entropy);
     floats(stats[2])[i] = float(top);
-    floats(stats[3])[i] = float(log_sum + (top - float(top)));
+    floats(stats[3])[i] = float(log_sum + (std::fabs(float(top)) < FAR ? top - float(top) : 0));
   }
 };
 
@@ -148,9 +149,17 @@ void row_gradient(Tensor tile, Tensor targets, Optional bias, Optional temperatu
   rows.each(0, [&](const Row& row, float*) {
     const int64_t i = row.index;
     // The level that `shift` was rounded from, or one close to it; what differs is left in log_sum.
-    const float top = float(floats(shift)[i] * row.tau);
+    const float from = floats(shift)[i];
+    float top = float(from * row.tau);
+    double rest = from - top / row.tau;
+    if (std::fabs(from) >= FAR) {
+      // Close is not close enough: it is this row's largest, unless that is in another rank's columns.
+      const float own = level.sums(rows.tile, row, nullptr, nullptr).top;
+      if (float(own / row.tau) == from) top = own;
+      rest = 0;
+    }
     Slopes slopes = {floats(by_logprob)[i], 0, 0, 0, top, NAN};
-    slopes.log_sum = floats(log_sum)[i] + (double(floats(shift)[i]) - top / row.tau);
+    slopes.log_sum = floats(log_sum)[i] + rest;
     if (by_entropy) slopes.by_entropy = floats(*by_entropy)[i], slopes.entropy = floats(*entropy)[i];
     level.gradient(rows.tile, row, slopes, target, nullptr, nullptr);
   });

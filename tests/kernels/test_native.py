@@ -148,6 +148,21 @@ def test_gradient_of_large_scores_is_not_that_of_rounded_ones() -> None:
     torch.testing.assert_close(out, (right / 0.7).float(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("temperature", [1e-8, 1e-12, 3.0])
+def test_gradient_of_scores_without_fractions(temperature: float) -> None:
+    """A step of fp32 is more than all of the distribution: the largest score is found again exactly."""
+    torch.manual_seed(0)
+    x = (5 * torch.randn(300, 50)) * (1e30 if temperature == 3.0 else 1.0)
+    x[:, 7] = x[:, 9] = 2 * x.amax(1)
+    how = Scoring(torch.full((300,), 7), None, temperature, None)
+    out = torch.empty_like(x)
+    by = Coefficients(torch.full((300,), temperature), None)
+    rows_native.row_gradient(x, how, rows_native.row_stats(x, how), by, out)
+    right = torch.zeros_like(x)
+    right[:, 7], right[:, 9] = 0.5, -0.5
+    torch.testing.assert_close(out, right, rtol=1e-6, atol=0)
+
+
 def test_columns_that_are_not_adjacent() -> None:
     x = torch.randn(1500, 4).t()
     how = Scoring(torch.arange(4)[::1], None, torch.rand(8).double()[::2] + 0.5, None)
