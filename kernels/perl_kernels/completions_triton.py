@@ -63,14 +63,9 @@ def _readable(tensor: Tensor | None) -> Tensor | None:
     such that kernels would be compiled anew for its address."""
     if tensor is None:
         return None
-    tensor = tensor.contiguous()
-    tensor = tensor.clone() if tensor.data_ptr() % 16 else tensor
+    if tensor.data_ptr() % 16 or not tensor.is_contiguous():
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
     return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
-
-
-def _pointers(inputs: LossInputs) -> LossInputs:
-    """`inputs` as kernels take them; Triton's interpreter refuses a bool in a tuple."""
-    return LossInputs(*map(_readable, inputs[:-2]), inputs.count, per_token=None)
 
 
 class _Sums(NamedTuple):
@@ -112,11 +107,11 @@ def _bounds(cu_seqlens, valid, n_completions, n_tokens):
 
 
 @triton.jit
-def _total(inputs, totals, completion, inside):
+def _total(cu_seqlens, totals, completion, inside):
     """Sum of the weights of completions, fp64: their length if there are none."""
     if totals is None:
-        start = tl.load(inputs.cu_seqlens + completion, mask=inside, other=0)
-        total = tl.load(inputs.cu_seqlens + completion + 1, mask=inside, other=0) - start
+        start = tl.load(cu_seqlens + completion, mask=inside, other=0)
+        total = tl.load(cu_seqlens + completion + 1, mask=inside, other=0) - start
     else:
         total = tl.load(totals + completion, mask=inside, other=0.0)
     return total.to(tl.float64)
@@ -137,7 +132,8 @@ def _valid(cu_seqlens, n_completions, n_tokens, BLOCK: tl.constexpr):
 
 @_kernel
 def weight_kernel(
-    inputs,
+    cu_seqlens,
+    weights,
     totals,
     n_completions,
     n_tokens,
@@ -145,20 +141,24 @@ def weight_kernel(
     BLOCK: tl.constexpr = _COMPLETIONS,
 ):
     """`totals [B]`: sum of the weights of each completion."""
-    valid = _valid(inputs.cu_seqlens, n_completions, n_tokens, BLOCK)
-    start, stop = _bounds(inputs.cu_seqlens, valid, n_completions, n_tokens)
+    valid = _valid(cu_seqlens, n_completions, n_tokens, BLOCK)
+    start, stop = _bounds(cu_seqlens, valid, n_completions, n_tokens)
     total = tl.zeros([TOKENS], dtype=tl.float64)
     for first in range(start, stop, TOKENS):
         token = first + tl.arange(0, TOKENS)
-        weight = tl.load(inputs.weights + token, mask=token < stop, other=0)
+        weight = tl.load(weights + token, mask=token < stop, other=0)
         total += weight.to(tl.float32).to(tl.float64)
     tl.store(totals + tl.program_id(0), tl.sum(total, axis=0))
 
 
 @_kernel
 def prepare_kernel(
-    inputs,
+    cu_seqlens,
+    advantages,
+    weights,
     totals,
+    normalizer,
+    count,
     out,
     n_completions,
     n_tokens,
@@ -170,24 +170,24 @@ def prepare_kernel(
 ):
     """`Prepared`."""
     program = tl.program_id(0).to(tl.int64)
-    valid = _valid(inputs.cu_seqlens, n_completions, n_tokens, BLOCK)
-    start, stop = _bounds(inputs.cu_seqlens, valid, n_completions, n_tokens)
-    if inputs.normalizer is not None or inputs.count is not None:
-        denominator = inputs.count
-        if inputs.normalizer is not None:
-            denominator = tl.load(inputs.normalizer).to(tl.float64)
+    valid = _valid(cu_seqlens, n_completions, n_tokens, BLOCK)
+    start, stop = _bounds(cu_seqlens, valid, n_completions, n_tokens)
+    if normalizer is not None or count is not None:
+        denominator = count
+        if normalizer is not None:
+            denominator = tl.load(normalizer).to(tl.float64)
         valid = valid & (denominator > 0) & (denominator < float("inf"))
     elif AGGREGATION == "token-mean" or AGGREGATION == "seq-mean-token-mean":
         found = tl.zeros([BLOCK], dtype=tl.float64)
         for first in range(0, n_completions, BLOCK):
             index = first + tl.arange(0, BLOCK)
-            total = _total(inputs, totals, index, index < n_completions)
+            total = _total(cu_seqlens, totals, index, index < n_completions)
             found += total if AGGREGATION == "token-mean" else tl.where(total != 0, 1.0, 0.0)
         denominator = tl.sum(found, axis=0)
     else:
         denominator = n_completions.to(tl.float64)
     if AGGREGATION == "seq-mean-token-mean":
-        denominator *= _total(inputs, totals, program, program < n_completions)
+        denominator *= _total(cu_seqlens, totals, program, program < n_completions)
     elif AGGREGATION == "seq-mean-token-sum-norm":
         denominator *= max_completion_length
     share = tl.where(valid, 1.0 / denominator, float("nan"))
@@ -197,11 +197,11 @@ def prepare_kernel(
         token = first + tl.arange(0, TOKENS)
         inside = token < stop
         weight = tl.where(inside, 1.0, 0.0)
-        if inputs.weights is not None:
-            weight = tl.load(inputs.weights + token, mask=inside, other=0).to(tl.float32)
+        if weights is not None:
+            weight = tl.load(weights + token, mask=inside, other=0).to(tl.float32)
         index = token if PER_TOKEN else token * 0 + program
         there = inside if PER_TOKEN else inside & (program < n_completions)
-        advantage = tl.load(inputs.advantages + index, mask=there, other=0).to(tl.float32)
+        advantage = tl.load(advantages + index, mask=there, other=0).to(tl.float32)
         # The advantage is a factor of every policy term, so that the row and the loss become NaN.
         usable = (weight >= 0) & (weight < float("inf"))
         advantage = tl.where(weight == 0, 0.0, tl.where(usable, advantage, float("nan")))
@@ -215,25 +215,25 @@ def prepare_kernel(
 
 def prepare(loss: PolicyLoss, inputs: LossInputs, n_tokens: int, dtype: torch.dtype) -> Prepared:
     """What a token's term needs beside log-probs; see `Prepared`."""
-    device, n_completions = inputs.cu_seqlens.device, inputs.cu_seqlens.shape[0] - 1
+    n_completions = inputs.cu_seqlens.shape[0] - 1
     advantages = inputs.advantages
     if advantages is None:
         assert inputs.rewards is not None
         advantages = group_advantages(inputs.rewards).advantages
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
     grid, totals = (max(n_completions, 1),), None
-    others = (inputs.weights, inputs.normalizer, inputs.count)
-    read = _pointers(LossInputs(inputs.cu_seqlens, advantages, None, None, None, None, *others))
-    if inputs.weights is not None and loss.aggregation in ("token-mean", "seq-mean-token-mean"):
-        totals = empty(*grid, dtype=torch.float64)
-        weight_kernel[grid](read, totals, n_completions, n_tokens, num_warps=_WARPS)
-    out = Prepared(empty(n_tokens), empty(n_tokens), empty(dtype=torch.bool))
+    cu_seqlens, weights = _readable(inputs.cu_seqlens), _readable(inputs.weights)
+    scale = torch.empty(n_tokens, dtype=dtype, device=inputs.cu_seqlens.device)
+    if weights is not None and loss.aggregation in ("token-mean", "seq-mean-token-mean"):
+        totals = scale.new_empty(grid, dtype=torch.float64)
+        weight_kernel[grid](cu_seqlens, weights, totals, n_completions, n_tokens, num_warps=_WARPS)
+    out = Prepared(scale.new_empty(n_tokens), scale, scale.new_empty((), dtype=torch.bool))
     prepare_kernel[grid](
-        read,
+        cu_seqlens,
+        _readable(advantages),
+        weights,
         totals,
+        _readable(inputs.normalizer),
+        inputs.count,
         out,
         n_completions,
         n_tokens,
@@ -243,6 +243,18 @@ def prepare(loss: PolicyLoss, inputs: LossInputs, n_tokens: int, dtype: torch.dt
         num_warps=_WARPS,
     )
     return out
+
+
+class _Pointers(NamedTuple):
+    """To what is known of each token, or None."""
+
+    scale: Any
+    advantages: Any
+    logprobs: Any
+    entropy: Any
+    old: Any
+    ref: Any
+    rollout: Any
 
 
 class _Token(NamedTuple):
@@ -266,30 +278,29 @@ def _optional(pointer, token, counts, otherwise):
 
 
 @triton.jit
-def _token(prepared, inputs, logprobs, entropy, token, inside):
-    scale = tl.load(prepared.scale + token, mask=inside, other=0.0)
+def _token(given, token, inside):
+    scale = tl.load(given.scale + token, mask=inside, other=0.0)
     counts = scale != 0
-    advantage = tl.load(prepared.advantages + token, mask=counts, other=0.0)
-    logprob = tl.load(logprobs + token, mask=counts, other=0.0).to(tl.float32)
-    old = _optional(inputs.old, token, counts, logprob)
+    advantage = tl.load(given.advantages + token, mask=counts, other=0.0)
+    logprob = tl.load(given.logprobs + token, mask=counts, other=0.0).to(tl.float32)
+    old = _optional(given.old, token, counts, logprob)
     return _Token(
         counts,
         scale,
         advantage,
         logprob,
-        _optional(entropy, token, counts, scale * 0.0),
+        _optional(given.entropy, token, counts, scale * 0.0),
         old,
-        _optional(inputs.ref, token, counts, logprob),
-        old - _optional(inputs.rollout, token, counts, old),
+        _optional(given.ref, token, counts, logprob),
+        old - _optional(given.rollout, token, counts, old),
     )
 
 
 @_kernel
 def loss_kernel(
-    prepared,
-    inputs,
-    logprobs,
-    entropy,
+    given,
+    cu_seqlens,
+    valid,
     out,
     sums_out,
     n_completions,
@@ -319,16 +330,14 @@ def loss_kernel(
     mean_advantage = 0.0
     correction = zeros + 1.0
     if COUPLED:
-        start, stop = _bounds(
-            inputs.cu_seqlens, tl.load(prepared.valid) != 0, n_completions, n_tokens
-        )
+        start, stop = _bounds(cu_seqlens, tl.load(valid) != 0, n_completions, n_tokens)
         counted = tl.zeros([TOKENS], dtype=tl.float64)
         ratios = tl.zeros([TOKENS], dtype=tl.float64)
         gains = tl.zeros([TOKENS], dtype=tl.float64)
         gaps = tl.zeros([TOKENS], dtype=tl.float64)
         for first in range(start, stop, TOKENS):
             token = first + lanes
-            here = _token(prepared, inputs, logprobs, entropy, token, token < stop)
+            here = _token(given, token, token < stop)
             log_ratio = here.logprob - here.old
             if AXES.surrogate == "vespo":
                 log_ratio = bounded(log_ratio)
@@ -363,7 +372,7 @@ def loss_kernel(
     )
     for first in range(start, stop, TOKENS):
         token = first + lanes
-        here = _token(prepared, inputs, logprobs, entropy, token, token < stop)
+        here = _token(given, token, token < stop)
         log_ratio = here.logprob - here.old
         advantage = here.advantage
         sequence = zeros + 1.0
@@ -428,7 +437,7 @@ def loss_kernel(
         tl.debug_barrier()
         for first in range(start, stop, TOKENS):
             token = first + lanes
-            here = _token(prepared, inputs, logprobs, entropy, token, token < stop)
+            here = _token(given, token, token < stop)
             mine = share
             if AXES.surrogate == "gmpo":
                 _, low, high = pessimistic(numbers, here.logprob - here.old, here.advantage)
@@ -488,24 +497,22 @@ def evaluate(
 ) -> Evaluated:
     """The loss of all tokens, its metrics, and its derivatives by log-probs and entropies."""
     axes, numbers = coefficient_arguments(loss, inputs.ref is not None)
-    device, n_tokens = logprobs.device, logprobs.shape[0]
+    n_tokens = logprobs.shape[0]
     by_sequence = axes.correction.startswith("sequence")
     coupled = axes.ratio != "token" or axes.surrogate in ("vespo", "gmpo") or by_sequence
     n_completions = inputs.cu_seqlens.shape[0] - 1
     n_programs = max(n_completions, 1) if coupled else triton.cdiv(n_tokens, _TOKENS)
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-
-    out = Coefficients(empty(n_tokens), empty(n_tokens) if axes.has_entropy else None)
-    sums, metrics, value = empty(n_programs, _ROW), empty(len(METRICS)), empty()
-    given = (inputs.old, inputs.ref, inputs.rollout)
+    value = torch.empty((), dtype=torch.float32, device=logprobs.device)
+    metrics, sums = value.new_empty(len(METRICS)), value.new_empty(n_programs, _ROW)
+    by_entropy = value.new_empty(n_tokens) if axes.has_entropy else None
+    out = Coefficients(value.new_empty(n_tokens), by_entropy)
+    given = (prepared.scale, prepared.advantages, logprobs, entropy)
+    near = (inputs.old, inputs.ref, inputs.rollout)
     if n_programs:
         loss_kernel[(n_programs,)](
-            Prepared(*map(_readable, prepared)),
-            _pointers(LossInputs(inputs.cu_seqlens, None, None, *given)),
-            _readable(logprobs),
-            _readable(entropy),
+            _Pointers(*map(_readable, (*given, *near))),
+            _readable(inputs.cu_seqlens),
+            prepared.valid,
             out,
             sums,
             n_completions,

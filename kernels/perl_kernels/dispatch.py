@@ -85,17 +85,18 @@ def interpreted() -> bool:
 def values_visible(tensor: Tensor) -> bool:
     """Whether the values of `tensor` may be looked at for a check: not while something traces, nor
     of a tensor without values (fake, meta)."""
-    if tensor.device.type != "cpu" and os.environ.get("PERL_CHECKS") != "1":
+    kind = tensor.device.type
+    if kind != "cpu" and (kind == "meta" or os.environ.get("PERL_CHECKS") != "1"):
         return False
-    return not (tensor.device.type == "meta" or tracing())
+    return not tracing()
 
 
 def tracing() -> bool:
     """Whether `torch.compile`, `make_fx` or a `FakeTensorMode` runs this code."""
     if torch.compiler.is_compiling():
         return True
-    keys = torch._C._TorchDispatchModeKey
-    return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY))
+    mode, keys = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
+    return mode(keys.FAKE) is not None or mode(keys.PROXY) is not None
 
 
 # Looked at here, as torch.compile traces what the functions below do.

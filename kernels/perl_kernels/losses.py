@@ -82,10 +82,10 @@ def policy_loss(
     chosen = select_backend(backend, logprobs)
     value, metrics, *_ = operators.policy_loss(logprobs, entropy, *arguments, chosen)
     dtype = compute_dtype(logprobs)
-    seen = logprobs.detach().to(dtype, copy=True)
+    seen = logprobs.detach().clone().to(dtype)
     if entropy is None:
         return _output(value, metrics, seen, torch.full_like(seen, torch.nan))
-    return _output(value, metrics, seen, entropy.detach().to(dtype, copy=True))
+    return _output(value, metrics, seen, entropy.detach().clone().to(dtype))
 
 
 def token_logprobs(
@@ -394,11 +394,11 @@ def _inputs(
     on_device = isinstance(normalizer, Tensor)
     return LossInputs(
         bounds,
-        advantages.detach() if isinstance(advantages, Tensor) else None,
+        advantages if grouped is None else None,  # type: ignore[arg-type]
         grouped,
-        *(None if tensor is None else tensor.detach() for tensor in optional.values()),
-        weights=None if weights is None else weights.detach(),
-        normalizer=normalizer.detach() if on_device else None,  # type: ignore[union-attr]
+        *optional.values(),
+        weights=weights,
+        normalizer=normalizer if on_device else None,
         count=None if on_device or normalizer is None else float(normalizer),
     )
 

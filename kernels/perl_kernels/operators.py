@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,6 +50,9 @@ _STATS = "Tensor logprobs, Tensor entropy, Tensor shift, Tensor log_sum"
 
 # Not torch.library.custom_op, which imports torch._dynamo at the first call: a second, 150 MB.
 _library = torch.library.Library("perl_kernels", "FRAGMENT")
+# Of the dispatcher: what it does after autograd, and what is the last thing that it does.
+_BELOW = torch._C._after_ADInplaceOrView_keyset
+_DEVICES = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 ONCE = (
     "functions of perl_kernels can be differentiated once only (create_graph=True was given); "
@@ -62,9 +66,9 @@ def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
     def register(function: Callable[..., Any]) -> Any:
         # Another import of this module finds its operators there; they do the same.
         if not hasattr(torch.ops.perl_kernels, name):
-            IMPLEMENTATIONS[name] = function
+            IMPLEMENTATIONS[name] = _on_its_device(function)
             _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-            _library.impl(name, _on_its_device(function), "CompositeExplicitAutograd")
+            _library.impl(name, IMPLEMENTATIONS[name], "CompositeExplicitAutograd")
         return getattr(torch.ops.perl_kernels, name).default
 
     return register
@@ -91,31 +95,33 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], None]:
 
 
 def _differentiable(
-    name: str, save: Callable[..., None], backward: Callable[..., Sequence[Tensor | None]]
+    name: str, count: int, save: Callable[..., None], backward: Callable[..., Sequence[Any]]
 ) -> None:
     """Give an operator its gradients: `save(ctx, arguments, outputs)`, then `backward(ctx, *grads)`
-    for the first arguments. Not `torch.library.register_autograd`, which takes 0.1 ms a call."""
+    for the first `count` arguments. `torch.library.register_autograd` would take 0.1 ms a call."""
     if name not in IMPLEMENTATIONS:
         return
     operator = getattr(torch.ops.perl_kernels, name).default
 
     def below(keyset: Any, arguments: tuple[Any, ...]) -> _Tensors:
+        keyset = keyset & _BELOW
         with torch._C._AutoDispatchBelowAutograd():
-            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+            if keyset.highestPriorityTypeId() in _DEVICES:
+                # What the dispatcher would call, which takes longer to find it.
+                return IMPLEMENTATIONS[name](*arguments)
+            return operator.redispatch(keyset, *arguments)
 
-    def forward(ctx: Any, keyset: Any, *arguments: Any) -> _Tensors:
+    def forward(ctx: Any, keyset: Any, arguments: tuple[Any, ...], *_: Tensor | None) -> _Tensors:
         outputs = below(keyset, arguments)
         ctx.set_materialize_grads(False)
-        ctx.n_arguments = len(arguments)
-        ctx.needs = ctx.needs_input_grad[1:]
+        ctx.needs = ctx.needs_input_grad[2:]
         save(ctx, arguments, outputs)
         return outputs
 
     def checked(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(ONCE)
-        found = backward(ctx, *grads)
-        return None, *found, *[None] * (ctx.n_arguments - len(found))
+        return None, None, *backward(ctx, *grads)
 
     functions = {"forward": staticmethod(forward), "backward": staticmethod(checked)}
     # The name is the one of the loss's grad_fn.
@@ -124,8 +130,9 @@ def _differentiable(
     def kernel(keyset: Any, *arguments: Any) -> _Tensors:
         if forward_ad._current_level >= 0:
             _refuse_tangents(arguments)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-            return function.apply(keyset, *arguments)  # type: ignore[attr-defined]
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments[:count]):
+            # Autograd looks at each argument, and needs those of the gradients only.
+            return function.apply(keyset, arguments, *arguments[:count])  # type: ignore[attr-defined]
         return below(keyset, arguments)
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)
@@ -168,6 +175,9 @@ def scale_(x: Tensor, by: Tensor, backend: str) -> None:
 
 def as_numbers(*values: float) -> Tensor:
     """[n] fp64 on the CPU."""
+    if values and not tracing():
+        # Takes a third of the time of torch.tensor.
+        return torch.frombuffer(array("d", values), dtype=torch.float64)
     if torch.compiler.is_compiling():
         # A sum is what a number that changes between calls can go into without a new compilation.
         zero = torch.zeros((), dtype=torch.float64, device="cpu")
@@ -272,17 +282,6 @@ def _loss(like: Tensor, arguments: tuple[Any, ...]) -> tuple[PolicyLoss, LossInp
     return loss, LossInputs(cu_seqlens, advantages, group, *others), numbers
 
 
-def _lengths(cu_seqlens: Tensor, n_tokens: int) -> list[int] | None:
-    """Tokens of each completion, if the host can tell them without waiting."""
-    if cu_seqlens.device.type != "cpu":
-        return None
-    lengths = cu_seqlens.diff().tolist()
-    # torch.compile has not let the values be checked.
-    if cu_seqlens[0] != 0 or min(lengths, default=0) < 0 or sum(lengths) != n_tokens:
-        return None
-    return lengths
-
-
 def _like(tensor: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     return tensor.new_empty(shape, dtype=dtype or compute_dtype(tensor))
 
@@ -356,7 +355,7 @@ def _logits_backward(ctx: Any, *grads: Tensor | None) -> Sequence[Tensor | None]
     return [token_logprobs_backward(by_logprob, grads[1], *tensors, ctx.backend, *stats)]
 
 
-_differentiable("token_logprobs", _save_logits, _logits_backward)
+_differentiable("token_logprobs", 1, _save_logits, _logits_backward)
 
 
 # ---- log-probs of hidden states and head
@@ -441,7 +440,7 @@ def _head_backward(ctx: Any, *grads: Tensor | None) -> Sequence[Tensor | None]:
     return [grad if needed else None for grad, needed in zip(found, needs, strict=True)]
 
 
-_differentiable("linear_token_logprobs", _save_head, _head_backward)
+_differentiable("linear_token_logprobs", 3, _save_head, _head_backward)
 
 
 def _dense(head: Head, rounded: bool) -> _Tensors:
@@ -515,7 +514,7 @@ def _policy_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Sequence[Te
     ]
 
 
-_differentiable("policy_loss", _save_policy, _policy_backward)
+_differentiable("policy_loss", 2, _save_policy, _policy_backward)
 
 
 @_operator(
@@ -529,8 +528,9 @@ def grpo_loss_(
     """The loss of logits, whose gradient takes their place; in fp16 times `unit []`, else empty."""
     loss, inputs, numbers = _loss(logits, arguments[:-1])
     tiles = Logits(logits, _scoring(targets, temperatures, numbers, None), logits)
-    lengths = _lengths(arguments[0], logits.shape[0])
-    found, stats = loss_pass(engine(arguments[-1]), tiles, loss, inputs, lengths, gradient=True)
+    found, stats = loss_pass(
+        engine(arguments[-1]), tiles, loss, inputs, arguments[0], gradient=True
+    )
     unit = found.value.new_empty(0) if tiles.unit is None else tiles.unit
     return found.value, found.metrics, stats.logprobs, stats.entropy, unit
 
@@ -565,7 +565,7 @@ def linear_grpo_loss(
             head,
             loss,
             inputs,
-            _lengths(arguments[0], hidden.shape[0]),
+            arguments[0],
             gradient=any(needs),
             skip_idle=skip_idle,
         )
@@ -603,7 +603,7 @@ def _linear_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Sequence[Te
     ]
 
 
-_differentiable("linear_grpo_loss", _save_linear, _linear_backward)
+_differentiable("linear_grpo_loss", 3, _save_linear, _linear_backward)
 
 
 # ---- advantages

@@ -8,6 +8,7 @@ that is still one making of the logits; only what is longer is made twice.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor
@@ -47,7 +48,7 @@ def loss_pass(
     tiles: Head | Logits,
     loss: PolicyLoss,
     inputs: LossInputs,
-    lengths: Sequence[int] | None,
+    bounds: Tensor,
     *,
     gradient: bool,
     skip_idle: bool = False,
@@ -55,7 +56,7 @@ def loss_pass(
     """The loss, and with `gradient` the gradients of what the tiles are made of.
 
     Args:
-        lengths: tokens of each completion, if they are known on the host.
+        bounds: `cu_seqlens` as the caller gave it, on the host or not.
         skip_idle: leave rows whose coefficient is 0 out of the products of the gradient. How many
             there are must be known on the host, which waits for the device once per block.
     """
@@ -67,6 +68,7 @@ def loss_pass(
         row = folded(form.fold, loss, prepared, inputs)
         stats = _one_pass(engine, tiles, form, row, inputs, skip_idle)
     else:
+        lengths = _lengths(bounds, tiles.n_tokens)
         stats = _two_passes(engine, tiles, loss, prepared, inputs, lengths, skip_idle)
     found = engine.completions.evaluate(loss, prepared, inputs, stats.logprobs, stats.entropy)
     return found, stats
@@ -132,6 +134,18 @@ def _two_passes(
             mine = coefficients.rows(local)
             _gradient(engine, tiles, part, tile, found.rows(local), mine, skip_idle)
     return RowStats.joined(stats)
+
+
+def _lengths(cu_seqlens: Tensor, n_tokens: int) -> list[int] | None:
+    """Tokens of each completion, if the host can tell them without waiting."""
+    if cu_seqlens.device.type != "cpu":
+        return None
+    bounds = cu_seqlens.tolist()
+    lengths = [after - before for before, after in pairwise(bounds)]
+    # torch.compile has not let the values be checked.
+    if bounds[0] != 0 or min(lengths, default=0) < 0 or bounds[-1] != n_tokens:
+        return None
+    return lengths
 
 
 def _spans(tiles: Head | Logits, lengths: Sequence[int] | None, count: int) -> Iterator[_Span]:
