@@ -692,22 +692,19 @@ def group_advantages(rewards: Rewards) -> GroupAdvantages:
     table = rewards.rewards
     n_rollouts, n_groups = table.shape[0], rewards.sizes.shape[0]
 
-    def empty(count: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(count, dtype=dtype, device=table.device)
-
-    dtype = compute_dtype(table)
+    advantages = torch.empty(n_rollouts, dtype=compute_dtype(table), device=table.device)
     out = GroupAdvantages(
-        empty(n_rollouts, dtype),
-        empty(n_groups, dtype),
-        empty(n_groups, dtype),
-        empty(n_groups, torch.bool),
+        advantages,
+        advantages.new_empty(n_groups),
+        advantages.new_empty(n_groups),
+        advantages.new_empty(n_groups, dtype=torch.bool),
     )
     separately = rewards.combine == "normalize_then_sum"
     group_kernel[(1,)](
         _readable(table),
         _readable(rewards.weights),
         _readable(rewards.sizes),
-        empty(n_rollouts, torch.float64) if separately else None,
+        advantages.new_empty(n_rollouts, dtype=torch.float64) if separately else None,
         out,
         table.shape[1] if table.ndim == 2 else 1,
         n_rollouts,

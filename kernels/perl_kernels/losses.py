@@ -398,7 +398,7 @@ def _inputs(
         grouped,
         *optional.values(),
         weights=weights,
-        normalizer=normalizer if on_device else None,
+        normalizer=normalizer.detach() if on_device else None,  # type: ignore[union-attr]
         count=None if on_device or normalizer is None else float(normalizer),
     )
 

@@ -128,6 +128,7 @@ def test_several_rewards_normalised_first() -> None:
         ({"rewards": torch.ones(())}, ValueError, ([], "[B]", "[B, R]")),
         ({"rewards": torch.ones(4, dtype=torch.complex64)}, ValueError, ("[B]",)),
         ({"reward_weights": [1.0, 2.0]}, ValueError, ([2], [1])),
+        ({"reward_weights": []}, ValueError, ([0], [1])),
     ],
 )
 def test_refused(arguments: dict[str, Any], error: type[Exception], names: tuple[Any, ...]) -> None:
