@@ -92,10 +92,9 @@ class _Sums(NamedTuple):
 
 
 class _Mass(NamedTuple):
-    """Probabilities are 2^a / total with a = (y - origin) * rate + rest."""
+    """Probabilities are 2^a / total with a = (y - origin) * rate."""
 
     origin: Any
-    rest: Any
     total: Any
     log_total: Any
 
@@ -255,20 +254,18 @@ def _statistics(scores, row, TILING: tl.constexpr):
     shift = tl.where(total == 0, float("-inf"), tl.div_rn(shift, row.temperature))
     entropy = tl.where(tl.abs(shift) < float("inf"), entropy, float("nan"))
     logprob = tl.where(row.known & (tl.abs(entropy) < float("inf")), logprob, float("nan"))
-    origin, rest = _origin(scores, row, shift)
-    log_sum = log_total + ((highest - origin) * row.rate + rest) * _LN2
-    return RowStats(logprob, entropy, shift, log_sum), _Mass(highest, 0.0, total, log_total)
+    # A gradient starts there, so that what its rounding loses cancels.
+    log_sum = log_total + (highest - _origin(scores, row, shift)) * row.rate * _LN2
+    return RowStats(logprob, entropy, shift, log_sum), _Mass(highest, total, log_total)
 
 
 @triton.jit
 def _origin(scores, row, shift):
-    """The y of which the score is `shift`, and what it is wrong by in units of log 2."""
-    scaled = shift * row.temperature
+    """The y of which the score is `shift`."""
+    origin = shift * row.temperature
     if scores.softcap is not None:
-        origin = 0.5 * (scaled / scores.softcap - 1.0)
-        return origin, (origin + 0.5) * row.rate - shift * _LOG2E
-    else:
-        return scaled, -tl.fma(shift, row.temperature, -scaled) * row.rate
+        origin = 0.5 * (origin / scores.softcap - 1.0)
+    return origin
 
 
 @triton.jit
@@ -286,7 +283,7 @@ def _slope(scores, row, mass, entropy, by_logprob, by_entropy, ENTROPY: tl.const
 
 @triton.jit
 def _gradient(scores, row, mass, slope, y, extra, ENTROPY: tl.constexpr):
-    a = (y - mass.origin) * row.rate + mass.rest
+    a = (y - mass.origin) * row.rate
     factor = slope.constant
     if ENTROPY:
         a = tl.maximum(a, _NEVER, propagate_nan=tl.PropagateNan.ALL)
@@ -386,8 +383,8 @@ def row_gradient_kernel(
         idle = idle & (by_entropy == 0)
     ENTROPY: tl.constexpr = coefficients[1] is not None
     log_sum = tl.load(stats[2] + index)
-    origin, rest = _origin(scores, row, tl.load(stats[1] + index))
-    mass = _Mass(origin, rest, _exact(log_sum, False), log_sum)
+    origin = _origin(scores, row, tl.load(stats[1] + index))
+    mass = _Mass(origin, _exact(log_sum, False), log_sum)
     entropy = tl.load(stats[0] + index)
     slope = _slope(scores, row, mass, entropy, by_logprob, by_entropy, ENTROPY)
     out += index * out_stride
@@ -446,26 +443,21 @@ def scale_kernel(values, factor, n_values, BLOCK: tl.constexpr):
 @triton.jit
 def _coefficients(logprob, index, token, numbers, AXES: tl.constexpr):
     scale = tl.load(token[1] + index)
-    counts = scale != 0
-    logprob = tl.where(counts, logprob, 0.0)
     old = logprob
     if token[2] is not None:
-        old = tl.load(token[2] + index, mask=counts, other=0.0).to(tl.float32)
+        old = tl.load(token[2] + index).to(tl.float32)
     ref = logprob
     if token[3] is not None:
-        ref = tl.load(token[3] + index, mask=counts, other=0.0).to(tl.float32)
+        ref = tl.load(token[3] + index).to(tl.float32)
     correction = 1.0
     if AXES.correction != "":
-        rollout = tl.load(token[4] + index, mask=counts, other=0.0).to(tl.float32)
+        rollout = tl.load(token[4] + index).to(tl.float32)
         correction = correction_weight(AXES, numbers, old - rollout)
-    advantage = tl.load(token[0] + index, mask=counts, other=0.0)
-    term = token_term(
-        AXES,
-        numbers,
-        Token(logprob - old, logprob, old, ref, advantage, correction, 1.0),
-    )
+    token = Token(logprob - old, logprob, old, ref, tl.load(token[0] + index), correction, 1.0)
+    term = token_term(AXES, numbers, token)
     by_logprob = scale * (term.by_ratio + term.kl_by_ratio + term.by_logprob)
-    return tl.where(counts, by_logprob, 0.0), tl.where(counts, -numbers.entropy_coef * scale, 0.0)
+    # A token that does not count may have NaN.
+    return tl.where(scale == 0, 0.0, by_logprob), -numbers.entropy_coef * scale
 
 
 def row_stats(tile: Tensor, scoring: Scoring) -> RowStats:

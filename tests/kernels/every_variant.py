@@ -2,15 +2,16 @@
 of loss and of input, and counts what other numbers compile anew.
 
 Run as a script, without TRITON_INTERPRET: what the interpreter accepts, the compiler may not. Prints
-JSON: how many variants of each kernel there are, which calls fail, and which kernels calls with other
-numbers compile again.
+JSON: how many variants of each kernel there are, how many barriers these have, which calls fail, and
+which kernels calls with other numbers compile again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -31,6 +32,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 DROPS_NAN: list[str] = []
+BARRIERS: dict[str, set[int]] = defaultdict(set)
 
 
 def intermediate(source: Any, target: Any, options: Any = None, **_: Any) -> object:
@@ -43,6 +45,7 @@ def intermediate(source: Any, target: Any, options: Any = None, **_: Any) -> obj
     backend.load_dialects(context)
     code = backend.get_codegen_implementation(parsed)
     made = source.make_ir(target, parsed, code, backend.get_module_map(), context)
+    BARRIERS[source.name].add(len(re.findall(r"^\s+\S*barrier", str(made), re.MULTILINE)))
     if source.name in ("row_stats_kernel", "row_loss_kernel") and "maximumf" not in str(made):
         DROPS_NAN.append(source.name)
     return SimpleNamespace()
@@ -231,7 +234,9 @@ def main() -> None:
                     failed[name] = repr(error)
             variants.update(launch.kernel for launch in launches if launch.new)
         again = with_other_numbers()
-    found = {"variants": variants, "failed": failed, "again": again, "drops NaN": DROPS_NAN}
+    barriers = {name: sorted(counts) for name, counts in BARRIERS.items() if max(counts)}
+    found = {"variants": variants, "barriers": barriers, "failed": failed, "again": again}
+    found["drops NaN"] = DROPS_NAN
     print(json.dumps(found, indent=1))
 
 

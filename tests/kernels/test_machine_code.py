@@ -96,6 +96,13 @@ def test_every_kind_of_call_compiles_once() -> None:
     assert not {name: kernels for name, kernels in found["again"].items() if kernels}
     assert len(found["again"]) >= 10 and min(found["variants"].values()) >= 1
     assert found["variants"].keys() >= ROW_KERNELS.keys()
+    # Before threads read or write what others have written; the interpreter needs none.
+    assert found["barriers"] == {
+        "row_gradient_kernel": [2],
+        "row_loss_kernel": [0, 2],
+        "loss_kernel": [0, 1],
+        "group_kernel": [0, 1],
+    }
 
 
 SASS = """
