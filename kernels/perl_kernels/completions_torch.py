@@ -6,7 +6,6 @@ completion or a group are in fp64: in fp32, one after the other, they lose digit
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -86,7 +85,6 @@ def prepare(loss: PolicyLoss, inputs: LossInputs, n_tokens: int, dtype: torch.dt
     elif inputs.count is not None:
         denominator = inputs.count
         valid = valid & (0 < denominator < torch.inf)
-        valid = valid & (0 < denominator < math.inf)
     elif loss.aggregation == "token-mean":
         denominator = totals.sum()
     elif loss.aggregation == "seq-mean-token-mean":
