@@ -151,8 +151,7 @@ def handed_over(found: Tensor, by: Tensor, dtype: torch.dtype, backend: str) -> 
     """found * by in `dtype`; in `found` itself unless another backward may ask for it."""
     kept = torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
     traced = tracing() or type(found) is not Tensor or found.is_meta
-    several = torch._C._functorch.is_batchedtensor(by)  # is_grads_batched=True
-    if kept or traced or several or found.dtype != dtype:
+    if kept or traced or found.dtype != dtype:
         # Of the shape of `found`, as a 0-dim factor would be rounded to its dtype first.
         return torch.mul(found, by.expand(found.shape)).to(dtype)
     scale_(found, by, backend)

@@ -149,15 +149,6 @@ def test_differentiating_twice_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_several_upstream_gradients_at_once(name: str) -> None:
-    call, factors = Call("torch"), torch.tensor([1.0, -2.0], device=DEVICE)
-    given: Any = {"grad_outputs": factors, "is_grads_batched": True}
-    (found,) = torch.autograd.grad(call.run(name, LOSSES["perl"]), call.hidden, **given)
-    (one,) = torch.autograd.grad(call.run(name, LOSSES["perl"]), call.hidden)
-    torch.testing.assert_close(found, factors[:, None, None] * one)
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_forward_derivatives_are_refused(name: str) -> None:
     """They would be 0."""
     call = Call("torch")
