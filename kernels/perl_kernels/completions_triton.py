@@ -2,7 +2,7 @@
 instead of more than a hundred operations.
 
 `group_advantages` is one launch of one program. `prepare` is one launch with a program for each
-completion, after one for their sums of weights if there are weights. `evaluate` is one launch with a
+completion, after one for their sums of weights if an aggregation needs them. `evaluate` is one launch with a
 program for each completion, or for each block of tokens where tokens do not depend on each other,
 and one that adds up what the programs found: nothing is added in an order that may change.
 """
@@ -284,15 +284,18 @@ def _token(given, token, inside):
     advantage = tl.load(given.advantages + token, mask=counts, other=0.0)
     logprob = tl.load(given.logprobs + token, mask=counts, other=0.0).to(tl.float32)
     old = _optional(given.old, token, counts, logprob)
+    gap = 0.0
+    if given.rollout is not None:
+        gap = old - _optional(given.rollout, token, counts, 0.0)
     return _Token(
         counts,
         scale,
         advantage,
         logprob,
-        _optional(given.entropy, token, counts, scale * 0.0),
+        _optional(given.entropy, token, counts, 0.0),
         old,
         _optional(given.ref, token, counts, logprob),
-        old - _optional(given.rollout, token, counts, old),
+        gap,
     )
 
 

@@ -109,7 +109,8 @@ def _triton_missing() -> str | None:
         return "triton is not installed (pip install triton)"
     if interpreted():
         return None
-    if not torch.cuda.is_available():
+    # PyTorch calls a GPU of AMD a CUDA device too.
+    if not torch.cuda.is_available() or torch.version.hip is not None:
         return "there is no CUDA device, and TRITON_INTERPRET is not 1"
     return None
 

@@ -83,6 +83,11 @@ def test_a_normalizer_that_cannot_be_used(backend: str) -> None:
             prepared, found = run(backend, LOSSES["token"], inputs(**given))
             assert not prepared.valid and prepared.scale.isnan().all()
             assert found.value.isnan() and found.metrics[11] == N
+            bare = inputs(**given)._replace(
+                rollout=None, old=torch.full((N,), float("inf"), device=DEVICE)
+            )
+            found = completions(backend).evaluate(LOSSES["token"], prepared, bare, tokens(4), None)
+            assert found.metrics[1] == found.metrics[8] == 0  # Without entropy, without rollout.
 
 
 @ENGINES

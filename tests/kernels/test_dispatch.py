@@ -23,13 +23,19 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(dispatch, "_TRITON_INSTALLED", True)
-    monkeypatch.setattr(dispatch, "_NATIVE", (False, "none was built"))
     monkeypatch.setattr(dispatch, "_NATIVE", (False, "not built"))
     return monkeypatch
 
 
 def tensor(device: torch.device, dtype: torch.dtype = SINGLE) -> Any:
     return SimpleNamespace(device=device, dtype=dtype)
+
+
+def test_a_gpu_of_amd(machine: pytest.MonkeyPatch) -> None:
+    machine.setattr(torch.version, "hip", "6.4")
+    assert dispatch.select_backend("auto", tensor(CUDA)) == "torch"
+    with refused("'triton'", "CUDA", error=ValueError):
+        dispatch.select_backend("triton", tensor(CUDA))
 
 
 @pytest.mark.parametrize(

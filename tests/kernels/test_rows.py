@@ -260,6 +260,21 @@ OBJECTIVE = PolicyLoss(
 )
 
 
+def test_columns_apart(rows: Any) -> None:
+    x = torch.randn(40, 3, device=DEVICE).t()
+    how, by = scoring([0, 1, 39]), tensor([1.0, -2.0, 0.5])
+    prepared = Prepared(-by, torch.ones_like(by), tensor(1).bool())
+    found = []
+    for tile in (x, x.contiguous()):
+        outs = torch.full_like(tile, NAN), torch.full_like(tile, NAN)
+        assert outs[0].stride() == tile.stride()
+        rows.row_gradient(tile, how, rows.row_stats(tile, how), Coefficients(by, None), outs[0])
+        bounds = tensor([0, 3])
+        rows.row_loss(tile, how, PolicyLoss(), prepared, LossInputs(bounds), outs[1])
+        found.append(outs)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("loss", [PolicyLoss(), OBJECTIVE, PolicyLoss(entropy_coef=0.1)])
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, None])
 def test_loss_is_statistics_coefficients_and_gradient(
