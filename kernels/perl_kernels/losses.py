@@ -232,7 +232,7 @@ def linear_token_logprobs(
         hidden: [N, H]; row t is the one that predicts `targets[t]`.
         weight: [V, H], of the dtype of `hidden` (any under autocast, whose dtype is then used).
         targets: [N] int64 or int32 in [0, V).
-        bias: [V], added in fp32; -inf leaves a column out.
+        bias: [V], added in fp32; without a softcap, -inf leaves a column out.
         temperature: above 0, a float or [N].
         softcap: above 0, or None.
         logits_dtype: what the product's fp32 sums are rounded to: the dtype of its operands if left

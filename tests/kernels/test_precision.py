@@ -214,6 +214,45 @@ def test_fp16_gradients(
         assert (got.double() - exact).abs().max() <= 3 * lost.clamp(max=8 * rounded) + 2 * rounded
 
 
+@pytest.mark.parametrize("backend", HALF)
+@pytest.mark.parametrize("temperature", [1.0, 2.0**-10])
+@pytest.mark.parametrize("advantages", [(2.0**-8, 1.0, 0.0), (1.0, 2.0**-8, 0.0), (0.0, 0.0, 1.0)])
+def test_fp16_blocks_of_different_scales(
+    advantages: tuple[float, ...], temperature: float, backend: Any
+) -> None:
+    """Tokens of two equal scores, a block each: A / 2 (1 - 1/2) / temperature is exact in fp16."""
+    given = (torch.zeros(3, dtype=torch.int64), torch.tensor(advantages))
+    given = tuple(x.to(DEVICE) for x in given)
+    half: Any = {"dtype": torch.float16, "device": DEVICE}
+    weight, bias = (torch.zeros(*n, **half, requires_grad=True) for n in ((2, 1), (2,)))
+    options: Any = {"temperature": temperature, "normalizer": 2.0, "chunk_size": 1}
+    right = sum(advantages) / 4 / temperature
+    for skip in (False, True):
+        output = linear_grpo_loss(
+            *(torch.ones(3, 1, **half), weight, *given, torch.tensor([0, 3])),
+            PolicyLoss(surrogate="reinforce"),
+            **{**options, "bias": bias, "skip_idle": skip, "backend": backend},
+        )
+        found = torch.autograd.grad(output.loss, (weight, bias))
+        assert [x.flatten().tolist() for x in found] == 2 * [[-right, right]]
+
+
+@pytest.mark.parametrize("backend", HALF)
+def test_fp16_gradient_of_the_entropy_alone(backend: Any) -> None:
+    given = of_fp16(8)
+    loss = PolicyLoss(surrogate="reinforce", entropy_coef=0.5)
+    common: Any = (given["targets"], torch.zeros(1, device=DEVICE), torch.tensor([0, 8]), loss)
+    found = []
+    for dtype, call, options in (
+        (torch.float16, linear_grpo_loss, {"backend": backend}),
+        (torch.float64, reference.linear_grpo_loss, {}),
+    ):
+        weight = given["weight"].to(dtype, copy=True).requires_grad_()
+        call(given["hidden"].to(dtype), weight, *common, **options).loss.backward()
+        found.append(weight.grad)
+    torch.testing.assert_close(found[0].double(), found[1], rtol=2e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("count", [1024, 32_768, 131_072])
 def test_sums_over_a_long_completion(count: int, backend: Any) -> None:
