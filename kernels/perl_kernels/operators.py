@@ -294,10 +294,6 @@ def _fake_value(like: Tensor) -> tuple[Tensor, Tensor]:
     return _like(like), _like(like, len(METRICS))
 
 
-def _none_if_empty(*tensors: Tensor) -> list[Tensor | None]:
-    return [tensor if tensor.numel() else None for tensor in tensors]
-
-
 # ---- log-probs of logits
 
 

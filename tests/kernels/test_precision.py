@@ -216,7 +216,10 @@ def test_fp16_gradients(
 
 @pytest.mark.parametrize("backend", HALF)
 @pytest.mark.parametrize("temperature", [1.0, 2.0**-10])
-@pytest.mark.parametrize("advantages", [(2.0**-8, 1.0, 0.0), (1.0, 2.0**-8, 0.0), (0.0, 0.0, 1.0)])
+@pytest.mark.parametrize(
+    "advantages",
+    [(2.0**-8, 1.0, 0.0), (1.0, 2.0**-8, 0.0), (0.0, 0.0, 1.0), (0.0, 0.0, 0.0)],
+)
 def test_fp16_blocks_of_different_scales(
     advantages: tuple[float, ...], temperature: float, backend: Any
 ) -> None:
