@@ -539,7 +539,8 @@ def scale_(x: Tensor, by: Tensor) -> None:
         programs = min(triton.cdiv(x.numel(), _SCALE_BLOCK), _SCALE_PROGRAMS)
         scale_kernel[(programs,)](x, by, x.numel(), _SCALE_BLOCK)
     else:
-        x.mul_(by)
+        # A 0-dim factor would be rounded to the dtype of `x` first.
+        x.mul_(by.expand(x.shape))
 
 
 def _found(count: int, tile: Tensor) -> tuple[Tensor, ...]:

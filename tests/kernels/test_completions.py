@@ -99,6 +99,16 @@ def test_an_infinite_weight_takes_no_other_token_out(backend: str) -> None:
 
 
 @ENGINES
+@pytest.mark.parametrize("weight", [-1.0, float("nan")])
+def test_a_weight_that_cannot_be_used_is_a_row(weight: float, backend: str) -> None:
+    weights = torch.ones(N, device=DEVICE)
+    weights[7] = weight
+    prepared, found = run(backend, LOSSES["token"], inputs(weights=weights, count=5.0))
+    assert prepared.advantages.isnan().nonzero().tolist() == [[7]]
+    assert found.metrics[11] == 1 and found.value.isnan()
+
+
+@ENGINES
 @pytest.mark.parametrize("kind", LOSSES)
 def test_layouts_and_dtypes(kind: str, backend: str) -> None:
     """Strided, starting anywhere, and of another dtype with the same values: the same to the bit."""
