@@ -232,10 +232,13 @@ def test_broken_values_that_may_not_be_looked_at(monkeypatch: pytest.MonkeyPatch
     )
     assert masked.loss.isfinite() and masked.metrics["invalid_rows"] == 0
     second = torch.tensor([1.0, -1.0, 1.0, 1.0, 1.0, 1.0])
+    gspo, old = PolicyLoss.preset("gspo"), -torch.ones(N)
+    by_completion = {"loss": gspo, "old_logprobs": old, "chunk_size": 3}
     for changes, rows in (
         *(
-            ({"cu_seqlens": broken}, N)
+            ({"cu_seqlens": broken, **loss}, N)
             for broken in (bounds(0, 2, 5), bounds(0, 2, 9), bounds(1, 2, 6), bounds(0, 8, 6))
+            for loss in ({}, by_completion)
         ),
         *(({"normalizer": torch.tensor(value)}, N) for value in (-4.0, 0.0, NAN, math.inf)),
         ({"normalizer": torch.tensor(-4)}, N),
