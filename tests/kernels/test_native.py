@@ -157,10 +157,16 @@ def test_gradient_of_scores_without_fractions(temperature: float) -> None:
     how = Scoring(torch.full((300,), 7), None, temperature, None)
     out = torch.empty_like(x)
     by = Coefficients(torch.full((300,), temperature), None)
-    rows_native.row_gradient(x, how, rows_native.row_stats(x, how), by, out)
+    stats = rows_native.row_stats(x, how)
+    rows_native.row_gradient(x, how, stats, by, out)
     right = torch.zeros_like(x)
     right[:, 7], right[:, 9] = 0.5, -0.5
     torch.testing.assert_close(out, right, rtol=1e-6, atol=0)
+    # Columns of another rank than the largest score's have a probability of 0.
+    rows_native.row_gradient(
+        x[:, 10:], how._replace(targets=how.targets - 10), stats, by, out[:, 10:]
+    )
+    assert (out[:, 10:] == 0).all()
 
 
 def test_columns_that_are_not_adjacent() -> None:
