@@ -7,7 +7,7 @@ endif
 # set-up that was interrupted has none and starts afresh; changed pins are installed over what is there. The names of the
 # modules count too: an editable install keeps a list of them, and a file that has moved would not be found.
 VENV := $(shell "$(PYTHON)" -c 'import os, sys, zlib; print(f"{sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]}-{zlib.crc32((sys.base_prefix + os.getcwd()).encode()):08x}")' 2>/dev/null)
-PINS := $(shell { cat pyproject.toml constraints.txt CMakeLists.txt; find perl kernels -name '*.py' | sort; } | cksum | cut -d' ' -f1)
+PINS := $(shell { cat pyproject.toml constraints.txt CMakeLists.txt kernels/csrc/* kernels/perl_kernels/coefficient.py; find perl kernels -name '*.py' | sort; } | cksum | cut -d' ' -f1)
 STAMP := .venv/stamp-$(VENV)-$(PINS)
 PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
@@ -20,7 +20,7 @@ test: export OMP_NUM_THREADS ?= 1
 export GOMP_SPINCOUNT ?= 1000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test mutants lint format bench bench-wheels bench-compare clean
+.PHONY: help setup demo test sanitize mutants lint format bench bench-wheels bench-compare gpu-first clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,13 @@ demo: $(STAMP) ## train a tiny model on bundled questions over several images; w
 
 test: $(STAMP) ## run the tests; ARGS="-k pack" selects some
 	.venv/bin/python -m pytest --numprocesses $(THREADS) --dist worksteal $(ARGS)
+
+sanitize: $(STAMP) ## run the tests of the native rows under AddressSanitizer and UndefinedBehaviorSanitizer; needs cmake
+	cmake -S . -B build/sanitize -DPERL_SANITIZE=ON -DPERL_REQUIRE_NATIVE=ON -DPython_EXECUTABLE="$(CURDIR)/.venv/bin/python"
+	cmake --build build/sanitize
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PERL_NATIVE_LIBRARY="$(CURDIR)/build/sanitize/_C.so" .venv/bin/python -m pytest -k "native and not triton" \
+	  tests/kernels/test_native.py tests/kernels/test_rows.py $(ARGS)
 
 mutants: $(STAMP) ## whether the tests notice small wrong edits of the core, an hour; ARGS="--only rollout" is one package
 	@.venv/bin/python -c 'import cosmic_ray' 2>/dev/null || { echo "Installing cosmic-ray"; $(PIP) --editable '.[mutants]'; }
@@ -63,6 +70,9 @@ bench-compare: $(STAMP) ## tell whether anything is slower than at BASE=<revisio
 	@[ -n "$(BASE)" ] || { echo "error: which revision? try: make bench-compare BASE=HEAD" >&2; exit 2; }
 	.venv/bin/python -m benchmarks.compare "$(BASE)" $(ARGS)
 
+gpu-first: $(STAMP) ## the first run on a GPU, in parts of at most ten minutes; ARGS=sanitizer is the last of them
+	.venv/bin/python benchmarks/gpu_first.py $(ARGS)
+
 clean: ## remove .venv, builds and caches; runs/ stays
 	rm -rf .venv build dist .benchmarks .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
@@ -77,7 +87,8 @@ clean: ## remove .venv, builds and caches; runs/ stays
 	@ls .venv/stamp-$(VENV)-* >/dev/null 2>&1 || { echo "Making .venv with $(PYTHON)"; "$(PYTHON)" -m venv --clear .venv; }
 	@rm -f .venv/stamp-*
 	@echo "Installing the pinned packages (several minutes the first time)"
-	@# torch first and alone: a build of native ops would compile against its headers.
+	@# torch first and alone: the native rows are compiled against its headers.
 	@$(PIP) torch
 	@$(PIP) --editable '.[dev]'
+	@.venv/bin/python -c 'from perl_kernels.dispatch import available_backends; print("Native backend:", available_backends()["native"][1])'
 	@touch $@

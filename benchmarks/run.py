@@ -142,7 +142,7 @@ def measure(given: argparse.Namespace, folder: Path, variables: dict[str, str]) 
     seconds = 60 * (given.minutes or default)
     for_steps = 0.0 if given.only else min(seconds / 2, 60 if given.quick else 220)
     # Before minutes in which files may change, or a day end.
-    commit, today = _commit(), date.today().isoformat()
+    version, today = commit(), date.today().isoformat()
     rows, steps = folder / "rows.json", {}
     load = os.getloadavg()[0]
     if load > 1:
@@ -160,7 +160,7 @@ def measure(given: argparse.Namespace, folder: Path, variables: dict[str, str]) 
     return {
         "schema": 1,
         "date": today,
-        "commit": commit,
+        "commit": version,
         "mode": "quick" if given.quick else "full",
         "minutes": round((time.monotonic() - started) / 60, 2),
         **json.loads(rows.read_text()),
@@ -241,7 +241,7 @@ def _step(
     return json.loads(file.read_text())
 
 
-def _commit() -> str:
+def commit() -> str:
     """Short hash of what is measured, with a + where files differ from it; `unknown` without git."""
 
     def git(*arguments: str) -> str:
@@ -249,26 +249,31 @@ def _commit() -> str:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:
-        commit = git("rev-parse", "--short=9", "HEAD")
+        revision = git("rev-parse", "--short=9", "HEAD")
         changed = git("status", "--porcelain", "--", "kernels", "perl", "benchmarks/*.py")
     except FileNotFoundError:
         return "unknown"
-    return commit + "+" * bool(changed) if commit else "unknown"
+    return revision + "+" * bool(changed) if revision else "unknown"
 
 
-def _file(results: dict[str, Any], output: Path) -> Path:
-    """`<output>/<device>/<date>-<commit>.json`, with -quick and -part where it is that."""
-    machine = results["machine"]
+def device_folder(output: Path, machine: dict[str, Any]) -> Path:
+    """Of the results of `benchmarks.harness.device.machine`."""
     name = machine["device"] + (
         "" if machine["kind"] == "cuda" else f" {machine['threads']} threads"
     )
     slug = "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
     folder = output / slug
-    folder.mkdir(exist_ok=True)
-    commit = results["commit"].rstrip("+") + "-changed" * results["commit"].endswith("+")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _file(results: dict[str, Any], output: Path) -> Path:
+    """`<output>/<device>/<date>-<commit>.json`, with -quick and -part where it is that."""
+    folder = device_folder(output, results["machine"])
+    version = results["commit"].replace("+", "-changed")
     # A part, or small sizes, must not take the place of everything.
     kind = "-quick" * (results["mode"] == "quick") + "-part" * ("only" in results)
-    return folder / f"{results['date']}-{commit}{kind}.json"
+    return folder / f"{results['date']}-{version}{kind}.json"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from perl.config import Config
+from perl_kernels.dispatch import available_backends
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -141,7 +142,9 @@ def test_the_comparison_gives_the_same_loss_in_less_memory() -> None:
     assert done.returncode == 0, done.stderr
     ours, plain = (re.findall(r"-?[\d.]+", line) for line in done.stdout.splitlines())
     assert abs(float(ours[0]) - float(plain[0])) < 1e-4
-    assert 4 * int(ours[1]) < int(plain[1])
+    # In PyTorch a block of logits has temporaries of its size.
+    times = 4 if available_backends()["native"][0] else 2
+    assert times * int(ours[1]) < int(plain[1])
 
 
 def test_the_recipe_loads(tmp_path: Path) -> None:

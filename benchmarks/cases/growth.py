@@ -9,7 +9,7 @@ from benchmarks.harness.contest import Contest
 from benchmarks.harness.head_problem import Head, HeadProblem, head, head_contest
 from benchmarks.providers import LINEAR_LOSS
 
-_SHOWN = ("PeRL, Triton", "PeRL, PyTorch", "PyTorch, eager")
+_SHOWN = ("PeRL, Triton", "PeRL, native", "PeRL, PyTorch", "PyTorch, eager")
 
 
 def contests(cuda: bool, quick: bool) -> list[Contest]:

@@ -16,9 +16,9 @@ MAIN = "Qwen2.5-VL-3B"
 
 
 def contests(cuda: bool, quick: bool) -> list[Contest]:
-    """Every model's head with 8192 rows; on a CPU with 512, or 256, rows and an eighth of the width and vocabulary."""
+    """Every model's head with 8192 rows; on a CPU with 1024, or 512, rows and an eighth of the width and vocabulary."""
     sizes = {
-        model: head(model, 8192, 2) if cuda else head(model, 256 if quick else 512, 4, fraction=8)
+        model: head(model, 8192, 2) if cuda else head(model, 512 if quick else 1024, 4, fraction=8)
         for model in MODELS
     }
     main, light = sizes.pop(MAIN), soon_ready(LINEAR_LOSS)

@@ -9,6 +9,7 @@ from benchmarks.harness.head_problem import (
     LogprobsProblem,
     head,
     head_contest,
+    logits_head,
 )
 from benchmarks.providers import LOGITS_LOGPROBS, LOGPROBS, soon_ready
 
@@ -18,12 +19,13 @@ HIDDEN, LOGITS = (f"Log-probs of {inputs}, forward" for inputs in ("hidden state
 def contests(cuda: bool, quick: bool) -> list[Contest]:
     """Every model's head, the first with everybody."""
     main, *others = (
-        head(model, 8192, 2) if cuda else head(model, 256 if quick else 512, 4, fraction=8)
+        head(model, 8192, 2) if cuda else head(model, 512 if quick else 1024, 4, fraction=8)
         for model in dict.fromkeys(["Qwen2.5-VL-3B", *([] if quick else MODELS)])
     )
     light = soon_ready(LOGPROBS)
+    logits = main if cuda else logits_head("Qwen2.5-VL-3B", 256, 4)
     return [
         head_contest(HIDDEN, LogprobsProblem, main, LOGPROBS),
-        head_contest(LOGITS, LogitsLogprobsProblem, main, LOGITS_LOGPROBS),
+        head_contest(LOGITS, LogitsLogprobsProblem, logits, LOGITS_LOGPROBS),
         *(head_contest(HIDDEN, LogprobsProblem, size, light) for size in others),
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ Level = Literal["token", "sequence"]
 
 # hidden_size and vocab_size of config.json (text_config where there is one).
 _MODELS = {
+    "Mistral-7B": (4096, 32_768),
     "Qwen3-0.6B": (1024, 151_936),
     "Qwen2.5-VL-3B": (2048, 151_936),
     "Qwen2.5-VL-7B": (3584, 152_064),
@@ -55,6 +56,12 @@ def head(model: str, n: int, itemsize: int, fraction: int = 1) -> Head:
     hidden, vocabulary = _MODELS[model]
     name = model if fraction == 1 else f"{model} / {fraction}"
     return Head(name, n, hidden // fraction, vocabulary // fraction, itemsize)
+
+
+def logits_head(model: str, n: int, itemsize: int) -> Head:
+    """With the whole vocabulary of a model, and a width with which logits are soon made."""
+    hidden, vocabulary = _MODELS[model]
+    return Head(f"vocabulary of {model}", n, hidden // 32, vocabulary, itemsize)
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,11 @@ class HeadProblem(Proven):
     @property
     def dtype(self) -> torch.dtype:
         return self.hidden.dtype
+
+    @classmethod
+    def of(cls, p: HeadProblem) -> Self:
+        """On the inputs of `p`."""
+        return cls(**{field.name: getattr(p, field.name) for field in fields(HeadProblem)})
 
     def loss(self, logprobs: Tensor) -> Tensor:
         """GRPO on log-probs [N] of the present policy, in their dtype, in plain PyTorch.
@@ -161,12 +173,25 @@ class HeadProblem(Proven):
 class CrossEntropyProblem(HeadProblem):
     """The same, asked for the mean cross entropy of the tokens."""
 
-    @classmethod
-    def of(cls, p: HeadProblem) -> CrossEntropyProblem:
-        return cls(**{field.name: getattr(p, field.name) for field in fields(HeadProblem)})
-
     def loss(self, logprobs: Tensor) -> Tensor:
         return -logprobs.mean()
+
+
+@dataclass(frozen=True)
+class ProductsProblem(HeadProblem):
+    """The same, asked for the products alone that a loss needs: logits, and what leads from their gradient to those of
+    hidden states and head. The logits stand in for their gradient, which costs the same."""
+
+    @torch.no_grad()
+    def expected(self, dtype: torch.dtype) -> Results:
+        hidden, weight = self.hidden.to(dtype), self.weight.to(dtype)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for rows in _blocks(hidden, weight):
+            logits = hidden[rows] @ weight.T
+            grad_hidden[rows] = logits @ weight
+            grad_weight += logits.T @ hidden[rows]
+        results = {"grad hidden": grad_hidden}
+        return results if self.frozen else {**results, "grad weight": grad_weight}
 
 
 @dataclass(frozen=True)
@@ -216,6 +241,15 @@ class LogitsProblem(HeadProblem):
             p = self._logits_gradient(self.logits[rows].to(wide), slopes, rows)
             gradient[rows] = p.to(dtype).float()
         return {"loss": loss, "entropy": entropy, "grad logits": gradient}
+
+
+@dataclass(frozen=True)
+class ScaledLogitsProblem(LogitsProblem):
+    """The same, asked for half of each logit: the least that a gradient over the logits costs."""
+
+    @torch.no_grad()
+    def expected(self, dtype: torch.dtype) -> Results:
+        return {"grad logits": self.logits / 2}  # Exact in every dtype.
 
 
 @dataclass(frozen=True)

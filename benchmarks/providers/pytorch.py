@@ -11,7 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.harness.contest import Provider, Run, Unavailable
-from benchmarks.harness.head_problem import HeadProblem, LogitsProblem
+from benchmarks.harness.head_problem import (
+    HeadProblem,
+    LogitsProblem,
+    ProductsProblem,
+    ScaledLogitsProblem,
+)
 from benchmarks.providers import common
 
 Function = Callable[..., Any]
@@ -109,3 +114,34 @@ def _chunked(p: HeadProblem) -> common.Logprobs:
         return -loss, None
 
     return logprobs
+
+
+@common.takes_part(
+    common.LINEAR_LOSS,
+    "PyTorch, the products alone",
+    "torch",
+    "a yardstick: no loss",
+    asked=ProductsProblem.of,
+)
+def _products(p: ProductsProblem) -> Run:
+    hidden, weight = p.hidden.detach(), p.weight.detach()
+
+    def call() -> dict[str, Tensor]:
+        logits = hidden @ weight.T
+        results = {"grad hidden": logits @ weight}
+        return results if p.frozen else {**results, "grad weight": logits.T @ hidden}
+
+    return Run(call)
+
+
+@common.takes_part(
+    common.LOGITS_LOSS,
+    "PyTorch, one read and write in place",
+    "torch",
+    "a yardstick: no loss",
+    asked=ScaledLogitsProblem.of,
+)
+def _scaled(p: ScaledLogitsProblem) -> Run:
+    logits, restore = common.fresh_logits(p)
+    memory = logits.detach()
+    return Run(lambda: {"grad logits": memory.mul_(0.5)}, restore)

@@ -19,7 +19,7 @@ FEWEST_POINTS, NARROWEST = 3, 4.0
 """A power law is fitted to no fewer sizes, and to none that are less than this factor apart."""
 CERTAIN_POINTS, CERTAIN_ERROR = 4, 0.15
 """With fewer sizes, or a larger standard error, an exponent is called uncertain."""
-_PREFERRED = ("Triton", "PyTorch")
+_PREFERRED = ("Triton", "native", "PyTorch")
 """Backends that ratios refer to, the first that was timed: a GPU's, a CPU's."""
 
 

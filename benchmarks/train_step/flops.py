@@ -12,7 +12,7 @@ import torch.nn.attention.varlen  # Registers the operators named below.
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from perl_kernels import ops
+import perl_kernels  # noqa: F401  # Registers its operators.
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ def flops(run: Callable[[], T], core: Any) -> tuple[T, dict[str, int]]:
         core: transformers' model of text and images, without the head.
     """
     varlen: Any = torch.ops.torch_attn
-    head = ops.linear_grpo_loss.overloadpacket
+    head = torch.ops.perl_kernels.linear_grpo_loss
     formulas: dict[Any, Any] = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward,

@@ -1,12 +1,10 @@
 """Losses of the GRPO family on packed tokens, from log-probs, logits, or hidden states."""
 
-from .advantage import GroupAdvantages, GroupedRewards, group_advantages
-from .linear import linear_grpo_loss, linear_token_logprobs
-from .logits import grpo_loss, token_logprobs
+from .advantage import GroupedRewards, group_advantages
+from .losses import grpo_loss, linear_grpo_loss, linear_token_logprobs, policy_loss, token_logprobs
 from .objective import PolicyLoss
-from .outputs import LossOutput, TokenLogprobs
-from .policy import policy_loss
 from .selection import top_entropy_weights
+from .values import GroupAdvantages, LossOutput, TokenLogprobs
 
 __version__ = "0.1.0"
 

@@ -9,10 +9,10 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from . import ops
-from .dispatch import Backend, select_backend, values_visible
-from .grouping import Baseline, Combine, GroupAdvantages, Grouping, Rewards, Scale
-from .scalars import check_number
+from . import operators
+from .dispatch import Backend, select_backend, tracing, values_visible
+from .objective import check_number
+from .values import Baseline, Combine, GroupAdvantages, Rewards, Scale
 
 
 def group_advantages(
@@ -54,10 +54,19 @@ def group_advantages(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or value.
     """
-    grouping = Grouping(scale, baseline, unbiased, eps, combine)
-    checked = _checked(rewards, group_sizes, reward_weights, grouping)
-    chosen = select_backend(backend, checked.rewards)
-    return GroupAdvantages(*ops.group_advantages(*checked[:3], *checked.grouping, chosen))
+    grouped = GroupedRewards(
+        rewards,
+        group_sizes,
+        scale=scale,
+        baseline=baseline,
+        unbiased=unbiased,
+        eps=eps,
+        reward_weights=reward_weights,
+        combine=combine,
+    ).checked()
+    chosen = select_backend(backend, grouped.rewards)
+    arguments = operators.advantages_arguments(grouped)
+    return GroupAdvantages(*operators.group_advantages(*arguments, chosen))
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,33 +87,33 @@ class GroupedRewards:
     combine: Combine = "sum_then_normalize"
 
     def checked(self) -> Rewards:
-        """As the operators take them; see `group_advantages` for the errors."""
-        grouping = Grouping(self.scale, self.baseline, self.unbiased, self.eps, self.combine)
-        return _checked(self.rewards, self.group_sizes, self.reward_weights, grouping)
+        """As the backends take them; see `group_advantages` for the errors."""
+        for name, got, kind in (
+            ("scale", self.scale, Scale),
+            ("baseline", self.baseline, Baseline),
+            ("combine", self.combine, Combine),
+        ):
+            if got not in get_args(kind):
+                raise ValueError(f"{name} is {got!r}, must be one of {', '.join(get_args(kind))}")
+        eps = float(check_number("eps", self.eps, "a number"))
+        if not eps >= 0:
+            raise ValueError(f"eps is {eps}, must be at least 0")
+        tensors = _tensors(self.rewards, self.group_sizes, self.reward_weights)
+        return Rewards(*tensors, self.scale, self.baseline, self.unbiased, eps, self.combine)
 
 
-def _checked(
+def _tensors(
     rewards: Tensor,
     group_sizes: Tensor | Sequence[int],
     reward_weights: Tensor | Sequence[float] | None,
-    grouping: Grouping,
-) -> Rewards:
-    scale, baseline, _, eps, combine = grouping
-    for name, got, kind in (
-        ("scale", scale, Scale),
-        ("baseline", baseline, Baseline),
-        ("combine", combine, Combine),
-    ):
-        if got not in get_args(kind):
-            raise ValueError(f"{name} is {got!r}, must be one of {', '.join(get_args(kind))}")
-    check_number("eps", eps, "a number")
-    if not eps >= 0:
-        raise ValueError(f"eps is {eps}, must be at least 0")
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rewards, sizes and weights, checked and on one device."""
     if not isinstance(rewards, Tensor):
         raise TypeError(f"rewards is a {type(rewards).__name__}, must be a tensor")
     if rewards.ndim not in (1, 2) or rewards.is_complex():
         raise ValueError(f"rewards has shape {list(rewards.shape)}, must be real and [B] or [B, R]")
-    sizes = torch.as_tensor(group_sizes)
+    given = isinstance(group_sizes, Tensor)
+    sizes = group_sizes if given else torch.as_tensor(group_sizes, device="cpu")
     if sizes.numel() == 0:
         sizes = sizes.to(torch.int64)
     if sizes.ndim != 1 or sizes.is_floating_point():
@@ -114,11 +123,11 @@ def _checked(
         )
     if sizes.numel() == 0 and len(rewards):
         raise ValueError(f"group_sizes is empty, but there are {len(rewards)} rewards")
-    visible = values_visible(sizes) or not (
-        isinstance(group_sizes, Tensor) or torch.compiler.is_compiling()
-    )
-    if visible and (sizes.sum() != len(rewards) or (sizes < 0).any()):
-        low, total = int(sizes.min()), int(sizes.sum())
+    known = None if given else list(group_sizes)
+    if known is None and values_visible(sizes):
+        known = sizes.tolist()
+    if known and (sum(known) != len(rewards) or min(known) < 0):
+        low, total = min(known), sum(known)
         got = f"holds {low}" if low < 0 else f"sums to {total}"
         flatten = rewards.ndim == 2 and total == rewards.numel()
         raise ValueError(
@@ -128,19 +137,20 @@ def _checked(
     n_rewards = rewards.shape[1] if rewards.ndim == 2 else 1
     weights = None
     if reward_weights is not None:
-        weights = torch.as_tensor(reward_weights, dtype=torch.float64)
+        if not isinstance(reward_weights, Tensor):
+            reward_weights = operators.as_numbers(*reward_weights)
+        weights = reward_weights.detach().to(torch.float64)
         if list(weights.shape) != [n_rewards]:
             raise ValueError(
                 f"reward_weights has shape {list(weights.shape)}, must be [{n_rewards}]"
             )
         weights = _move(weights, rewards.device)
-    sizes = _move(sizes.to(torch.int64), rewards.device)
-    return Rewards(rewards.detach(), sizes, weights, grouping._replace(eps=float(eps)))
+    return rewards.detach(), _move(sizes.to(torch.int64), rewards.device), weights
 
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` on `device`, without waiting for the copy."""
-    if device.type == "cuda" and tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tracing():
         # A copy, as the caller may fill a pinned buffer anew before this one is read.
         tensor = tensor.clone().pin_memory()
     return tensor.to(device, non_blocking=True)

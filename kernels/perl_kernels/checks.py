@@ -14,13 +14,18 @@ from torch import Tensor
 
 from .advantage import GroupedRewards
 from .dispatch import values_visible
-from .objective import PolicyLoss
-from .scalars import check_number
+from .objective import PolicyLoss, check_number
 
 
 def check_tensor(name: str, got: object, ndim: int, shape: str) -> Tensor:
     if not isinstance(got, Tensor):
         raise TypeError(f"{name} is a {type(got).__name__}, must be a tensor {shape}")
+    if type(got).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} is a DTensor, must be a plain tensor {shape}: give {name}.full_tensor(), or for "
+            "an LM head that is split over ranks each rank's rows, weight.to_local(), with group= of "
+            "linear_token_logprobs"
+        )
     if got.ndim != ndim:
         padded = f"; padded rows go in as {name}[mask]" if got.ndim == ndim + 1 else ""
         raise ValueError(f"{name} has shape {list(got.shape)}, must be {shape}{padded}")
@@ -177,7 +182,8 @@ def check_advantages(advantages: object, count: int, n_tokens: int) -> None:
             )
         return
     tensor = check_tensor("advantages", advantages, 1, "[B] or [N]")
-    if tensor.shape[0] not in (count, n_tokens):
+    # Not `in`: torch.compile takes a length that it knows and one that it does not for different.
+    if not (tensor.shape[0] == count or tensor.shape[0] == n_tokens):
         raise ValueError(
             f"advantages has shape {list(tensor.shape)}, must be [B] or [N] with B = {count}, "
             f"N = {n_tokens}"

@@ -7,11 +7,12 @@ correction), not a name. `PolicyLoss.preset` gives the points that papers and li
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from .scalars import check_number
+from .coefficient import Axes, Numbers
 
 Surrogate = Literal["clip", "cispo", "sapo", "vespo", "gmpo", "dppo_tv", "dppo_kl", "reinforce"]
 Ratio = Literal["token", "sequence", "sequence_token"]
@@ -20,6 +21,17 @@ Aggregation = Literal[
     "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
 ]
 Correction = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+
+
+def check_number(name: str, got: object, wanted: str) -> float:
+    """`got`, if it is an int or a float.
+
+    Raises:
+        TypeError: it is something else, a bool included; the message says `wanted`.
+    """
+    if isinstance(got, bool) or not isinstance(got, int | float):
+        raise TypeError(f"{name} is a {type(got).__name__}, must be {wanted}")
+    return got
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +123,8 @@ class PolicyLoss:
     def axes(self) -> str:
         """The axes that have names, in the form in which operators take an objective."""
         names = (self.surrogate, self.ratio, self.kl or "", self.aggregation, self.correction or "")
-        return "|".join([*names, "bias" if self.kl_bias_correction else ""])
+        flags = ("bias" if self.kl_bias_correction else "", "entropy" if self.entropy_coef else "")
+        return "|".join([*names, *flags])
 
     @property
     def numbers(self) -> tuple[float, ...]:
@@ -121,7 +134,7 @@ class PolicyLoss:
     @classmethod
     def of(cls, axes: str, numbers: tuple[float, ...]) -> PolicyLoss:
         """The objective with these `axes` and `numbers`."""
-        surrogate, ratio, kl, aggregation, correction, bias = axes.split("|")
+        surrogate, ratio, kl, aggregation, correction, bias, _ = axes.split("|")
         values: dict[str, Any] = dict(zip(NUMBERS, numbers, strict=True))
         for name in ("dual_clip", "delta", "max_completion_length"):
             values[name] = values[name] or None
@@ -166,7 +179,8 @@ class PolicyLoss:
         for field in (*positive, "dppo_ratio_cap", "correction_high"):
             self._require(field, getattr(self, field) > 0, "above 0")
         for field in ("kl_coef", "entropy_coef"):
-            self._require(field, math.isfinite(getattr(self, field)), "finite")
+            # Not math.isfinite, which torch.compile cannot trace for a float that has changed.
+            self._require(field, -math.inf < getattr(self, field) < math.inf, "finite")
         if self.surrogate in ("clip", "cispo"):
             self._require("clip_low", self.clip_low <= 1, "at most 1: ratios are positive")
         if self.dual_clip is not None:
@@ -239,6 +253,42 @@ class PolicyLoss:
             if field not in _FIELDS:
                 raise TypeError(f"PolicyLoss has no field {field!r}; it has: {', '.join(_FIELDS)}")
         return cls(**{**_PRESETS[name], **overrides})
+
+
+@functools.lru_cache(maxsize=256)
+def coefficient_arguments(loss: PolicyLoss, has_ref: bool) -> tuple[Axes, Numbers]:
+    """`loss` as the functions of `coefficient.py` take it."""
+    axes = Axes(
+        surrogate=loss.surrogate,
+        ratio=loss.ratio,
+        kl=loss.kl or "",
+        correction=loss.correction or "",
+        aggregation=loss.aggregation,
+        dual_clip=loss.dual_clip is not None,
+        delta=loss.delta is not None,
+        has_kl=loss.has_kl,
+        has_ref=has_ref,
+        has_entropy=loss.entropy_coef != 0,
+        kl_bias_correction=loss.kl_bias_correction,
+    )
+    numbers = Numbers(
+        clip_low=float(loss.clip_low),
+        clip_high=float(loss.clip_high),
+        dual_clip=float(loss.dual_clip or 0.0),
+        delta=float(loss.delta or 0.0),
+        tau_pos=float(loss.sapo_tau_pos),
+        tau_neg=float(loss.sapo_tau_neg),
+        ratio_cap=float(loss.dppo_ratio_cap),
+        kl_coef=float(loss.kl_coef),
+        entropy_coef=float(loss.entropy_coef),
+        correction_low=float(loss.correction_low),
+        correction_high=float(loss.correction_high),
+        k_pos=float(loss.vespo_k_pos),
+        lambda_pos=float(loss.vespo_lambda_pos),
+        k_neg=float(loss.vespo_k_neg),
+        lambda_neg=float(loss.vespo_lambda_neg),
+    )
+    return axes, numbers
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(PolicyLoss))

@@ -11,7 +11,12 @@ import dataclasses
 import functools
 from typing import Literal, NamedTuple
 
-from .objective import PolicyLoss
+import torch
+
+from .coefficient import correction_weight
+from .completions_torch import Completions
+from .objective import PolicyLoss, coefficient_arguments
+from .values import LossInputs, Prepared
 
 Fold = Literal["none", "correction", "shared", "shared_gmpo"]
 """What the advantage A_t of a token with weight w_t is replaced by, over the tokens of its completion:
@@ -36,7 +41,7 @@ def one_pass_form(loss: PolicyLoss, has_old: bool) -> OnePass | None:
 def _off_policy(loss: PolicyLoss) -> OnePass | None:
     if loss.ratio != "token" or loss.surrogate in ("vespo", "gmpo"):
         return None
-    if loss.correction is None:
+    if loss.correction is None or loss.correction.startswith("token"):
         return OnePass(loss, "none")
     # The correction is a constant here, and every token-level surrogate is linear in A >= 0 and in
     # A <= 0: folded into A, a correction per sequence costs no second pass either.
@@ -63,3 +68,27 @@ def _on_policy(loss: PolicyLoss) -> OnePass | None:
     if not couples_advantages:
         return OnePass(reduced, "none")
     return OnePass(reduced, "shared_gmpo" if loss.surrogate == "gmpo" else "shared")
+
+
+def folded(fold: Fold, loss: PolicyLoss, prepared: Prepared, inputs: LossInputs) -> Prepared:
+    """`prepared` for the token-level form of `loss`."""
+    if fold == "none":
+        return prepared
+    advantages, scale, _ = prepared
+    mask = scale != 0
+    completions = Completions.of(inputs.cu_seqlens, scale.shape[0])
+    if fold == "correction":
+        assert inputs.old is not None and inputs.rollout is not None
+        axes, numbers = coefficient_arguments(loss, inputs.ref is not None)
+        gap = inputs.old.to(scale.dtype) - inputs.rollout.to(scale.dtype)
+        log_weight = completions.sum(torch.where(mask, gap, 0.0)).to(scale.dtype)
+        weight = correction_weight(axes, numbers, log_weight)
+        advantages = advantages * completions.spread(weight)
+    else:
+        # Within a completion, scales are proportional to weights.
+        if fold == "shared":
+            shared = completions.mean(torch.where(mask, scale * advantages, 0.0), mask)
+        else:
+            shared = completions.mean(advantages, mask) * completions.mean(scale, mask)
+        advantages = shared / scale
+    return prepared._replace(advantages=torch.where(mask, advantages, 0.0))

@@ -8,60 +8,16 @@ that is still one making of the logits; only what is longer is made twice.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from itertools import pairwise
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from .grouping import GroupAdvantages, Rewards
-from .inputs import Coefficients, Evaluated, LossInputs, Prepared
+from .dispatch import Engine
+from .head import Head, Logits
 from .objective import PolicyLoss
-from .onepass import Fold, OnePass, one_pass_form
-from .scores import RowStats, Scoring
-from .tiles import Tiles, chunks
-
-
-class Engine(Protocol):
-    """What a backend implements; see `torch_backend/rows.py` and `torch_backend/losses.py`."""
-
-    def row_stats(self, tile: Tensor, scoring: Scoring, dtype: torch.dtype) -> RowStats: ...
-
-    def row_gradient(
-        self,
-        tile: Tensor,
-        scoring: Scoring,
-        stats: RowStats,
-        coefficients: Coefficients,
-        out: Tensor,
-    ) -> None: ...
-
-    def row_loss(
-        self,
-        tile: Tensor,
-        scoring: Scoring,
-        loss: PolicyLoss,
-        prepared: Prepared,
-        inputs: LossInputs,
-        dtype: torch.dtype,
-        out: Tensor | None,
-    ) -> tuple[RowStats, Coefficients]: ...
-
-    def prepare(
-        self, loss: PolicyLoss, inputs: LossInputs, fold: Fold, n_tokens: int, dtype: torch.dtype
-    ) -> Prepared: ...
-
-    def evaluate(
-        self, loss: PolicyLoss, inputs: LossInputs, logprobs: Tensor, entropy: Tensor | None
-    ) -> Evaluated: ...
-
-    def group_advantages(self, grouped: Rewards) -> GroupAdvantages: ...
-
-
-class Scored(NamedTuple):
-    """The loss of some tiles, and the statistics of their rows."""
-
-    evaluated: Evaluated
-    stats: RowStats
+from .onepass import OnePass, folded, one_pass_form
+from .values import Coefficients, Evaluated, LossInputs, Prepared, RowStats
 
 
 class _Span(NamedTuple):
@@ -72,122 +28,130 @@ class _Span(NamedTuple):
     rows: slice
 
 
-def stats_pass(engine: Engine, tiles: Tiles) -> RowStats:
+def stats_pass(engine: Engine, tiles: Head | Logits) -> RowStats:
     """Statistics of all rows."""
-    stats = _empty_stats(tiles)
-    for part in chunks(_everything(tiles), tiles.rows):
-        _stats(engine, tiles, part, tiles.tile(part)).store(stats, part)
-    return stats
+    parts = _blocks(tiles, _everything(tiles))
+    return RowStats.joined([_stats(engine, tiles, part, tiles.tile(part)) for part in parts])
 
 
 def gradient_pass(
-    engine: Engine, tiles: Tiles, stats: RowStats, coefficients: Coefficients
+    engine: Engine, tiles: Head | Logits, stats: RowStats, coefficients: Coefficients
 ) -> None:
     """The gradients of all rows, from what a pass before has found out about them."""
-    for piece in chunks(_everything(tiles), tiles.rows):
-        _gradient(
-            engine,
-            tiles,
-            piece,
-            tiles.tile(piece),
-            stats.rows(piece),
-            coefficients.rows(piece),
-        )
+    for part in _blocks(tiles, _everything(tiles)):
+        tile = tiles.tile(part)
+        _gradient(engine, tiles, part, tile, stats.rows(part), coefficients.rows(part), False)
 
 
 def loss_pass(
     engine: Engine,
-    tiles: Tiles,
+    tiles: Head | Logits,
     loss: PolicyLoss,
     inputs: LossInputs,
-    lengths: Sequence[int] | None,
+    bounds: Tensor,
     *,
     gradient: bool,
     skip_idle: bool = False,
-) -> Scored:
+) -> tuple[Evaluated, RowStats]:
     """The loss, and with `gradient` the gradients of what the tiles are made of.
 
     Args:
-        lengths: tokens of each completion, if they are known on the host.
+        bounds: `cu_seqlens` as the caller gave it, on the host or not.
         skip_idle: leave rows whose coefficient is 0 out of the products of the gradient. How many
             there are must be known on the host, which waits for the device once per block.
     """
+    prepared = engine.completions.prepare(loss, inputs, tiles.n_tokens, tiles.dtype)
     form = one_pass_form(loss, inputs.old is not None)
     if not gradient:
         stats = stats_pass(engine, tiles)
     elif form is not None:
-        stats = _one_pass(engine, tiles, loss, inputs, form, skip_idle)
+        row = folded(form.fold, loss, prepared, inputs)
+        stats = _one_pass(engine, tiles, form, row, inputs, skip_idle)
     else:
-        stats = _two_passes(engine, tiles, loss, inputs, lengths, skip_idle)
-    return Scored(engine.evaluate(loss, inputs, stats.logprobs, stats.entropy), stats)
+        lengths = _lengths(bounds, tiles.n_tokens)
+        stats = _two_passes(engine, tiles, loss, prepared, inputs, lengths, skip_idle)
+    found = engine.completions.evaluate(loss, prepared, inputs, stats.logprobs, stats.entropy)
+    return found, stats
 
 
 def _one_pass(
     engine: Engine,
-    tiles: Tiles,
-    loss: PolicyLoss,
-    inputs: LossInputs,
+    tiles: Head | Logits,
     form: OnePass,
+    prepared: Prepared,
+    inputs: LossInputs,
     skip_idle: bool,
 ) -> RowStats:
-    stats = _empty_stats(tiles)
-    prepared = engine.prepare(loss, inputs, form.fold, tiles.n_tokens, tiles.dtype)
-    for part in chunks(_everything(tiles), tiles.rows):
+    stats = []
+    # Which rows are skipped, and at what scale a gradient fits in fp16, is known only after all
+    # coefficients of a block.
+    later = skip_idle or tiles.scaled
+    for part in _blocks(tiles, _everything(tiles)):
         tile = tiles.tile(part)
-        out = None if skip_idle else tiles.gradient(part, tile)
-        found, coefficients = engine.row_loss(
+        out = None if later else tiles.gradient(part)
+        found, coefficients = engine.rows.row_loss(
             tile,
             tiles.scoring.rows(part),
             form.loss,
-            Prepared(*(tensor[part] for tensor in prepared)),
+            prepared.rows(part),
             inputs.rows(part),
-            tiles.dtype,
             out,
         )
-        found.store(stats, part)
+        stats.append(found)
         if out is None:
-            _gradient_of_active(engine, tiles, part, tile, found, coefficients)
+            _gradient(engine, tiles, part, tile, found, coefficients, skip_idle)
         else:
             tiles.accept(part, out, coefficients)
-    return stats
+    return RowStats.joined(stats)
 
 
 def _two_passes(
     engine: Engine,
-    tiles: Tiles,
+    tiles: Head | Logits,
     loss: PolicyLoss,
+    prepared: Prepared,
     inputs: LossInputs,
     lengths: Sequence[int] | None,
     skip_idle: bool,
 ) -> RowStats:
-    stats = _empty_stats(tiles)
-    if inputs.rewards is not None:
-        advantages = engine.group_advantages(inputs.rewards).advantages
-        inputs = inputs._replace(advantages=advantages, rewards=None)
-    write = _gradient_of_active if skip_idle else _gradient
+    stats = []
     for span in _spans(tiles, lengths, inputs.cu_seqlens.shape[0] - 1):
-        pieces = list(chunks(span.rows, tiles.rows))
-        tile = None
-        for part in pieces:
+        parts, pieces, tile = list(_blocks(tiles, span.rows)), [], None
+        for part in parts:
             tile = tiles.tile(part)
-            _stats(engine, tiles, part, tile).store(stats, part)
-        whole = inputs
-        if span.rows != _everything(tiles):
-            whole = inputs.completions(span.first, span.last, span.rows)
-        found = stats.rows(span.rows)
-        coefficients = engine.evaluate(loss, whole, found.logprobs, found.entropy).coefficients
-        for part in pieces:
-            if len(pieces) > 1 or tile is None:
+            pieces.append(_stats(engine, tiles, part, tile))
+        found = RowStats.joined(pieces)
+        stats.append(found)
+        bounds = inputs.cu_seqlens[span.first : span.last + 1] - span.rows.start
+        whole = inputs.rows(span.rows)._replace(cu_seqlens=bounds)
+        coefficients = engine.completions.evaluate(
+            loss, prepared.rows(span.rows), whole, found.logprobs, found.entropy
+        ).coefficients
+        for part in parts:
+            if len(parts) > 1 or tile is None:
                 tile = tiles.tile(part)
             local = slice(part.start - span.rows.start, part.stop - span.rows.start)
-            write(engine, tiles, part, tile, found.rows(local), coefficients.rows(local))
-    return stats
+            mine = coefficients.rows(local)
+            _gradient(engine, tiles, part, tile, found.rows(local), mine, skip_idle)
+    return RowStats.joined(stats)
 
 
-def _spans(tiles: Tiles, lengths: Sequence[int] | None, count: int) -> Iterator[_Span]:
+def _lengths(cu_seqlens: Tensor, n_tokens: int) -> list[int] | None:
+    """Tokens of each completion, if the host can tell them without waiting."""
+    if cu_seqlens.device.type != "cpu":
+        return None
+    bounds = cu_seqlens.tolist()
+    lengths = [after - before for before, after in pairwise(bounds)]
+    # torch.compile has not let the values be checked.
+    if bounds[0] != 0 or min(lengths, default=0) < 0 or bounds[-1] != n_tokens:
+        return None
+    return lengths
+
+
+def _spans(tiles: Head | Logits, lengths: Sequence[int] | None, count: int) -> Iterator[_Span]:
     """Runs of completions that fit in a block, and completions that fit in none; everything at
     once if their lengths are not known on the host."""
-    if lengths is None:
+    if lengths is None or not tiles.n_tokens:
         yield _Span(0, count, _everything(tiles))
         return
     first = start = stop = 0
@@ -200,49 +164,42 @@ def _spans(tiles: Tiles, lengths: Sequence[int] | None, count: int) -> Iterator[
         yield _Span(first, count, slice(start, stop))
 
 
-def _stats(engine: Engine, tiles: Tiles, part: slice, tile: Tensor) -> RowStats:
-    return engine.row_stats(tile, tiles.scoring.rows(part), tiles.dtype)
+def _stats(engine: Engine, tiles: Head | Logits, part: slice, tile: Tensor) -> RowStats:
+    return engine.rows.row_stats(tile, tiles.scoring.rows(part))
 
 
 def _gradient(
     engine: Engine,
-    tiles: Tiles,
+    tiles: Head | Logits,
     part: slice,
     tile: Tensor,
     stats: RowStats,
     coefficients: Coefficients,
+    skip_idle: bool,
 ) -> None:
-    out = tiles.gradient(part, tile)
-    engine.row_gradient(tile, tiles.scoring.rows(part), stats, coefficients, out)
+    scoring, out = tiles.scoring.rows(part), tiles.gradient(part)
+    if skip_idle and isinstance(tiles, Head):
+        index = (~coefficients.idle()).nonzero()[:, 0]
+        if not index.shape[0]:
+            tiles.accept(part, None, coefficients)
+            return
+        if index.shape[0] < tile.shape[0]:
+            tile, out = tile.index_select(0, index), out[: index.shape[0]]
+            scoring, stats = scoring.rows(index), stats.rows(index)
+            coefficients = tiles.rescaled(coefficients.rows(index), scoring.temperature)
+            engine.rows.row_gradient(tile, scoring, stats, coefficients, out)
+            tiles.accept(part, out, coefficients, index)
+            return
+    coefficients = tiles.rescaled(coefficients, scoring.temperature)
+    engine.rows.row_gradient(tile, scoring, stats, coefficients, out)
     tiles.accept(part, out, coefficients)
 
 
-def _gradient_of_active(
-    engine: Engine,
-    tiles: Tiles,
-    part: slice,
-    tile: Tensor,
-    stats: RowStats,
-    coefficients: Coefficients,
-) -> None:
-    index = (~coefficients.idle()).nonzero()[:, 0]
-    if index.shape[0] == tile.shape[0]:
-        _gradient(engine, tiles, part, tile, stats, coefficients)
-    elif index.shape[0]:
-        tile = tile.index_select(0, index)
-        out = tiles.gradient(part, tile)
-        coefficients = coefficients.rows(index)
-        scoring = tiles.scoring.rows(part).rows(index)
-        engine.row_gradient(tile, scoring, stats.rows(index), coefficients, out)
-        tiles.accept_rows(part, index, out, coefficients)
+def _blocks(tiles: Head | Logits, part: slice) -> Iterator[slice]:
+    """`part` in slices of at most a block's rows; one slice if it is empty."""
+    for start in range(part.start, max(part.stop, part.start + 1), tiles.rows):
+        yield slice(start, min(start + tiles.rows, part.stop))
 
 
-def _everything(tiles: Tiles) -> slice:
+def _everything(tiles: Head | Logits) -> slice:
     return slice(0, tiles.n_tokens)
-
-
-def _empty_stats(tiles: Tiles) -> RowStats:
-    device = tiles.scoring.targets.device
-    return RowStats(
-        *(torch.empty(tiles.n_tokens, dtype=tiles.dtype, device=device) for _ in range(4))
-    )

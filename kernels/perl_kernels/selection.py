@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .scalars import check_number
+from .objective import check_number
 
 
 def top_entropy_weights(
@@ -44,7 +44,7 @@ def top_entropy_weights(
     entropy = entropy.detach()
     known = torch.where(counted & ~entropy.isnan(), entropy, -torch.inf)
     ranked = known.sort(descending=True).values
-    # 0.15 * 100 is a little more than 15.
+    # 0.07 * 100 is a little more than 7.
     kept = (counted.sum().double() * fraction - 1e-6).ceil().to(torch.int64)
     threshold = ranked.gather(0, (kept - 1).clamp(min=0)[None]) if ranked.numel() else ranked
     # A NaN stays too: leaving it out would hide it.

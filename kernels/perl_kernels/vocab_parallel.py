@@ -25,10 +25,9 @@ from torch.distributed import ProcessGroup
 
 from . import checks
 from .dispatch import engine, values_visible
-from .inputs import Coefficients, compute_dtype
+from .head import Head, Products, no_autocast
 from .passes import gradient_pass, stats_pass
-from .scores import RowStats, Scoring
-from .tiles import HeadTiles, no_autocast
+from .values import Coefficients, RowStats, Scoring, compute_dtype
 
 _Head = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
 """hidden, weight, bias, targets counted from this part's first row, temperatures."""
@@ -39,10 +38,7 @@ class _Settings(NamedTuple):
 
     temperature: float
     softcap: float | None
-    chunk_size: int | None
-    memory_budget: int | None
-    matmul_dtype: torch.dtype
-    logits_dtype: torch.dtype
+    products: Products
     backend: str
     group: ProcessGroup
 
@@ -79,13 +75,9 @@ def linear_token_logprobs(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
+    temperature: float | Tensor,
     softcap: float | None,
-    chunk_size: int | None,
-    memory_budget: int | None,
-    matmul_dtype: torch.dtype,
-    logits_dtype: torch.dtype,
+    products: Products,
     backend: str,
     group: ProcessGroup,
 ) -> tuple[Tensor, Tensor]:
@@ -102,8 +94,9 @@ def linear_token_logprobs(
     shapes = _gather(mine, group)
     if values_visible(shapes):
         _check_shapes(shapes, targets)
-    blocks = (chunk_size, memory_budget, matmul_dtype, logits_dtype)
-    settings = _Settings(temperature, softcap, *blocks, backend, group)
+    temperatures = temperature.detach() if isinstance(temperature, Tensor) else None
+    tau = 1.0 if isinstance(temperature, Tensor) else float(temperature)
+    settings = _Settings(tau, softcap, products, backend, group)
     return _VocabParallel.apply(hidden, weight, bias, targets, temperatures, shapes[:, 0], settings)
 
 
@@ -116,7 +109,7 @@ def _check_shapes(shapes: Tensor, targets: Tensor) -> None:
 
 
 class _VocabParallel(torch.autograd.Function):
-    """Not an operator as in `ops.py`, whose collectives nobody would see; so `torch.compile` breaks
+    """Not an operator as in `operators.py`, whose collectives nobody would see; so `torch.compile` breaks
     its graph here."""
 
     @staticmethod
@@ -176,35 +169,25 @@ class _Gradient(torch.autograd.Function):
             if weight.shape[0]:
                 coefficients = Coefficients(by_logprob, by_entropy)
                 gradient_pass(engine(settings.backend), tiles, stats, coefficients)
-        total = tiles.grad_hidden
+            total, *others = tiles.gradients()
         if total is not None:
             # The parts are rounded once each; a sum in bf16 would round once more per rank.
             total = total.to(compute_dtype(hidden)).contiguous()
             dist.all_reduce(total, group=settings.group)
             total = total.to(hidden.dtype)
-        grad_weight, grad_bias = tiles.grad_weight, tiles.grad_bias
-        return (
-            total,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-        )
+        given = zip(others, (weight, bias), strict=True)
+        return total, *(None if grad is None else grad.to(like.dtype) for grad, like in given)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError("linear_token_logprobs over a group is differentiable once, not twice")
 
 
-def _tiles(head: _Head, settings: _Settings, needs: tuple[bool, bool, bool]) -> HeadTiles:
+def _tiles(head: _Head, settings: _Settings, needs: tuple[bool, bool, bool]) -> Head:
     hidden, weight, bias, targets, temperatures = head
     temperature = settings.temperature if temperatures is None else temperatures
     scoring = Scoring(targets, bias, temperature, settings.softcap)
-    operands = (
-        settings.chunk_size,
-        settings.memory_budget,
-        settings.matmul_dtype,
-        settings.logits_dtype,
-    )
-    return HeadTiles(hidden, weight, scoring, *operands, needs)
+    return Head(hidden, weight, scoring, settings.products, needs)
 
 
 def _local_stats(head: _Head, settings: _Settings) -> RowStats:
@@ -228,14 +211,17 @@ def _whole(parts: Tensor, owned: Tensor, present: Tensor) -> RowStats:
     """
     logprobs, entropies, shifts, log_sums = parts.unbind(1)
     shift = shifts.amax(0)
+    # A part of nothing but -inf has probability 0, and no entropy of its own.
+    present = present & (shifts != -torch.inf)
     masses = torch.where(present, shifts - shift + log_sums, -torch.inf)
     # Not below 0, as the largest score is one of the terms.
     log_sum = masses.exp().sum(0).log()
     log_weights = masses - log_sum
-    # A score that is not finite has made its rank's entropy NaN, and NaN * 0 is NaN.
+    # A NaN or +inf has made its rank's entropy NaN, and NaN * 0 is NaN.
     spread = log_weights.exp() * (entropies - log_weights)
-    entropy = torch.where(present, spread, 0.0).sum(0)
-    logprob = torch.where(owned, logprobs + log_weights, 0.0).sum(0)
+    entropy = torch.where(shift > -torch.inf, torch.where(present, spread, 0.0).sum(0), torch.nan)
+    within = torch.where(present, logprobs + log_weights, -torch.inf)
+    logprob = torch.where(owned, within, 0.0).sum(0)
     valid = owned.any(0) & entropy.isfinite()
     return RowStats(torch.where(valid, logprob, torch.nan), entropy, shift, log_sum)
 

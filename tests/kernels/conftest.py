@@ -8,7 +8,7 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fuzz", "random cases of the kernels")
     group.addoption(
-        "--fuzz", type=int, metavar="N", help="run N random cases, half on each backend"
+        "--fuzz", type=int, metavar="N", help="run N random cases, over the backends that are there"
     )
     group.addoption("--fuzz-seed", type=int, metavar="SEED", help="repeat the cases of this seed")
 

@@ -1,4 +1,5 @@
-"""The losses a second time, token by token in fp64, written from the papers' formulas alone."""
+"""The losses a second time, token by token in fp64, written from the papers' formulas alone; and
+advantages, group by group."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perl_kernels import PolicyLoss
+from perl_kernels import GroupAdvantages, PolicyLoss
 
 LENGTHS = (5, 1, 0, 7, 3)
 
@@ -255,3 +256,66 @@ def _aggregate(
         return sum(sums) / count
     assert loss.max_completion_length
     return sum(sums) / (count * loss.max_completion_length)
+
+
+def naive_advantages(
+    rewards: Tensor,
+    group_sizes: Any,
+    *,
+    scale: str,
+    baseline: str,
+    unbiased: bool,
+    eps: float,
+    reward_weights: Any = None,
+    combine: str = "sum_then_normalize",
+) -> GroupAdvantages:
+    """As `group_advantages`, in fp64."""
+    table = rewards.double() if rewards.ndim == 2 else rewards.double()[:, None]
+    weights = torch.ones(table.shape[1]) if reward_weights is None else reward_weights
+    weights = torch.as_tensor(weights, dtype=torch.float64, device=table.device)
+    total = (table * weights).nansum(1)
+    total[table.isnan().all(1)] = torch.nan
+    sizes = [int(size) for size in group_sizes]
+
+    def normalised(values: Tensor) -> Tensor:
+        whole, pieces = _spread(values, unbiased), [values[:0]]
+        for group in values.split(sizes):
+            if not _differ(group):
+                pieces.append(torch.zeros_like(group))
+                continue
+            known = ~group.isnan()
+            advantage = group - group[known].mean()
+            if baseline == "leave_one_out":
+                advantage = group - (group[known].sum() - group) / (int(known.sum()) - 1)
+            if scale != "none":
+                by = _spread(group, unbiased) if scale == "group" else whole
+                advantage = advantage / (by + eps)
+            pieces.append(advantage.nan_to_num(0.0))
+        return torch.cat(pieces)
+
+    if combine == "sum_then_normalize":
+        advantages = normalised(total)
+    else:
+        summed = torch.stack([normalised(column) for column in table.T], 1) @ weights
+        summed[total.isnan()] = torch.nan
+        advantages = torch.zeros_like(summed)
+        if _differ(summed):
+            centred = summed - summed[~summed.isnan()].mean()
+            advantages = (centred / (_spread(summed, unbiased) + eps)).nan_to_num(0.0)
+    groups = [group[~group.isnan()] for group in total.split(sizes)]
+    none = [total[:0].sum()] if not sizes else []
+    mean = torch.stack([g.mean() if len(g) else g.sum() for g in groups] + none)[: len(sizes)]
+    std = torch.stack([_spread(g, unbiased) for g in groups] + none)[: len(sizes)]
+    active = torch.tensor([_differ(g) for g in groups], dtype=torch.bool)
+    return GroupAdvantages(advantages, mean, std, active.to(total.device))
+
+
+def _differ(values: Tensor) -> bool:
+    known = values[~values.isnan()]
+    return len(known) > 1 and bool((known != known[0]).any())
+
+
+def _spread(values: Tensor, unbiased: bool) -> Tensor:
+    """Standard deviation of the values that are not NaN; 0 if all are equal."""
+    known = values[~values.isnan()]
+    return known.std(unbiased=unbiased) if _differ(known) else values.new_zeros(())

@@ -1,79 +1,54 @@
-"""group_advantages against a loop over groups in numpy."""
+"""group_advantages against a loop over groups."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perl_kernels import GroupedRewards, PolicyLoss, group_advantages, policy_loss, reference
+from perl_kernels import GroupedRewards, PolicyLoss, group_advantages, policy_loss
+from tests.kernels.call import BACKENDS, DEVICE, Call
+from tests.kernels.naive import naive_advantages
 from tests.messages import refused
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 NAN = float("nan")
 
 
-def looped(
-    rewards: np.ndarray,
-    sizes: list[int],
-    scale: str,
-    baseline: str,
-    unbiased: bool,
-    eps: float,
-) -> np.ndarray:
-    known = rewards[~np.isnan(rewards)]
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 10**9))
+def test_any_groups(backend: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
 
-    def deviation(values: np.ndarray) -> float:
-        ddof = int(unbiased)
-        return float(np.std(values, ddof=ddof)) if len(values) > ddof else 0.0
+    def choice(*options: Any) -> Any:
+        return options[int(torch.randint(len(options), (), generator=generator))]
 
-    result, start = np.zeros(len(rewards)), 0
-    for size in sizes:
-        group = rewards[start : start + size]
-        scored = [i for i in range(size) if not math.isnan(group[i])]
-        values = group[scored]
-        for i in scored:
-            others = [group[j] for j in scored if j != i]
-            if not others or len(set(values)) == 1:
-                continue
-            base = np.mean(values) if baseline == "mean" else np.mean(others)
-            by = {"none": 1.0, "group": deviation(values), "batch": deviation(known)}[scale]
-            result[start + i] = (group[i] - base) / (by + (0 if scale == "none" else eps))
-        start += size
-    return result
-
-
-reward = st.one_of(
-    st.sampled_from([0.0, 1.0, 0.1, 0.9, NAN]), st.floats(-10, 10).map(lambda x: round(x, 3))
-)
-
-
-@settings(deadline=None, max_examples=150)
-@given(
-    groups=st.lists(st.lists(reward, max_size=6), min_size=1, max_size=5),
-    scale=st.sampled_from(["group", "batch", "none"]),
-    baseline=st.sampled_from(["mean", "leave_one_out"]),
-    unbiased=st.booleans(),
-    eps=st.sampled_from([1e-6, 1e-4]),
-)
-def test_any_groups(
-    groups: list[list[float]], scale: Any, baseline: Any, unbiased: bool, eps: float
-) -> None:
-    flat = np.array([r for group in groups for r in group], dtype=np.float64)
-    sizes = [len(group) for group in groups]
-    ours = group_advantages(
-        torch.from_numpy(flat), sizes, scale=scale, baseline=baseline, unbiased=unbiased, eps=eps
-    )
-    wanted = looped(flat, sizes, scale, baseline, unbiased, eps)
-    np.testing.assert_allclose(ours.advantages.numpy(), wanted, rtol=1e-7, atol=1e-9)
-    distinct = [len({r for r in group if not math.isnan(r)}) for group in groups]
-    assert ours.active.tolist() == [count > 1 for count in distinct]
+    # Larger than what a kernel looks at at once, too.
+    many = torch.tensor([37, *[1, 0, 3] * 7])
+    sizes = choice(torch.randint(0, 6, (choice(1, 4),), generator=generator), many)
+    count, columns = int(sizes.sum()), choice(1, 3)
+    # Their sums are exact: no order of a sum decides whether two rollouts have the same reward.
+    rewards = torch.randint(-2, 3, (count, columns), generator=generator) / 4
+    rewards[torch.rand(count, columns, generator=generator) < choice(0.0, 0.3)] = torch.nan
+    options = {
+        "scale": choice("group", "batch", "none"),
+        "baseline": choice("mean", "leave_one_out"),
+        "unbiased": choice(True, False),
+        "eps": choice(1e-6, 1e-4),
+        "combine": choice("sum_then_normalize", "normalize_then_sum"),
+        "reward_weights": choice(None, [0.5, 2.0, 1.0][:columns]),
+    }
+    wide = backend != "triton"
+    rewards = rewards.to(DEVICE, torch.float64 if wide else torch.float32)
+    wanted = naive_advantages(rewards, sizes, **options)
+    found = group_advantages(rewards, sizes.to(DEVICE), backend=backend, **options)
+    rtol = 1e-9 if wide else 2e-7
+    for got, expected in zip(found[:3], wanted[:3], strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=rtol, atol=1e-9)
+    assert torch.equal(found.active, wanted.active)
 
 
 def test_statistics_of_each_group() -> None:
@@ -94,9 +69,15 @@ def test_equal_rewards_give_exactly_zero() -> None:
         assert (ours.advantages == 0).all() and not ours.active.any()
 
 
-def test_infinite_reward_is_not_hidden() -> None:
-    ours = group_advantages(torch.tensor([1.0, float("inf"), 1.0, 0.0]), [2, 2])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_infinite_reward_or_weight_is_not_hidden(backend: Any) -> None:
+    rewards = torch.tensor([1.0, float("inf"), 1.0, 0.0], device=DEVICE)
+    ours = group_advantages(rewards, [2, 2], backend=backend)
     assert ours.advantages[:2].isnan().all() and ours.advantages[2:].isfinite().all()
+    for combine in ("sum_then_normalize", "normalize_then_sum"):
+        table = torch.tensor([[1.0, 0.0], [0.0, NAN], [0.0, 1.0]], device=DEVICE)
+        broken = {"reward_weights": [1.0, NAN], "combine": combine, "backend": backend}
+        assert group_advantages(table, [3], **broken).advantages.isnan().all()
 
 
 def test_dtypes() -> None:
@@ -147,6 +128,7 @@ def test_several_rewards_normalised_first() -> None:
         ({"rewards": torch.ones(())}, ValueError, ([], "[B]", "[B, R]")),
         ({"rewards": torch.ones(4, dtype=torch.complex64)}, ValueError, ("[B]",)),
         ({"reward_weights": [1.0, 2.0]}, ValueError, ([2], [1])),
+        ({"reward_weights": []}, ValueError, ([0], [1])),
     ],
 )
 def test_refused(arguments: dict[str, Any], error: type[Exception], names: tuple[Any, ...]) -> None:
@@ -170,6 +152,9 @@ def test_rewards_are_constants() -> None:
     """Also those that a model has given: no gradient flows to it."""
     rewards = torch.tensor([1.0, 0.0, 0.5, 2.0], requires_grad=True)
     assert not any(x.requires_grad for x in group_advantages(rewards, [2, 2]))
+    weights = torch.nn.Parameter(torch.ones(2))
+    given = (torch.rand(4, 2, requires_grad=True), [4])
+    assert not any(x.requires_grad for x in group_advantages(*given, reward_weights=weights))
     logprobs = torch.full((4,), -1.0, requires_grad=True)
     given = (GroupedRewards(rewards, [2, 2], scale="none"), torch.arange(5), PolicyLoss())
     policy_loss(logprobs, *given).loss.backward()
@@ -178,28 +163,33 @@ def test_rewards_are_constants() -> None:
     assert rewards.grad is None
 
 
-@given(st.integers(0, 10**9))
-@settings(max_examples=150)
-def test_the_reference_is_the_same(seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rewards_are_normalised_within_the_loss(backend: str) -> None:
+    call = Call(backend)
+    rewards = torch.tensor(
+        [[0.1, 1.0], [0.7, 0.0], [float("nan"), 1.0], [0.2, 0.5], [0.9, float("nan")]],
+        device=DEVICE,
+    )
+    for name, options in (
+        ("perl", {}),
+        ("gspo", {"scale": "batch", "unbiased": False, "reward_weights": [1.0, 0.3]}),
+        ("perl", {"scale": "none", "baseline": "leave_one_out"}),
+        ("gspo", {"combine": "normalize_then_sum"}),
+    ):
+        grouped = GroupedRewards(rewards, call.sizes, **options)
+        apart = group_advantages(rewards, call.sizes, backend="torch", **options).advantages
+        inside, outside = (
+            call.run("linear_grpo_loss", PolicyLoss.preset(name), advantages=advantages)
+            for advantages in (grouped, apart)
+        )
+        torch.testing.assert_close(inside, outside)
 
-    def choice(*options: Any) -> Any:
-        return options[int(torch.randint(len(options), (), generator=generator))]
 
-    sizes = torch.randint(0, 6, (choice(0, 1, 4),), generator=generator)
-    count, columns = int(sizes.sum()), choice(1, 3)
-    rewards = torch.randint(-2, 3, (count, columns), generator=generator) / choice(1.0, 3.0)
-    rewards[torch.rand(count, columns, generator=generator) < choice(0.0, 0.3)] = torch.nan
-    options = {
-        "scale": choice("group", "batch", "none"),
-        "baseline": choice("mean", "leave_one_out"),
-        "unbiased": choice(True, False),
-        "eps": choice(1e-6, 1e-4),
-        "combine": choice("sum_then_normalize", "normalize_then_sum"),
-        "reward_weights": choice(None, [0.5, 2.0, 1.0][:columns]),
-    }
-    wanted = reference.group_advantages(rewards, sizes, **options)
-    # test_fuzz.py has the Triton kernels, against `looped`.
-    found = group_advantages(rewards.to(DEVICE), sizes.to(DEVICE), backend="torch", **options)
-    for got, expected in zip(found, wanted, strict=True):
-        torch.testing.assert_close(got.cpu(), expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_of_any_layout_and_dtype(backend: Any) -> None:
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]], device=DEVICE)
+    wanted = group_advantages(rewards, [4], reward_weights=[1.0, 0.25]).advantages
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        table = torch.tensor([[1.0, 9.0], [0.25, 9.0]], dtype=dtype, device=DEVICE)
+        found = group_advantages(rewards, [4], reward_weights=table[:, 0], backend=backend)
+        torch.testing.assert_close(found.advantages, wanted)

@@ -8,12 +8,17 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import perl_kernels
 from perl_kernels import (
@@ -23,12 +28,12 @@ from perl_kernels import (
     grpo_loss,
     linear_grpo_loss,
     linear_token_logprobs,
-    ops,
+    operators,
     policy_loss,
-    registry,
     token_logprobs,
 )
 from perl_kernels.objective import Aggregation, Surrogate
+from tests.kernels.call import BACKENDS, DEVICE
 from tests.messages import refused, tells
 
 N, V, H = 6, 7, 4
@@ -124,7 +129,6 @@ ELSEWHERE = {
         ({"weights": -0.5 * torch.ones(N)}, ValueError, ("weights", -0.5, 0)),
         ({"weights": -torch.ones(N).int()}, ValueError, ("weights", -1, 0)),
         ({"backend": "cuda"}, ValueError, ("backend", "'cuda'", "auto", "triton", "torch")),
-        ({"backend": "native"}, ValueError, ("'native'",)),
         # missing, where the loss needs it
         ({"loss": PolicyLoss.preset("perl")}, ValueError, ("ref_logprobs", "None", "kl='k3'")),
         ({"loss": PolicyLoss(correction="token_mask")}, ValueError, ("rollout_logprobs", "None", "correction='token_mask'")),
@@ -167,10 +171,29 @@ def test_the_other_functions_check_too() -> None:
         with refused("entropy", *names, error=error):
             policy_loss(logits[:, 0], *common, PolicyLoss(), entropy=entropy)
     for function in (token_logprobs, grpo_loss, linear_token_logprobs, policy_loss):
-        given = arguments(logits=logits, logprobs=logits[:, 0], backend="native")
+        given = arguments(logits=logits, logprobs=logits[:, 0])
         names = function.__code__.co_varnames[: function.__code__.co_argcount]
-        with refused("'native'", error=ValueError):
-            function(**{name: given[name] for name in names}, backend="native")
+        with refused("backend", "'cuda'", error=ValueError):
+            function(**{name: given[name] for name in names}, backend="cuda")
+
+
+def test_a_head_that_is_split_by_dtensor() -> None:
+    """It is said what to give instead, in every function, of every argument."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        weight = distribute_tensor(torch.randn(8, H), mesh, [Shard(0)])
+        rows = distribute_tensor(torch.randn(N, V), mesh, [Replicate()])
+        with refused("weight", "DTensor", "group", error=TypeError):
+            linear_grpo_loss(**arguments(weight=weight))
+        with refused("weight", "DTensor", "group", error=TypeError):
+            linear_token_logprobs(torch.randn(N, H), weight, torch.arange(N))
+        with refused("logits", "DTensor", "full_tensor", error=TypeError):
+            token_logprobs(rows, torch.arange(N))
+        with refused("old_logprobs", "DTensor", "full_tensor", error=TypeError):
+            linear_grpo_loss(**arguments(old_logprobs=rows[:, 0]))
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -188,6 +211,15 @@ def test_nothing_else_is_refused(dtype: torch.dtype) -> None:
     assert linear_grpo_loss(**arguments(**changes)).metrics["invalid_rows"] == 0
 
 
+@pytest.fixture(params=BACKENDS)
+def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`auto` is each of them in turn, and tensors are where it works."""
+    monkeypatch.setenv("PERL_BACKEND", request.param)
+    with torch.device(DEVICE):
+        yield
+
+
+@pytest.mark.usefixtures("each_backend")
 def test_broken_values_that_may_not_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a check would synchronise, the result is NaN and counted, never out of bounds."""
     for module in ("checks", "advantage"):
@@ -200,10 +232,13 @@ def test_broken_values_that_may_not_be_looked_at(monkeypatch: pytest.MonkeyPatch
     )
     assert masked.loss.isfinite() and masked.metrics["invalid_rows"] == 0
     second = torch.tensor([1.0, -1.0, 1.0, 1.0, 1.0, 1.0])
+    gspo, old = PolicyLoss.preset("gspo"), -torch.ones(N)
+    by_completion = {"loss": gspo, "old_logprobs": old, "chunk_size": 3}
     for changes, rows in (
         *(
-            ({"cu_seqlens": broken}, N)
+            ({"cu_seqlens": broken, **loss}, N)
             for broken in (bounds(0, 2, 5), bounds(0, 2, 9), bounds(1, 2, 6), bounds(0, 8, 6))
+            for loss in ({}, by_completion)
         ),
         *(({"normalizer": torch.tensor(value)}, N) for value in (-4.0, 0.0, NAN, math.inf)),
         ({"normalizer": torch.tensor(-4)}, N),
@@ -227,17 +262,32 @@ def test_broken_values_that_may_not_be_looked_at(monkeypatch: pytest.MonkeyPatch
     assert output.loss.isnan() and output.metrics["invalid_rows"] == 1
 
 
-def test_masked_rows_may_have_any_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_masked_rows_may_have_any_temperature(
+    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "native" and dtype == torch.float16:
+        pytest.skip("the native rows are for fp32 and bf16")
     monkeypatch.setattr("perl_kernels.checks.values_visible", lambda tensor: False)
     temperature = torch.tensor([1.0, -1.0, 1.0, 0.0, 1.0, 1.0])
-    given = arguments(temperature=temperature, weights=(temperature > 0).float())
-    hidden = given["hidden"].requires_grad_()
-    output = linear_grpo_loss(**given)
+    given = arguments(temperature=temperature, weights=(temperature > 0).float(), backend=backend)
+    hidden = given["hidden"].to(dtype).requires_grad_()
+    output = linear_grpo_loss(**{**given, "hidden": hidden, "weight": given["weight"].to(dtype)})
     (gradient,) = torch.autograd.grad(output.loss, hidden)
     assert output.loss.isfinite() and output.metrics["invalid_rows"] == 0
     assert gradient.isfinite().all() and (gradient[temperature <= 0] == 0).all()
 
 
+def test_any_default_device() -> None:
+    """Numbers stay on the CPU, where the operators read them."""
+    given = arguments(advantages=GroupedRewards(torch.arange(2.0), [2], reward_weights=[2.0]))
+    with torch.device("meta"):
+        output = linear_grpo_loss(**given)
+    assert output.loss == linear_grpo_loss(**given).loss
+
+
+@pytest.mark.usefixtures("each_backend")
 def test_group_sizes_that_may_not_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("perl_kernels.advantage.values_visible", lambda tensor: False)
     for sizes in ([2, 3], [5, -1]):
@@ -257,7 +307,9 @@ class NoCopyFromTheHost(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in (torch.tensor, torch.as_tensor) and not isinstance(args[0], torch.Tensor):
-            assert kwargs.get("device") is None, f"{args[0]!r} is copied to {kwargs['device']}"
+            assert kwargs.get("device") in (None, "cpu"), (
+                f"{args[0]!r} is copied to {kwargs['device']}"
+            )
         return func(*args, **kwargs)
 
 
@@ -273,11 +325,11 @@ def test_no_synchronisation(
 ) -> None:
     """A meta tensor has no values: .item(), bool(tensor) and the like raise, as on a GPU that
     may not be waited for."""
-    # There is no autocast of meta tensors to ask for or to turn off.
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
-    monkeypatch.setattr(ops, "no_autocast", lambda hidden: contextlib.nullcontext())
+    # There is no autocast of meta tensors to turn off.
+    monkeypatch.setattr(operators, "no_autocast", lambda hidden: contextlib.nullcontext())
     # Called as an operator, a meta tensor would get the fake instead.
-    monkeypatch.setattr(ops, "linear_grpo_loss", registry.IMPLEMENTATIONS["linear_grpo_loss"])
+    implementation = operators.IMPLEMENTATIONS["linear_grpo_loss"]
+    monkeypatch.setattr(operators, "linear_grpo_loss", implementation)
     loss = PolicyLoss(
         surrogate=surrogate,
         aggregation=aggregation,
@@ -309,7 +361,7 @@ def test_no_synchronisation(
             output = linear_grpo_loss(**{**given, **changes})
         assert output.loss.is_meta and output.logprobs.shape == (N,)
     # Here everything is looked at, and so nothing can go unnoticed above.
-    monkeypatch.setenv("PERL_CHECKS", "1")
+    monkeypatch.setattr("perl_kernels.checks.values_visible", lambda tensor: True)
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"), torch.no_grad():
         linear_grpo_loss(**given)
 
@@ -349,13 +401,10 @@ def test_grouped_rewards_can_be_compared() -> None:
 
 
 def test_backend_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PERL_BACKEND", "native")
-    with refused("'native'", error=ValueError):
-        linear_grpo_loss(**arguments())
-    linear_grpo_loss(**arguments(backend="torch"))
     monkeypatch.setenv("PERL_BACKEND", "fastest")
     with refused("PERL_BACKEND", "'fastest'", "auto", "torch", error=ValueError):
         linear_grpo_loss(**arguments())
+    linear_grpo_loss(**arguments(backend="torch"))
 
 
 def test_auto_says_once_what_it_chose(
@@ -367,8 +416,8 @@ def test_auto_says_once_what_it_chose(
         linear_grpo_loss(**arguments())
         linear_grpo_loss(**arguments())
     assert len(caplog.records) == 1
-    tells(caplog.text, "triton" if torch.cuda.is_available() else "torch")
-    assert dispatch.available_backends()["torch"][0]
+    on_cpu = "native" if dispatch.available_backends()["native"][0] else "torch"
+    tells(caplog.text, "triton" if torch.cuda.is_available() else on_cpu)
 
 
 def test_public_names_and_cost_of_the_import() -> None:

@@ -1,208 +1,228 @@
-"""The machine code of every kernel, compiled without a GPU: no spills, wide loads, wgmma."""
+"""torch.compile, make_fx, fake and meta tensors: no graph break, and no other number compiles anew."""
 
 from __future__ import annotations
 
-import inspect
-import json
-import os
-import re
-import resource
-import subprocess
-import sys
-import time
-from pathlib import Path
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
-pytest.importorskip("triton")
+from perl_kernels import (
+    GroupedRewards,
+    PolicyLoss,
+    group_advantages,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_token_logprobs,
+    policy_loss,
+    token_logprobs,
+)
+from tests.kernels.call import BACKENDS, DEVICE, NAMES, TAKING, Call
 
-from triton.backends.compiler import GPUTarget
+H, V = 6, 13
 
-from perl_kernels import resources
-from perl_kernels.resources import Resources, replace_table
-from perl_kernels.triton_backend.compile_case import CompileCase
-from tests.messages import refused
 
-ROOT = Path(__file__).parents[2]
-DOCUMENT = ROOT / "docs" / "kernels.md"
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # Allocation functions replaced by Python ones, as in every other test, cannot be traced.
+    monkeypatch.undo()
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
-# In the order of the table; the variants are only known to a process without TRITON_INTERPRET.
-EXPECTATIONS = {
-    "spills to local memory": lambda row: row.spills == 0,
-    "has a stack frame": lambda row: row.stack == 0,
-    "has no 128-bit or TMA load": lambda row: row.has_vector_loads or not row.wants_vector_loads,
-    "has no HGMMA": lambda row: row.has_wgmma or not row.wants_wgmma,
-    "does not fit on a multiprocessor": lambda row: row.blocks >= 1,
+
+def compiled_often(function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> int:
+    """How often `function`, compiled whole, is compiled for all these calls; its results are those of
+    the eager one."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for arguments in calls:
+        torch.testing.assert_close(compiled(*arguments), function(*arguments))
+    return counter.frame_count
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "backend"),
+    [
+        *((name, "perl", backend) for name in NAMES for backend in BACKENDS),
+        *((NAMES[0], "gspo", backend) for backend in BACKENDS),
+    ],
+)
+def test_no_graph_break(name: str, loss: str, backend: Any) -> None:
+    call = Call(backend)
+    leaves = (call.hidden, call.weight)
+
+    def function(hidden: Tensor, weight: Tensor) -> Tensor:
+        call.hidden, call.weight = hidden, weight
+        return call.run(name, PolicyLoss.preset(loss))
+
+    wanted = torch.autograd.grad(function(*leaves), leaves)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(*leaves), leaves)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+FIELDS: dict[str, tuple[dict[str, Any], list[float]]] = {
+    "clip_low": ({}, [0.1, 0.2, 0.3, 0.15]),
+    "clip_high": ({}, [2, 3, 5, 4]),
+    "dual_clip": ({}, [3.0, 2.5, 4.5]),
+    "delta": ({}, [3, 2, 4]),
+    "sapo_tau_pos": ({"surrogate": "sapo"}, [1.0, 2.5, 1.05]),
+    "vespo_k_neg": ({"surrogate": "vespo"}, [3, 2, 4]),
+    "vespo_lambda_pos": ({"surrogate": "vespo"}, [3.0, 2.5, 1.5]),
+    "dppo_ratio_cap": ({"surrogate": "dppo_tv"}, [20.0, 2.5, 1.5]),
+    "kl_coef": ({"kl": "k3"}, [0.1, 0.01, 0.2]),
+    "entropy_coef": ({}, [0.1, -0.01, 0.2]),
+    "correction_high": ({"correction": "token_truncate"}, [2.5, 3.5, 1.5]),
+    "max_completion_length": ({"aggregation": "seq-mean-token-sum-norm"}, [7, 9, 11, 13]),
 }
+COMPILED = [("policy_loss", field) for field in FIELDS]
+COMPILED += [("linear_grpo_loss", "clip_high"), ("linear_grpo_loss", "kl_coef")]
 
 
-@pytest.fixture(scope="session")
-def compiled() -> list[Resources]:
-    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT / "kernels")
-    result = subprocess.run(
-        [sys.executable, "-m", "perl_kernels.resources", "--json"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert result.returncode == 0, result.stderr
-    table = [Resources(**row) for row in json.loads(result.stdout)]
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    print(f"{len(table)} variants in {time.monotonic() - start:.0f} s, {cpu:.0f} s of CPU")
-    return table
+@pytest.mark.parametrize(("name", "field"), COMPILED)
+def test_numbers_of_the_objective(name: str, field: str) -> None:
+    axes, values = FIELDS[field]
+    call = Call("torch")
+
+    def function(value: float) -> Tensor:
+        return call.run(name, PolicyLoss(**{**axes, field: value}))
+
+    assert compiled_often(function, [(value,) for value in values]) <= 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", EXPECTATIONS)
-def test_no_variant(fault: str, compiled: list[Resources]) -> None:
-    holds = EXPECTATIONS[fault]
-    found = [f"{x.kernel}, {x.variant}, sm_{x.architecture}" for x in compiled if not holds(x)]
-    assert not found, f"{fault}: {'; '.join(found)}"
+@pytest.mark.parametrize(
+    ("argument", "name", "kind"),
+    [
+        *((argument, name, "float") for argument in TAKING for name in TAKING[argument]),
+        *((argument, TAKING[argument][-1], "int") for argument in TAKING),
+        *(("normalizer", "grpo_loss", "tensor"), ("temperature", "grpo_loss", "tensor")),
+    ],
+)
+def test_numbers_of_a_call(argument: str, name: str, kind: str) -> None:
+    call = Call("torch")
+    values: list[Any] = [1.0 + i / 8 for i in range(1, 13)]
+    if kind == "int":
+        values = list(range(2, 14))
+    elif kind == "tensor":
+        rows = () if argument == "normalizer" else (len(call.targets),)
+        values = [torch.full(rows, value, device=DEVICE) for value in values]
+
+    def function(value: Any) -> Tensor:
+        return call.run(name, PolicyLoss(), **{argument: value})
+
+    assert compiled_often(function, [(value,) for value in values]) <= 2
 
 
-@pytest.mark.slow
-def test_wgmma_is_looked_for(compiled: list[Resources]) -> None:
-    assert any(row.wants_wgmma for row in compiled)
-    assert any(row.wants_vector_loads for row in compiled)
-    assert {row.architecture for row in compiled} >= {90, 100}
+def test_numbers_of_advantages() -> None:
+    rewards = torch.rand(6)
+
+    def function(eps: float, weight: float) -> Tensor:
+        table = torch.stack([rewards, rewards.flip(0)], 1)
+        return group_advantages(table, [2, 4], eps=eps, reward_weights=[1.0, weight]).advantages
+
+    assert compiled_often(function, [(1e-6, 1.5), (1e-4, 0.5), (0.1, 0.75), (0.5, 0.25)]) <= 2
 
 
-FLAGS = {"HAS_ENTROPY": "by_entropy_ptr", "HAS_REF": "ref_ptr", "HAS_NORMALIZER": "normalizer_ptr"}
-CASES = [case for module in resources.MODULES for case in resources._cases(module)]
+def of_lengths(lengths: list[int]) -> tuple[Any, ...]:
+    count, bounds = sum(lengths), torch.tensor([0, *lengths]).cumsum(0)
+    hidden = torch.randn(count, H, device=DEVICE, requires_grad=True)
+    targets = torch.randint(0, V, (count,), device=DEVICE)
+    return hidden, targets, torch.randn(len(lengths), device=DEVICE), bounds
 
 
-def test_the_document_lists_the_variants() -> None:
-    """With their warps; not their registers, which change with the version of Triton."""
-    before, _, table = DOCUMENT.read_text(encoding="utf-8").partition(resources.HEADING)
-    listed = re.findall(r"^\| `(\w+)` \| (.*?) \| sm_(\d+) \| (\d+) \|", table, re.MULTILINE)
-    found = [
-        (case.kernel.__name__, case.name, str(architecture), str(case.num_warps))
-        for case in CASES
-        for architecture in case.architectures
-    ]
-    assert listed == found, "run python -m perl_kernels.resources --write docs/kernels.md"
-    assert len({variant[:3] for variant in found}) == len(found)
-    described = set(re.findall(r"^\| `(\w+)` \|", before, re.MULTILINE))
-    assert described == {case.kernel.__name__ for case in CASES}
+@pytest.mark.parametrize(
+    ("name", "backend", "grouped"),
+    [
+        *((name, backend, False) for name in NAMES for backend in BACKENDS),
+        *((name, "torch", True) for name in NAMES[:3]),
+    ],
+)
+def test_numbers_of_tokens_and_completions(name: str, backend: Any, grouped: bool) -> None:
+    """Several, then one completion, then one token, and across the size of a block."""
+    weight, loss = torch.randn(V, H, device=DEVICE), PolicyLoss.preset("dapo")
+
+    def function(hidden: Tensor, targets: Tensor, values: Tensor, bounds: Tensor) -> Tensor:
+        if grouped:
+            values = GroupedRewards(values, torch.tensor([0, len(values)], device=values.device))
+        given = (targets, values, bounds, loss)
+        logits = hidden @ weight.T
+        match name:
+            case "linear_grpo_loss":
+                return linear_grpo_loss(hidden, weight, *given, backend=backend).loss
+            case "grpo_loss":
+                return grpo_loss(logits, *given, backend=backend).loss
+            case "policy_loss":
+                logprobs = logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
+                return policy_loss(logprobs, *given[1:], backend=backend).loss
+            case "linear_token_logprobs":
+                return linear_token_logprobs(
+                    hidden, weight, targets, backend=backend
+                ).logprobs.sum()
+            case _:
+                return token_logprobs(logits, targets, backend=backend).entropy.sum()
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    many = [[4, 5], [2, 0, 2], [1, 1, 1, 3], [6], [1], [9]]
+    for lengths in [*many, [120, 80]] if backend != "triton" else many:
+        given = of_lengths(lengths)
+        wanted = torch.autograd.grad(function(*given), given[0])
+        torch.testing.assert_close(torch.autograd.grad(compiled(*given), given[0]), wanted)
+    # A size of 1 is one of its own for the compiler, of tokens and of completions.
+    assert counter.frame_count <= 4
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kernel.__name__}, {case.name}")
-def test_a_case_is_a_launch(case: CompileCase) -> None:
-    """Each argument once: a constant where the kernel says so, or where it is left out."""
-    given = [*case.signature, *case.constexprs]
-    assert sorted(given) == sorted(case.kernel.arg_names)
-    parameters = inspect.signature(case.kernel.fn).parameters
-    constants = {name for name, x in parameters.items() if "constexpr" in str(x.annotation)}
-    assert constants == {name for name, x in case.constexprs.items() if x is not None}
-    for flag, pointer in FLAGS.items():
-        if {flag, pointer} <= {*given}:
-            assert case.constexprs[flag] == (pointer in case.signature), flag
-    sizes = [x for x in case.constexprs.values() if type(x) is int]
-    assert all(size & (size - 1) == 0 for size in sizes), "Triton's blocks are powers of two"
-    assert {*case.divisible_by_16} <= {*case.signature}
-    for name in case.divisible_by_16:
-        # A vector load needs its address, and the stride from row to row, to be a multiple of 16.
-        assert case.signature[name] == "i32" or case.signature[name].startswith("*"), name
+def everything(device: str = "cpu") -> list[torch.Size]:
+    """All functions, forward and backward; the shapes of what came out."""
+    hidden, weight = (torch.randn(s, H, device=device, requires_grad=True) for s in (9, V))
+    logits = torch.randn(9, V, device=device, requires_grad=True)
+    targets = torch.zeros(9, dtype=torch.int64, device=device)
+    bounds = torch.tensor([0, 4, 9], device=device)
+    options = {"old_logprobs": torch.zeros(9, device=device), "normalizer": 3.0}
+    rewards = torch.rand(2, device=device)
+    outputs: list[Tensor] = list(group_advantages(torch.rand(4, device=device), [2, 2]))
+    for name in ("dapo", "gspo"):
+        for advantages in (rewards, GroupedRewards(rewards, [2])):
+            given = (targets, advantages, bounds, PolicyLoss.preset(name))
+            fused = linear_grpo_loss(hidden, weight, *given, **options)
+            plain = grpo_loss(logits, *given, **options)
+            seen = linear_token_logprobs(hidden, weight, targets)
+            split = policy_loss(seen.logprobs, *given[1:], **options)
+            scored = token_logprobs(logits, targets, temperature=torch.ones(9, device=device))
+            for output in (fused, plain, split):
+                outputs += [*output[:3], *output.metrics.values()]
+            outputs += [*seen, *scored]
+            losses = [x.loss for x in (fused, plain, split)] + [x.sum() for x in (*seen, *scored)]
+            outputs += torch.autograd.grad(
+                losses, (hidden, weight, logits), [x * 0 + 1 for x in losses]
+            )
+    return [tensor.shape for tensor in outputs]
 
 
-def test_what_is_read_of_the_machine_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    index, case = next((i, x) for i, x in enumerate(resources._cases("persistent")) if x.wgmma)
-    asked = []
-
-    def compiled(source: object, target: object, options: dict[str, object]) -> object:
-        asked.append((target, options))
-        metadata = SimpleNamespace(num_warps=8, shared=1024, tmem_size=None)
-        return SimpleNamespace(asm={"cubin": b"code"}, metadata=metadata)
-
-    def dumped(cubin: str, option: str) -> str:
-        assert Path(cubin).read_bytes() == b"code"
-        code = "LDL R1; STL.64 [R2]; LDLX; HGMMA.64x256x16.F32; LDG.E.128 R4"
-        return {"-res-usage": " REG:168 STACK:16 SHARED:0", "-sass": code}[option]
-
-    monkeypatch.setattr(resources, "_source", lambda case: case)
-    monkeypatch.setattr(resources.triton, "compile", compiled)
-    monkeypatch.setattr(resources, "_dump", dumped)
-    found = resources._measure(("persistent", index, 90))
-    kept = {"num_warps": 8, "num_stages": case.num_stages, "maxnreg": case.max_registers}
-    assert asked == [(GPUTarget("cuda", 90, 32), kept)]
-    # 65536 / (168 * 256) registers: one block
-    code = {"registers": 168, "shared": 1024, "stack": 16, "spills": 2, "blocks": 1}
-    has = {"has_vector_loads": True, "has_wgmma": True, "wants_wgmma": True}
-    name = {"kernel": "_tile_statistics", "variant": case.name, "architecture": 90, "warps": 8}
-    assert found == Resources(**name, **code, **has, wants_vector_loads=True)
-    assert not resources._measure(("persistent", index, 100)).wants_wgmma
+def test_fake_tensors() -> None:
+    real = everything()
+    with FakeTensorMode():
+        assert everything() == real
+    with torch.device("meta"):
+        assert everything("meta") == real
 
 
-def test_what_the_command_prints(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    usage = (8, 128, 2048, 0, 0, 2, True, False, True, False)
-    table = [Resources("row_stats_kernel", "bf16", 90, *usage)]
-    monkeypatch.setattr(resources, "measure_all", lambda: table)
-    monkeypatch.setattr(resources.knobs.runtime, "interpret", False)
-    row = "| `row_stats_kernel` | bf16 | sm_90 | 8 | 128 | 2048 | 0 | 0 | 2 | 25% |"
-    assert resources._main([]) == 0
-    printed = capsys.readouterr().out
-    assert printed.splitlines()[2:] == [row]
-    assert resources._main(["--json"]) == 0
-    assert [Resources(**x) for x in json.loads(capsys.readouterr().out)] == table
-    document = tmp_path / "kernels.md"
-    document.write_text(f"a\n\n{resources.HEADING}\n\n| old |\n\nb\n")
-    assert resources._main(["--write", str(document)]) == 0
-    assert document.read_text() == f"a\n\n{resources.HEADING}\n\n{printed}\nb\n"
+def test_traced_by_make_fx() -> None:
+    call = Call("torch")
+    logits = call.logits().detach()
 
+    def function(logits: Tensor, targets: Tensor, bounds: Tensor) -> Tensor:
+        seen = token_logprobs(logits, targets)
+        output = policy_loss(seen.logprobs, torch.ones(5), bounds, PolicyLoss())
+        return output.loss + seen.entropy.sum()
 
-def test_kernels_of_the_interpreter_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources.knobs.runtime, "interpret", True)
-    with refused("TRITON_INTERPRET", error=RuntimeError):
-        resources.measure_all()
-    # The command goes on in a process that is not told to interpret.
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    ran = []
-
-    def run(command: list[str], env: dict[str, str]) -> object:
-        ran.append((command[1:], "TRITON_INTERPRET" in env, "PATH" in env))
-        return SimpleNamespace(returncode=3)
-
-    monkeypatch.setattr(resources.subprocess, "run", run)
-    assert resources._main(["--json"]) == 3
-    assert ran == [(["-m", "perl_kernels.resources", "--json"], False, True)]
-
-
-def test_only_the_table_of_a_document_is_replaced() -> None:
-    document = f"| kept |\n\n{resources.HEADING}\n\na\n\n| old |\n|---|\n\nb\n\n| kept |\n"
-    once = replace_table(document, "| new |")
-    assert once == f"| kept |\n\n{resources.HEADING}\n\na\n\n| new |\n\nb\n\n| kept |\n"
-    assert replace_table(once, "| new |") == once
-    with refused("'## Resources'", error=ValueError):
-        replace_table("| elsewhere |\n", "| new |")
-
-
-def test_occupancy_follows_the_scarcest_resource() -> None:
-    blocks = resources._blocks
-    assert blocks(90, 8, 255, 0, 0) == 1  # registers: 65536 / (255 -> 256) / 256 threads
-    assert blocks(90, 4, 128, 0, 0) == 4  # registers
-    assert blocks(90, 4, 32, 196640, 0) == 1  # shared memory
-    assert blocks(80, 4, 32, 54 * 1024, 0) == 2  # shared memory, 1 KB of it reserved per block
-    assert blocks(90, 8, 32, 0, 0) == 8  # 64 warps
-    assert blocks(90, 1, 32, 0, 0) == 32  # 32 blocks
-    assert blocks(100, 4, 32, 0, 256) == 2  # tensor memory: 512 columns
-
-
-@pytest.mark.slow
-def test_every_variant_compiles() -> None:
-    """As far as Triton's intermediate form; the machine code is that of the launch cases."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT / "kernels")
-    script = Path(__file__).with_name("every_variant.py")
-    result = subprocess.run(
-        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert result.returncode == 0, result.stderr
-    assert "FAILED" not in result.stdout, result.stdout
-    assert int(result.stdout.split()[0]) > 150
+    given = (logits, call.targets, call.common["cu_seqlens"])
+    for mode in ("real", "fake", "symbolic"):
+        traced = make_fx(function, tracing_mode=mode)(*given)
+        torch.testing.assert_close(traced(*given), function(*given))

@@ -9,15 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from perl_kernels import PolicyLoss, grpo_loss, linear_grpo_loss, policy_loss, token_logprobs
+from perl_kernels import (
+    PolicyLoss,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_token_logprobs,
+    policy_loss,
+    token_logprobs,
+)
+from tests.kernels.call import BACKENDS, DEVICE
 from tests.kernels.naive import Problem
 from tests.messages import refused
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BAD = [math.nan, math.inf, -math.inf]
 PRESETS = ["perl", "grpo", "gspo", "luspo", "gmpo", "vespo"]
 
-backends = pytest.mark.parametrize("backend", ["torch", "triton"])
+backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def given_of(lengths: tuple[int, ...], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -34,10 +41,9 @@ def given_of(lengths: tuple[int, ...], dtype: torch.dtype = torch.float32) -> di
 @pytest.mark.parametrize("name", ["perl", "gspo", "gmpo", "vespo"])
 def test_masked_rows_are_not_looked_at(name: str, backend: Any) -> None:
     # A product of fp32 may take another order of summation from call to call, on a GPU.
-    dtype, rtol, atol = {
-        "torch": (torch.float64, 1e-10, 1e-12),
-        "triton": (torch.float32, 1e-5, 1e-6),
-    }[backend]
+    dtype, rtol, atol = torch.float32, 1e-5, 1e-6
+    if backend == "torch":
+        dtype, rtol, atol = torch.float64, 1e-10, 1e-12
     given = given_of((3, 1, 0, 5), dtype)
     loss = PolicyLoss.preset(name, kl="k3", kl_coef=0.1, entropy_coef=0.1)
     masked = given["weights"] == 0
@@ -69,13 +75,13 @@ def bad_copy(tensor: Tensor, value: float) -> Tensor:
     ["hidden", "weight", "old_logprobs", "ref_logprobs", "rollout_logprobs", "advantages"],
 )
 def test_broken_input_is_a_nan_loss(argument: str, value: float) -> None:
-    """Both backends count the same rows, with a gradient and without."""
+    """All backends count the same rows, with a gradient and without."""
     given = {**given_of((3, 1, 0, 4)), "weights": None}
     given[argument] = bad_copy(given[argument], value)
     for name, correction in (("perl", "token_mask"), ("gspo", "sequence_truncate")):
         loss = PolicyLoss.preset(name, correction=correction, kl="k3", kl_coef=0.1)
         broken = set()
-        for backend, differentiated in (("torch", False), ("torch", True), ("triton", True)):
+        for backend, differentiated in [("torch", False), *((name, True) for name in BACKENDS)]:
             hidden = given["hidden"].clone().requires_grad_(differentiated)
             output = linear_grpo_loss(**{**given, "hidden": hidden}, loss=loss, backend=backend)  # type: ignore[arg-type]
             assert output.loss.isnan()
@@ -83,21 +89,99 @@ def test_broken_input_is_a_nan_loss(argument: str, value: float) -> None:
         assert len(broken) == 1 and min(broken) > 0
 
 
+@backends
 @pytest.mark.parametrize("value", BAD)
-def test_broken_logits_and_logprobs(value: float) -> None:
+def test_broken_logits_and_logprobs(value: float, backend: Any) -> None:
     given = given_of((3, 1, 0, 4))
-    common = {name: given[name] for name in ("advantages", "cu_seqlens")}
-    logits = bad_copy(torch.randn(8, 13, device=DEVICE), value)
-    loss, targets = PolicyLoss.preset("grpo"), given["targets"]
+    common: dict[str, Any] = {name: given[name] for name in ("advantages", "cu_seqlens")}
+    logits, targets = torch.randn(8, 13, device=DEVICE), given["targets"]
+    # A score of -inf is a probability of 0, which matters to the target alone.
+    logits[0, targets[0] if value < 0 else (targets[0] + 1) % 13] = value
+    loss, chosen = PolicyLoss.preset("grpo"), {"backend": backend}
     broken = bad_copy(given["old_logprobs"], value)
-    for backend in ("triton", "torch"):
-        output = grpo_loss(logits, targets, loss=loss, **common, backend=backend)
-        assert output.loss.isnan()
-        seen = token_logprobs(logits, targets, backend=backend)
-        assert seen.logprobs[0].isnan() and seen.logprobs[1:].isfinite().all()
-        split = policy_loss(broken, entropy=broken, loss=loss, **common, backend=backend)
-        assert split.loss.isnan()
-        assert [int(x.metrics["invalid_rows"]) for x in (output, split)] == [1, 1]
+    output = grpo_loss(logits, targets, loss=loss, **common, **chosen)
+    seen = token_logprobs(logits, targets, **chosen)
+    assert not seen.logprobs[0].isfinite() and seen.logprobs[1:].isfinite().all()
+    assert seen.entropy[0].isnan() == (value != -math.inf)
+    split = policy_loss(broken, entropy=broken, loss=loss, **common, **chosen)
+    for found in (output, split):
+        assert found.loss.isnan() and found.metrics["invalid_rows"] == 1
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("floor", ["-inf", "finfo.min"])
+@pytest.mark.parametrize(
+    ("vocab", "kept"),
+    [(13, slice(0, None, 2)), (8230, slice(8200, None))],
+    ids=["every-other", "last"],
+)
+def test_columns_of_probability_zero(
+    vocab: int, kept: slice, floor: str, dtype: torch.dtype, backend: Any
+) -> None:
+    """As if they were not there, also where whole blocks of a row are; and their gradient is 0."""
+    count = 2
+    logits = torch.full((count, vocab), -torch.inf, device=DEVICE)
+    if floor == "finfo.min":
+        # Divided by a temperature below 1, it is beyond what fp32 holds.
+        logits[:] = torch.finfo(dtype).min
+    logits[:, kept] = torch.randn(count, vocab, device=DEVICE)[:, kept]
+    columns = torch.arange(vocab, device=DEVICE)[kept]
+    targets = torch.tensor([0, len(columns) - 1], device=DEVICE)
+    given = (torch.tensor([1.0, -1.0], device=DEVICE), torch.arange(count + 1))
+    loss = PolicyLoss(entropy_coef=0.1)
+
+    def results(logits: Tensor, targets: Tensor, inplace: bool = False) -> list[Tensor]:
+        chosen: Any = {"temperature": 0.7, "backend": backend}
+        leaf = logits.to(dtype, copy=True).requires_grad_()
+        seen = token_logprobs(leaf, targets, **chosen)
+        (first,) = torch.autograd.grad((seen.logprobs + 0.3 * seen.entropy).sum(), leaf)
+        output = grpo_loss(leaf, targets, *given, loss, inplace=inplace, **chosen)
+        (second,) = torch.autograd.grad(output.loss, leaf)
+        assert output.metrics["invalid_rows"] == 0
+        return [*seen, output.loss, first, second]
+
+    wanted = results(logits[:, kept], targets)
+    for inplace in (False, True):
+        *values, first, second = results(logits, columns[targets], inplace)
+        for gradient in (first, second):
+            assert gradient.sum(1).abs().max() < 1e-2
+            assert (gradient.index_fill(1, columns, 0.0) == 0).all()
+        got = [*values, first[:, kept], second[:, kept]]
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+@backends
+@pytest.mark.parametrize("how", ["bias", "padded head"])
+def test_head_with_columns_of_probability_zero(how: str, backend: Any) -> None:
+    """A mask in the bias, and rows that a head has been padded with: gradients of 0."""
+    given, vocab = given_of((3, 1, 0, 5)), 13
+    padding = torch.tensor([2, 7, 11, 12], device=DEVICE)
+    bias = torch.randn(vocab, device=DEVICE)
+    kept = torch.ones(vocab, dtype=torch.bool, device=DEVICE).index_fill(0, padding, False)
+    given["targets"] = kept.nonzero()[:, 0][given["targets"] % len(kept.nonzero())]
+    inside = kept.cumsum(0)[given["targets"]] - 1
+    loss = PolicyLoss.preset("perl", entropy_coef=0.1)
+
+    def results(weight: Tensor, bias: Tensor, targets: Tensor) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (given["hidden"], weight, bias)]
+        changed = {**given, "hidden": leaves[0], "weight": leaves[1], "targets": targets}
+        options: Any = {"bias": leaves[2], "temperature": 0.7, "backend": backend}
+        output = linear_grpo_loss(**changed, loss=loss, chunk_size=4, **options)
+        assert output.metrics["invalid_rows"] == 0
+        seen = linear_token_logprobs(*leaves[:2], targets, **options)
+        total = output.loss + seen.logprobs.sum() + seen.entropy.sum()
+        return [output.loss, *seen, *torch.autograd.grad(total, leaves)]
+
+    wanted = results(given["weight"][kept], bias[kept], inside)
+    weight = given["weight"].clone()
+    if how == "padded head":
+        weight[padding] = 0.0
+    got = results(weight, bias.masked_fill(~kept, -torch.inf), given["targets"])
+    for gradient in got[-2:]:
+        assert (gradient[padding] == 0).all()
+    got[-2:] = [gradient[kept] for gradient in got[-2:]]
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 @backends
@@ -221,27 +305,6 @@ def test_weight_of_a_vespo_sequence(
         torch.testing.assert_close(output.loss, torch.tensor(value), rtol=1e-5, atol=0)
         wanted = torch.full((2,), -phi * advantage / 2)
         torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=0)
-
-
-@backends
-@pytest.mark.parametrize("vocab", [5, 8197])
-def test_logits_far_below_zero(vocab: int, backend: Any) -> None:
-    """A log-sum-exp that started at 0 would lose rows whose logits are all very negative."""
-    logits = torch.full((2, vocab), -1e4, device=DEVICE)
-    targets = torch.tensor([0, vocab - 1], device=DEVICE)
-    seen = token_logprobs(logits, targets, backend=backend)
-    wanted = torch.full((2,), math.log(vocab))
-    torch.testing.assert_close(-seen.logprobs.cpu(), wanted)
-    torch.testing.assert_close(seen.entropy.cpu(), wanted)
-
-
-def test_a_completion_of_many_tokens() -> None:
-    bounds = torch.tensor([0, 100_000, 100_001], dtype=torch.int32)
-    logprobs = torch.full((100_001,), -1.0)
-    output = policy_loss(
-        logprobs, torch.ones(2), bounds, PolicyLoss.preset("gspo"), old_logprobs=logprobs
-    )
-    torch.testing.assert_close(output.loss, torch.tensor(-1.0))
 
 
 @backends

@@ -1,28 +1,23 @@
-"""token_logprobs, linear_token_logprobs and the chunked gradients of linear_grpo_loss."""
+"""token_logprobs, linear_token_logprobs and the gradients of linear_grpo_loss block by block, in fp64."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from perl_kernels import (
     PolicyLoss,
     grpo_loss,
     linear_grpo_loss,
     linear_token_logprobs,
-    ops,
     policy_loss,
     reference,
     token_logprobs,
 )
-from perl_kernels.tiles import HeadTiles
 from tests.kernels.naive import Problem, naive_logprobs
-from tests.messages import refused
 
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -158,124 +153,6 @@ def test_chunking_changes_nothing(chunk_size: int | None, old: bool) -> None:
         torch.testing.assert_close(*results, **EXACT)
 
 
-def count_blocks(monkeypatch: pytest.MonkeyPatch) -> list[slice]:
-    """The blocks of logits that are made from now on."""
-    calls: list[slice] = []
-    original = HeadTiles.tile
-
-    def counted(self: HeadTiles, part: slice) -> Tensor:
-        calls.append(part)
-        return original(self, part)
-
-    monkeypatch.setattr(HeadTiles, "tile", counted)
-    return calls
-
-
-@pytest.mark.parametrize(
-    ("name", "old", "one_pass"),
-    [
-        ("perl", True, True),
-        ("cispo", True, True),
-        ("gspo", True, False),
-        ("gmpo", True, False),
-        ("vespo", True, False),
-        ("gspo", False, True),
-        ("gspo_token", False, True),
-        ("luspo", False, True),
-        ("gmpo", False, True),
-        ("vespo", False, True),
-    ],
-)
-def test_passes_over_the_logits(
-    name: str, old: bool, one_pass: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Completions of 5, 1, 0, 7 and 3 tokens. In blocks of 4, those of 5 and 7 fit in none and are
-    made twice; the others, and everything in blocks of 7, are made once for any loss."""
-    problem, calls = Problem.make(), count_blocks(monkeypatch)
-    hidden, weight = leaves_of(problem)
-    arguments = problem.loss_arguments(old=old)
-    loss = PolicyLoss.preset(name)
-    for chunk_size, blocks in ((4, 4 if one_pass else 2 * 2 + 1 + 2 * 2 + 1), (7, 3)):
-        calls.clear()
-        linear_grpo_loss(
-            hidden, weight, problem.targets, loss=loss, chunk_size=chunk_size, **arguments
-        ).loss.backward()
-        assert len(calls) == blocks
-
-
-class Inside(TorchDispatchMode):
-    """What the operators of this package do, which a mode around them does not see: the matrix
-    products, and the largest tensor."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__()
-        self.products, self.largest = 0, 0
-        for name in ("loss_pass", "stats_pass", "gradient_pass"):
-            monkeypatch.setattr(ops, name, self.around(getattr(ops, name)))
-
-    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def within(*args: Any, **kwargs: Any) -> Any:
-            with self:
-                return function(*args, **kwargs)
-
-        return within
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.products += "mm" in func.name()
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor):
-                self.largest = max(self.largest, tensor.numel())
-        return result
-
-
-@pytest.mark.parametrize("name", ["perl", "gspo"])
-def test_logits_of_all_tokens_never_exist(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    vocab = 50
-    problem = Problem.make((60, 4, 36), vocab)
-    hidden, weight = leaves_of(problem)
-    inside, loss = Inside(monkeypatch), PolicyLoss.preset(name)
-    given = {"loss": loss, "chunk_size": 8, **problem.loss_arguments()}
-    linear_grpo_loss(hidden, weight, problem.targets, **given).loss.backward()
-    assert inside.largest == 8 * vocab
-
-
-@pytest.mark.parametrize("name", ["perl", "gspo"])
-@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True), (False, False)])
-def test_products_of_what_needs_a_gradient(
-    needs: tuple[bool, bool], name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One for the logits, and one for each gradient that somebody asks for."""
-    problem = Problem.make()
-    leaves = leaves_of(problem)
-    arguments = {"loss": PolicyLoss.preset(name), **problem.loss_arguments()}
-    whole = linear_grpo_loss(*leaves, problem.targets, **arguments).loss
-    wanted = torch.autograd.grad(whole, leaves)
-    inside = Inside(monkeypatch)
-    for leaf, needed in zip(leaves, needs, strict=True):
-        leaf.requires_grad_(needed)
-    output = linear_grpo_loss(*leaves, problem.targets, **arguments)
-    assert inside.products == 1 + sum(needs)
-    if any(needs):
-        output.loss.backward()
-        assert inside.products == 1 + sum(needs)
-    for leaf, gradient, needed in zip(leaves, wanted, needs, strict=True):
-        if needed:
-            torch.testing.assert_close(leaf.grad, gradient, **EXACT)
-        else:
-            assert leaf.grad is None
-    inside.products = 0
-    with torch.no_grad():
-        linear_grpo_loss(*leaves, problem.targets, **arguments)
-    assert inside.products == 1
-    # Without the loss the logits are made again in the backward.
-    seen = linear_token_logprobs(*leaves, problem.targets).logprobs.sum()
-    assert inside.products == 2
-    if any(needs):
-        seen.backward()
-        assert inside.products == 3 + sum(needs)
-
-
 def test_no_grad_and_scaled_backward() -> None:
     problem = Problem.make()
     hidden, weight = leaves_of(problem)
@@ -289,120 +166,3 @@ def test_no_grad_and_scaled_backward() -> None:
     (once,) = torch.autograd.grad(output.loss, hidden, retain_graph=True)
     (scaled,) = torch.autograd.grad(output.loss * -3, hidden)
     torch.testing.assert_close(scaled, -3 * once, **EXACT)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["perl", "gspo"])
-def test_error_is_that_of_pytorch_in_the_same_dtype(name: str, dtype: torch.dtype) -> None:
-    problem = Problem.make((40, 1, 60), vocab=300)
-    arguments = {"loss": PolicyLoss.preset(name), **problem.loss_arguments()}
-
-    def run(function: Any, dtype: torch.dtype, **extra: Any) -> list[Tensor]:
-        hidden, weight = leaves_of(problem, dtype)
-        output = function(hidden, weight, problem.targets, **arguments, **extra)
-        gradients = torch.autograd.grad(output.loss, (hidden, weight))
-        return [x.detach().double() for x in (output.logprobs, output.entropy, *gradients)]
-
-    # Rounding the inputs is not an error of the computation: the truth starts from them rounded.
-    problem = Problem(
-        **{
-            **vars(problem),
-            "hidden": problem.hidden.to(dtype).double(),
-            "weight": problem.weight.to(dtype).double(),
-        }
-    )
-    truth = run(reference.linear_grpo_loss, torch.float64)
-    theirs = run(reference.linear_grpo_loss, dtype)
-    ours = run(linear_grpo_loss, dtype, chunk_size=7)
-    for got, other, wanted, factor in zip(ours, theirs, truth, (2, 2, 3, 3), strict=True):
-        allowed = factor * (other - wanted).abs().max() + 1e-6
-        assert (got - wanted).abs().max() <= allowed
-
-
-@pytest.mark.parametrize("name", ["perl", "gspo"])
-def test_autocast(name: str) -> None:
-    problem = Problem.make((40, 1, 60), vocab=100)
-    arguments = {"loss": PolicyLoss.preset(name), **problem.loss_arguments()}
-    hidden, weight = leaves_of(problem, torch.float32)
-    half = [x.detach().bfloat16().requires_grad_() for x in (hidden, weight)]
-    wanted = linear_grpo_loss(half[0], half[1], problem.targets, **arguments)
-    with torch.autocast("cpu", torch.bfloat16):
-        output = linear_grpo_loss(hidden, weight, problem.targets, **arguments)
-    output.loss.backward()
-    wanted.loss.backward()
-    assert output.loss.dtype == torch.float32 and weight.grad.dtype == torch.float32  # type: ignore[union-attr]
-    torch.testing.assert_close(output.loss, wanted.loss)
-    # The gradient of a weight kept in fp32 is not rounded to bf16 on its way.
-    torch.testing.assert_close(weight.grad.bfloat16(), half[1].grad)  # type: ignore[union-attr]
-    # Autocast off: operands of two dtypes are a mistake.
-    with refused("weight", "torch.float32", "torch.bfloat16", "autocast", error=TypeError):
-        linear_grpo_loss(half[0], weight, problem.targets, **arguments)
-
-
-def test_weight_gradient_is_accumulated_in_fp32() -> None:
-    """Many small contributions after a large one, all of which bf16 sums would lose."""
-    count = 513
-    hidden = torch.ones(count, 1, dtype=torch.bfloat16)
-    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
-    upstream = torch.full((count,), 2.0**-9)
-    upstream[0] = 1.0
-    targets = torch.zeros(count, dtype=torch.int64)
-    logprobs = linear_token_logprobs(hidden, weight, targets, chunk_size=1).logprobs
-    logprobs.backward(upstream)
-    assert weight.grad is not None
-    assert weight.grad[0] == 0.5 * (1 + 512 * 2.0**-9)
-
-
-def test_bias_gradient_is_a_sum_in_fp32() -> None:
-    """257 halves are 128.5, of which bf16 leaves 128."""
-    hidden, weight = (torch.zeros(n, 1, dtype=torch.bfloat16) for n in (257, 2))
-    bias = torch.zeros(2, requires_grad=True)
-    targets = torch.zeros(257, dtype=torch.int64)
-    linear_token_logprobs(hidden, weight, targets, bias=bias).logprobs.sum().backward()
-    assert bias.grad is not None and bias.grad.tolist() == [128.5, -128.5]
-    bounds = torch.tensor([0, 257], dtype=torch.int32)
-    loss = PolicyLoss(surrogate="reinforce", aggregation="seq-mean-token-sum")
-    given = (targets, -torch.ones(1), bounds, loss)
-    output = linear_grpo_loss(hidden, weight, *given, bias=bias)
-    assert torch.autograd.grad(output.loss, bias)[0].tolist() == [128.5, -128.5]
-
-
-def test_autocast_leaves_fp64_alone() -> None:
-    problem = Problem.make()
-    leaves = leaves_of(problem)
-    arguments = {"loss": PolicyLoss.preset("perl"), **problem.loss_arguments()}
-    found = []
-    for enabled in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            output = linear_grpo_loss(*leaves, problem.targets, **arguments)
-        found.append((output.logprobs, *torch.autograd.grad(output.loss, leaves)))
-    torch.testing.assert_close(*found, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("argument", "dynamic"),
-    [("temperature", None), ("temperature", True), ("softcap", True), ("normalizer", None)],
-)
-def test_compiles_for_every_value_of_a_number(
-    argument: str, dynamic: bool | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.undo()
-    torch._dynamo.reset()
-    problem = Problem.make((3, 2))
-    hidden, weight = leaves_of(problem)
-    loss, arguments = PolicyLoss.preset("perl"), problem.loss_arguments()
-
-    def linear(hidden: Tensor, weight: Tensor, value: float) -> Tensor:
-        options = {argument: value, **arguments}
-        return linear_grpo_loss(hidden, weight, problem.targets, loss=loss, **options).loss
-
-    def logits(hidden: Tensor, weight: Tensor, value: float) -> Tensor:
-        options = {argument: value, **arguments}
-        return grpo_loss(hidden @ weight.t(), problem.targets, loss=loss, **options).loss
-
-    for function in (linear,) if dynamic else (logits,):
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-        for value in (1.0, 0.7, 1.3):
-            wanted = torch.autograd.grad(function(hidden, weight, value), (hidden, weight))
-            got = torch.autograd.grad(compiled(hidden, weight, value), (hidden, weight))
-            torch.testing.assert_close(got, wanted, **EXACT)

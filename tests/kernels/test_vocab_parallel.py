@@ -143,8 +143,11 @@ CASES.update(
 def triton(group: dist.ProcessGroup) -> None:
     problem = Problem.make((3, 2))
     options = {"bias": True, "softcap": 1.5, "temperature": ROW_TEMPERATURE[:5].float()}
-    split = Split(group, (4, 9, 0), problem, torch.float32, **options)
-    split.check(SINGLE, backend="triton", chunk_size=2)
+    for masked in ([], [0, 1, 2, 3]):
+        problem.bias[masked] = -torch.inf
+        problem.targets[:] = problem.targets % 9 + 4
+        split = Split(group, (4, 9, 0), problem, torch.float32, **options)
+        split.check(SINGLE, backend="triton", chunk_size=2)
 
 
 @case(2)
@@ -228,9 +231,12 @@ def far_apart(group: dist.ProcessGroup) -> None:
 
 @case(3)
 def broken_scores(group: dist.ProcessGroup) -> None:
-    """Something that is not finite in one rank's part makes the whole row NaN, on every rank."""
-    for value in (float("inf"), -float("inf"), float("nan")):
-        for argument, index in (("hidden", 4), ("bias", 1), ("bias", 12)):
+    """NaN or +inf in one rank's part makes the whole row NaN, on every rank; so does a row of
+    nothing but -inf."""
+    for value in (float("inf"), float("nan"), -float("inf")):
+        for argument, index in (("hidden", 4), ("bias", 1), ("bias", 12), ("bias", slice(None))):
+            if (argument, value) == ("bias", -float("inf")) and isinstance(index, int):
+                continue
             problem = Problem.make()
             getattr(problem, argument)[index] = value
             split = Split(group, (5, 0, 8), problem, bias=True)
@@ -242,6 +248,21 @@ def broken_scores(group: dist.ProcessGroup) -> None:
             assert torch.equal(bad, rows)
             (gradient,) = torch.autograd.grad(got.entropy.sum(), split.mine["hidden"])
             assert torch.equal(gradient.isnan().any(1), bad)
+
+
+@case(3)
+def columns_of_probability_zero(group: dist.ProcessGroup) -> None:
+    """Some of a rank's part, or all of it: a score of -inf is a probability of 0."""
+    for masked in ([0, 7], [4], [0, 1, 2, 3], [*range(5, 13)], [*range(12)]):
+        problem = Problem.make()
+        problem.bias[masked] = -torch.inf
+        kept = problem.bias.isfinite().nonzero()[:, 0]
+        problem.targets[:] = kept[problem.targets % len(kept)]
+        split = Split(group, (4, 1, 8), problem, bias=True, temperature=0.7)
+        split.check(EXACT, chunk_size=5)
+        gradients = split.gradients(split.run(), split.mine)
+        mine = problem.bias[split.part] == -torch.inf
+        assert (gradients[1][mine] == 0).all() and (gradients[2][mine] == 0).all()
 
 
 @case(3)
