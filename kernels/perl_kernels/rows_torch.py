@@ -26,6 +26,9 @@ _BYTES = 32 * 2**20
 """Of rows worked on at once: a handful of temporaries of this size are made."""
 
 
+_NEVER = -1e4  # exp of it is 0 in fp64 too
+
+
 class _Row(NamedTuple):
     scores: Tensor
     centred: Tensor
@@ -51,7 +54,7 @@ def row_gradient(
     for part in _parts(tile):
         mine, of_rows = scoring.rows(part), stats.rows(part)
         scores = _scores(tile[part], mine)
-        centred = scores - of_rows.shift[:, None]
+        centred = _centred(scores, of_rows.shift)
         row = _Row(scores, centred, centred.exp(), of_rows.shift, of_rows.log_sum.exp())
         _write_gradient(row, mine, of_rows, coefficients.rows(part), out[part])
 
@@ -135,20 +138,25 @@ def _scores(tile: Tensor, scoring: Scoring) -> Tensor:
 def _row(tile: Tensor, scoring: Scoring) -> _Row:
     scores = _scores(tile, scoring)
     shift = scores.amax(1)
-    # A row of nothing but -inf becomes NaN here.
-    centred = scores - shift[:, None]
+    centred = _centred(scores, shift)
     exp = centred.exp()
     return _Row(scores, centred, exp, shift, exp.sum(1))
+
+
+def _centred(scores: Tensor, shift: Tensor) -> Tensor:
+    # Of -inf, whose probability is 0, a number: 0 times it is 0. NaN stays NaN, and a row of nothing
+    # but -inf becomes it.
+    return (scores - shift[:, None]).clamp_(min=_NEVER)
 
 
 def _stats(row: _Row, scoring: Scoring) -> RowStats:
     log_sum = row.total.log()
     # Not a product of matrices, whose running sums lose digits over a long row; `sum` adds pairwise.
-    weighted = torch.where(row.exp == 0, 0.0, row.exp * row.centred).sum(1)
+    weighted = (row.exp * row.centred).sum(1)
     entropy = log_sum - weighted / row.total
     index = scoring.targets.to(torch.int64)
     safe = index.clamp(0, row.exp.shape[1] - 1)
-    logprobs = row.centred.gather(1, safe[:, None])[:, 0] - log_sum
+    logprobs = row.scores.gather(1, safe[:, None])[:, 0] - row.shift - log_sum
     # A NaN or +inf makes the entropy NaN, whether or not the target is concerned.
     valid = entropy.isfinite() & (safe == index)
     return RowStats(torch.where(valid, logprobs, torch.nan), entropy, row.shift, log_sum)
@@ -162,9 +170,7 @@ def _write_gradient(
         grad = row.exp.mul_((-by_logprob / row.total)[:, None])
     else:
         offset = (stats.entropy - stats.log_sum)[:, None]
-        # Where the probability is 0, so is the product with its logarithm.
-        slope = torch.where(row.exp == 0, 0.0, row.centred + offset)
-        slope = slope.mul_(by_entropy[:, None]).add_(by_logprob[:, None])
+        slope = (row.centred + offset).mul_(by_entropy[:, None]).add_(by_logprob[:, None])
         grad = slope.mul_(row.exp).div_(-row.total[:, None])
     index = scoring.targets.to(torch.int64)
     safe = index.clamp(0, grad.shape[1] - 1)
