@@ -459,7 +459,8 @@ def run(given: argparse.Namespace) -> int:
     """0: what was asked for is done, and right; else 1."""
     if not given.dry_run and not torch.cuda.is_available():
         raise UserError(
-            "there is no GPU that PyTorch can use; --dry-run goes through the same code on a CPU"
+            "there is no GPU that PyTorch can use; make gpu-first ARGS=--dry-run goes through the same code "
+            "on a CPU"
         )
     device = torch.device("cpu" if given.dry_run else "cuda")
     if given.inside:

@@ -20,7 +20,9 @@ import os
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRITON_INTERPRET": "1"}
 os.environ |= {"OMP_NUM_THREADS": "1", "CI": "1"}  # Hypothesis tries the same examples each time.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # No process that is forked can use a GPU of its parent's.
-os.environ["PERL_BACKEND"] = "torch"  # The native rows hold a translation of coefficient.py from before.
+os.environ["PERL_BACKEND"] = (
+    "torch"  # The native rows hold a translation of coefficient.py from before.
+)
 
 import argparse
 import difflib

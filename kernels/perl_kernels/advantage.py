@@ -108,8 +108,8 @@ def _tensors(
     reward_weights: Tensor | Sequence[float] | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Rewards, sizes and weights, checked and on one device."""
-    if not isinstance(rewards, Tensor):
-        raise TypeError(f"rewards is a {type(rewards).__name__}, must be a tensor")
+    if not isinstance(rewards, Tensor) or type(rewards).__name__ == "DTensor":
+        raise TypeError(f"rewards is a {type(rewards).__name__}, must be a plain tensor")
     if rewards.ndim not in (1, 2) or rewards.is_complex():
         raise ValueError(f"rewards has shape {list(rewards.shape)}, must be real and [B] or [B, R]")
     given = isinstance(group_sizes, Tensor)
@@ -133,6 +133,7 @@ def _tensors(
         raise ValueError(
             f"group_sizes must be at least 0 and sum to the {len(rewards)} rewards, but {got}"
             + ("; rewards [P, G] are to be given as rewards.flatten()" if flatten else "")
+            + "; they are the number of rollouts of each group, not the group of each rollout"
         )
     n_rewards = rewards.shape[1] if rewards.ndim == 2 else 1
     weights = None

@@ -16,26 +16,33 @@ from .advantage import GroupedRewards
 from .dispatch import values_visible
 from .objective import PolicyLoss, check_number
 
+_SPLIT_HEAD = (
+    ", or, of a head that is split over ranks, each rank's rows, weight.to_local(), with group= of "
+    "linear_token_logprobs"
+)
+
 
 def check_tensor(name: str, got: object, ndim: int, shape: str) -> Tensor:
     if not isinstance(got, Tensor):
         raise TypeError(f"{name} is a {type(got).__name__}, must be a tensor {shape}")
     if type(got).__name__ == "DTensor":
         raise TypeError(
-            f"{name} is a DTensor, must be a plain tensor {shape}: give {name}.full_tensor(), or for "
-            "an LM head that is split over ranks each rank's rows, weight.to_local(), with group= of "
-            "linear_token_logprobs"
+            f"{name} is a DTensor, must be a plain tensor {shape}: give {name}.full_tensor()"
+            + (_SPLIT_HEAD if name == "weight" else "")
         )
     if got.ndim != ndim:
-        padded = f"; padded rows go in as {name}[mask]" if got.ndim == ndim + 1 else ""
+        rows = got.ndim == ndim + 1 and shape.startswith("[N") and got.shape[-1] != 1
+        padded = f"; padded rows go in as {name}[mask]" if rows else ""
         raise ValueError(f"{name} has shape {list(got.shape)}, must be {shape}{padded}")
     return got
 
 
 def check_floating(name: str, got: object, ndim: int, shape: str) -> Tensor:
     tensor = check_tensor(name, got, ndim, shape)
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} has dtype {tensor.dtype}, must be floating point")
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}, must be floating point, of 16 bits or more"
+        )
     return tensor
 
 
@@ -127,7 +134,7 @@ def check_linear(
     if rows.dtype != matrix.dtype and not torch.is_autocast_enabled(rows.device.type):
         raise TypeError(
             f"weight has dtype {matrix.dtype}, must be that of hidden, {rows.dtype}, outside of "
-            "autocast"
+            "autocast: give weight.to(hidden.dtype); logits_dtype=torch.float32 keeps fp32 sums"
         )
     check_temperature(temperature, rows.shape[0])
     if softcap is not None:
@@ -182,6 +189,8 @@ def check_advantages(advantages: object, count: int, n_tokens: int) -> None:
             )
         return
     tensor = check_tensor("advantages", advantages, 1, "[B] or [N]")
+    if tensor.dtype == torch.bool or tensor.is_complex():
+        raise TypeError(f"advantages has dtype {tensor.dtype}, must be real numbers")
     # Not `in`: torch.compile takes a length that it knows and one that it does not for different.
     if not (tensor.shape[0] == count or tensor.shape[0] == n_tokens):
         raise ValueError(
@@ -194,13 +203,16 @@ def check_objective(
     loss: object, ref_logprobs: object, rollout_logprobs: object, entropy_given: bool
 ) -> PolicyLoss:
     if not isinstance(loss, PolicyLoss):
-        hint = f", as PolicyLoss.preset({loss!r})" if isinstance(loss, str) else ""
+        hint = f", as PolicyLoss.preset({loss.lower()!r})" if isinstance(loss, str) else ""
         raise TypeError(f"loss is a {type(loss).__name__}, must be a PolicyLoss{hint}")
     if loss.has_kl and ref_logprobs is None:
-        raise ValueError(f"ref_logprobs is None, but the loss has kl={loss.kl!r}")
+        raise ValueError(
+            f"ref_logprobs is None, but the loss has kl={loss.kl!r}; kl=None, kl_coef=0.0 leave it out"
+        )
     if loss.correction is not None and rollout_logprobs is None:
         raise ValueError(
-            f"rollout_logprobs is None, but the loss has correction={loss.correction!r}"
+            f"rollout_logprobs is None, but the loss has correction={loss.correction!r}; "
+            "correction=None leaves it out"
         )
     if loss.entropy_coef != 0 and not entropy_given:
         raise ValueError(f"entropy is None, but the loss has entropy_coef={loss.entropy_coef}")
@@ -217,10 +229,7 @@ def check_normalizer(normalizer: object) -> None:
     if normalizer is None:
         return
     if isinstance(normalizer, Tensor):
-        if normalizer.ndim != 0:
-            raise ValueError(
-                f"normalizer has shape {list(normalizer.shape)}, must be a float or 0-dim tensor"
-            )
+        check_tensor("normalizer", normalizer, 0, "[] or a float")
         if values_visible(normalizer):
             _check_positive("normalizer", normalizer.item())
     else:

@@ -232,7 +232,8 @@ class PolicyLoss:
         """A named objective, with single axes replaced by `overrides`.
 
         `perl`: the settings released with PeRL: clip 0.2 / 0.2, dual clip 3, k3 with 0.01,
-        token-mean. `grpo`, `bnpo`, `dr_grpo`, `luspo`: TRL's loss types of that name, KL off (TRL's
+        token-mean. `grpo`, `bnpo`, `dr_grpo`, `luspo`: TRL's loss types of that name (`luspo` with
+        GSPO's clip bounds, which TRL takes from its config), KL off (TRL's
         default; TRL's means over completions count those without tokens too, which
         `normalizer`=B does). `dapo`: clip-higher 0.28, token-mean (DAPO paper). `gspo`, `gspo_token`: sequence
         ratio with the GSPO paper's 3e-4 / 4e-4. `cispo`: ratio bounded above by 5, not below

@@ -33,8 +33,8 @@ def available() -> tuple[bool, str]:
     found = [path for path in (folder / "_C.so" for folder in folders) if path.exists()]
     if not found and not given:
         return False, (
-            "it is not built: no C++ compiler or no torch was there when perl_kernels was installed "
-            "(install it again with --verbose to see why)"
+            "the native rows are not built: no C++ compiler or no torch was there when perl_kernels was "
+            "installed (install it again, now that torch is there; --verbose says why)"
         )
     library = given or str(found[0])
     try:

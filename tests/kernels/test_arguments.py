@@ -25,6 +25,7 @@ from perl_kernels import (
     GroupedRewards,
     PolicyLoss,
     dispatch,
+    group_advantages,
     grpo_loss,
     linear_grpo_loss,
     linear_token_logprobs,
@@ -76,7 +77,7 @@ ELSEWHERE = {
         ({"weight": torch.randn(V)}, ValueError, ("weight", [V], "[V, H]")),
         ({"weight": torch.randn(V, 3)}, ValueError, ("weight", [V, 3], "[V, H]", "hidden", H)),
         ({"weight": torch.empty(0, H)}, ValueError, ("targets", "V = 0")),
-        ({"bias": torch.randn(V, 1)}, ValueError, ("bias", [V, 1], "[V]", "bias[mask]")),
+        ({"bias": torch.randn(V, 1)}, ValueError, ("bias", [V, 1], "[V]")),
         ({"bias": torch.randn(3)}, ValueError, ("bias", [3], "[V]", "V = 7")),
         ({"targets": torch.arange(5)}, ValueError, ("targets", [5], "[N]", "N = 6")),
         ({"temperature": torch.ones(3)}, ValueError, ("temperature", [3], "[N]", "N = 6")),
@@ -89,10 +90,12 @@ ELSEWHERE = {
         ({"cu_seqlens": bounds(0, 2, 5)}, ValueError, ("cu_seqlens", 0, 5, "N = 6")),
         ({"cu_seqlens": bounds(1, 2, N)}, ValueError, ("cu_seqlens", 1, 6, "N = 6")),
         ({"cu_seqlens": bounds(0, 5, 2, N)}, ValueError, ("cu_seqlens", 5, 2)),
-        ({"ref_logprobs": torch.ones(N, 1)}, ValueError, ("ref_logprobs", [N, 1], "[N]", "ref_logprobs[mask]")),
+        ({"ref_logprobs": torch.ones(2, N)}, ValueError, ("ref_logprobs", [2, N], "[N]", "ref_logprobs[mask]")),
+        ({"advantages": torch.ones(N) > 0}, TypeError, ("advantages", "bool")),
+        ({"hidden": torch.randn(N, H).to(torch.float8_e4m3fn)}, TypeError, ("hidden", "float8_e4m3fn", 16)),
         *(({name: torch.ones(3)}, ValueError, (name, [3], "[N]", "N = 6")) for name in LOGPROBS),
         ({"weights": torch.ones(5)}, ValueError, ("weights", [5], "[N]", "N = 6")),
-        ({"normalizer": torch.ones(2)}, ValueError, ("normalizer", [2], "0-dim")),
+        ({"normalizer": torch.ones(2)}, ValueError, ("normalizer", [2], "float")),
         # of the wrong type, or dtype
         ({"hidden": [1.0]}, TypeError, ("hidden", "list", "[N, H]")),
         ({"hidden": torch.ones(N, H).long()}, TypeError, ("hidden", "torch.int64")),
@@ -192,6 +195,10 @@ def test_a_head_that_is_split_by_dtensor() -> None:
             token_logprobs(rows, torch.arange(N))
         with refused("old_logprobs", "DTensor", "full_tensor", error=TypeError):
             linear_grpo_loss(**arguments(old_logprobs=rows[:, 0]))
+        with refused("normalizer", "DTensor", "full_tensor", error=TypeError):
+            linear_grpo_loss(**arguments(normalizer=rows[0, 0]))
+        with refused("rewards", "DTensor", error=TypeError):
+            group_advantages(rows[:, 0], [N])
     finally:
         dist.destroy_process_group()
 
