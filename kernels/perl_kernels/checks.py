@@ -189,7 +189,7 @@ def check_advantages(advantages: object, count: int, n_tokens: int) -> None:
             )
         return
     tensor = check_tensor("advantages", advantages, 1, "[B] or [N]")
-    if tensor.dtype == torch.bool or tensor.is_complex():
+    if tensor.is_complex():
         raise TypeError(f"advantages has dtype {tensor.dtype}, must be real numbers")
     # Not `in`: torch.compile takes a length that it knows and one that it does not for different.
     if not (tensor.shape[0] == count or tensor.shape[0] == n_tokens):

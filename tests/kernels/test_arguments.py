@@ -91,7 +91,7 @@ ELSEWHERE = {
         ({"cu_seqlens": bounds(1, 2, N)}, ValueError, ("cu_seqlens", 1, 6, "N = 6")),
         ({"cu_seqlens": bounds(0, 5, 2, N)}, ValueError, ("cu_seqlens", 5, 2)),
         ({"ref_logprobs": torch.ones(2, N)}, ValueError, ("ref_logprobs", [2, N], "[N]", "ref_logprobs[mask]")),
-        ({"advantages": torch.ones(N) > 0}, TypeError, ("advantages", "bool")),
+        ({"advantages": torch.ones(N) * 1j}, TypeError, ("advantages", "complex64")),
         ({"hidden": torch.randn(N, H).to(torch.float8_e4m3fn)}, TypeError, ("hidden", "float8_e4m3fn", 16)),
         *(({name: torch.ones(3)}, ValueError, (name, [3], "[N]", "N = 6")) for name in LOGPROBS),
         ({"weights": torch.ones(5)}, ValueError, ("weights", [5], "[N]", "N = 6")),
