@@ -128,8 +128,8 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more time."""
     feature_cache_mb: Count = 1024
-    """Most MiB of image features that the passes of one step which need no gradient share (rollouts, old and reference
-    log-probs); 0: none are kept."""
+    """Most MiB of image features that are kept for the passes which need no gradient of the vision tower: rollouts, old and
+    reference log-probs of one step; of a frozen tower all passes of all steps. 0: none are kept."""
     compile: bool = False
     """torch.compile the language model's decoder layers for training; the first steps then take longer."""
     liger: bool = False

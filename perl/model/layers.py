@@ -1,4 +1,4 @@
-"""Faster decoder layers: through torch.compile without a graph per step, and with Liger's Triton kernels."""
+"""Faster layers: compiled decoder layers without a graph per step, Liger's Triton kernels, patches by a matrix product."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from perl.failures import install_command
 from perl.types import UserError
@@ -143,3 +144,24 @@ def _rms_norm(kernel: Any, module: Any, hidden_states: torch.Tensor) -> torch.Te
 
 def _swiglu(kernel: Any, module: Any, x: torch.Tensor) -> torch.Tensor:
     return module.down_proj(kernel(module.gate_proj(x), module.up_proj(x)))
+
+
+def use_linear_patches(tower: Iterable[nn.Module]) -> None:
+    """Let the patch embedding of a Qwen vision tower run as a matrix product, in place.
+
+    It is a Conv3d whose kernel is as large as the patch it is given: a product with its weight as [out, in]. In bfloat16
+    cuDNN takes seconds for the convolution or has no backward. The parameter keeps its shape and its name.
+
+    Args:
+        tower: the modules of a vision tower.
+    """
+    for part in tower:
+        for module in part.modules():
+            if isinstance(module, nn.Conv3d) and module.kernel_size == module.stride:
+                cast(Any, module).forward = partial(_linear_patch, module)
+
+
+def _linear_patch(module: Any, patches: torch.Tensor) -> torch.Tensor:
+    """[n, channels, *kernel] -> [n, out, 1, 1, 1]"""
+    rows = F.linear(patches.flatten(1), module.weight.flatten(1), module.bias)
+    return rows[:, :, None, None, None]

@@ -12,7 +12,13 @@ import torch
 from perl.config import ModelConfig
 from perl.files import check_safetensors, offline_if_unreachable
 from perl.model.families import FAMILIES, Family, family_of
-from perl.model.layers import check_compiler, check_liger, compile_layers, use_liger
+from perl.model.layers import (
+    check_compiler,
+    check_liger,
+    compile_layers,
+    use_liger,
+    use_linear_patches,
+)
 from perl.model.packed.attention import (
     WITHOUT_DROPOUT,
     choose,
@@ -55,6 +61,7 @@ def load_policy(folder: str, config: ModelConfig, device: torch.device) -> Polic
             "set it to 0 there, or model.attention to sdpa"
         )
     use_packed_attention(core.language_model, tower if family.packed_tower else (), name)
+    use_linear_patches(tower)
     if config.liger:
         use_liger(core.language_model)
     if config.compile:

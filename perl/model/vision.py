@@ -26,7 +26,8 @@ class Vision:
     """The tower of a model, with a cache of the features that it made without gradient.
 
     The cache goes by the content of the image and is valid as long as the tower's weights stay as they are: rollouts,
-    old and reference log-probs of one batch share one encoding; with a frozen tower, training does too. Changed weights
+    old and reference log-probs of one batch share one encoding. A frozen tower encodes each image by itself, so that its
+    features depend on nothing else to the last bit: they serve training too, and the steps that follow. Changed weights
     are noticed by the version counters that autograd keeps of every tensor; PyTorch's fused optimizers do not count, so
     who steps one calls `clear_cache`.
 
@@ -46,6 +47,8 @@ class Vision:
         self._kept: OrderedDict[str, ImageFeatures] = OrderedDict()
         self._bytes = 0
         self._made_with: object = None
+        self._encoded: set[str] = set()
+        """Images that went through the tower since `clear_cache`."""
         self._said_too_small = False
 
     @property
@@ -75,20 +78,29 @@ class Vision:
             return self._cached(images)
 
     def clear_cache(self) -> None:
-        """Keep no features: what follows does not depend on what was encoded before, to the last bit.
+        """Between steps: what follows does not depend on what was encoded before, to the last bit.
 
         The bits of a feature depend a little on what it was encoded together with, so a run that goes on from a
-        checkpoint would else not give the numbers of one that was never stopped.
+        checkpoint would else not give the numbers of one that was never stopped. A frozen tower's features stay.
         """
+        self._encoded.clear()
+        if self.trained:
+            self._drop()
+
+    def _drop(self) -> None:
         self._kept.clear()
         self._bytes = 0
 
     def _cached(self, images: Sequence[EncodedImage]) -> ImageFeatures:
         made_with = self._state()
         if made_with != self._made_with:
-            self.clear_cache()
+            self._drop()
+            self._encoded.clear()
             self._made_with = made_with
-        for together in _parts([i for i in distinct(images) if i.key not in self._kept]):
+        missing = [i for i in distinct(images) if i.key not in self._kept]
+        again = any(image.key in self._encoded for image in missing)
+        self._encoded.update(image.key for image in missing)
+        for together in _parts(missing) if self.trained else [[image] for image in missing]:
             features = self.encode(together).split([image.tokens for image in together])
             for image, own in zip(together, features, strict=True):
                 # A copy: a view would keep what it was encoded together with.
@@ -97,13 +109,12 @@ class Vision:
         for image in images:
             self._kept.move_to_end(image.key)
         found = ImageFeatures.join([self._kept[image.key] for image in images])
-        if self._bytes > self.cache_bytes > 0 and not self._said_too_small:
+        if again and self.cache_bytes > 0 and not self._said_too_small:
             self._said_too_small = True
             logger.warning(
-                "model.feature_cache_mb = %d is too small for the features in use (%d MiB and more): images go through "
-                "the vision tower again in each pass; raise it (said once)",
+                "model.feature_cache_mb = %d is too small for the features of one step: images go through the vision tower "
+                "again in each pass; raise it (said once)",
                 self.cache_bytes >> 20,
-                self._bytes >> 20,
             )
         # Only now: what one call needs together stays until it has been joined, even over the bound.
         while self._bytes > self.cache_bytes:

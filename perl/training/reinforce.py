@@ -77,8 +77,6 @@ class PolicyStep:
     def __call__(self, step: int, groups: Sequence[Group]) -> dict[str, float]:
         """Metrics of the step, means over its optimizer steps, and what packing saved in this process."""
         session, watch = self.session, self.session.components.watch
-        if self.reference:
-            self.reference.begin_step()
         # Every k-th group, so that each update sees the whole of the batch's data order.
         with watch("pack"):
             minibatches = [self._segments(groups[k :: self.updates]) for k in range(self.updates)]
@@ -140,7 +138,6 @@ class Reference:
     def __init__(self, session: Session) -> None:
         config, components = session.config, session.components
         self.without_adapters = nullcontext
-        self.own_tower = False
         start = session.trained_before
         # Adapters start at zero, so without them the policy is what it started from: no second copy of the weights.
         if start is None and trains_adapters_alone(components.policy):
@@ -150,8 +147,7 @@ class Reference:
         device = components.accelerator.device
         policy = load_policy(path, replace(config.model, lora_rank=0), device)
         policy = policy.to(device).requires_grad_(False).eval()
-        self.own_tower = not config.model.freeze_vision
-        if not self.own_tower:
+        if config.model.freeze_vision:
             policy.share_tower(components.policy)
         self.head = HeadLoss(
             policy, components.processor.unsampled_token_ids(), config.rollout.temperature
@@ -161,11 +157,6 @@ class Reference:
         """float32 [N]: of the batch's scored tokens."""
         with self.without_adapters():
             return self.head.logprobs(batch).logprobs
-
-    def begin_step(self) -> None:
-        """Drop features of earlier steps; a tower shared with the policy has been cleared with it."""
-        if self.own_tower:
-            self.head.policy.vision.clear_cache()
 
 
 def segments_of(group: Group, condition: str) -> list[Segment]:

@@ -168,8 +168,8 @@ class Session:
                     f"without a better {key} than {best['value']:.4g}, of step {best['step']:.0f}"
                 )
                 return
-            # A resumed run begins each step alike: the bits of a feature depend on the images it was encoded with, and dropout
-            # draws from torch's generators.
+            # A resumed run begins each step alike: the bits of a trained tower's features depend on the images they were encoded
+            # with, and dropout draws from torch's generators, those of all devices.
             self.components.policy.vision.clear_cache()
             place = f"{self.config.run.seed}/{self.stage.name}/{step}/{self.processes.index}"
             torch.manual_seed(random.Random(place).getrandbits(63))

@@ -19,10 +19,11 @@ from perl.config import ModelConfig
 from perl.model.layers import check_compiler, check_liger, compile_layers, use_liger
 from perl.model.packed.pack import pack_row
 from perl.model.policy import Policy
-from perl.model.tiny import TINY_MODELS
+from perl.model.tiny import TINY_MODELS, TINY_QWEN
 from perl.rollout.engine import InProcessEngine, SamplingParams
 from perl.types import EncodedPrompt, Message, PackedBatch, Segment
 from tests.messages import refused
+from tests.model.steps import stock_model
 
 CONFIG = ModelConfig()
 
@@ -246,3 +247,32 @@ def test_where_liger_cannot_run(functional: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with refused("model.liger", "liger-kernel", "pip install"):
         check_liger(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("name", TINY_QWEN)
+def test_patches_are_embedded_by_a_matrix_product(
+    name: str, load, tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and all gradients of the stock model's Conv3d, under the same names, without a convolution."""
+
+    def embedded(visual: Any) -> list[Any]:
+        embed = visual.patch_embed
+        generator = torch.Generator().manual_seed(0)
+        patches, upstream = (
+            torch.randn(7, n, generator=generator, dtype=torch.float64)
+            for n in (embed.proj.weight[0].numel(), embed.embed_dim)
+        )
+        patches.requires_grad_()
+        out = embed(patches)
+        out.backward(upstream)
+        return [out, patches.grad, *(p.grad for p in embed.parameters())]
+
+    stock: Any = stock_model(tiny_folder(name))
+    policy, _ = load(name)
+    expected = embedded(stock.model.visual)
+    monkeypatch.setattr(torch.nn.Conv3d, "_conv_forward", never)
+    found = embedded(policy.core.visual)
+    assert len(found) == len(expected) >= 3
+    for got, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
+    assert policy.model.state_dict().keys() == stock.state_dict().keys()

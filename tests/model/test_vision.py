@@ -13,7 +13,7 @@ from perl.model import vision as vision_module
 from perl.model.families import Family, ImageFeatures
 from perl.model.head import HeadLoss
 from perl.model.packed.pack import pack_row
-from perl.model.tiny import TINY_QWEN
+from perl.model.tiny import TINY_MODELS, TINY_QWEN
 from perl.model.vision import StepFeatures, Vision
 from perl.rollout.engine import InProcessEngine, SamplingParams
 from perl.types import EncodedImage, PackedBatch
@@ -53,6 +53,23 @@ def test_a_reference_model_reads_the_features_of_an_equal_tower(load) -> None:
     assert torch.equal(head.logprobs(batch).logprobs, expected)
     assert policy.vision.images_encoded == 3
     assert all(p.device.type == "meta" for p in reference.core.visual.parameters())
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_features_of_a_frozen_tower_depend_on_their_image_alone_and_stay(name: str, load) -> None:
+    """To the last bit, in float32, whatever they are asked for together with."""
+    policy, processor = load(name, replace(CONFIG, freeze_vision=True))
+    vision = policy.float().vision
+    images = list({i.key: i for s in segments_of(processor) for i in s.prompt.images}.values())
+    together = vision.features(images).split([image.tokens for image in images])
+    vision.clear_cache()
+    vision.features(images[::-1])
+    assert vision.images_encoded == len(images) == 3
+    for image, expected in zip(images, together, strict=True):
+        vision._drop()
+        found = vision.features([image])
+        assert all(map(torch.equal, found.tensors, expected.tensors))
+    assert vision.images_encoded == 6
 
 
 class Blank:

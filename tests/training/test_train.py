@@ -54,6 +54,30 @@ def test_a_run_leaves_everything(tmp_path: Path) -> None:
     AutoModelForImageTextToText.from_pretrained(folder / "models" / "final")
 
 
+def test_a_frozen_tower_encodes_an_image_once_a_run_and_the_same_bits_when_it_goes_on(
+    short_recipe: Path, tmp_path: Path
+) -> None:
+    """Six images of six rows, of which a step takes two."""
+
+    def trained(folder: Path, steps: int) -> int | str | None:
+        more = (
+            "--run.dir",
+            folder,
+            "--model.freeze-vision",
+            *rewarded(tmp_path, ALTERNATING),
+            "--train.lr=0.01",
+        )
+        return run("train", short_recipe, *more, "--train.steps", steps)
+
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert trained(whole, 4) == trained(stopped, 2) == 0
+    assert run("resume", stopped, "--train.steps", 4) == 0
+    encoded = [[r["throughput/images_encoded"] for r in metrics(f, "rl")] for f in (whole, stopped)]
+    assert sum(encoded[0]) == 6 and encoded[0][3:] == [0]
+    assert encoded[1][:2] == encoded[0][:2] and sum(encoded[1][2:]) >= 4
+    assert untimed(stopped) == untimed(whole) and same_weights(stopped, whole)
+
+
 LINEAR = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
 LINEAR += ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 
