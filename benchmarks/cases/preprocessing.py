@@ -20,6 +20,7 @@ from perl.types import EncodedPrompt, Example, Variant
 ORDERS = 4
 SIDES = (336, 448)
 """Pixels; images differ between these in width and height."""
+SIZES = {"min_pixels": 28**2, "max_pixels": 2**20}
 QUESTION = "which image is the darkest ?"
 
 
@@ -84,16 +85,15 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 def _processor() -> Processor:
     from perl.model.loading import load_processor
 
-    return load_processor(_folder().name, ModelConfig(min_pixels=28**2, max_pixels=2**20))
+    return load_processor(_folder().name, ModelConfig(**SIZES))
 
 
 def _ours(p: Inputs) -> Run:
     made = _processor()
-    parts = (made.tokenizer, made.image_processor, made.family, made.min_pixels, made.max_pixels)
 
     def call() -> list[EncodedPrompt]:
         # A new one has an empty cache, as for a question that was not seen before.
-        processor = Processor(*parts)
+        processor = Processor(made.tokenizer, made.encoder)
         return [processor.encode(variant) for variant in p.value]
 
     def read(prompts: list[EncodedPrompt]) -> Results:
@@ -110,8 +110,7 @@ def _theirs(p: Inputs) -> Run:
     from transformers import AutoProcessor
 
     processor: Any = AutoProcessor.from_pretrained(_folder().name)
-    ours = _processor()
-    size = {"shortest_edge": ours.min_pixels, "longest_edge": ours.max_pixels}
+    size = {"shortest_edge": SIZES["min_pixels"], "longest_edge": SIZES["max_pixels"]}
 
     def encode(variant: Variant) -> Any:
         chat = [{"role": m.role, "content": parts(m.content)} for m in variant.messages]

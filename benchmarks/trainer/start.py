@@ -120,7 +120,7 @@ def make_start(setting: Setting, folder: Path) -> Start:
     limits = ModelConfig(min_pixels=pixels, max_pixels=pixels)
     processor = load_processor(str(model), limits)
     # TRL's image processor has the limits in it that PeRL gives at each call.
-    images = processor.image_processor
+    images = processor.encoder.image_processor
     kept = {k: v for k, v in images.to_dict().items() if k not in ("min_pixels", "max_pixels")}
     size = {"shortest_edge": pixels, "longest_edge": pixels}
     sized = type(images).from_dict({**kept, "size": size})

@@ -19,8 +19,8 @@ from perl.data.check import acceptance
 from perl.data.columns import tell_once
 from perl.data.dataset import Dataset
 from perl.evaluation.agreement import Reading, agreement, chosen_picture
-from perl.model.processor import content_key
 from perl.permutation import all_orders, permute
+from perl.permutation.alike import content_key
 from perl.report.metrics import mean
 from perl.rewards.forms import says_right
 from perl.rewards.scorer import Scorer

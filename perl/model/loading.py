@@ -27,7 +27,7 @@ from perl.model.packed.attention import (
 from perl.model.padded import PaddedPolicy, check_head
 from perl.model.padded_processor import PaddedProcessor
 from perl.model.policy import Policy
-from perl.model.processor import Processor
+from perl.model.processor import ImageEncoder, Processor
 from perl.model.sources import check_layers, layers_of, run_of
 from perl.model.weights import load_weights, prepared, said
 from perl.recipe import read_config
@@ -243,7 +243,8 @@ def load_processor(folder: str, config: ModelConfig) -> Processor:
     if family is None:
         out: Processor = PaddedProcessor(stock, model_config, config.min_pixels, config.max_pixels)
     else:
-        out = Processor(tokenizer, image_processor, family, config.min_pixels, config.max_pixels)
+        sizes = config.min_pixels, config.max_pixels
+        out = Processor(tokenizer, ImageEncoder(family, image_processor, *sizes))
     if own_template:
         _check_template(out, own_template)
     _check_generation_prompt(out, folder)

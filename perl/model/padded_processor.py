@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from perl.model.processor import Processor, check_slots, content_key
+from perl.model.processor import Processor, check_slots
+from perl.permutation.alike import content_key
 from perl.types import EncodedImage, EncodedPrompt, Message, RawPrompt, UserError, one_line
 
 _PLACEHOLDER = re.compile(r"(image|img|video|vision|audio|boi|eoi)", re.IGNORECASE)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from PIL import Image
 from perl.model.control_tokens import ControlTokens
 from perl.model.demands import Demands
 from perl.model.families import Family
+from perl.permutation.alike import content_key
 from perl.types import (
     IMAGE_SLOT,
     EncodedImage,
@@ -28,48 +29,57 @@ from perl.types import (
 )
 
 _CACHE_BYTES = 2**29
-"""How much of processed images is kept, by content."""
+"""How much of encoded images is kept, by content."""
+
+
+@dataclass(frozen=True)
+class ImageEncoder:
+    """From an RGB picture to the tower's input; other processes can be given it.
+
+    Args:
+        family: how images become pixels, tokens and positions.
+        image_processor: of the family.
+        min_pixels, max_pixels: images outside this range are resized, keeping their aspect.
+        dtype: of the tower, and so of the pixels.
+    """
+
+    family: Family
+    image_processor: Any
+    min_pixels: int
+    max_pixels: int
+    dtype: torch.dtype = torch.float32
+
+    def __call__(self, image: Image.Image) -> EncodedImage:
+        encoded = self.family.preprocess(
+            self.image_processor, image, content_key(image), self.min_pixels, self.max_pixels
+        )
+        return replace(encoded, pixel_values=encoded.pixel_values.to(self.dtype))
 
 
 class Processor(Demands):
-    """A tokenizer with its chat template and an image processor, and a cache of processed images.
+    """A tokenizer with its chat template and an encoder of images, and a cache of encoded images.
 
     Args:
         tokenizer: a transformers tokenizer with a chat template and the family's tokens.
-        image_processor: of the family.
-        family: how images become pixels, tokens and positions.
-        min_pixels, max_pixels: images outside this range are resized, keeping their aspect.
+        encoder: of the family's images.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        image_processor: Any,
-        family: Family,
-        min_pixels: int,
-        max_pixels: int,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.image_processor = image_processor
-        self.family = family
-        self.image_token_id = int(tokenizer.convert_tokens_to_ids(family.image_token))
+    def __init__(self, tokenizer: Any, encoder: ImageEncoder) -> None:
+        self.tokenizer, self.encoder, self.family = tokenizer, encoder, encoder.family
+        self.image_token_id = int(tokenizer.convert_tokens_to_ids(self.family.image_token))
         self.pad_token_id = int(tokenizer.pad_token_id)
         self.eos_token_id = int(tokenizer.eos_token_id)
-        self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self._cache: OrderedDict[str, EncodedImage] = OrderedDict()
         self._cached_bytes = 0
 
     def encode_image(self, image: Image.Image) -> EncodedImage:
-        """Pixels of one picture; the same content is processed once."""
-        image = image.convert("RGB")
+        """Pixels of one picture; the same content is encoded once."""
+        image = image if image.mode == "RGB" else image.convert("RGB")
         key = content_key(image)
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        encoded = self.family.preprocess(
-            self.image_processor, image, key, self.min_pixels, self.max_pixels
-        )
-        self._cache[key] = encoded
+        encoded = self._cache[key] = self.encoder(image)
         self._cached_bytes += encoded.pixel_values.nbytes
         while self._cached_bytes > _CACHE_BYTES and len(self._cache) > 1:
             _, oldest = self._cache.popitem(last=False)
@@ -209,14 +219,7 @@ class Processor(Demands):
     def save(self, folder: Path) -> None:
         """Write tokenizer and image processor the way transformers reads them."""
         self.tokenizer.save_pretrained(folder)
-        self.image_processor.save_pretrained(folder)
-
-
-def content_key(image: Image.Image) -> str:
-    """A hash of an RGB picture's size and pixels: equal pictures have equal keys."""
-    digest = hashlib.sha1(f"{image.size}".encode(), usedforsecurity=False)
-    digest.update(image.tobytes())
-    return digest.hexdigest()
+        self.encoder.image_processor.save_pretrained(folder)
 
 
 def check_slots(messages: Sequence[Message], images: Sequence[Image.Image], where: str) -> None:

@@ -6,7 +6,6 @@ import filecmp
 import hashlib
 import os
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 ENCODED = "encoded"
@@ -27,19 +26,15 @@ def alike(images: Sequence[Any]) -> tuple[int, ...]:
     if known is images:
         return first
 
-    @cache
-    def content(k: int) -> bytes:
-        pixels = hashlib.sha1(images[k].tobytes(), usedforsecurity=False)
-        pixels.update(bytes(images[k].getpalette() or ()))
-        return pixels.digest()
-
     def same(i: int, k: int) -> bool:
         one, other = images[i], images[k]
         if one is other or outlines[i] != outlines[k]:
             return one is other
         if not hasattr(one, "tobytes"):
             return type(one) is type(other) and bool(one == other)
-        return _same_source(one, other) if _is_header(one) else content(i) == content(k)
+        if _is_header(one):
+            return _same_source(one, other)
+        return content_key(one) == content_key(other)
 
     outlines = [_outline(image) for image in images]
     out: list[int] = []
@@ -47,6 +42,21 @@ def alike(images: Sequence[Any]) -> tuple[int, ...]:
         out.append(next((i for i in range(k) if out[i] == i and same(i, k)), k))
     _last = images, tuple(out)
     return tuple(out)
+
+
+def content_key(image: Any) -> str:
+    """A hash of a picture's size, pixels and palette: equal pictures of one mode have equal keys.
+
+    It is made once for a picture, and kept on it. What Pillow makes of the picture is another one; who writes into it in
+    its place would leave it with the key of what it was.
+    """
+    kept = vars(image)
+    if "content_key" not in kept:
+        pixels = hashlib.sha1(f"{image.size}".encode(), usedforsecurity=False)
+        pixels.update(image.tobytes())
+        pixels.update(bytes(image.getpalette() or ()))
+        kept["content_key"] = pixels.hexdigest()
+    return kept["content_key"]
 
 
 def _outline(image: Any) -> tuple[Any, ...]:

@@ -135,7 +135,7 @@ def test_our_prompt_is_the_stock_processors(large_tiles: Path, load) -> None:
     expected = tokenizer(whole, add_special_tokens=False)
     assert prompt.input_ids.tolist() == expected["input_ids"]
     assert (prompt.input_ids == ours.image_token_id).sum() == 20
-    theirs = ours.image_processor.images(
+    theirs = ours.encoder.image_processor.images(
         images, crop_to_patches=True, max_patches=4, return_tensors="pt"
     )
     assert torch.equal(torch.cat([i.pixel_values for i in prompt.images]), theirs["pixel_values"])

@@ -172,7 +172,7 @@ def of_bytes(processor: Processor) -> Processor:
     tokenizer.add_tokens([AddedToken("<think>", special=False)])
     named: dict[str, Any] = {"eos_token": "<|im_end|>", "pad_token": "!"}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, **named)
-    return Processor(fast, processor.image_processor, processor.family, 28 * 28, 56 * 56)
+    return Processor(fast, processor.encoder)
 
 
 HELD = ["<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|image_pad|>", "<|endoftext|>", "<s>"]
