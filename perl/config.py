@@ -125,15 +125,18 @@ class ModelConfig:
     MLP."""
     lora_dropout: Decay = 0.0
     """Share of the adapters' inputs that is dropped in training."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward: less memory, about a third more time."""
+    gradient_checkpointing: Share = 0.0
+    """Share of the layers, evenly spread, whose activations are computed again in the backward: of all (1), most of their
+    memory for about a third more time."""
     feature_cache_mb: Count = 1024
     """Most MiB of image features that are kept for the passes which need no gradient of the vision tower: rollouts, old and
     reference log-probs of one step; of a frozen tower all passes of all steps. 0: none are kept."""
-    compile: bool = False
-    """torch.compile the language model's decoder layers for training; the first steps then take longer."""
-    liger: bool = False
-    """Liger's Triton kernels for RMSNorm, SwiGLU and rotary embeddings; needs liger-kernel and a GPU."""
+    compile: Literal[True, False, "auto"] = "auto"
+    """torch.compile the language model's decoder layers for training; the first steps then take longer. auto: on a GPU
+    where Liger's kernels cannot run."""
+    liger: Literal[True, False, "auto"] = "auto"
+    """Liger's Triton kernels for RMSNorm, SwiGLU and rotary embeddings; needs liger-kernel and a GPU. auto: where both are
+    there, unless compile is true."""
     min_pixels: Positive = 28 * 28
     """Images below this many pixels are enlarged."""
     max_pixels: Positive = 512 * 512

@@ -105,6 +105,10 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"recipe {path} is not valid TOML: {error}") from error
     if isinstance(values.get("train"), dict):
         values["train"] = either_length(values["train"])
+    if isinstance(model := values.get("model"), dict):
+        share = model.get("gradient_checkpointing")
+        if isinstance(share, bool):  # As it was written when it was all layers or none.
+            model["gradient_checkpointing"] = float(share)
     if "stages" in values:
         values["stages"] = _stages(values["stages"], str(path))
     if (base := values.pop("recipe", None)) is None:

@@ -378,3 +378,14 @@ def test_a_broken_config_in_a_run_folder(tmp_path: Path, error_of: ErrorOf) -> N
     shutil.rmtree(tmp_path)
     with refused(tmp_path / "config.toml"):
         read_config(tmp_path / "config.toml")
+
+
+@pytest.mark.parametrize(("written", "share"), [("true", 1.0), ("false", 0.0), ("0.5", 0.5)])
+def test_checkpointing_may_be_written_as_all_layers_or_none(
+    written: str, share: float, tmp_path: Path
+) -> None:
+    """As recipes and old runs have it."""
+    file = tmp_path / "old.toml"
+    file.write_text(f"model.gradient_checkpointing = {written}")
+    found = load_recipe(str(file)).model.gradient_checkpointing
+    assert found == share and isinstance(found, float)

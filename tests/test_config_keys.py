@@ -24,6 +24,8 @@ from perl.config import INSTRUCTIONS, Config, StageConfig
 from perl.data.resample import PAPER
 from perl.evaluation import selection
 from perl.files import RunFolder
+from perl.model import layers
+from perl.model.layers import choose_layers
 from perl.model.loading import check_kernels, load_policy, load_processor
 from perl.model.sources import step_of
 from perl.permutation import permute
@@ -450,6 +452,21 @@ def compiled(lab: Lab) -> tuple[bool, bool]:
     return lab.policy.compiled, "forward" in vars(layer)
 
 
+def checkpointed(lab: Lab) -> list[bool]:
+    """Of each decoder layer."""
+    return [layer.gradient_checkpointing for layer in lab.policy.core.language_model.layers]
+
+
+def on_a_gpu(lab: Lab) -> str:
+    """What makes the decoder layers faster where liger-kernel and a compiler are."""
+    model = lab.config.model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "_compiler", lambda *_: True)
+        patch.setattr(layers, "_without_liger", lambda: "")
+        *_, said = choose_layers(model.liger, model.compile, torch.device("cuda"))
+    return said.partition(" (")[0]
+
+
 def sharing(lab: Lab) -> str:
     """How often prompts stand in the rows that the model reads."""
     batches, segments = lab.run["packed"][0]
@@ -588,11 +605,12 @@ ROWS = [
         {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}, {"v_proj", "up_proj"},
         {"model.lora_rank": 4}),
     Row("model.lora_dropout", 0.25, dropout, {0.0}, {0.25}, {"model.lora_rank": 4}),
-    Row("model.gradient_checkpointing", True, lambda lab: lab.policy.core.language_model.layers[0].gradient_checkpointing,
-        False, True),
+    Row("model.gradient_checkpointing", 0.5, checkpointed, [False] * 4, [False, True, False, True]),
     Row("model.feature_cache_mb", 5, lambda lab: lab.policy.vision.cache_bytes, 1024 * MIB, 5 * MIB),
     Row("model.compile", True, compiled, (False, False), (True, True)),
+    Row("model.compile", False, on_a_gpu, "compiled", "transformers' own", {"model.liger": False}),
     Row("model.liger", True, or_refusal(attention), "sdpa", "model.liger"),
+    Row("model.liger", False, on_a_gpu, "Liger's kernels", "compiled"),
     Row("model.min_pixels", 56 * 56, visual_tokens(28), 1, 4),
     Row("model.max_pixels", 56 * 56, visual_tokens(112), 16, 4),
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -28,14 +28,64 @@ _ROTARY = {
 """Names of functions in transformers' model files, and of their replacements in Liger."""
 
 
+Choice = Literal[True, False, "auto"]
+
+
+def choose_layers(liger: Choice, compiled: Choice, device: torch.device) -> tuple[bool, bool, str]:
+    """Which faster layers serve: Liger's kernels or not, compiled layers or not, and what and why in words.
+
+    `auto` is for CUDA: Liger's kernels where they can run, for they need no minutes of compilation and are the same in
+    generation and training, else compiled layers. Which of the two is faster on a GPU has not been measured.
+
+    Args:
+        liger: `model.liger`.
+        compiled: `model.compile`.
+        device: of the model.
+
+    Raises:
+        UserError: what is asked for cannot run here.
+    """
+    if liger is True:
+        check_liger(device)
+    if compiled is True:
+        check_compiler()
+    asked = [name for name, on in ((LIGER, liger), (COMPILED, compiled)) if on is True]
+    if asked:
+        return liger is True, compiled is True, f"{' and '.join(asked)} (asked for)"
+    if not (liger or compiled):
+        return False, False, f"{STOCK} (model.liger and model.compile are off)"
+    if device.type != "cuda":
+        return False, False, f"{STOCK} (no GPU)"
+    no_liger = _without_liger() if liger else "model.liger is off"
+    if not no_liger:
+        return True, False, f"{LIGER} (liger-kernel is installed and a GPU is there)"
+    if compiled and _compiler("CXX", "g++", "clang++", "c++"):
+        return False, True, f"{COMPILED} ({no_liger})"
+    no_compiled = "there is no C++ compiler" if compiled else "model.compile is off"
+    return False, False, f"{STOCK} ({no_liger}; {no_compiled})"
+
+
+LIGER, COMPILED, STOCK = "Liger's kernels", "compiled", "transformers' own"
+
+
+def _without_liger() -> str:
+    """Why Liger's kernels cannot run on a GPU here; empty if they can."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed"
+    return "" if _compiler("CC", "gcc", "clang") else "there is no C compiler for Triton"
+
+
+def _compiler(variable: str, *names: str) -> bool:
+    return any(name and shutil.which(name) for name in (os.environ.get(variable), *names))
+
+
 def check_compiler() -> None:
     """See that torch.compile can build its code.
 
     Raises:
         UserError: there is no C++ compiler.
     """
-    names = (os.environ.get("CXX"), "g++", "clang++", "c++")
-    if not any(name and shutil.which(name) for name in names):
+    if not _compiler("CXX", "g++", "clang++", "c++"):
         raise UserError(
             "model.compile needs a C++ compiler (g++ or clang++ in the PATH): install one, or leave it off"
         )
@@ -79,6 +129,37 @@ def _run_checkpointed(compiled: Callable[..., Any], layer: Any, *args: Any, **kw
     if layer.gradient_checkpointing and layer.training:
         return layer._gradient_checkpointing_func(partial(compiled, layer, **kwargs), *args)
     return compiled(layer, *args, **kwargs)
+
+
+def checkpoint_layers(model: Any, share: float) -> None:
+    """Keep no activations of some layers: they are computed again in the backward.
+
+    Args:
+        model: of transformers.
+        share: of the layers of each stack (decoder, vision tower), rounded to a whole number; they lie evenly spread.
+
+    Raises:
+        UserError: the model checkpoints all of its layers or none.
+    """
+    # transformers 5.23 renamed it.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and _checkpointed(m)]
+    if share < 1 and not stacks:
+        raise UserError(
+            f"model.gradient_checkpointing = {share}: {type(model).__name__} checkpoints all of its layers or none; "
+            "take 0 or 1"
+        )
+    for stack in stacks:
+        layers = len(stack)
+        wanted = int(share * layers + 0.5)
+        for number, layer in enumerate(cast(Any, stack)):
+            before, until = number * wanted // layers, (number + 1) * wanted // layers
+            layer.gradient_checkpointing = until > before
+
+
+def _checkpointed(stack: nn.ModuleList) -> bool:
+    return all(hasattr(layer, "gradient_checkpointing") for layer in stack)
 
 
 def check_liger(device: torch.device) -> None:

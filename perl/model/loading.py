@@ -12,13 +12,7 @@ import torch
 from perl.config import ModelConfig
 from perl.files import check_safetensors, offline_if_unreachable
 from perl.model.families import FAMILIES, Family, family_of
-from perl.model.layers import (
-    check_compiler,
-    check_liger,
-    compile_layers,
-    use_liger,
-    use_linear_patches,
-)
+from perl.model.layers import choose_layers, compile_layers, use_liger, use_linear_patches
 from perl.model.packed.attention import (
     WITHOUT_DROPOUT,
     choose,
@@ -62,12 +56,14 @@ def load_policy(folder: str, config: ModelConfig, device: torch.device) -> Polic
         )
     use_packed_attention(core.language_model, tower if family.packed_tower else (), name)
     use_linear_patches(tower)
-    if config.liger:
+    liger, compiled, layers_said = choose_layers(config.liger, config.compile, device)
+    _say_once(logging.INFO, f"layers: {layers_said}")
+    if liger:
         use_liger(core.language_model)
-    if config.compile:
+    if compiled:
         compile_layers(core.language_model)
     model = prepared(model, config, family, folder)
-    return Policy(model, family, config.feature_cache_mb * 2**20, config.compile)
+    return Policy(model, family, config.feature_cache_mb * 2**20, compiled)
 
 
 def check_kernels(config: ModelConfig, device: torch.device | None = None) -> tuple[str, str]:
@@ -85,10 +81,7 @@ def check_kernels(config: ModelConfig, device: torch.device | None = None) -> tu
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     attention = choose(config.attention, device, uses_bfloat16(config.dtype))
-    if config.liger:
-        check_liger(device)
-    if config.compile:
-        check_compiler()
+    choose_layers(config.liger, config.compile, device)
     return attention
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from perl.config import ModelConfig
 from perl.model.families import Family
+from perl.model.layers import checkpoint_layers
 from perl.model.padded import decoder_name, tower_of
 from perl.model.sources import is_checkpoint, run_of
 from perl.recipe import read_config
@@ -57,11 +58,7 @@ def prepared(model: Any, config: ModelConfig, family: Family | None, folder: str
         for module in tower:
             module.requires_grad_(False)
     if config.gradient_checkpointing:
-        # transformers 5.23 renamed it.
-        enable = getattr(
-            model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
-        )
-        enable({"use_reentrant": False})
+        checkpoint_layers(model, config.gradient_checkpointing)
     if not config.lora_rank:
         return model
     from peft import LoraConfig, get_peft_model
@@ -137,7 +134,7 @@ def _add_checkpoint(model: Any, path: str, family: Family | None) -> Any:
 
     root = run_of(path)
     assert root is not None  # Else `layers_of` refuses it.
-    config = replace(read_config(root / "config.toml").model, gradient_checkpointing=False)
+    config = replace(read_config(root / "config.toml").model, gradient_checkpointing=0.0)
     trained = prepared(model, config, family, path)
     weights = {
         name.removeprefix(_PREFIX): tensor

@@ -28,6 +28,7 @@ def examine() -> bool:
 
     import torch
 
+    from perl.model.layers import choose_layers
     from perl.model.packed.attention import choose
     from perl_kernels.dispatch import available_backends
 
@@ -44,8 +45,11 @@ def examine() -> bool:
     print(f"precision    {'bfloat16 autocast' if bfloat16 else 'float32'}")
     for name, (available, reason) in available_backends().items():
         print(f"kernels      {name:<8} {'yes' if available else 'no ':<4} {reason}")
-    attention, reason = choose("auto", torch.device("cuda" if cuda else "cpu"), bfloat16)
+    here = torch.device("cuda" if cuda else "cpu")
+    attention, reason = choose("auto", here, bfloat16)
     print(f"attention    {attention} ({reason})")
+    *_, layers = choose_layers("auto", "auto", here)
+    print(f"layers       {layers}")
     print(f"endpoint     {_endpoint()}")
     print(f"disk         {shutil.disk_usage('.').free / 2**30:.0f} GiB free here")
     complete = True

@@ -36,7 +36,7 @@ def test_logprobs_and_gradients_are_those_of_the_cpu(
 ) -> None:
     """Of samples; gradients of shared prompts over two rows, with a trained tower and checkpointing."""
     folder = str(tiny_folder(name))
-    config = ModelConfig(max_pixels=28 * 28 * 16, gradient_checkpointing=True)
+    config = ModelConfig(max_pixels=28 * 28 * 16, gradient_checkpointing=1.0)
     processor = load_processor(folder, config)
     pictures = [picture(28, 28, 0), picture(90, 60, 1)]
     prompts = [
@@ -73,7 +73,7 @@ def test_logprobs_and_gradients_are_those_of_the_cpu(
     assert lost.sqrt() < TOLERANCE[attention]
 
 
-@pytest.mark.parametrize("more", ["", "--model.compile", "--model.liger"])
+@pytest.mark.parametrize("more", ["", "--model.compile True", "--model.liger True"])
 @pytest.mark.parametrize("attention", INSTALLED)
 def test_a_run(attention: str, more: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"

@@ -5,6 +5,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,21 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from perl.config import ModelConfig
-from perl.model.layers import check_compiler, check_liger, compile_layers, use_liger
+from perl.model.layers import (
+    check_compiler,
+    check_liger,
+    checkpoint_layers,
+    choose_layers,
+    compile_layers,
+    use_liger,
+)
 from perl.model.packed.pack import pack_row
 from perl.model.policy import Policy
 from perl.model.tiny import TINY_MODELS, TINY_QWEN
 from perl.rollout.engine import InProcessEngine, SamplingParams
 from perl.types import EncodedPrompt, Message, PackedBatch, Segment
-from tests.messages import refused
-from tests.model.steps import stock_model
+from tests.messages import refused, tells
+from tests.model.steps import segments_of, shared_step, stock_model
 
 CONFIG = ModelConfig()
 
@@ -66,10 +74,10 @@ def step(policy: Policy, batch: PackedBatch) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "checkpointing", "backend"),
-    [("tiny-qwen2.5-vl", False, "eager"), ("tiny-qwen3-vl", True, "aot_eager")],
+    [("tiny-qwen2.5-vl", 0.0, "eager"), ("tiny-qwen3-vl", 0.5, "aot_eager")],
 )
 def test_no_step_compiles_after_the_first(
-    name: str, checkpointing: bool, backend: str, load
+    name: str, checkpointing: float, backend: str, load
 ) -> None:
     torch._dynamo.reset()
     config = replace(CONFIG, gradient_checkpointing=checkpointing)
@@ -87,6 +95,104 @@ def test_no_step_compiles_after_the_first(
     assert frames[0] > 0
     assert frames[1:] == [frames[1]] * (len(batches) - 1), frames
     assert dict(compiled.named_parameters()).keys() == dict(plain.named_parameters()).keys()
+
+
+@pytest.mark.parametrize(("lora", "compiled"), [(0, False), (2, False), (2, True)])
+def test_a_share_of_the_layers_is_computed_again_and_the_gradients_stay(
+    lora: int, compiled: bool, load
+) -> None:
+    """Of four decoder layers and the three of the tower."""
+    torch._dynamo.reset()
+    again: list[str] = []
+
+    def gradients(share: float) -> dict[str, Tensor]:
+        again.clear()
+        torch.manual_seed(0)
+        policy, processor = load(
+            TINY_QWEN[0], replace(CONFIG, gradient_checkpointing=share, lora_rank=lora)
+        )
+        if compiled:
+            compile_layers(policy.core.language_model, "eager")
+        for name, module in policy.core.named_modules():
+            if checkpoint := getattr(module, "_gradient_checkpointing_func", None):
+                module._gradient_checkpointing_func = partial(noted, name, checkpoint)
+        shared_step(policy.train(), segments_of(processor), 1000)
+        return {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+
+    def noted(name: str, checkpoint: Callable[..., Any], *given: Any) -> Any:
+        again.append(name)
+        return checkpoint(*given)
+
+    expected = gradients(0.0)
+    assert again == [] and len(expected) > 60
+    for share, decoder, tower in (
+        (0.3, [3], [2]),
+        (0.5, [1, 3], [1, 2]),
+        (1.0, range(4), range(3)),
+    ):
+        found = gradients(share)
+        assert again == [
+            *(f"visual.blocks.{i}" for i in tower),
+            *(f"language_model.layers.{i}" for i in decoder),
+        ]
+        assert found.keys() == expected.keys()
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-12, atol=1e-12)
+
+
+def test_all_layers_or_none_where_they_cannot_be_told_apart() -> None:
+    class Old(torch.nn.Linear):
+        given: Any = None
+
+        def activation_checkpointing_enable(self, options: dict[str, Any]) -> None:
+            self.given = options
+
+        gradient_checkpointing_enable = activation_checkpointing_enable
+
+    with refused("model.gradient_checkpointing = 0.5", "Old", "0 or 1"):
+        checkpoint_layers(Old(1, 1), 0.5)
+    checkpoint_layers(model := Old(1, 1), 1.0)
+    assert model.given == {"use_reentrant": False}
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("liger", "compiled", "device", "has", "chosen", "names"),
+    [
+        ("auto", "auto", CPU, "liger gcc g++", (False, False), ["transformers", "GPU"]),
+        ("auto", "auto", CUDA, "liger gcc g++", (True, False), ["Liger", "installed"]),
+        ("auto", "auto", CUDA, "gcc g++", (False, True), ["compiled", "liger-kernel"]),
+        ("auto", "auto", CUDA, "liger g++", (False, True), ["compiled", "C", "Triton"]),
+        ("auto", "auto", CUDA, "liger", (False, False), ["transformers", "C", "C++"]),
+        ("auto", False, CUDA, "g++", (False, False), ["liger-kernel", "model.compile"]),
+        (False, "auto", CUDA, "liger gcc g++", (False, True), ["compiled", "model.liger"]),
+        (False, False, CUDA, "liger gcc g++", (False, False), ["model.liger", "model.compile"]),
+        ("auto", True, CUDA, "liger gcc g++", (False, True), ["compiled", "asked"]),
+        (True, "auto", CUDA, "liger gcc g++", (True, False), ["Liger", "asked"]),
+        (True, True, CUDA, "liger gcc g++", (True, True), ["Liger", "compiled", "asked"]),
+        ("auto", True, CPU, "g++", (False, True), ["compiled", "asked"]),
+    ],
+)
+def test_what_makes_the_layers_faster(
+    liger: Any, compiled: Any, device: torch.device, has: str, chosen: tuple[bool, bool],
+    names: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in has.split():
+        (tmp_path / name).touch(mode=0o755)
+    there = object() if "liger" in has.split() else None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: there)
+    *found, said = choose_layers(liger, compiled, device)
+    assert tuple(found) == chosen
+    tells(said, *names)
+    if chosen == (False, False) and device == CUDA:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with refused("model.liger"):
+            choose_layers(True, compiled, device)
 
 
 def test_a_compiler_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

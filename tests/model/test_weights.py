@@ -150,7 +150,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, tiny_folder: F
     "model",
     [
         {},
-        {"freeze_vision": True, "gradient_checkpointing": True},
+        {"freeze_vision": True, "gradient_checkpointing": 1.0},
         LORA,
         {**LORA, "freeze_vision": True},
     ],

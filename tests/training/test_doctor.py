@@ -28,11 +28,15 @@ def test_what_is_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
         return "sdpa", " ".join(map(str, asked))
 
     monkeypatch.setattr("perl.model.packed.attention.choose", choose)
+    monkeypatch.setattr(
+        "perl.model.layers.choose_layers", lambda *asked: (True, False, " ".join(map(str, asked)))
+    )
     code, said = examined(capsys)
     assert code == 0
     cuda = torch.cuda.is_available()
     asked = f"auto {'cuda' if cuda else 'cpu'} {cuda and torch.cuda.is_bf16_supported()}"
     assert line(said, "attention") == f"sdpa ({asked})"
+    assert line(said, "layers") == f"auto auto {'cuda' if cuda else 'cpu'}"
     assert line(said, "math-verify")[0].isdigit() and line(said, "transformers")[0].isdigit()
     tells(line(said, "endpoint"), "none", "PERL_LLM_URL", "PERL_LLM_MODEL")
 
