@@ -247,9 +247,14 @@ def _overview() -> str:
 
 
 def _prepare(debug: bool) -> None:
-    """Before torch is loaded: how its threads wait, and whose messages are shown (ours; of others only errors)."""
+    """Before torch is loaded: how its threads wait and its CUDA memory grows, and whose messages are shown (ours; of others
+    only errors)."""
     # libgomp's default is to spin for minutes: with another busy process a step of the demo took 60 times as long.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # Rows differ in length from step to step: blocks of fixed size would be left over in pieces that nothing fits into.
+    # torch reads the older name first.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -130,7 +130,10 @@ class StageClock:
 
 
 class Stopwatch:
-    """Seconds spent by name: since the last `lap`, and in all; each a range of the profiler too."""
+    """Seconds spent by name: since the last `lap`, and in all; each a range of the profiler too.
+
+    A stage ends when a CUDA device has done what was launched in it, so that stages that follow each other add up.
+    """
 
     def __init__(self) -> None:
         self.lap_seconds: defaultdict[str, float] = defaultdict(float)
@@ -138,10 +141,12 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        _wait_for_device()
         start = time.perf_counter()
         try:
             with span(name):
                 yield
+                _wait_for_device()
         finally:
             spent = time.perf_counter() - start
             self.lap_seconds[name] += spent
@@ -152,6 +157,24 @@ class Stopwatch:
         out = {f"time/{name}": round(seconds, 4) for name, seconds in self.lap_seconds.items()}
         self.lap_seconds.clear()
         return out
+
+
+def _wait_for_device() -> None:
+    """Until the CUDA device that is in use has done all it was asked for."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def device_memory() -> dict[str, int]:
+    """Of the CUDA device that is in use, so far: most bytes in tensors, most bytes held for them, and how often the
+    allocator had to give back what it held to serve a request. Nothing where none is in use."""
+    if not torch.cuda.is_initialized():
+        return {}
+    return {
+        "memory/peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+        "memory/peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+        "memory/allocator_retries": torch.cuda.memory_stats()["num_alloc_retries"],
+    }
 
 
 def peak_rss_bytes() -> int:

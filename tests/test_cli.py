@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -200,3 +201,27 @@ def test_epochs_and_steps_on_the_command_line_take_the_place_of_each_other(tmp_p
     assert (train.steps, train.epochs) == (0, 0)
     with refused("train.epochs = 2", "train.steps = 3"):
         parse("train", ["default", "--train.epochs", "2", "--train.steps", "3"])
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": ""}, {"PYTORCH_CUDA_ALLOC_CONF": ""}),
+    ],
+)
+def test_cuda_memory_grows_in_place_unless_the_user_has_set_how(
+    given: dict[str, str], found: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process of `accelerate launch` or `torchrun` comes through here, before it imports torch."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    with monkeypatch.context() as patch:
+        for name in names:
+            patch.delenv(name, raising=False)
+        for name, value in given.items():
+            patch.setenv(name, value)
+        assert run("--help") == 0
+        assert run("config", "--list") == 0
+        assert {name: os.environ[name] for name in names if name in os.environ} == found
+        os.environ.pop("PYTORCH_ALLOC_CONF", None)

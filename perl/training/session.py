@@ -21,7 +21,7 @@ from perl.report.gallery import Gallery, Rows
 from perl.report.progress import Display
 from perl.report.trackers import Trackers
 from perl.rollout.replay import load_replay, save_replay
-from perl.timing import peak_rss_bytes
+from perl.timing import device_memory, peak_rss_bytes
 from perl.training.components import Components, build
 from perl.training.optimizer import Optimizer, Schedule
 from perl.training.saving.checkpoint import CheckpointManager, Progress
@@ -303,7 +303,7 @@ class Session:
     def record(self, row: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and the same to the trackers."""
         timing = {"time/elapsed": round(self.elapsed, 3), "memory/peak_rss_bytes": peak_rss_bytes()}
-        self.folder.append(self.folder.metrics, {**row, **timing})
+        self.folder.append(self.folder.metrics, {**row, **timing, **device_memory()})
         numbers = {
             f"{row['stage']}/{k}": v
             for k, v in row.items()

@@ -117,7 +117,7 @@ def test_a_cold_start_with_a_frozen_tower(
     short_recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = short_recipe.parent / "profile"
-    options = ("--model.freeze-vision", "--model.gradient-checkpointing", "--model.lora-rank", "2")
+    options = ("--model.freeze-vision", "--model.gradient-checkpointing=1", "--model.lora-rank=2")
     stage = ("--stage", "cold_start", "--cold-start.batch-size", "2", "--steps", "1")
     assert run("profile", short_recipe, "--output", folder, *stage, *options, "--shapes") == 0
     out = json.loads((folder / "profile.json").read_text())
