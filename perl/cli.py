@@ -1,4 +1,4 @@
-"""The command line: `perl-rl train | resume | evaluate | generate | report | profile | config | doctor`."""
+"""The command line: `perl-rl train | resume | evaluate | generate | report | profile | plan | config | doctor`."""
 
 from __future__ import annotations
 
@@ -61,6 +61,11 @@ COMMANDS = {
         "perl.training.profile:Profile",
         "recipe",
         "where the time of a training step goes, and a trace",
+    ),
+    "plan": (
+        "perl.training.roofline.command:PlanSteps",
+        "recipe",
+        "what a training step takes on a GPU that need not be here, computed",
     ),
     "preview": (
         "perl.evaluation.preview.command:Preview",

@@ -79,18 +79,13 @@ def make_tiny_model(name: str, words: Sequence[str], folder: Path, seed: int) ->
     import torch
     from transformers import AutoModelForImageTextToText
 
-    internvl = name == TINY_INTERNVL
-    if internvl:
-        special = (*SPECIAL_TOKENS[:3], *INTERNVL_TOKENS.values())
-        tokenizer = make_tokenizer(words, special, INTERNVL_TOKENS, INTERNVL_CHAT_TEMPLATE)
-    else:
-        tokenizer = make_tokenizer(words)
+    tokenizer = tiny_tokenizer(name, words)
     config = tiny_config(name, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
     model.save_pretrained(folder)
-    if internvl:
+    if name == TINY_INTERNVL:
         from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
             GotOcr2ImageProcessorPil,
         )
@@ -100,6 +95,14 @@ def make_tiny_model(name: str, words: Sequence[str], folder: Path, seed: int) ->
         GotOcr2ImageProcessorPil(size={"height": height, "width": width}).save_pretrained(folder)
     else:
         save_processor(tokenizer, make_image_processor(config.vision_config), folder)
+
+
+def tiny_tokenizer(name: str, words: Sequence[str]) -> Any:
+    """The tokenizer of a tiny model that knows these words."""
+    if name != TINY_INTERNVL:
+        return make_tokenizer(words)
+    special = (*SPECIAL_TOKENS[:3], *INTERNVL_TOKENS.values())
+    return make_tokenizer(words, special, INTERNVL_TOKENS, INTERNVL_CHAT_TEMPLATE)
 
 
 def make_tokenizer(

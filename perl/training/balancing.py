@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,11 @@ from perl.types import Segment
 
 if TYPE_CHECKING:
     from perl.model.policy import Policy
+
+_MERGING = re.compile(r"merger|projector")
+"""In the names of a tower's weights that work on visual tokens, not on patches."""
+_LOOKED_UP = re.compile(r"\.(pos_embed\.|embeddings\.position)")
+"""In the names of those that nothing is multiplied by."""
 
 Work = list[Segment]
 """The segments of one group: what moves together, as they show the same images."""
@@ -47,11 +53,16 @@ class ModelFlops:
         )
         layers = sum(p.numel() for p in getattr(decoder, "layers", decoder).parameters())
         tower = sum(p.numel() for p in policy.vision.weights)
+        merging, looked_up = (
+            sum(p.numel() for name, p in policy.core.named_parameters() if part.search(name))
+            for part in (_MERGING, _LOOKED_UP)
+        )
+        of_patches = policy.patches_per_token * (tower - merging - looked_up)
         return cls(
             token=layers,
             pair=2.0 * config.num_hidden_layers * config.num_attention_heads * head_dim,
             scored=policy.head_weight.numel(),
-            visual=policy.patches_per_token * tower * (1.0 if policy.vision.trained else 1 / 3),
+            visual=(of_patches + merging) * (1.0 if policy.vision.trained else 1 / 3),
             shared=share_prompts and policy.shares_prompts,
         )
 

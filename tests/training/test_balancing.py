@@ -104,8 +104,18 @@ def test_flops_come_from_the_model(
     # Patches of 14 or 16 pixels, whether they come as such or inside tiles.
     total = made[0] if len(made) == 2 else made[0] * (made[2] // 14) * (made[3] // 14)
     assert total / processor_image.tokens == patches
+    # All of the tower works on patches, but what makes visual tokens of them, and positions that are only added.
     weights = sum(p.numel() for p in policy.vision.weights)
-    assert flops.visual == pytest.approx(patches * weights / (3 if frozen else 1))
+    if name == "tiny-internvl":
+        mergers = [policy.core.multi_modal_projector]
+        added = policy.core.vision_tower.embeddings.position_embeddings.numel()
+    else:
+        visual = policy.core.visual
+        mergers = [visual.merger, *getattr(visual, "deepstack_merger_list", ())]
+        added = visual.pos_embed.weight.numel() if hasattr(visual, "pos_embed") else 0
+    merging = sum(p.numel() for m in mergers for p in m.parameters())
+    expected = patches * (weights - merging - added) + merging
+    assert merging and flops.visual == pytest.approx(expected / (3 if frozen else 1))
     assert not ModelFlops.of(policy, share_prompts=False).shared
 
 

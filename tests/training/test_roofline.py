@@ -1,0 +1,369 @@
+"""`perl-rl plan`: its operations, bytes and memory are those of a tiny model's real step, and times follow from them."""
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import perl_kernels  # noqa: F401  # Registers its operators.
+from perl.config import Config
+from perl.model.head import HeadLoss
+from perl.model.loading import load_policy, load_processor
+from perl.model.vision import StepFeatures
+from perl.recipe import load_recipe
+from perl.training.roofline.devices import DEVICES, Device, device_named
+from perl.training.roofline.memory import activation_bytes, advice, memory
+from perl.training.roofline.model import CONFIGS, model_facts
+from perl.training.roofline.step import Part, Shape, StepWork
+from perl.types import EncodedPrompt, Segment
+from perl_kernels import PolicyLoss
+from tests.command_line import ErrorOf, run
+from tests.messages import refused, tells
+from tests.model.steps import picture
+
+H200 = device_named("H200", 0, 0, 0)
+CPU = torch.device("cpu")
+QUESTIONS, ORDERS, ROLLOUTS, TEXT, LENGTH = 2, 2, 3, 60, 70
+SIDE = {"tiny-qwen2.5-vl": 84, "tiny-qwen3-vl": 96, "tiny-internvl": 28}
+
+
+@pytest.fixture(autouse=True)
+def _uninitialised_is_nan() -> None:
+    """Not here: a torch.empty that is not PyTorch's own would make the weights of models that are to have none."""
+
+
+def with_keys(config: Config, **sections: dict[str, Any]) -> Config:
+    changed = {s: replace(getattr(config, s), **keys) for s, keys in sections.items()}
+    return replace(config, **changed)
+
+
+def small(name: str, **model: Any) -> Config:
+    return with_keys(
+        load_recipe("demo"),
+        model={"path": name, "max_pixels": SIDE[name] ** 2, **model},
+        permutation={"orders": ORDERS},
+        rollout={"per_order": ROLLOUTS, "max_new_tokens": 100},
+        train={"examples_per_step": QUESTIONS, "tokens_per_micro_batch": 1200},
+    )
+
+
+class Step:
+    """A tiny model, and a step of questions of two images each, all alike."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.config = config
+        self.processor = load_processor(str(folder), config.model)
+        self.policy = load_policy(str(folder), config.model, CPU)
+        side, rng = SIDE[config.model.path], np.random.default_rng(0)
+        self.segments, family = [], self.policy.family
+        for group in range(QUESTIONS):
+            shown = [
+                self.processor.encode_image(picture(side, side, 2 * group + k)) for k in (0, 1)
+            ]
+            for images in (shown, shown[::-1]):
+                image_id = self.policy.core.config.image_token_id
+                ids = np.full(TEXT + sum(i.tokens for i in images), 30)
+                ids[5 : 5 + images[0].tokens] = image_id
+                ids[20 + images[0].tokens : 20 + 2 * images[0].tokens] = image_id
+                positions, following = family.positions(ids, images, image_id)
+                prompt = EncodedPrompt(ids, positions, following, tuple(images), image_id)
+                completions = tuple(rng.integers(20, 60, LENGTH) for _ in range(ROLLOUTS))
+                self.segments.append(Segment(prompt, completions, (1.0,) * ROLLOUTS, group))
+        self.images = [i for s in self.segments[::2] for i in s.prompt.images]
+        shape = Shape(2, shown[0].tokens, TEXT, LENGTH)
+        self.work = StepWork(config, model_facts(config), shape, gpus=1)
+
+    def take(self) -> None:
+        policy, train = self.policy.train(), self.config.train
+        batches = policy.pack(self.segments, train.tokens_per_micro_batch, True)
+        assert [b.num_tokens for b in batches] == self.work.row_tokens
+        head = HeadLoss(policy, self.processor.unsampled_token_ids(), 1.0)
+        shared = StepFeatures(policy.vision.encode, batches) if policy.vision.trained else None
+        loss = PolicyLoss.preset("perl", kl=None, kl_coef=0.0)
+        for number, batch in enumerate(batches):
+            with shared.of(number) if shared else nullcontext() as features:
+                head(batch, loss, 1.0, features).loss.backward()
+
+
+def counted(call: Callable[[], Any]) -> dict[str, float]:
+    """FLOPs of `attention`, `head` and `other`; of attention those of pairs that meet, as flash kernels skip the others."""
+
+    def forward(
+        query: Any, key: Any, value: Any, dropout: Any = 0, causal: Any = False, **more: Any
+    ):
+        pairs = query.shape[0] * query.shape[2] * key.shape[2] / (2 if causal else 1)
+        if (mask := more.get("attn_mask")) is not None:
+            pairs = (mask == 0).expand(query.shape[0], 1, query.shape[2], -1).sum().item()
+        return 4 * pairs * query.shape[1] * query.shape[3]
+
+    def backward(
+        grad: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        out: Any,
+        lse: Any,
+        dropout: Any,
+        causal: Any,
+        **more: Any,
+    ):
+        return 2.5 * forward(query, key, value, dropout, causal, **more)
+
+    def head(hidden: Any, weight: Any, *_: Any, **__: Any) -> float:
+        return (6 if weight.requires_grad else 4) * hidden.numel() * weight.shape[0]
+
+    aten, own = torch.ops.aten, torch.ops.perl_kernels.linear_grpo_loss
+    formulas = {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+        own: head,
+    }
+    for formula in formulas.values():
+        formula._get_raw = True
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        call()
+    found = counter.flop_counts["Global"]
+    attention = sum(n for op, n in found.items() if "dot_product" in str(op))
+    return {
+        "attention": attention,
+        "head": found[own],
+        "other": sum(found.values()) - attention - found[own],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("tiny-qwen2.5-vl", {}),
+        ("tiny-qwen3-vl", {"gradient_checkpointing": True}),
+        ("tiny-internvl", {"freeze_vision": True, "lora_rank": 4}),
+    ],
+)
+def test_operations_are_those_of_a_step(
+    name: str, model: dict[str, Any], tiny_folder: Callable[[str], Path]
+) -> None:
+    step = Step(small(name, **model), tiny_folder(name))
+    parts = {part.name: part for part in step.work.parts()}
+    if name != "tiny-internvl":  # Of a tile of four patches the class token is a fifth.
+        tower = counted(lambda: step.policy.vision.features(step.images))
+        made = tower["other"] + tower["attention"]
+        assert parts["rollout/vision"].flops == pytest.approx(made, rel=0.01)
+    found = counted(step.take)
+    assert parts["update/head and loss"].flops == found["head"]
+    assert parts["update/attention"].flops == pytest.approx(found["attention"], rel=0.05)
+    products = parts["update/products"].flops
+    if "update/vision" in parts:
+        products += parts["update/vision"].flops
+    assert products == pytest.approx(found["other"], rel=0.05)
+
+
+VIEWS = {
+    *("view", "_unsafe_view", "reshape", "transpose", "t", "permute", "expand", "unsqueeze"),
+    *("slice", "select", "split", "unbind", "alias", "detach", "as_strided", "split_with_sizes"),
+    "squeeze",
+}
+OTHERS = {"mm", "addmm", "bmm", "index_select", "_scaled_dot_product_flash_attention_for_cpu"}
+
+
+class Moved(TorchDispatchMode):
+    """Operations, and the bytes that they read and write outside of products and attention; views do neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.__name__.split(".")[0]
+        if name not in VIEWS:
+            self.operations += 1
+            if name not in OTHERS:
+                tensors = (
+                    x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)
+                )
+                self.bytes += sum(x.nbytes for x in tensors)
+        return out
+
+
+def test_bytes_and_launches_are_those_of_transformers_layers(
+    tiny_folder: Callable[[str], Path],
+) -> None:
+    """In bfloat16, a layer: what twice as many layers move, launch and keep more."""
+    name = "tiny-qwen2.5-vl"
+    step = Step(small(name, compile=False, liger=False), tiny_folder(name))
+    policy, kept = step.policy.to(torch.bfloat16).train(), {}
+    [batch, *_] = policy.pack(step.segments, 10**6, True)
+    features = policy.vision.encode(batch.images).map(torch.detach)
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = tensor, storage.nbytes()
+        return tensor
+
+    found = []
+    layers = policy.core.language_model.layers
+    for number in (2, 4):
+        policy.core.language_model.layers = layers[:number]
+        policy.core.language_model.config.num_hidden_layers = number
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), Moved() as moved:
+            policy(batch, features)
+        weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+        own = sum(size for at, (_, size) in kept.items() if at not in weights)
+        found.append((moved.operations, moved.bytes, own))
+    launches, moved, own = ((b - a) / 2 for a, b in zip(*found, strict=True))
+    work = replace(
+        step.work, config=with_keys(step.config, train={"tokens_per_micro_batch": 10**6})
+    )
+    assert work.row_tokens == [batch.num_tokens]
+    assert launches == pytest.approx(50, rel=0.1)
+    assert moved == pytest.approx(work.tokens * work.elementwise, rel=0.1)
+    assert own == pytest.approx(work.tokens * activation_bytes(work), rel=0.1)
+
+
+def paper(path: str = "Qwen/Qwen2.5-VL-7B-Instruct", **sections: dict[str, Any]) -> StepWork:
+    """The paper's setting: 16 questions a GPU, answers of 512 tokens at most."""
+    sections = {"model": {"path": path}, "rollout": {"max_new_tokens": 512}} | sections
+    config = with_keys(load_recipe("perl-7b"), **sections)
+    return StepWork(config, model_facts(config), Shape(6, 330, 150, 512), gpus=8)
+
+
+def test_the_papers_step_by_hand() -> None:
+    """On a GPU of round figures; sizes of the 7B are those of its config.json."""
+    layers, hidden, inner, queries, keys, vocab = 28, 3584, 18944, 28 * 128, 4 * 128, 152064
+    layer = 2 * hidden * queries + 2 * hidden * keys + 3 * hidden * inner
+    weights, head, prompt, new = layers * layer, vocab * hidden, 6 * 330 + 150, 512
+    work = paper()
+    parts = {part.name: part for part in work.parts()}
+    assert work.facts.weights == 8_292_166_656
+    assert (work.prompts, work.scored) == (32, 32 * 6 * 512)
+    assert work.tokens == 32 * (prompt + 6 * new)  # Each prompt once.
+    [products] = parts["update/products"].phases
+    # Forward, backward, and forward again but for the last product of a layer.
+    times = 4 - hidden * inner / layer
+    assert products["product"] == pytest.approx(2 * work.tokens * weights * times, rel=1e-3)
+    assert parts["update/head and loss"].flops == 6 * work.scored * head
+    assert parts["logprobs/reference"].phases[-1] == {"head": 2 * work.scored * head}
+    # 25 prompts fit, each with six times 512 tokens: so two times 512 steps, of 96 sequences on average.
+    assert 131072 // (prompt + 6 * new) == 25 == work.live
+    [decode] = parts["rollout/decode"].phases
+    read = 96 / 6 * prompt + 96 * new / 2  # A prompt once for its six completions.
+    steps = 2 * new
+    cache = steps * read * layers * 2 * keys * 2
+    fixed = steps * 2 * (weights + head)
+    rest = steps * 96 * (layers * work.elementwise + 30 * vocab)
+    assert decode["bytes"] == pytest.approx(cache + fixed + rest, rel=1e-3)
+    assert parts["rollout/decode"].waits == steps / 16
+    device = Device("round", 1e15, 1e12, 1e11, 1e11, "")
+    spent = decode["bytes"] / 0.73e12
+    assert parts["rollout/decode"].seconds(device) == pytest.approx(spent)
+    sent = 2 * 7 / 8 * 4 * work.facts.trained
+    assert parts["update/sync"].seconds(device) == pytest.approx(sent / 0.7e11)
+
+
+def test_time_is_that_of_what_is_slowest() -> None:
+    device = Device("round", 1e12, 1e9, 1e9, 1e9, "")
+    phases = ({"product": 6e12, "head": 5.5e12, "bytes": 1.0}, {"bytes": 1.46e9})
+    assert Part("a", phases).seconds(device) == pytest.approx(10 + 10 + 2)
+    assert Part("a", phases).flops == 11.5e12 and Part("a", phases).bytes == 1.46e9 + 1
+    assert Part("a", phases, launches=1e7).seconds(device) == pytest.approx(50)
+
+
+@pytest.mark.parametrize(
+    ("path", "billions"), [*zip(CONFIGS, (3.755, 8.292, 4.438, 8.767), strict=True)]
+)
+def test_models_that_are_known_have_their_numbers_of_weights(path: str, billions: float) -> None:
+    facts = paper(path).facts
+    assert facts.weights / 1e9 == pytest.approx(billions, abs=1e-3)
+    assert facts.tokens_of(262144) == (256 if "Qwen3" in path else 334)
+
+
+def test_memory_is_what_is_kept_and_adapters_need_little() -> None:
+    work = paper()
+    kept = memory(work, H200)
+    assert kept["always"]["weights"] == kept["always"]["reference"] == 2 * work.facts.weights
+    assert kept["always"]["masters and moments"] == 12 * work.facts.weights
+    assert kept["update"]["gradients"] == 4 * work.facts.weights
+    assert kept["rollout"]["keys and values"] == 131072 * 28 * 2 * 4 * 128 * 2
+    [said] = [line for line in advice(work, H200, kept) if line.startswith("the update")]
+    tells(said, "model.lora_rank")
+    [said] = advice(work, device_named("A100-80", 0, 0, 0), memory(work, H200))
+    tells(said, "model.lora_rank", "model.freeze_vision")
+
+    lora = {"path": work.config.model.path, "lora_rank": 64, "freeze_vision": True}
+    few = paper(model=lora)
+    kept = memory(few, H200)
+    assert kept["always"]["reference"] == 0
+    assert few.facts.trained == kept["update"]["gradients"] / 4 < 0.03 * few.facts.weights
+    assert not advice(few, H200, kept)
+    wide = paper(model=lora | {"gradient_checkpointing": False})
+    kept = memory(wide, H200)
+    [said] = advice(wide, H200, kept)
+    tells(said, "model.gradient_checkpointing")
+    names = [part.name for part in few.parts()]
+    assert "update/vision" not in names and "logprobs/reference's vision" not in names
+
+
+def test_orders_that_do_not_exist_and_prompts_that_are_not_shared() -> None:
+    one = replace(paper(), shape=Shape(1, 330, 150, 512))
+    assert (one.orders, one.prompts, len(one.completions)) == (1, 16, 12)
+    apart = paper(train={"share_prompts": False})
+    assert apart.tokens == 32 * 6 * (6 * 330 + 150 + 512)
+    fewer = paper(train={"tokens_per_micro_batch": 4000})  # Three completions beside each prompt.
+    assert fewer.tokens == 32 * (2 * 2130 + 6 * 512) and len(fewer.row_tokens) == 64
+
+
+def test_the_command_shows_and_writes_and_measured_times_stand_beside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"stage": "rl", "step": n, "time/rollout": 4.0 + n, "time/step": 9.5} for n in (1, 2, 3)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    file = tmp_path / "plan.json"
+    options = ("--steps-of", "rtx-4090", "--images", "2", "--run", tmp_path, "--json", file)
+    assert run("plan", "demo", *options, "--rollout.per-order", "5") == 0
+    said = capsys.readouterr().out
+    tells(said, "RTX 4090", "tiny-qwen2.5-vl", "computed", "decode", "measured", "6.000", "9.500")
+    tells(said, "assumed", "10 completions")  # Two images have but two orders of the four.
+    found = json.loads(file.read_text())
+    assert found["computed"] and found["measured"] == {"rollout": 6.0, "step": 9.5}
+    stages = found["stages"].values()
+    assert found["seconds"] == pytest.approx(sum(stage["seconds"] for stage in stages))
+    assert found["peak_bytes"]["update"] == sum(
+        sum(found["memory"][part].values()) for part in ("always", "update")
+    )
+    assert {"flops", "bytes", "launches", "host_waits", "seconds"} == {*next(iter(stages))}
+
+
+def test_what_cannot_be_planned_is_one_line(error_of: ErrorOf, tmp_path: Path) -> None:
+    names = [device.name for device in DEVICES]
+    tells(error_of("plan", "demo", "--steps-of", "H2000"), "H2000", *names, "--tflops")
+    tells(error_of("plan", "default"), "model.path", next(iter(CONFIGS)))
+    tells(
+        error_of("plan", "default", "--model.path", "no/where"), "model.path", "no/where", *CONFIGS
+    )
+    tells(error_of("plan", "demo", "--gpus", "5"), "--gpus", "5", "train.examples_per_step", "12")
+    tells(error_of("plan", "demo", "--run", tmp_path), "--run", tmp_path, "metrics.jsonl")
+    tells(
+        error_of("plan", "demo", "--completion-tokens", "41"), "rollout.max_new_tokens", "40", "41"
+    )
+    tells(error_of("plan", "demo", "--images", "600"), "data.max_prompt_tokens", "8192")
+    own = ("--steps-of", "mine", "--tflops", "100", "--tb-per-s", "1", "--gb", "24")
+    assert run("plan", "demo", *own) == 0
+    with refused("mine", "--gb"):
+        device_named("mine", 100, 1, 0)
+    assert device_named("h100", 0, 0, 94) == replace(
+        device_named("H100", 0, 0, 0),
+        memory=94e9,
+        source="NVIDIA H100 datasheet, SXM, and as given",
+    )
