@@ -109,7 +109,8 @@ class ModelConfig:
     """A Jinja file that takes the place of the tokenizer's chat template, and is saved with the model; empty: the
     tokenizer's."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the forward and backward; auto: bfloat16 autocast where the hardware has it."""
+    """Of the weights and all that is computed with them (docs/precision.md); bfloat16 is trained with float32 masters.
+    auto: bfloat16 on a GPU that has it, else float32."""
     attention: Literal["auto", "flash_attention_2", "varlen", "flex", "sdpa"] = "auto"
     """Packed attention: flash-attn, PyTorch's varlen_attn, compiled flex_attention, SDPA; auto: the first that runs
     here in this precision."""

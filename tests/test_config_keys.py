@@ -37,7 +37,7 @@ from perl.rollout.engine import InProcessEngine, SamplingParams
 from perl.timing import Stopwatch
 from perl.training.checks import check_setup
 from perl.training.commands import Train
-from perl.training.components import Components, make_accelerator, model_folder
+from perl.training.components import Components, model_folder
 from perl.training.optimizer import Optimizer
 from perl.training.reinforce import PolicyStep
 from perl.training.session import Session
@@ -261,11 +261,8 @@ def tracked(lab: Lab) -> tuple[str, str]:
     return project, "the folder's" if name == lab.session.folder.root.name else name
 
 
-def precision(lab: Lab) -> str:
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return make_accelerator(lab.config, RunFolder(lab.root)).mixed_precision
+def dtypes(lab: Lab) -> set[torch.dtype]:
+    return {parameter.dtype for parameter in lab.policy.parameters()}
 
 
 def initial_model(lab: Lab) -> str:
@@ -595,8 +592,7 @@ ROWS = [
 
     Row("model.path", "tiny-qwen3-vl", initial_model, "tiny-qwen2.5-vl 0", "tiny-qwen3-vl 0", TINY),
     Row("model.chat_template", "template.jinja", lambda lab: rendered(lab)[:6], "<|im_s", "USER: "),
-    Row("model.dtype", "bfloat16", precision,
-        "no", "bf16", {"model.dtype": "float32"}),
+    Row("model.dtype", "bfloat16", dtypes, {torch.float32}, {torch.bfloat16}, {"model.dtype": "float32"}),
     Row("model.attention", "flex", attention, "sdpa", "flex"),
     Row("model.freeze_vision", True, lambda lab: lab.policy.vision.trained, True, False),
     Row("model.lora_rank", 4, lora, (set(), set()), ({4}, {8.0})),

@@ -91,7 +91,7 @@ def step_parser(
     add(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="of forward and backward, over float32 weights; default: bfloat16 on cuda, float32 on cpu",
+        help="of weights and all that is computed with them; default: bfloat16 on cuda, float32 on cpu",
     )
     for name, said in numbers.items():
         several = {"nargs": "+"} if name == "images" else {}

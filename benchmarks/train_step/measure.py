@@ -6,7 +6,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -79,10 +78,10 @@ def measure(setting: Setting) -> Report:
 
 
 def make_trainee(setting: Setting) -> Trainee:
-    """The model on its device, with weights in float32, and the step's completions."""
+    """The model on its device, and the step's completions."""
     device = torch.device(setting.device)
     torch.manual_seed(setting.workload.seed)
-    model = make_model(setting.model, device)
+    model = make_model(setting.model, device, getattr(torch, setting.dtype))
     family = family_of(model.config.model_type)
     assert family is not None
     if setting.freeze_vision:
@@ -103,12 +102,11 @@ def make_trainee(setting: Setting) -> Trainee:
         setting.workload.segments(model.config, family),
         attention=attention,
         budget=setting.budget,
-        autocast=partial(torch.autocast, device.type, torch.bfloat16) if half else nullcontext,
         stock_tower=setting.padded_tower == "stock",
     )
 
 
-def make_model(name: str, device: torch.device) -> Any:
+def make_model(name: str, device: torch.device, dtype: torch.dtype) -> Any:
     """A shape with random weights, or a checkpoint's.
 
     Raises:
@@ -119,10 +117,10 @@ def make_model(name: str, device: torch.device) -> Any:
     auto: Any = AutoModelForImageTextToText
     if name in SHAPES:
         with device:
-            return auto.from_config(shape(name), dtype=torch.float32)
+            return auto.from_config(shape(name), dtype=dtype)
     folder = given_model(name, SHAPES)
     try:
-        return auto.from_pretrained(folder, dtype=torch.float32).to(device)
+        return auto.from_pretrained(folder, dtype=dtype).to(device)
     except Exception as error:  # transformers raises many types for broken files.
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"--model {name}: no model can be read there ({reason})") from error
@@ -145,17 +143,13 @@ class Reference:
     def __init__(self, trainee: Trainee, step: Step) -> None:
         self.logprobs, self.allowed_logprobs = step.logprobs, 1e-3
         padded = copied_gradients(trainee.model)
-        if trainee.autocast is nullcontext:
+        if trainee.model.dtype == torch.float32:
             self.gradients = GradientProof(padded)
             return
-        exact = fresh(trainee.exact(), "padded")()
-        self.gradients = GradientProof(padded, copied_gradients(trainee.model))
-        lost = logprob_difference(self.logprobs, exact.logprobs)
-        self.allowed_logprobs = 3 * lost + 16 * self.gradients.eps
-        # The caller still compares padded's gradients, which are exact's now.
-        for name, p in trainee.model.named_parameters():
-            if p.grad is not None:
-                p.grad.copy_(padded[name])
+        exact = trainee.exact()
+        lost = logprob_difference(self.logprobs, fresh(exact, "padded")().logprobs)
+        self.allowed_logprobs = 3 * lost + 16 * torch.finfo(torch.bfloat16).eps
+        self.gradients = GradientProof(padded, copied_gradients(exact.model))
 
     def check(self, name: str, step: Step, trainee: Trainee) -> float:
         """The largest relative difference of a gradient's element.

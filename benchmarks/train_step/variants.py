@@ -8,8 +8,8 @@ the step. Head and loss are the same function in all three, over the scored rows
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from perl.model.packed.attention import use_packed_attention
 from perl.model.packed.pack import pack
 from perl.model.policy import Policy
 from perl.model.vision import StepFeatures
-from perl.types import EncodedImage, PackedBatch, Segment
+from perl.types import PackedBatch, Segment
 from perl_kernels import PolicyLoss
 
 LOSS = PolicyLoss.preset("perl", kl=None, kl_coef=0.0)
@@ -51,7 +51,6 @@ class Trainee:
         segments: prompts with their completions.
         attention: of packed rows: a name in `perl.model.packed.attention.IMPLEMENTATIONS`.
         budget: most tokens of a micro-batch, padded or packed.
-        autocast: gives the precision of a forward.
         stock_tower: whether the tower of padded batches attends as transformers does, which under SDPA loops over
             images and windows; else as that of packed rows does.
     """
@@ -63,13 +62,12 @@ class Trainee:
         segments: list[Segment],
         attention: str,
         budget: int,
-        autocast: Callable[[], AbstractContextManager[Any]],
         stock_tower: bool = True,
     ) -> None:
         self.model, self.family, self.attention = model, family, attention
         self.stock_tower, self.device = stock_tower, model.device
         self.segments, self.single = segments, one_each(segments)
-        self.budget, self.autocast = budget, autocast
+        self.budget = budget
         self.lengths = [len(s.completions[0]) for s in self.single]
         self.normalizer = step_normalizer(LOSS, sum(self.lengths), len(self.lengths))
         self.padded_size = max(1, budget // max(map(_tokens, self.single)))
@@ -83,8 +81,9 @@ class Trainee:
         return Step([found[key] for key in sorted(found)], counts)
 
     def exact(self) -> Trainee:
-        """The same in float32, where padded batches of one sequence take least memory."""
-        return Trainee(self.model, self.family, self.segments, "sdpa", 1, nullcontext)
+        """The same weights in float32, where padded batches of one sequence take least memory."""
+        model = copy.deepcopy(self.model).float()
+        return Trainee(model, self.family, self.segments, "sdpa", 1)
 
     def policy(self, cache_bytes: int) -> Policy:
         """The model reading packed rows; its cache is empty, so a step with a frozen tower starts from pixels too."""
@@ -109,8 +108,7 @@ class Trainee:
             reader: gives hidden states of scored tokens, as a Policy does.
         """
         head: Any = HeadLoss(reader, self.banned, temperature=1.0)
-        with self.autocast():
-            output = head(batch, LOSS, self.normalizer, features)
+        output = head(batch, LOSS, self.normalizer, features)
         output.loss.backward()
         parts = output.logprobs.detach().float().split(batch.completion_cu_seqlens.diff().tolist())
         return zip(batch.source, parts, strict=True)
@@ -142,12 +140,7 @@ def shared(trainee: Trainee) -> Logprobs:
         for batch in batches:
             yield from trainee.backward(policy, batch)
         return
-
-    def encode(images: Sequence[EncodedImage]) -> ImageFeatures:
-        with trainee.autocast():
-            return policy.vision.encode(images)
-
-    features_of = StepFeatures(encode, batches).of
+    features_of = StepFeatures(policy.vision.encode, batches).of
     for number, batch in enumerate(batches):
         with features_of(number) as features:
             found = trainee.backward(policy, batch, features)

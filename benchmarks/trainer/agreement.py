@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.harness.proof import GradientProof, copied_gradients
+from benchmarks.harness.proof import GradientProof
 from benchmarks.trainer.measure import forget_trainers
 from benchmarks.trainer.perl_trainer import PerlTrainer
 from benchmarks.trainer.start import Start
@@ -98,9 +98,14 @@ def _perl_step(
     session = trainer.session
     step = PolicyStep(session)
     gradients: dict[str, torch.Tensor] = {}
-    step.optimizer.adamw.register_step_pre_hook(
-        lambda *_: gradients.update(copied_gradients(session.components.policy.model))
-    )
+    masters = step.optimizer.masters
+
+    def copy(*_: Any) -> None:
+        for name, parameter in session.components.policy.model.named_parameters():
+            if parameter in masters and (gradient := masters[parameter].grad) is not None:
+                gradients[name] = gradient.to("cpu", copy=True)
+
+    step.optimizer.adamw.register_step_pre_hook(copy)
     return step(0, groups), gradients
 
 

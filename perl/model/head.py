@@ -88,7 +88,7 @@ class HeadLoss:
     def __init__(self, policy: Policy, banned: torch.Tensor, temperature: float) -> None:
         self.policy = policy
         self.temperature = temperature
-        self.bias = torch.zeros(policy.head_weight.shape[0], device=policy.device)
+        self.bias = policy.head_weight.new_zeros(policy.head_weight.shape[0])
         # The loss divides by the temperature after it has added the bias.
         self.bias[banned.to(policy.device)] = _BANNED_LOGIT * max(1.0, temperature)
 
@@ -123,7 +123,7 @@ class HeadLoss:
                 if batch.sampled_logprobs is None
                 else batch.sampled_logprobs.to(device),
                 normalizer=normalizer,
-                bias=self.bias.to(hidden.dtype),
+                bias=self.bias,
                 temperature=self.temperature,
             )
         span_of_backward("loss.backward", output.loss, hidden)
@@ -144,6 +144,6 @@ class HeadLoss:
                 hidden,
                 self.policy.head_weight,
                 batch.targets.to(hidden.device),
-                bias=self.bias.to(hidden.dtype),
+                bias=self.bias,
                 temperature=self.temperature,
             )

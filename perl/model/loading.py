@@ -31,22 +31,23 @@ logger = logging.getLogger(__name__)
 
 
 def load_policy(folder: str, config: ModelConfig, device: torch.device) -> Policy:
-    """Load a model's weights into a Policy, ready for packed rows.
+    """Load a model's weights into a Policy, ready for packed rows, in the dtype of `compute_dtype`.
 
     Args:
         folder: a model folder, a hub name, or a checkpoint or LoRA adapter, which is merged into what it lies over.
         config: what to train and how to attend.
-        device: decides the attention implementation.
+        device: that it will be put on; decides dtype and attention.
 
     Raises:
-        UserError: the folder is no model, or of a family that is not supported.
+        UserError: the device lacks bfloat16, or the folder is no model or of a family that is not supported.
     """
     family, layers = check_model(folder), layers_of(folder)
+    dtype = compute_dtype(config.dtype, device)
     if family is None:
-        return _padded_policy(load_weights(layers, None), folder, config)
+        return _padded_policy(load_weights(layers, None, dtype), folder, config)
     name, reason = check_kernels(config, device)
     _say_once(logging.INFO, f"attention: {name} ({reason})")
-    model = load_weights(layers, family)
+    model = load_weights(layers, family, dtype)
     core = cast(Any, model).model
     tower = family.tower(core)
     if name in WITHOUT_DROPOUT and getattr(core.language_model.config, "attention_dropout", 0):
@@ -80,7 +81,8 @@ def check_kernels(config: ModelConfig, device: torch.device | None = None) -> tu
         UserError: something is not.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    attention = choose(config.attention, device, uses_bfloat16(config.dtype))
+    bfloat16 = compute_dtype(config.dtype, device) == torch.bfloat16
+    attention = choose(config.attention, device, bfloat16)
     choose_layers(config.liger, config.compile, device)
     return attention
 
@@ -298,8 +300,19 @@ def _check_generation_prompt(processor: Processor, folder: str) -> None:
         )
 
 
-def uses_bfloat16(dtype: str) -> bool:
-    """Whether `model.dtype` means bfloat16 autocast on this machine."""
-    if dtype == "auto":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return dtype == "bfloat16"
+def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """The dtype of weights and activations (docs/precision.md) that `model.dtype` means on a device.
+
+    Raises:
+        UserError: bfloat16 on a GPU that does not compute in it.
+    """
+    # A GPU before Ampere only emulates it.
+    there = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "auto":
+        return torch.bfloat16 if there else torch.float32
+    if wanted == "bfloat16" and device.type == "cuda" and not there:
+        raise UserError(
+            f"model.dtype = bfloat16: {torch.cuda.get_device_name(device)} does not compute in it; "
+            "take float32, or auto"
+        )
+    return getattr(torch, wanted)

@@ -136,8 +136,7 @@ class Policy(nn.Module):
         if not hasattr(self.model, "peft_config"):
             cast(Any, self.model).save_pretrained(folder)
             return
-        merged = cast(Any, copy.deepcopy(self.model)).merge_and_unload()
-        merged.save_pretrained(folder)
+        merged(copy.deepcopy(self.model)).save_pretrained(folder)
 
     def save_adapter(self, folder: Path, base: str) -> None:
         """Write the LoRA adapters in peft's format.
@@ -151,3 +150,16 @@ class Policy(nn.Module):
             str(local.resolve()) if local.exists() else base
         )
         model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def merged(model: Any) -> Any:
+    """A peft model's own model, the adapters added to its weights in float32 at least: each is rounded once."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    for layer in layers:
+        base = layer.get_base_layer()
+        dtype = base.weight.dtype
+        layer.to(torch.promote_types(dtype, torch.float32)).merge()
+        base.to(dtype)
+    return model.unload()

@@ -124,12 +124,7 @@ class Vision:
 
     def _state(self) -> object:
         """Equal as long as the same images give the same features."""
-        autocast = [
-            torch.get_autocast_dtype(device)
-            for device in ("cuda", "cpu")
-            if torch.is_autocast_enabled(device)
-        ]
-        return autocast, [(w.data_ptr(), w.dtype, w._version) for w in self.weights]
+        return [(w.data_ptr(), w.dtype, w._version) for w in self.weights]
 
 
 def distinct(images: Sequence[EncodedImage]) -> list[EncodedImage]:

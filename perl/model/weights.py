@@ -15,6 +15,7 @@ from perl.config import ModelConfig
 from perl.model.families import Family
 from perl.model.layers import checkpoint_layers
 from perl.model.padded import decoder_name, tower_of
+from perl.model.policy import merged
 from perl.model.sources import is_checkpoint, run_of
 from perl.recipe import read_config
 from perl.types import UserError, one_line
@@ -24,17 +25,19 @@ _PREFIX = "model."
 _LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def load_weights(layers: Sequence[str], family: Family | None) -> Any:
-    """A transformers model in float32, all of whose parameters may be trained.
+def load_weights(layers: Sequence[str], family: Family | None, dtype: torch.dtype) -> Any:
+    """A transformers model, all of whose parameters may be trained.
 
     Args:
         layers: see `perl.model.sources.layers_of`.
         family: of the model; None: trained on padded batches.
+        dtype: of its parameters. Buffers stay as transformers makes them: the frequencies of rotary embeddings are
+            float32 in every model, and a later `.to(dtype)` would round them.
 
     Raises:
         UserError: weights that are missing, damaged or of another model.
     """
-    model = _from_pretrained(layers[-1])
+    model = _from_pretrained(layers[-1], dtype)
     for path in reversed(layers[:-1]):
         add = _add_checkpoint if is_checkpoint(path) else _add_adapter
         model = add(model, path, family)
@@ -70,7 +73,8 @@ def prepared(model: Any, config: ModelConfig, family: Family | None, folder: str
         target_modules=_adapted(model, config.lora_targets, decoder),
     )
     try:
-        wrapped = get_peft_model(model, lora)
+        # Adapters in the dtype of the model: their masters are the optimizer's, as those of other weights.
+        wrapped = get_peft_model(model, lora, autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError(f"model.path = {folder}: {said(error)}") from error
     if not config.freeze_vision:
@@ -105,13 +109,13 @@ def _adapted(model: nn.Module, targets: Sequence[str], decoder: str) -> str:
     return rf"{decoder}\..*\.({'|'.join(targets or _LORA_TARGETS)})"
 
 
-def _from_pretrained(folder: str) -> Any:
+def _from_pretrained(folder: str, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForImageTextToText
 
     try:
         model, info = cast(Any, AutoModelForImageTextToText).from_pretrained(
             folder,
-            dtype=torch.float32,
+            dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -147,7 +151,7 @@ def _add_checkpoint(model: Any, path: str, family: Family | None) -> Any:
             "put the settings under [model] back, and the model that it was trained from"
         )
     trained.load_state_dict(weights, strict=False)
-    return cast(Any, trained).merge_and_unload() if config.lora_rank else trained
+    return merged(trained) if config.lora_rank else trained
 
 
 def _add_adapter(model: Any, path: str, family: Family | None) -> Any:
@@ -166,7 +170,7 @@ def _add_adapter(model: Any, path: str, family: Family | None) -> Any:
             f"model.path = {path}: the adapter's names are not those of its model, {wrong[0]} for one; "
             "save it again with the transformers that is installed"
         )
-    return cast(Any, wrapped).merge_and_unload()
+    return merged(wrapped)
 
 
 def said(error: Exception) -> str:

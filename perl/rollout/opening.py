@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def engine_and_encoder(config: Config) -> tuple[Any, Any]:
     """An `InProcessEngine` and a `PromptEncoder` for `config.model.path`, on a GPU where there is one."""
     import torch
 
-    from perl.model.loading import load_policy, load_processor, uses_bfloat16
+    from perl.model.loading import load_policy, load_processor
     from perl.rollout.instruction import Instruction
     from perl.rollout.padded import make_engine
     from perl.rollout.prompts import PromptEncoder, PromptLimit
@@ -101,13 +102,7 @@ def engine_and_encoder(config: Config) -> tuple[Any, Any]:
     encoder = PromptEncoder(
         processor, limit, config.data.overlong, Instruction.of(config), config.data.control_tokens
     )
-
-    def autocast() -> torch.autocast:
-        return torch.autocast(
-            device.type, torch.bfloat16, enabled=uses_bfloat16(config.model.dtype)
-        )
-
-    return make_engine(policy, processor, config.rollout.batch_size, autocast), encoder
+    return make_engine(policy, processor, config.rollout.batch_size, nullcontext), encoder
 
 
 def fingerprint(model: str) -> str:

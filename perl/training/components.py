@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from perl.data.tasks import vocabulary
 from perl.distributed import process_state
 from perl.files import RunFolder, replacing
 from perl.model.head import HeadLoss
-from perl.model.loading import load_policy, load_processor, uses_bfloat16
+from perl.model.loading import load_policy, load_processor
 from perl.model.policy import Policy
 from perl.model.processor import Processor
 from perl.model.tiny import TINY_MODELS, make_tiny_model
@@ -65,7 +66,7 @@ class Components:
     @cached_property
     def engine(self) -> InProcessEngine:
         batch_size = self.config.rollout.batch_size
-        return make_engine(self.policy, self.processor, batch_size, self.accelerator.autocast)
+        return make_engine(self.policy, self.processor, batch_size, nullcontext)
 
     @cached_property
     def collector(self) -> Collector:
@@ -139,7 +140,7 @@ def build(config: Config, stage: Stage, folder: RunFolder) -> Components:
 
 
 def make_accelerator(config: Config, folder: RunFolder) -> Any:
-    """accelerate's view of devices, precision and trackers.
+    """accelerate's view of devices, processes and trackers.
 
     Raises:
         UserError: a tracker that is not installed.
@@ -151,7 +152,7 @@ def make_accelerator(config: Config, folder: RunFolder) -> Any:
     process_state()
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
-        mixed_precision="bf16" if uses_bfloat16(config.model.dtype) else "no",
+        mixed_precision="no",  # The weights have the dtype that is computed in.
         log_with=usable or None,
         project_config=ProjectConfiguration(logging_dir=str(folder.root / "tensorboard")),
     )

@@ -29,6 +29,7 @@ def examine() -> bool:
     import torch
 
     from perl.model.layers import choose_layers
+    from perl.model.loading import compute_dtype
     from perl.model.packed.attention import choose
     from perl_kernels.dispatch import available_backends
 
@@ -36,17 +37,18 @@ def examine() -> bool:
     print(f"python       {platform.python_version()} on {system}")
     print(f"torch        {torch.__version__}, {torch.get_num_threads()} threads")
     cuda = torch.cuda.is_available()
-    bfloat16 = cuda and torch.cuda.is_bf16_supported()
+    here = torch.device("cuda" if cuda else "cpu")
+    dtype = compute_dtype("auto", here)
     device = "CPU (no CUDA device)"
     if cuda:
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, {memory:.0f} GiB"
     print(f"device       {device}")
-    print(f"precision    {'bfloat16 autocast' if bfloat16 else 'float32'}")
+    masters = ", trained with float32 masters" if dtype == torch.bfloat16 else ""
+    print(f"precision    {str(dtype).removeprefix('torch.')}{masters}")
     for name, (available, reason) in available_backends().items():
         print(f"kernels      {name:<8} {'yes' if available else 'no ':<4} {reason}")
-    here = torch.device("cuda" if cuda else "cpu")
-    attention, reason = choose("auto", here, bfloat16)
+    attention, reason = choose("auto", here, dtype == torch.bfloat16)
     print(f"attention    {attention} ({reason})")
     *_, layers = choose_layers("auto", "auto", here)
     print(f"layers       {layers}")

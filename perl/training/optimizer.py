@@ -5,20 +5,20 @@ from __future__ import annotations
 import inspect
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from perl.config import REWARD_SPEC, TrainConfig
 from perl.distributed import Processes
-from perl.model.families import ImageFeatures
 from perl.model.head import HeadLoss, PolicyLoss, step_normalizer
 from perl.model.vision import StepFeatures
 from perl.rewards.loading import read_options
 from perl.timing import span
-from perl.types import EncodedImage, PackedBatch, UserError, one_line
+from perl.types import PackedBatch, UserError, one_line
 
 
 class Schedule:
@@ -82,9 +82,11 @@ class Optimizer:
     """AdamW with clipping, over any number of micro-batches and processes.
 
     Losses come normalised by the whole step's count, so gradients are summed over micro-batches and over processes.
+    Weights narrower than float32 have a float32 master each: it is what AdamW steps and what gradients add up on, and
+    the weight is its rounding. torch's optimizers keep moments in the dtype of the weight, and no master.
 
     Args:
-        accelerator: device, precision and processes.
+        accelerator: device and processes.
         head: the loss of the policy whose weights with `requires_grad` are trained.
         schedule: learning rate by optimizer step.
         config: weight decay, betas and the limit of the gradient's norm.
@@ -98,10 +100,14 @@ class Optimizer:
         self.max_grad_norm = config.max_grad_norm or math.inf
         self.updates = 0
         """How often the weights have changed since the optimizer was made."""
-        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        self.masters: dict[torch.Tensor, nn.Parameter] = {
+            p: _master(p) for p in self.policy.parameters() if p.requires_grad
+        }
+        """By the weight that is computed with; one of float32 or wider is its own."""
+        self._narrow = [weight for weight, master in self.masters.items() if master is not weight]
         # Norms and biases are not decayed: they have no scale that decay would bound.
-        decayed = [p for p in self.parameters if p.ndim >= 2]
-        plain = [p for p in self.parameters if p.ndim < 2]
+        decayed = [p for p in self.masters.values() if p.ndim >= 2]
+        plain = [p for p in self.masters.values() if p.ndim < 2]
         self.adamw = torch.optim.AdamW(
             [
                 {"params": decayed, "weight_decay": config.weight_decay},
@@ -109,6 +115,7 @@ class Optimizer:
             ],
             lr=schedule.peak,
             betas=config.betas,
+            fused=True if self.policy.device.type == "cuda" else None,
         )
 
     def step(
@@ -146,18 +153,19 @@ class Optimizer:
             lambda: torch.zeros((), dtype=torch.float64, device=self.policy.device)
         )
         # A trained tower encodes an image once for all micro-batches that show it; see StepFeatures.
-        shared = StepFeatures(self._encode, batches) if self.policy.vision.trained else None
+        vision = self.policy.vision
+        shared = StepFeatures(vision.encode, batches) if vision.trained else None
         for index, batch in enumerate(batches):
-            with shared.of(index) if shared else nullcontext() as features:
-                with self.accelerator.autocast():
-                    output = self.head(
-                        batch,
-                        loss,
-                        normalizer,
-                        features,
-                        old[index] if old else None,
-                        ref[index] if ref else None,
-                    )
+            # The tower's backward runs when the inner context ends.
+            with self._wide_gradients(), shared.of(index) if shared else nullcontext() as features:
+                output = self.head(
+                    batch,
+                    loss,
+                    normalizer,
+                    features,
+                    old[index] if old else None,
+                    ref[index] if ref else None,
+                )
                 with span("language_model.backward"):
                     output.loss.backward()
             totals["loss"] += output.loss.detach()
@@ -173,7 +181,7 @@ class Optimizer:
         with span("sync"):
             self._sum_over_processes()
         with span("optimizer"):
-            clipped = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+            clipped = torch.nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm)
         with span("sync"):  # Here the host waits for the device.
             norm = float(clipped)
         # Before AdamW sees it: one NaN in its moments would spoil every later step.
@@ -187,23 +195,38 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.updates += 1  # Also one that fails half-way has changed some weights.
-        with span("optimizer"):
+        with span("optimizer"), torch.no_grad():
             self.adamw.step()
+            if self._narrow:
+                masters = [self.masters[weight] for weight in self._narrow]
+                cast(Any, torch)._foreach_copy_(self._narrow, masters)
         # Features that the rollouts and the log-probs shared are those of the old tower.
-        if self.policy.vision.trained:
-            self.policy.vision.clear_cache()
+        if vision.trained:
+            vision.clear_cache()
         self.adamw.zero_grad(set_to_none=True)
         with span("sync"):
             return {**self._reduced(totals), "grad_norm": norm, "lr": lr}
 
-    def _encode(self, images: Sequence[EncodedImage]) -> ImageFeatures:
-        with self.accelerator.autocast():
-            return self.policy.vision.encode(images)
+    @contextmanager
+    def _wide_gradients(self) -> Iterator[None]:
+        """What a backward gives a narrow weight is added to its master's gradient at once, and not kept beside it."""
+        hooks = [w.register_post_accumulate_grad_hook(self._add_gradient) for w in self._narrow]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _add_gradient(self, weight: torch.Tensor) -> None:
+        master, grad = self.masters[weight], weight.grad
+        assert grad is not None
+        master.grad = grad.to(master.dtype) if master.grad is None else master.grad.add_(grad)
+        weight.grad = None
 
     def _sum_over_processes(self) -> None:
         if self.accelerator.num_processes == 1:
             return
-        for parameter in self.parameters:
+        for parameter in self.masters.values():
             # All processes reduce the same tensors in the same order, also one whose micro-batches did not use them.
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -223,6 +246,12 @@ class Optimizer:
         scored = max(1.0, out.pop("scored"))
         whole = ("loss", *_COUNTS)
         return {k: v if k in whole or k.endswith("_max") else v / scored for k, v in out.items()}
+
+
+def _master(weight: nn.Parameter) -> nn.Parameter:
+    if torch.finfo(weight.dtype).bits >= 32:
+        return weight
+    return nn.Parameter(weight.detach().float())
 
 
 _COUNTS = ("tokens", "invalid_rows")

@@ -82,7 +82,7 @@ class PolicyStep:
             minibatches = [self._segments(groups[k :: self.updates]) for k in range(self.updates)]
             packed = [session.pack(segments) for segments in minibatches]
         # All old log-probs before the first update, under the policy that sampled.
-        with watch("logprobs"), session.components.accelerator.autocast():
+        with watch("logprobs"):
             old = [self._old_logprobs(batches) for batches in packed]
             ref = [self.reference and [self.reference(b) for b in batches] for batches in packed]
         report = packing_report(

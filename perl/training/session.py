@@ -215,9 +215,7 @@ class Session:
             components.accelerator, components.head, schedule, self.config.train
         )
         if self._checkpoint is not None and self.progress.step > 0:
-            self.checkpoints.restore_optimizer(
-                self._checkpoint, components.policy, self.optimizer.adamw
-            )
+            self.checkpoints.restore_optimizer(self._checkpoint, components.policy, self.optimizer)
             if state := load_replay(self._checkpoint, self.processes.index):
                 components.collector.replay.load_state_dict(state)
         # Only the stage that the run stopped in goes on from it; later ones start afresh.
@@ -346,7 +344,7 @@ class Session:
                 self.progress.seconds = dict(self.components.watch.total_seconds)
                 self.checkpoints.save(
                     self.components.policy,
-                    self.optimizer.adamw if self.optimizer else None,
+                    self.optimizer,
                     self.progress,
                     lambda folder: save_replay(folder, states),
                 )

@@ -27,11 +27,11 @@ def picture(width: int, height: int, seed: int) -> Image.Image:
     return Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
-def stock_model(folder: Path) -> nn.Module:
+def stock_model(folder: Path, dtype: torch.dtype = torch.float64) -> nn.Module:
     from transformers import AutoModelForImageTextToText
 
     return AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation="sdpa"
+        folder, dtype=dtype, attn_implementation="sdpa"
     )
 
 

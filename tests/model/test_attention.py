@@ -328,18 +328,6 @@ def test_flash_attn_is_told_to_drop_out(monkeypatch: pytest.MonkeyPatch) -> None
     assert [how["dropout_p"] for how in told] == [0.25]
 
 
-def test_float32_from_rotary_embeddings_becomes_autocasts_dtype(name: str) -> None:
-    layout, sees = packed(ROWS["several completions"])
-    q, k, v = (x.float() for x in inputs(layout.tokens))
-    with torch.autocast("cpu", torch.bfloat16):
-        out = attend(name, [q, k, v.bfloat16()], packed_layout=layout)
-    mixed = attend(name, [q, k, v.bfloat16()], packed_layout=layout)
-    assert out.dtype == mixed.dtype == torch.bfloat16
-    want = dense(q, k, v, sees, 0.4)
-    for got in (out, mixed):
-        torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.05)
-
-
 def test_what_a_layout_needs_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     layout, _ = packed(ROWS["several completions"])
     assert layout.once(block_mask, True) is layout.once(block_mask, True)

@@ -12,7 +12,13 @@ from transformers import AutoConfig
 
 from perl.config import ModelConfig
 from perl.model.families import FAMILIES, family_of
-from perl.model.loading import check_model, load_policy, load_processor, uses_bfloat16
+from perl.model.loading import (
+    check_kernels,
+    check_model,
+    compute_dtype,
+    load_policy,
+    load_processor,
+)
 from perl.model.processor import parts
 from perl.model.tiny import TINY_INTERNVL, TINY_MODELS
 from perl.types import Message
@@ -179,12 +185,55 @@ def test_dropout_of_attention_is_refused_where_the_kernel_has_none(
         load_policy(str(folder), replace(CONFIG, attention="flex"), CPU)
 
 
-def test_which_precision_auto_means(monkeypatch: pytest.MonkeyPatch) -> None:
-    for there, supported in ((True, True), (True, False), (False, True)):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda s=supported: s)
-        assert uses_bfloat16("auto") == (there and supported)
-        assert uses_bfloat16("bfloat16") and not uses_bfloat16("float32")
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "ampere", "dtype"),
+    [
+        ("auto", CPU, True, torch.float32),
+        ("auto", CUDA, True, torch.bfloat16),
+        ("auto", CUDA, False, torch.float32),
+        ("bfloat16", CPU, False, torch.bfloat16),
+        ("bfloat16", CUDA, True, torch.bfloat16),
+        ("float32", CUDA, True, torch.float32),
+    ],
+)
+def test_which_dtype_is_computed_in(
+    wanted: str, device: torch.device, ampere: bool, dtype: torch.dtype, gpu: Callable[[bool], None]
+) -> None:
+    gpu(ampere)
+    assert compute_dtype(wanted, device) == dtype
+
+
+def test_bfloat16_is_refused_where_it_is_emulated(
+    gpu: Callable[[bool], None], tiny_folder: Callable[[str], Path]
+) -> None:
+    """Before any weights are loaded, and also for what is trained on padded batches."""
+    gpu(False)
+    bfloat16 = replace(CONFIG, dtype="bfloat16")
+    for refuses in (
+        lambda: check_kernels(bfloat16),
+        lambda: load_policy(str(tiny_folder("tiny-qwen2.5-vl")), bfloat16, CUDA),
+    ):
+        with refused("model.dtype", "bfloat16", "Tesla T4", "float32", "auto"):
+            refuses()
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Puts one into this machine: of Ampere, or of the generation before, where torch says yes with emulation only."""
+
+    def put(ampere: bool) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+        monkeypatch.setattr(
+            torch.cuda,
+            "is_bf16_supported",
+            lambda including_emulation=True: ampere or including_emulation,
+        )
+
+    return put
 
 
 def test_families_are_found_by_model_type() -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,15 @@ from tests.messages import refused, tells
 
 def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
+
+
+def optimizer_of(model: Any, **options: Any) -> Any:
+    """A model's masters, as many as it trains, and their AdamW."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    wide = torch.float32
+    masters = {p: p if p.dtype == wide else nn.Parameter(p.detach().to(wide)) for p in trained}
+    adamw = torch.optim.AdamW(masters.values(), lr=0.5, betas=(0.5, 0.75), **options)
+    return SimpleNamespace(masters=masters, adamw=adamw)
 
 
 @pytest.mark.parametrize(
@@ -43,9 +53,9 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     """Trained weights, AdamW's moments and the progress; nothing that is frozen."""
     model, manager = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1)), CheckpointManager(tmp_path, 2)
     model[0].requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5, betas=(0.5, 0.75), weight_decay=0.0)
+    optimizer = optimizer_of(model)
     model[1].weight.grad, model[1].bias.grad = torch.full((1, 1), 3.0), torch.full((1,), -2.0)
-    optimizer.step()
+    optimizer.adamw.step()
     trained = {f"1.{name}": p.detach().clone() for name, p in model[1].named_parameters()}
     progress = Progress("hard", 3, {"easy": 2}, True, {"hard": {"drawn": 7}}, {"before": None})
     progress.seconds, progress.elapsed, progress.records = {"x": 1.5}, 2.5, {"m": 9}
@@ -58,7 +68,7 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     other = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1))
     other[0].requires_grad_(False)
     frozen = other[0].weight.clone()
-    fresh = torch.optim.AdamW(other.parameters(), lr=0.5, betas=(0.5, 0.75))
+    fresh = optimizer_of(other)
     assert CheckpointManager(tmp_path, 2).load() == (path, progress)
     manager.restore_model(path, other)
     manager.restore_optimizer(path, other, fresh)
@@ -66,10 +76,48 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     assert other[1].weight.item() == trained["1.weight"].item()
     # Half of the gradient, and a quarter of its square.
     for parameter, mean, square in ((other[1].weight, 1.5, 2.25), (other[1].bias, -1.0, 1.0)):
-        state = fresh.state[parameter]
+        state = fresh.adamw.state[parameter]
         found = state["step"].item(), state["exp_avg"].item(), state["exp_avg_sq"].item()
         assert found == (1, mean, square)
-    assert set(fresh.state) == {other[1].weight, other[1].bias}
+    assert set(fresh.adamw.state) == {other[1].weight, other[1].bias}
+
+
+@pytest.mark.parametrize("wrote", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reads", [torch.float32, torch.bfloat16])
+def test_checkpoints_hold_masters_and_are_read_in_any_dtype(
+    wrote: torch.dtype, reads: torch.dtype, tmp_path: Path
+) -> None:
+    third = torch.tensor([[1 / 3]])
+    model, manager = nn.Linear(1, 1, bias=False).to(wrote), CheckpointManager(tmp_path, 1)
+    optimizer = optimizer_of(model)
+    with torch.no_grad():
+        optimizer.masters[model.weight].copy_(third)
+        model.weight.copy_(third)
+    path = manager.save(model, optimizer, Progress())
+    assert torch.equal(load_file(path / "model.safetensors")["weight"], third)
+
+    other = nn.Linear(1, 1, bias=False).to(reads)
+    fresh = optimizer_of(other)
+    manager.restore_model(path, other)
+    manager.restore_optimizer(path, other, fresh)
+    assert torch.equal(other.weight, third.to(reads))
+    assert torch.equal(fresh.masters[other.weight], third)
+
+
+def test_the_counter_of_steps_lies_where_adamw_wants_it(tmp_path: Path) -> None:
+    """On the host, but beside the weights where AdamW is fused."""
+    model, manager = nn.Linear(1, 1), CheckpointManager(tmp_path, 1)
+    optimizer = optimizer_of(model)
+    model(torch.ones(1)).sum().backward()
+    optimizer.adamw.step()
+    path = manager.save(model, optimizer, Progress())
+    for fused, device in ((None, "cpu"), (True, "meta")):
+        there = nn.Linear(1, 1, device="meta")
+        fresh = optimizer_of(there)
+        fresh.adamw.defaults["fused"] = fused
+        manager.restore_optimizer(path, there, fresh)
+        state = fresh.adamw.state[there.weight]
+        assert (state["step"].device.type, state["exp_avg"].device.type) == (device, "meta")
 
 
 @pytest.mark.parametrize("other", [nn.Linear(3, 1), nn.Linear(2, 1, bias=False)])
@@ -151,9 +199,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     damage: Callable[[Path], Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, manager = nn.Linear(2, 2), CheckpointManager(tmp_path, 9)
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = optimizer_of(model)
     model(torch.ones(2)).sum().backward()
-    optimizer.step()
+    optimizer.adamw.step()
     before, newest = (manager.save(model, optimizer, Progress("rl", step)) for step in (1, 2))
     damage(newest)
     with caplog.at_level(logging.WARNING, "perl.training.saving.checkpoint"):

@@ -34,7 +34,7 @@ def test_what_is_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     code, said = examined(capsys)
     assert code == 0
     cuda = torch.cuda.is_available()
-    asked = f"auto {'cuda' if cuda else 'cpu'} {cuda and torch.cuda.is_bf16_supported()}"
+    asked = f"auto {'cuda' if cuda else 'cpu'} {cuda and torch.cuda.is_bf16_supported(False)}"
     assert line(said, "attention") == f"sdpa ({asked})"
     assert line(said, "layers") == f"auto auto {'cuda' if cuda else 'cpu'}"
     assert line(said, "math-verify")[0].isdigit() and line(said, "transformers")[0].isdigit()

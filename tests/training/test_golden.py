@@ -124,7 +124,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
         return tuple(x * cos + stock.rotate_half(x) * sin for x in (q, k))
 
-    def load(folder: str) -> Any:
+    def load(folder: str, dtype: torch.dtype) -> Any:
         return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float64)
 
     monkeypatch.setattr(stock.Qwen2_5_VLRMSNorm, "forward", norm)

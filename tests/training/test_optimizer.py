@@ -122,6 +122,47 @@ def test_steps_are_adamw_s_with_the_clipped_gradient_of_all_micro_batches(limit:
     assert optimizer.updates == 3
 
 
+def half(*logits: float) -> TwoTokens:
+    return TwoTokens(*logits).bfloat16()
+
+
+def masters_of(optimizer: Optimizer) -> list[float]:
+    """As `weights_of`, of what AdamW steps."""
+    assert {master.dtype for master in optimizer.masters.values()} == {torch.float32}
+    return [x for master in optimizer.masters.values() for x in master.flatten().tolist()]
+
+
+def test_weights_in_bfloat16_are_the_rounding_of_masters_in_float32() -> None:
+    """Steps of 0.0009 from 1, where numbers of bfloat16 lie 1/256 apart, 1/128 above."""
+    policy = half(1.0, 1.0)
+    optimizer = optimizer_of(policy)
+    optimizer.schedule = Schedule(9e-4, "constant", 0, 3)
+    for number, weights in enumerate([[1.0, 1.0], [1.0, 1.0], [1.0, 1 - 1 / 256]]):
+        # The gradient is -1/2 and 1/2 as long as the weights are equal: AdamW moves by its sign.
+        optimizer.step(number, [batch([([0], 1.0)])], SUPERVISED)
+        moved = (number + 1) * 9e-4
+        assert masters_of(optimizer) == pytest.approx([1 + moved, 1 - moved, 1], rel=1e-7)
+        assert weights_of(policy) == [*weights, 1]
+        assert all(p.grad is None for p in policy.parameters())
+
+
+def test_gradients_of_micro_batches_in_bfloat16_add_up_in_float32() -> None:
+    """256 and 63 halves over 64 tokens: a sum in bfloat16, whose numbers lie 2 apart there, would stay at 256."""
+    rows = [batch([([1], 512.0)]), *[batch([([1], 1.0)])] * 63]
+    found = optimizer_of(half(0.0, 0.0)).step(0, rows, SUPERVISED)
+    assert found["grad_norm"] == pytest.approx(math.sqrt(2) * (256 + 63 / 2) / 64, rel=1e-6)
+
+
+def test_an_optimizer_takes_no_gradients_but_those_of_its_own_steps() -> None:
+    policy = half(1.0, 1.0)
+    before, now = optimizer_of(policy), optimizer_of(policy)
+    now.step(0, [batch([([0], 1.0)])], SUPERVISED)
+    assert masters_of(before) == [1, 1, 1] != masters_of(now)
+    assert all(master.grad is None for master in before.masters.values())
+    policy.gain.sum().backward()
+    assert policy.gain.grad is not None
+
+
 def test_without_a_gradient_matrices_decay_and_vectors_stay() -> None:
     policy = TwoTokens(2.0, -1.0)
     optimizer_of(policy, weight_decay=0.5).step(0, [batch([([0, 1], 0.0)])], SUPERVISED)
@@ -173,20 +214,26 @@ def test_features_of_a_tower_that_changed_are_dropped(trained: bool) -> None:
 CLIPPED = PolicyLoss(aggregation="seq-mean-token-sum", kl="k2", kl_coef=0.5)
 
 
-@pytest.mark.parametrize("share", [(3, 0), (2, 1), (0, 3)])
+@pytest.mark.parametrize(
+    ("share", "dtype"),
+    [
+        *(((3, 0), torch.float32), ((2, 1), torch.float32), ((0, 3), torch.float32)),
+        ((2, 1), torch.bfloat16),
+    ],
+)
 def test_processes_take_one_step_together(
-    share: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    share: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever has the micro-batches: weights and metrics are those of one process that has all."""
     rows = [batch(micro) for micro in STEPS[1]]
-    now = TwoTokens(0.3, -0.2).logprobs()
+    now = TwoTokens(0.3, -0.2).to(dtype).float().logprobs()
     old = [now[b.targets] - 0.1 * (1 + i) for i, b in enumerate(rows)]
     ref = [now[b.targets] + 0.3 * (1 + i) for i, b in enumerate(rows)]
 
     def step(own: slice, accelerator: Any) -> tuple[dict[str, float], list[float]]:
-        policy = TwoTokens(0.3, -0.2)
+        policy = TwoTokens(0.3, -0.2).to(dtype)
         optimizer = optimizer_of(policy, accelerator, max_grad_norm=0.1)
-        return optimizer.step(0, rows[own], CLIPPED, old[own], ref[own]), weights_of(policy)
+        return optimizer.step(0, rows[own], CLIPPED, old[own], ref[own]), masters_of(optimizer)
 
     metrics, weights = step(slice(None), None)
     # Ratios e^0.1, e^0.2 and e^0.3 of 2, 2 and 1 tokens; the KL's estimate is half of the square.

@@ -163,15 +163,20 @@ class Killed(BaseException):
     """Of the process, at once."""
 
 
-@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize(
+    ("written", "dtype"), [(False, "float32"), (True, "float32"), (True, "bfloat16")]
+)
 def test_a_run_that_is_killed_at_each_record_ends_as_one_that_is_not(
     written: bool,
+    dtype: str,
     tmp_path: Path,
     two_tokens: None,
     whole: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config, broken, unbroken = staged(tmp_path), tmp_path / "broken", whole(STAGES)
+    more = f'model.dtype = "{dtype}"\n{STAGES}'
+    config = config_of(tmp_path, more.replace("FOLDER", str(tmp_path)))
+    broken, unbroken = tmp_path / "broken", whole(more)
     append, lived = RunFolder.append, 0
 
     def mortal(self: RunFolder, record: Path, row: dict[str, Any]) -> None:
@@ -197,9 +202,14 @@ def test_a_run_that_is_killed_at_each_record_ends_as_one_that_is_not(
     assert deaths == len(metrics(unbroken)) == 16
     assert untimed(broken) == untimed(unbroken)
     assert (broken / "rollouts.jsonl").read_text() == (unbroken / "rollouts.jsonl").read_text()
-    for name in ("warm", "easy", "final"):
-        one, other = (load_file(f / "models" / name / "weights") for f in (unbroken, broken))
+    for name in ("models/warm", "models/easy", "models/final"):
+        one, other = (load_file(f / name / "weights") for f in (unbroken, broken))
         assert all(torch.equal(one[k], other[k]) for k in one)
+        assert {str(w.dtype) for w in one.values()} == {f"torch.{dtype}"}
+    last = "checkpoints/step-10/model.safetensors"
+    one, other = (load_file(f / last) for f in (unbroken, broken))
+    assert all(torch.equal(one[k], other[k]) and one[k].dtype == torch.float32 for k in one)
+    assert any(not torch.equal(w, w.bfloat16().float()) for w in one.values())
 
 
 def test_a_stop_saves_the_step_it_came_in(

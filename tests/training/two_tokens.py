@@ -22,9 +22,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from perl.config import Config
+from perl.config import Config, ModelConfig
 from perl.distributed import StopSignal
 from perl.files import RunFolder
+from perl.model.loading import compute_dtype
 from perl.model.packed.pack import pack
 from perl.model.sources import checkpoints_in
 from perl.recipe import load_recipe
@@ -50,7 +51,7 @@ class TwoTokens(nn.Module):
         self.head_weight = nn.Parameter(torch.tensor(logits or (0.0, 0.0))[:, None])
         self.gain = nn.Parameter(torch.ones(1))
         # Every pass counts as an image.
-        self.vision = SimpleNamespace(trained=False, images_encoded=0, cleared=0)
+        self.vision = SimpleNamespace(trained=False, encode=None, images_encoded=0, cleared=0)
         self.vision.clear_cache = self._clear
 
     def _clear(self) -> None:
@@ -77,9 +78,9 @@ class TwoTokens(nn.Module):
         save_file({n: p.detach().clone() for n, p in self.named_parameters()}, folder / "weights")
 
     @classmethod
-    def load(cls, path: str, *_: Any) -> TwoTokens:
+    def load(cls, path: str, config: ModelConfig, device: torch.device) -> TwoTokens:
         """Takes the place of `perl.model.loading.load_policy`: from a folder it was saved to, or new."""
-        policy = cls()
+        policy = cls().to(compute_dtype(config.dtype, device))
         if Path(path).exists():
             policy.load_state_dict(load_file(Path(path) / "weights"))
         return policy
@@ -216,9 +217,6 @@ class Accelerator:
         self.logged: list[tuple[dict[str, float], int]] = []
         self.trackers: list[Any] = []
 
-    def autocast(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
     def reduce(self, values: torch.Tensor, reduction: str) -> torch.Tensor:
         assert self.together and reduction == "sum"
         self.together.all_reduce(values)
@@ -246,9 +244,9 @@ class Parts(Components):
     @classmethod
     def build(cls, config: Any, stage: Any, folder: Any) -> Parts:
         """Takes the place of `perl.training.components.build`."""
-        policy: Any = TwoTokens()
-        processor: Any = Letters()
         accelerator = Accelerator(cls.together)
+        policy: Any = TwoTokens.load("new", config.model, accelerator.device)
+        processor: Any = Letters()
         if cls.together:
             cls.together.policies[accelerator.process_index] = policy
         return cls(stage, folder, accelerator, policy, processor, Stopwatch(), "initial")

@@ -137,7 +137,7 @@ def _attend(
         cu_seq_lens_q: int [S+1], from a vision tower: where its sequences start, ending at T.
 
     Returns:
-        [1, T, heads, d] in the dtype that autocast asks for, and None (no weights).
+        [1, T, heads, d], and None (no weights).
 
     Raises:
         ValueError: a packed row with a sliding window.
@@ -164,21 +164,10 @@ def _attend(
             f"packed rows cannot be attended with a sliding window (here {sliding_window} tokens)"
         )
     causal = bool(module.is_causal if is_causal is None else is_causal)
-    query, key, value = _one_dtype(query, key, value)
     out = IMPLEMENTATIONS[name](query, key, value, layout, AttentionArgs(causal, scaling, dropout))
     # The same memory, but no view to autograd: code compiled after this would else be bound to the sizes of the padded
     # batch under it, and be compiled again for another layout.
     return torch.ops.aten._unsafe_view(out, out.shape), None
-
-
-def _one_dtype(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Under autocast, rotary embeddings leave queries and keys in float32 beside values in bfloat16."""
-    device = tensors[0].device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    else:
-        dtype = min((x.dtype for x in tensors), key=lambda dtype: dtype.itemsize)
-    return [x.to(dtype) for x in tensors]
 
 
 _layouts = WeakTensorKeyDictionary()

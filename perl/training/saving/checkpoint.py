@@ -16,6 +16,7 @@ from torch import nn
 
 from perl.files import check_safetensors, replacing
 from perl.model.sources import FORMAT, MANIFEST, checkpoints_in, read_manifest, step_of
+from perl.training.optimizer import Optimizer
 from perl.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class CheckpointManager:
     def save(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
+        optimizer: Optimizer | None,
         progress: Progress,
         more: Callable[[Path], None] = lambda _: None,
     ) -> Path:
@@ -91,7 +92,9 @@ class CheckpointManager:
             return target
         # Whatever is killed in the block leaves no folder of that name: a checkpoint that is there is whole.
         with replacing(target, folder=True) as temporary:
-            save_file(_weights(model), temporary / "model.safetensors")
+            masters = optimizer.masters if optimizer else {}
+            weights = {n: masters.get(p, p).detach().contiguous() for n, p in _trained(model)}
+            save_file(weights, temporary / "model.safetensors")
             if optimizer is not None:
                 save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
             more(temporary)
@@ -145,12 +148,12 @@ class CheckpointManager:
         return None
 
     def restore_model(self, path: Path, model: nn.Module) -> None:
-        """Put a checkpoint's weights back."""
+        """Put a checkpoint's weights back, rounded where the model's are narrower."""
         from safetensors.torch import load_file
 
         weights = load_file(path / "model.safetensors")
         own = model.state_dict()
-        if weights.keys() != _weights(model).keys() or any(
+        if weights.keys() != dict(_trained(model)).keys() or any(
             own[name].shape != tensor.shape for name, tensor in weights.items()
         ):
             raise UserError(
@@ -159,20 +162,20 @@ class CheckpointManager:
             )
         model.load_state_dict(weights, strict=False)
 
-    def restore_optimizer(
-        self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Put a checkpoint's optimizer state back."""
+    def restore_optimizer(self, path: Path, model: nn.Module, optimizer: Optimizer) -> None:
+        """Put a checkpoint's optimizer state back, and what its weights were before they were rounded."""
         from safetensors.torch import load_file
 
-        parameters = _trained(model)
+        parameters, adamw = dict(_trained(model)), optimizer.adamw
+        if any(master is not weight for weight, master in optimizer.masters.items()):
+            for name, tensor in load_file(path / "model.safetensors").items():
+                optimizer.masters[parameters[name]].data.copy_(tensor)
         for full, tensor in load_file(path / "optimizer.safetensors").items():
             name, key = full.rsplit("/", 1)
-            parameter = parameters[name]
-            # AdamW keeps its step counter on the host, its moments beside the weights.
-            optimizer.state[parameter][key] = (
-                tensor if key == "step" else tensor.to(parameter.device)
-            )
+            master = optimizer.masters[parameters[name]]
+            # AdamW keeps its step counter on the host unless it is fused, its moments beside the weights.
+            there = "cpu" if key == "step" and not adamw.defaults["fused"] else master.device
+            adamw.state[master][key] = tensor.to(there)
 
 
 def write_progress(path: Path, progress: Progress) -> None:
@@ -193,21 +196,15 @@ def _verified(path: Path) -> Progress:
     return Progress(**manifest["progress"])
 
 
-def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
+def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """What training changes; frozen weights are where the model came from. Tied ones are named once."""
-    return {name: p.detach().contiguous() for name, p in _trained(model).items()}
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
     out = {}
-    for name, parameter in _trained(model).items():
-        for key, value in optimizer.state.get(parameter, {}).items():
+    for name, parameter in _trained(model):
+        for key, value in optimizer.adamw.state.get(optimizer.masters[parameter], {}).items():
             out[f"{name}/{key}"] = torch.as_tensor(value).contiguous()
     return out
 
