@@ -192,6 +192,9 @@ class DataConfig:
     on_error: Literal["error", "skip"] = "error"
     """What to do with a faulty row, also one whose image turns out broken when it is drawn: stop, or leave it out, which
     training counts in data/skipped. A filter stage always stops."""
+    workers: Count | Literal["auto"] = "auto"
+    """Processes that read the pictures of the next step's questions and turn them into pixels while this one trains; 0: the
+    run's own process does when it needs them; auto: 4 on a GPU, else 0."""
     max_prompt_tokens: Positive = 8192
     """A prompt with more tokens, image tokens included, is an error or is dropped."""
     overlong: Literal["error", "drop"] = "error"

@@ -6,15 +6,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
+from perl.data.dataset import Stored
+from perl.data.readahead import Read
 from perl.data.streams import Drawn
 from perl.distributed import Processes
 from perl.rollout.engine import Completion, SamplingParams
-from perl.types import EncodedPrompt, Example, Message, Variant
+from perl.types import EncodedPrompt, Example, Message, UserError, Variant
 
 
 def example(id: str, *greys: int, **fields: Any) -> Example:
@@ -118,8 +120,30 @@ class InARow:
         start, self.next = self.next, self.next + count // self.processes
         return [Drawn((i,), 0, self.examples[i]) for i in range(start, self.next)]
 
+    def draw_one(self, wanted: bool = True) -> Drawn | None:
+        (drawn,) = self.draw(self.processes)
+        return drawn if wanted else None
+
     def find(self, key: Sequence[int]) -> Example:
         return self.examples[key[0]]
+
+
+class HereWorker:
+    """What reads ahead, in this process. `opened` has the rows that were read, each of 1,000 bytes."""
+
+    opened: ClassVar[list[str]] = []
+
+    def __init__(self, encode: Any) -> None: ...
+
+    def read(self, stored: Stored, pin: bool) -> Read | None:
+        self.opened.append(stored.where.rpartition(" ")[2])
+        try:
+            return Read(stored.open(), 1000)
+        except UserError:
+            return None
+
+    def kill(self, error: Any = None) -> str:
+        return ""
 
 
 def processes(count: int = 1, index: int = 0) -> Processes:

@@ -632,6 +632,7 @@ ROWS = [
         "StreamedExamples", {"data.train": "data.parquet"}),
     Row("data.on_error", "skip", or_refusal(lambda lab: [e.id for e in lab.examples(2)]), "cut.png", ["row-0", "row-0"],
         {"data.train": "cut.jsonl"}),
+    Row("data.workers", 2, lambda lab: [a and a.workers for a in [lab.session.components.read_ahead()]], [None], [2]),
     Row("data.max_prompt_tokens", 10, dropped, [0, 0], [1, 1], {"data.overlong": "drop", **ALL}),
     Row("data.overlong", "drop", or_refusal(dropped), "data.max_prompt_tokens = 10", [1, 1],
         {"data.max_prompt_tokens": 10, **ALL}),

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from perl.config import DataConfig
 from perl.data.columns import choose_layout, may_move, read_row, tell_once, with_first_index
@@ -96,6 +96,31 @@ def check_apart(measured: Dataset, trained: Sequence[Dataset]) -> None:
         )
 
 
+class Stored(NamedTuple):
+    """The images of a row as the data hold them, and what to know to open them, in whatever process."""
+
+    images: Sequence[Any]
+    root: Path
+    where: str
+
+    def open(self, *, decode: bool = True) -> tuple[Any, ...]:
+        """The pictures; without `decode` only their headers are read.
+
+        Raises:
+            UserError: one is missing, broken or too large.
+        """
+        try:
+            return tuple(
+                (open_frame if isinstance(image, Frame) else open_stored)(
+                    image, self.root, f"{self.where}, image {k}", decode=decode
+                )
+                for k, image in enumerate(self.images, start=1)
+            )
+        except UserError as error:
+            missing = isinstance(error.__cause__, FileNotFoundError)
+            raise _of_kind("image missing" if missing else "image", error) from error.__cause__
+
+
 class RowDataset:
     """The rows of a file, folder or hub data set as Examples, or a seeded sample of `limit` of them.
 
@@ -170,6 +195,16 @@ class RowDataset:
 
     def read(self, row: Mapping[str, Any], index: int, *, decode: bool = True) -> Example:
         """The example of row `index` of the source, as `row` has it."""
+        example = self._unopened(row, index)
+        return replace(example, images=self.open_images(example.images, index, decode=decode))
+
+    def unopened(self, i: int) -> tuple[Example, Stored]:
+        """Example i but for its images, and these."""
+        index = self.rows[i]
+        example = self._unopened(self.source.row(index), index)
+        return example, Stored(example.images, self.root_of(index), self.source.place(index))
+
+    def _unopened(self, row: Mapping[str, Any], index: int) -> Example:
         where = self.source.place(index)
         example = read_row(row, self.layout, where, id=self._unnamed(index))
         if labelled := from_json(example.extra.get("plan")):
@@ -188,7 +223,7 @@ class RowDataset:
             check_answer(example)
         except UserError as error:
             raise _of_kind("label", UserError(f"{where}: {error}")) from None
-        return replace(example, images=self.open_images(example.images, index, decode=decode))
+        return example
 
     def root_of(self, index: int) -> Path:
         """The folder that relative image paths of row `index` start from."""
@@ -198,17 +233,8 @@ class RowDataset:
         self, images: Sequence[Any], index: int, *, decode: bool = True
     ) -> tuple[Any, ...]:
         """The images of row `index` from what the data holds; without `decode` only their headers are read."""
-        where, root = self.source.place(index), self.root_of(index)
-        try:
-            return tuple(
-                (open_frame if isinstance(image, Frame) else open_stored)(
-                    image, root, f"{where}, image {k}", decode=decode
-                )
-                for k, image in enumerate(images, start=1)
-            )
-        except UserError as error:
-            missing = isinstance(error.__cause__, FileNotFoundError)
-            raise _of_kind("image missing" if missing else "image", error) from error.__cause__
+        stored = Stored(images, self.root_of(index), self.source.place(index))
+        return stored.open(decode=decode)
 
     def _tell(self, where: str, what: str) -> None:
         """Once for a source, however many of its rows are so."""

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from perl.config import DataConfig
-from perl.data.dataset import RowDataset
+from perl.data.dataset import Dataset, RowDataset
 from perl.data.readers import Source
 from perl.data.sources import open_streamed
 from perl.data.streams import Epochs
@@ -45,11 +45,15 @@ class StreamedExamples(Epochs):
 
     def read(self, index: int) -> Example:
         """Row `index` of the block."""
-        example = self._block[index]
+        example = self._read(self._block, index)
         if example.id != f"row-{index:06d}":
             return example
         # Rows without an id go by their place in the epoch.
         return replace(example, id=f"row-{self._first + index:06d}")
+
+    def upcoming(self) -> Iterator[tuple[Dataset, int]]:
+        """Of the block alone."""
+        return ((self._block, index) for index in self._order[self._position :])
 
     def _go_on(self) -> None:
         self._first += len(self._order)

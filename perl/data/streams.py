@@ -11,8 +11,10 @@ import math
 import random
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import count
+from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +37,32 @@ class Drawn(NamedTuple):
     example: Example
 
 
-class Epochs(ABC):
+class Draws(ABC):
+    """Examples without end."""
+
+    @property
+    @abstractmethod
+    def reads_all(self) -> bool:
+        """Whether examples that are not wanted are read too, as those left out must be known."""
+
+    @abstractmethod
+    def draw_one(self, wanted: bool = True) -> Drawn | None:
+        """The next example. One that is not wanted is passed by."""
+
+    @abstractmethod
+    def upcoming(self) -> Iterator[tuple[Dataset, int]]:
+        """What `draw_one` would read, as far as that is known; nothing changes by it."""
+
+    @abstractmethod
+    def read_by(self, read: Callable[[Dataset, int], Example]) -> None:
+        """Let `read` give an example of a data set, in place of the data set itself."""
+
+    def draw(self, n: int) -> list[Drawn]:
+        """The next `n` examples; an epoch may end and the next begin among them."""
+        return [drawn for _ in range(n) if (drawn := self.draw_one())]
+
+
+class Epochs(Draws):
     """Endless epochs of examples. With `accept` those that cannot be read, or that it raises UserError for, are left out
     and counted in `skipped`. `epoch` counts from 0."""
 
@@ -46,20 +73,28 @@ class Epochs(ABC):
 
     def __init__(self, accept: Callable[[Example], None] | None) -> None:
         self.accept, self.skipped, self._in_turn = accept, 0, 0
+        self._read: Callable[[Dataset, int], Example] = getitem
         self.epoch, self._position = 0, 0
 
-    def draw(self, n: int) -> list[Drawn]:
-        """The next `n` examples; an epoch may end and the next begin among them."""
-        out: list[Drawn] = []
-        while len(out) < n:
+    @property
+    def reads_all(self) -> bool:
+        return self.accept is not None
+
+    def draw_one(self, wanted: bool = True) -> Drawn | None:
+        while True:
             if self._position == len(self._order):
                 self._go_on()
             index = self._order[self._position]
-            example = self._attempt(index)
+            read = wanted or self.reads_all
+            example = self._attempt(index) if read else None
             self._position += 1
-            if example:
-                out.append(Drawn((self._first + index,), self.epoch, example))
-        return out
+            if example and wanted:
+                return Drawn((self._first + index,), self.epoch, example)
+            if example or not read:
+                return None
+
+    def read_by(self, read: Callable[[Dataset, int], Example]) -> None:
+        self._read = read
 
     @abstractmethod
     def read(self, index: int) -> Example:
@@ -109,14 +144,20 @@ class ExampleStream(Epochs):
         if self.size == 0:
             raise UserError("the data set is empty; give one with rows")
         self.seed = seed
-        self._order = self._shuffled()
+        self._order = self._shuffled(0)
 
     def read(self, index: int) -> Example:
-        return self.dataset[index]
+        return self._read(self.dataset, index)
+
+    def upcoming(self) -> Iterator[tuple[Dataset, int]]:
+        order, position = self._order, self._position
+        for epoch in count(self.epoch + 1):
+            yield from ((self.dataset, order[k]) for k in range(position, len(order)))
+            order, position = self._shuffled(epoch), 0
 
     def _go_on(self) -> None:
         self.epoch, self._position = self.epoch + 1, 0
-        self._order = self._shuffled()
+        self._order = self._shuffled(self.epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, JSON-able."""
@@ -141,17 +182,17 @@ class ExampleStream(Epochs):
                     "resume with the data and seed it was trained on, or start a new run"
                 )
         self.epoch, self._position = int(state["epoch"]), int(state["position"])
-        self._order = self._shuffled()
+        self._order = self._shuffled(self.epoch)
 
-    def _shuffled(self) -> Sequence[int]:
+    def _shuffled(self, epoch: int) -> Sequence[int]:
         if self.size is None:
             return range(sys.maxsize)
         order = list(range(self.size))
-        random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
+        random.Random(f"{self.seed}/{epoch}").shuffle(order)
         return order
 
 
-class MixedStream:
+class MixedStream(Draws):
     """Draws from several streams in turn, at random in proportion to their weights.
 
     Which source the k-th draw comes from depends on `(seed, k)` alone.
@@ -169,16 +210,32 @@ class MixedStream:
         """Rows left out so far."""
         return sum(stream.skipped for stream in self.streams)
 
-    def draw(self, n: int) -> list[Drawn]:
-        """The next `n` examples; `epoch` is that of its source, and `key` begins with the source's number."""
-        out = []
-        for _ in range(n):
-            dice = random.Random(f"{self.seed}/mix/{self._drawn}")
-            (source,) = dice.choices(range(len(self.streams)), self.weights)
-            (drawn,) = self.streams[source].draw(1)
-            out.append(drawn._replace(key=(source, *drawn.key)))
-            self._drawn += 1
-        return out
+    @property
+    def reads_all(self) -> bool:
+        return any(stream.reads_all for stream in self.streams)
+
+    def draw_one(self, wanted: bool = True) -> Drawn | None:
+        """Its `epoch` is that of its source, and its `key` begins with the source's number."""
+        source = self._source_of(self._drawn)
+        drawn = self.streams[source].draw_one(wanted)
+        self._drawn += 1
+        return drawn and drawn._replace(key=(source, *drawn.key))
+
+    def upcoming(self) -> Iterator[tuple[Dataset, int]]:
+        each = [stream.upcoming() for stream in self.streams]
+        for number in count(self._drawn):
+            found = next(each[self._source_of(number)], None)
+            if found is None:
+                return
+            yield found
+
+    def read_by(self, read: Callable[[Dataset, int], Example]) -> None:
+        for stream in self.streams:
+            stream.read_by(read)
+
+    def _source_of(self, number: int) -> int:
+        dice = random.Random(f"{self.seed}/mix/{number}")
+        return dice.choices(range(len(self.streams)), self.weights)[0]
 
     def find(self, key: Sequence[int]) -> Example:
         """The example that was drawn with this key."""

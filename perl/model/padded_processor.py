@@ -31,6 +31,9 @@ class PaddedProcessor(Processor):
             them what its model needs.
     """
 
+    encoder = None  # type: ignore[assignment]
+    """Pictures are encoded with their text."""
+
     def __init__(self, stock: Any, config: Any, min_pixels: int, max_pixels: int) -> None:
         self.stock, self.config = stock, config
         self.tokenizer = stock.tokenizer

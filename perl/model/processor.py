@@ -28,6 +28,8 @@ from perl.types import (
     one_line,
 )
 
+ENCODED = "encoded"
+"""The attribute of a picture that has been read ahead with its `EncodedImage`, until it is asked for."""
 _CACHE_BYTES = 2**29
 """How much of encoded images is kept, by content."""
 
@@ -73,13 +75,13 @@ class Processor(Demands):
         self._cached_bytes = 0
 
     def encode_image(self, image: Image.Image) -> EncodedImage:
-        """Pixels of one picture; the same content is encoded once."""
+        """Pixels of one picture; the same content is encoded once, here or where the picture was read."""
         image = image if image.mode == "RGB" else image.convert("RGB")
-        key = content_key(image)
+        key, ahead = content_key(image), vars(image).pop(ENCODED, None)
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        encoded = self._cache[key] = self.encoder(image)
+        encoded = self._cache[key] = ahead or self.encoder(image)
         self._cached_bytes += encoded.pixel_values.nbytes
         while self._cached_bytes > _CACHE_BYTES and len(self._cache) > 1:
             _, oldest = self._cache.popitem(last=False)

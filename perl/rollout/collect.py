@@ -23,7 +23,7 @@ from perl.rollout.filtering import GroupFilter, unscorable
 from perl.rollout.prompts import PromptEncoder, Shown
 from perl.rollout.replay import Replay
 from perl.rollout.sample import sample_counts
-from perl.timing import Stopwatch, span
+from perl.timing import Stopwatch
 from perl.types import Example, Group, UserError
 
 
@@ -129,7 +129,7 @@ class Collector:
         fresh: list[Group] = []
         while tries < config.filter.max_tries and not processes.every(len(fresh) >= lacking):
             with processes.jointly():
-                with span("data"):
+                with self.watch("data"):
                     drawn = source.draw(config.train.examples_per_step)
                 self.scorer.state = TrainerState(
                     global_step=self.first_step + step,

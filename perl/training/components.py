@@ -14,6 +14,7 @@ import torch
 from perl.config import EVAL_SEED, Config, DataConfig
 from perl.data.check import acceptance
 from perl.data.dataset import BUNDLED, Dataset, load_examples
+from perl.data.readahead import ReadAhead, warm_up
 from perl.data.streamed import StreamedExamples
 from perl.data.streams import ExampleStream, MixedStream, Stream, training_sources
 from perl.data.tasks import vocabulary
@@ -34,6 +35,9 @@ from perl.rollout.padded import make_engine
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.timing import Stopwatch
 from perl.types import UserError
+
+WORKERS = 4
+"""`data.workers` on a GPU: a question of eight images of 512 x 512 pixels takes a core 0.17 seconds."""
 
 
 @dataclass
@@ -104,6 +108,12 @@ class Components:
             return streams[0]
         return MixedStream(streams, [weight for _, weight in sources], seed)
 
+    def read_ahead(self) -> ReadAhead | None:
+        """What reads the pictures of a stream's next examples; None where `data.workers` are none."""
+        device = self.accelerator.device
+        workers = _workers(self.config, device)
+        return ReadAhead(workers, self.processor.encoder, device) if workers else None
+
     def source(self, source: str) -> tuple[str, DataConfig]:
         """Where a training source is read from and how: what a filter stage has left of it, if one has."""
         data = self.config.data
@@ -133,10 +143,19 @@ def build(config: Config, stage: Stage, folder: RunFolder) -> Components:
     """
     accelerator = make_accelerator(config, folder)
     path = model_folder(config, stage, folder, accelerator)
+    processor = load_processor(path, config.model)
+    if any(_workers(each.config, accelerator.device) for each in plan(config)):
+        warm_up(processor.encoder)
     torch.manual_seed(config.run.seed)
     policy = load_policy(path, config.model, accelerator.device).to(accelerator.device)
-    processor = load_processor(path, config.model)
     return Components(stage, folder, accelerator, policy, processor, Stopwatch(), path)
+
+
+def _workers(config: Config, device: torch.device) -> int:
+    """What `data.workers` means on this device."""
+    if config.data.workers == "auto":
+        return WORKERS if device.type == "cuda" else 0
+    return config.data.workers
 
 
 def make_accelerator(config: Config, folder: RunFolder) -> Any:

@@ -7,7 +7,7 @@ import shutil
 import signal
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -154,7 +154,7 @@ class Profile(Command):
             session = Session(config, recorder.run, recorder, StopSignal())
             stage = session.stages[0]
             session.enter_stage(stage)
-            with listening(recorder), profiler, suppress(_Finished):
+            with closing(session), listening(recorder), profiler, suppress(_Finished):
                 RUNS[stage.kind](session, stage)
         if self.traced:
             rank = f"-{os.environ['RANK']}" if os.environ.get("WORLD_SIZE", "1") != "1" else ""

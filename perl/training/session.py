@@ -7,12 +7,13 @@ import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from perl.config import Config
+from perl.data.dataset import Dataset
+from perl.data.readahead import ReadAhead
 from perl.data.streams import Drawn, Stream
 from perl.distributed import Processes, StopSignal
 from perl.files import RunFolder
@@ -30,19 +31,43 @@ from perl.types import Example, Interrupted, PackedBatch, Segment, UserError, on
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
 class ProcessShare:
     """A process's share of a stage's examples.
 
-    Every process advances the same stream by the same amount and keeps every n-th example.
+    Every process advances the same stream by the same amount and keeps every n-th example. With `ahead` the pictures of
+    as many as are drawn at once are read ahead.
     """
 
-    stream: Stream
-    processes: Processes
+    def __init__(
+        self, stream: Stream, processes: Processes, ahead: ReadAhead | None = None
+    ) -> None:
+        self.stream, self.processes, self.ahead = stream, processes, ahead
+        self._count = self._place = 0
+        if ahead:
+            ahead.upcoming = self._upcoming
+            stream.read_by(ahead.read)
 
     def draw(self, count: int) -> list[Drawn]:
         """This process's share of the next `count` examples of all processes."""
-        return self.stream.draw(count)[self.processes.index :: self.processes.count]
+        self._count, out = count, []
+        for place in range(count):
+            self._place = place
+            drawn = self.stream.draw_one(self._is_own(place))
+            out += [drawn] if drawn else []
+        self._place = 0
+        if self.ahead:
+            self.ahead.begin()
+        return out
+
+    def _is_own(self, place: int) -> bool:
+        return place % self.processes.count == self.processes.index
+
+    def _upcoming(self) -> Iterator[tuple[Dataset, int]]:
+        """What this process will read of the rest of a draw and of the next as far."""
+        places = range(self._place, self._place + self._count)
+        for place, each in zip(places, self.stream.upcoming(), strict=False):
+            if self.stream.reads_all or self._is_own(place % self._count):
+                yield each
 
     def find(self, key: Sequence[int]) -> Example:
         """An example that was drawn before."""
@@ -80,6 +105,7 @@ class Session:
         self._saved_point: tuple[str, int] | None = None
         self._again_from: int | None = None
         self._checkpoint = None
+        self._ahead: ReadAhead | None = None
         self._replay_state: dict[str, Any] | None = None
         self._recorded_updates = 0
         self._started = time.perf_counter()
@@ -159,7 +185,9 @@ class Session:
 
     def steps(self) -> Iterator[int]:
         """The steps of the stage that are left, from 0, with its data where it stopped; fewer where `eval.patience` ends."""
-        self.source, self._skipped = ProcessShare(self.stream(), self.processes), 0
+        self._ahead = self.components.read_ahead()
+        self.source = ProcessShare(self.stream(), self.processes, self._ahead)
+        self._skipped = 0
         for step in range(self.progress.step, self.stage.steps):
             if 0 < self.config.eval.patience <= self.progress.stale and self.stage.kind == "rl":
                 best, key = self.progress.best, self.config.run.keep_best
@@ -178,6 +206,7 @@ class Session:
     def finish_stage(self, save: bool = True) -> None:
         """Mark the current point as finished and checkpoint, so that a resume does not repeat it."""
         self.display.close()
+        self.close()
         point = self.progress.stage
         if point == self.stage.name:
             self.progress.taken[point] = self.progress.step
@@ -189,6 +218,11 @@ class Session:
         if save:
             self.save()
         self.optimizer = None
+
+    def close(self) -> None:
+        """End the processes that read ahead."""
+        if self._ahead:
+            self._ahead.close()
 
     @property
     def first_step(self) -> int:

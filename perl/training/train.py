@@ -77,6 +77,7 @@ def _train_seed(
             session.rescue(error)
             raise error from left
         finally:
+            session.close()
             session.trackers.finish()
     return summary
 

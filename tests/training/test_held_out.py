@@ -10,7 +10,7 @@ from PIL import Image
 
 from perl.config import Config
 from perl.data.dataset import load_examples
-from perl.data.streams import ExampleStream
+from perl.data.streams import Drawn, ExampleStream
 from perl.recipe import plan
 from tests.command_line import json_lines
 from tests.messages import refused
@@ -51,14 +51,14 @@ def test_no_stage_draws_what_is_held_out(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[str] = []
-    draw = ExampleStream.draw
+    draw = ExampleStream.draw_one
 
-    def watched(self: ExampleStream, n: int) -> list:
-        out = draw(self, n)
-        drawn.extend(d.example.id for d in out)
+    def watched(self: ExampleStream, *given: bool) -> Drawn | None:
+        out = draw(self, *given)
+        drawn.extend([out.example.id] if out else [])
         return out
 
-    monkeypatch.setattr(ExampleStream, "draw", watched)
+    monkeypatch.setattr(ExampleStream, "draw_one", watched)
     measured = load_examples(config.data.eval, config.data, "test", 0)
     held = {measured[i].id for i in range(len(measured))}
     assert len(held) == 5

@@ -14,8 +14,10 @@ from perl.distributed import StopSignal
 from perl.recipe import filtered_file
 from perl.report.progress import Display
 from perl.training.session import Session
+from tests.command_line import untimed
 from tests.messages import refused
-from tests.training.two_tokens import config_of, saved, session_of
+from tests.stand_ins import HereWorker
+from tests.training.two_tokens import OwnEngine, config_of, saved, session_of, train_in
 
 TWO_STAGES = """
 [[stages]]
@@ -101,6 +103,50 @@ def test_each_step_begins_alike_whatever_came_before(tmp_path: Path, two_tokens:
     session.processes.index = 1
     drawn += [(step, 3, torch.rand(1).item()) for step in session.steps()]
     assert len({number for *_, number in drawn}) == 4
+
+
+def test_a_run_whose_pictures_are_read_ahead_is_the_same(
+    tmp_path: Path, two_tokens: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With refills, demonstrations, and where it goes on after it was stopped; on a GPU it is so by itself."""
+    keys = """
+run.save_rollouts_every = 1
+cold_start.steps = 2
+filter.zero_variance = true
+filter.max_tries = 3
+rollout.per_order = 1
+train.steps = 3
+"""
+    roots = [tmp_path / name for name in ("here", "ahead")]
+    monkeypatch.setattr("perl.data.readahead.Worker", HereWorker)
+    monkeypatch.setattr(HereWorker, "opened", opened := [])
+    train_in(roots[0], config_of(tmp_path, keys))
+    config = config_of(tmp_path, f"{keys}data.workers = 2")
+    generate, calls = OwnEngine.generate, []
+
+    def stopped(self: OwnEngine, *given: Any) -> Any:
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(self, *given)
+
+    monkeypatch.setattr(OwnEngine, "generate", stopped)
+    assert not opened
+    with pytest.raises(KeyboardInterrupt):
+        train_in(roots[1], config)
+    train_in(roots[1], config, resume=True)
+    one, other = map(untimed, roots)
+    assert one == other and max(row["groups/tries"] for row in one[2:]) > 1
+    assert len(opened) > 12
+    for file in ("rollouts.jsonl", "models/final/weights"):
+        assert (roots[0] / file).read_bytes() == (roots[1] / file).read_bytes()
+
+
+def test_on_a_gpu_pictures_are_read_ahead(tmp_path: Path, two_tokens: None) -> None:
+    components = session_of(config_of(tmp_path), tmp_path / "run").components
+    components.accelerator.device = torch.device("cuda", 0)
+    ahead = components.read_ahead()
+    assert ahead and ahead.workers == 4
 
 
 def test_a_stage_begins_once_and_is_shown_by_its_name(tmp_path: Path, two_tokens: None) -> None:

@@ -115,6 +115,7 @@ class Letters:
     adds one token."""
 
     pad_token_id = eos_token_id = image_token_id = -1
+    encoder = None
 
     def encode(self, variant: Variant) -> EncodedPrompt:
         shown = tuple(EncodedImage(str(i), torch.zeros(1, 1), (1, 1, 1), 1) for i in variant.order)
