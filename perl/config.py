@@ -75,6 +75,9 @@ class RunConfig:
     """Seed of everything random: weights, data order, image orders, sampling."""
     seeds: tuple[Seed, ...] = ()
     """Several seeds: one whole run each, in seed-N folders, and a summary of mean and range."""
+    deterministic: bool = False
+    """The same bits each time on the same machine, also on a GPU, and so a resume to the bit: PyTorch's and flash-attn's
+    deterministic algorithms, some of which are slower. A CPU has them anyway."""
     log_every: Positive = 1
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: Count = 50

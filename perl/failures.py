@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -26,6 +27,8 @@ def explain(error: BaseException) -> str | None:
         package = (error.name or "").partition(".")[0]
         if package in _TRAIN_PACKAGES:
             return f"{package} is not installed; {install_command('train')}"
+    if found := re.match(r"(\S+) does not have a deterministic implementation", str(error)):
+        return f"run.deterministic: PyTorch has no deterministic {found[1]} on this device; leave it off"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not to be imported here
         return (
             "out of GPU memory: lower train.tokens_per_micro_batch or rollout.batch_size, or set "

@@ -212,6 +212,12 @@ def watch(patch: pytest.MonkeyPatch, seen: defaultdict[str, list[Any]]) -> None:
     keep("prompts", OwnEngine, "generate", lambda _, __, prompts, *___: len(prompts))
     keep("params", OwnEngine, "generate", lambda _, __, ___, params, ____: params)
     keep("seed", OwnEngine, "generate", lambda *given: given[-1])
+    keep(
+        "deterministic",
+        OwnEngine,
+        "generate",
+        lambda *_: torch.are_deterministic_algorithms_enabled(),
+    )
     keep("packed", TwoTokens, "pack", lambda batches, _, segments, *__: (batches, segments))
     patch.setattr("perl.evaluation.selection._draw", lambda *_: None)
     keep("histogram", selection, "resample", lambda _, __, histogram, *___: list(histogram))
@@ -578,6 +584,7 @@ ROWS = [
         lab.session.components.collector.stage, example("q", 10, 20, 30, 40), 1.0, 0)[1],
         (3, 1, 2, 0), (0, 1, 3, 2), {"permutation.orders": 2}),
     Row("run.seeds", (3, 5), lambda lab: [p.name for p in lab.left("seed-*")], [], ["seed-3", "seed-5"]),
+    Row("run.deterministic", True, lambda lab: set(lab.run["deterministic"]), {False}, {True}),
     Row("run.log_every", 2, of("rl", "step"), [1, 2], [2]),
     Row("run.checkpoint_every", 2, checkpoints, [1, 2], [2], {"run.keep_checkpoints": 9}),
     Row("run.checkpoint_every", 0, checkpoints, [1, 2], [2], {"run.keep_checkpoints": 9}),

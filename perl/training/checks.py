@@ -10,6 +10,8 @@ from glob import iglob
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from perl.config import EVAL_SEED, Config, DataConfig, names_of
 from perl.data.check import checked, checks_of
 from perl.data.dataset import RowDataset, check_apart, load_examples
@@ -191,6 +193,7 @@ def check_setup(config: Config) -> Processor | None:
     """
     usable_trackers(config)
     check_push(config.run.push_to_hub)
+    check_deterministic(config, torch.cuda.is_available())
     for stage in plan(config):
         _check_stage(stage)
     if config.model.path not in TINY_MODELS:
@@ -202,6 +205,16 @@ def check_setup(config: Config) -> Processor | None:
     check_bundled(config)
     check_kernels(config.model)
     return None
+
+
+def check_deterministic(config: Config, cuda: bool) -> None:
+    """Raise UserError for what PyTorch has no deterministic algorithm for on a GPU."""
+    narrowed = [s.config.rollout.top_p for s in plan(config) if s.config.rollout.top_p < 1]
+    if config.run.deterministic and cuda and narrowed:
+        raise UserError(
+            f"run.deterministic and rollout.top_p = {narrowed[0]} exclude each other on a GPU: PyTorch adds up probabilities "
+            "in no fixed order there; leave one of them out, or take rollout.top_k"
+        )
 
 
 def _check_stage(stage: Stage) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -156,6 +157,26 @@ def _workers(config: Config, device: torch.device) -> int:
     if config.data.workers == "auto":
         return WORKERS if device.type == "cuda" else 0
     return config.data.workers
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Let PyTorch take deterministic algorithms, or raise where it has none.
+
+    Flash attention, PyTorch's and flash-attn's, follows the switch (see `perl.model.packed.flash`). cuBLAS reads how its
+    workspace is to be laid out when it is first used.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
 
 
 def make_accelerator(config: Config, folder: RunFolder) -> Any:

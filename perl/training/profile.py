@@ -134,6 +134,7 @@ class Profile(Command):
 
         from perl.distributed import StopSignal
         from perl.timing import listening
+        from perl.training.components import deterministic
         from perl.training.session import Session
         from perl.training.train import RUNS
 
@@ -150,7 +151,7 @@ class Profile(Command):
             with_stack=self.stacks,
         )
         recorder = Recorder(self, RunFolder(work), profiler)
-        with recorder:
+        with recorder, deterministic(config.run.deterministic):
             session = Session(config, recorder.run, recorder, StopSignal())
             stage = session.stages[0]
             session.enter_stage(stage)

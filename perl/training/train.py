@@ -19,6 +19,7 @@ from perl.files import RunFolder, is_main_process, write_json
 from perl.recipe import Stage, save_config
 from perl.report.progress import Display
 from perl.training.cold_start import cold_start
+from perl.training.components import deterministic
 from perl.training.filter_stage import filter_data
 from perl.training.measure import measure
 from perl.training.reinforce import reinforce
@@ -60,7 +61,7 @@ def _train_seed(
 ) -> dict[str, Any]:
     """All stages of one run."""
     on_main_process(folder.make_parts)
-    with StopSignal() as stop:
+    with StopSignal() as stop, deterministic(config.run.deterministic):
         session = Session(config, folder, display, stop)
         if resume:
             session.restore()

@@ -23,6 +23,7 @@ from perl.model.packed.flash import flash_attn_problem
 from perl.model.packed.flex import block_mask, run_compiled
 from perl.model.packed.gather import gather_rows
 from perl.model.packed.layout import PackedLayout
+from perl.training.components import deterministic
 from tests.messages import refused
 
 DIM = 8
@@ -162,9 +163,11 @@ def flash_attn_varlen_func(
     dropout_p=0.0,
     softmax_scale=None,
     causal=False,
+    deterministic=False,
 ):
     assert max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
     assert dropout_p == 0
+    assert deterministic == torch.are_deterministic_algorithms_enabled()
     return segment_by_segment(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, softmax_scale)
 
 
@@ -220,6 +223,17 @@ def test_stand_ins_have_the_parameters_of_the_kernels() -> None:
                 continue
             assert parameter.kind == real[parameter.name].kind
             assert parameter.default == real[parameter.name].default
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_flash_attn_is_told_to_be_deterministic(
+    wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stand-in compares what it is told with PyTorch's switch."""
+    monkeypatch.setattr(flash, "_flash_attn_kernel", lambda: flash_attn_varlen_func)
+    with deterministic(wanted):
+        assert torch.are_deterministic_algorithms_enabled() == wanted
+        check_row("flash_attention_2", ROWS["several completions"], 2)
 
 
 @pytest.mark.parametrize("row", ROWS)

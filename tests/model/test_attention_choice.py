@@ -101,11 +101,11 @@ def test_what_is_wrong_with_flash_attn(
     installed(ModuleType("flash_attn"), **function, __version__="2.8.3")
     assert flash_attn_problem() == ""
     installed(ModuleType("flash_attn"), **function, __version__="2.0.9")
-    tells(flash_attn_problem(), "2.0.9", "2.1")
-    installed(ModuleType("flash_attn"), **function, __version__="2.1.post1")
+    tells(flash_attn_problem(), "2.0.9", "2.5")
+    installed(ModuleType("flash_attn"), **function, __version__="2.5.post1")
     assert flash_attn_problem() == ""
     installed(ModuleType("flash_attn"), **function)
-    tells(flash_attn_problem(), "2.1")
+    tells(flash_attn_problem(), "2.5")
     # flash-attn-4 brings a package of the same name.
     installed(ModuleType("flash_attn"))
     tells(flash_attn_problem(), "flash_attn_varlen_func")

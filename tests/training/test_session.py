@@ -235,3 +235,26 @@ def test_the_bar_of_a_stage_ends_with_it(tmp_path: Path, two_tokens: None) -> No
     session.advance_to("easy_ones")
     session.finish_stage()
     assert closed == ["easy_ones"]
+
+
+def test_each_step_seeds_every_device_anew(
+    tmp_path: Path, two_tokens: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that checkpoints need no generator's state: a run that goes on draws what the whole one drew."""
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    session = session_of(config_of(tmp_path, "train.steps = 4"), tmp_path / "run")
+    session.enter_stage(session.stages[-1])
+    session.begin(session.stage)
+    drawn = []
+    for step in session.steps():
+        drawn.append(torch.rand(()).item())
+        torch.rand(step + 1)
+        session.progress.step = step + 1
+        if step == 1:
+            session.save()
+    assert len(set(seeds)) == len(set(drawn)) == 4
+    other = again(session)
+    other.enter_stage(other.stages[-1])
+    assert [(step, torch.rand(()).item()) for step in other.steps()] == [*enumerate(drawn)][2:]
+    assert seeds[4:] == seeds[2:4]

@@ -3,12 +3,15 @@
 import json
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from perl.config import Config
+from perl.training.checks import check_deterministic
 from tests.command_line import (
     ALTERNATING,
     json_lines,
@@ -20,7 +23,7 @@ from tests.command_line import (
     untimed,
     wait_for,
 )
-from tests.messages import tells
+from tests.messages import refused, tells
 
 SHORT = (
     "--run.seeds --run.trackers tensorboard --run.save-rollouts-every 1 --cold-start.steps 1 "
@@ -76,6 +79,39 @@ def test_a_frozen_tower_encodes_an_image_once_a_run_and_the_same_bits_when_it_go
     assert sum(encoded[0]) == 6 and encoded[0][3:] == [0]
     assert encoded[1][:2] == encoded[0][:2] and sum(encoded[1][2:]) >= 4
     assert untimed(stopped) == untimed(whole) and same_weights(stopped, whole)
+
+
+def test_a_deterministic_run_switches_pytorch_over_and_gives_a_cpu_s_numbers(
+    short_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = """import os, pathlib, torch
+def f(prompts, **c):
+    switch = torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    pathlib.Path(__file__).with_name("seen").write_text(str(switch))
+    return [float(i % 2) for i in range(len(prompts))]"""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    folders = []
+    for more, seen in (
+        ("--run.no-deterministic", (False, None)),
+        ("--run.deterministic", (True, ":4096:8")),
+    ):
+        folders.append(tmp_path / more)
+        options = (*rewarded(tmp_path, source), "--train.lr=0.01", more, "--run.dir", folders[-1])
+        assert run("train", short_recipe, *options) == 0
+        assert (tmp_path / "seen").read_text() == str(seen)
+        assert not torch.are_deterministic_algorithms_enabled()
+    assert untimed(folders[0]) == untimed(folders[1]) and same_weights(*folders)
+
+
+def test_top_p_is_not_deterministic_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config()
+    config = replace(config, rollout=replace(config.rollout, top_p=0.9))
+    wanted = replace(config, run=replace(config.run, deterministic=True))
+    for fine, cuda in ((config, True), (wanted, False)):
+        check_deterministic(fine, cuda)
+    with refused("run.deterministic", "rollout.top_p = 0.9", "rollout.top_k"):
+        check_deterministic(wanted, cuda=True)
 
 
 LINEAR = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")

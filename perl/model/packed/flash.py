@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from perl.model.packed.gather import gather_rows
@@ -23,8 +24,8 @@ from perl.model.packed.layout import AttentionArgs, PackedLayout
 def flash_attention_2(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, how: AttentionArgs
 ) -> Tensor:
-    """`flash_attn_varlen_func` of flash-attn 2.1 or newer, the first to align to the last query and key. On CUDA, in
-    bfloat16 or float16."""
+    """`flash_attn_varlen_func` of flash-attn 2.5 or newer: it aligns to the last query and key, and its backward can be
+    deterministic, which it is where PyTorch's is to be. On CUDA, in bfloat16 or float16."""
     out = _flash_attn_kernel()(
         *_rows(query, key, value, layout),
         cu_seqlens_q=layout.cu_seqlens_q,
@@ -34,6 +35,7 @@ def flash_attention_2(
         dropout_p=how.dropout,
         softmax_scale=how.scale,
         causal=how.causal,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return out[None]
 
@@ -45,7 +47,8 @@ def varlen(
 
     It aligns to the last query and key as flash-attn does: the window (-1, 0) becomes `is_causal`, `mha_varlen_fwd` in
     aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp sets `window_size_right = 0`, and the kernel, which
-    is flash-attn's, masks columns from `row + 1 + seqlen_k - seqlen_q + window_size_right` on (`apply_mask` in mask.h).
+    is flash-attn's, masks columns from `row + 1 + seqlen_k - seqlen_q + window_size_right` on (`apply_mask` in mask.h). Its
+    backward is deterministic where PyTorch's is to be (`_flash_attention_backward` in cuda/attention_backward.cu).
     """
     from torch.nn.attention import varlen as torch_varlen
 
@@ -76,7 +79,7 @@ def varlen(
 @cache
 def flash_attn_problem() -> str:
     """Why flash-attn cannot be used, as far as an import tells: another package of that name, a build for another
-    PyTorch, a version before the alignment that shared prompts need. Empty if it can."""
+    PyTorch, a version before what `flash_attention_2` needs. Empty if it can."""
     try:
         module = importlib.import_module("flash_attn")
     except ModuleNotFoundError:
@@ -86,8 +89,8 @@ def flash_attn_problem() -> str:
     if not hasattr(module, "flash_attn_varlen_func"):
         return "what is installed under that name has no flash_attn_varlen_func"
     version = getattr(module, "__version__", "0")
-    if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < (2, 1):
-        return f"version {version} is older than 2.1"
+    if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < (2, 5):
+        return f"version {version} is older than 2.5"
     return ""
 
 

@@ -25,7 +25,7 @@ def flex(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, how: AttentionArgs
 ) -> Tensor:
     """FlexAttention, compiled on CUDA; elsewhere, where it has no gradients, the same mask is made dense for SDPA. It has
-    no dropout."""
+    no dropout. Its backward adds up in a fixed order: queries' and keys' gradients are made apart."""
     mask = layout.once(block_mask, how.causal)
     tokens = query.shape[2]
     q, k, v = (F.pad(x, (0, 0, 0, mask.seq_lengths[0] - tokens)) for x in (query, key, value))

@@ -11,8 +11,8 @@ def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """`x[index]`, differentiable; rows may be taken any number of times.
 
     Indexing of PyTorch adds the gradients of a repeated row in the dtype of `x`; here bfloat16 and float16 are added
-    up in float32 and rounded once. On CUDA the order of the sum changes from run to run, unless
-    `torch.use_deterministic_algorithms(True)`.
+    up in float32 and rounded once. On CUDA the order of the sum changes from run to run, unless PyTorch's algorithms are
+    to be deterministic (`run.deterministic`), when index_add_ sorts instead of adding atomically.
 
     Args:
         x: [T, ...].
