@@ -9,13 +9,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import perl_kernels
 from benchmarks import gpu_first as program
-from benchmarks.gpu_first import Bench
+from benchmarks.first import folder, kernels, trainer
+from benchmarks.first.bench import Bench
+from perl.config import ModelConfig
+from perl.model.loading import load_policy, load_processor
+from perl.model.packed.attention import IMPLEMENTATIONS
+from perl.model.packed.pack import pack_row
+from perl.model.packed.sdpa import sdpa
+from perl.training.roofline.model import CONFIGS
+from perl.types import Message, Segment
 from tests.messages import tells
+from tests.model.steps import picture
 
 CPU = torch.device("cpu")
 
@@ -34,7 +44,7 @@ def test_every_part_goes_through(name: str, bench: Bench) -> None:
 
 
 def test_correct_looks_at_every_function_at_odd_sizes(bench: Bench) -> None:
-    program.correct(bench)
+    kernels.correct(bench)
     names = [line["name"] for line in bench.lines]
     for function in ("linear_grpo_loss", "grpo_loss", "linear_token_logprobs", "token_logprobs"):
         for size in ("V = 517", "V = 33"):
@@ -63,7 +73,7 @@ def test_what_is_wrong_is_said(
     planted: Callable[..., Any], said: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("benchmarks.providers.ours.linear_grpo_loss", planted)
-    program.correct(bench)
+    kernels.correct(bench)
     wrong = [line for line in bench.lines if "wrong" in line]
     assert wrong and all(line["name"].startswith("linear_grpo_loss") for line in wrong)
     tells(wrong[0]["wrong"], said)
@@ -76,6 +86,58 @@ def test_without_a_gpu_it_is_one_line(fails: Callable[..., str], monkeypatch, tm
     tells(fails(program.main, [f"--output={tmp_path}"]), "GPU", "--dry-run")
     assert not list(tmp_path.iterdir())
     tells(fails(program.main, ["nothing", "--dry-run"]), "nothing", "ceilings", "sanitizer")
+
+
+def test_attention_that_loses_more_than_pytorchs_own_is_wrong(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundredth of the keys' weight on a wrong key."""
+
+    def off(query: Any, key: Any, value: Any, layout: Any, how: Any) -> Any:
+        return sdpa(query, key, 0.99 * value + 0.01 * value.roll(1, 2), layout, how)
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "flex", off)
+    trainer.attention(bench)
+    wrong = [line for line in bench.lines if "wrong" in line]
+    assert [line["name"] for line in wrong] == ["attention, flex"]
+
+
+def test_updates_that_differ_though_they_must_not_are_wrong(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, real = [], trainer._backward
+
+    def unsteady(policy: Any, batch: Any) -> Any:
+        found = real(policy, batch)
+        calls.append(batch)
+        policy.head_weight.grad[0] += len(calls)
+        return found
+
+    monkeypatch.setattr(trainer, "_backward", unsteady)
+    trainer.repeat(bench)
+    assert ["wrong" in line for line in bench.lines] == [False, True]
+
+
+def test_a_folder_of_true_size_is_one_that_is_trained(tmp_path: Path) -> None:
+    """Here with small numbers, which a config.json of Qwen2.5-VL may have too."""
+    sizes = json.loads(json.dumps(CONFIGS[folder.MODEL]))
+    sizes["text_config"] |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    sizes["text_config"] |= {
+        "num_attention_heads": 4,
+        "vocab_size": 2000,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    }
+    sizes["text_config"]["rope_parameters"]["mrope_section"] = [2, 3, 3]
+    sizes["vision_config"] |= {"depth": 1, "hidden_size": 32, "intermediate_size": 64}
+    sizes["vision_config"] |= {"num_heads": 2, "out_hidden_size": 64, "fullatt_block_indexes": [0]}
+    folder.make(sizes, tmp_path / "model")
+    policy = load_policy(str(tmp_path / "model"), ModelConfig(), CPU)
+    processor = load_processor(str(tmp_path / "model"), ModelConfig(min_pixels=512 * 512))
+    prompt = processor.encode_messages((Message("user", "<image> which"),), [picture(28, 28, 0)])
+    assert len(policy.head_weight) == 2000 and prompt.images[0].tokens == 361
+    batch = pack_row([Segment(prompt, (np.array([5, 6]),), (1.0,))])
+    assert policy(batch).shape == (2, 64)
 
 
 class Clerk:
@@ -137,6 +199,7 @@ def test_programs_are_named_but_not_run_in_a_dry_run(tmp_path: Path, capfd) -> N
     assert program.main(options) == 0
     said = capfd.readouterr().out
     tells(said, "-m pytest", "tests/kernels", "host_cost", "ncu ", "run.py", "memcheck")
+    tells(said, "bench_train_step.py", "--model=7b", "benchmarks.first.folder", "perl profile")
     assert said.count("not run") == len(program.PROGRAMS)
     assert not list(tmp_path.glob("*/first/*.json"))
 
