@@ -171,7 +171,7 @@ class Variant:
 class EncodedImage:
     """An image as the vision tower takes it.
 
-    `pixel_values` float32: Qwen-VL's patches [t * h * w, channels * temporal_patch * patch^2], or tiles of a fixed
+    `pixel_values` in the tower's dtype: Qwen-VL's patches [t * h * w, channels * temporal_patch * patch^2], or tiles of a fixed
     size; `grid` (t, h, w) in patches, or the number of tiles. It becomes `tokens` visual tokens, each of `merge` x `merge`
     patches (1 for tiles). `key` is a hash of the content: equal images have equal keys. `size` (width, height) is what the
     picture was resized to, in pixels; None where that is not known.

@@ -187,8 +187,10 @@ def _check_files(folder: str) -> None:
     )
 
 
-def load_processor(folder: str, config: ModelConfig) -> Processor:
-    """Tokenizer and image processor of a checkpoint; without a family its own processor.
+def load_processor(
+    folder: str, config: ModelConfig, dtype: torch.dtype = torch.float32
+) -> Processor:
+    """Tokenizer and image processor of a checkpoint, with pixels in `dtype`; without a family its own processor.
 
     Raises:
         UserError: the folder has no tokenizer, no image processor or no chat template, or they do not fit the model.
@@ -239,7 +241,7 @@ def load_processor(folder: str, config: ModelConfig) -> Processor:
         out: Processor = PaddedProcessor(stock, model_config, config.min_pixels, config.max_pixels)
     else:
         sizes = config.min_pixels, config.max_pixels
-        out = Processor(tokenizer, ImageEncoder(family, image_processor, *sizes))
+        out = Processor(tokenizer, ImageEncoder(family, image_processor, *sizes, dtype))
     if own_template:
         _check_template(out, own_template)
     _check_generation_prompt(out, folder)

@@ -6,7 +6,7 @@ import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class Vision:
         self._kept: OrderedDict[str, ImageFeatures] = OrderedDict()
         self._bytes = 0
         self._made_with: object = None
+        self._copies: dict[str, EncodedImage] = {}
         self._encoded: set[str] = set()
         """Images that went through the tower since `clear_cache`."""
         self._said_too_small = False
@@ -60,7 +61,7 @@ class Vision:
         in their order."""
         self.images_encoded += len(images)
         with span("vision"):
-            return self.family.encode(self.core, images)
+            return self.family.encode(self.core, [self._there(image) for image in images])
 
     def features(self, images: Sequence[EncodedImage]) -> ImageFeatures | None:
         """Features of images, each distinct one encoded at most once; None without images.
@@ -84,8 +85,22 @@ class Vision:
         checkpoint would else not give the numbers of one that was never stopped. A frozen tower's features stay.
         """
         self._encoded.clear()
+        self._copies.clear()
         if self.trained:
             self._drop()
+
+    def _there(self, image: EncodedImage) -> EncodedImage:
+        """The image with its pixels on the tower's device, copied there once a step for all passes of a trained tower."""
+        device = self.weights[0].device
+        if image.pixel_values.device == device:
+            return image
+        copy = self._copies.get(image.key)
+        if copy is None:
+            pixels = image.pixel_values.to(device, non_blocking=True)
+            copy = replace(image, pixel_values=pixels)
+            if self.trained:
+                self._copies[image.key] = copy
+        return copy
 
     def _drop(self) -> None:
         self._kept.clear()

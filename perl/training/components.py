@@ -22,7 +22,7 @@ from perl.data.tasks import vocabulary
 from perl.distributed import process_state
 from perl.files import RunFolder, replacing
 from perl.model.head import HeadLoss
-from perl.model.loading import load_policy, load_processor
+from perl.model.loading import compute_dtype, load_policy, load_processor
 from perl.model.policy import Policy
 from perl.model.processor import Processor
 from perl.model.tiny import TINY_MODELS, make_tiny_model
@@ -144,7 +144,8 @@ def build(config: Config, stage: Stage, folder: RunFolder) -> Components:
     """
     accelerator = make_accelerator(config, folder)
     path = model_folder(config, stage, folder, accelerator)
-    processor = load_processor(path, config.model)
+    dtype = compute_dtype(config.model.dtype, accelerator.device)
+    processor = load_processor(path, config.model, dtype)
     if any(_workers(each.config, accelerator.device) for each in plan(config)):
         warm_up(processor.encoder)
     torch.manual_seed(config.run.seed)

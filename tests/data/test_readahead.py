@@ -193,6 +193,11 @@ def test_a_broken_picture_is_what_it_is_without_workers(
     skipping = [share(stream_of(data, lambda _: None), ahead) for ahead in (None, reader())]
     assert seen(skipping[0].draw(9)) == seen(skipping[1].draw(9))
     assert skipping[0].stream.skipped == skipping[1].stream.skipped == 2
+    # All processes have to know which rows are left out.
+    both = [share(stream_of(data, lambda _: None), reader(), k, 2) for k in (0, 1)]
+    drawn = [seen(each.draw(8)) for each in both]
+    whole = seen(stream_of(data, lambda _: None).draw(8))
+    assert [drawn[k % 2][k // 2] for k in range(8)] == whole
     assert len({record.getMessage() for record in caplog.records}) == 1
 
 

@@ -130,6 +130,27 @@ def test_a_picture_is_processed_once_while_it_is_kept(
     assert processor.encode_image(wide) is processor.encode_image(wide)
 
 
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_pixels_in_the_towers_dtype_and_pixels_that_were_read_ahead(
+    name: str, load, tiny_folder
+) -> None:
+    _, wide = load(name)
+    processor = load_processor(str(tiny_folder(name)), CONFIG, torch.bfloat16)
+    image = picture(56, 84, seed=0)
+    pixels = wide.encode_image(image).pixel_values
+    assert pixels.dtype == torch.float32
+    narrow = processor.encoder(image)
+    assert torch.equal(narrow.pixel_values, pixels.bfloat16())
+    assert narrow.pixel_values.dtype == torch.bfloat16
+    copy, again = image.copy(), image.copy()
+    for each in (copy, again):
+        setattr(each, processor_module.ENCODED, replace(narrow, tokens=77))
+    assert processor.encode_image(copy).tokens == 77
+    # There is one of each content, and none stays on the picture.
+    assert processor.encode_image(again) is processor.encode_image(copy)
+    assert not hasattr(again, processor_module.ENCODED)
+
+
 def test_completions_as_tokens_and_back(load) -> None:
     _, processor = load(TINY_QWEN[0])
     ids = processor.encode_completion("A which image")

@@ -150,6 +150,33 @@ def test_what_one_call_needs_is_joined_before_anything_goes(
     tells(warning.getMessage(), "model.feature_cache_mb")
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_pixels_are_copied_to_the_towers_device_once_a_step(trained: bool) -> None:
+    """Those of a frozen one need not stay there: its features do."""
+    seen: list[list[torch.Tensor]] = []
+
+    class There(Blank):
+        def encode(self, core: object, images: Sequence[EncodedImage]) -> ImageFeatures:
+            seen.append([i.pixel_values for i in images])
+            return ImageFeatures(torch.zeros(len(images), 1))
+
+    blank = There()
+    blank.weight.to("meta").requires_grad_(trained)
+    vision = Vision(None, cast(Family, blank), 0)
+    images = [image(1), image(2)]
+    for _ in range(2):
+        vision.features(images)
+    assert all(p.device.type == "meta" for pixels in seen for p in pixels)
+    flat = [p for pixels in seen for p in pixels]
+    assert len(flat) == 4 and len({id(p) for p in flat}) == (2 if trained else 4)
+    vision.clear_cache()
+    vision.features(images)
+    assert len({id(p) for pixels in seen for p in pixels}) == (4 if trained else 6)
+    here = replace(images[0], pixel_values=torch.zeros(1, 1, device="meta"))
+    vision.features([here])
+    assert seen[-1] == [here.pixel_values] and seen[-1][0] is here.pixel_values
+
+
 def test_a_cleared_cache_is_as_large_as_a_new_one(blank: Blank, features) -> None:
     for _ in range(2):
         features(image(0, tokens=4))
