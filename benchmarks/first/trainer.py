@@ -6,7 +6,6 @@ All in bfloat16 with heads as Qwen2.5-VL has them; on a CPU tiny, in the same or
 from __future__ import annotations
 
 import gc
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from perl.model.packed.attention import IMPLEMENTATIONS, choose, use_packed_atte
 from perl.model.packed.layout import AttentionArgs, PackedLayout
 from perl.model.policy import Policy
 from perl.rollout.engine import InProcessEngine, SamplingParams
+from perl.training.components import deterministic
 from perl.types import EncodedPrompt, PackedBatch, UserError
 from perl_kernels import PolicyLoss
 
@@ -222,8 +222,6 @@ def layers(bench: Bench) -> None:
 
 def repeat(bench: Bench) -> None:
     """One update twice, with and without PyTorch's deterministic algorithms: are the gradients equal to the bit?"""
-    # cuBLAS reads it when it is first used.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     policy = _policy(bench, 8)
     batches = _rows(policy, _workload(bench), 8192)
     weights = [p for p in policy.parameters() if p.requires_grad]
@@ -234,22 +232,22 @@ def repeat(bench: Bench) -> None:
             _backward(policy, batch)
         return [p.grad.cpu() for p in weights if p.grad is not None]
 
-    try:
-        for wanted in (False, True):
-            torch.use_deterministic_algorithms(wanted)
-            first, second = gradients(), gradients()
-            same = [torch.equal(a, b) for a, b in zip(first, second, strict=True)]
-            bench.say(
-                f"repeat, deterministic {wanted}",
-                "" if all(same) or not wanted else f"{same.count(False)} gradients differ",
-                ms=1e3 * bench.seconds(gradients, 3),
-                equal=all(same),
-                tensors=len(same),
-            )
-    except RuntimeError as error:
-        bench.say("repeat, deterministic True", str(error).partition("\n")[0])
-    finally:
-        torch.use_deterministic_algorithms(False)
+    for wanted in (True, False):  # In this order: cuBLAS reads its setting when it is first used.
+        try:
+            with deterministic(wanted):
+                first, second = gradients(), gradients()
+                seconds = bench.seconds(gradients, 3)
+        except RuntimeError as error:  # PyTorch has no such algorithm for an operation.
+            bench.say(f"repeat, deterministic {wanted}", str(error).partition("\n")[0])
+            continue
+        same = [torch.equal(a, b) for a, b in zip(first, second, strict=True)]
+        bench.say(
+            f"repeat, deterministic {wanted}",
+            "" if all(same) or not wanted else f"{same.count(False)} gradients differ",
+            ms=1e3 * seconds,
+            equal=all(same),
+            tensors=len(same),
+        )
 
 
 def segments(bench: Bench) -> None:
