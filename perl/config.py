@@ -266,8 +266,9 @@ class RolloutConfig:
     """Texts that end a completion, which keeps them, as in "</answer>"."""
     max_new_tokens: Positive = 512
     """Longest completion."""
-    batch_size: Positive = 256
-    """Sequences generated together."""
+    kv_cache_tokens: Positive = 131072
+    """Most tokens, of prompts and completions, whose keys and values are kept at once while sampling: what goes on at a
+    time. A prompt counts once for all its completions; each of these counts max_new_tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)

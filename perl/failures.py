@@ -31,7 +31,7 @@ def explain(error: BaseException) -> str | None:
         return f"run.deterministic: PyTorch has no deterministic {found[1]} on this device; leave it off"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not to be imported here
         return (
-            "out of GPU memory: lower train.tokens_per_micro_batch or rollout.batch_size, or set "
+            "out of GPU memory: lower train.tokens_per_micro_batch or rollout.kv_cache_tokens, or set "
             "model.gradient_checkpointing"
         )
     return None

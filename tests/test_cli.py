@@ -150,7 +150,7 @@ def test_without_network_the_hub_is_given_up_within_seconds(
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
             ["train"],
             [
-                *("train.tokens_per_micro_batch", "rollout.batch_size"),
+                *("train.tokens_per_micro_batch", "rollout.kv_cache_tokens"),
                 "model.gradient_checkpointing",
             ],
         ),

@@ -37,7 +37,7 @@ OUT_OF_RANGE = {
     "rollout.per_order": (0,),
     "rollout.temperature": (0.0, -1.0, math.inf),
     "rollout.max_new_tokens": (0,),
-    "rollout.batch_size": (0,),
+    "rollout.kv_cache_tokens": (0,),
     "reward.timeout": (-1.0,),
     "filter.max_tries": (0,),
     "filter.max_accuracy": (1.5,),

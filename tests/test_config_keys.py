@@ -33,7 +33,8 @@ from perl.recipe import check_config, to_toml
 from perl.report.trackers import usable_trackers
 from perl.rewards.scorer import rollout_columns
 from perl.rollout.collect import Collector, drawn_orders
-from perl.rollout.engine import InProcessEngine, SamplingParams
+from perl.rollout.decoding.slots import Slots
+from perl.rollout.engine import SamplingParams
 from perl.timing import Stopwatch
 from perl.training.checks import check_setup
 from perl.training.commands import Train
@@ -284,9 +285,9 @@ def initial_model(lab: Lab) -> str:
     return made[0]
 
 
-def batches(lab: Lab) -> int:
-    """Forward passes over prompts that three prompts with two completions each take."""
-    passes = []
+def fillings(lab: Lab) -> int:
+    """How often three prompts with two completions each of a token are read."""
+    read = []
     processor: Any = load_processor(str(lab.model), lab.config.model)
     parts = Components(
         lab.session.stage,
@@ -299,14 +300,12 @@ def batches(lab: Lab) -> int:
     )
     prompts = [processor.encode(permute(e, (0, 1, 2))) for e in lab.examples(3)]
     with pytest.MonkeyPatch.context() as patch:
-        prefill = InProcessEngine._prefill
+        fill = Slots.fill
         patch.setattr(
-            InProcessEngine,
-            "_prefill",
-            lambda self, some, n: passes.append(len(some)) or prefill(self, some, n),
+            Slots, "fill", lambda self, slots, jobs: read.append(jobs) or fill(self, slots, jobs)
         )
         parts.engine.generate(prompts, SamplingParams(2, 1.0, 1), 0)
-    return len(passes)
+    return len(read)
 
 
 def visual_tokens(side: int) -> Callable[[Lab], int]:
@@ -669,7 +668,7 @@ ROWS = [
     Row("rollout.max_new_tokens", 64, last("params", lambda p: p.max_new_tokens), 512, 64),
     Row("rollout.max_new_tokens", 64, lambda lab: loss_of(lab).max_completion_length, 512, 64,
         {"loss.preset": "dr_grpo"}),
-    Row("rollout.batch_size", 2, batches, 1, 3),
+    Row("rollout.kv_cache_tokens", 40, fillings, 1, 3),
 
     Row("reward.functions", ("format",), lambda lab: set(lab.groups[0].reward_parts), {"share_of_b"}, {"format"}),
     Row("reward.weights", (2.0,), lambda lab: lab.groups[0].rewards.tolist(),

@@ -96,7 +96,7 @@ def _config(start: Start, run: RunFolder, steps: int, seed: int, clip_gradients:
             per_order=setting.per_order,
             temperature=1.0,
             max_new_tokens=setting.completion,
-            batch_size=setting.sequences,
+            kv_cache_tokens=setting.sequences * setting.budget,
         ),
         reward=configs.RewardConfig(functions=(REWARD,), weights=(1.0,)),
         filter=configs.FilterConfig(zero_variance=False, max_tries=1),

@@ -96,12 +96,15 @@ class Policy(nn.Module):
         """Positions int64 [A, B, T] on the device, without the first dimension where the model has one axis."""
         return (axes if len(axes) > 1 else axes[0]).to(self.device)
 
-    def forward(self, batch: PackedBatch, features: ImageFeatures | None = None) -> torch.Tensor:
+    def forward(
+        self, batch: PackedBatch, features: ImageFeatures | None = None, kv_cache: Any = None
+    ) -> torch.Tensor:
         """Final hidden states of the scored tokens, [N, H]: row i predicts `batch.targets[i]`.
 
         Args:
             batch: a packed row.
             features: of `batch.images`, one after the other; left out, they are made or found in the cache.
+            kv_cache: an object whose `store` takes each layer's number, and its keys and values [1, kv_heads, T, d].
         """
         device = self.device
         if features is None:
@@ -112,7 +115,7 @@ class Policy(nn.Module):
         mask = torch.zeros(1, batch.num_tokens, dtype=torch.bool, device=device)
         mask[0, batch.visual_positions.to(device)] = True
         embeds, extra = self.embed(batch.input_ids[None].to(device), mask, features)
-        # The cache must be off: with one, transformers no longer sees a packed row and sequences leak.
+        # transformers' own cache must be off: with one, it no longer sees a packed row and sequences leak.
         output = self.core.language_model(
             inputs_embeds=embeds,
             position_ids=self.position_ids(batch.position_ids[:, None]),
@@ -120,6 +123,7 @@ class Policy(nn.Module):
             packed_layout=PackedLayout(
                 batch.cu_seqlens_q, batch.prefix_starts, batch.prefix_lengths, device
             ),
+            kv_cache=kv_cache,
             **extra,
         )
         # Only these reach the head. The last row of a prompt is taken once for each of its completions.

@@ -1,42 +1,27 @@
-"""Sampling from the policy's own weights, in this process, with a key-value cache.
+"""Sampling from the policy's own weights, in this process.
 
-Each distinct image is encoded once and each prompt is read once however many completions continue it.
+Each distinct image is encoded once, and each prompt is read once however many completions continue it: its keys and
+values are kept once, and read once a step for all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections import deque
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-from perl.config import RolloutConfig
 from perl.model.layers import uncompiled
 from perl.model.policy import Policy
 from perl.model.processor import Processor
+from perl.rollout.decoding.cache import slots_and_rows
+from perl.rollout.decoding.sampling import SamplingParams, sample
+from perl.rollout.decoding.slots import Job, Slots
 from perl.timing import span
 from perl.types import EncodedPrompt
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How to continue a prompt. `temperature` 0 takes the most likely token; see `RolloutConfig` for the rest."""
-
-    n: int
-    temperature: float
-    max_new_tokens: int
-    top_p: float = 1.0
-    top_k: int = 0
-    stop: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, config: RolloutConfig, n: int) -> SamplingParams:
-        """As rollouts are sampled."""
-        longest = config.max_new_tokens
-        return cls(n, config.temperature, longest, config.top_p, config.top_k, config.stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,79 +40,94 @@ class InProcessEngine:
     Args:
         policy: the model.
         processor: for the end token, the padding token and the tokens a completion must not hold.
-        batch_size: most sequences generated together.
-        autocast: a context for the forward passes, as training uses it.
+        kv_cache_tokens: most tokens of prompts and completions whose keys and values are kept at once.
+
+    Attributes:
+        steps_between_looks: after how many tokens the host asks which completions have ended; until then these go on
+            in vain. On a GPU asking is to wait for it.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        processor: Processor,
-        batch_size: int,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> None:
+    def __init__(self, policy: Policy, processor: Processor, kv_cache_tokens: int) -> None:
         self.policy = policy
         self.pad, self.processor = processor.pad_token_id, processor
         # On the host as well: whether a completion has ended is asked without waiting for the device.
         self.end_ids = sorted(_end_tokens(policy, processor))
         self.ends = torch.tensor(self.end_ids, device=policy.device)
         self.banned = processor.unsampled_token_ids()
-        self.batch_size = batch_size
-        self.autocast = autocast
+        self.kv_cache_tokens = kv_cache_tokens
+        self.steps_between_looks = 16 if self.ends.is_cuda else 1
 
     @torch.no_grad()
     def generate(
         self, prompts: Sequence[EncodedPrompt], params: SamplingParams, seed: int
     ) -> list[list[Completion]]:
-        """`params.n` completions for every prompt; the same seed gives the same completions."""
+        """`params.n` completions for every prompt; the same seed gives the same completions.
+
+        Raises:
+            UserError: a prompt and one completion may take more tokens than the cache holds.
+        """
+        if not prompts:
+            return []
         training = self.policy.training
         self.policy.eval()
         generator = torch.Generator(self.policy.device).manual_seed(seed)
-        per_batch = max(1, self.batch_size // params.n)
-        out: list[list[Completion]] = [[] for _ in prompts]
         try:
-            for chunk in _by_length(prompts, per_batch):
-                with self.autocast(), uncompiled() if self.policy.compiled else nullcontext():
-                    completions = self._generate([prompts[i] for i in chunk], params, generator)
-                for row, completion in enumerate(completions):
-                    out[chunk[row // params.n]].append(completion)
+            with uncompiled() if self.policy.compiled else nullcontext():
+                return self._generate(prompts, params, generator)
         finally:
             self.policy.train(training)
-        return out
 
     def _generate(
         self, prompts: Sequence[EncodedPrompt], params: SamplingParams, generator: torch.Generator
-    ) -> list[Completion]:
-        with span("prefill"):
-            state, logits = self._prefill(prompts, params.n)
-        rows = len(prompts) * params.n
-        tokens: list[list[int]] = [[] for _ in range(rows)]
-        logprobs: list[list[float]] = [[] for _ in range(rows)]
-        alive = torch.arange(rows, device=self.policy.device)
-        for step in range(params.max_new_tokens):
-            token, logprob = self._sample(logits, params, generator)
-            for row, t, p in zip(alive.tolist(), token.tolist(), logprob.tolist(), strict=True):
-                tokens[row].append(t)
-                logprobs[row].append(p)
-            ended = torch.isin(token, self.ends)
+    ) -> list[list[Completion]]:
+        longest = max(len(prompt.input_ids) for prompt in prompts)
+        most = params.max_new_tokens
+        shape = slots_and_rows(self.kv_cache_tokens, len(prompts), longest, params.n, most)
+        waiting = deque(_jobs(prompts, params.n, shape[1]))
+        slots = Slots(self.policy, prompts, shape, most)
+        banned = torch.zeros(len(self.policy.head_weight), dtype=torch.bool)
+        banned = banned.index_fill(0, self.banned.cpu(), True).to(slots.device)
+        ended: list[tuple[int, torch.Tensor]] = []
+        while waiting or slots.steps_left:
+            free = [slot for slot, job in enumerate(slots.jobs) if job is None]
+            if free and waiting:
+                jobs = [waiting.popleft() for _ in free[: len(waiting)]]
+                with span("prefill"):
+                    slots.fill(free[: len(jobs)], jobs)
+            steps = min(self.steps_between_looks, slots.steps_left)
+            for _ in range(steps):
+                slots.put(*sample(slots.logits(), banned, params, generator), self.ends)
             if params.stop:
-                stopped = [self._stops(tokens[row], params.stop) for row in alive.tolist()]
-                ended |= torch.tensor(stopped, device=ended.device)
-            # Rows that have ended leave the cache, so that the longest completions are decoded alone.
-            going = (~ended).nonzero().squeeze(1)
-            if len(going) == 0 or step + 1 == params.max_new_tokens:
-                break
-            if len(going) < len(alive):
-                alive, token = alive[going], token[going]
-                state.keep(going)
-            with span("decode"):
-                logits = state.decode_step(token)
-        return [
-            Completion(
-                np.asarray(t, np.int64), np.asarray(p, np.float32), self._finished(t, params.stop)
-            )
-            for t, p in zip(tokens, logprobs, strict=True)
-        ]
+                self._stop(slots, params.stop, steps)
+            ended += slots.look()
+            if not waiting and slots.steps_left:
+                slots.compact()
+        return self._completions(ended, len(prompts), params.stop)
+
+    def _stop(self, slots: Slots, stop: Sequence[str], steps: int) -> None:
+        """Cut rows right behind the first of their last tokens with which one of the texts is there."""
+        for slot, going in enumerate(slots.going):
+            rows = slots.tokens(slot).tolist() if any(going) else []
+            for row in (row for row in range(len(rows)) if going[row]):
+                ids = [token for token in rows[row] if token >= 0]
+                for length in range(max(1, len(ids) - steps + 1), len(ids) + 1):
+                    if self._stops(ids[:length], stop):
+                        slots.end(slot, row, length)
+                        break
+
+    def _completions(
+        self, ended: Sequence[tuple[int, torch.Tensor]], prompts: int, stop: Sequence[str]
+    ) -> list[list[Completion]]:
+        """From the records of jobs and their numbers."""
+        out: list[list[Completion]] = [[] for _ in range(prompts)]
+        # One copy for all, which waits once.
+        records = torch.cat([record for _, record in ended], 1).cpu().numpy()
+        numbers = [number for number, record in ended for _ in range(record.shape[1])]
+        for number, tokens, bits in zip(numbers, *records, strict=True):
+            ids = tokens[tokens >= 0].astype(np.int64)
+            logprobs = bits[: len(ids)].view(np.float32)
+            out[number].append(Completion(ids, logprobs, self._finished(ids.tolist(), stop)))
+        return out
 
     def _stops(self, tokens: Sequence[int], stop: Sequence[str]) -> bool:
         """Whether one of the texts stands in the last tokens."""
@@ -139,86 +139,12 @@ class InProcessEngine:
     def _finished(self, tokens: Sequence[int], stop: Sequence[str]) -> bool:
         return tokens[-1] in self.end_ids or (bool(stop) and self._stops(tokens, stop))
 
-    def _sample(
-        self, logits: torch.Tensor, params: SamplingParams, generator: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        # In fp32 at least: the log-probs are compared with the trainer's, and bf16 has three digits.
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logits = logits.index_fill(1, self.banned.to(logits.device), -torch.inf)
-        if params.temperature == 0:
-            logprobs = logits.log_softmax(-1)
-            token = logprobs.argmax(-1)
-        else:
-            logprobs = (logits / params.temperature).log_softmax(-1)
-            likely = _likeliest(logprobs, params.top_p, params.top_k).exp()
-            token = torch.multinomial(likely, 1, generator=generator).squeeze(1)
-        return token, logprobs.gather(1, token[:, None]).squeeze(1)
 
-    def _prefill(self, prompts: Sequence[EncodedPrompt], n: int) -> tuple[_Decoding, torch.Tensor]:
-        """Encode the images, read every prompt once, and repeat what was read n times."""
-        from transformers import DynamicCache
-
-        policy, device = self.policy, self.policy.device
-        longest = max(len(p.input_ids) for p in prompts)
-        ids = torch.full((len(prompts), longest), self.pad)
-        axes = len(prompts[0].position_ids)
-        positions = torch.zeros(axes, len(prompts), longest, dtype=torch.int64)
-        mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
-        visual = torch.zeros(len(prompts), longest, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            start = longest - len(prompt.input_ids)
-            ids[row, start:] = torch.from_numpy(prompt.input_ids)
-            positions[:, row, start:] = torch.from_numpy(prompt.position_ids)
-            mask[row, start:] = True
-            visual[row, start:] = torch.from_numpy(prompt.input_ids == prompt.image_token_id)
-        features = policy.vision.features([image for p in prompts for image in p.images])
-        embeds, extra = policy.embed(ids.to(device), visual.to(device), features)
-        cache = DynamicCache(config=policy.core.language_model.config)
-        output = policy.core.language_model(
-            inputs_embeds=embeds,
-            position_ids=policy.position_ids(positions),
-            attention_mask=mask.to(device),
-            past_key_values=cache,
-            use_cache=True,
-            **extra,
-        )
-        logits = policy.base.lm_head(output.last_hidden_state[:, -1])
-        if n > 1:
-            cache.batch_repeat_interleave(n)
-        following = torch.tensor([p.next_position for p in prompts])
-        state = _Decoding(
-            policy,
-            cache,
-            following.expand(axes, -1).repeat_interleave(n, dim=1).to(device),
-            mask.repeat_interleave(n, dim=0).to(device),
-        )
-        return state, logits.repeat_interleave(n, dim=0)
-
-
-class _Decoding:
-    """The cache of the sequences that still go on."""
-
-    def __init__(
-        self, policy: Policy, cache: Any, position: torch.Tensor, mask: torch.Tensor
-    ) -> None:
-        self.policy, self.cache, self.position, self.mask = policy, cache, position, mask
-
-    def keep(self, rows: torch.Tensor) -> None:
-        self.cache.batch_select_indices(rows)
-        self.position, self.mask = self.position[:, rows], self.mask[rows]
-
-    def decode_step(self, token: torch.Tensor) -> torch.Tensor:
-        """Logits [B, V] after one more token [B]."""
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(token), 1)], dim=1)
-        output = self.policy.core.language_model(
-            input_ids=token[:, None],
-            position_ids=self.policy.position_ids(self.position[..., None]),
-            attention_mask=self.mask,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self.position = self.position + 1
-        return self.policy.base.lm_head(output.last_hidden_state[:, -1])
+def _jobs(prompts: Sequence[EncodedPrompt], n: int, rows: int) -> list[Job]:
+    """n completions of each prompt, at most `rows` a job; long prompts first, so that those at a time are alike."""
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].input_ids), i))
+    counts = [min(rows, n - start) for start in range(0, n, rows)]
+    return [Job(i, prompts[i], count) for i in order for count in counts]
 
 
 def _end_tokens(policy: Policy, processor: Processor) -> set[int]:
@@ -226,20 +152,3 @@ def _end_tokens(policy: Policy, processor: Processor) -> set[int]:
     settings = getattr(policy.base, "generation_config", None)
     more = getattr(settings, "eos_token_id", None) or []
     return {processor.eos_token_id, *([more] if isinstance(more, int) else more)}
-
-
-def _likeliest(logprobs: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
-    """Log-probs [B, V] with -inf for what top-k, and of its rest top-p, leave out, by transformers' own rules."""
-    from transformers import TopKLogitsWarper, TopPLogitsWarper
-
-    none: Any = None  # What came before, which neither looks at.
-    if top_k:
-        logprobs = TopKLogitsWarper(top_k)(none, logprobs)
-    return TopPLogitsWarper(top_p)(none, logprobs) if top_p < 1 else logprobs
-
-
-def _by_length(prompts: Sequence[EncodedPrompt], size: int) -> Iterator[list[int]]:
-    """Indices in batches of like length, so that little is padded."""
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].input_ids), i))
-    for start in range(0, len(order), size):
-        yield order[start : start + size]

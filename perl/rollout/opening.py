@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,7 +101,8 @@ def engine_and_encoder(config: Config) -> tuple[Any, Any]:
     encoder = PromptEncoder(
         processor, limit, config.data.overlong, Instruction.of(config), config.data.control_tokens
     )
-    return make_engine(policy, processor, config.rollout.batch_size, nullcontext), encoder
+
+    return make_engine(policy, processor, config.rollout.kv_cache_tokens), encoder
 
 
 def fingerprint(model: str) -> str:

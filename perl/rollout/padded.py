@@ -4,7 +4,7 @@ takes."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -30,8 +30,22 @@ class PaddedEngine(InProcessEngine):
 
     def _generate(
         self, prompts: Sequence[EncodedPrompt], params: SamplingParams, generator: torch.Generator
-    ) -> list[Completion]:
-        """`params.n` completions of each prompt in turn; prompts with and without images are generated apart."""
+    ) -> list[list[Completion]]:
+        """Prompts of like length together, so that little is padded."""
+        longest = max(len(prompt.input_ids) for prompt in prompts)
+        size = self.kv_cache_tokens // ((longest + params.max_new_tokens) * params.n)
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].input_ids), i))
+        out: list[list[Completion]] = [[]] * len(prompts)
+        for chunk in (order[i : i + max(1, size)] for i in range(0, len(order), max(1, size))):
+            found = self._batch([prompts[i] for i in chunk], params, generator)
+            for i, completions in zip(chunk, found, strict=True):
+                out[i] = completions
+        return out
+
+    def _batch(
+        self, prompts: Sequence[EncodedPrompt], params: SamplingParams, generator: torch.Generator
+    ) -> list[list[Completion]]:
+        """Those with and without images are generated apart."""
         ids: list[tuple[np.ndarray, ...]] = [()] * len(prompts)
         for shows in (False, True):
             chosen = [i for i, p in enumerate(prompts) if bool(p.images) == shows]
@@ -41,9 +55,11 @@ class PaddedEngine(InProcessEngine):
                     ids[i] = tuple(found[place * params.n : (place + 1) * params.n])
         logprobs = self._logprobs(prompts, ids, params.temperature or 1.0)
         return [
-            Completion(own, logprobs[i, r], self._finished(own.tolist(), params.stop))
+            [
+                Completion(own, logprobs[i, r], self._finished(own.tolist(), params.stop))
+                for r, own in enumerate(completions)
+            ]
             for i, completions in enumerate(ids)
-            for r, own in enumerate(completions)
         ]
 
     def _sample_ids(
@@ -123,12 +139,7 @@ class _Stops:
         return torch.tensor(found, device=input_ids.device)
 
 
-def make_engine(
-    policy: Policy,
-    processor: Processor,
-    batch_size: int,
-    autocast: Callable[[], AbstractContextManager[Any]],
-) -> InProcessEngine:
+def make_engine(policy: Policy, processor: Processor, kv_cache_tokens: int) -> InProcessEngine:
     """The engine that can sample from this policy; see `InProcessEngine`."""
     engine = PaddedEngine if isinstance(policy, PaddedPolicy) else InProcessEngine
-    return engine(policy, processor, batch_size, autocast)
+    return engine(policy, processor, kv_cache_tokens)

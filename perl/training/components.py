@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -70,8 +70,8 @@ class Components:
 
     @cached_property
     def engine(self) -> InProcessEngine:
-        batch_size = self.config.rollout.batch_size
-        return make_engine(self.policy, self.processor, batch_size, nullcontext)
+        tokens = self.config.rollout.kv_cache_tokens
+        return make_engine(self.policy, self.processor, tokens)
 
     @cached_property
     def collector(self) -> Collector:

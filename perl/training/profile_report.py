@@ -97,12 +97,16 @@ def hints(out: dict[str, Any], config: Config) -> Iterator[str]:
         return sum(taken) / total
 
     parts = (s["seconds"] for n, s in out["stages"].items() if n.partition("/")[0] == "rollout")
-    rollout, batch = sum(parts) / total, config.rollout.batch_size
-    if rollout > 0.4 and (sampled := metrics["tokens/completion"] / metrics["length/mean"]) > batch:
-        yield (
-            f"rollout {rollout:.0%}: {sampled:.0f} completions a step are sampled {batch} at a time; a larger "
-            "rollout.batch_size takes fewer passes and more memory"
-        )
+    rollout, sampling = sum(parts) / total, config.rollout
+    if rollout > 0.4:
+        sampled = metrics["tokens/completion"] / metrics["length/mean"]
+        kept = metrics["tokens/prompt"] / sampling.per_order + sampled * sampling.max_new_tokens
+        if kept > sampling.kv_cache_tokens:
+            yield (
+                f"rollout {rollout:.0%}: {sampled:.0f} completions a step and their prompts may have {kept:.0f} tokens, of "
+                f"which rollout.kv_cache_tokens = {sampling.kv_cache_tokens} are kept at a time; a larger one takes fewer "
+                "decode steps and more memory"
+            )
     tower, backward = share("vision", "vision.backward"), share("vision.backward")
     if tower > 0.2 and backward:
         yield (

@@ -208,7 +208,7 @@ def test_generation_runs_uncompiled(load) -> None:
     policy, processor = load("tiny-qwen2.5-vl", replace(CONFIG, compile=True))
     compile_layers(policy.core.language_model, never)
     prompt = processor.encode_messages((Message("user", "which image ?"),), ())
-    [[completion]] = InProcessEngine(policy, processor, 4).generate(
+    [[completion]] = InProcessEngine(policy, processor, 2**12).generate(
         [prompt], SamplingParams(1, 0.0, 3), seed=0
     )
     assert len(completion.token_ids) > 0

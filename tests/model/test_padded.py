@@ -203,7 +203,7 @@ def test_the_engine_samples_from_the_distribution_that_is_trained(load) -> None:
     policy, processor = load()
     policy.base.generation_config.top_k = 2  # A checkpoint's habits are not the policy's.
     prompts = [s.prompt for s in segments_of(processor)]
-    engine = make_engine(policy, processor, 6, torch.no_grad)
+    engine = make_engine(policy, processor, 2**12)
     assert isinstance(engine, PaddedEngine)
     out = engine.generate(prompts, SamplingParams(3, 0.7, 9), seed=1)
     assert [len(cs) for cs in out] == [3] * len(prompts)
@@ -226,7 +226,7 @@ def test_the_engine_samples_from_the_distribution_that_is_trained(load) -> None:
 def test_greedy_is_the_most_likely_token_of_the_padded_model(load) -> None:
     policy, processor = load()
     prompts = [s.prompt for s in segments_of(processor)]
-    engine = make_engine(policy, processor, 6, torch.no_grad)
+    engine = make_engine(policy, processor, 2**12)
     for prompt, [completion] in zip(
         prompts, engine.generate(prompts, SamplingParams(1, 0.0, 4), seed=1), strict=True
     ):

@@ -153,7 +153,7 @@ def test_the_engine_samples_from_the_packed_models_distribution(name: str, load)
     policy, processor = load(name)
     prompts = [s.prompt for s in segments_of(processor)]
     head = HeadLoss(policy, processor.unsampled_token_ids(), temperature=0.7)
-    engine = InProcessEngine(policy, processor, batch_size=6)
+    engine = InProcessEngine(policy, processor, kv_cache_tokens=2**12)
     out = engine.generate(prompts, SamplingParams(3, 0.7, 9), seed=1)
     assert [len(cs) for cs in out] == [3] * len(prompts)
     batch = pack_row(segments_of_samples(prompts, out))

@@ -27,7 +27,7 @@ def test_no_grad_passes_share_one_encoding_until_the_weights_change(load) -> Non
     segments = segments_of(processor)
     prompts = [s.prompt for s in segments]
     head = HeadLoss(policy, processor.unsampled_token_ids(), 1.0)
-    InProcessEngine(policy, processor, 4).generate(prompts, SamplingParams(2, 1.0, 3), seed=0)
+    InProcessEngine(policy, processor, 2**12).generate(prompts, SamplingParams(2, 1.0, 3), seed=0)
     before = [head.logprobs(b).logprobs for b in policy.pack(segments, 60, True)]
     assert policy.vision.images_encoded == 3
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)

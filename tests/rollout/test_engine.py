@@ -1,8 +1,10 @@
-"""Sampling with a cache: every token comes from the distribution that the sequence alone has, read off a formula."""
+"""Sampling with a cache: every token comes from the distribution that the stock model gives its sequence alone."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,88 +12,94 @@ import numpy as np
 import pytest
 import torch
 
+from perl.model.families import ImageFeatures, family_of
+from perl.model.packed.attention import use_packed_attention
+from perl.model.policy import Policy
+from perl.rollout.decoding.step import Step
 from perl.rollout.engine import Completion, InProcessEngine, SamplingParams
 from perl.types import EncodedImage, EncodedPrompt
+from tests.messages import refused
 
-WORDS, IMAGE = 12, 11
+WORDS, IMAGE, HIDDEN = 12, 11, 32
 BANNED, END, OTHER_END = [10, IMAGE], 8, 9
 
 
-def logits_of(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """[..., V] after tokens [..., T] at positions [..., T]: what came, where, and in which sequence."""
-    state = (tokens * (1 + positions)).sum(-1, keepdim=True)
-    return 3 * torch.cos(state * torch.arange(1, WORDS + 1) ** 1.5)
+@cache
+def model() -> Any:
+    """Two layers in float64 with two query heads for each of two KV heads, and distributions far from even."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = {
+        **{"vocab_size": WORDS, "hidden_size": HIDDEN, "intermediate_size": 48},
+        **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 100.0,
+            "mrope_section": [2, 1, 1],
+        },
+        "tie_word_embeddings": False,
+    }
+    vision = {"depth": 1, "hidden_size": 8, "num_heads": 1, "out_hidden_size": HIDDEN}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        made = Qwen2_5_VLForConditionalGeneration(config).double()
+        for name, parameter in made.named_parameters():
+            std = 0.8 if "embed" in name else 0.4 if "lm_head" in name else 0.3
+            torch.nn.init.normal_(parameter, std=std)
+    use_packed_attention(made.model.language_model, [], "sdpa")
+    return made
 
 
-class Formula:
-    """A language model by that formula: the keys of its cache are tokens, the values positions."""
-
-    def __init__(self) -> None:
-        from transformers import Qwen2Config
-
-        self.config = Qwen2Config(num_hidden_layers=1)
-        self.read: list[tuple[int, int]] = []
-
-    def __call__(
-        self,
-        input_ids: Any = None,
-        inputs_embeds: Any = None,
-        position_ids: Any = None,
-        attention_mask: Any = None,
-        past_key_values: Any = None,
-        use_cache: bool = False,
-        beside: Any = None,
-    ) -> Any:
-        assert use_cache and (beside == "of the embedding" or inputs_embeds is None)
-        new = input_ids.double() if inputs_embeds is None else inputs_embeds
-        self.read.append(tuple(new.shape))
-        cached = (x.reshape(len(new), 1, -1, 1) for x in (new, position_ids.sum(0).double()))
-        keys, values = past_key_values.update(*cached, 0)
-        seen = attention_mask[:, None, :, None]
-        tokens, positions = (torch.where(seen, x, 0)[:, 0, :, 0] for x in (keys, values))
-        hidden = torch.full((*new.shape, WORDS), torch.nan)
-        hidden[:, -1] = logits_of(tokens, positions)
-        return SimpleNamespace(last_hidden_state=hidden)
+def shown(image: EncodedImage) -> torch.Tensor:
+    """What the tower makes of a picture."""
+    return torch.randn(
+        image.tokens,
+        HIDDEN,
+        dtype=torch.float64,
+        generator=torch.Generator().manual_seed(int(image.key)),
+    )
 
 
-class FormulaPolicy:
-    """Its image tokens become the number that their picture's key is."""
-
-    training, compiled, device = True, False, torch.device("cpu")
+class SmallPolicy(Policy):
+    """`read` has the tokens of each forward pass over prompts, `decoded` the rows of each decode step."""
 
     def __init__(self, ends: Any = None) -> None:
-        self.base = SimpleNamespace(
-            lm_head=lambda hidden: hidden, generation_config=SimpleNamespace(eos_token_id=ends)
-        )
-        self.core = SimpleNamespace(language_model=Formula())
-        self.vision = SimpleNamespace(
-            features=lambda images: torch.tensor(
-                [float(i.key) for i in images for _ in range(i.tokens)]
+        family = family_of("qwen2_5_vl")
+        assert family
+        super().__init__(model(), family)
+        self.base.generation_config = SimpleNamespace(eos_token_id=ends)
+        self.vision: Any = SimpleNamespace(
+            features=lambda images: (
+                ImageFeatures(torch.cat([shown(i) for i in images])) if images else None
             )
         )
-        self.modes: list[bool] = []
+        self.read: list[int] = []
 
-    def embed(self, ids: Any, visual: Any, features: Any) -> tuple[Any, dict[str, Any]]:
-        embeds = ids.double()
-        embeds[visual] = features.double()
-        return embeds, {"beside": "of the embedding"}
-
-    def position_ids(self, positions: Any) -> Any:
-        return positions
-
-    def eval(self) -> None:
-        self.train(False)
-
-    def train(self, mode: bool) -> None:
-        self.training = mode
-        self.modes.append(mode)
+    def forward(self, batch: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.read.append(batch.num_tokens)
+        return super().forward(batch, *args, **kwargs)
 
 
-def prompt(*ids: int, key: str = "1", axes: int = 2) -> EncodedPrompt:
-    """Image tokens show one picture; the second axis goes on half as fast, and both end further on than the prompt."""
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each decode step."""
+    rows: list[int] = []
+    step = Step.__call__
+
+    def counted(self: Step, token: torch.Tensor, *args: Any) -> torch.Tensor:
+        rows.append(len(token))
+        return step(self, token, *args)
+
+    monkeypatch.setattr(Step, "__call__", counted)
+    return rows
+
+
+def prompt(*ids: int, key: str = "1") -> EncodedPrompt:
+    """Image tokens show one picture; the axes differ there, and the next position is further on than the prompt."""
     tokens = np.array(ids)
     places = np.arange(len(ids))
-    positions = np.stack([places, places // 2])[:axes]
+    positions = np.stack([places, places // 2, places])
     count = int((tokens == IMAGE).sum())
     images = (EncodedImage(key, torch.zeros(0), (1,), count),) if count else ()
     return EncodedPrompt(tokens, positions, len(ids) + 3, images, IMAGE)
@@ -103,29 +111,35 @@ PROMPTS = [
     prompt(6),
     prompt(2, IMAGE, 4, 4, key="9"),
 ]
+EVERYTHING = 2**14
 
 
-def engine_of(policy: Any, batch_size: int = 64, **options: Any) -> InProcessEngine:
+def engine_of(policy: Any, kv_cache_tokens: int = EVERYTHING, looks: int = 1) -> InProcessEngine:
     processor: Any = SimpleNamespace(
         pad_token_id=7,
         eos_token_id=END,
         unsampled_token_ids=lambda: torch.tensor(BANNED),
         decode=lambda ids: "".join("abcdefgh.ijk"[i] for i in ids),
     )
-    return InProcessEngine(policy, processor, batch_size, **options)
+    engine = InProcessEngine(policy, processor, kv_cache_tokens)
+    engine.steps_between_looks = looks
+    return engine
 
 
+@torch.no_grad()
 def distributions(asked: EncodedPrompt, ids: np.ndarray, temperature: float) -> torch.Tensor:
-    """float64 [L, V]: log-probs of each token of a completion, the sequence alone."""
-    shown = torch.tensor(asked.input_ids).double()
+    """float64 [L, V]: log-probs of each token of a completion, by the stock model over the sequence alone."""
+    stock, start = model().eval(), len(asked.input_ids)
+    tokens = torch.tensor(np.concatenate([asked.input_ids, ids]))
+    embeds = stock.get_input_embeddings()(tokens)
     if asked.images:
-        shown[shown == IMAGE] = float(asked.images[0].key)
-    shown = torch.cat([shown, torch.tensor(ids).double()])
-    axes = len(asked.position_ids)
-    after = axes * (asked.next_position + torch.arange(len(ids)))
-    positions = torch.cat([torch.tensor(asked.position_ids.sum(0)), after])
-    start = len(asked.input_ids)
-    logits = torch.stack([logits_of(shown[:n], positions[:n]) for n in range(start, len(shown))])
+        embeds[:start][tokens[:start] == IMAGE] = shown(asked.images[0])
+    after = np.tile(asked.next_position + np.arange(len(ids)), (3, 1))
+    positions = torch.tensor(np.concatenate([asked.position_ids, after], 1))[:, None]
+    out = stock.model.language_model(
+        inputs_embeds=embeds[None], position_ids=positions, use_cache=False
+    )
+    logits = stock.lm_head(out.last_hidden_state[0, start - 1 : -1])
     logits[:, BANNED] = -torch.inf
     return (logits / temperature).log_softmax(-1)
 
@@ -136,11 +150,24 @@ def generate(
     return engine_of(policy, **options).generate(PROMPTS, params, seed)
 
 
-@pytest.mark.parametrize("batch_size", [64, 6, 1])
-def test_samples_have_the_log_probs_of_their_sequence(batch_size: int) -> None:
-    """Prompts of unlike length and pictures together, completions that end at other times."""
-    policy = FormulaPolicy()
-    out = generate(policy, SamplingParams(3, 0.7, 9), batch_size=batch_size)
+def ids_of(out: list[list[Completion]]) -> list[list[int]]:
+    return [c.token_ids.tolist() for completions in out for c in completions]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "read"),
+    [
+        (EVERYTHING, [13]),
+        (64, [9, 4]),
+        # No slot holds three completions: 2 of each prompt, then 1.
+        (31, [5, 5, 4, 4, 3, 3, 1, 1]),
+        (14, [5, 5, 5, 4, 4, 4, 3, 3, 3, 1, 1, 1]),
+    ],
+)
+def test_samples_have_the_log_probs_of_their_sequence(tokens: int, read: list[int]) -> None:
+    """Prompts of unlike length and pictures together, completions that end at other times, slots filled again."""
+    policy = SmallPolicy()
+    out = generate(policy, SamplingParams(3, 0.7, 9), kv_cache_tokens=tokens)
     assert [len(completions) for completions in out] == [3] * len(PROMPTS)
     lengths = set()
     for asked, completions in zip(PROMPTS, out, strict=True):
@@ -150,42 +177,27 @@ def test_samples_have_the_log_probs_of_their_sequence(batch_size: int) -> None:
             assert (ids.dtype, completion.logprobs.dtype) == (np.int64, np.float32)
             every = distributions(asked, ids, 0.7)
             own = every[range(len(ids)), ids]
-            np.testing.assert_allclose(completion.logprobs, own.numpy(), rtol=0, atol=2e-5)
+            np.testing.assert_allclose(completion.logprobs, own.numpy(), rtol=0, atol=2e-6)
             assert completion.finished == (ids[-1] == END) and END not in ids[:-1]
             assert completion.finished or len(ids) == 9
     assert len(lengths) > 3
-    assert len({tuple(c.token_ids) for cs in out for c in cs}) > 9
-    # Each prompt is read once however many completions continue it, those of like length together.
-    prefills = [shape for shape in policy.core.language_model.read if shape[1] > 1 or shape[0] == 1]
-    assert prefills[0] == {64: (4, 5), 6: (2, 3), 1: (1, 1)}[batch_size]
-
-
-def test_what_has_ended_is_not_read_again() -> None:
-    policy = FormulaPolicy()
-    out = generate(policy, SamplingParams(3, 0.7, 9))
-    _, *decoded = policy.core.language_model.read
-    lengths = [len(c.token_ids) for cs in out for c in cs]
-    assert decoded == [(sum(n > k for n in lengths), 1) for k in range(1, max(lengths))]
-    policy = FormulaPolicy()
-    generate(policy, SamplingParams(3, 0.7, 1))
-    assert len(policy.core.language_model.read) == 1
+    assert len({tuple(ids) for ids in ids_of(out)}) > 9
+    # Each prompt is read once however many completions continue it, with others that have room.
+    assert sum(policy.read) == sum(read) and (tokens == 64 or policy.read == read)
 
 
 def test_the_most_likely_token_at_temperature_zero() -> None:
-    out = generate(FormulaPolicy(), SamplingParams(1, 0.0, 6))
+    out = generate(SmallPolicy(), SamplingParams(1, 0.0, 6))
     for asked, (completion,) in zip(PROMPTS, out, strict=True):
         every = distributions(asked, completion.token_ids, 1.0)
         assert every.argmax(-1).tolist() == completion.token_ids.tolist()
-        np.testing.assert_allclose(completion.logprobs, every.max(-1).values, rtol=0, atol=2e-5)
-    other_seed = generate(FormulaPolicy(), SamplingParams(1, 0.0, 6), seed=2)
-    assert [c.token_ids.tolist() for (c,) in other_seed] == [c.token_ids.tolist() for (c,) in out]
+        np.testing.assert_allclose(completion.logprobs, every.max(-1).values, rtol=0, atol=2e-6)
+    assert ids_of(generate(SmallPolicy(), SamplingParams(1, 0.0, 6), seed=2)) == ids_of(out)
 
 
 def test_tokens_come_as_often_as_they_are_likely() -> None:
     """Of the first tokens of 4000 samples; three standard deviations are at most 0.024."""
-    (found,) = engine_of(FormulaPolicy(), 4000).generate(
-        [PROMPTS[0]], SamplingParams(4000, 2.0, 1), 1
-    )
+    (found,) = engine_of(SmallPolicy()).generate([PROMPTS[0]], SamplingParams(4000, 2.0, 1), 1)
     shares = np.bincount([int(c.token_ids[0]) for c in found], minlength=WORDS) / 4000
     wanted = distributions(PROMPTS[0], np.array([0]), 2.0)[0].exp()
     np.testing.assert_allclose(shares, wanted, atol=0.024)
@@ -196,7 +208,7 @@ def test_tokens_come_as_often_as_they_are_likely() -> None:
 def test_what_is_not_among_the_likeliest_is_left_out(top_p: float, top_k: int) -> None:
     """Of the first tokens of 4000 samples; log-probs stay those of the whole distribution."""
     params = SamplingParams(4000, 2.0, 1, top_p, top_k)
-    (found,) = engine_of(FormulaPolicy(), 4000).generate([PROMPTS[0]], params, 1)
+    (found,) = engine_of(SmallPolicy()).generate([PROMPTS[0]], params, 1)
     every = distributions(PROMPTS[0], np.array([0]), 2.0)[0]
     likely, of_rank = every.exp().sort(descending=True)
     kept = likely[: top_k or WORDS]
@@ -209,15 +221,15 @@ def test_what_is_not_among_the_likeliest_is_left_out(top_p: float, top_k: int) -
     shares = np.bincount(ids, minlength=WORDS) / 4000
     np.testing.assert_allclose(shares, wanted, atol=0.024)
     assert set(ids) == set(of_rank[:count].tolist()) and 1 < count < WORDS - 2
-    np.testing.assert_allclose([c.logprobs[0] for c in found], every[ids], rtol=0, atol=2e-5)
+    np.testing.assert_allclose([c.logprobs[0] for c in found], every[ids], rtol=0, atol=2e-6)
 
 
 def test_a_stop_text_ends_a_completion_and_stays() -> None:
     """It may span tokens, and stand anywhere in the last one."""
-    free = [c for cs in generate(FormulaPolicy(), SamplingParams(30, 2.0, 9)) for c in cs]
+    free = [c for cs in generate(SmallPolicy(), SamplingParams(30, 2.0, 9)) for c in cs]
     stop = ("bd", "k")
-    out = generate(FormulaPolicy(), SamplingParams(30, 2.0, 9, stop=stop))
-    decode = engine_of(FormulaPolicy()).processor.decode
+    out = generate(SmallPolicy(), SamplingParams(30, 2.0, 9, stop=stop))
+    decode = engine_of(SmallPolicy()).processor.decode
     stopped = 0
     for completion in (c for cs in out for c in cs):
         text = decode(completion.token_ids)
@@ -231,8 +243,7 @@ def test_a_stop_text_ends_a_completion_and_stays() -> None:
 
 def test_the_seed_says_what_is_sampled() -> None:
     def ids(seed: int) -> list[list[int]]:
-        out = generate(FormulaPolicy(), SamplingParams(2, 1.0, 8), seed=seed)
-        return [c.token_ids.tolist() for completions in out for c in completions]
+        return ids_of(generate(SmallPolicy(), SamplingParams(2, 1.0, 8), seed=seed))
 
     assert ids(3) == ids(3) != ids(4)
 
@@ -247,7 +258,7 @@ def test_the_seed_says_what_is_sampled() -> None:
     ],
 )
 def test_ends_are_the_tokenizers_and_the_checkpoints(ends: Any, known: set[int]) -> None:
-    out = generate(FormulaPolicy(ends), SamplingParams(30, 2.0, 9))
+    out = generate(SmallPolicy(ends), SamplingParams(30, 2.0, 9))
     completions = [c for cs in out for c in cs]
     assert {int(c.token_ids[-1]) for c in completions if c.finished} == known
     for completion in completions:
@@ -257,16 +268,11 @@ def test_ends_are_the_tokenizers_and_the_checkpoints(ends: Any, known: set[int])
 
 @pytest.mark.parametrize("training", [False, True])
 def test_the_policy_is_left_as_it_was(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy, entered = FormulaPolicy(), []
-    policy.training = training
-
-    @contextmanager
-    def autocast() -> Any:
-        entered.append(policy.training)
-        yield
-
-    generate(policy, SamplingParams(1, 1.0, 2), batch_size=2, autocast=autocast)
-    assert entered == [False, False] and policy.training == training
+    policy, seen = SmallPolicy().train(training), []
+    embed = policy.embed
+    monkeypatch.setattr(policy, "embed", lambda *a: seen.append(policy.training) or embed(*a))
+    generate(policy, SamplingParams(1, 1.0, 2), kv_cache_tokens=14)
+    assert seen == [False, False] and policy.training == training
     monkeypatch.setattr(policy, "embed", None)
     with pytest.raises(TypeError):
         generate(policy, SamplingParams(1, 1.0, 2))
@@ -275,20 +281,55 @@ def test_the_policy_is_left_as_it_was(training: bool, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_compiled_layers_run_uncompiled(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every step has another shape."""
-    policy, entered = FormulaPolicy(), []
+    policy, entered = SmallPolicy(), []
     policy.compiled = compiled
 
     @contextmanager
-    def uncompiled() -> Any:
-        entered.append(len(policy.core.language_model.read))
+    def uncompiled() -> Iterator[None]:
+        entered.append(len(policy.read))
         yield
-        entered.append(len(policy.core.language_model.read))
+        entered.append(len(policy.read))
 
     monkeypatch.setattr("perl.rollout.engine.uncompiled", uncompiled)
     generate(policy, SamplingParams(1, 0.0, 2))
-    assert entered == ([0, 2] if compiled else [])
+    assert entered == ([0, 1] if compiled else [])
 
 
 def test_no_prompts() -> None:
-    assert engine_of(FormulaPolicy()).generate([], SamplingParams(2, 1.0, 2), 1) == []
+    assert engine_of(SmallPolicy()).generate([], SamplingParams(2, 1.0, 2), 1) == []
+
+
+def test_a_prompt_over_the_budget() -> None:
+    """Nothing is read before it is seen."""
+    policy = SmallPolicy()
+    with refused("rollout.kv_cache_tokens", 13, 14, "rollout.max_new_tokens"):
+        generate(policy, SamplingParams(3, 1.0, 9), kv_cache_tokens=13)
+    assert policy.read == []
+
+
+def test_what_has_ended_is_let_go_of_when_that_halves_the_rows(decoded: list[int]) -> None:
+    out = generate(SmallPolicy(), SamplingParams(6, 0.7, 30))
+    lengths = [[len(c.token_ids) for c in completions] for completions in out]
+    rows, expected = 24, []
+    for step in range(1, max(map(max, lengths))):
+        going = [n for n in (sum(length > step for length in own) for own in lengths) if n]
+        smaller = len(going) * max(going)
+        rows = smaller if 2 * smaller <= rows else rows
+        expected.append(rows)
+    assert decoded == expected and expected[-1] <= 12
+    for asked, completions in zip(PROMPTS, out, strict=True):
+        for completion in completions:
+            ids = completion.token_ids
+            own = distributions(asked, ids, 0.7)[range(len(ids)), ids]
+            np.testing.assert_allclose(completion.logprobs, own.numpy(), rtol=0, atol=2e-6)
+    decoded.clear()
+    generate(SmallPolicy(), SamplingParams(3, 0.7, 1))
+    assert decoded == []
+
+
+@pytest.mark.parametrize("looks", [3, 16])
+@pytest.mark.parametrize("tokens", [EVERYTHING, 64, 31])
+def test_how_often_the_host_looks_changes_nothing(tokens: int, looks: int) -> None:
+    params = SamplingParams(3, 0.0, 9)
+    seldom = generate(SmallPolicy([OTHER_END]), params, kv_cache_tokens=tokens, looks=looks)
+    assert ids_of(seldom) == ids_of(generate(SmallPolicy([OTHER_END]), params))

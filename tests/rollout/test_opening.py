@@ -76,7 +76,7 @@ def test_a_run_and_what_lies_in_it_come_with_the_settings_of_their_stage(
         rollout=RolloutConfig(max_new_tokens=5),
         model=ModelConfig(path="m", chat_template="gone.jinja"),
     )
-    config = config_of(str(folder / asked), rollout={"temperature": 0.5, "batch_size": None})
+    config = config_of(str(folder / asked), rollout={"temperature": 0.5, "kv_cache_tokens": None})
     # What a run leaves has its chat template with it.
     assert config.model == ModelConfig(path=str(folder / found))
     assert config.rollout == RolloutConfig(max_new_tokens=tokens, temperature=0.5)
@@ -147,9 +147,9 @@ def test_names_that_stand_for_no_model(tmp_path: Path, monkeypatch: pytest.Monke
 def test_engine_and_encoder_are_those_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapters are merged in what a run leaves, so that none are made anew."""
     config = Config(
-        model=ModelConfig(path="m", lora_rank=8, dtype="bfloat16", max_pixels=999),
+        model=ModelConfig(path="m", lora_rank=8, max_pixels=999),
         data=DataConfig(max_prompt_tokens=77, overlong="drop", instruction="box", system="S"),
-        rollout=RolloutConfig(batch_size=5),
+        rollout=RolloutConfig(kv_cache_tokens=5),
     )
     loaded: list[Any] = []
 
@@ -160,9 +160,9 @@ def test_engine_and_encoder_are_those_of_the_settings(monkeypatch: pytest.Monkey
     monkeypatch.setattr("perl.model.loading.load_policy", load)
     monkeypatch.setattr("perl.model.loading.load_processor", load)
     monkeypatch.setattr("perl.rollout.padded.make_engine", lambda *parts: parts)
-    (policy, processor, batch_size, _), encoder = engine_and_encoder(config)
+    (policy, processor, tokens), encoder = engine_and_encoder(config)
     assert loaded == [("m", replace(config.model, lora_rank=0)), ("m", config.model)]
-    assert (policy, batch_size, encoder.processor) == ("policy", 5, processor)
+    assert (policy, tokens, encoder.processor) == ("policy", 5, processor)
     assert (encoder.limit.tokens, encoder.overlong) == (77, "drop")
     assert (encoder.instruction.name, encoder.instruction.system) == ("box", "S")
     tells(encoder.limit.advice, "--max-prompt-tokens", "--overlong drop")

@@ -80,7 +80,7 @@ def test_completions_of_prompts_with_and_without_pictures(
     processor: Any = SimpleNamespace(
         pad_token_id=PAD, eos_token_id=END, unsampled_token_ids=lambda: torch.tensor(BANNED)
     )
-    engine = make_engine(policy, processor, 8, lambda: torch.autocast("cpu", enabled=False))
+    engine = make_engine(policy, processor, 80)
     assert isinstance(engine, PaddedEngine)
     prompts = [prompt(10, shows=True), prompt(20), prompt(30, shows=True)]
     torch.manual_seed(3)
@@ -114,7 +114,7 @@ def test_a_stop_text_ends_a_completion(monkeypatch: pytest.MonkeyPatch) -> None:
         unsampled_token_ids=lambda: torch.tensor(BANNED),
         decode=lambda ids: " ".join(str(i) for i in ids),
     )
-    engine = make_engine(policy, processor, 8, lambda: torch.autocast("cpu", enabled=False))
+    engine = make_engine(policy, processor, 80)
     params = SamplingParams(2, 1.0, 9, 0.9, 5, ("10 11",))
     ((first, second),) = engine.generate([prompt(10)], params, seed=1)
     assert (first.token_ids.tolist(), first.finished) == ([10, END], True)
@@ -131,4 +131,4 @@ def test_other_policies_are_packed() -> None:
     processor: Any = SimpleNamespace(
         pad_token_id=PAD, eos_token_id=END, unsampled_token_ids=lambda: torch.tensor(BANNED)
     )
-    assert type(make_engine(policy, processor, 8, lambda: None)) is InProcessEngine  # type: ignore[arg-type]
+    assert type(make_engine(policy, processor, 8)) is InProcessEngine  # type: ignore[arg-type]

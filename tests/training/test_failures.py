@@ -221,7 +221,7 @@ def exit_of_a_library() -> SystemExit:
     [
         (lambda: UserError("a picture cannot be read"), 2, ["picture"]),
         (full, 2, ["somewhere", "space"]),
-        (lambda: torch.OutOfMemoryError("20 GiB"), 2, ["rollout.batch_size"]),
+        (lambda: torch.OutOfMemoryError("20 GiB"), 2, ["rollout.kv_cache_tokens"]),
         (lambda: MemoryError(), 1, ["MemoryError", "error.log"]),
         (exit_of_a_library, 1, ["exit(0)", "error.log"]),
         (KeyboardInterrupt, 130, ["stopped"]),

@@ -33,7 +33,7 @@ def f(prompts, completions, **columns):
     return [None if n % 7 == 6 else n % 2 for n in letters]
 """
 RECIPE: dict[str, Any] = {
-    "run": {"trackers": [], "save_rollouts_every": 0, "checkpoint_every": 0, "seed": 2},
+    "run": {"trackers": [], "save_rollouts_every": 0, "checkpoint_every": 0, "seed": 5},
     "model": {"dtype": "float32"},
     "rollout": {"max_new_tokens": 6, "per_order": 2, "temperature": 0.8},
     "train": {

@@ -334,6 +334,9 @@ def test_every_group_is_trained_on_at_every_step(short_recipe: Path) -> None:
     assert (config.run.checkpoint_every, config.run.save_rollouts_every) == (0, 0)
 
 
+BUSY = {"tokens/completion": 600, "tokens/prompt": 6000}
+
+
 @pytest.mark.parametrize(
     ("seconds", "metrics", "about"),
     [
@@ -341,9 +344,10 @@ def test_every_group_is_trained_on_at_every_step(short_recipe: Path) -> None:
         ({"update/vision": 1.5, "update/vision.backward": 1.0}, {}, ["freeze_vision"]),
         ({"update/vision": 1.0, "update/vision.backward": 1.0}, {}, []),
         ({"update/vision": 3.0}, {}, []),
-        ({"rollout/decode": 4.5}, {"tokens/completion": 600}, ["rollout.batch_size"]),
-        ({"rollout/decode": 4.0}, {"tokens/completion": 600}, []),
-        ({"rollout/decode": 4.5}, {"tokens/completion": 512}, []),
+        # 300 completions of up to 10 tokens, and 50 prompts of 20: 4000 tokens.
+        ({"rollout/decode": 4.5}, BUSY, ["rollout.kv_cache_tokens"]),
+        ({"rollout/decode": 4.0}, BUSY, []),
+        ({"rollout/decode": 4.5}, {**BUSY, "tokens/prompt": 5994}, []),
         ({}, {"length/truncated": 0.6}, ["max_new_tokens"]),
         ({}, {"length/truncated": 0.5}, []),
         ({}, {"groups/zero_variance": 1}, ["filter.zero_variance"]),
@@ -355,9 +359,13 @@ def test_hints_follow_from_shares(
     out = {
         "seconds_per_step": 10.0,
         "stages": {name: {"seconds": s} for name, s in seconds.items()},
-        "metrics": {"length/mean": 2, "groups/seen": 4, "tokens/completion": 2, **metrics},
+        "metrics": {
+            **{"length/mean": 2, "groups/seen": 4, "tokens/completion": 2, "tokens/prompt": 20},
+            **metrics,
+        },
     }
-    found = list(hints(out, Config(rollout=RolloutConfig(batch_size=256))))
+    sampling = RolloutConfig(kv_cache_tokens=3999, max_new_tokens=10, per_order=6)
+    found = list(hints(out, Config(rollout=sampling)))
     assert len(found) == len(about)
     for hint, name in zip(found, about, strict=True):
         tells(hint, name)

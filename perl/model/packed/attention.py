@@ -127,6 +127,7 @@ def _attend(
     sliding_window: int | None = None,
     packed_layout: PackedLayout | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    kv_cache: Any = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer.
@@ -135,6 +136,7 @@ def _attend(
         query: [1, heads, T, d]; key, value: [1, kv_heads, T, d].
         packed_layout: given to the language model.
         cu_seq_lens_q: int [S+1], from a vision tower: where its sequences start, ending at T.
+        kv_cache: given to the language model; see `Policy.forward`.
 
     Returns:
         [1, T, heads, d], and None (no weights).
@@ -164,6 +166,8 @@ def _attend(
             f"packed rows cannot be attended with a sliding window (here {sliding_window} tokens)"
         )
     causal = bool(module.is_causal if is_causal is None else is_causal)
+    if kv_cache is not None:
+        kv_cache.store(module.layer_idx, key, value)
     out = IMPLEMENTATIONS[name](query, key, value, layout, AttentionArgs(causal, scaling, dropout))
     # The same memory, but no view to autograd: code compiled after this would else be bound to the sizes of the padded
     # batch under it, and be compiled again for another layout.

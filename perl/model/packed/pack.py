@@ -57,6 +57,15 @@ def pack_row(segments: Sequence[Segment], shares: Sequence[Share] | None = None)
     return row.batch()
 
 
+def prompt_row(prompts: Sequence[EncodedPrompt]) -> PackedBatch:
+    """Prompts alone, end to end; `scored` is the last token of each."""
+    row = _Row()
+    for prompt in prompts:
+        start = row.add_prompt(prompt)
+        row.scored.append(np.array([start + len(prompt.input_ids) - 1]))
+    return row.batch()
+
+
 class _Row:
     """A row as it grows."""
 

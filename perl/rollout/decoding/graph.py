@@ -1,0 +1,56 @@
+"""A decode step as a CUDA graph: one launch in place of those of every layer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_said = False
+
+
+class Graphed:
+    """`step()`, captured at its first call and replayed from then on.
+
+    Args:
+        step: reads and writes tensors that stay where they are, waits for nothing, and returns a tensor.
+    """
+
+    def __init__(self, step: Callable[[], Tensor]) -> None:
+        self.step = step
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.out: Tensor | None = None
+        self.failed = False
+
+    def __call__(self) -> Tensor:
+        """The tensor that is returned is written anew by the next call."""
+        if self.graph is None and not self.failed:
+            self._capture()
+        if self.graph is None or self.out is None:
+            return self.step()
+        self.graph.replay()
+        return self.out
+
+    def _capture(self) -> None:
+        global _said
+        try:
+            # What libraries set up at their first call must not be captured; the step may run any number of times.
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    self.step()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.out = self.step()
+            self.graph = graph
+        except RuntimeError as error:
+            self.failed = True
+            if not _said:
+                logger.warning("decoding without CUDA graphs: %s", str(error).partition("\n")[0])
+            _said = True
