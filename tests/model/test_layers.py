@@ -337,6 +337,37 @@ def test_every_layer_is_replaced_and_computes_the_same(
     assert calls == {"liger_rms_norm": norms, "liger_swiglu": layers} and rotations == layers
 
 
+class Float(float):
+    """A number as Triton's compiler hands it to a kernel; its interpreter hands over Python's."""
+
+    def to(self, dtype: Any) -> float:
+        return self
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen2.5-vl", "tiny-internvl"])
+def test_liger_s_kernels_compute_the_same_in_triton_s_interpreter(
+    name: str, functional: Any, language_model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32: the interpreter has no bfloat16, and no functions of CUDA's library."""
+    if torch.cuda.is_available():
+        pytest.skip("they run as they are")
+    from liger_kernel.ops import rms_norm as file
+    from triton import language
+    from triton.runtime import interpreter
+
+    handed_over = interpreter._implicit_cvt
+    monkeypatch.setattr(
+        interpreter,
+        "_implicit_cvt",
+        lambda x: Float(x) if isinstance(x, float) else handed_over(x),
+    )
+    monkeypatch.setattr(file, "rsqrt", lambda x: language.rsqrt(x))
+    model = language_model(name, torch.float32)
+    expected = outputs(model, torch.float32)
+    assert use_liger(model) == PARTS
+    assert far(outputs(model, torch.float32), expected) < 1e-5
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_liger_s_kernels_compute_the_same(name: str, functional: Any, language_model) -> None:
