@@ -275,7 +275,7 @@ def _validated(values: dict[str, Any], where: str) -> Config:
     try:
         config = _adapter().validate_json(json.dumps(values, default=str))
     except ValidationError as error:
-        raise UserError(where + _what_is_wrong(error.errors()[0])) from error
+        raise UserError(where + _what_is_wrong(error.errors())) from error
     if wrong := _conflict(config):
         raise UserError(f"{where}{wrong}")
     return config
@@ -288,9 +288,17 @@ def _adapter() -> Any:
     return TypeAdapter(Config)
 
 
-def _what_is_wrong(error: Any) -> str:
-    """A finding of pydantic's in one line that names the key."""
-    key = ".".join(str(part) for part in error["loc"])
+_BRANCHES = ("constrained-", "literal[")
+
+
+def _what_is_wrong(errors: Sequence[Any]) -> str:
+    """The first finding of pydantic's in one line that names the key."""
+    # Where a key takes one thing or another, there is a finding for each, and its place ends in what it is not.
+    keys = [
+        ".".join(part for part in map(str, e["loc"]) if not part.startswith(_BRANCHES))
+        for e in errors
+    ]
+    error, key = errors[0], keys[0]
     if error["type"] == "unexpected_keyword_argument":
         *sections, unknown = error["loc"]
         section = get_type_hints(Config)[sections[0]] if sections else Config
@@ -305,7 +313,9 @@ def _what_is_wrong(error: Any) -> str:
     value, must = error["input"], error["msg"].replace("Input should", "must")
     if isinstance(value, float) and not math.isfinite(value):
         must = "must be a finite number"
-    return f"{key} = {value!r}: {must}"
+    same = [e.get("ctx", {}) for e, k in zip(errors[1:], keys[1:], strict=True) if k == key]
+    others = [each["expected"] for each in same if "expected" in each]
+    return f"{key} = {value!r}: {' or '.join([must, *others])}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,6 +145,7 @@ def test_numbers_out_of_range(key: str, recipe: Callable[[str], str]) -> None:
     ("options", "names"),
     [
         (["--train.lr", "-1"], ["train.lr = -1.0"]),
+        (["--data.workers", "-1"], ["data.workers = -1", "or 'auto'"]),
         (["--loss.kl-coef", "nan"], ["loss.kl_coef = nan", "finite"]),
         (["--run.seeds", "1", "1"], ["run.seeds", "[1, 1]"]),
         (["--train.steps", "1.5"], ["--train.steps = '1.5'", "whole number", "--help"]),
