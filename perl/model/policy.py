@@ -86,7 +86,13 @@ class Policy(nn.Module):
         self, input_ids: torch.Tensor, visual_mask: torch.Tensor, features: ImageFeatures | None
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Token embeddings [B, T, H] with visual rows put in at `visual_mask` [B, T], and the layers' extra inputs."""
-        embeds = self.core.language_model.embed_tokens(input_ids)
+        table = self.core.language_model.embed_tokens
+        if table.weight.dtype.itemsize < 4:
+            # The module's backward adds up a token that occurs again and again in the dtype of the weight.
+            rows = gather_rows(table.weight, input_ids.flatten())
+            embeds = rows.view(*input_ids.shape, -1)
+        else:
+            embeds = table(input_ids)
         if features is None:
             return embeds, {}
         embeds = embeds.masked_scatter(visual_mask[..., None], features.rows.to(embeds.dtype))

@@ -41,8 +41,8 @@ def checkpoint_of(policy: Policy, run: Path, **model: Any) -> Path:
     return CheckpointManager(run / "checkpoints", 1).save(policy, None, Progress("rl", 5))
 
 
-def weights_of(path: Path) -> dict[str, torch.Tensor]:
-    policy = load_policy(str(path), ModelConfig(path=str(path)), CPU)
+def weights_of(path: Path, **model: Any) -> dict[str, torch.Tensor]:
+    policy = load_policy(str(path), ModelConfig(path=str(path), **model), CPU)
     assert all(p.requires_grad for p in policy.parameters())
     return policy.state_dict()
 
@@ -166,3 +166,38 @@ def test_a_checkpoint_is_the_model_that_would_be_exported(
     weights = weights_of(checkpoint)
     assert same(weights, weights_of(exported(policy, tmp_path / "final", base)))
     assert not same(weights, weights_of(base))
+
+
+def test_in_bfloat16_adapters_are_merged_in_float32_and_rounded_once(
+    tmp_path: Path, tiny_folder: Folder
+) -> None:
+    """Whether from the policy, from its adapters or from a checkpoint."""
+    from peft.tuners.lora import Linear
+
+    base, model = tiny_folder("tiny-qwen2.5-vl"), {**LORA, "freeze_vision": True}
+    model["dtype"] = "bfloat16"
+    policy = trained(base, **model)
+    exact = {
+        f"model.{name}.weight": (
+            module.base_layer.weight.float()
+            + 1.5
+            * module.lora_B["default"].weight.float()
+            @ module.lora_A["default"].weight.float()
+        ).bfloat16()
+        for name, module in policy.base.named_modules()
+        if isinstance(module, Linear)
+    }
+    assert len(exact) == 28
+    final = exported(policy, tmp_path / "final", base)
+    found = weights_of(final, dtype="bfloat16")
+    assert all(torch.equal(found[name], weight) for name, weight in exact.items())
+    policy.save_adapter(tmp_path / "adapter", str(base))
+    assert same(weights_of(tmp_path / "adapter", dtype="bfloat16"), found)
+    checkpoint = checkpoint_of(policy, tmp_path / "run", path=str(base), **model)
+    assert same(weights_of(checkpoint, dtype="bfloat16"), found)
+    # Nothing else is said of the dtype than what the weights have, and they are read in any.
+    text = json.loads((final / "config.json").read_text())
+    assert {text[part]["dtype"] for part in ("text_config", "vision_config")} == {"bfloat16"}
+    assert text["dtype"] == "bfloat16"
+    wide = weights_of(final, dtype="float32")
+    assert all(torch.equal(wide[name], weight.float()) for name, weight in found.items())
