@@ -79,8 +79,9 @@ class Operations(TorchDispatchMode):
             if made and source.untyped_storage().data_ptr() in self.weights:
                 self.casts.append(f"{name} {tuple(source.shape)} {source.dtype} {out.dtype}")
         if name.startswith("_scaled_dot_product") and "backward" not in name:
-            self.seen["queries, keys and values"] |= named(args[:3])
-            self.seen["softmax of attention"] |= named(out[1:2])  # The log of its denominator.
+            self.seen["queries, keys and values, cached ones too"] |= named(args[:3])
+            merged = "softmax of attention, log-sum-exps that merge its parts"
+            self.seen[merged] |= named(out[1:2])
         if row := ROWS.get(name):
             self.seen[row] |= named([out])
         return out
@@ -141,7 +142,7 @@ def test_dtypes_are_those_of_the_table(name: str, half) -> None:
     """In a step of several micro-batches with a trained tower, in log-probs and in generation."""
     policy, processor = half(name)
     optimizer, segments = optimizer_of(policy), segments_of(processor)
-    engine = InProcessEngine(policy, processor, 64)
+    engine = InProcessEngine(policy, processor, 10_000)
     operations = Operations()
     seen = operations.seen
     for weight in policy.parameters():
@@ -200,7 +201,7 @@ def test_no_weight_is_cast(name: str, model: dict[str, Any], half) -> None:
     """Neither a frozen nor a trained one, in a step, in log-probs or in generation."""
     policy, processor = half(name, **model)
     optimizer, segments = optimizer_of(policy), segments_of(processor)[:2]
-    engine = InProcessEngine(policy, processor, 64)
+    engine = InProcessEngine(policy, processor, 10_000)
     with Operations(policy.parameters()) as operations:
         optimizer.step(0, policy.pack(segments, 60, True), SUPERVISED)
         optimizer.head.logprobs(pack_row(segments))
