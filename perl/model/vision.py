@@ -84,8 +84,8 @@ class Vision:
         The bits of a feature depend a little on what it was encoded together with, so a run that goes on from a
         checkpoint would else not give the numbers of one that was never stopped. A frozen tower's features stay.
         """
-        self._encoded.clear()
         self._copies.clear()
+        self._encoded.clear()
         if self.trained:
             self._drop()
 
