@@ -20,6 +20,7 @@ from perl.model.head import HeadLoss
 from perl.model.loading import load_policy, load_processor
 from perl.model.vision import StepFeatures
 from perl.recipe import load_recipe
+from perl.training.optimizer import Optimizer, Schedule
 from perl.training.roofline.devices import DEVICES, Device, device_named
 from perl.training.roofline.memory import activation_bytes, advice, memory
 from perl.training.roofline.model import CONFIGS, model_facts
@@ -29,7 +30,9 @@ from perl_kernels import PolicyLoss
 from tests.command_line import ErrorOf, run
 from tests.messages import refused, tells
 from tests.model.steps import picture
+from tests.training.two_tokens import Accelerator
 
+LOSS = PolicyLoss.preset("perl", kl=None, kl_coef=0.0)
 H200 = device_named("H200", 0, 0, 0)
 CPU = torch.device("cpu")
 QUESTIONS, ORDERS, ROLLOUTS, TEXT, LENGTH = 2, 2, 3, 60, 70
@@ -88,10 +91,9 @@ class Step:
         assert [b.num_tokens for b in batches] == self.work.row_tokens
         head = HeadLoss(policy, self.processor.unsampled_token_ids(), 1.0)
         shared = StepFeatures(policy.vision.encode, batches) if policy.vision.trained else None
-        loss = PolicyLoss.preset("perl", kl=None, kl_coef=0.0)
         for number, batch in enumerate(batches):
             with shared.of(number) if shared else nullcontext() as features:
-                head(batch, loss, 1.0, features).loss.backward()
+                head(batch, LOSS, 1.0, features).loss.backward()
 
 
 def counted(call: Callable[[], Any]) -> dict[str, float]:
@@ -313,6 +315,29 @@ def test_memory_is_what_is_kept_and_adapters_need_little() -> None:
     assert "update/vision" not in names and "logprobs/reference's vision" not in names
 
 
+def test_weights_masters_moments_and_gradients_are_those_of_an_update(
+    tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "tiny-qwen2.5-vl"
+    step = Step(small(name, dtype="bfloat16", freeze_vision=True), tiny_folder(name))
+    head = HeadLoss(step.policy, step.processor.unsampled_token_ids(), 1.0)
+    rate = Schedule(1e-3, "constant", 0, 1)
+    optimizer, found = Optimizer(Accelerator(), head, rate, step.config.train), []
+
+    def norm(weights: Any, most: float) -> torch.Tensor:
+        found.append(sum(p.grad.nbytes for p in weights))
+        return torch.ones(())
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", norm)
+    optimizer.step(0, step.policy.pack(step.segments, 2000, True), LOSS)
+    kept = memory(step.work, H200)
+    assert sum(p.nbytes for p in step.policy.parameters()) == kept["always"]["weights"]
+    states = [x for state in optimizer.adamw.state.values() for x in state.values() if x.ndim]
+    masters = [*optimizer.masters.values(), *states]
+    assert sum(x.nbytes for x in masters) == kept["always"]["masters and moments"]
+    assert found == [kept["update"]["gradients"]]
+
+
 def test_orders_that_do_not_exist_and_prompts_that_are_not_shared() -> None:
     one = replace(paper(), shape=Shape(1, 330, 150, 512))
     assert (one.orders, one.prompts, len(one.completions)) == (1, 16, 12)
@@ -352,6 +377,7 @@ def test_what_cannot_be_planned_is_one_line(error_of: ErrorOf, tmp_path: Path) -
     tells(
         error_of("plan", "default", "--model.path", "no/where"), "model.path", "no/where", *CONFIGS
     )
+    tells(error_of("plan", "demo", "--model.dtype", "float32"), "model.dtype", "float32", "auto")
     tells(error_of("plan", "demo", "--gpus", "5"), "--gpus", "5", "train.examples_per_step", "12")
     tells(error_of("plan", "demo", "--run", tmp_path), "--run", tmp_path, "metrics.jsonl")
     tells(

@@ -112,7 +112,7 @@ def model_facts(config: Config) -> ModelFacts:
     """Of the recipe's model as it would be trained, with its adapters; made without memory for its weights.
 
     Raises:
-        UserError: `model.path` is empty, nothing is known of it, or it trains on padded batches.
+        UserError: `model.path` is empty, `model.dtype` is float32, nothing is known of it, or it trains on padded batches.
     """
     import torch
     from transformers import AutoModelForImageTextToText
@@ -121,6 +121,8 @@ def model_facts(config: Config) -> ModelFacts:
     from perl.model.weights import prepared
 
     path = config.model.path
+    if config.model.dtype == "float32":
+        raise UserError("model.dtype = float32: plan counts bfloat16; set auto or bfloat16")
     settings = _settings(config)
     family = family_of(settings.model_type)
     if family is None:
