@@ -124,6 +124,30 @@ def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("attention", IN_BFLOAT16)
+def test_decoding_through_graphs_and_without_is_the_same(
+    attention: str, wide_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if attention not in INSTALLED:
+        pytest.skip("not installed")
+    folder, replayed = str(wide_folder), []
+    config = ModelConfig(attention=attention, dtype="bfloat16")  # pyright: ignore[reportArgumentType]
+    processor = load_processor(folder, config)
+    policy = load_policy(folder, config, DEVICE).to(DEVICE)
+    engine = InProcessEngine(policy, processor, 4096)
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(
+        torch.cuda.CUDAGraph, "replay", lambda graph: (replayed.append(graph), replay(graph))
+    )
+    found = []
+    for _ in range(2):
+        out = engine.generate(two_orders(processor), SamplingParams(3, 1.0, 40), 1)
+        found.append([(c.token_ids.tolist(), c.logprobs.tolist()) for cs in out for c in cs])
+        monkeypatch.setattr("perl.rollout.decoding.slots.Graphed", lambda step: step)
+    assert found[0] == found[1]
+    assert replayed or DEVICE == CPU
+
+
 def two_orders(processor: Processor) -> list[EncodedPrompt]:
     pictures = [picture(28, 28, 0), picture(90, 60, 1)]
     message = (Message("user", "A <image> B <image> which image ?"),)

@@ -20,11 +20,12 @@ from perl.model.head import HeadLoss
 from perl.model.loading import load_policy, load_processor
 from perl.model.vision import StepFeatures
 from perl.recipe import load_recipe
+from perl.rollout.decoding.sampling import SamplingParams, sample
 from perl.training.optimizer import Optimizer, Schedule
 from perl.training.roofline.devices import DEVICES, Device, device_named
 from perl.training.roofline.memory import activation_bytes, advice, memory
 from perl.training.roofline.model import CONFIGS, model_facts
-from perl.training.roofline.step import Part, Shape, StepWork
+from perl.training.roofline.step import SAMPLING, Part, Shape, StepWork
 from perl.types import EncodedPrompt, Segment
 from perl_kernels import PolicyLoss
 from tests.command_line import ErrorOf, run
@@ -232,6 +233,14 @@ def test_bytes_and_launches_are_those_of_transformers_layers(
     assert own == pytest.approx(work.tokens * activation_bytes(work), rel=0.1)
 
 
+def test_bytes_of_sampling_are_counted() -> None:
+    logits, banned = torch.zeros(3, 1000).bfloat16(), torch.zeros(1000).bool()
+    with Moved() as moved:
+        sample(logits, banned, SamplingParams(3, 1.0, 1), torch.Generator())
+    # What the counter takes for moved and is not: memory that is taken, read by the draw, or gathered from.
+    assert moved.bytes == pytest.approx((SAMPLING + 8 + 4 + 4) * 3000, rel=0.01)
+
+
 def paper(path: str = "Qwen/Qwen2.5-VL-7B-Instruct", **sections: dict[str, Any]) -> StepWork:
     """The paper's setting: 16 questions a GPU, answers of 512 tokens at most."""
     sections = {"model": {"path": path}, "rollout": {"max_new_tokens": 512}} | sections
@@ -256,13 +265,14 @@ def test_the_papers_step_by_hand() -> None:
     assert parts["update/head and loss"].flops == 6 * work.scored * head
     assert parts["logprobs/reference"].phases[-1] == {"head": 2 * work.scored * head}
     # 25 prompts fit, each with six times 512 tokens: so two times 512 steps, of 96 sequences on average.
-    assert 131072 // (prompt + 6 * new) == 25 == work.live
+    assert work.slots == (131072 // (prompt + 6 * new), 6) == (25, 6)
+    assert parts["rollout/prefill"].phases[0]["product"] == 2 * 32 * prompt * work.facts.flops.token
     [decode] = parts["rollout/decode"].phases
     read = 96 / 6 * prompt + 96 * new / 2  # A prompt once for its six completions.
     steps = 2 * new
     cache = steps * read * layers * 2 * keys * 2
     fixed = steps * 2 * (weights + head)
-    rest = steps * 96 * (layers * work.elementwise + 30 * vocab)
+    rest = steps * 96 * (layers * work.elementwise + 58 * vocab)
     assert decode["bytes"] == pytest.approx(cache + fixed + rest, rel=1e-3)
     assert parts["rollout/decode"].waits == steps / 16
     device = Device("round", 1e15, 1e12, 1e11, 1e11, "")
@@ -295,7 +305,7 @@ def test_memory_is_what_is_kept_and_adapters_need_little() -> None:
     assert kept["always"]["weights"] == kept["always"]["reference"] == 2 * work.facts.weights
     assert kept["always"]["masters and moments"] == 12 * work.facts.weights
     assert kept["update"]["gradients"] == 4 * work.facts.weights
-    assert kept["rollout"]["keys and values"] == 131072 * 28 * 2 * 4 * 128 * 2
+    assert kept["rollout"]["keys and values"] == 25 * (2130 + 6 * 512) * 28 * 2 * 4 * 128 * 2
     [said] = [line for line in advice(work, H200, kept) if line.startswith("the update")]
     tells(said, "model.lora_rank")
     [said] = advice(work, device_named("A100-80", 0, 0, 0), memory(work, H200))
@@ -383,6 +393,8 @@ def test_what_cannot_be_planned_is_one_line(error_of: ErrorOf, tmp_path: Path) -
     tells(
         error_of("plan", "demo", "--completion-tokens", "41"), "rollout.max_new_tokens", "40", "41"
     )
+    small_cache = ("--rollout.kv-cache-tokens", "100")
+    tells(error_of("plan", "demo", *small_cache), "rollout.kv_cache_tokens", "100")
     tells(error_of("plan", "demo", "--images", "600"), "data.max_prompt_tokens", "8192")
     own = ("--steps-of", "mine", "--tflops", "100", "--tb-per-s", "1", "--gb", "24")
     assert run("plan", "demo", *own) == 0

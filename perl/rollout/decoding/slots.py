@@ -21,7 +21,7 @@ from perl.rollout.decoding.step import Step, rotations
 from perl.timing import span
 from perl.types import EncodedPrompt
 
-_PREFILL_TOKENS = 2**14
+PREFILL_TOKENS = 2**14
 """Most tokens of prompts that are read together."""
 
 
@@ -208,10 +208,10 @@ class Slots:
 
 
 def _parts(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Numbers in runs of at most `_PREFILL_TOKENS` tokens; a longer prompt alone."""
+    """Numbers in runs of at most `PREFILL_TOKENS` tokens; a longer prompt alone."""
     part: list[int] = []
     for i, length in enumerate(lengths):
-        if part and sum(lengths[j] for j in part) + length > _PREFILL_TOKENS:
+        if part and sum(lengths[j] for j in part) + length > PREFILL_TOKENS:
             yield part
             part = []
         part.append(i)

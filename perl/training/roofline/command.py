@@ -94,7 +94,7 @@ def figures(work: Any, device: Any) -> dict[str, Any]:
         },
         "seconds": sum(part.seconds(device) for part in parts),
         "tokens": {"prompt": work.shape.prompt, "packed": work.tokens, "scored": work.scored},
-        "sequences_together": work.live * len(work.completions),
+        "sequences_together": work.slots[0] * work.slots[1],
         "memory": kept,
         "peak_bytes": {name: always + sum(kept[name].values()) for name in ("rollout", "update")},
         "advice": advice(work, device, kept),
@@ -118,8 +118,9 @@ def _assumptions(work: Any) -> Iterator[str]:
         f"{step.LAUNCHES['decode']}; {step.LAUNCH_SECONDS * 1e6:.0f} us of the host each"
     )
     yield (
-        f"decoding: {work.live} prompts at once within rollout.kv_cache_tokens, each with room for rollout.max_new_tokens "
-        f"a completion; a prompt's keys and values are read once a step; the host waits every {step.STEPS_A_WAIT} steps"
+        f"decoding: {work.slots[0]} slots of {work.slots[1]} completions within rollout.kv_cache_tokens, filled "
+        f"{work.rounds} times; a prompt's keys and values are read once a step; the host waits every {step.STEPS_A_WAIT} "
+        "steps; no CUDA graphs"
     )
     yield "weights, keys, values and activations in bfloat16; masters, moments and gradients in fp32"
     yield (

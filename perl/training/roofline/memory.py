@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from perl.model.head import make_policy_loss, needs_reference
+from perl.rollout.decoding.slots import PREFILL_TOKENS
 from perl.training.roofline.devices import Device
 from perl.training.roofline.step import StepWork
 
@@ -42,11 +43,12 @@ def memory(work: StepWork, device: Device) -> dict[str, Bytes]:
         "image features": min(features, config.model.feature_cache_mb * 2.0**20),
         "driver and allocator": RESERVED,
     }
-    layer, sequences = activation_bytes(work), work.live * len(work.completions)
+    layer, (slots, rows) = activation_bytes(work), work.slots
+    cached = slots * (shape.prompt + rows * config.rollout.max_new_tokens)
     rollout = {
-        "keys and values": float(work.cache_tokens * f.cached_bytes * f.layers),
-        "prefill": layer * shape.prompt * work.live,
-        "scores": 12.0 * sequences * f.vocab,
+        "keys and values": float(cached * f.cached_bytes * f.layers),
+        "prefill": layer * min(PREFILL_TOKENS, slots * shape.prompt),
+        "scores": 20.0 * slots * rows * f.vocab,
     }
     row, share = max(work.row_tokens), work.checkpointed
     block = 2.0 * f.vocab * row * work.scored / work.tokens

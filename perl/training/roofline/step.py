@@ -10,6 +10,8 @@ from functools import cached_property
 from perl.config import Config
 from perl.model.head import make_policy_loss, needs_reference
 from perl.model.packed.plan import Load, plan
+from perl.rollout.decoding.cache import slots_and_rows
+from perl.rollout.decoding.slots import PREFILL_TOKENS
 from perl.training.roofline.devices import Device
 from perl.training.roofline.model import ModelFacts
 from perl.types import UserError
@@ -32,8 +34,8 @@ LAUNCHES = {"eager": 50, "fused": 20, "decode": 20}
 """Operations of a layer's forward: counted in transformers' layers, and assumed of compiled ones and of decoding."""
 BACKWARD = {"launches": 2.1, "bytes": 2.4}
 """Of a layer's backward for one of its forward; counted in transformers' layers."""
-_SAMPLING = 30
-"""Bytes moved for each token of the vocabulary that may be sampled: fp32 scores, their softmax, the draw."""
+SAMPLING = 58
+"""Bytes moved for each token of the vocabulary that may be sampled: fp32 scores, their softmax, the draw; counted."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class StepWork:
     """A step of a recipe's RL stage on each of `gpus` GPUs, without refills, replay and evaluation.
 
     Raises:
-        UserError: the questions cannot be shared out, or a prompt with one completion is over a limit.
+        UserError: the questions cannot be shared out, or a prompt or a completion is over a limit.
     """
 
     config: Config
@@ -102,25 +104,20 @@ class StepWork:
                 f"--gpus {self.gpus}: train.examples_per_step = {config.train.examples_per_step} cannot be shared by "
                 "them; make it a multiple"
             )
-        for tokens, key, limit in (
-            (shape.prompt, "data.max_prompt_tokens", config.data.max_prompt_tokens),
-            (shape.completion_tokens, "rollout.max_new_tokens", config.rollout.max_new_tokens),
+        for what, tokens, key, limit in (
+            ("prompt", shape.prompt, "data.max_prompt_tokens", config.data.max_prompt_tokens),
             (
-                shape.prompt + config.rollout.max_new_tokens,
-                "rollout.kv_cache_tokens",
-                self.cache_tokens,
+                "completion",
+                shape.completion_tokens,
+                "rollout.max_new_tokens",
+                config.rollout.max_new_tokens,
             ),
         ):
             if tokens > limit:
-                what = "a prompt" if "prompt" in key else "a completion"
-                what = "a prompt with rollout.max_new_tokens" if "cache" in key else what
                 raise UserError(
-                    f"{what} has {tokens:,} tokens, over {key} = {limit}; raise it, or give fewer images or tokens"
+                    f"a {what} has {tokens} tokens, over {key} = {limit}; raise it, or give fewer images or tokens"
                 )
-
-    @cached_property
-    def cache_tokens(self) -> int:
-        return getattr(self.config.rollout, "kv_cache_tokens", 131072)
+        _ = self.slots  # Raises where the budget holds none.
 
     @cached_property
     def questions(self) -> int:
@@ -141,11 +138,22 @@ class StepWork:
         return (self.shape.completion_tokens,) * (rollouts // self.orders)
 
     @cached_property
-    def live(self) -> int:
-        """Prompts whose completions are decoded together."""
-        longest = len(self.completions) * self.config.rollout.max_new_tokens
-        together = self.cache_tokens // (self.shape.prompt + longest)
-        return max(1, min(self.prompts, together))
+    def slots(self) -> tuple[int, int]:
+        """Slots of the engine, each a prompt and some of its completions, and how many completions one has."""
+        rollout, n = self.config.rollout, len(self.completions)
+        return slots_and_rows(
+            rollout.kv_cache_tokens, self.prompts, self.shape.prompt, n, rollout.max_new_tokens
+        )
+
+    @cached_property
+    def jobs(self) -> int:
+        """Prompts that take a slot, each again for every part of its completions."""
+        return self.prompts * math.ceil(len(self.completions) / self.slots[1])
+
+    @cached_property
+    def rounds(self) -> int:
+        """How often the slots are filled."""
+        return math.ceil(self.jobs / self.slots[0])
 
     @cached_property
     def scored(self) -> int:
@@ -239,14 +247,15 @@ class StepWork:
     def _rollout(self) -> Iterator[Part]:
         f, prompt, n = self.facts, self.shape.prompt, self.shape.completion_tokens
         yield self._encode("rollout/vision")
-        rows = math.ceil(self.prompts / self.live)
-        *phases, launches = self._forward(self.prompts * prompt, self.prompts * prompt**2 / 2, rows)
-        yield Part("rollout/prefill", tuple(phases), launches, waits=rows)
-        steps = rows * n
+        read, rows = self.jobs * prompt, self.slots[1]
+        fills = math.ceil(read / PREFILL_TOKENS)
+        *phases, launches = self._forward(read, read * prompt / 2, fills)
+        yield Part("rollout/prefill", tuple(phases), launches, waits=fills)
+        steps = self.rounds * n
         sampled = self.scored / steps
-        cached = sampled * (prompt / len(self.completions) + n / 2)
+        cached = sampled * (prompt / rows + n / 2)
         moved = 2 * (f.flops.token + f.flops.scored) + cached * f.cached_bytes * f.layers
-        moved += sampled * (f.layers * self.elementwise + _SAMPLING * f.vocab)
+        moved += sampled * (f.layers * self.elementwise + SAMPLING * f.vocab)
         work = {
             "product": 2 * self.scored * (f.flops.token + f.flops.scored),
             "attention": 2 * f.flops.pair * self.scored * (prompt + n / 2),
