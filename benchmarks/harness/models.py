@@ -33,6 +33,9 @@ _SIZES = {
     # A language model as in config.json of Qwen/Qwen2.5-0.5B-Instruct, and a tower of a quarter of its size.
     "0.6b": _Size(151936, 151652, True, (896, 4864, 24, 14, 2), (768, 2048, 16, 12)),
     # Tower, language model and head take about the shares of a step that they take in the 3b.
+    # The heads of the 7b and a narrow MLP: the caches of twelve sequences are to its weights what those of two hundred are
+    # to the 7b's.
+    "tiny-7b": _Size(1000, 995, True, (448, 128, 4, 28, 4), (64, 128, 2, 1)),
     "tiny": _Size(1000, 995, True, (32, 128, 2, 1, 1), (32, 64, 2, 1)),
 }
 

@@ -67,9 +67,10 @@ class Step:
         rotation = torch.cat([turned, self.unturned], 1)[:, None]
         every = place[:, None].expand(-1, kv_heads).flatten()
         own = Span((every + 1).int(), *longest)
+        index = self.first + every
         hidden = self.decoder.embed_tokens(token)
         for number in range(len(self.decoder.layers)):
-            hidden = self._layer(number, hidden, rotation, self.first + every, prompts, own)
+            hidden = self._layer(number, hidden, rotation, index, prompts, own)
         return self.lm_head(_normed(self.decoder.norm, hidden))
 
     def _layer(
