@@ -29,7 +29,7 @@ from perl.types import EncodedImage, Example, UserError, one_line
 log = logging.getLogger(__name__)
 
 AHEAD_BYTES = 2**31
-"""Most bytes of pictures and pixels that wait to be drawn."""
+"""Most bytes of pictures and pixels that wait to be drawn, by the mean of what was read so far."""
 TIMEOUT = 120.0
 """Seconds in which a worker has to read a row's images."""
 _START = 300.0
