@@ -117,7 +117,9 @@ def _with_completions(groups: list[Group], seen: Seen, length: int) -> list[Grou
             not of this length.
     """
     theirs: defaultdict[PromptKey, list[tuple[np.ndarray, float, float]]] = defaultdict(list)
-    for key, completion in _completions(seen):
+    # PeRL's pixels have the dtype of its tower.
+    dtype = groups[0].rollouts[0].prompt.images[0].pixel_values.dtype
+    for key, completion in _completions(seen, dtype):
         theirs[key].append(completion)
     out = []
     for group in groups:
@@ -145,8 +147,10 @@ def _with_completions(groups: list[Group], seen: Seen, length: int) -> list[Grou
     return out
 
 
-def _completions(seen: Seen) -> Iterator[tuple[PromptKey, tuple[np.ndarray, float, float]]]:
-    """For each completion of TRL's its prompt, and its tokens, reward and advantage."""
+def _completions(
+    seen: Seen, dtype: torch.dtype
+) -> Iterator[tuple[PromptKey, tuple[np.ndarray, float, float]]]:
+    """For each completion of TRL's its prompt with pixels of a dtype, and its tokens, reward and advantage."""
     batch = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in seen.batch.items()}
     patches = batch["image_grid_thw"].prod(-1).split(batch["num_images"])
     pixels = batch["pixel_values"].split([int(n.sum()) for n in patches])
@@ -155,7 +159,7 @@ def _completions(seen: Seen) -> Iterator[tuple[PromptKey, tuple[np.ndarray, floa
         prompt = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()]
         ids = batch["completion_ids"][i][batch["completion_mask"][i].bool()]
         scores = float(seen.rewards[i]), float(batch["advantages"][i])
-        yield _key(prompt, shown), (ids.numpy().astype(np.int64), *scores)
+        yield _key(prompt, shown.to(dtype)), (ids.numpy().astype(np.int64), *scores)
 
 
 def _key_of(prompt: EncodedPrompt) -> PromptKey:

@@ -42,16 +42,16 @@ DIFFERENCES = (
     "Sampling: TRL calls transformers' generate with a key-value cache, PeRL its own loop with a key-value cache. Both "
     "sample in this process, all completions at once and to their full length. Neither uses an inference server; "
     "TRL can use vLLM. Tokens that end a completion are kept out in TRL by one of generate's processors of logits "
-    "(suppress_tokens: an isin and a where for each token that is sampled), in PeRL by an index_fill. In bfloat16 both "
-    "keep one autocast, and so one bfloat16 copy of the weights, for all of sampling; TRL alone would copy the weights "
-    "again for each token.",
+    "(suppress_tokens: an isin and a where for each token that is sampled), in PeRL by an index_fill.",
+    "bfloat16: PeRL's weights are bfloat16, with float32 masters in the optimizer; TRL's are float32 under autocast. Its "
+    "bfloat16 copies of them are kept for all of sampling; TRL alone would make them again for each token.",
     "Pictures: TRL processes each picture twice for each completion, once to sample and once to train; PeRL once, and "
     "keeps it. Both use the same image processor.",
     "Head: TRL's fused head makes log-probs and entropies in tiles and computes the tiles again in the backward; on a "
     "CPU it scores every position, on a GPU those of completions alone. PeRL's makes loss and gradients in one pass "
     "over the scored positions.",
     "Softmax: PeRL leaves tokens that are never sampled out of it. Here it does not, as TRL cannot.",
-    "Optimizer: AdamW in both, transformers' default (fused where PyTorch has that) in TRL, PyTorch's in PeRL.",
+    "Optimizer: AdamW in both, transformers' default (fused where PyTorch has that) in TRL, fused on CUDA in PeRL.",
     "Advantages: both divide by the standard deviation within the ordered prompt, TRL adds 1e-4 to it, PeRL 1e-6.",
     "Micro-batches: of equally many tokens at most, padded in TRL, where their number of sequences also has to divide "
     "the step's. The budget is the same, what it holds is not: a step that fits one micro-batch of PeRL's may be several "

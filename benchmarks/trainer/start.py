@@ -61,7 +61,7 @@ class Setting:
 
     @property
     def half(self) -> bool:
-        """Whether forward and backward run in bfloat16, over float32 weights."""
+        """Whether forward and backward run in bfloat16."""
         return self.dtype == "bfloat16"
 
     @property

@@ -92,8 +92,8 @@ class Seen:
 class _Trainer(GRPOTrainer):
     """TRL's trainer, looked at from outside: every method does what TRL's does.
 
-    One autocast around the whole of sampling, as PeRL has it: in that of each forward alone, bfloat16 copies of the
-    weights would be made anew for every token.
+    One autocast around the whole of sampling: in that of each forward alone, bfloat16 copies of the weights would be made
+    anew for every token.
     """
 
     clock: StepClock
