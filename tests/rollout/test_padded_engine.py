@@ -132,3 +132,24 @@ def test_other_policies_are_packed() -> None:
         pad_token_id=PAD, eos_token_id=END, unsampled_token_ids=lambda: torch.tensor(BANNED)
     )
     assert type(make_engine(policy, processor, 8)) is InProcessEngine  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("tokens", "together"), [(80, [3]), (79, [2, 1]), (1, [1, 1, 1])])
+def test_the_budget_counts_each_completion_with_its_prompt(
+    tokens: int, together: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three prompts of at most 4 tokens with two completions of up to 9 each: 78 tokens; the shortest first."""
+    processor: Any = SimpleNamespace(
+        pad_token_id=PAD, eos_token_id=END, unsampled_token_ids=lambda: torch.tensor(BANNED)
+    )
+    asked: list[int] = []
+
+    def batch(self: Any, prompts: Any, *_: Any) -> list[Any]:
+        asked.append(len(prompts))
+        return [p.next_position for p in prompts]
+
+    monkeypatch.setattr(PaddedEngine, "_batch", batch)
+    prompts = [EncodedPrompt(np.zeros(n), np.zeros((1, n)), n, (), -1) for n in (4, 1, 2)]
+    engine = make_engine(Padded(), processor, tokens - 2)
+    assert engine.generate(prompts, SamplingParams(2, 1.0, 9), 1) == [4, 1, 2]
+    assert asked == together

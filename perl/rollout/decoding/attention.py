@@ -11,6 +11,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,15 +29,24 @@ class Span:
     lengths: Tensor
     shortest: int
     longest: int
-    _mask: Tensor | None = field(default=None)
+    _made: dict[Any, Tensor] = field(default_factory=dict)
+    """For the first layer, kept for the others."""
 
     def mask(self, dtype: torch.dtype) -> Tensor | None:
-        """[b, 1, 1, longest], -inf where there is no token; made for the first layer, kept for the others."""
-        if self._mask is None and self.shortest < self.longest:
+        """[b, 1, 1, longest], -inf where there is no token; None: all are there."""
+        if dtype not in self._made and self.shortest < self.longest:
             column = torch.arange(self.longest, device=self.lengths.device)
-            gone = column >= self.lengths[:, None, None, None]
-            self._mask = torch.zeros_like(gone, dtype=dtype).masked_fill_(gone, -torch.inf)
-        return self._mask
+            gone = column >= self.lengths.view(-1, 1, 1, 1)
+            self._made[dtype] = torch.zeros_like(gone, dtype=dtype).masked_fill_(gone, -torch.inf)
+        return self._made.get(dtype)
+
+    def starts(self, tokens: int) -> Tensor:
+        """int32 [b + 1]: where each of b runs of so many tokens starts, and where the last one ends."""
+        if tokens not in self._made:
+            end = len(self.lengths) * tokens + 1
+            device = self.lengths.device
+            self._made[tokens] = torch.arange(0, end, tokens, dtype=torch.int32, device=device)
+        return self._made[tokens]
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, Span, float], tuple[Tensor, Tensor]]
@@ -63,7 +73,7 @@ def flash_attention_2(
     """flash-attn's decoding kernel, which reads a key once for all queries of its head."""
     kernel = importlib.import_module("flash_attn").flash_attn_with_kvcache
     out, lse = kernel(
-        query.flatten(1, 2)[:, None],
+        query.flatten(1, 2).unsqueeze(1),
         key,
         value,
         cache_seqlens=span.lengths,
@@ -79,14 +89,13 @@ def varlen(
     """PyTorch's flash kernels: a batch element is a sequence of one query with h * m heads."""
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-    batch, tokens = key.shape[:2]
-    sequence = torch.arange(batch + 1, dtype=torch.int32, device=query.device)
+    tokens = key.shape[1]
     out, lse = varlen_attn(
         query.flatten(1, 2),
         key.flatten(0, 1),
         value.flatten(0, 1),
-        sequence,
-        sequence * tokens,
+        span.starts(1),
+        span.starts(tokens),
         1,
         tokens,
         return_aux=AuxRequest(lse=True),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from perl.model.packed.pack import prompt_row
 from perl.model.policy import Policy
-from perl.rollout.decoding.attention import Span, choose, flash_attention_2, varlen
+from perl.rollout.decoding.attention import Attend, Span, choose, flash_attention_2, varlen
 from perl.rollout.decoding.cache import KVCache
 from perl.rollout.decoding.graph import Graphed
 from perl.rollout.decoding.step import Step, rotations
@@ -32,6 +32,11 @@ class Job:
     number: int
     prompt: EncodedPrompt
     count: int
+
+
+def may_be_captured(device: torch.device, attend: Attend) -> bool:
+    """Whether a CUDA graph may replay a decode step: only the flash kernels take lengths from the device."""
+    return device.type == "cuda" and attend in (flash_attention_2, varlen)
 
 
 class Slots:
@@ -98,9 +103,8 @@ class Slots:
             return step(self.token, self.age, self.start, prompt, (min(ages), max(ages)))
 
         self.heads = heads
-        # Only the flash kernels take lengths from the device.
-        static = self.device.type == "cuda" and self.attend in (flash_attention_2, varlen)
-        self._decode = Graphed(decode) if static else decode
+        captured = may_be_captured(self.device, self.attend)
+        self._decode = Graphed(decode) if captured else decode
 
     def _going(self) -> list[tuple[Job, int]]:
         return [(j, age) for j, age in zip(self.jobs, self.ages, strict=True) if j]

@@ -45,7 +45,7 @@ class Step:
         self.share = like.new_empty(slots * kv_heads, rows, self.group)
         self.first = torch.arange(0, slots * kv_heads * new, new, device=like.device)
         ones = torch.eye(2, dtype=like.dtype, device=like.device)
-        self.unturned = ones[:, :, None].expand(slots, rows, 2, 2, head // 2)
+        self.unturned = ones.unsqueeze(2).expand(slots, rows, 2, 2, head // 2)
 
     def __call__(
         self, token: Tensor, age: Tensor, start: Tensor, prompts: Span, longest: tuple[int, int]
@@ -62,10 +62,10 @@ class Step:
         """
         _, kv_heads, _, rows, new, _ = self.cache.shape
         place = (age - 1).clamp(0, new - 1)
-        turned = self.rotations[start + place][:, None]
+        turned = self.rotations.index_select(0, start + place).unsqueeze(1)
         turned = turned.expand(-1, rows * (self.group + 1), -1, -1, -1)
-        rotation = torch.cat([turned, self.unturned], 1)[:, None]
-        every = place[:, None].expand(-1, kv_heads).flatten()
+        rotation = torch.cat([turned, self.unturned], 1).unsqueeze(1)
+        every = place.unsqueeze(1).expand(-1, kv_heads).flatten()
         own = Span((every + 1).int(), *longest)
         index = self.first + every
         hidden = self.decoder.embed_tokens(token)
@@ -101,7 +101,7 @@ class Step:
         stored = self.cache.completions[number]
         stored.view(batch * new, -1).index_copy_(0, index, entries.flatten(1))
         keys, values = self.cache.prompts[number].view(2, batch, longest, 1, head)
-        prompt, lse = self.attend(queries[:, None], keys, values, prompts, self.scale)
+        prompt, lse = self.attend(queries.unsqueeze(1), keys, values, prompts, self.scale)
         keys, values = stored.view(batch, new, 2, rows, head).unbind(2)
         out, own_lse = self.attend(queries.unflatten(1, (rows, -1)), keys, values, own, self.scale)
         torch.sigmoid(lse.view_as(own_lse) - own_lse, out=self.share)
