@@ -106,7 +106,8 @@ class ReadAhead:
                 continue
             if self._closed or not self._has_room():
                 break
-            with suppress(UserError):  # It is raised where the row is read.
+            # A row's error is raised where it is read; and the workers may have been ended by one that did not start.
+            with suppress(UserError, RuntimeError):
                 example, stored = dataset.unopened(i)
                 self._coming[dataset, i] = example, self._threads.submit(self._read, stored)
 

@@ -218,16 +218,38 @@ def test_without_a_worker_the_run_reads_by_itself(
     tells(record.getMessage(), "data.workers", "EOFError")
 
 
-def encode(image: Image.Image) -> EncodedImage:
-    """In a worker: the red of its pixels."""
-    flag = Path(os.environ.get("PERL_TEST_FLAG", ""))
-    if image.width == DEADLY or (image.width == ONCE and not flag.exists()):
-        flag.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    if image.width == SLOW:
-        time.sleep(60)
-    red = torch.frombuffer(bytearray(image.tobytes()[::3]), dtype=torch.uint8)
-    return EncodedImage(content_key(image), red.to(torch.bfloat16)[None], (1, 1, red.numel()), 1)
+class Red:
+    """In a worker: the red of a picture's pixels."""
+
+    @property
+    def image_processor(self) -> Any:
+        return self  # So that the server imports this module, once for all workers.
+
+    def __call__(self, image: Image.Image) -> EncodedImage:
+        flag = Path(os.environ.get("PERL_TEST_FLAG", ""))
+        if image.width == DEADLY or (image.width == ONCE and not flag.exists()):
+            flag.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if image.width == SLOW:
+            time.sleep(60)
+        red = torch.frombuffer(bytearray(image.tobytes()[::3]), dtype=torch.uint8)
+        pixels = red.to(torch.bfloat16)[None]
+        return EncodedImage(content_key(image), pixels, (1, 1, red.numel()), 1)
+
+
+encode = Red()
+
+
+@pytest.mark.gpu
+def test_pixels_for_a_gpu_are_in_pinned_memory(tmp_path: Path) -> None:
+    dataset: Any = load_examples(rows(tmp_path, 1), DataConfig(), "train", 0)
+    ahead = ReadAhead(1, encode, torch.device("cuda", 0))
+    ahead.upcoming = lambda: iter([(dataset, 0)])
+    pixels = [vars(image)[ENCODED].pixel_values for image in ahead.read(dataset, 0).images]
+    ahead.close()
+    assert all(each.is_pinned() for each in pixels)
+    wanted = [encode(image).pixel_values for image in dataset[0].images]
+    assert all(map(torch.equal, [each.cuda().cpu() for each in pixels], wanted))
 
 
 @pytest.mark.slow
