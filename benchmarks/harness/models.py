@@ -132,25 +132,28 @@ def counting(core: Any, wanted: Callable[[], bool] = lambda: True) -> Iterator[C
     """
     counts = Counts()
 
-    def part() -> str:
-        return "update" if torch.is_grad_enabled() else "generation"
+    def layer(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        # PeRL's decoding calls the layers' modules itself.
+        if wanted() and not torch.is_grad_enabled():
+            counts.lm_tokens["generation"] += args[0].shape[:-1].numel()
 
     def language(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not wanted():
-            return
-        tokens = kwargs.get("inputs_embeds")
-        tokens = kwargs["input_ids"] if tokens is None else tokens
-        number = tokens.shape[:2].numel()
-        counts.lm_tokens[part()] += number
-        if part() == "update":
+        # Not by its layers, which checkpointing runs twice.
+        if wanted() and torch.is_grad_enabled():
+            tokens = kwargs.get("inputs_embeds")
+            tokens = kwargs["input_ids"] if tokens is None else tokens
+            number = tokens.shape[:2].numel()
+            counts.lm_tokens["update"] += number
             counts.largest = max(counts.largest, number)
 
     def tower(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if wanted():
             grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
-            counts.images[part()] += len(grids)
+            part = "update" if torch.is_grad_enabled() else "generation"
+            counts.images[part] += len(grids)
 
     hooks = [
+        core.language_model.layers[0].self_attn.q_proj.register_forward_pre_hook(layer),
         core.language_model.register_forward_pre_hook(language, with_kwargs=True),
         core.visual.register_forward_pre_hook(tower, with_kwargs=True),
     ]

@@ -42,7 +42,7 @@ DIFFERENCES = (
     "Sampling: TRL calls transformers' generate with a key-value cache, PeRL its own loop with a key-value cache. Both "
     "sample in this process, all completions at once and to their full length. Neither uses an inference server; "
     "TRL can use vLLM. Tokens that end a completion are kept out in TRL by one of generate's processors of logits "
-    "(suppress_tokens: an isin and a where for each token that is sampled), in PeRL by an index_fill.",
+    "(suppress_tokens: an isin and a where for each token that is sampled), in PeRL by a masked_fill.",
     "bfloat16: PeRL's weights are bfloat16, with float32 masters in the optimizer; TRL's are float32 under autocast. Its "
     "bfloat16 copies of them are kept for all of sampling; TRL alone would make them again for each token.",
     "Pictures: TRL processes each picture twice for each completion, once to sample and once to train; PeRL once, and "

@@ -76,7 +76,7 @@ def test_counts_are_those_of_the_setting(report: dict[str, Any]) -> None:
     # A letter, two marks and the visual tokens are what the third image adds.
     prompts = [longest - COMPLETION - (3 + PER_IMAGE), longest - COMPLETION]
     assert perl["lm_tokens_by_part"]["generation"] == (
-        len(IMAGES) * ORDERS * prompts[1] + SEQUENCES * (COMPLETION - 1)
+        ORDERS * sum(prompts) + SEQUENCES * (COMPLETION - 1)
     )
     assert perl["lm_tokens_by_part"]["update"] == ORDERS * sum(prompts) + SEQUENCES * COMPLETION
     assert report["setting"]["padded_micro_batch"] == 2
