@@ -545,9 +545,24 @@ class Part(torch.nn.Module):
     def forward(self, *_: Any, **__: Any) -> None: ...
 
 
+class Decoder(torch.nn.Module):
+    """Its first layer's projection runs twice with gradients, as if it were checkpointed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Module()])
+        self.layers[0].self_attn = torch.nn.Module()
+        self.layers[0].self_attn.q_proj = Part()
+
+    def forward(self, input_ids: Any = None, inputs_embeds: Any = None) -> None:
+        hidden = input_ids[..., None] if inputs_embeds is None else inputs_embeds
+        for _ in range(1 + torch.is_grad_enabled()):
+            self.layers[0].self_attn.q_proj(hidden)
+
+
 def test_tokens_and_images_are_counted_where_they_enter() -> None:
     core = torch.nn.Module()
-    core.language_model, core.visual = Part(), Part()
+    core.language_model, core.visual = Decoder(), Part()
     wanted = [True]
     with counting(core, lambda: wanted[0]) as counts:
         for rows, width in ((2, 5), (3, 7)):
@@ -555,12 +570,14 @@ def test_tokens_and_images_are_counted_where_they_enter() -> None:
         core.visual(torch.zeros(1), torch.ones(3, 3))
         with torch.no_grad():
             core.language_model(input_ids=torch.zeros(4, 9), inputs_embeds=None)
+            # A token of each of 6 completions, as PeRL decodes.
+            core.language_model.layers[0].self_attn.q_proj(torch.zeros(6, 4))
             core.visual(torch.zeros(1), grid_thw=torch.ones(2, 3))
         wanted[0] = False
         core.language_model(inputs_embeds=torch.zeros(50, 50, 4))
         core.visual(torch.zeros(1), torch.ones(3, 3))
     core.language_model(inputs_embeds=torch.zeros(5, 5, 4))
-    assert counts.lm_tokens == {"update": 10 + 21, "generation": 36}
+    assert counts.lm_tokens == {"update": 10 + 21, "generation": 36 + 6}
     assert counts.images == {"update": 3, "generation": 2}
     assert counts.largest == 21
 

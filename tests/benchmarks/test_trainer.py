@@ -30,6 +30,7 @@ from benchmarks.trainer.perl_trainer import PerlTrainer
 from benchmarks.trainer.trl_trainer import TrlTrainer
 from perl.config import AdvantageConfig
 from perl.types import Segment
+from tests.benchmarks.test_harness import Decoder, Part
 from tests.messages import refused, tells
 
 ROOT = Path(__file__).parents[2]
@@ -94,16 +95,12 @@ def test_figures(report: dict[str, Any]) -> None:
         assert found["peak_bytes"] > 3 * 4 * report["setting"]["parameters"]
 
 
-class Part(torch.nn.Module):
-    def forward(self, *_: Any, **__: Any) -> None: ...
-
-
 class StandIn:
     """A trainer that samples from 3 tokens, trains on twice 5, encodes an image, and holds a MiB more in each step."""
 
     def __init__(self, start: Any, folder: Path, steps: int, seed: int) -> None:
         self.core: Any = torch.nn.Module()
-        self.core.language_model, self.core.visual = Part(), Part()
+        self.core.language_model, self.core.visual = Decoder(), Part()
         self.clock, self.steps = SimpleNamespace(ended=0), steps
 
     def train(self) -> None:
