@@ -240,7 +240,7 @@ class _Steps:
             ids = np.full(length, 7)
             prompt = EncodedPrompt(ids, np.tile(np.arange(length), (3, 1)), length, (), -1)
             # The replay of a CUDA graph dispatches nothing: what would be captured is counted.
-            uncaptured = patch("perl.rollout.decoding.slots.Graphed", lambda step: step)
+            uncaptured = patch("perl.rollout.decoding.slots.may_be_captured", lambda *_: False)
             with uncaptured, Tally(compute=False) as counted:
                 self.side.sample([prompt] * _PROMPTS, _SEQUENCES, tokens, 0)
             self.tallies[tokens, length] = counted

@@ -100,12 +100,13 @@ def test_what_is_wrong_with_flash_attn(
     function = {"flash_attn_varlen_func": print}
     installed(ModuleType("flash_attn"), **function, __version__="2.8.3")
     assert flash_attn_problem() == ""
-    installed(ModuleType("flash_attn"), **function, __version__="2.0.9")
-    tells(flash_attn_problem(), "2.0.9", "2.5")
-    installed(ModuleType("flash_attn"), **function, __version__="2.5.post1")
+    # Its flash_attn_with_kvcache has no return_softmax_lse.
+    installed(ModuleType("flash_attn"), **function, __version__="2.5.9.post1")
+    tells(flash_attn_problem(), "2.5.9.post1", "2.6")
+    installed(ModuleType("flash_attn"), **function, __version__="2.6.0.post1")
     assert flash_attn_problem() == ""
     installed(ModuleType("flash_attn"), **function)
-    tells(flash_attn_problem(), "2.5")
+    tells(flash_attn_problem(), "2.6")
     # flash-attn-4 brings a package of the same name.
     installed(ModuleType("flash_attn"))
     tells(flash_attn_problem(), "flash_attn_varlen_func")

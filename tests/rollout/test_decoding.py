@@ -150,13 +150,15 @@ def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
     made: list[FakeGraph] = []
 
     class Captured(graph.Graphed):
-        def _capture(self) -> None:
-            super()._capture()
+        def _capture(self, step: Callable[[], Tensor]) -> None:
+            super()._capture(step)
             assert self.graph is not None and self.out is not None
-            made[-1].step, made[-1].out = self.step, self.out
+            made[-1].step, made[-1].out = step, self.out
 
     @contextmanager
-    def capture(fake: FakeGraph) -> Iterator[None]:
+    def capture(fake: FakeGraph, capture_error_mode: str) -> Iterator[None]:
+        # Other threads may pin memory meanwhile.
+        assert capture_error_mode == "thread_local"
         made.append(fake)
         with Watched() as then:
             yield
@@ -195,7 +197,7 @@ def test_a_captured_step_finds_everything_where_it_was(
 def test_a_step_that_cannot_be_captured_runs_as_it_is(
     fake_graphs: list[FakeGraph], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fails(*_: Any) -> Any:
+    def fails(*_: Any, **__: Any) -> Any:
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
     monkeypatch.setattr(torch.cuda, "graph", fails)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -15,6 +17,8 @@ import torch
 from perl.model.families import ImageFeatures, family_of
 from perl.model.packed.attention import use_packed_attention
 from perl.model.policy import Policy
+from perl.rollout.decoding import slots as slots_module
+from perl.rollout.decoding.cache import KVCache
 from perl.rollout.decoding.slots import Job, Slots
 from perl.rollout.decoding.step import Step
 from perl.rollout.engine import Completion, InProcessEngine, SamplingParams
@@ -278,6 +282,24 @@ def test_the_policy_is_left_as_it_was(training: bool, monkeypatch: pytest.Monkey
     with pytest.raises(TypeError):
         generate(policy, SamplingParams(1, 1.0, 2))
     assert policy.training == training
+
+
+def test_the_cache_is_freed_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before what comes next, not when Python next looks for cycles."""
+    made: list[weakref.ref[KVCache]] = []
+
+    class Kept(KVCache):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(slots_module, "KVCache", Kept)
+    gc.disable()
+    try:
+        generate(SmallPolicy(), SamplingParams(6, 0.7, 30))
+        assert [cache() for cache in made] == [None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("compiled", [False, True])

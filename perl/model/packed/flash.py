@@ -24,7 +24,7 @@ from perl.model.packed.layout import AttentionArgs, PackedLayout
 def flash_attention_2(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, how: AttentionArgs
 ) -> Tensor:
-    """`flash_attn_varlen_func` of flash-attn 2.5 or newer: it aligns to the last query and key, and its backward can be
+    """`flash_attn_varlen_func` of flash-attn: it aligns to the last query and key, and its backward can be
     deterministic, which it is where PyTorch's is to be. On CUDA, in bfloat16 or float16."""
     out = _flash_attn_kernel()(
         *_rows(query, key, value, layout),
@@ -79,7 +79,7 @@ def varlen(
 @cache
 def flash_attn_problem() -> str:
     """Why flash-attn cannot be used, as far as an import tells: another package of that name, a build for another
-    PyTorch, a version before what `flash_attention_2` needs. Empty if it can."""
+    PyTorch, a version whose decoding gives no log-sum-exp. Empty if it can."""
     try:
         module = importlib.import_module("flash_attn")
     except ModuleNotFoundError:
@@ -89,8 +89,8 @@ def flash_attn_problem() -> str:
     if not hasattr(module, "flash_attn_varlen_func"):
         return "what is installed under that name has no flash_attn_varlen_func"
     version = getattr(module, "__version__", "0")
-    if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < (2, 5):
-        return f"version {version} is older than 2.5"
+    if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < (2, 6):
+        return f"version {version} is older than 2.6"
     return ""
 
 

@@ -14,28 +14,27 @@ _said = False
 
 
 class Graphed:
-    """`step()`, captured at its first call and replayed from then on.
+    """A step, captured at its first call and replayed from then on."""
 
-    Args:
-        step: reads and writes tensors that stay where they are, waits for nothing, and returns a tensor.
-    """
-
-    def __init__(self, step: Callable[[], Tensor]) -> None:
-        self.step = step
+    def __init__(self) -> None:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.out: Tensor | None = None
         self.failed = False
 
-    def __call__(self) -> Tensor:
-        """The tensor that is returned is written anew by the next call."""
+    def __call__(self, step: Callable[[], Tensor]) -> Tensor:
+        """What `step` returns, which the next call writes anew.
+
+        Args:
+            step: always the same one. It reads and writes tensors that stay where they are, and waits for nothing.
+        """
         if self.graph is None and not self.failed:
-            self._capture()
+            self._capture(step)
         if self.graph is None or self.out is None:
-            return self.step()
+            return step()
         self.graph.replay()
         return self.out
 
-    def _capture(self) -> None:
+    def _capture(self, step: Callable[[], Tensor]) -> None:
         global _said
         try:
             # What libraries set up at their first call must not be captured; the step may run any number of times.
@@ -43,11 +42,12 @@ class Graphed:
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(2):
-                    self.step()
+                    step()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.out = self.step()
+            # Threads that read pictures ahead may pin memory meanwhile, which "global", the default, makes an error.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.out = step()
             self.graph = graph
         except RuntimeError as error:
             self.failed = True

@@ -91,20 +91,17 @@ class Slots:
 
     def _settle(self) -> None:
         """Ready a decode step for the slots and rows that there are, and the tensors that it reads."""
-        step = Step(self.policy, self.cache, self.attend, self.rotations)
+        self._step = Step(self.policy, self.cache, self.attend, self.rotations)
+        self._graph = Graphed() if may_be_captured(self.device, self.attend) else None
         self.home = torch.tensor(self.homes, device=self.device).flatten()
-        heads = self.lengths.int().repeat_interleave(self.kv_heads)
+        self.heads = self.lengths.int().repeat_interleave(self.kv_heads)
 
-        def decode() -> Tensor:
-            going = self._going()
-            prompts = [len(job.prompt.input_ids) for job, _ in going]
-            ages = [min(max(age, 1), self.max_new_tokens) for _, age in going]
-            prompt = Span(heads, min(prompts), max(prompts))
-            return step(self.token, self.age, self.start, prompt, (min(ages), max(ages)))
-
-        self.heads = heads
-        captured = may_be_captured(self.device, self.attend)
-        self._decode = Graphed(decode) if captured else decode
+    def _decode(self) -> Tensor:
+        going = self._going()
+        prompts = [len(job.prompt.input_ids) for job, _ in going]
+        ages = [min(max(age, 1), self.max_new_tokens) for _, age in going]
+        prompt = Span(self.heads, min(prompts), max(prompts))
+        return self._step(self.token, self.age, self.start, prompt, (min(ages), max(ages)))
 
     def _going(self) -> list[tuple[Job, int]]:
         return [(j, age) for j, age in zip(self.jobs, self.ages, strict=True) if j]
@@ -142,7 +139,7 @@ class Slots:
         """[S * R, V] for the next token of each row."""
         if any(self.ages[slot] for slot, job in enumerate(self.jobs) if job):
             with span("decode"):
-                logits = self._decode()
+                logits = self._graph(self._decode) if self._graph else self._decode()
         else:
             logits = self._fresh[0][1].new_zeros(self.alive.numel(), self._fresh[0][1].shape[1])
         for slots, fresh in self._fresh:
