@@ -28,8 +28,7 @@ class Vision:
     The cache goes by the content of the image and is valid as long as the tower's weights stay as they are: rollouts,
     old and reference log-probs of one batch share one encoding. A frozen tower encodes each image by itself, so that its
     features depend on nothing else to the last bit: they serve training too, and the steps that follow. Changed weights
-    are noticed by the version counters that autograd keeps of every tensor; PyTorch's fused optimizers do not count, so
-    who steps one calls `clear_cache`.
+    are noticed by the version counters that autograd keeps of every tensor.
 
     Args:
         core: transformers' model of text and images, without the head.

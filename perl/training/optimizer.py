@@ -200,9 +200,8 @@ class Optimizer:
             if self._narrow:
                 masters = [self.masters[weight] for weight in self._narrow]
                 cast(Any, torch)._foreach_copy_(self._narrow, masters)
-        # Features that the rollouts and the log-probs shared are those of the old tower.
-        if vision.trained:
-            vision.clear_cache()
+        # Fused AdamW does not count its changes, by which the vision tower's cache knows that its features are old.
+        torch.autograd.graph.increment_version(self.masters)
         self.adamw.zero_grad(set_to_none=True)
         with span("sync"):
             return {**self._reduced(totals), "grad_norm": norm, "lr": lr}

@@ -77,6 +77,8 @@ class PolicyStep:
     def __call__(self, step: int, groups: Sequence[Group]) -> dict[str, float]:
         """Metrics of the step, means over its optimizer steps, and what packing saved in this process."""
         session, watch = self.session, self.session.components.watch
+        if self.reference:
+            self.reference.begin_step()
         # Every k-th group, so that each update sees the whole of the batch's data order.
         with watch("pack"):
             minibatches = [self._segments(groups[k :: self.updates]) for k in range(self.updates)]
@@ -137,7 +139,7 @@ class Reference:
 
     def __init__(self, session: Session) -> None:
         config, components = session.config, session.components
-        self.without_adapters = nullcontext
+        self.without_adapters, self.own_tower = nullcontext, False
         start = session.trained_before
         # Adapters start at zero, so without them the policy is what it started from: no second copy of the weights.
         if start is None and trains_adapters_alone(components.policy):
@@ -147,7 +149,8 @@ class Reference:
         device = components.accelerator.device
         policy = load_policy(path, replace(config.model, lora_rank=0), device)
         policy = policy.to(device).requires_grad_(False).eval()
-        if config.model.freeze_vision:
+        self.own_tower = not config.model.freeze_vision
+        if not self.own_tower:
             policy.share_tower(components.policy)
         self.head = HeadLoss(
             policy, components.processor.unsampled_token_ids(), config.rollout.temperature
@@ -157,6 +160,11 @@ class Reference:
         """float32 [N]: of the batch's scored tokens."""
         with self.without_adapters():
             return self.head.logprobs(batch).logprobs
+
+    def begin_step(self) -> None:
+        """Of a tower of its own; one that is shared with the policy has begun the step with it."""
+        if self.own_tower:
+            self.head.policy.vision.clear_cache()
 
 
 def segments_of(group: Group, condition: str) -> list[Segment]:

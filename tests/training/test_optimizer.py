@@ -163,6 +163,16 @@ def test_an_optimizer_takes_no_gradients_but_those_of_its_own_steps() -> None:
     assert policy.gain.grad is not None
 
 
+def test_a_weight_of_float32_is_its_own_master_and_adamw_is_fused_on_a_gpu() -> None:
+    policy = TwoTokens()
+    head = HeadLoss(policy, torch.empty(0, dtype=torch.long), 1.0)  # type: ignore[arg-type]
+    for kind, fused in (("cpu", None), ("cuda", True)):
+        policy.device = torch.device(kind)
+        optimizer = Optimizer(Accelerator(), head, Schedule(1.0, "constant", 0, 1), TrainConfig())
+        assert all(master is weight for weight, master in optimizer.masters.items())
+        assert optimizer.adamw.defaults["fused"] is fused
+
+
 def test_without_a_gradient_matrices_decay_and_vectors_stay() -> None:
     policy = TwoTokens(2.0, -1.0)
     optimizer_of(policy, weight_decay=0.5).step(0, [batch([([0, 1], 0.0)])], SUPERVISED)
@@ -178,9 +188,13 @@ def test_a_step_is_taken_in_training_mode() -> None:
     assert modes == [True, True]
 
 
-@pytest.mark.parametrize("advantage", [math.inf, math.nan])
-def test_a_gradient_that_is_not_finite_changes_nothing(advantage: float) -> None:
-    policy, other = TwoTokens(0.3, -0.2), TwoTokens(0.3, -0.2)
+@pytest.mark.parametrize(
+    ("advantage", "dtype"), [(math.inf, torch.float32), (math.nan, torch.bfloat16)]
+)
+def test_a_gradient_that_is_not_finite_changes_nothing(
+    advantage: float, dtype: torch.dtype
+) -> None:
+    policy, other = TwoTokens(0.3, -0.2).to(dtype), TwoTokens(0.3, -0.2).to(dtype)
     optimizer, unharmed = optimizer_of(policy), optimizer_of(other)
     with refused("optimizer step 8", "learning rate", "warm-up", "checkpoint"):
         optimizer.step(7, [batch([([1], advantage)])], SUPERVISED)
@@ -189,6 +203,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(advantage: float) -> None
     for each in (optimizer, unharmed):
         each.step(0, [batch(micro) for micro in STEPS[0]], SUPERVISED)
     assert weights_of(policy) == weights_of(other)
+    assert masters_of(optimizer) == masters_of(unharmed)
 
 
 def test_a_step_needs_one_token() -> None:
@@ -201,14 +216,18 @@ def test_a_step_needs_one_token() -> None:
     assert (found["tokens"], found["entropy"]) == (1, pytest.approx(math.log(2)))
 
 
-@pytest.mark.parametrize("trained", [True, False])
-def test_features_of_a_tower_that_changed_are_dropped(trained: bool) -> None:
-    policy = TwoTokens()
-    policy.vision.trained = trained
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_step_counts_as_a_change_of_the_weights(dtype: torch.dtype) -> None:
+    """The vision tower's cache goes by it; pixels on its device stay for the step's next update."""
+    policy = TwoTokens().to(dtype)
     optimizer = optimizer_of(policy)
+    for group in optimizer.adamw.param_groups:
+        group["fused"] = True
     for number in range(2):
+        before = [p._version for p in policy.parameters()]
         optimizer.step(number, [batch(STEPS[0][0])], SUPERVISED)
-    assert policy.vision.cleared == 2 * trained
+        assert all(p._version > v for p, v in zip(policy.parameters(), before, strict=True))
+    assert policy.vision.cleared == 0
 
 
 CLIPPED = PolicyLoss(aggregation="seq-mean-token-sum", kl="k2", kl_coef=0.5)
