@@ -116,6 +116,8 @@ def features(blank: Blank) -> Callable[..., list[float]]:
 def test_what_was_read_last_is_kept_longest(blank: Blank, features) -> None:
     one, two, three = image(1), image(2, tokens=2), image(3, tokens=2)
     assert features(one, two, one) == [1, 2, 2, 1]
+    kept = [t for each in features.vision._kept.values() for t in each.tensors]
+    assert [t.untyped_storage().nbytes() for t in kept] == [t.nbytes for t in kept] == [32, 64]
     features(one)
     # Five tokens: the two that were read longest ago go.
     assert features(three) == [3, 3]
@@ -136,6 +138,18 @@ def test_a_cache_that_suffices_or_is_off_says_nothing(
     for _ in range(2):
         assert features(image(2)) == [2]
     assert blank.encoded == ["4", "2", "2"] and not caplog.records
+
+
+def test_what_another_step_or_other_weights_encoded_says_nothing_of_the_cache(
+    blank: Blank, features, caplog: pytest.LogCaptureFixture
+) -> None:
+    features(image(1))
+    features.vision.clear_cache()
+    features(image(1))
+    with torch.no_grad():
+        blank.weight.weight += 1
+    features(image(1))
+    assert blank.encoded == ["1", "1", "1"] and not caplog.records
 
 
 def test_what_one_call_needs_is_joined_before_anything_goes(
