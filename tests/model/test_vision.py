@@ -117,7 +117,7 @@ def test_what_was_read_last_is_kept_longest(blank: Blank, features) -> None:
     one, two, three = image(1), image(2, tokens=2), image(3, tokens=2)
     assert features(one, two, one) == [1, 2, 2, 1]
     kept = [t for each in features.vision._kept.values() for t in each.tensors]
-    assert [t.untyped_storage().nbytes() for t in kept] == [t.nbytes for t in kept] == [32, 64]
+    assert [t.untyped_storage().nbytes() for t in kept] == [t.nbytes for t in kept] == [64, 32]
     features(one)
     # Five tokens: the two that were read longest ago go.
     assert features(three) == [3, 3]
