@@ -132,6 +132,7 @@ class HereWorker:
     """What reads ahead, in this process. `opened` has the rows that were read, each of 1,000 bytes."""
 
     opened: ClassVar[list[str]] = []
+    ended = False
 
     def __init__(self, encode: Any) -> None: ...
 

@@ -155,14 +155,18 @@ class ReadAhead:
     def _worker(self) -> Worker | None:
         """One that has nothing to do, or a new one; None if none can be had any more."""
         with suppress(Empty):
-            return self._idle.get_nowait()
+            while True:
+                worker = self._idle.get_nowait()
+                if not worker.ended:
+                    return worker
+                self._running.discard(worker)
         try:
             worker = Worker(self.encode)
         except (OSError, EOFError) as error:
             if not self._closed:
                 log.warning(
-                    "data.workers: a process that reads pictures ahead did not start (%s), so they are read in the run's own "
-                    "process from now on",
+                    "data.workers: a process that reads pictures ahead did not start (%s; it imports the script that runs, "
+                    "which needs if __name__ == '__main__'), so they are read in the run's own process from now on",
                     one_line(error) or type(error).__name__,
                 )
                 self.close()
@@ -212,6 +216,11 @@ class Worker:
             out.append(picture)
             nbytes += len(rgb) * 4 // 3  # Pillow gives a pixel four bytes.
         return Read(tuple(out), nbytes)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it, which has nothing to do, is not there any more: then its end of the connection is closed."""
+        return self._connection.poll()
 
     def kill(self, error: BaseException | None = None) -> str:
         """End it; how it ended, if it had by itself with this error."""

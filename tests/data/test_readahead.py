@@ -260,7 +260,7 @@ def test_workers(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Real ones: what they give is equal to the bit; one that dies or hangs is replaced, and the row named if it is the
-    row's fault; Ctrl-C is not for them; none is left."""
+    row's fault, which it is not if all die that have nothing to do; Ctrl-C is not for them; none is left."""
     monkeypatch.setenv("PERL_TEST_FLAG", str(tmp_path / "died"))
     data = rows(tmp_path, 12, _1=ONCE, _4=DEADLY, _7=SLOW, _9=0)
     readahead.warm_up(encode)
@@ -292,6 +292,13 @@ def test_workers(
     with refused("data.jsonl line 10", "data-9-0.png"):
         ahead.read(dataset, 9)
     assert ahead.read(dataset, 11).id == "data11"
+    for i in (2, 3):
+        ahead.upcoming = lambda i=i: iter([(dataset, i)])
+        assert ENCODED in vars(ahead.read(dataset, i).images[0])
+        assert len(caplog.records) == 5  # None of them for a worker that died while it was idle.
+        for worker in ahead._running:
+            os.kill(worker._process.pid, signal.SIGTERM)
+            worker._process.join(10)
     processes = [worker._process for worker in ahead._running]
     ahead.close()
     for process in processes:
