@@ -106,11 +106,13 @@ class InProcessEngine:
 
     def _stop(self, slots: Slots, stop: Sequence[str], steps: int) -> None:
         """Cut rows right behind the first of their last tokens with which one of the texts is there."""
-        for slot, going in enumerate(slots.going):
-            rows = slots.tokens(slot).tolist() if any(going) else []
-            for row in (row for row in range(len(rows)) if going[row]):
-                ids = [token for token in rows[row] if token >= 0]
-                for length in range(max(1, len(ids) - steps + 1), len(ids) + 1):
+        # One copy for all, which waits once.
+        tokens = slots.record[0].cpu().numpy()
+        for slot, (homes, going) in enumerate(zip(slots.homes, slots.going, strict=True)):
+            for row in (row for row, goes_on in enumerate(going) if goes_on):
+                ids = tokens[homes[row]]
+                count = int((ids >= 0).sum())
+                for length in range(max(1, count - steps + 1), count + 1):
                     if self._stops(ids[:length], stop):
                         slots.end(slot, row, length)
                         break
@@ -129,7 +131,7 @@ class InProcessEngine:
             out[number].append(Completion(ids, logprobs, self._finished(ids.tolist(), stop)))
         return out
 
-    def _stops(self, tokens: Sequence[int], stop: Sequence[str]) -> bool:
+    def _stops(self, tokens: Sequence[int] | np.ndarray, stop: Sequence[str]) -> bool:
         """Whether one of the texts stands in the last tokens."""
         # A token holds a byte of text at least; some more, as a tokenizer may strip what it begins with.
         longest = max(len(text.encode()) for text in stop) + 8

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.decode.counts import Tally
 from perl.rollout.decoding import attention, graph, slots
 from perl.rollout.decoding.attention import Span
 from perl.rollout.decoding.cache import slots_and_rows
@@ -237,6 +238,19 @@ def test_nothing_is_read_by_the_host_between_looks(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(engine, "sample", drawn)
     engine_of(SmallPolicy(), 64).generate(PROMPTS, SamplingParams(3, 0.7, 9, 0.9, 5), 1)
+
+
+def test_stop_texts_are_looked_for_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many slots there are."""
+    looks, waits = [], []
+    look = slots.Slots.look
+    monkeypatch.setattr(slots.Slots, "look", lambda self: looks.append(0) or look(self))
+    for stop in ((), ("z",)):
+        with Tally() as counted:
+            asked = SamplingParams(3, 0.0, 9, stop=stop)
+            engine_of(SmallPolicy(), looks=3).generate(PROMPTS, asked, 1)
+        waits.append(counted.waits.total())
+    assert waits[1] - waits[0] == len(looks) / 2 > 1
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ class Slots:
         self.ages = [0] * slots
         self.going = [[False] * rows for _ in range(slots)]
         self.homes = [[slot * rows + row for row in range(rows)] for slot in range(slots)]
-        self._blocks = list(self.homes)
+        self._first = [slot * rows for slot in range(slots)]
         self.record = self._new(2, slots * rows, max_new_tokens).int()
         self.alive = self._new(slots, rows).bool()
         self.token = self._new(slots * rows)
@@ -133,7 +133,8 @@ class Slots:
         for slot, job in zip(slots, jobs, strict=True):
             self.jobs[slot], self.ages[slot] = job, 0
             self.going[slot] = [row < job.count for row in range(len(rows))]
-            self.record[0, self.homes[slot]] = -1
+            first = self._first[slot]
+            self.record[0, first : first + len(rows)] = -1
 
     def logits(self) -> Tensor:
         """[S * R, V] for the next token of each row."""
@@ -166,10 +167,6 @@ class Slots:
         self.alive[slot, row] = False
         self.record[0, self.homes[slot][row], length:] = -1
 
-    def tokens(self, slot: int) -> Tensor:
-        """int32 [R, T], of the rows that are in the slot."""
-        return self.record[0, self.homes[slot]]
-
     def look(self) -> list[tuple[int, Tensor]]:
         """See which rows go on, which waits for the device, and free the slots where none does: numbers of their jobs
         and copies of their rows' records [2, count, T]."""
@@ -177,7 +174,8 @@ class Slots:
         ended = []
         for slot, job in enumerate(self.jobs):
             if job and (self.ages[slot] >= self.max_new_tokens or not any(self.going[slot])):
-                ended.append((job.number, self.record[:, self._blocks[slot][: job.count]]))
+                first = self._first[slot]
+                ended.append((job.number, self.record[:, first : first + job.count].clone()))
                 self.jobs[slot], self.going[slot] = None, [False] * len(self.going[slot])
         return ended
 
@@ -201,7 +199,7 @@ class Slots:
         )
         self.jobs = [self.jobs[slot] for slot in slots]
         self.ages = [self.ages[slot] for slot in slots]
-        self._blocks = [self._blocks[slot] for slot in slots]
+        self._first = [self._first[slot] for slot in slots]
         both = list(zip(slots, kept, strict=True))
         self.homes = [[self.homes[slot][row] for row in own] for slot, own in both]
         self.going = [[self.going[slot][row] for row in own] for slot, own in both]
