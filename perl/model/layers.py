@@ -27,7 +27,7 @@ _ROTARY = {
 }
 """Names of functions in transformers' model files, and of their replacements in Liger."""
 
-
+LIGER, COMPILED, STOCK = "Liger's kernels", "compiled", "transformers' own"
 Choice = Literal[True, False, "auto"]
 
 
@@ -59,13 +59,10 @@ def choose_layers(liger: Choice, compiled: Choice, device: torch.device) -> tupl
     no_liger = _without_liger() if liger else "model.liger is off"
     if not no_liger:
         return True, False, f"{LIGER} (liger-kernel is installed and a GPU is there)"
-    if compiled and _compiler("CXX", "g++", "clang++", "c++"):
+    if compiled and _compiler(*_CXX):
         return False, True, f"{COMPILED} ({no_liger})"
     no_compiled = "there is no C++ compiler" if compiled else "model.compile is off"
     return False, False, f"{STOCK} ({no_liger}; {no_compiled})"
-
-
-LIGER, COMPILED, STOCK = "Liger's kernels", "compiled", "transformers' own"
 
 
 def _without_liger() -> str:
@@ -73,6 +70,9 @@ def _without_liger() -> str:
     if importlib.util.find_spec("liger_kernel") is None:
         return "liger-kernel is not installed"
     return "" if _compiler("CC", "gcc", "clang") else "there is no C compiler for Triton"
+
+
+_CXX = ("CXX", "g++", "clang++", "c++")
 
 
 def _compiler(variable: str, *names: str) -> bool:
@@ -85,7 +85,7 @@ def check_compiler() -> None:
     Raises:
         UserError: there is no C++ compiler.
     """
-    if not _compiler("CXX", "g++", "clang++", "c++"):
+    if not _compiler(*_CXX):
         raise UserError(
             "model.compile needs a C++ compiler (g++ or clang++ in the PATH): install one, or leave it off"
         )

@@ -171,6 +171,27 @@ def test_logprobs_and_gradients_equal_one_sequence_at_a_time(
     assert gradient < 1e-6 and compared > 40
 
 
+def test_weights_in_bfloat16_are_trained_and_sampled_from(load, llava: Path) -> None:
+    exact, processor = load()
+    half = replace(CONFIG, dtype="bfloat16", lora_rank=2)
+    policy = load_policy(str(llava), half, CPU)
+    assert {p.dtype for p in policy.parameters()} == {torch.bfloat16}
+    segments = segments_of(processor)
+    [batch, *_] = policy.pack(segments, 10_000, share=True)
+    ours, truth = (
+        HeadLoss(p, processor.unsampled_token_ids(), 1.0).logprobs(batch).logprobs
+        for p in (policy, exact)
+    )
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), truth, rtol=0, atol=0.01)
+    policy(batch).square().sum().backward()
+    assert sum(p.grad is not None for p in policy.parameters()) > 20
+    completions = make_engine(policy, processor, 1000).generate(
+        [s.prompt for s in segments], SamplingParams(2, 1.0, 3), seed=0
+    )
+    assert all(len(c.token_ids) for each in completions for c in each)
+
+
 @pytest.mark.parametrize(
     ("budget", "expected"),
     [
