@@ -345,6 +345,13 @@ def test_what_has_ended_is_let_go_of_when_that_halves_the_rows(decoded: list[int
     assert decoded == []
 
 
+def test_a_slot_is_free_when_its_own_completions_have_ended(decoded: list[int]) -> None:
+    """One slot of two rows: two completions of a prompt, then the third beside a row of nothing."""
+    out = generate(SmallPolicy(), SamplingParams(3, 0.7, 9), kv_cache_tokens=5 + 2 * 9)
+    lengths = [[len(c.token_ids) for c in completions] for completions in out]
+    assert len(decoded) == sum(max(own[:2]) + own[2] - 2 for own in lengths) < 4 * 2 * 8
+
+
 @pytest.mark.parametrize(
     ("sampled", "shape", "homes"),
     [
