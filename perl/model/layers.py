@@ -56,20 +56,16 @@ def choose_layers(liger: Choice, compiled: Choice, device: torch.device) -> tupl
         return False, False, f"{STOCK} (model.liger and model.compile are off)"
     if device.type != "cuda":
         return False, False, f"{STOCK} (no GPU)"
-    no_liger = _without_liger() if liger else "model.liger is off"
-    if not no_liger:
+    if not _compiler("CC", "gcc", "clang"):  # Compiled layers run Triton's kernels too.
+        return False, False, f"{STOCK} (there is no C compiler for Triton)"
+    installed = importlib.util.find_spec("liger_kernel") is not None
+    if liger and installed:
         return True, False, f"{LIGER} (liger-kernel is installed and a GPU is there)"
+    no_liger = "liger-kernel is not installed" if liger else "model.liger is off"
     if compiled and _compiler(*_CXX):
         return False, True, f"{COMPILED} ({no_liger})"
     no_compiled = "there is no C++ compiler" if compiled else "model.compile is off"
     return False, False, f"{STOCK} ({no_liger}; {no_compiled})"
-
-
-def _without_liger() -> str:
-    """Why Liger's kernels cannot run on a GPU here; empty if they can."""
-    if importlib.util.find_spec("liger_kernel") is None:
-        return "liger-kernel is not installed"
-    return "" if _compiler("CC", "gcc", "clang") else "there is no C compiler for Triton"
 
 
 _CXX = ("CXX", "g++", "clang++", "c++")

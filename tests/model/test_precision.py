@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from perl.config import TrainConfig
+from perl.config import Config, ModelConfig, RunConfig, TrainConfig
+from perl.files import RunFolder
 from perl.model.head import SUPERVISED, HeadLoss
 from perl.model.loading import load_policy, load_processor
 from perl.model.packed.pack import pack_row
@@ -23,11 +24,13 @@ from perl.model.policy import Policy
 from perl.model.processor import Processor
 from perl.model.tiny import TINY_MODELS
 from perl.model.vision import StepFeatures
+from perl.recipe import plan
 from perl.rollout.engine import InProcessEngine, SamplingParams
+from perl.training.components import build
 from perl.training.optimizer import Optimizer, Schedule
 from perl.types import Segment
 from tests.model.conftest import CONFIG
-from tests.model.steps import segments_of, stock_inputs, stock_model
+from tests.model.steps import picture, segments_of, stock_inputs, stock_model
 from tests.training.two_tokens import Accelerator
 
 every = pytest.mark.parametrize("name", TINY_MODELS)
@@ -179,6 +182,15 @@ def test_dtypes_are_those_of_the_table(name: str, half) -> None:
     assert completions[0].logprobs.dtype == "float32"
     assert seen.pop("else", None) is None
     assert {row: {dtype} for row, dtype in table().items()} == dict(seen)
+
+
+def test_a_run_makes_pixels_in_the_dtype_of_its_model(tiny_folder, tmp_path: Path) -> None:
+    model = ModelConfig(path=str(tiny_folder("tiny-qwen2.5-vl")), dtype="bfloat16")
+    config = Config(run=RunConfig(trackers=()), model=model)
+    parts = build(config, plan(config)[0], RunFolder(tmp_path))
+    [dtype] = {p.dtype for p in parts.policy.parameters()}
+    assert parts.processor.encode_image(picture(28, 28, 1)).pixel_values.dtype == dtype
+    assert dtype == torch.bfloat16
 
 
 @every

@@ -44,6 +44,8 @@ def checkpoint_of(policy: Policy, run: Path, **model: Any) -> Path:
 def weights_of(path: Path, **model: Any) -> dict[str, torch.Tensor]:
     policy = load_policy(str(path), ModelConfig(path=str(path), **model), CPU)
     assert all(p.requires_grad for p in policy.parameters())
+    # The run's own share of layers is not the reader's.
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in policy.modules())
     return policy.state_dict()
 
 
