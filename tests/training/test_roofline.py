@@ -388,6 +388,7 @@ def test_what_cannot_be_planned_is_one_line(error_of: ErrorOf, tmp_path: Path) -
         error_of("plan", "default", "--model.path", "no/where"), "model.path", "no/where", *CONFIGS
     )
     tells(error_of("plan", "demo", "--model.dtype", "float32"), "model.dtype", "float32", "auto")
+    tells(error_of("plan", "demo", "--gpus", "0"), "--gpus 0", "1")
     tells(error_of("plan", "demo", "--gpus", "5"), "--gpus", "5", "train.examples_per_step", "12")
     tells(error_of("plan", "demo", "--run", tmp_path), "--run", tmp_path, "metrics.jsonl")
     tells(

@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 
 from perl.config import Command, Config, Count, NotNegative, Positive
 from perl.files import RunFolder, read_rows, write_json
-from perl.recipe import DEFAULT_RECIPE, plan
+from perl.recipe import DEFAULT_RECIPE, check_options, plan
 from perl.types import UserError
 
 
@@ -52,6 +52,7 @@ class PlanSteps(Command):
         from perl.training.roofline.model import model_facts
         from perl.training.roofline.step import Shape, StepWork
 
+        check_options(self)
         device = device_named(self.steps_of, self.tflops, self.tb_per_s, self.gb)
         stages = [stage.config for stage in plan(self.config) if stage.kind == "rl"]
         if not stages:
@@ -120,7 +121,7 @@ def _assumptions(work: Any) -> Iterator[str]:
     yield (
         f"decoding: {work.slots[0]} slots of {work.slots[1]} completions within rollout.kv_cache_tokens, filled "
         f"{work.rounds} times; a prompt's keys and values are read once a step; the host waits every {step.STEPS_A_WAIT} "
-        "steps; no CUDA graphs"
+        "steps; each operation is launched, as without CUDA graphs"
     )
     yield "weights, keys, values and activations in bfloat16; masters, moments and gradients in fp32"
     yield (

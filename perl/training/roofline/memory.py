@@ -92,7 +92,7 @@ def advice(work: StepWork, device: Device, kept: dict[str, Bytes]) -> list[str]:
         change = f"lower {key}"
         if part == "update" and work.checkpointed < 1:
             change = "raise model.gradient_checkpointing to 1"
-        if most == "gradients":
+        if most == "gradients" and not config.model.lora_rank:
             change = "set model.lora_rank = 64"
         found.append(
             f"the {part} takes {_gb(peak)} of {_gb(device.memory)}, {_gb(kept[part][most])} of them {most}: {change}"
