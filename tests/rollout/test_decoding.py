@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -88,6 +88,34 @@ def test_attention_to_a_span(
     torch.testing.assert_close(lse, of_all.view(3, 2, 3), rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype", "problem", "takes_spans", "name", "captured"),
+    [
+        ((8, 0), torch.bfloat16, "", True, "flash_attention_2", True),
+        ((9, 0), torch.float16, "none", True, "varlen", True),
+        ((9, 0), torch.bfloat16, "none", False, "plain", False),
+        ((9, 0), torch.float32, "", True, "plain", False),
+        ((7, 5), torch.float16, "", True, "plain", False),
+    ],
+)
+def test_which_kernel_serves(
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    problem: str,
+    takes_spans: bool,
+    name: str,
+    captured: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(attention, "flash_attn_problem", lambda: problem)
+    monkeypatch.setattr(attention, "varlen_serves", lambda: takes_spans)
+    device = torch.device("cuda")
+    chosen = attention.choose(device, dtype)
+    assert chosen is getattr(attention, name)
+    assert slots.may_be_captured(device, chosen) == captured
+
+
 class Watched(TorchDispatchMode):
     """What an operator reads that none before it has written: where it is in memory. The host reads nothing."""
 
@@ -141,8 +169,13 @@ class FakeGraph:
 
 
 class FakeStream:
+    waited: ClassVar[list[tuple[str, str]]] = []
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
     def wait_stream(self, other: FakeStream) -> None:
-        pass
+        self.waited.append((self.name, other.name))
 
 
 @pytest.fixture
@@ -169,8 +202,9 @@ def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
         out, lse = dense(q.flatten(1, 2), k, v, span.lengths, scale)
         return out.view(q.shape), lse.view(q.shape[:3])
 
-    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: FakeStream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: FakeStream("main"))
+    monkeypatch.setattr(FakeStream, "waited", [])
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
@@ -189,6 +223,7 @@ def test_a_captured_step_finds_everything_where_it_was(
     replayed = engine_of(SmallPolicy(), tokens).generate(*asked)
     assert sum(g.replays for g in fake_graphs) > 12
     assert tokens == 400 or len(fake_graphs) > 1
+    assert FakeStream.waited == [("side", "main"), ("main", "side")] * len(fake_graphs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slots, "may_be_captured", lambda *_: False)
         eager = engine_of(SmallPolicy(), tokens).generate(*asked)

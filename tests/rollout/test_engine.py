@@ -191,6 +191,16 @@ def test_samples_have_the_log_probs_of_their_sequence(tokens: int, read: list[in
     assert sum(policy.read) == sum(read) and (tokens == 64 or policy.read == read)
 
 
+def test_prompts_are_read_in_rows_of_so_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 5, 4, 3 and 1."""
+    policy, params = SmallPolicy(), SamplingParams(1, 0.0, 4)
+    together = ids_of(generate(policy, params))
+    for most, read in ((8, [5, 8]), (7, [5, 7, 1]), (4, [5, 4, 4])):
+        monkeypatch.setattr(slots_module, "PREFILL_TOKENS", most)
+        policy.read.clear()
+        assert (ids_of(generate(policy, params)), policy.read) == (together, read)
+
+
 def test_the_most_likely_token_at_temperature_zero() -> None:
     out = generate(SmallPolicy(), SamplingParams(1, 0.0, 6))
     for asked, (completion,) in zip(PROMPTS, out, strict=True):
