@@ -29,16 +29,12 @@ class Step:
 
     def __init__(self, policy: Policy, cache: KVCache, attend: Attend, rotations: Tensor) -> None:
         self.decoder: Any = policy.core.language_model
-        self.lm_head, self.cache, self.attend, self.rotations = (
-            *(policy.base.lm_head, cache, attend),
-            rotations,
-        )
+        self.lm_head = policy.base.lm_head
+        self.cache, self.attend, self.rotations = cache, attend, rotations
         slots, kv_heads, _, rows, new, head = cache.shape
         attention = self.decoder.layers[0].self_attn
-        self.scale, self.group = (
-            attention.scaling,
-            attention.q_proj.out_features // (kv_heads * head),
-        )
+        self.scale = attention.scaling
+        self.group = attention.q_proj.out_features // (kv_heads * head)
         like = cache.completions[0]
         # Buffers of all layers: what is written to them need not be copied to another order.
         self.merged = like.new_empty(slots, rows, kv_heads, self.group, head)
