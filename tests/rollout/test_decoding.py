@@ -171,7 +171,7 @@ class FakeGraph:
 class FakeStream:
     waited: ClassVar[list[tuple[str, str]]] = []
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str = "side") -> None:
         self.name = name
 
     def wait_stream(self, other: FakeStream) -> None:
@@ -202,7 +202,7 @@ def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
         out, lse = dense(q.flatten(1, 2), k, v, span.lengths, scale)
         return out.view(q.shape), lse.view(q.shape[:3])
 
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: FakeStream("side"))
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: FakeStream("main"))
     monkeypatch.setattr(FakeStream, "waited", [])
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
