@@ -6,6 +6,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,25 @@ def test_updates_that_differ_though_they_must_not_are_wrong(
     monkeypatch.setattr(trainer, "_backward", unsteady)
     trainer.repeat(bench)
     assert ["wrong" in line for line in bench.lines] == [True, False]
+
+
+def test_decoding_that_waits_in_every_step_is_wrong(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What prefill waits does not count, nor what else is warned of."""
+    wait = UserWarning("called a synchronizing CUDA operation")
+    for said, wrong in (([2, 9], "1.00 waits"), ([9, 9], None)):
+        found = iter(said)
+        monkeypatch.setattr(
+            trainer,
+            "_waits",
+            lambda _, found=found: nullcontext(
+                [Namespace(message=wait)] * next(found) + [Namespace(message="old")]
+            ),
+        )
+        trainer.decode(bench)
+        line = bench.lines.pop()
+        assert wrong == (line.get("wrong") and line["wrong"].removesuffix(" a step"))
 
 
 def test_a_folder_of_true_size_is_one_that_is_trained(tmp_path: Path) -> None:
