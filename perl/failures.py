@@ -32,7 +32,7 @@ def explain(error: BaseException) -> str | None:
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not to be imported here
         return (
             "out of GPU memory: lower train.tokens_per_micro_batch or rollout.kv_cache_tokens, or set "
-            "model.gradient_checkpointing"
+            "model.gradient_checkpointing; perl-rl resume takes all three"
         )
     return None
 

@@ -46,6 +46,7 @@ def load_policy(folder: str, config: ModelConfig, device: torch.device) -> Polic
     if family is None:
         return _padded_policy(load_weights(layers, None, dtype), folder, config)
     name, reason = check_kernels(config, device)
+    _say_once(logging.INFO, f"weights: {str(dtype).removeprefix('torch.')}")
     _say_once(logging.INFO, f"attention: {name} ({reason})")
     model = load_weights(layers, family, dtype)
     core = cast(Any, model).model

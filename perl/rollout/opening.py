@@ -94,10 +94,12 @@ def engine_and_encoder(config: Config) -> tuple[Any, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     policy = load_policy(config.model.path, replace(config.model, lora_rank=0), device).to(device)
     processor = load_processor(config.model.path, config.model)
-    limit = replace(
-        PromptLimit.to_generate(config),
-        advice="raise it with --max-prompt-tokens, or leave such examples out with --overlong drop",
-    )
+    limit = PromptLimit.to_generate(config)
+    if limit.tokens == config.data.max_prompt_tokens:
+        advice = (
+            "raise it with --max-prompt-tokens, or leave such examples out with --overlong drop"
+        )
+        limit = replace(limit, advice=advice)
     encoder = PromptEncoder(
         processor, limit, config.data.overlong, Instruction.of(config), config.data.control_tokens
     )

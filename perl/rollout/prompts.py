@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from perl.config import Config
@@ -27,21 +27,27 @@ class PromptLimit:
 
     @classmethod
     def to_generate(cls, config: Config) -> PromptLimit:
-        """`data.max_prompt_tokens`."""
-        wanted = config.data.max_prompt_tokens
-        return cls(wanted, f"data.max_prompt_tokens = {wanted}")
+        """`data.max_prompt_tokens`, or what the cache leaves beside the longest completion if it is less."""
+        return cls._least(config, {"rollout.kv_cache_tokens": config.rollout.kv_cache_tokens})
 
     @classmethod
     def to_train(cls, config: Config) -> PromptLimit:
         """That, or what a micro-batch leaves beside the longest completion if it is less."""
-        budget, completion = config.train.tokens_per_micro_batch, config.rollout.max_new_tokens
-        if budget - completion < config.data.max_prompt_tokens:
-            name = (
-                f"the {budget - completion} that train.tokens_per_micro_batch = {budget} "
-                f"leaves beside rollout.max_new_tokens = {completion}"
-            )
-            return cls(budget - completion, name)
-        return cls.to_generate(config)
+        budgets = {
+            "rollout.kv_cache_tokens": config.rollout.kv_cache_tokens,
+            "train.tokens_per_micro_batch": config.train.tokens_per_micro_batch,
+        }
+        return cls._least(config, budgets)
+
+    @classmethod
+    def _least(cls, config: Config, budgets: Mapping[str, int]) -> PromptLimit:
+        completion, wanted = config.rollout.max_new_tokens, config.data.max_prompt_tokens
+        key = min(budgets, key=lambda key: budgets[key])
+        left = budgets[key] - completion
+        if left >= wanted:
+            return cls(wanted, f"data.max_prompt_tokens = {wanted}")
+        name = f"the {left} that {key} = {budgets[key]} leaves beside rollout.max_new_tokens = {completion}"
+        return cls(left, name)
 
 
 class PromptEncoder:

@@ -195,7 +195,7 @@ def check_setup(config: Config) -> Processor | None:
     check_push(config.run.push_to_hub)
     check_deterministic(config, torch.cuda.is_available())
     for stage in plan(config):
-        _check_stage(stage)
+        check_stage(stage)
     if config.model.path not in TINY_MODELS:
         packed = check_model(config.model.path) is not None
         processor = load_processor(config.model.path, config.model)
@@ -217,17 +217,22 @@ def check_deterministic(config: Config, cuda: bool) -> None:
         )
 
 
-def _check_stage(stage: Stage) -> None:
+def check_stage(stage: Stage) -> None:
+    """Raise UserError for settings of a stage that exclude each other."""
     config = stage.config
     if stage.kind == "filter":
         parse_histogram(config.resample.histogram)
         return
-    budget, completion = config.train.tokens_per_micro_batch, config.rollout.max_new_tokens
-    if config.train.steps and budget <= completion:
-        raise UserError(
-            f"train.tokens_per_micro_batch = {budget} leaves no room for a prompt beside "
-            f"rollout.max_new_tokens = {completion}; raise the first or lower the second"
-        )
+    completion = config.rollout.max_new_tokens
+    for key, budget in (
+        ("train.tokens_per_micro_batch", config.train.tokens_per_micro_batch),
+        ("rollout.kv_cache_tokens", config.rollout.kv_cache_tokens),
+    ):
+        if config.train.steps and budget <= completion:
+            raise UserError(
+                f"{key} = {budget} leaves no room for a prompt beside "
+                f"rollout.max_new_tokens = {completion}; raise the first or lower the second"
+            )
     if stage.kind == "rl":
         _check_best(config)
     Schedule(1.0, config.train.schedule, 0, 1)

@@ -6,12 +6,13 @@ import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, Suppress, arg
 
-from perl.config import Command, Config, Count
+from perl.config import Command, Config, Count, Positive, Share
 from perl.failures import explain, summed_up
 from perl.files import RunFolder, is_main_process
 from perl.lock import locked, refuse_if_running
@@ -53,7 +54,8 @@ class Train(Command):
     overwrite: bool = False
     """Replace the run folder if it is there."""
     resume: bool = False
-    """Go on in the run folder if it is there, with the settings that it began with; --train.steps alone may change."""
+    """Go on in the run folder if it is there, with the settings that it began with, but for those that `perl-rl resume`
+    takes."""
     given: Annotated[frozenset[str], Suppress] = frozenset()
     """The keys that the command line names."""
 
@@ -78,7 +80,8 @@ class Train(Command):
             on_main_process(partial(folder.check_new, self.overwrite))
         config = with_steps(config)
         if goes_on:
-            _resume(folder, config, config.train.steps if "train.steps" in self.given else None)
+            anew = {key: attrgetter(key)(config) for key in ANEW if key in self.given}
+            _resume(folder, anew, config)
             return
         if self.overwrite:
             on_main_process(partial(check_kept, self.config, self.recipe, folder.root))
@@ -95,22 +98,42 @@ class Train(Command):
                     folder.settle()
 
 
-@dataclass(frozen=True)
-class Steps:
-    """What a run may be given anew."""
+@dataclass(frozen=True, kw_only=True)
+class TrainAnew:
+    """What a run may be given anew; empty: as before."""
 
     steps: Count | None = None
-    """Steps of its last RL stage in all, also of a run that has finished; empty: as many as before."""
+    """Steps of its last RL stage in all, also of a run that has finished."""
+    tokens_per_micro_batch: Positive | None = None
+    """Most tokens of one packed row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutAnew:
+    """What takes another share of memory; empty: as before."""
+
+    kv_cache_tokens: Positive | None = None
+    """Most tokens whose keys and values are kept at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelAnew:
+    """What takes another share of memory; empty: as before."""
+
+    gradient_checkpointing: Share | None = None
+    """Share of the layers whose activations are computed again."""
 
 
 @dataclass(frozen=True)
 class Resume(Command):
     """Go on with a run that was stopped or killed, from its newest whole checkpoint; or, with more --train.steps, with
-    one that has finished."""
+    one that has finished. One that memory did not suffice for may be given sizes that take less."""
 
     run: Positional[Path] = Path()
     """The run folder."""
-    train: Steps = field(default_factory=Steps)
+    train: TrainAnew = field(default_factory=TrainAnew)
+    rollout: RolloutAnew = field(default_factory=RolloutAnew)
+    model: ModelAnew = field(default_factory=ModelAnew)
 
     def execute(self) -> None:
         folder = RunFolder(self.run)
@@ -118,7 +141,9 @@ class Resume(Command):
             raise UserError(
                 f"{self.run} is no run folder: it has no config.toml; start one with perl-rl train"
             )
-        _resume(folder, steps=self.train.steps)
+        _resume(
+            folder, {key: value for key in ANEW if (value := attrgetter(key)(self)) is not None}
+        )
 
 
 @dataclass(frozen=True)
@@ -166,35 +191,48 @@ class Doctor(Command):
             sys.exit(1)
 
 
-def _resume(folder: RunFolder, asked: Config | None = None, steps: int | None = None) -> None:
+ANEW = (
+    "train.steps",
+    "train.tokens_per_micro_batch",
+    "rollout.kv_cache_tokens",
+    "model.gradient_checkpointing",
+)
+"""Keys that a run may be given anew."""
+
+
+def _resume(folder: RunFolder, anew: dict[str, Any], asked: Config | None = None) -> None:
+    """Go on with a run; `anew` has values by keys of `ANEW`."""
     from perl.distributed import on_main_process
 
     with ExitStack() as held:
         on_main_process(lambda: held.enter_context(locked(folder.root)))
-        if steps is not None:
-            on_main_process(partial(_extend, folder, steps))
+        on_main_process(partial(_change, folder, anew))
         try:
-            _go(_stored(folder, asked, steps), folder, resume=True)
+            _go(_stored(folder, asked, "train.steps" in anew), folder, resume=True)
         finally:
             # What a run replaced that was killed lies aside until now.
             if is_main_process() and folder.has_begun():
                 folder.settle()
 
 
-def _extend(folder: RunFolder, steps: int) -> None:
-    from perl.training.saving.extend import extend
+def _change(folder: RunFolder, anew: dict[str, Any]) -> None:
+    from perl.training.saving.extend import extend, resize
 
-    for line in extend(folder, steps):
+    sizes = {key: value for key, value in anew.items() if key != "train.steps"}
+    lines = resize(folder, sizes)
+    if "train.steps" in anew:
+        lines += extend(folder, anew["train.steps"])
+    for line in lines:
         print(line, file=sys.stderr)
 
 
-def _stored(folder: RunFolder, asked: Config | None = None, steps: int | None = None) -> Config:
+def _stored(folder: RunFolder, asked: Config | None, extended: bool) -> Config:
     """The settings of a run that is there; says so where others were asked for."""
     config = read_config(folder.config)
-    if asked and steps is not None:
+    config = replace(config, run=replace(config.run, dir=str(folder.root)))
+    if asked and extended:
         train = replace(asked.train, steps=config.train.steps)
         asked = replace(asked, train=train, stages=config.stages)
-    config = replace(config, run=replace(config.run, dir=str(folder.root)))
     ignored = differences(config, with_absolute_paths(asked)) if asked else []
     if ignored and is_main_process():
         print(f"going on with {folder.config}; not used: {', '.join(ignored)}", file=sys.stderr)

@@ -149,7 +149,7 @@ def test_engine_and_encoder_are_those_of_the_settings(monkeypatch: pytest.Monkey
     config = Config(
         model=ModelConfig(path="m", lora_rank=8, max_pixels=999),
         data=DataConfig(max_prompt_tokens=77, overlong="drop", instruction="box", system="S"),
-        rollout=RolloutConfig(kv_cache_tokens=5),
+        rollout=RolloutConfig(kv_cache_tokens=700),
     )
     loaded: list[Any] = []
 
@@ -162,10 +162,14 @@ def test_engine_and_encoder_are_those_of_the_settings(monkeypatch: pytest.Monkey
     monkeypatch.setattr("perl.rollout.padded.make_engine", lambda *parts: parts)
     (policy, processor, tokens), encoder = engine_and_encoder(config)
     assert loaded == [("m", replace(config.model, lora_rank=0)), ("m", config.model)]
-    assert (policy, tokens, encoder.processor) == ("policy", 5, processor)
+    assert (policy, tokens, encoder.processor) == ("policy", 700, processor)
     assert (encoder.limit.tokens, encoder.overlong) == (77, "drop")
     assert (encoder.instruction.name, encoder.instruction.system) == ("box", "S")
     tells(encoder.limit.advice, "--max-prompt-tokens", "--overlong drop")
+    less = replace(config, rollout=RolloutConfig(kv_cache_tokens=588))
+    _, encoder = engine_and_encoder(less)
+    assert encoder.limit.tokens == 588 - 512
+    assert "--max-prompt-tokens" not in encoder.limit.advice
 
 
 def test_a_fingerprint_changes_with_the_weights(tmp_path: Path) -> None:

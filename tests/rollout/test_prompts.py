@@ -42,6 +42,19 @@ def test_prompt_and_completion_fit_a_micro_batch(
     assert PromptLimit.to_generate(config).tokens == prompt
 
 
+@pytest.mark.parametrize(("cache", "to_generate", "to_train"), [(1000, 100, 80), (975, 75, 75)])
+def test_prompt_and_completion_fit_the_cache(cache: int, to_generate: int, to_train: int) -> None:
+    config = Config(
+        data=DataConfig(max_prompt_tokens=100),
+        train=TrainConfig(tokens_per_micro_batch=980),
+        rollout=RolloutConfig(max_new_tokens=900, kv_cache_tokens=cache),
+    )
+    limits = [PromptLimit.to_generate(config), PromptLimit.to_train(config)]
+    assert [limit.tokens for limit in limits] == [to_generate, to_train]
+    if cache == 975:
+        tells(limits[0].name, 75, "rollout.kv_cache_tokens = 975", "rollout.max_new_tokens = 900")
+
+
 def test_a_prompt_of_just_so_many_tokens_fits(caplog: pytest.LogCaptureFixture) -> None:
     encoder = PromptEncoder(Words(), PromptLimit(5, "key = 5"), "drop")  # type: ignore[arg-type]
     fits = variants("q1", 5, 4)

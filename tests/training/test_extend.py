@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from perl.config import Config
 from perl.files import RunFolder
 from perl.recipe import plan, read_config, save_config
-from perl.training.saving.extend import extend
+from perl.training.saving.extend import extend, resize
 from tests.command_line import ALTERNATING, metrics, rewarded, run, untimed
 from tests.messages import refused, tells
 from tests.training.two_tokens import config_of, saved, train_in
@@ -117,6 +117,29 @@ def test_what_cannot_be(
     assert (saved(root), (root / "config.toml").read_text()) == before
 
 
+def test_sizes_change_in_every_stage_and_seed_and_nothing_else_does(
+    tmp_path: Path, two_tokens: None
+) -> None:
+    """A row of 9 tokens takes one of the batch's completions where one of 4096 takes all."""
+    own = "train = { steps = 1, tokens_per_micro_batch = 4000 }"
+    stages = f"[[stages]]\nname = 'a'\nkind = 'rl'\n{own}\n[[stages]]\nname = 'b'\nkind = 'rl'"
+    root = trained(tmp_path, config_of(tmp_path, f"run.seeds = [0, 3]\ntrain.steps = 1\n{stages}"))
+    sizes = {"train.tokens_per_micro_batch": 900, "rollout.kv_cache_tokens": 1400}
+    (first, second) = resize(RunFolder(root), sizes)
+    tells(first, "train.tokens_per_micro_batch = 900")
+    tells(second, "rollout.kv_cache_tokens = 1400")
+    for folder in (root, root / "seed-0", root / "seed-3"):
+        a, b = plan(read_config(folder / "config.toml"))
+        for stage, steps in ((a, 1), (b, 1)):
+            train = stage.config.train
+            assert (train.steps, train.tokens_per_micro_batch) == (steps, 900)
+            assert stage.config.rollout.kv_cache_tokens == 1400
+    before = (root / "config.toml").read_text()
+    with refused("rollout.kv_cache_tokens = 1", "rollout.max_new_tokens"):
+        resize(RunFolder(root), {"rollout.kv_cache_tokens": 1})
+    assert (root / "config.toml").read_text() == before
+
+
 def test_every_seed_gets_them(tmp_path: Path, two_tokens: None) -> None:
     root = trained(tmp_path, config_of(tmp_path, "run.seeds = [0, 3]\ntrain.steps = 1"))
     extend(RunFolder(root), 2)
@@ -132,17 +155,22 @@ def test_by_the_command_line(
     root = short_recipe.parent / "run"
     train = ("train", short_recipe, *rewarded(root.parent, ALTERNATING))
     assert run(*train, "--train.steps", 1) == 0
-    assert run("resume", root, "--train.steps", 2) == 0
-    tells(capsys.readouterr().err, "rl", 1, 2)
+    sizes = ("--rollout.kv-cache-tokens", 5000, "--model.gradient-checkpointing", 0.5)
+    assert run("resume", root, "--train.steps", 2, *sizes) == 0
+    tells(capsys.readouterr().err, "rl", 1, 2, "rollout.kv_cache_tokens = 5000")
+    config = read_config(root / "config.toml")
+    assert config.rollout.kv_cache_tokens == 5000
+    assert config.model.gradient_checkpointing == 0.5
     # What the recipe says was not asked for.
     text = short_recipe.read_text().replace("steps = ", "steps = 7")
     short_recipe.write_text(text)
     assert run(*train, "--resume") == 0
     tells(capsys.readouterr().err, "train.steps")
-    assert run(*train, "--resume", "--train.steps=3", "--train.lr", 1) == 0
+    assert run(*train, "--resume", "--train.steps=3", "--train.lr", 1, *sizes[:1], 6000) == 0
     said = capsys.readouterr().err
     tells(said, "train.lr")
     assert "train.steps," not in said
+    assert read_config(root / "config.toml").rollout.kv_cache_tokens == 6000
     assert [row["step"] for row in metrics(root, "rl")] == [1, 2, 3]
     for more in ("--train.steps", "--train.lr"):
         assert run("resume", root, more, 1) == 2

@@ -1,12 +1,16 @@
-"""More steps for a run that is there, or fewer: `--train.steps` beside `perl-rl resume RUN` or `perl-rl train --resume`."""
+"""Other settings for a run that is there, given to `perl-rl resume RUN` or `perl-rl train --resume`: more steps or fewer, and
+sizes that take another share of memory."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from perl.config import Config
 from perl.files import RunFolder
 from perl.recipe import Stage, check_config, plan, read_config, save_config
+from perl.training.checks import check_stage
 from perl.training.optimizer import Schedule
 from perl.training.saving.checkpoint import CheckpointManager, Progress, write_progress
 from perl.types import UserError
@@ -49,6 +53,40 @@ def extend(folder: RunFolder, steps: int) -> list[str]:
         if one.config.exists():
             save_config(_with_steps(read_config(one.config), steps), one.config)
     return _said(plan(changed)[-1], last, taken)
+
+
+def resize(folder: RunFolder, sizes: Mapping[str, Any]) -> list[str]:
+    """Give a run other sizes of what it computes together, by keys as `train.tokens_per_micro_batch`, in all of its stages.
+
+    Returns:
+        What there is to say about it.
+
+    Raises:
+        UserError: a value that cannot be.
+    """
+    config = read_config(folder.config)
+    changed = _with_sizes(config, sizes)
+    check_config(changed)
+    for stage in plan(changed):
+        check_stage(stage)
+    for root in [folder.root, *(folder.root / f"seed-{seed}" for seed in config.run.seeds)]:
+        if (one := RunFolder(root).config).exists():
+            save_config(_with_sizes(read_config(one), sizes), one)
+    return [f"{key} = {value} from here on: equal but for rounding" for key, value in sizes.items()]
+
+
+def _with_sizes(config: Config, sizes: Mapping[str, Any]) -> Config:
+    for key, value in sizes.items():
+        section, name = key.split(".")
+        own = replace(getattr(config, section), **{name: value})
+        stages = [
+            replace(s, set={**s.set, section: {**s.set[section], name: value}})
+            if name in s.set.get(section, {})
+            else s
+            for s in config.stages
+        ]
+        config = replace(config, **{section: own}, stages=tuple(stages))
+    return config
 
 
 def _taken(progress: Progress, last: Stage) -> int:
