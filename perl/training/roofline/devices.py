@@ -1,4 +1,4 @@
-"""What GPUs can do, by their makers."""
+"""What GPUs can do, by their makers, and the memory that nvidia-smi shows of them."""
 
 from __future__ import annotations
 
@@ -18,20 +18,23 @@ class Device:
     bandwidth: float
     """Bytes of its own memory."""
     memory: float
-    """Bytes."""
+    """Bytes, as nvidia-smi counts them: more than the name says."""
     link: float
     """Bytes."""
     source: str
 
 
+MIB = 2.0**20
 DEVICES = (
-    Device("B200", 2250e12, 7.7e12, 180e9, 900e9, "NVIDIA HGX B200 datasheet, an eighth"),
-    Device("H200", 989e12, 4.8e12, 141e9, 450e9, "NVIDIA H200 datasheet, SXM"),
-    Device("H100", 989e12, 3.35e12, 80e9, 450e9, "NVIDIA H100 datasheet, SXM"),
-    Device("A100-80", 312e12, 2.039e12, 80e9, 300e9, "NVIDIA A100 datasheet, SXM 80 GB"),
-    Device("A100-40", 312e12, 1.555e12, 40e9, 300e9, "NVIDIA A100 datasheet, SXM 40 GB"),
-    Device("L40S", 362e12, 0.864e12, 48e9, 32e9, "NVIDIA L40S datasheet; PCIe 4.0 x16"),
-    Device("RTX 4090", 165.2e12, 1.008e12, 24e9, 32e9, "NVIDIA Ada whitepaper; PCIe 4.0 x16"),
+    Device("B200", 2250e12, 7.7e12, 183359 * MIB, 900e9, "NVIDIA HGX B200 datasheet, an eighth"),
+    Device("H200", 989e12, 4.8e12, 143771 * MIB, 450e9, "NVIDIA H200 datasheet, SXM"),
+    Device("H100", 989e12, 3.35e12, 81559 * MIB, 450e9, "NVIDIA H100 datasheet, SXM"),
+    Device("A100-80", 312e12, 2.039e12, 81920 * MIB, 300e9, "NVIDIA A100 datasheet, SXM 80 GB"),
+    Device("A100-40", 312e12, 1.555e12, 40960 * MIB, 300e9, "NVIDIA A100 datasheet, SXM 40 GB"),
+    Device("L40S", 362e12, 0.864e12, 46068 * MIB, 32e9, "NVIDIA L40S datasheet; PCIe 4.0 x16"),
+    Device(
+        "RTX 4090", 165.2e12, 1.008e12, 24564 * MIB, 32e9, "NVIDIA Ada whitepaper; PCIe 4.0 x16"
+    ),
 )
 
 

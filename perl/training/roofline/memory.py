@@ -69,8 +69,8 @@ def memory(work: StepWork, device: Device) -> dict[str, Bytes]:
 
 
 def advice(work: StepWork, device: Device, kept: dict[str, Bytes]) -> list[str]:
-    """What does not fit, and which key to change."""
-    found, config = [], work.config
+    """Whether it fits; if not, which key to change."""
+    found, config, largest = [], work.config, 0.0
     always = sum(kept["always"].values())
     if always > device.memory:
         model = config.model
@@ -86,6 +86,7 @@ def advice(work: StepWork, device: Device, kept: dict[str, Bytes]) -> list[str]:
         ("update", "train.tokens_per_micro_batch"),
     ):
         peak = always + sum(kept[part].values())
+        largest = max(largest, peak)
         if peak <= device.memory:
             continue
         most = max(kept[part], key=lambda name: kept[part][name])
@@ -97,6 +98,8 @@ def advice(work: StepWork, device: Device, kept: dict[str, Bytes]) -> list[str]:
         found.append(
             f"the {part} takes {_gb(peak)} of {_gb(device.memory)}, {_gb(kept[part][most])} of them {most}: {change}"
         )
+    if not found:
+        found.append(f"it fits: {_gb(largest)} of {_gb(device.memory)} at most")
     features = kept["always"]["image features"]
     if features >= config.model.feature_cache_mb * 2**20:
         found.append(
@@ -107,4 +110,4 @@ def advice(work: StepWork, device: Device, kept: dict[str, Bytes]) -> list[str]:
 
 
 def _gb(n: float) -> str:
-    return f"{n / 1e9:.0f} GB"
+    return f"{n / 1e9:.1f} GB"
