@@ -22,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -185,9 +186,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--output",
         type=Path,
-        default=ROOT / "benchmarks" / "results",
         metavar="DIR",
-        help="default: benchmarks/results",
+        help="default: benchmarks/results, of a dry run a folder for temporary files",
     )
     add("--wheels", type=Path, metavar="DIR", help="of peers, as `make bench-wheels` collects them")
     add(
@@ -217,7 +217,9 @@ def run(given: argparse.Namespace) -> int:
         PARTS[given.parts[0]](bench)
         return int(any("wrong" in line for line in bench.lines))
     about = {"commit": commit(), "date": date.today().isoformat(), "machine": machine(device)}
-    folder = device_folder(given.output, about["machine"]) / "first"
+    own = Path(tempfile.gettempdir()) / "perl-gpu-first"
+    output = given.output or (own if given.dry_run else ROOT / "benchmarks" / "results")
+    folder = device_folder(output, about["machine"]) / "first"
     folder.mkdir(parents=True, exist_ok=True)
     outcomes = {name: _part(name, given, folder, about) for name in given.parts or ALL}
     print("; ".join(f"{name}: {outcome}" for name, outcome in outcomes.items()))
