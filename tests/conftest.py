@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch.utils._device import _device_constructors
 
 # Read when Triton is imported, hence also before everything else: without a GPU its kernels are
 # interpreted, and `backend="triton"` works on CPU tensors.
@@ -37,6 +38,10 @@ hypothesis.settings.register_profile("perl", deadline=None, derandomize="CI" in 
 hypothesis.settings.load_profile("perl")
 
 torch.set_num_threads(min(torch.get_num_threads(), 8))
+
+# `with torch.device("meta")` keeps a list of what makes tensors when it is first used: before torch.empty is replaced, or
+# weights that are to take no memory would take all of it.
+_device_constructors()
 
 
 def pytest_configure() -> None:

@@ -42,7 +42,7 @@ SIDE = {"tiny-qwen2.5-vl": 84, "tiny-qwen3-vl": 96, "tiny-internvl": 28}
 
 @pytest.fixture(autouse=True)
 def _uninitialised_is_nan() -> None:
-    """Not here: a torch.empty that is not PyTorch's own would make the weights of models that are to have none."""
+    """Not here: what filling takes would be counted as a step's."""
 
 
 def with_keys(config: Config, **sections: dict[str, Any]) -> Config:
