@@ -134,7 +134,9 @@ def test_sizes_change_in_every_stage_and_seed_and_nothing_else_does(
             train = stage.config.train
             assert (train.steps, train.tokens_per_micro_batch) == (steps, 900)
             assert stage.config.rollout.kv_cache_tokens == 1400
-    before = (root / "config.toml").read_text()
+    before = (root / "config.toml").read_text() + "# a note\n"
+    (root / "config.toml").write_text(before)
+    assert resize(RunFolder(root), {}) == []
     with refused("rollout.kv_cache_tokens = 1", "rollout.max_new_tokens"):
         resize(RunFolder(root), {"rollout.kv_cache_tokens": 1})
     assert (root / "config.toml").read_text() == before

@@ -64,6 +64,8 @@ def resize(folder: RunFolder, sizes: Mapping[str, Any]) -> list[str]:
     Raises:
         UserError: a value that cannot be.
     """
+    if not sizes:
+        return []
     config = read_config(folder.config)
     changed = _with_sizes(config, sizes)
     check_config(changed)
