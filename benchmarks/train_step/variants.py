@@ -184,7 +184,7 @@ class _StockModel:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.head_weight = model.lm_head.weight
-        self.device = self.head_weight.device
+        self.device, self.dtype = self.head_weight.device, self.head_weight.dtype
 
     def __call__(self, batch: _Padded, features: None) -> torch.Tensor:
         def put(tensor: torch.Tensor) -> torch.Tensor:

@@ -88,7 +88,8 @@ class HeadLoss:
     def __init__(self, policy: Policy, banned: torch.Tensor, temperature: float) -> None:
         self.policy = policy
         self.temperature = temperature
-        self.bias = policy.head_weight.new_zeros(policy.head_weight.shape[0])
+        vocabulary = policy.head_weight.shape[0]
+        self.bias = torch.zeros(vocabulary, dtype=policy.dtype, device=policy.device)
         # The loss divides by the temperature after it has added the bias.
         self.bias[banned.to(policy.device)] = _BANNED_LOGIT * max(1.0, temperature)
 

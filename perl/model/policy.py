@@ -15,6 +15,7 @@ from perl.model.families import Family, ImageFeatures
 from perl.model.packed.gather import gather_rows
 from perl.model.packed.layout import PackedLayout
 from perl.model.packed.pack import pack
+from perl.model.sharding import Sharding
 from perl.model.vision import Vision
 from perl.types import PackedBatch, Segment
 
@@ -57,7 +58,13 @@ class Policy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.head_weight.device
+        """That is computed on."""
+        return self.sharding.device if self.sharding else self.head_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That is computed in."""
+        return self.sharding.dtype if self.sharding else self.head_weight.dtype
 
     @property
     def head_weight(self) -> torch.Tensor:
@@ -71,6 +78,8 @@ class Policy(nn.Module):
 
     shares_prompts = True
     """Whether completions can share their prompt."""
+    sharding: Sharding | None = None
+    """How the weights are spread over processes; None: each has all of them."""
 
     def share_tower(self, other: Policy) -> None:
         """Read another policy's image features, whose tower has equal weights, and let go of the own tower."""

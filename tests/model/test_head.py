@@ -120,7 +120,7 @@ class TwoStates(nn.Module):
     """A policy whose hidden state is (1, 0), (0, 1), (1, 0), ... for the scored tokens of a batch, halved where it
     drops out; a head over four tokens."""
 
-    device = torch.device("cpu")
+    device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self) -> None:
         super().__init__()

@@ -61,6 +61,10 @@ class TwoTokens(nn.Module):
         self.vision.images_encoded += 1
         return self.gain.expand(batch.num_scored, 1)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head_weight.dtype
+
     def logprobs(self) -> torch.Tensor:
         """float32 [2]: of each token."""
         return (self.head_weight[:, 0] * self.gain).log_softmax(0).detach()
