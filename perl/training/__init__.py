@@ -6,7 +6,7 @@ cold_start.py, filter_stage.py, measure.py   the other kinds of stages, and the 
 session.py     gives a stage its steps, records and saves them, goes on after a kill
 components.py  model, engine, collector and loss of a stage; checks.py what is looked at before a run begins
 optimizer.py   AdamW over micro-batches and processes, the learning rate
-balancing.py   groups shared out so that no process waits long for another
+parallel/      how the processes of a run share its work
 saving/        checkpoints, model folders, the hub; summary.py what a run comes to
 commands.py    `perl-rl train`, `resume`, `report`, `config`, `doctor`; profile.py and doctor.py what they say
 

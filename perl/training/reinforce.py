@@ -20,9 +20,9 @@ from perl.model.weights import trains_adapters_alone
 from perl.recipe import Stage
 from perl.report.metrics import mean
 from perl.rollout.collect import Collected
-from perl.training.balancing import ModelFlops, share_out
 from perl.training.measure import measure
 from perl.training.optimizer import Schedule
+from perl.training.parallel.balancing import ModelFlops, share_out
 from perl.training.saving.export import save_model
 from perl.training.session import Session
 from perl.types import Group, PackedBatch, Segment

@@ -2,7 +2,7 @@
 
 import pytest
 
-from perl.training.balancing import ModelFlops
+from perl.training.parallel.balancing import ModelFlops
 from tests.training.two_tokens import Parts, Together, stand_in
 
 

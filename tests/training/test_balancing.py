@@ -14,7 +14,7 @@ from PIL import Image
 from perl.config import ModelConfig
 from perl.distributed import Processes
 from perl.model.loading import load_policy, load_processor
-from perl.training.balancing import ModelFlops, Work, balance, share_out
+from perl.training.parallel.balancing import ModelFlops, Work, balance, share_out
 from perl.types import EncodedImage, EncodedPrompt, Segment
 from tests.training.two_tokens import Accelerator, Together
 

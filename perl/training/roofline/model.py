@@ -12,7 +12,7 @@ from perl.files import offline_if_unreachable
 from perl.model.families import family_of
 from perl.model.sources import layers_of
 from perl.model.tiny import TINY_MODELS
-from perl.training.balancing import ModelFlops
+from perl.training.parallel.balancing import ModelFlops
 from perl.types import UserError
 
 

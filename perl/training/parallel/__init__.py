@@ -1,0 +1,4 @@
+"""How the processes of a run share its work.
+
+balancing.py  what groups cost, and which process trains on which
+"""
