@@ -97,7 +97,7 @@ def metrics(folder: Path, stage: str | None = None) -> list[dict[str, Any]]:
 
 def untimed(folder: Path) -> list[dict[str, Any]]:
     """The same rows without what differs from run to run."""
-    timing = ("time/", "throughput/", "memory/")
+    timing = ("time/", "throughput/", "memory/", "mfu/")
     return [{k: v for k, v in r.items() if not k.startswith(timing)} for r in metrics(folder)]
 
 

@@ -106,7 +106,7 @@ def _perl_step(
                 gradients[name] = gradient.to("cpu", copy=True)
 
     step.optimizer.adamw.register_step_pre_hook(copy)
-    return step(0, groups), gradients
+    return step(0, groups).agreed, gradients
 
 
 def _with_completions(groups: list[Group], seen: Seen, length: int) -> list[Group]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -41,8 +41,8 @@ class Vision:
         self.weights: list[nn.Parameter] = [
             p for module in family.tower(core) for p in module.parameters()
         ]
-        self.images_encoded = 0
-        """How many images went through the tower so far."""
+        self.encoded: Counter[int] = Counter()
+        """How many images of so many visual tokens went through the tower so far."""
         self._kept: OrderedDict[str, ImageFeatures] = OrderedDict()
         self._bytes = 0
         self._made_with: object = None
@@ -55,10 +55,15 @@ class Vision:
     def trained(self) -> bool:
         return any(p.requires_grad for p in self.weights)
 
+    @property
+    def images_encoded(self) -> int:
+        """How many images went through the tower so far."""
+        return self.encoded.total()
+
     def encode(self, images: Sequence[EncodedImage]) -> ImageFeatures:
         """Run the tower once over these images, of which there is at least one: [K, H], K their visual tokens together,
         in their order."""
-        self.images_encoded += len(images)
+        self.encoded.update(image.tokens for image in images)
         with span("vision"):
             return self.family.encode(self.core, [self._there(image) for image in images])
 

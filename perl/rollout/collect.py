@@ -14,7 +14,6 @@ from perl.data.streams import Drawn
 from perl.distributed import Processes
 from perl.permutation import Order, is_permuted, orders, permute, rate_at, released_orders, shares
 from perl.recipe import Stage
-from perl.report.metrics import mean
 from perl.rewards.columns import TrainerState
 from perl.rewards.scorer import Scorer
 from perl.rollout.advantages import advantages_of, group_mean, group_weight
@@ -62,8 +61,8 @@ class Collected:
     """How many steps ago each of the groups that waited was sampled."""
     faults: dict[str, int] = field(default_factory=dict)
     """Rollouts that a reward function failed on, by its name."""
-    logged: dict[str, float] = field(default_factory=dict)
-    """Means of the metrics that reward functions logged, by name."""
+    logged: dict[str, list[float]] = field(default_factory=dict)
+    """The metrics that reward functions logged, by name."""
     counts: dict[str, int] = field(default_factory=dict)
     """Groups by what the filter found them to be."""
 
@@ -163,7 +162,7 @@ class Collector:
             dropped=dropped,
             ages=[step - group.step for group in waited],
             faults=dict(self.scorer.faults),
-            logged={name: mean(values) for name, values in self.scorer.metrics.items()},
+            logged=dict(self.scorer.metrics),
             counts=self.filter.counts,
         )
 

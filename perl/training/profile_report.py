@@ -25,9 +25,8 @@ def figures(timed: Sequence[Step], traced: Sequence[Step], config: Config) -> di
     names = [k for k, value in timed[0]["metrics"].items() if number(value) is not None]
     metrics = {name: mean(step["metrics"].get(name) for step in timed) for name in names}
     seconds = mean(step["seconds"] for step in timed)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    # A cold start counts the tokens that are trained on, those of all processes.
-    trained = metrics.get("tokens", 0.0) / processes / seconds
+    # A cold start counts the tokens that are trained on.
+    trained = metrics.get("tokens", 0.0) / seconds
     return {
         "stage": config.stages[0].name,
         "seconds_per_step": seconds,
@@ -44,7 +43,7 @@ def figures(timed: Sequence[Step], traced: Sequence[Step], config: Config) -> di
         "traced_steps": traced,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "threads": torch.get_num_threads(),
-        "processes": processes,
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "versions": versions(),
     }
 
@@ -136,7 +135,7 @@ def print_report(out: dict[str, Any], recipe: str) -> None:
         peak += f", {out['peak_device_bytes'] / 2**30:.2f} GiB of the device"
     print(f"timed: {seconds} s; {out['tokens_per_second']:.0f} tokens/s; peak memory {peak}")
     if out["processes"] > 1:
-        print(f"figures of the first of {out['processes']} processes")
+        print(f"times and memory of the first of {out['processes']} processes; tokens of all")
     for step in out["traced_steps"]:
         parts = ", ".join(out["traced_in_part"])
         only = f"; of {parts} only the first passes (--forwards)" if parts else ""

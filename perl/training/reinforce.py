@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -15,11 +15,12 @@ from perl.evaluation.agreement import Reading, group_agreement
 from perl.evaluation.evaluate import answer_reading
 from perl.model.head import HeadLoss, make_policy_loss, needs_reference
 from perl.model.loading import load_policy
-from perl.model.packed.pack import packing_report
+from perl.model.packed.pack import packing_counts
 from perl.model.weights import trains_adapters_alone
 from perl.recipe import Stage
 from perl.report.metrics import mean
 from perl.rollout.collect import Collected
+from perl.training.accounting import StepFlops, Tally, add, rolled_out, row_of
 from perl.training.measure import measure
 from perl.training.optimizer import Schedule
 from perl.training.parallel.balancing import ModelFlops, share_out
@@ -39,17 +40,18 @@ def reinforce(session: Session, stage: Stage) -> None:
     if not session.progress.ended:
         _measure_if_due(session, session.progress.step - 1)
         session.end_step(session.progress.step - 1)
+    peak = policy_step.flops.peak(components.accelerator.device)
     for step in session.steps():
         started, encoded = time.perf_counter(), vision.images_encoded
+        policy_step.flops.begin_step()
         collected = components.collector.collect(session.source, session.processes, step)
-        row = group_metrics(collected, reading) | policy_step(step, collected.groups)
-        row["time/step"] = time.perf_counter() - started
-        row["throughput/tokens_per_second"] = (
-            row["tokens/prompt"] + row["tokens/completion"]
-        ) / row["time/step"]
-        row["throughput/images_encoded"] = vision.images_encoded - encoded
-        shown = {"reward": row["reward/mean"], "tokens/s": row["throughput/tokens_per_second"]}
-        session.record_step(step, row, shown)
+        flops = policy_step.flops("rollout", rolled_out(collected.seen))
+        tally = group_tally(collected, reading) | policy_step(step, collected.groups)
+        tally.sums |= flops | {"throughput/images_encoded": vision.images_encoded - encoded}
+        tally.largest |= components.watch.lap()
+        tally.largest["time/step"] = time.perf_counter() - started
+        row = row_of(session.processes.gather([tally]), peak)
+        session.record_step(step, row, _shown(row, components.accelerator.device))
         _keep_rollouts(session, step, collected)
         # An evaluation belongs to its step: a run that goes on from the step's checkpoint does not repeat it.
         _measure_if_due(session, step)
@@ -73,9 +75,13 @@ class PolicyStep:
             Schedule(config.train.lr, config.train.schedule, config.train.warmup_steps, steps)
         )
         self.reference = Reference(session) if needs_reference(self.loss) else None
+        policy = session.components.policy
+        self.flops = StepFlops(policy, config.train.share_prompts)
+        if self.reference and self.reference.own_tower:
+            self.flops.towers.append(self.reference.head.policy.vision)
 
-    def __call__(self, step: int, groups: Sequence[Group]) -> dict[str, float]:
-        """Metrics of the step, means over its optimizer steps, and what packing saved in this process."""
+    def __call__(self, step: int, groups: Sequence[Group]) -> Tally:
+        """Metrics of the step, means over its optimizer steps; FLOPs, and what packing saved in this process."""
         session, watch = self.session, self.session.components.watch
         if self.reference:
             self.reference.begin_step()
@@ -87,21 +93,25 @@ class PolicyStep:
         with watch("logprobs"):
             old = [self._old_logprobs(batches) for batches in packed]
             ref = [self.reference and [self.reference(b) for b in batches] for batches in packed]
-        report = packing_report(
-            [batch for batches in packed for batch in batches],
-            [segment for segments in minibatches for segment in segments],
-            session.config.train.tokens_per_micro_batch,
-        )
+        segments = [segment for own in minibatches for segment in own]
+        again = [s for own, found in zip(minibatches, old, strict=True) if found for s in own]
+        flops = self.flops("logprobs", map(self.flops.met, again))
+        if self.reference:
+            met = map(self.flops.met, segments)
+            add(flops, self.flops("logprobs", met, adapters=False))
         rows = []
         with watch("update"):
             for k, batches in enumerate(packed):
                 number = step * self.updates + k
                 row = self.optimizer.step(number, batches, self.loss, old[k], ref[k])
                 rows += [row] if row else []
+        flops |= self.flops("update", map(self.flops.met, segments), gradients=True)
+        budget = session.config.train.tokens_per_micro_batch
+        packing = packing_counts([b for batches in packed for b in batches], segments, budget)
         means = {name: mean([row[name] for row in rows]) for name in (rows[0] if rows else ())}
         if session.config.permutation.condition == "original":
             means.pop("rollout_kl", None)  # The engine read other prompts.
-        return means | {f"packing/{name}": value for name, value in report.items()}
+        return Tally(means, flops | {f"packing/{name}": n for name, n in packing.items()})
 
     def _segments(self, groups: Sequence[Group]) -> list[Segment]:
         """What this process trains on of all processes' groups."""
@@ -192,24 +202,25 @@ def segments_of(group: Group, condition: str) -> list[Segment]:
     ]
 
 
-def group_metrics(collected: Collected, reading: Reading | None) -> dict[str, float]:
+def group_tally(collected: Collected, reading: Reading | None) -> Tally:
     """What this process's rollouts of a step were like, the dropped groups included; no consistency without a reader."""
-    seen, counts = collected.seen, collected.counts
+    seen, counts, tally = collected.seen, collected.counts, Tally()
     rollouts = [r for g in seen for r in g.rollouts]
-    names = dict.fromkeys(name for g in seen for name in g.reward_parts)
-    return {
-        "reward/mean": mean([r for g in seen for r in g.rewards]),
-        **{
-            f"reward/{name}": mean([r for g in seen for r in g.reward_parts.get(name, ())])
-            for name in names
-        },
+    tally.average("reward/mean", (r for g in seen for r in g.rewards))
+    for name in dict.fromkeys(name for g in seen for name in g.reward_parts):
+        values = (r for g in seen for r in g.reward_parts.get(name, ()))
+        tally.average(f"reward/{name}", values)
+    for name, values in collected.logged.items():
+        tally.average(f"logged/{name}", values)
+    if reading:
+        tally.average("consistency", (group_agreement(g, reading) for g in seen))
+    tally.average("permutation/orders", (len(g.variants) for g in seen))
+    tally.average("length/mean", (len(r.token_ids) for r in rollouts))
+    tally.average("length/truncated", (not r.finished for r in rollouts))
+    tally.average("groups/age", collected.ages)
+    tally.agreed |= {"permutation/rate": collected.rate, "groups/tries": collected.tries}
+    tally.sums |= {
         **{f"reward/faults/{name}": n for name, n in collected.faults.items()},
-        **{f"logged/{name}": value for name, value in collected.logged.items()},
-        **({"consistency": mean([group_agreement(g, reading) for g in seen])} if reading else {}),
-        "permutation/rate": collected.rate,
-        "permutation/orders": mean([len(g.variants) for g in seen]),
-        "length/mean": mean([len(r.token_ids) for r in rollouts]),
-        "length/truncated": mean([not r.finished for r in rollouts]),
         "groups/seen": len(seen),
         **{
             f"groups/{name}": counts[name]
@@ -218,14 +229,13 @@ def group_metrics(collected: Collected, reading: Reading | None) -> dict[str, fl
         "groups/overflow": collected.overflow,
         "groups/reused": len(collected.ages),
         "groups/replayed": collected.replayed,
-        "groups/age": mean(collected.ages),
         "groups/short": collected.short,
-        "groups/tries": collected.tries,
         "prompts/dropped": collected.dropped,
         "tokens/prompt": sum(len(r.prompt.input_ids) for r in rollouts),
         "tokens/completion": sum(len(r.token_ids) for r in rollouts),
         "images/shown": sum(len(r.prompt.images) for r in rollouts),
     }
+    return tally
 
 
 def _keep_rollouts(session: Session, step: int, collected: Collected) -> None:
@@ -242,3 +252,13 @@ def _measure_if_due(session: Session, step: int) -> None:
     if config.eval.every and (step + 1) % config.eval.every == 0 and step + 1 < config.train.steps:
         measure(session, "step", session.first_step + step + 1)
         session.show_stage(step + 1)
+
+
+def _shown(row: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """Behind the progress bar; a CPU's MFU says nothing."""
+    shown = {"reward": row["reward/mean"], "s/step": row["time/step"]}
+    per_gpu = row["throughput/tokens_per_second_per_gpu"]
+    if device.type != "cuda":
+        return shown | {"tokens/s": row["throughput/tokens_per_second"]}
+    mfu = {"MFU": row["mfu/step"]} if "mfu/step" in row else {}
+    return shown | {"tokens/s/GPU": per_gpu} | mfu

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perl.model.packed.pack import pack, pack_row, packing_report
+from perl.model.packed.pack import pack, pack_row, packing_counts, packing_report
 from perl.model.packed.plan import Load, Share, plan
 from perl.types import EncodedImage, EncodedPrompt, PackedBatch, Segment
 
@@ -302,11 +302,12 @@ def test_the_report() -> None:
         segment(prompt(7, cat, dog), [1, 2], [3, 4]),
         segment(prompt(7, dog, cat), [1, 2], [3, 4]),
     ]
-    assert packing_report(pack(segments, 28), segments, 28) == {
+    alone = packing_counts(pack(segments, 28), segments, 28)
+    assert packing_report(alone) == {
         **{"rows": 1, "tokens": 28, "images": 2, "fill": 1.0},
         **{"token_sharing": 48 / 28, "image_sharing": 4.0},
     }
-    repeated = packing_report(pack(segments, 28, share=False), segments, 28)
+    repeated = packing_report(packing_counts(pack(segments, 28, share=False), segments, 28))
     assert repeated.items() >= {"rows": 2, "token_sharing": 1.0, "fill": 48 / 56}.items()
-    nothing = packing_report(pack([], 28), [], 28)
+    nothing = packing_report(packing_counts([], [], 28))
     assert nothing.items() >= {"fill": 0.0, "token_sharing": 1.0, "image_sharing": 1.0}.items()

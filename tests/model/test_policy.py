@@ -63,7 +63,7 @@ def test_logprobs_and_gradients_equal_one_sequence_at_a_time(
     assert tower and tower < names
     for budget, share in rows:
         policy.zero_grad()
-        policy.vision.images_encoded = 0
+        policy.vision.encoded.clear()
         batches = policy.pack(segments, budget, share)
         assert (len(batches) > 1) == (budget < 1000)
         assert furthest_value(step_of(policy, batches), expected) < 1e-12

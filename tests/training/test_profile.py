@@ -301,12 +301,12 @@ def test_a_range_without_an_end_shifts_no_other(caplog: pytest.LogCaptureFixture
     assert "the end of loss.backward was not seen" in caplog.text
 
 
-def test_work_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_those_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     clock = clock_of(0, 1, 1)
     clock.enter("update")
     clock.leave("update")
-    assert figures([step_of(clock)], [], COLD_START)["tokens_per_second"] == 10
+    assert figures([step_of(clock)], [], COLD_START)["tokens_per_second"] == 20
 
 
 @pytest.mark.slow
@@ -314,7 +314,7 @@ def test_each_process_leaves_a_trace(short_recipe: Path) -> None:
     folder = short_recipe.parent / "profile"
     done = finish(spawn_two("profile", short_recipe, "--output", folder, "--steps", "1"))
     assert [code for code, _ in done] == [0, 0], done
-    assert "figures of the first of 2 processes" in done[0][1]
+    assert "times and memory of the first of 2 processes; tokens of all" in done[0][1]
     # The other one says nothing but what is logged.
     assert all(line.startswith("perl") for line in done[1][1].splitlines())
     traces = {"trace-0.json.gz", "trace-1.json.gz"}

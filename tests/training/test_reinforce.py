@@ -18,7 +18,7 @@ from perl.model.packed.pack import pack_row
 from perl.permutation import permute
 from perl.rollout.collect import Collected
 from perl.training.checks import check_setup
-from perl.training.reinforce import PolicyStep, group_metrics, old_logprobs, segments_of
+from perl.training.reinforce import PolicyStep, group_tally, old_logprobs, segments_of
 from perl.types import EncodedPrompt, Example, Group, Rollout
 from tests.command_line import json_lines, metrics
 from tests.messages import refused
@@ -141,7 +141,8 @@ def test_updates_share_a_batch_out_and_compare_with_the_policy_that_sampled(
     )
     start = torch.zeros(2).log_softmax(0)
     for number in range(2):
-        found = step(number, groups)
+        tally = step(number, groups)
+        found = tally.agreed
         present = (head * gain / 2).log_softmax(0).detach()
         rows = []
         for k in range(updates):
@@ -183,7 +184,8 @@ def test_updates_share_a_batch_out_and_compare_with_the_policy_that_sampled(
         assert policy.head_weight.flatten().tolist() == pytest.approx(head.tolist(), rel=1e-4)
         assert policy.gain.tolist() == pytest.approx(gain.tolist(), rel=1e-4)
     # Each prompt stands in the row once, with ten tokens behind both: 2 + 3 + 10 of a group instead of 2 * 5 + 10.
-    assert found["packing/token_sharing"] == pytest.approx(20 / 15)
+    assert tally.sums["packing/tokens"] == 5 * 15
+    assert tally.sums["packing/unshared_tokens"] == 5 * 20
 
 
 def test_the_original_prompt_is_the_first_order_s_also_where_that_has_one_rollout() -> None:
@@ -251,25 +253,29 @@ def test_what_a_step_s_rollouts_were_like() -> None:
         dropped=12,
         ages=[1, 4],
         faults={"own": 13},
+        logged={"own": [2.0, math.nan, 3.0]},
         counts=counts,
     )
-    assert group_metrics(collected, Reading()) == {
-        "reward/mean": pytest.approx(5 / 7),
-        "reward/own": pytest.approx(5 / 14),
+    tally = group_tally(collected, Reading())
+    assert tally.agreed == {"permutation/rate": 0.25, "groups/tries": 11}
+    assert tally.means == {
+        "reward/mean": (5.0, 7),
+        "reward/own": (2.5, 7),
+        "logged/own": (5.0, 2),
+        "consistency": (0.0, 2),
+        "permutation/orders": (4.0, 2),
+        "length/mean": (20.0, 8),
+        "length/truncated": (2.0, 8),
+        "groups/age": (5.0, 2),
+    }
+    assert tally.sums == {
         "reward/faults/own": 13,
-        "consistency": 0.0,
-        "permutation/rate": 0.25,
-        "permutation/orders": 2.0,
-        "length/mean": 2.5,
-        "length/truncated": 0.25,
         "groups/seen": 2,
         **{f"groups/{name}": count for name, count in counts.items()},
         "groups/overflow": 9,
         "groups/reused": 2,
         "groups/replayed": 8,
-        "groups/age": 2.5,
         "groups/short": 10,
-        "groups/tries": 11,
         "prompts/dropped": 12,
         "tokens/prompt": 2 * (2 + 2 + 3 + 3),
         "tokens/completion": 2 * (1 + 2 + 3 + 4),

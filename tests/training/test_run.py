@@ -376,9 +376,18 @@ def test_two_processes_take_every_step_together(
         assert mine == pytest.approx(its, rel=1e-5)
     assert rows[3]["filter/measured"] == 6 and rows[4]["examples"] == 2
     rl = [r for r in rows if r["stage"] == "rl"]
-    # The main process draws one of the two questions of each try.
-    assert [r["groups/seen"] for r in rl] == [r["groups/tries"] for r in rl]
-    assert [r["groups/replayed"] for r in rl] == [0] * 4 + [1] * 3
+    # Each process draws one of the two questions of each try.
+    assert [r["groups/seen"] for r in rl] == [2 * r["groups/tries"] for r in rl]
+    assert [r["groups/replayed"] for r in rl] == [0] * 4 + [2] * 3
+    for r in rl:
+        # Prompts are sampled from twice and read once.
+        read = r["tokens/prompt"] / 2 + r["tokens/completion"]
+        assert r["flops/rollout/language"] == 2 * 10 * read
+        assert r["flops/rollout/head"] == 2 * 5 * r["tokens/completion"]
+        assert r["flops/update/language"] == 3 * 2 * 10 * r["packing/tokens"]
+    logprobs = [r["flops/logprobs/language"] / (2 * 10 * r["packing/tokens"]) for r in rl]
+    # Of old policies and of the reference; of the reference alone where one update follows the rollouts, until some are replayed.
+    assert logprobs == [2, 2, 2, 1, 2, 2, 2]
     measured = [json_lines(folder / "filtered" / f"sift.accuracies-{k}.jsonl") for k in (0, 1)]
     assert [[row["index"] for row in own] for own in measured] == [[0, 2, 4], [1, 3, 5]]
     # Both sample, and never the same.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import tomllib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -33,6 +33,8 @@ from perl.report.progress import Display
 from perl.rollout.engine import Completion, SamplingParams
 from perl.timing import Stopwatch
 from perl.training.components import Components
+from perl.training.parallel.balancing import ModelFlops
+from perl.training.roofline.model import ModelFacts
 from perl.training.session import Session
 from perl.training.train import train
 from perl.types import EncodedImage, EncodedPrompt, Example, Message, PackedBatch, Segment, Variant
@@ -52,6 +54,7 @@ class TwoTokens(nn.Module):
         self.gain = nn.Parameter(torch.ones(1))
         # Every pass counts as an image.
         self.vision = SimpleNamespace(trained=False, encode=None, images_encoded=0, cleared=0)
+        self.vision.encoded = Counter()
         self.vision.clear_cache = self._clear
 
     def _clear(self) -> None:
@@ -304,10 +307,22 @@ def config_of(folder: Path, more: str = "") -> Config:
     return load_recipe(str(folder / "recipe.toml"))
 
 
+SIZES: dict[str, Any] = {
+    **{"layers": 1, "hidden": 1, "intermediate": 1, "heads": 1, "kv_heads": 1, "head_dim": 1},
+    **{"vocab": 2, "weights": 3, "trained": 3, "trained_layers": 10, "tensors": 2, "features": 1},
+    **{"tower": 4, "tower_trained_weights": 1, "head_trained": True, "tower_depth": 2},
+    **{"tower_hidden": 3, "tower_intermediate": 1, "tower_spans": (0, 5), "patch": 1},
+    "patches_per_token": 2,
+}
+FACTS = ModelFacts(ModelFlops(token=10.0, pair=0.0, scored=5.0, visual=20.0), **SIZES)
+"""Sizes that a run of two tokens is taken to have."""
+
+
 def stand_in(patch: pytest.MonkeyPatch) -> None:
     """For the model of every run."""
     patch.setattr("perl.training.session.build", Parts.build)
     patch.setattr("perl.training.reinforce.load_policy", TwoTokens.load)
+    patch.setattr("perl.training.accounting.facts_of", lambda *_: FACTS)
     patch.setattr("perl.evaluation.selection._draw", lambda *_: None)
     patch.setattr(OwnEngine, "asked", [])
 

@@ -7,7 +7,7 @@ sequence at a time. Each distinct image stands once in the batch however many se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -158,19 +158,18 @@ def _join(parts: Sequence[np.ndarray]) -> torch.Tensor:
     )
 
 
-def packing_report(
+def packing_counts(
     batches: Sequence[PackedBatch], segments: Sequence[Segment], budget: int
 ) -> dict[str, float]:
-    """How full the rows are and how much was shared.
+    """What rows hold and what was shared, in numbers that add up over processes.
 
     Args:
         batches: what `pack` made of `segments`.
         budget: most tokens of a row.
 
     Returns:
-        `rows`; `tokens` that go through the language model and distinct `images` that go through the tower; `fill`,
-        tokens over rows x budget; `token_sharing` and `image_sharing`, how many times as many tokens and images there
-        would be if every completion had its own prompt.
+        `rows`; `tokens` that go through the language model and distinct `images` that go through the tower; `room`, rows x
+        budget; `unshared_tokens` and `unshared_images`, which there would be if every completion had its own prompt.
     """
     repeated = sum(
         len(s.prompt.input_ids) * len(s.completions) + sum(map(len, s.completions))
@@ -183,7 +182,19 @@ def packing_report(
         "rows": len(batches),
         "tokens": tokens,
         "images": distinct,
-        "fill": tokens / (len(batches) * budget) if batches else 0.0,
-        "token_sharing": repeated / tokens if tokens else 1.0,
-        "image_sharing": shown / distinct if distinct else 1.0,
+        "room": len(batches) * budget,
+        "unshared_tokens": repeated,
+        "unshared_images": shown,
+    }
+
+
+def packing_report(counts: Mapping[str, float]) -> dict[str, float]:
+    """Of `packing_counts`: `rows`, `tokens` and `images`; `fill`, tokens over room; `token_sharing` and `image_sharing`, how
+    many times as many tokens and images there would be without sharing."""
+    tokens, images, room = (counts[name] for name in ("tokens", "images", "room"))
+    return {
+        **{name: counts[name] for name in ("rows", "tokens", "images")},
+        "fill": tokens / room if room else 0.0,
+        "token_sharing": counts["unshared_tokens"] / tokens if tokens else 1.0,
+        "image_sharing": counts["unshared_images"] / images if images else 1.0,
     }

@@ -6,7 +6,7 @@ import re
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from perl.distributed import Processes
 from perl.model.vision import distinct
@@ -22,6 +22,22 @@ _LOOKED_UP = re.compile(r"\.(pos_embed\.|embeddings\.position)")
 
 Work = list[Segment]
 """The segments of one group: what moves together, as they show the same images."""
+
+
+class Met(NamedTuple):
+    """What the language model meets in a forward over a prompt and its completions."""
+
+    tokens: float
+    pairs: float
+    """Queries and the keys that they see."""
+    scored: float
+
+    @classmethod
+    def of(cls, prompt: int, lengths: Sequence[int], shared: bool = True) -> Met:
+        """Of a prompt of so many tokens and completions of these lengths; the prompt is read once, or for each of them."""
+        copies = 1 if shared else len(lengths)
+        pairs = copies * prompt**2 / 2 + sum(n * prompt + n**2 / 2 for n in lengths)
+        return cls(copies * prompt + sum(lengths), pairs, sum(lengths))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +86,15 @@ class ModelFlops:
         """Of a group whose prompts are computed once per order, or once per completion, and whose images once."""
         total = 0.0
         for segment in segments:
-            prompt = len(segment.prompt.input_ids)
-            lengths = [len(c) for c in segment.completions]
-            copies = 1 if self.shared else len(lengths)
-            pairs = copies * prompt**2 / 2 + sum(n * prompt + n**2 / 2 for n in lengths)
-            total += (copies * prompt + sum(lengths)) * self.token + pairs * self.pair
-            total += sum(lengths) * self.scored
+            met = segment_met(segment, self.shared)
+            total += met.tokens * self.token + met.pairs * self.pair + met.scored * self.scored
         images = distinct([image for s in segments for image in s.prompt.images])
         return total + sum(image.tokens for image in images) * self.visual
+
+
+def segment_met(segment: Segment, shared: bool) -> Met:
+    lengths = [len(c) for c in segment.completions]
+    return Met.of(len(segment.prompt.input_ids), lengths, shared)
 
 
 def share_out(work: Sequence[Work], flops: ModelFlops, processes: Processes) -> list[Work]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from perl.config import Config
 from perl.files import offline_if_unreachable
 from perl.model.families import family_of
 from perl.model.sources import layers_of
 from perl.model.tiny import TINY_MODELS
-from perl.training.parallel.balancing import ModelFlops
+from perl.training.parallel.balancing import Met, ModelFlops
 from perl.types import UserError
+
+if TYPE_CHECKING:
+    from perl.model.policy import Policy
 
 
 def _qwen(kind: str, text: tuple[int, ...], vision: dict[str, Any], tied: bool) -> dict[str, Any]:
@@ -73,7 +77,7 @@ class ModelFacts:
     """Trained ones."""
     tower: int
     """Weights."""
-    tower_trained: bool
+    tower_trained_weights: int
     head_trained: bool
     tower_depth: int
     tower_hidden: int
@@ -92,6 +96,31 @@ class ModelFacts:
         return 2 * 2 * self.kv_heads * self.head_dim
 
     @property
+    def tower_trained(self) -> bool:
+        return self.tower_trained_weights > 0
+
+    @property
+    def layers_backward(self) -> float:
+        """Products of a layer's backward for one of its forward: gradients of inputs are as many, those of weights as many of
+        these as are trained."""
+        return 1 + self.trained_layers / self.flops.token
+
+    @property
+    def head_backward(self) -> float:
+        """The same of the head."""
+        return 1.0 + self.head_trained
+
+    @property
+    def tower_backward(self) -> float:
+        """The same of the tower; 0 where nothing of it is trained, as no gradient goes through it then."""
+        return (1 + self.tower_trained_weights / self.tower) if self.tower_trained else 0.0
+
+    @property
+    def adapters(self) -> int:
+        """Weights that are beside those of the language model's layers, not of them."""
+        return self.trained_layers if self.trained_layers < self.flops.token else 0
+
+    @property
     def adapters_alone(self) -> bool:
         """Whether the model without its adapters is the reference, so that no second one is kept."""
         return not self.tower_trained and not self.head_trained
@@ -106,6 +135,27 @@ class ModelFacts:
         seen = sum(min(span or patches, patches) for span in self.tower_spans)
         weights = self.flops.visual * (1 if self.tower_trained else 3)
         return 2 * tokens * weights + 4 * self.tower_hidden * patches * seen
+
+    def text_flops(self, met: Met, gradients: bool, adapters: bool = True) -> dict[str, float]:
+        """Of a forward of `language` model and `head`, with the backward where there are `gradients`.
+
+        The model's own: what is computed again, or skipped, counts as if it were done once. A multiplication with an addition
+        is two FLOPs; of attention both products count, over the keys that a query sees, and twice that in the backward.
+
+        Args:
+            adapters: False: those that go without.
+        """
+        weights = self.flops.token - (0 if adapters else self.adapters)
+        times, scored = (self.layers_backward, self.head_backward) if gradients else (0.0, 0.0)
+        products = 2 * met.tokens * weights * (1 + times)
+        attention = 2 * met.pairs * self.flops.pair * (3 if gradients else 1)
+        head = 2 * met.scored * self.flops.scored * (1 + scored)
+        return {"language": products + attention, "head": head}
+
+    def vision_flops(self, encoded: Mapping[int, int], gradients: bool) -> float:
+        """The same of images, how many of how many visual tokens."""
+        forward = sum(count * self.tower_flops(tokens) for tokens, count in encoded.items())
+        return forward * (1 + self.tower_backward * gradients)
 
 
 def model_facts(config: Config) -> ModelFacts:
@@ -133,9 +183,14 @@ def model_facts(config: Config) -> ModelFacts:
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(settings, dtype=torch.bfloat16)
         policy = Policy(prepared(model, config.model, family, path), family)
-    text, vision = policy.base.get_decoder().config, settings.vision_config
+    return facts_of(policy, config.train.share_prompts)
+
+
+def facts_of(policy: Policy, share_prompts: bool) -> ModelFacts:
+    """Of a policy that is trained on packed rows, and of what of it is trained."""
+    text, vision = policy.base.get_decoder().config, policy.core.config.vision_config
     layers = policy.base.get_decoder().layers
-    flops = ModelFlops.of(policy, config.train.share_prompts)
+    flops = ModelFlops.of(policy, share_prompts)
     trained = [p for p in policy.parameters() if p.requires_grad]
     patch = vision.patch_size
     patch = patch if isinstance(patch, int) else patch[0]
@@ -160,7 +215,7 @@ def model_facts(config: Config) -> ModelFacts:
         trained_layers=sum(p.numel() for p in layers.parameters() if p.requires_grad),
         tensors=len(trained),
         tower=sum(p.numel() for p in policy.vision.weights),
-        tower_trained=policy.vision.trained,
+        tower_trained_weights=sum(p.numel() for p in policy.vision.weights if p.requires_grad),
         head_trained=policy.head_weight.requires_grad,
         tower_depth=depth,
         tower_hidden=hidden,

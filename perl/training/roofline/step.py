@@ -280,14 +280,17 @@ class StepWork:
     def _update(self) -> Iterator[Part]:
         f, rows, updates = self.facts, len(self.row_tokens), self.config.train.updates_per_batch
         if f.tower_trained:
-            yield self._encode("update/vision", 3 + self.again)
-        # Gradients of inputs cost as much as the forward, those of weights as many of these as are trained.
-        backward = 1 + f.trained_layers / f.flops.token
+            yield self._encode("update/vision", 1 + f.tower_backward + self.again)
         forwards = 1 + self.checkpointed
         products, attention, rest, launches = self._forward(self.tokens, self.pairs, rows)
         yield Part(
             "update/products",
-            ({kind: amount * (1 + self.again + backward) for kind, amount in products.items()},),
+            (
+                {
+                    kind: amount * (1 + self.again + f.layers_backward)
+                    for kind, amount in products.items()
+                },
+            ),
             launches * (forwards + BACKWARD["launches"]),
             waits=rows,
         )
@@ -296,7 +299,7 @@ class StepWork:
         yield Part("update/attention", (work,))
         moved = rest["bytes"] * (forwards + BACKWARD["bytes"])
         yield Part("update/norms, SwiGLU, rotary", ({"bytes": moved},))
-        head = (6 if f.head_trained else 4) * self.scored * f.flops.scored
+        head = 2 * (1 + f.head_backward) * self.scored * f.flops.scored
         yield Part("update/head and loss", ({"head": head},), launches=10.0 * rows)
         # A row's gradient in bfloat16 is written, read and added to the sum in fp32. AdamW reads the sum twice, for its norm
         # and then with master and moments, and writes these and the weight.
