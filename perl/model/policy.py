@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from perl.model.export import write_adapter, write_model
 from perl.model.families import Family, ImageFeatures
 from perl.model.packed.gather import gather_rows
 from perl.model.packed.layout import PackedLayout
@@ -150,25 +150,19 @@ class Policy(nn.Module):
         with cast(Any, self.model).disable_adapter():
             yield
 
-    def save_pretrained(self, folder: Path) -> None:
-        """Write an ordinary model folder; LoRA is merged into the weights of a copy."""
-        if not hasattr(self.model, "peft_config"):
-            cast(Any, self.model).save_pretrained(folder)
-            return
-        merged(copy.deepcopy(self.model)).save_pretrained(folder)
-
-    def save_adapter(self, folder: Path, base: str) -> None:
-        """Write the LoRA adapters in peft's format.
+    def save_pretrained(
+        self, folder: Path, dtype: torch.dtype | None = None, writes: bool = True
+    ) -> None:
+        """Write an ordinary model folder, adapters merged; see `perl.model.export.write_model`.
 
         Args:
-            base: the model folder or hub name that they lie over, which the adapter tells those that load it.
+            dtype: of its parameters; None: that is computed in.
         """
-        local = Path(base).expanduser()
-        model = cast(Any, self.model)
-        model.active_peft_config.base_model_name_or_path = (
-            str(local.resolve()) if local.exists() else base
-        )
-        model.save_pretrained(folder, save_embedding_layers=False)
+        write_model(self.base, folder, dtype or self.dtype, writes)
+
+    def save_adapter(self, folder: Path, base: str, writes: bool = True) -> None:
+        """Write the LoRA adapters in peft's format; see `perl.model.export.write_adapter`."""
+        write_adapter(self.model, folder, base, writes)
 
 
 def merged(model: Any) -> Any:

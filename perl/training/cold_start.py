@@ -37,7 +37,7 @@ def cold_start(session: Session, stage: Stage) -> None:
         row = {k: metrics[k] for k in ("loss", "grad_norm", "lr")}
         session.record_step(step, {"tokens": int(metrics["tokens"]), **row}, {"loss": row["loss"]})
         session.end_step(step)
-    save_model(components, stage.name)
+    save_model(components, session.processes, stage.name)
     session.finish_stage()
 
 

@@ -58,7 +58,7 @@ def reinforce(session: Session, stage: Stage) -> None:
         session.end_step(step)
     # The last stage's model is exported as `final` when the run ends.
     if stage != session.stages[-1]:
-        save_model(components, stage.name)
+        save_model(components, session.processes, stage.name)
     session.finish_stage()
 
 

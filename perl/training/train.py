@@ -94,9 +94,9 @@ def _run_stages(session: Session) -> dict[str, Any]:
                 session, f"after {stage.name}", session.first_step + session.taken([stage])
             )
     _measure_once(session, "after", session.taken(s for s in session.stages if s.kind == "rl"))
-    save_model(session.components, "final")
+    save_model(session.components, session.processes, "final")
     if session.restore_best():
-        save_model(session.components, "best")
+        save_model(session.components, session.processes, "best")
     summary = summarise(session)
     if session.components.is_main:
         write_json(session.folder.summary, summary)

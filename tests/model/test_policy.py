@@ -98,8 +98,8 @@ def test_adapters_on_layers_that_are_not_there(load) -> None:
         load(TINY_QWEN[0], replace(CONFIG, lora_rank=2, lora_targets=("v_proj", "q_prj")))
 
 
-def test_lora_trains_adapters_only_and_starts_as_the_base(load, tmp_path: Path) -> None:
-    name = TINY_QWEN[0]
+@every
+def test_lora_trains_adapters_only_and_starts_as_the_base(name: str, load, tmp_path: Path) -> None:
     policy, processor = load(name, replace(CONFIG, lora_rank=4, freeze_vision=True))
     base, _ = load(name)
     segments = segments_of(processor)

@@ -81,7 +81,9 @@ class TwoTokens(nn.Module):
     def share_tower(self, other: TwoTokens) -> None:
         self.vision = other.vision
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(
+        self, folder: Path, dtype: torch.dtype | None = None, writes: bool = True
+    ) -> None:
         save_file({n: p.detach().clone() for n, p in self.named_parameters()}, folder / "weights")
 
     @classmethod

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
+import torch
+
+from perl.distributed import Processes
 from perl.files import replacing
 from perl.model.sources import ADAPTER, layers_of
 from perl.model.weights import trains_adapters_alone
@@ -21,46 +26,62 @@ _COMPANIONS = (
 """Files that one version of transformers or vLLM writes and another one looks for."""
 
 
-def save_model(components: Components, name: str) -> Path:
-    """Export model and processor as an ordinary model folder under `models/`.
+def save_model(components: Components, processes: Processes, name: str) -> Path:
+    """Export model and processor as an ordinary model folder under `models/`; all processes take part, the first writes.
 
-    LoRA adapters are merged into it, and lie beside it in `adapter/`, in peft's format, where they alone are what was
-    trained and the model below them is one that peft can load.
+    Weights have the dtype of the model that the run began with. LoRA adapters are merged into them, and lie beside them in
+    `adapter/`, in peft's format, where they alone are what was trained and the model below them is one that peft can load.
     """
-    target = components.folder.models / name
-    if components.is_main:
-        with replacing(target, folder=True) as temporary:
-            components.policy.save_pretrained(temporary)
-            components.processor.save(temporary)
-            *above, base = layers_of(components.model_path)
-            _copy_companions(base, temporary)
-            if trains_adapters_alone(components.policy) and not above:
-                components.policy.save_adapter(temporary / ADAPTER, base)
-            elif components.config.model.lora_rank:
-                reason = (
-                    "the vision tower is trained too"
-                    if not above
-                    else f"it would lie over {above[0]}"
-                )
-                logger.info("%s has the adapter merged and none beside it: %s", target, reason)
-    components.accelerator.wait_for_everyone()
+    target, policy = components.folder.models / name, components.policy
+    is_main = components.is_main
+    *above, base = layers_of(components.model_path)
+    with processes.jointly(), ExitStack() as stack:
+        folder = target
+        with processes.jointly():
+            if is_main:
+                folder = stack.enter_context(replacing(target, folder=True))
+        with processes.jointly():
+            policy.save_pretrained(folder, _dtype_of(base), is_main)
+        if trains_adapters_alone(policy) and not above:
+            with processes.jointly():
+                policy.save_adapter(folder / ADAPTER, base, is_main)
+        elif components.config.model.lora_rank and is_main:
+            reason = (
+                "the vision tower is trained too" if not above else f"it would lie over {above[0]}"
+            )
+            logger.info("%s has the adapter merged and none beside it: %s", target, reason)
+        if is_main:
+            components.processor.save(folder)
+            _copy_companions(base, folder)
     return target
+
+
+def _dtype_of(base: str) -> torch.dtype | None:
+    """Of the weights of a local or cached model; None: it does not say."""
+    file = _cached(base, "config.json")
+    config = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+    parts = (config, config.get("text_config") or {})
+    named = [part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)]
+    found = getattr(torch, str(named[0]), None) if named else None
+    return found if isinstance(found, torch.dtype) else None
 
 
 def _copy_companions(base: str, target: Path) -> None:
     """Of a local or cached model what describes tokenizer and processor and was not written anew."""
+    for name in _COMPANIONS:
+        if not (target / name).exists() and (found := _cached(base, name)):
+            shutil.copyfile(found, target / name)
+
+
+def _cached(base: str, name: str) -> str | None:
+    """A file of a local or cached model."""
     from transformers.utils.hub import cached_file
 
-    for name in _COMPANIONS:
-        if (target / name).exists():
-            continue
-        found = cached_file(
-            base,
-            name,
-            local_files_only=True,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        if found:
-            shutil.copyfile(found, target / name)
+    return cached_file(
+        base,
+        name,
+        local_files_only=True,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
