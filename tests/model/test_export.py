@@ -50,6 +50,7 @@ def test_without_adapters_a_folder_is_what_transformers_writes(
 ) -> None:
     monkeypatch.setattr(export, "FILE_BYTES", limit)
     policy, ours, theirs = loaded(tiny_folder(name), dtype=dtype), tmp_path / "o", tmp_path / "t"
+    policy.base.register_buffer("without_axes", torch.tensor(7))
     ours.mkdir()
     policy.save_pretrained(ours)
     policy.base.save_pretrained(theirs, max_shard_size=limit)
@@ -57,30 +58,19 @@ def test_without_adapters_a_folder_is_what_transformers_writes(
     assert (len(files(ours)) > 10) == (limit == 60_000)
 
 
-def mixture(folder: Path) -> Any:
-    """A tiny model whose experts transformers keeps in one tensor, and model folders in one each."""
-    from transformers import AutoModelForImageTextToText, Qwen3VLMoeConfig
-
-    text = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "head_dim": 8}
-    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
-    text |= {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
-    vision |= {"out_hidden_size": 16, "num_position_embeddings": 4, "deepstack_visual_indexes": [0]}
-    config = Qwen3VLMoeConfig(text_config=text, vision_config=vision)
-    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
-    return AutoModelForImageTextToText.from_pretrained(folder)
-
-
 def test_tensors_of_a_folder_that_are_made_of_several(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = mixture(tmp_path / "made")
+    from transformers.core_model_loading import Chunk, WeightConverter
+
+    model = loaded(tiny_folder("tiny-qwen2.5-vl")).base
+    apart = [f"self_attn.{name}_proj.weight" for name in "qkv"]
+    model._weight_conversions = [WeightConverter("self_attn.qkv.weight", apart, [Chunk(dim=0)])]
     model.save_pretrained(tmp_path / "theirs")
     for name in ("by layer", "all at once"):
-        folder = tmp_path / name
-        folder.mkdir()
-        export.write_model(model, folder, torch.float32)
-        assert files(folder) == files(tmp_path / "theirs")
+        (tmp_path / name).mkdir()
+        export.write_model(model, tmp_path / name, torch.float32)
+        assert files(tmp_path / name) == files(tmp_path / "theirs")
         # As of a model some of whose tensors are made of more than a layer.
         monkeypatch.setattr(export, "_layers_of", lambda names: [[name] for name in names])
 
