@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from perl.config import REWARD_SPEC, TrainConfig
 from perl.distributed import Processes
@@ -83,7 +84,8 @@ class Optimizer:
 
     Losses come normalised by the whole step's count, so gradients are summed over micro-batches and over processes.
     Weights narrower than float32 have a float32 master each: it is what AdamW steps and what gradients add up on, and
-    the weight is its rounding. torch's optimizers keep moments in the dtype of the weight, and no master.
+    the weight is its rounding. torch's optimizers keep moments in the dtype of the weight, and no master. Of a weight that
+    is sharded each process steps its shard: AdamW goes element by element, so that it need not know of the others.
 
     Args:
         accelerator: device and processes.
@@ -105,9 +107,11 @@ class Optimizer:
         }
         """By the weight that is computed with; one of float32 or wider is its own."""
         self._narrow = [weight for weight, master in self.masters.items() if master is not weight]
+        self._stepped = {w: _stepped(master) for w, master in self.masters.items()}
+        """What AdamW sees of each weight: its master, of a sharded one this process's shard."""
         # Norms and biases are not decayed: they have no scale that decay would bound.
-        decayed = [p for p in self.masters.values() if p.ndim >= 2]
-        plain = [p for p in self.masters.values() if p.ndim < 2]
+        decayed = [p for p in self._stepped.values() if p.ndim >= 2]
+        plain = [p for p in self._stepped.values() if p.ndim < 2]
         self.adamw = torch.optim.AdamW(
             [
                 {"params": decayed, "weight_decay": config.weight_decay},
@@ -117,6 +121,31 @@ class Optimizer:
             betas=config.betas,
             fused=True if self.policy.device.type == "cuda" else None,
         )
+        for parameter in self._stepped.values():
+            self.adamw.state[parameter] = self._fresh(parameter)
+
+    def _fresh(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        """AdamW's state before its first step; made at once, so that memory that does not suffice shows before a rollout."""
+        # The step counter lies on the host unless AdamW is fused.
+        there = parameter.device if self.adamw.defaults["fused"] else "cpu"
+        return {
+            "step": torch.zeros((), device=there),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """AdamW's own tensors, to be saved and to be copied into, by the weight's name in the policy and theirs.
+
+        `NAME/exp_avg` and `NAME/exp_avg_sq`, float32 and of the weight's shape: DTensors, sharded as it, where it is one;
+        and `NAME/step`, float32 [].
+        """
+        out = {}
+        for name, weight in self.policy.named_parameters():
+            if weight in self.masters:
+                for key, tensor in self.adamw.state[self._stepped[weight]].items():
+                    out[f"{name}/{key}"] = tensor if key == "step" else _as_sharded(tensor, weight)
+        return out
 
     def step(
         self,
@@ -181,12 +210,14 @@ class Optimizer:
         with span("sync"):
             self._sum_over_processes()
         with span("optimizer"):
-            clipped = torch.nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm)
+            self._take_shards()
+            total = self._norm()
+            torch.nn.utils.clip_grads_with_norm_(self._stepped.values(), self.max_grad_norm, total)
         with span("sync"):  # Here the host waits for the device.
-            norm = float(clipped)
+            norm = float(total)
         # Before AdamW sees it: one NaN in its moments would spoil every later step.
         if not math.isfinite(norm):
-            self.adamw.zero_grad(set_to_none=True)
+            self._zero_grad()
             raise UserError(
                 f"the gradient of optimizer step {number + 1} is not finite ({norm}); "
                 "lower the learning rate or lengthen the warm-up, and start from the last checkpoint"
@@ -202,7 +233,7 @@ class Optimizer:
                 cast(Any, torch)._foreach_copy_(self._narrow, masters)
         # Fused AdamW does not count its changes, by which the vision tower's cache knows that its features are old.
         torch.autograd.graph.increment_version(self.masters)
-        self.adamw.zero_grad(set_to_none=True)
+        self._zero_grad()
         with span("sync"):
             return {**self._reduced(totals), "grad_norm": norm, "lr": lr}
 
@@ -223,13 +254,63 @@ class Optimizer:
         weight.grad = None
 
     def _sum_over_processes(self) -> None:
+        """Of weights that every process has whole; fully_shard has summed those of the others in the backward."""
         if self.accelerator.num_processes == 1:
             return
-        for parameter in self.masters.values():
+        for bucket in self._buckets():
+            if len(bucket) == 1:
+                torch.distributed.all_reduce(bucket[0])
+                continue
+            flat = torch.cat([grad.flatten() for grad in bucket])
+            torch.distributed.all_reduce(flat)
+            parts = flat.split([grad.numel() for grad in bucket])
+            summed = [part.view_as(grad) for part, grad in zip(parts, bucket, strict=True)]
+            cast(Any, torch)._foreach_copy_(bucket, summed)
+
+    def _buckets(self) -> Iterator[list[torch.Tensor]]:
+        """Gradients that are summed over processes together; one that is as large as a bucket is so by itself, where it lies."""
+        bucket: list[torch.Tensor] = []
+        for master in self.masters.values():
+            if isinstance(master, DTensor):
+                continue
             # All processes reduce the same tensors in the same order, also one whose micro-batches did not use them.
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            torch.distributed.all_reduce(parameter.grad)
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+            full = sum(g.nbytes for g in bucket) + master.grad.nbytes > _BUCKET_BYTES
+            if bucket and (full or bucket[0].dtype != master.dtype):
+                yield bucket
+                bucket = []
+            bucket.append(master.grad)
+        if bucket:
+            yield bucket
+
+    def _take_shards(self) -> None:
+        """Let AdamW see the shards and their gradients as they lie now: fully_shard may have moved them."""
+        with torch.no_grad():
+            for weight, shard in self._stepped.items():
+                if isinstance(weight, DTensor):
+                    grad: Any = weight.grad
+                    shard.data = weight.to_local()
+                    shard.grad = None if grad is None else grad.to_local()
+
+    def _norm(self) -> torch.Tensor:
+        """Of the whole gradient, the same in all processes."""
+        whole = [m.grad for m in self.masters.values() if m.grad is not None and not _sharded(m)]
+        total = torch.nn.utils.get_total_norm(whole)
+        shards = [w for w in self.masters if isinstance(w, DTensor)]
+        if not shards:
+            return total
+        own = [g for w in shards if (g := self._stepped[w].grad) is not None]
+        device = self.accelerator.device
+        square = torch.nn.utils.get_total_norm(own).to(device, torch.float64).square()
+        torch.distributed.all_reduce(square)
+        # Over hybrid meshes every copy of the weights has been counted.
+        square /= torch.distributed.get_world_size() / shards[0].device_mesh.size(-1)
+        return (square + total.to(device, torch.float64).square()).sqrt().float()
+
+    def _zero_grad(self) -> None:
+        for parameter in (*self.masters.values(), *self._stepped.values()):
+            parameter.grad = None
 
     def _reduced(self, totals: dict[str, torch.Tensor]) -> dict[str, float]:
         """Means over all tokens of all processes; one transfer to the host."""
@@ -252,6 +333,31 @@ def _master(weight: nn.Parameter) -> nn.Parameter:
         return weight
     return nn.Parameter(weight.detach().float())
 
+
+def _sharded(weight: torch.Tensor) -> bool:
+    return isinstance(weight, DTensor)
+
+
+def _stepped(master: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(master.to_local().detach()) if isinstance(master, DTensor) else master
+
+
+def _as_sharded(local: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What has the shape of a weight, given this process's part of it: a DTensor where the weight is one."""
+    if not isinstance(weight, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        weight.device_mesh,
+        weight.placements,
+        run_check=False,
+        shape=weight.shape,
+        stride=weight.stride(),
+    )
+
+
+_BUCKET_BYTES = 2**25
+"""Of gradients that are copied together to be summed over processes at once: small ones would cost a latency each."""
 
 _COUNTS = ("tokens", "invalid_rows")
 """Metrics that add up."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from perl.config import TrainConfig
 from perl.model.head import SUPERVISED, HeadLoss, PolicyLoss
@@ -267,3 +268,36 @@ def test_processes_take_one_step_together(
     for own, left in found:
         assert own == pytest.approx(metrics, rel=1e-5)
         assert left == pytest.approx(weights, rel=1e-5)
+
+
+def test_small_gradients_are_summed_in_buckets_and_large_ones_where_they_lie(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of 8, 4, 16, 4, 4 and 4 bytes, 12 together; each process has gradients that the other lacks."""
+    monkeypatch.setattr("perl.training.optimizer._BUCKET_BYTES", 12)
+    together = Together(2, monkeypatch)
+    sizes: list[list[int]] = [[], []]
+    reduce = torch.distributed.all_reduce
+
+    def all_reduce(tensor: torch.Tensor, *op: Any) -> None:
+        sizes[together.here.index].append(tensor.numel())
+        reduce(tensor, *op)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+
+    def summed(index: int) -> list[list[float] | None]:
+        policy = TwoTokens()
+        policy.more = nn.ParameterList([torch.zeros(n) for n in (4, 1, 1, 1)])
+        optimizer = optimizer_of(policy, Accelerator(together))
+        for number, master in enumerate(optimizer.masters.values()):
+            if number % 3 != index:
+                master.grad = torch.full_like(master, number + 10 * index + 1)
+        pointers = {m: m.grad.data_ptr() for m in optimizer.masters.values() if m.grad is not None}
+        optimizer._sum_over_processes()
+        assert all(m.grad is not None and m.grad.data_ptr() == p for m, p in pointers.items())
+        return [m.grad.flatten().tolist() for m in optimizer.masters.values() if m.grad is not None]
+
+    found = together.run(summed)
+    assert found[0] == found[1]
+    assert found[0] == [[11.0] * 2, [2.0], [3 + 13.0] * 4, [14.0], [5.0], [6 + 16.0]]
+    assert sizes == [[3, 4, 3]] * 2
