@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 import resource
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -130,18 +132,23 @@ class StageClock:
 
 
 class Stopwatch:
-    """Seconds spent by name: since the last `lap`, and in all; each a range of the profiler too.
+    """Seconds spent by name, and most memory: since the last `lap`, and in all; each a range of the profiler too.
 
-    A stage ends when a CUDA device has done what was launched in it, so that stages that follow each other add up.
+    A stage ends when a CUDA device has done what was launched in it, so that stages that follow each other add up. Memory
+    is that of the process and of the device that it uses, what was there before the stage included.
     """
 
     def __init__(self) -> None:
         self.lap_seconds: defaultdict[str, float] = defaultdict(float)
         self.total_seconds: defaultdict[str, float] = defaultdict(float)
+        self.lap_bytes: dict[str, int] = {}
+        self.total_bytes: dict[str, int] = {}
+        """Keys as in `update/rss_bytes`."""
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         _wait_for_device()
+        restarted = _begin_peaks()
         start = time.perf_counter()
         try:
             with span(name):
@@ -151,11 +158,18 @@ class Stopwatch:
             spent = time.perf_counter() - start
             self.lap_seconds[name] += spent
             self.total_seconds[name] += spent
+            for kind, peak in _stage_peaks(restarted).items():
+                key = f"{name}/{kind}"
+                self.lap_bytes[key] = max(self.lap_bytes.get(key, 0), peak)
+                self.total_bytes[key] = max(self.total_bytes.get(key, 0), peak)
 
     def lap(self) -> dict[str, float]:
-        """Seconds by name since the last lap, as `time/<name>`."""
+        """Of each name since the last lap: seconds as `time/<name>`, and most bytes as `memory/<name>/rss_bytes` and
+        `memory/<name>/device_bytes`, as far as they are known."""
         out = {f"time/{name}": round(seconds, 4) for name, seconds in self.lap_seconds.items()}
+        out |= {f"memory/{key}": peak for key, peak in self.lap_bytes.items()}
         self.lap_seconds.clear()
+        self.lap_bytes.clear()
         return out
 
 
@@ -165,19 +179,55 @@ def _wait_for_device() -> None:
         torch.cuda.synchronize()
 
 
+_most: defaultdict[str, int] = defaultdict(int)
+"""Peaks before `_begin_peaks`, which starts them anew: those of the process and of its device."""
+_PROCESS = Path("/proc/self")
+_PEAK_RSS = re.compile(r"^VmHWM:\s+(\d+) kB$", re.MULTILINE)
+
+
+def _begin_peaks() -> bool:
+    """Count peaks from what is there now; whether that can be done with resident memory."""
+    if torch.cuda.is_initialized():
+        for name, peak in device_memory().items():
+            _most[name] = peak
+        torch.cuda.reset_peak_memory_stats()
+    _most["rss"] = peak_rss_bytes()
+    try:
+        (_PROCESS / "clear_refs").write_text("5")  # What it resets, by proc(5): the peak alone.
+    except OSError:  # Not on Linux, or forbidden.
+        return False
+    return True
+
+
+def _stage_peaks(resident: bool) -> dict[str, int]:
+    """Since `_begin_peaks`, whose result this takes."""
+    peaks = {}
+    if resident and (found := _PEAK_RSS.search((_PROCESS / "status").read_text())):
+        peaks["rss_bytes"] = int(found[1]) * 1024
+    if torch.cuda.is_initialized():
+        peaks["device_bytes"] = torch.cuda.max_memory_allocated()
+    return peaks
+
+
+def peak_memory() -> dict[str, int]:
+    """Of the process and of its device so far, as metrics have it."""
+    return {"memory/peak_rss_bytes": peak_rss_bytes(), **device_memory()}
+
+
 def device_memory() -> dict[str, int]:
     """Of the CUDA device that is in use, so far: most bytes in tensors, most bytes held for them, and how often the
     allocator had to give back what it held to serve a request. Nothing where none is in use."""
     if not torch.cuda.is_initialized():
         return {}
-    return {
+    now = {
         "memory/peak_allocated_bytes": torch.cuda.max_memory_allocated(),
         "memory/peak_reserved_bytes": torch.cuda.max_memory_reserved(),
         "memory/allocator_retries": torch.cuda.memory_stats()["num_alloc_retries"],
     }
+    return {name: max(value, _most[name]) for name, value in now.items()}
 
 
 def peak_rss_bytes() -> int:
     """Largest resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return max(_most["rss"], peak if sys.platform == "darwin" else peak * 1024)

@@ -199,15 +199,13 @@ class Recorder(Display):
 
     def advance(self, steps: int = 1, numbers: Mapping[str, float] | None = None) -> None:
         """A step is done."""
-        import torch
-
-        from perl.timing import peak_rss_bytes
+        from perl.timing import device_memory, peak_rss_bytes
 
         super().advance(steps, numbers)
         if not self._tracing:
             self.peak = {"peak_rss_bytes": peak_rss_bytes()}
-            if torch.cuda.is_available():
-                self.peak["peak_device_bytes"] = torch.cuda.max_memory_allocated()
+            if device := device_memory():
+                self.peak["peak_device_bytes"] = device["memory/peak_allocated_bytes"]
         self.steps.append(self.clock.lap())
         if len(self.steps) == self._total:
             raise _Finished

@@ -20,6 +20,7 @@ from perl.model.weights import trains_adapters_alone
 from perl.recipe import Stage
 from perl.report.metrics import mean
 from perl.rollout.collect import Collected
+from perl.timing import peak_memory
 from perl.training.accounting import StepFlops, Tally, add, rolled_out, row_of
 from perl.training.measure import measure
 from perl.training.optimizer import Schedule
@@ -48,7 +49,7 @@ def reinforce(session: Session, stage: Stage) -> None:
         flops = policy_step.flops("rollout", rolled_out(collected.seen))
         tally = group_tally(collected, reading) | policy_step(step, collected.groups)
         tally.sums |= flops | {"throughput/images_encoded": vision.images_encoded - encoded}
-        tally.largest |= components.watch.lap()
+        tally.largest |= components.watch.lap() | peak_memory()
         tally.largest["time/step"] = time.perf_counter() - started
         row = row_of(session.processes.gather([tally]), peak)
         session.record_step(step, row, _shown(row, components.accelerator.device))

@@ -22,7 +22,7 @@ from perl.report.gallery import Gallery, Rows
 from perl.report.progress import Display
 from perl.report.trackers import Trackers
 from perl.rollout.replay import load_replay, save_replay
-from perl.timing import device_memory, peak_rss_bytes
+from perl.timing import peak_memory
 from perl.training.components import Components, build
 from perl.training.optimizer import Optimizer, Schedule
 from perl.training.saving.checkpoint import CheckpointManager, Progress
@@ -334,8 +334,9 @@ class Session:
 
     def record(self, row: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and the same to the trackers."""
-        timing = {"time/elapsed": round(self.elapsed, 3), "memory/peak_rss_bytes": peak_rss_bytes()}
-        self.folder.append(self.folder.metrics, {**row, **timing, **device_memory()})
+        elapsed = {"time/elapsed": round(self.elapsed, 3)}
+        # Of an RL step's row the memory is that of the process that took most.
+        self.folder.append(self.folder.metrics, {**peak_memory(), **row, **elapsed})
         numbers = {
             f"{row['stage']}/{k}": v
             for k, v in row.items()

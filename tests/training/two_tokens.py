@@ -84,7 +84,9 @@ class TwoTokens(nn.Module):
     def save_pretrained(
         self, folder: Path, dtype: torch.dtype | None = None, writes: bool = True
     ) -> None:
-        save_file({n: p.detach().clone() for n, p in self.named_parameters()}, folder / "weights")
+        if writes:
+            weights = {n: p.detach().clone() for n, p in self.named_parameters()}
+            save_file(weights, folder / "weights")
 
     @classmethod
     def load(cls, path: str, config: ModelConfig, device: torch.device) -> TwoTokens:

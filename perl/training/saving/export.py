@@ -35,7 +35,7 @@ def save_model(components: Components, processes: Processes, name: str) -> Path:
     target, policy = components.folder.models / name, components.policy
     is_main = components.is_main
     *above, base = layers_of(components.model_path)
-    with processes.jointly(), ExitStack() as stack:
+    with components.watch("export"), processes.jointly(), ExitStack() as stack:
         folder = target
         with processes.jointly():
             if is_main:
