@@ -424,6 +424,19 @@ class TrainConfig:
     """AdamW's moment decays."""
     max_grad_norm: NotNegative = 1.0
     """Gradient norm is clipped to this; 0: not clipped."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """Whether every process holds all weights, gradients and optimizer state, or they are spread over processes by
+    PyTorch's fully_shard (docs/sharding.md)."""
+    shards: Count = 0
+    """Processes that hold one copy of the weights together; 0: those of a node, so that several nodes have a copy each."""
+    reshard_after_forward: bool = True
+    """Let go of a layer's weights between its forward and its backward, and gather them again: less memory, more traffic."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """That gradients of sharded weights are summed over processes in."""
+    shard_vision: bool = False
+    """Shard the vision tower too; else every process holds it whole."""
+    cpu_offload: bool = False
+    """Keep shards, their gradients and the optimizer's state in the host's memory; needs GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,7 +121,11 @@ def process_state() -> Any:
     """accelerate's view of this run's processes, which connect on the first call."""
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=_TIMEOUT)
+    cuda = torch.cuda.is_available()
+    # Gloo beside NCCL: what lies in the host's memory is reduced too. accelerate takes a backend of several processes alone.
+    several = cuda and "LOCAL_RANK" in os.environ
+    backend = {"backend": "cuda:nccl,cpu:gloo"} if several else {}
+    return PartialState(cpu=not cuda, timeout=_TIMEOUT, **backend)
 
 
 def on_main_process(action: Callable[[], object]) -> None:

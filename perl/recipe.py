@@ -36,6 +36,11 @@ DEFAULT_RECIPE = "default"
 STAGE_KINDS = ("cold_start", "filter", "rl")
 _TAKEN = ("before", "after", "done", "initial", "final", "best")
 """Names of what lies between stages, and of models that no stage leaves."""
+_OF_THE_RUN = (
+    *("sharding", "shards", "reshard_after_forward", "reduce_dtype"),
+    *("shard_vision", "cpu_offload"),
+)
+"""Keys of the section train that say how the weights lie in memory, in all stages alike."""
 
 
 def recipe_names() -> list[str]:
@@ -261,6 +266,9 @@ def _stages(tables: Any, where: str) -> list[dict[str, Any]]:
             raise UserError(f"{at}: kind = {kind!r} is not one of {', '.join(STAGE_KINDS)}")
         if common := next((k for k in ("run", "model", "stages") if k in own), None):
             raise UserError(f"{at}: {common} is common to all stages; set it outside of them")
+        train = own.get("train")
+        if key := next((k for k in _OF_THE_RUN if isinstance(train, dict) and k in train), None):
+            raise UserError(f"{at}: train.{key} is common to all stages; set it outside of them")
         out.append({"name": name, "kind": kind, "set": own})
     return out
 

@@ -40,6 +40,7 @@ from perl.training.checks import check_setup
 from perl.training.commands import Train
 from perl.training.components import Components, model_folder
 from perl.training.optimizer import Optimizer
+from perl.training.parallel import mesh
 from perl.training.reinforce import PolicyStep
 from perl.training.session import Session
 from perl.types import Group, Message, UserError
@@ -548,6 +549,7 @@ ALL = {"train.examples_per_step": 6, "filter.max_tries": 1}
 MEASURED = {"eval.examples": 3}
 SIFT = {"stages.": (StageConfig(name="sift", kind="filter"), StageConfig(name="rl", kind="rl"))}
 SIFT |= {"resample.histogram": "uniform", "resample.size": 1}
+FSDP = {"train.sharding": "fsdp"}
 MIB = 2**20
 TINY = {**BUNDLED, "model.path": "tiny-qwen2.5-vl"}
 
@@ -570,6 +572,19 @@ def z_scores(*rewards: float) -> list[float]:
     mean, n = sum(rewards) / len(rewards), len(rewards)
     std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (n - 1))
     return [(r - mean) / std for r in rewards]
+
+
+def sharded(processes: int, look: Callable[[Any], Any]) -> Callable[[Lab], Any]:
+    """How so many processes spread the weights; the mesh is its shape."""
+
+    def made(lab: Lab) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mesh, "init_device_mesh", lambda _, shape, mesh_dim_names: shape)
+            patch.delenv("LOCAL_WORLD_SIZE", raising=False)
+            model = replace(lab.config.model, path=str(lab.model))
+            return look(mesh.make_sharding(replace(lab.config, model=model), CPU, processes))
+
+    return made
 
 
 ROWS = [
@@ -747,6 +762,12 @@ ROWS = [
     Row("train.betas", (0.5, 0.75), setting("betas"), (0.9, 0.999), (0.5, 0.75)),
     Row("train.max_grad_norm", 0.125, each("limit"), [1.0] * 2, [0.125] * 2),
     Row("train.max_grad_norm", 0.0, each("limit"), [1.0] * 2, [math.inf] * 2),
+    Row("train.sharding", "fsdp", sharded(4, lambda s: s and s.mesh), None, (4,)),
+    Row("train.shards", 2, sharded(4, lambda s: s.mesh), (4,), (2, 2), FSDP),
+    Row("train.reshard_after_forward", False, sharded(2, lambda s: s.reshard_after_forward), True, False, FSDP),
+    Row("train.reduce_dtype", "bfloat16", sharded(2, lambda s: s.reduce_dtype), torch.float32, torch.bfloat16, FSDP),
+    Row("train.shard_vision", True, sharded(2, lambda s: s.vision), False, True, FSDP),
+    Row("train.cpu_offload", True, or_refusal(sharded(2, lambda s: s.cpu_offload)), False, "train.cpu_offload", FSDP),
 
     Row("eval.examples", 3, of("evaluate", "examples"), [], [3, 3]),
     Row("eval.max_orders", 4, of("evaluate", "orders"), [6.0] * 2, [4.0] * 2, MEASURED),

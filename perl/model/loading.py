@@ -22,6 +22,7 @@ from perl.model.padded import PaddedPolicy, check_head
 from perl.model.padded_processor import PaddedProcessor
 from perl.model.policy import Policy
 from perl.model.processor import ImageEncoder, Processor
+from perl.model.sharding import Sharding, shard
 from perl.model.sources import check_layers, layers_of, run_of
 from perl.model.weights import load_weights, prepared, said
 from perl.recipe import read_config
@@ -30,13 +31,16 @@ from perl.types import IMAGE_SLOT, Message, UserError
 logger = logging.getLogger(__name__)
 
 
-def load_policy(folder: str, config: ModelConfig, device: torch.device) -> Policy:
+def load_policy(
+    folder: str, config: ModelConfig, device: torch.device, sharding: Sharding | None = None
+) -> Policy:
     """Load a model's weights into a Policy, ready for packed rows, in the dtype of `compute_dtype`.
 
     Args:
         folder: a model folder, a hub name, or a checkpoint or LoRA adapter, which is merged into what it lies over.
         config: what to train and how to attend.
-        device: that it will be put on; decides dtype and attention.
+        device: that it is put on; decides dtype and attention.
+        sharding: how its weights are spread over processes, all of which call this; None: each has all of them.
 
     Raises:
         UserError: the device lacks bfloat16, or the folder is no model or of a family that is not supported.
@@ -44,7 +48,7 @@ def load_policy(folder: str, config: ModelConfig, device: torch.device) -> Polic
     family, layers = check_model(folder), layers_of(folder)
     dtype = compute_dtype(config.dtype, device)
     if family is None:
-        return _padded_policy(load_weights(layers, None, dtype), folder, config)
+        return _padded_policy(load_weights(layers, None, dtype), folder, config).to(device)
     name, reason = check_kernels(config, device)
     _say_once(logging.INFO, f"weights: {str(dtype).removeprefix('torch.')}")
     _say_once(logging.INFO, f"attention: {name} ({reason})")
@@ -65,7 +69,10 @@ def load_policy(folder: str, config: ModelConfig, device: torch.device) -> Polic
     if compiled:
         compile_layers(core.language_model)
     model = prepared(model, config, family, folder)
-    return Policy(model, family, config.feature_cache_mb * 2**20, compiled)
+    policy = Policy(model, family, config.feature_cache_mb * 2**20, compiled).to(device)
+    if sharding:
+        shard(policy, sharding)
+    return policy
 
 
 def check_kernels(config: ModelConfig, device: torch.device | None = None) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,7 +36,10 @@ from perl.rollout.instruction import Instruction
 from perl.rollout.padded import make_engine
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.timing import Stopwatch
+from perl.training.parallel.mesh import make_sharding
 from perl.types import UserError
+
+logger = logging.getLogger(__name__)
 
 WORKERS = 4
 """`data.workers` on a GPU: a question of eight images of 512 x 512 pixels takes a core 0.17 seconds."""
@@ -149,7 +153,8 @@ def build(config: Config, stage: Stage, folder: RunFolder) -> Components:
     if any(_workers(each.config, accelerator.device) for each in plan(config)):
         warm_up(processor.encoder)
     torch.manual_seed(config.run.seed)
-    policy = load_policy(path, config.model, accelerator.device).to(accelerator.device)
+    sharding = make_sharding(config, accelerator.device, accelerator.num_processes)
+    policy = load_policy(path, config.model, accelerator.device, sharding)
     return Components(stage, folder, accelerator, policy, processor, Stopwatch(), path)
 
 
@@ -191,6 +196,14 @@ def make_accelerator(config: Config, folder: RunFolder) -> Any:
 
     usable = usable_trackers(config)
     process_state()
+    # Of accelerate launch --use_fsdp: else its own plugin would stand beside train.sharding.
+    if (
+        os.environ.pop("ACCELERATE_USE_FSDP", "").lower() == "true"
+        and config.train.sharding == "none"
+    ):
+        logger.warning(
+            "accelerate's settings of FSDP are not used: every process holds all weights; set train.sharding = fsdp"
+        )
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",  # The weights have the dtype that is computed in.
