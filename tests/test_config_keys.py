@@ -52,10 +52,10 @@ from tests.training.two_tokens import (
     Accelerator,
     Letters,
     OwnEngine,
-    Parts,
     TwoTokens,
     session_of,
     share_of_b,
+    stand_in,
     train_in,
 )
 
@@ -208,7 +208,7 @@ def watch(patch: pytest.MonkeyPatch, seen: defaultdict[str, list[Any]]) -> None:
         patch.setattr(owner, name, called)
 
     keep("optimizer", Optimizer, "__init__", lambda _, optimizer, *__: optimizer)
-    keep("limit", torch.nn.utils, "clip_grad_norm_", lambda _, __, limit: limit)
+    keep("limit", torch.nn.utils, "clip_grads_with_norm_", lambda _, __, limit, ___: limit)
     keep("collected", Collector, "collect", lambda collected, *_: collected)
     keep("replay", Collector, "collect", lambda _, collector, *__: collector.replay)
     keep("prompts", OwnEngine, "generate", lambda _, __, prompts, *___: len(prompts))
@@ -221,7 +221,6 @@ def watch(patch: pytest.MonkeyPatch, seen: defaultdict[str, list[Any]]) -> None:
         lambda *_: torch.are_deterministic_algorithms_enabled(),
     )
     keep("packed", TwoTokens, "pack", lambda batches, _, segments, *__: (batches, segments))
-    patch.setattr("perl.evaluation.selection._draw", lambda *_: None)
     keep("histogram", selection, "resample", lambda _, __, histogram, *___: list(histogram))
 
 
@@ -244,8 +243,7 @@ def lab_of(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("perl.training.session.build", Parts.build)
-        patch.setattr("perl.training.reinforce.load_policy", TwoTokens.load)
+        stand_in(patch)
         yield of
 
 
