@@ -24,6 +24,7 @@ from perl.model import export
 from perl.model.loading import load_policy, load_processor
 from perl.model.policy import Policy
 from perl.model.sharding import Sharding, shard
+from perl.timing import Stopwatch
 from perl.training.saving.export import save_model
 from perl.types import UserError
 
@@ -93,6 +94,7 @@ def saved(
         model_path=str(base),
         config=Config(model=config),
         is_main=rank == 0,
+        watch=Stopwatch(),
     )
     return save_model(components, Processes(Reducer(rank, count)), "final")
 
