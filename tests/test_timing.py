@@ -110,7 +110,8 @@ def test_resident_memory_by_stage() -> None:
                 torch.ones(20_000_000)
     lap = watch.lap()
     a, b, c = (lap[f"memory/{name}/rss_bytes"] for name in "abc")
-    assert b > max(a, c) + 70_000_000 and peak_rss_bytes() >= b
+    # The kernel counts resident pages by thread, and gathers them now and then.
+    assert b > max(a, c) + 70_000_000 and peak_rss_bytes() > b - 1_000_000
 
 
 def test_a_stage_has_no_peak_where_it_cannot_be_started_anew(

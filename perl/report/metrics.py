@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from perl.files import read_rows
@@ -145,6 +146,30 @@ def headline(run: RunLog) -> dict[str, float]:
         found[name] = max((v for v in values if v is not None), default=None)
     found |= {k: v for k in HEADLINE if (v := number(run.summary.get(k))) is not None}
     return {key: value for key, value in found.items() if value is not None}
+
+
+def step_medians(rows: Rows) -> dict[str, float]:
+    """Of RL steps: seconds (`step`), tokens a second on one GPU (`tokens_per_second_per_gpu`) and MFU by stage (`mfu/...`)."""
+    found = {
+        "step": "time/step",
+        "tokens_per_second_per_gpu": "throughput/tokens_per_second_per_gpu",
+    }
+    found |= {k: k for row in rows for k in row if k.startswith("mfu/")}
+    values = {
+        n: [v for r in rows if (v := number(r.get(key))) is not None] for n, key in found.items()
+    }
+    return {name: median(known) for name, known in values.items() if known}
+
+
+def stage_bytes(rows: Rows) -> dict[str, int]:
+    """Most memory by stage, as in `update/rss_bytes` and `update/device_bytes`."""
+    most: dict[str, int] = {}
+    for row in rows:
+        for key, value in row.items():
+            if key.startswith("memory/") and key.count("/") == 2 and number(value) is not None:
+                name = key.removeprefix("memory/")
+                most[name] = max(most.get(name, 0), int(value))
+    return most
 
 
 def stage_seconds(runs: Sequence[RunLog]) -> dict[str, float]:

@@ -18,7 +18,9 @@ from perl.report.metrics import (
     mean,
     number,
     read_run,
+    stage_bytes,
     stage_seconds,
+    step_medians,
 )
 from perl.report.plots import draw_pictures, filter_pictures
 from perl.report.rollouts import rollout_groups, shorten
@@ -72,6 +74,7 @@ def write_report(run_dir: Path) -> Path:
         zero=zero,
         several=len(runs) > 1,
         seconds=seconds,
+        costs=_stage_costs(runs),
         groups=groups,
         shown=shown,
         total=total,
@@ -217,6 +220,25 @@ def _task_table(runs: Sequence[RunLog]) -> list[tuple[str, list[str]]]:
         (task, [_mean_text(cells.get(key, []), _SHOW["_".join(key)]) for key in keys])
         for task, cells in sorted(found.items())
     ]
+
+
+def _stage_costs(runs: Sequence[RunLog]) -> dict[str, dict[str, str]]:
+    """By heading, what stages took beside time: most memory of one process and of its device, and the median MFU."""
+    most: dict[str, float] = {}
+    for run in runs:
+        rows = [*run.cold_start, *run.rl, *run.evaluations]
+        known = run.summary.get("bytes_by_stage")
+        found = stage_bytes(rows) | (known if isinstance(known, dict) else {})
+        for name, value in found.items():
+            most[name] = max(most.get(name, 0.0), number(value) or 0.0)
+    shares = step_medians([row for run in runs for row in run.rl])
+    columns: dict[str, dict[str, str]] = {}
+    for kind, heading in (("device_bytes", "GPU memory"), ("rss_bytes", "Host memory")):
+        ends = f"/{kind}"
+        found = {n.removesuffix(ends): size(b) for n, b in most.items() if n.endswith(ends)}
+        columns |= {heading: found} if found else {}
+    found = {n.removeprefix("mfu/"): percent(v) for n, v in shares.items() if n.startswith("mfu/")}
+    return columns | ({"MFU": found} if found else {})
 
 
 def _config_text(folders: Sequence[Path]) -> str:

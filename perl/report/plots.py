@@ -56,7 +56,7 @@ def draw_pictures(
                 pictures.append(Picture(name, caption, f"{title}. {alt}", path))
                 return
             # Without RL one note says it all; a run may have no cold start, and should have no faults.
-            optional = name in ("cold_start", "faults", "parts", "trained")
+            optional = name in ("cold_start", "faults", "parts", "trained", "mfu")
             if any(run.rl for run in runs) and not optional and title not in zero:
                 missing.append(title)
         except Exception as error:

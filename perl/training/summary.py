@@ -9,9 +9,11 @@ from typing import Any
 
 from perl.config import names_of
 from perl.evaluation.evaluate import accuracy_of
-from perl.report.metrics import MEASURES, mean
+from perl.files import read_rows
+from perl.report.metrics import MEASURES, mean, stage_bytes, step_medians
 from perl.report.tables import print_table
 from perl.timing import peak_rss_bytes
+from perl.training.roofline.devices import peak_of
 from perl.training.session import Session
 
 _COMMON = ("model", "accuracy_by", "parameters", "device", "versions")
@@ -26,18 +28,26 @@ def summarise(session: Session) -> dict[str, Any]:
     ends = (
         (name, end, row) for name in names for end, row in zip(_ENDS, (before, after), strict=True)
     )
+    rows = [row for row in read_rows(session.folder.metrics) if row]
+    medians = step_medians([row for row in rows if row.get("stage") == "rl"])
+    compared = any(name.startswith("mfu/") for name in medians)
+    in_all = {f"memory/{key}": most for key, most in components.watch.total_bytes.items()}
+    device = components.accelerator.device
     return {
         **{f"{name}{end}": row.get(name) for name, end, row in ends},
         "accuracy_by": (accuracy_of(session.config) or ("", None))[1],
         "seconds": round(session.elapsed, 1),
         "peak_rss_bytes": peak_rss_bytes(),
         "seconds_by_stage": {k: round(v, 1) for k, v in components.watch.total_seconds.items()},
+        "bytes_by_stage": stage_bytes([*rows, in_all]),
+        "median_step": medians,
+        "peak_flops": vars(peak_of(device, components.policy.dtype)) if compared else None,
         "best": best and {"by": session.config.run.keep_best, **best},
         "seed": session.config.run.seed,
         "model": session.config.model.path,
         "parameters": sum(p.numel() for p in components.policy.parameters()),
         "processes": session.processes.count,
-        "device": str(components.accelerator.device),
+        "device": str(device),
         "versions": versions(),
     }
 
@@ -86,12 +96,26 @@ def print_summary(summary: dict[str, Any], title: str) -> None:
             print(f"mean (lowest..highest) of {len(runs)} seeds")
     for best in filter(None, (run.get("best") for run in runs)):
         print(f"best {best['by']}: {best['value']:.4g} at step {best['step']:.0f}, in models/best")
+    for run in runs:
+        medians = run.get("median_step", {})
+        if "tokens_per_second_per_gpu" in medians:
+            print(_step_line(medians, run.get("peak_flops"), run["device"]))
     stages = sorted(summary["seconds_by_stage"].items(), key=lambda item: -item[1])
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in stages if seconds >= 0.5)
     print(
         f"{summary['seconds']:.0f} s in all{': ' if spent else ''}{spent}; "
         f"peak memory {summary['peak_rss_bytes'] / 2**30:.2f} GiB"
     )
+
+
+def _step_line(medians: dict[str, float], peak: dict[str, Any] | None, device: str) -> str:
+    """Of a run's RL steps, as in `a step, median: 120.3 s, 2000 tokens/s per GPU, MFU 23.2 % of 989 TFLOP/s (datasheet)`."""
+    tokens, each = medians["tokens_per_second_per_gpu"], "GPU" if "cuda" in device else "process"
+    line = f"a step, median: {medians['step']:.1f} s, {tokens:.0f} tokens/s per {each}"
+    if peak is None:
+        return line
+    mfu, tflops = 100 * medians["mfu/step"], peak["flops"] / 1e12
+    return f"{line}, MFU {mfu:.1f} % of {tflops:.3g} TFLOP/s ({peak['source']})"
 
 
 def versions() -> dict[str, str]:

@@ -15,7 +15,9 @@ from perl.report.metrics import (
     read_run,
     smoothed,
     spread,
+    stage_bytes,
     stage_seconds,
+    step_medians,
 )
 
 
@@ -81,6 +83,23 @@ def test_the_headline_is_the_summarys_else_the_last_evaluations() -> None:
     found = headline(log(rl=rl, evaluations=evaluations, summary=summary))
     assert found == measured | {"accuracy_after": 0.55, "seconds": 60}
     assert headline(log()) == {}
+
+
+def test_medians_of_steps_and_most_memory_of_stages() -> None:
+    name = "throughput/tokens_per_second_per_gpu"
+    rows = [
+        {"time/step": 3.0, name: 10.0, "mfu/update": 0.5, "memory/update/rss_bytes": 7},
+        {"time/step": 1.0, name: 30.0, "mfu/update": math.nan, "memory/update/rss_bytes": 9},
+        {
+            "time/step": 8.0,
+            name: 20.0,
+            "memory/update/device_bytes": 5,
+            "memory/peak_rss_bytes": 99,
+        },
+    ]
+    medians = {"step": 3.0, "tokens_per_second_per_gpu": 20.0, "mfu/update": 0.5}
+    assert step_medians(rows) == medians and step_medians([{"step": 1}]) == {}
+    assert stage_bytes(rows) == {"update/rss_bytes": 9, "update/device_bytes": 5}
 
 
 def test_seconds_of_stages_are_means_over_the_runs() -> None:

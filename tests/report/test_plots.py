@@ -27,6 +27,7 @@ CURVES = {
     "clip_fraction": {"clipped": "clip_fraction"},
     "grad_norm": {"norm": "grad_norm"},
     "throughput": {"throughput": "throughput/tokens_per_second"},
+    "mfu": {"step": "mfu/step", "update": "mfu/update"},
     "sharing": {"tokens": "packing/token_sharing", "images": "packing/image_sharing"},
     "cold_start": {"loss": "loss"},
 }

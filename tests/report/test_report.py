@@ -36,6 +36,7 @@ def rl_row(step: int, steps: int) -> dict:
         "groups/tries": 1, "time/rollout": 1.9, "time/reward": 0.02, "time/pack": 0.05, "time/logprobs": 0.3,
         "time/update": 1.1, "time/step": 3.5, "time/elapsed": 30 + 3.5 * step, "throughput/tokens_per_second": 2100,
         "packing/token_sharing": 2.4, "packing/image_sharing": 16.1, "memory/peak_rss_bytes": 1_400_000_000,
+        "mfu/rollout": 0.02, "mfu/step": 0.125, "memory/rollout/rss_bytes": 3 << 28,
     }  # fmt: skip
 
 
@@ -139,7 +140,7 @@ def test_finished_run(tmp_path: Path) -> None:
     plots = {p.stem for p in (tmp_path / "digits" / "plots").glob("*.png")}
     assert plots == {
         "curve", "reward", "accuracy", "consistency", "length", "truncated", "entropy", "kl",
-        "clip_fraction", "grad_norm", "groups", "time", "throughput", "sharing", "cold_start",
+        "clip_fraction", "grad_norm", "groups", "time", "throughput", "sharing", "cold_start", "mfu",
     }  # fmt: skip
     with Image.open(tmp_path / "digits" / "plots" / "curve.png") as curve:
         assert curve.width >= 1200
@@ -159,9 +160,9 @@ def test_finished_run(tmp_path: Path) -> None:
     # Of the last evaluations, before and after of each measure; 0.6 and 0.92 of accuracy.
     assert page.row("which") == ["60.0 %", "92.0 %", "63.0 %", "95.0 %", "36.0 %", "84.6 %"]
     assert page.row("odd") == ["30.0 %", "46.0 %", "15.0 %", "23.0 %", "—", "—"]
-    assert page.row("rollout") == ["2 min 20 s", "48.3 %"]
-    assert page.row("cold start") == ["20.0 s", "6.9 %"]
-    assert page.row("all") == ["4 min 50 s", "100.0 %"]
+    assert page.row("rollout") == ["2 min 20 s", "48.3 %", "768 MiB", "2.0 %"]
+    assert page.row("cold start") == ["20.0 s", "6.9 %", "—", "—"]
+    assert page.row("all") == ["4 min 50 s", "100.0 %", "—", "12.5 %"]
     assert "60 of 72 rollouts" in page.text and "Good to know" not in page.text
     # Grouped by example and step, and there by order; the newest group comes first.
     assert page.text.count("digits-train-which-000001") == 5

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import statistics
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from perl.distributed import StopSignal
 from perl.files import RunFolder
 from perl.training.optimizer import Optimizer
+from perl.training.roofline.devices import Peak
 from perl.training.session import ProcessShare
 from perl.types import Interrupted, UserError
 from tests.command_line import json_lines, metrics, untimed
@@ -352,6 +354,9 @@ def test_every_seed_is_a_run_and_the_summary_their_mean(tmp_path: Path, two_toke
     assert (one["greedy_before"], one["processes"], one["parameters"]) == (None, 1, 3)
 
 
+PEAK = Peak(1e6, "given")
+
+
 def both(processes: Together, folder: Path, config: Any) -> list[Any]:
     """What a run that goes on in two processes comes to in each: the summary or the error."""
     return processes.run(lambda _: train_in(folder, config, resume=True))
@@ -360,6 +365,8 @@ def both(processes: Together, folder: Path, config: Any) -> list[Any]:
 def test_two_processes_take_every_step_together(
     tmp_path: Path, two_processes: Together, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for user in ("accounting", "summary"):
+        monkeypatch.setattr(f"perl.training.{user}.peak_of", lambda *_: PEAK)
     config, folder = staged(tmp_path), tmp_path / "run"
     RunFolder(folder).create(overwrite=False)
     first, second = both(two_processes, folder, config)
@@ -378,6 +385,7 @@ def test_two_processes_take_every_step_together(
         assert mine == pytest.approx(its, rel=1e-5)
     assert rows[3]["filter/measured"] == 6 and rows[4]["examples"] == 2
     rl = [r for r in rows if r["stage"] == "rl"]
+    metrics_of = {row["step"]: row for row in metrics(folder, "rl")}
     # Each process draws one of the two questions of each try.
     assert [r["groups/seen"] for r in rl] == [2 * r["groups/tries"] for r in rl]
     assert [r["groups/replayed"] for r in rl] == [0] * 4 + [2] * 3
@@ -387,6 +395,15 @@ def test_two_processes_take_every_step_together(
         assert r["flops/rollout/language"] == 2 * 10 * read
         assert r["flops/rollout/head"] == 2 * 5 * r["tokens/completion"]
         assert r["flops/update/language"] == 3 * 2 * 10 * r["packing/tokens"]
+        done = sum(n for name, n in r.items() if name.startswith("flops/"))
+        in_time = metrics_of[r["step"]]
+        assert in_time["mfu/step"] * in_time["time/step"] * 2 * PEAK.flops == pytest.approx(done)
+        per_gpu = in_time["throughput/tokens_per_second_per_gpu"]
+        assert per_gpu == in_time["throughput/tokens_per_second"] / 2
+        assert min(in_time[f"memory/{n}rss_bytes"] for n in ("peak_", "update/")) > 2**20
+    steps = [row["time/step"] for row in metrics_of.values()]
+    assert first["median_step"]["step"] == statistics.median(steps)
+    assert first["peak_flops"] == vars(PEAK) and "export/rss_bytes" in first["bytes_by_stage"]
     logprobs = [r["flops/logprobs/language"] / (2 * 10 * r["packing/tokens"]) for r in rl]
     # Of old policies and of the reference; of the reference alone where one update follows the rollouts, until some are replayed.
     assert logprobs == [2, 2, 2, 1, 2, 2, 2]

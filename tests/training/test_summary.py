@@ -67,6 +67,13 @@ def test_the_table_has_changes_and_ranges(capsys: pytest.CaptureFixture[str]) ->
         "+1.250 (1.250..1.250)",
     ]
     assert rows["reward/judge"] == ["0.100", "0.300", "+0.200"]
+    medians = {"step": 120.26, "tokens_per_second_per_gpu": 2000.4, "mfu/step": 0.2321}
+    one = RUNS[0] | {"median_step": medians, "device": "cuda:0"}
+    print_summary(one | {"peak_flops": {"flops": 989e12, "source": "a datasheet"}}, "runs/x")
+    told = "a step, median: 120.3 s, 2000 tokens/s per GPU"
+    assert f"{told}, MFU 23.2 % of 989 TFLOP/s (a datasheet)" in table(capsys)
+    print_summary(one | {"peak_flops": None}, "runs/x")
+    assert told in table(capsys)
     print_summary(RUNS[0], "runs/x")
     rows = table(capsys)
     assert rows["accuracy, T = 1"] == ["25.0", "75.0", "+50.0"]
