@@ -24,9 +24,11 @@ def cold_start(session: Session, stage: Stage) -> None:
         )
     )
     for step in session.steps():
-        with components.watch("preprocess"), session.processes.jointly():
-            drawn = session.source.draw(config.batch_size)
-            batches = session.pack([s for d in drawn for s in _segment(session, d.example)])
+        with components.watch("preprocess"):
+            with session.processes.jointly():
+                drawn = session.source.draw(config.batch_size)
+                work = [_segment(session, d.example) for d in drawn]
+            batches, _ = session.pack([segments for segments in work if segments])
         with components.watch("cold_start"):
             metrics = optimizer.step(step, batches, SUPERVISED)
         if not metrics:

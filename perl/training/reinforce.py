@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -24,7 +23,6 @@ from perl.timing import peak_memory
 from perl.training.accounting import StepFlops, Tally, add, rolled_out, row_of
 from perl.training.measure import measure
 from perl.training.optimizer import Schedule
-from perl.training.parallel.balancing import ModelFlops, share_out
 from perl.training.saving.export import save_model
 from perl.training.session import Session
 from perl.types import Group, PackedBatch, Segment
@@ -88,14 +86,20 @@ class PolicyStep:
             self.reference.begin_step()
         # Every k-th group, so that each update sees the whole of the batch's data order.
         with watch("pack"):
-            minibatches = [self._segments(groups[k :: self.updates]) for k in range(self.updates)]
-            packed = [session.pack(segments) for segments in minibatches]
+            condition = session.config.permutation.condition
+            minibatches = [
+                session.pack(
+                    [w for g in groups[k :: self.updates] if (w := segments_of(g, condition))]
+                )
+                for k in range(self.updates)
+            ]
+            packed = [batches for batches, _ in minibatches]
         # All old log-probs before the first update, under the policy that sampled.
         with watch("logprobs"):
             old = [self._old_logprobs(batches) for batches in packed]
             ref = [self.reference and [self.reference(b) for b in batches] for batches in packed]
-        segments = [segment for own in minibatches for segment in own]
-        again = [s for own, found in zip(minibatches, old, strict=True) if found for s in own]
+        segments = [segment for _, own in minibatches for segment in own]
+        again = [s for (_, own), found in zip(minibatches, old, strict=True) if found for s in own]
         flops = self.flops("logprobs", map(self.flops.met, again))
         if self.reference:
             met = map(self.flops.met, segments)
@@ -113,21 +117,6 @@ class PolicyStep:
         if session.config.permutation.condition == "original":
             means.pop("rollout_kl", None)  # The engine read other prompts.
         return Tally(means, flops | {f"packing/{name}": n for name, n in packing.items()})
-
-    def _segments(self, groups: Sequence[Group]) -> list[Segment]:
-        """What this process trains on of all processes' groups."""
-        condition = self.session.config.permutation.condition
-        work = [segments for g in groups if (segments := segments_of(g, condition))]
-        # Completions differ in length, so that processes with equally many groups have unequal work.
-        if self.session.processes.count > 1:
-            work = share_out(work, self._flops, self.session.processes)
-        return [replace(s, group=number) for number, w in enumerate(work) for s in w]
-
-    @cached_property
-    def _flops(self) -> ModelFlops:
-        return ModelFlops.of(
-            self.session.components.policy, self.session.config.train.share_prompts
-        )
 
     def _old_logprobs(self, batches: Sequence[PackedBatch]) -> list[torch.Tensor] | None:
         """Of each batch; None where the present policy sampled everything, so that the loss knows that ratios are 1."""

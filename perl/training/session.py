@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from perl.rollout.replay import load_replay, save_replay
 from perl.timing import peak_memory
 from perl.training.components import Components, build
 from perl.training.optimizer import Optimizer, Schedule
+from perl.training.parallel.balancing import ModelFlops, Work, share_out
+from perl.training.parallel.rows import joint_rows
 from perl.training.saving.checkpoint import CheckpointManager, Progress
 from perl.types import Example, Interrupted, PackedBatch, Segment, UserError, one_line
 
@@ -263,12 +266,24 @@ class Session:
             stream.load_state_dict(self.progress.streams[self.stage.name])
         return stream
 
-    def pack(self, segments: Sequence[Segment]) -> list[PackedBatch]:
-        """Micro-batches of the segments, within the token budget."""
-        train = self.config.train
-        return self.components.policy.pack(
-            segments, train.tokens_per_micro_batch, train.share_prompts
-        )
+    def pack(self, work: Sequence[Work]) -> tuple[list[PackedBatch], list[Segment]]:
+        """This process's micro-batches of one optimizer step, within the token budget, and the segments in them.
+
+        Every process calls it together, as completions differ in length: work moves from those with much to those with little,
+        and with sharded weights all have equally many micro-batches (see `perl.training.parallel`).
+
+        Args:
+            work: the groups that this process holds.
+        """
+        train, policy = self.config.train, self.components.policy
+        budget, processes = train.tokens_per_micro_batch, self.processes
+        if processes.count > 1:
+            flops = ModelFlops.of(policy, train.share_prompts)
+            if policy.sharding:
+                return joint_rows(work, flops, processes, budget)
+            work = share_out(work, flops, processes)
+        segments = [replace(s, group=number) for number, w in enumerate(work) for s in w]
+        return policy.pack(segments, budget, train.share_prompts), segments
 
     def record_step(self, step: int, row: dict[str, Any], shown: dict[str, float]) -> None:
         """A step is complete: write its metrics down, and show some of them behind the progress bar."""

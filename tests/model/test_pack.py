@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perl.model.packed.pack import pack, pack_row, packing_counts, packing_report
+from perl.model.packed.pack import empty_row, pack, pack_row, packing_counts, packing_report
 from perl.model.packed.plan import Load, Share, plan
 from perl.types import EncodedImage, EncodedPrompt, PackedBatch, Segment
 
@@ -309,5 +309,11 @@ def test_the_report() -> None:
     }
     repeated = packing_report(packing_counts(pack(segments, 28, share=False), segments, 28))
     assert repeated.items() >= {"rows": 2, "token_sharing": 1.0, "fill": 48 / 56}.items()
+    # A row that only takes part is a row without tokens.
+    rows = [*pack(segments, 28), empty_row(1)]
+    waiting = packing_report(packing_counts(rows, segments, 28))
+    assert (
+        waiting.items() >= {"rows": 2, "tokens": 28, "fill": 0.5, "token_sharing": 48 / 28}.items()
+    )
     nothing = packing_report(packing_counts([], [], 28))
     assert nothing.items() >= {"fill": 0.0, "token_sharing": 1.0, "image_sharing": 1.0}.items()

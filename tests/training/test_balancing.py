@@ -146,3 +146,5 @@ def test_little_work_moves() -> None:
     assert balance([[4.0, 4.0, 1.0], [1.0]]) == [[0, 1, 0], [1]]
     assert balance([[], [5.0, 4.0]]) == [[], [1, 0]]
     assert balance([[], []]) == [[], []]
+    # Dealt out anew they would be 5.2 and 7.2.
+    assert balance([[3.2, 3.2], [2.0, 2.0, 2.0]], tolerance=1.0) == [[0, 0], [1, 1, 1]]

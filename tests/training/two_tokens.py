@@ -46,7 +46,7 @@ class TwoTokens(nn.Module):
     With gain 1 the gradient of -log p(y) is p - onehot(y) in the two weights of the head. Takes as many tokens as logits.
     """
 
-    shares_prompts, compiled, device = True, False, torch.device("cpu")
+    shares_prompts, compiled, sharding, device = True, False, None, torch.device("cpu")
 
     def __init__(self, *logits: float) -> None:
         super().__init__()

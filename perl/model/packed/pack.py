@@ -8,6 +8,7 @@ sequence at a time. Each distinct image stands once in the batch however many se
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -64,6 +65,24 @@ def prompt_row(prompts: Sequence[EncodedPrompt]) -> PackedBatch:
         start = row.add_prompt(prompt)
         row.scored.append(np.array([start + len(prompt.input_ids) - 1]))
     return row.batch()
+
+
+def empty_row(axes: int) -> PackedBatch:
+    """A row to take part with in the forwards and backwards of other processes: a few tokens, none of which is scored.
+
+    Args:
+        axes: of the model's position ids.
+    """
+    tokens = np.arange(_EMPTY)
+    positions = np.broadcast_to(tokens, (axes, _EMPTY))
+    # Whatever the tokens mean: none is an image.
+    prompt = EncodedPrompt(np.zeros_like(tokens), positions, _EMPTY, (), image_token_id=-1)
+    row = pack_row([Segment(prompt, (), ())])
+    return replace(row, sampled_logprobs=torch.empty(0))
+
+
+_EMPTY = 16
+"""Tokens; a compiled layer makes a special case of one."""
 
 
 class _Row:
@@ -164,7 +183,7 @@ def packing_counts(
     """What rows hold and what was shared, in numbers that add up over processes.
 
     Args:
-        batches: what `pack` made of `segments`.
+        batches: what `pack` made of `segments`, and rows without any that only take part.
         budget: most tokens of a row.
 
     Returns:
@@ -177,7 +196,7 @@ def packing_counts(
     )
     shown = sum(len(s.prompt.images) * len(s.completions) for s in segments)
     distinct = len({image.key for b in batches for image in b.images})
-    tokens = sum(b.num_tokens for b in batches)
+    tokens = sum(b.num_tokens for b in batches if b.source)
     return {
         "rows": len(batches),
         "tokens": tokens,

@@ -51,7 +51,9 @@ def plan(loads: Sequence[Load], budget: int, share: bool = True) -> list[Row]:
     groups: defaultdict[int, list[int]] = defaultdict(list)
     for index, load in enumerate(loads):
         groups[load.group].append(index)
-    units = [unit for members in groups.values() for unit in _units(loads, members, budget, share)]
+    units = [
+        unit for members in groups.values() for unit in units_of(loads, members, budget, share)
+    ]
     sizes = [sum(_tokens(loads, share) for share in unit) for unit in units]
     rows = [[share for i in bin_ for share in units[i]] for bin_ in _best_fit(sizes, budget)]
     for row in rows:
@@ -59,7 +61,7 @@ def plan(loads: Sequence[Load], budget: int, share: bool = True) -> list[Row]:
     return sorted(rows, key=lambda row: _place(row[0]))
 
 
-def _units(loads: Sequence[Load], members: Sequence[int], budget: int, share: bool) -> list[Row]:
+def units_of(loads: Sequence[Load], members: Sequence[int], budget: int, share: bool) -> list[Row]:
     """What of a group has to stay together: everything, or as little as the budget demands."""
     shares: list[Share] = []
     for i in members:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from perl.distributed import Processes
 from perl.model.vision import distinct
@@ -82,14 +83,38 @@ class ModelFlops:
             shared=share_prompts and policy.shares_prompts,
         )
 
+    def text(self, prompt: int, lengths: Sequence[int]) -> float:
+        """Of completions of these lengths behind a prompt of so many tokens, without images."""
+        met = Met.of(prompt, lengths, self.shared)
+        return met.tokens * self.token + met.pairs * self.pair + met.scored * self.scored
+
     def group(self, segments: Sequence[Segment]) -> float:
         """Of a group whose prompts are computed once per order, or once per completion, and whose images once."""
-        total = 0.0
-        for segment in segments:
-            met = segment_met(segment, self.shared)
-            total += met.tokens * self.token + met.pairs * self.pair + met.scored * self.scored
-        images = distinct([image for s in segments for image in s.prompt.images])
-        return total + sum(image.tokens for image in images) * self.visual
+        text = sum(
+            self.text(len(s.prompt.input_ids), [len(c) for c in s.completions]) for s in segments
+        )
+        return text + visual_tokens(segments) * self.visual
+
+
+def visual_tokens(segments: Sequence[Segment]) -> int:
+    """Of all distinct images that segments show."""
+    images = distinct([image for s in segments for image in s.prompt.images])
+    return sum(image.tokens for image in images)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Work that is not divided any further."""
+
+    group: int
+    """Pieces of one group show the same images."""
+    owner: int
+    """The process that holds it."""
+    flops: float
+    """Without images."""
+    images: float = 0.0
+    """FLOPs of the group's images, which each process that has a piece of it spends once."""
+    tokens: int = 0
 
 
 def segment_met(segment: Segment, shared: bool) -> Met:
@@ -119,40 +144,83 @@ def share_out(work: Sequence[Work], flops: ModelFlops, processes: Processes) -> 
 def balance(costs: Sequence[Sequence[float]], tolerance: float = 1.05) -> list[list[int]]:
     """Assign work to processes so that the busiest one has little more than the others, and little of it moves.
 
-    The longest work first, each to the process that has least so far (R. L. Graham, "Bounds on multiprocessing timing
-    anomalies", 1969): at most 4/3 times the best possible maximum. Nothing moves where the busiest process has at
-    most `tolerance` times the mean.
-
     Args:
         costs: `costs[p]` of the pieces of work that process p holds.
-        tolerance: 1 or more.
+        tolerance: see `deal`.
 
     Returns:
         In the same form, the process that each piece goes to.
     """
-    held = [sum(own) for own in costs]
-    stay = [[p] * len(own) for p, own in enumerate(costs)]
-    if max(held) <= tolerance * sum(held) / len(held):
-        return stay
-    work = sorted((-cost, p, i) for p, own in enumerate(costs) for i, cost in enumerate(own))
-    loads = [(0.0, part) for part in range(len(costs))]
-    parts: list[list[tuple[int, int]]] = [[] for _ in costs]
-    for cost, p, i in work:
-        load, part = loads.pop(0)
-        parts[part].append((p, i))
-        insort(loads, (load - cost, part))
-    if loads[-1][0] >= max(held):
-        return stay
-    overlap = sorted(
-        (-sum(costs[p][i] for p, i in members if p == owner), part, owner)
-        for part, members in enumerate(parts)
-        for owner in range(len(costs))
-    )
-    owners: dict[int, int] = {}
-    for _, part, owner in overlap:
-        if part not in owners and owner not in owners.values():
-            owners[part] = owner
-    for part, members in enumerate(parts):
-        for p, i in members:
-            stay[p][i] = owners[part]
-    return stay
+    owners = [p for p, own in enumerate(costs) for _ in own]
+    flops = [cost for own in costs for cost in own]
+    pieces = [Piece(i, p, cost) for i, (p, cost) in enumerate(zip(owners, flops, strict=True))]
+    placed = [p for p, _ in deal(pieces, len(costs), tolerance=tolerance) or ()]
+    if _largest(placed, flops) > _largest(owners, flops):
+        placed = owners
+    moved = iter(placed)
+    return [[next(moved) for _ in own] for own in costs]
+
+
+def deal(
+    pieces: Sequence[Piece],
+    processes: int,
+    rows: int = 1,
+    budget: int | None = None,
+    tolerance: float = 1.05,
+) -> list[tuple[int, int]] | None:
+    """Deal pieces out to rows of processes, so that all have about as many FLOPs and few pieces move.
+
+    The longest piece first. It stays with its owner, or where another piece of its group is, if a row there has room
+    for it within `tolerance` times the mean of all rows; else it goes to the row that has least so far (R. L. Graham,
+    "Bounds on multiprocessing timing anomalies", 1969, whose order and bound these are): none has more than the
+    mean and the longest piece together, or than `tolerance` times the mean.
+
+    Args:
+        rows: of each process.
+        budget: most tokens of a row, which a piece alone may exceed; None: no limit.
+        tolerance: 1 or more.
+
+    Returns:
+        Process and row of each piece; None where they do not fit in so many rows.
+    """
+    images = {piece.group: piece.images for piece in pieces}
+    total = sum(piece.flops for piece in pieces) + sum(images.values())
+    limit = tolerance * total / (processes * rows)
+    loads, tokens = np.zeros((processes, rows)), np.zeros((processes, rows), dtype=np.int64)
+    homes: dict[int, list[int]] = {}
+    placed: dict[int, tuple[int, int]] = {}
+    for i in sorted(range(len(pieces)), key=lambda i: (-pieces[i].flops - pieces[i].images, i)):
+        piece = pieces[i]
+        open_to = loads
+        if budget is not None:
+            open_to = np.where((tokens == 0) | (tokens + piece.tokens <= budget), loads, np.inf)
+        held_by = homes.setdefault(piece.group, [])
+        at = None
+        for home in held_by or [piece.owner]:
+            row = int(open_to[home].argmin())
+            cost = piece.flops + (0.0 if home in held_by else piece.images)
+            if open_to[home, row] + cost <= limit:
+                at = home, row
+                break
+        if at is None:
+            least = open_to.min()
+            if np.isinf(least):
+                return None
+            # Of those that have equally little the own one.
+            own = [home for home in held_by or [piece.owner] if open_to[home].min() == least]
+            process = own[0] if own else int(open_to.min(1).argmin())
+            at = process, int(open_to[process].argmin())
+        loads[at] += piece.flops + (0.0 if at[0] in held_by else piece.images)
+        tokens[at] += piece.tokens
+        if at[0] not in held_by:
+            held_by.append(at[0])
+        placed[i] = at
+    return [placed[i] for i in range(len(pieces))]
+
+
+def _largest(owners: Sequence[int], flops: Sequence[float]) -> float:
+    """What the busiest process has."""
+    held: dict[int, float] = {}
+    for owner, cost in zip(owners, flops, strict=True):
+        held[owner] = held.get(owner, 0.0) + cost
+    return max(held.values(), default=0.0)
