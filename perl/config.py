@@ -396,7 +396,7 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The RL loop; weight_decay, betas, max_grad_norm and tokens_per_micro_batch serve the cold start too."""
+    """The RL loop; optimizer, weight_decay, betas, max_grad_norm and tokens_per_micro_batch serve the cold start too."""
 
     steps: Count = 100
     """Rollout batches to train on."""
@@ -418,6 +418,8 @@ class TrainConfig:
     as in cosine_with_min_lr(min_lr_rate=0.1)."""
     warmup_steps: Count = 0
     """Optimizer steps of linear warm-up."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """AdamW, or torchao's AdamW with moments of 8 bits, 2 bytes a weight instead of 8 (docs/precision.md)."""
     weight_decay: NotNegative = 0.01
     """AdamW's decoupled weight decay."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)

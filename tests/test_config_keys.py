@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import random
@@ -756,6 +757,8 @@ ROWS = [
     Row("train.lr", 0.5, of("rl", "lr"), [0.01] * 2, [0.5] * 2),
     Row("train.schedule", "linear", of("rl", "lr"), [0.01] * 2, [0.01, 0.005]),
     Row("train.warmup_steps", 2, of("rl", "lr"), [0.01] * 2, [0.005, 0.01]),
+    Row("train.optimizer", "adamw_8bit", or_refusal(last("optimizer", lambda o: type(o.adamw).__name__)), "AdamW",
+        "AdamW8bit" if importlib.util.find_spec("torchao") else "train.optimizer"),
     Row("train.weight_decay", 0.5, setting("weight_decay"), 0.01, 0.5),
     Row("train.betas", (0.5, 0.75), setting("betas"), (0.9, 0.999), (0.5, 0.75)),
     Row("train.max_grad_norm", 0.125, each("limit"), [1.0] * 2, [0.125] * 2),

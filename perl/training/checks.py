@@ -32,7 +32,7 @@ from perl.rewards.scorer import Scorer
 from perl.rollout.instruction import Instruction, tell_prompts
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.training.components import check_bundled
-from perl.training.optimizer import Schedule
+from perl.training.optimizer import Schedule, check_optimizer
 from perl.training.parallel.mesh import check_sharding
 from perl.training.saving.hub import check_push
 from perl.types import UserError
@@ -238,6 +238,7 @@ def check_stage(stage: Stage) -> None:
             )
     if stage.kind == "rl":
         _check_best(config)
+    check_optimizer(config.train)
     Schedule(1.0, config.train.schedule, 0, 1)
     Schedule(1.0, config.cold_start.schedule, 0, 1, "cold_start.schedule")
     loss = make_policy_loss(config.loss, completion)

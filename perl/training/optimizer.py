@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -15,10 +16,13 @@ from torch.distributed.tensor import DTensor
 
 from perl.config import REWARD_SPEC, TrainConfig
 from perl.distributed import Processes
+from perl.failures import install_command
 from perl.model.head import HeadLoss, PolicyLoss, step_normalizer
+from perl.model.layers import uncompiled
 from perl.model.vision import StepFeatures
 from perl.rewards.loading import read_options
 from perl.timing import span
+from perl.training.parallel.gradients import as_sharded, sum_over_processes, total_norm
 from perl.types import PackedBatch, UserError, one_line
 
 
@@ -112,39 +116,64 @@ class Optimizer:
         # Norms and biases are not decayed: they have no scale that decay would bound.
         decayed = [p for p in self._stepped.values() if p.ndim >= 2]
         plain = [p for p in self._stepped.values() if p.ndim < 2]
-        self.adamw = torch.optim.AdamW(
+        self.adamw = self._adamw(
             [
                 {"params": decayed, "weight_decay": config.weight_decay},
                 {"params": plain, "weight_decay": 0.0},
             ],
-            lr=schedule.peak,
-            betas=config.betas,
-            fused=True if self.policy.device.type == "cuda" else None,
+            config,
         )
-        for parameter in self._stepped.values():
-            self.adamw.state[parameter] = self._fresh(parameter)
+        # Made at once, so that memory that does not suffice shows before the first rollout.
+        for weight, parameter in self._stepped.items():
+            self.adamw.state[parameter] = self._fresh(weight, parameter)
 
-    def _fresh(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-        """AdamW's state before its first step; made at once, so that memory that does not suffice shows before a rollout."""
+    def _adamw(self, groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
+        lr, betas = self.schedule.peak, config.betas
+        self._in_8_bits = config.optimizer == "adamw_8bit"
+        if self._in_8_bits:
+            check_optimizer(config)
+            from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+
+            return AdamW8bit(groups, lr=lr, betas=betas)
+        fused = True if self.policy.device.type == "cuda" else None
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
+
+    def _fresh(self, weight: torch.Tensor, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        """AdamW's state before its first step."""
+
+        def zeros(signed: bool) -> torch.Tensor:
+            if self._in_8_bits and _in_blocks(weight) and parameter.numel():
+                from torchao.optim.subclass_8bit import OptimState8bit  # pyright: ignore[reportMissingImports]
+
+                shape, where = parameter.shape, parameter.device
+                return OptimState8bit.zeros(shape, signed, _BLOCK, where, parameter.dtype)
+            return torch.zeros_like(parameter)
+
         # The step counter lies on the host unless AdamW is fused.
-        there = parameter.device if self.adamw.defaults["fused"] else "cpu"
-        return {
-            "step": torch.zeros((), device=there),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
+        there = parameter.device if self.adamw.defaults.get("fused") else "cpu"
+        step = torch.zeros((), device=there)
+        return {"step": step, "exp_avg": zeros(True), "exp_avg_sq": zeros(False)}
 
     def state(self) -> dict[str, torch.Tensor]:
         """AdamW's own tensors, to be saved and to be copied into, by the weight's name in the policy and theirs.
 
-        `NAME/exp_avg` and `NAME/exp_avg_sq`, float32 and of the weight's shape: DTensors, sharded as it, where it is one;
-        and `NAME/step`, float32 [].
+        `NAME/step`, float32 []; `NAME/exp_avg` and `NAME/exp_avg_sq`, float32 and of the weight's shape. In 8 bits each of
+        the two is `/codes`, uint8 of the weight's shape, and `/scale`, float32 [rows, blocks of a row], but for weights that
+        are not kept in 8 bits. Where the weight is a DTensor, all but the step are, sharded as it, and rows of any number of
+        processes go together again.
         """
         out = {}
         for name, weight in self.policy.named_parameters():
-            if weight in self.masters:
-                for key, tensor in self.adamw.state[self._stepped[weight]].items():
-                    out[f"{name}/{key}"] = tensor if key == "step" else _as_sharded(tensor, weight)
+            if weight not in self.masters:
+                continue
+            for key, tensor in self.adamw.state[self._stepped[weight]].items():
+                if key == "step":
+                    out[f"{name}/{key}"] = tensor
+                elif self._in_8_bits and _in_blocks(weight):
+                    for part, own in _parts_of(tensor, weight):
+                        out[f"{name}/{key}/{part}"] = own
+                else:
+                    out[f"{name}/{key}"] = as_sharded(tensor, weight)
         return out
 
     def step(
@@ -208,10 +237,11 @@ class Optimizer:
                     totals[name] += value.double() * batch.num_scored
         # Summed, not averaged: each loss was divided by the count of the whole step already.
         with span("sync"):
-            self._sum_over_processes()
+            if self.processes.count > 1:
+                sum_over_processes([m for m in self.masters.values() if not isinstance(m, DTensor)])
         with span("optimizer"):
             self._take_shards()
-            total = self._norm()
+            total = total_norm(self._stepped, self.accelerator.device)
             torch.nn.utils.clip_grads_with_norm_(self._stepped.values(), self.max_grad_norm, total)
         with span("sync"):  # Here the host waits for the device.
             norm = float(total)
@@ -224,10 +254,11 @@ class Optimizer:
             )
         lr = self.schedule(number)
         for group in self.adamw.param_groups:
-            group["lr"] = lr
+            group["lr"] = group["lr"].fill_(lr) if self._in_8_bits else lr
         self.updates += 1  # Also one that fails half-way has changed some weights.
         with span("optimizer"), torch.no_grad():
-            self.adamw.step()
+            with self._as_written():
+                self.adamw.step()
             if self._narrow:
                 masters = [self.masters[weight] for weight in self._narrow]
                 cast(Any, torch)._foreach_copy_(self._narrow, masters)
@@ -236,6 +267,11 @@ class Optimizer:
         self._zero_grad()
         with span("sync"):
             return {**self._reduced(totals), "grad_norm": norm, "lr": lr}
+
+    def _as_written(self) -> AbstractContextManager[None]:
+        """torchao compiles its step for each shape of weights; a CPU takes longer to compile than to step."""
+        on_gpu = all(p.device.type == "cuda" for p in self._stepped.values())
+        return uncompiled() if self._in_8_bits and not on_gpu else nullcontext()
 
     @contextmanager
     def _wide_gradients(self) -> Iterator[None]:
@@ -253,37 +289,6 @@ class Optimizer:
         master.grad = grad.to(master.dtype) if master.grad is None else master.grad.add_(grad)
         weight.grad = None
 
-    def _sum_over_processes(self) -> None:
-        """Of weights that every process has whole; fully_shard has summed those of the others in the backward."""
-        if self.accelerator.num_processes == 1:
-            return
-        for bucket in self._buckets():
-            if len(bucket) == 1:
-                torch.distributed.all_reduce(bucket[0])
-                continue
-            flat = torch.cat([grad.flatten() for grad in bucket])
-            torch.distributed.all_reduce(flat)
-            parts = flat.split([grad.numel() for grad in bucket])
-            summed = [part.view_as(grad) for part, grad in zip(parts, bucket, strict=True)]
-            cast(Any, torch)._foreach_copy_(bucket, summed)
-
-    def _buckets(self) -> Iterator[list[torch.Tensor]]:
-        """Gradients that are summed over processes together; one that is as large as a bucket is so by itself, where it lies."""
-        bucket: list[torch.Tensor] = []
-        for master in self.masters.values():
-            if isinstance(master, DTensor):
-                continue
-            # All processes reduce the same tensors in the same order, also one whose micro-batches did not use them.
-            if master.grad is None:
-                master.grad = torch.zeros_like(master)
-            full = sum(g.nbytes for g in bucket) + master.grad.nbytes > _BUCKET_BYTES
-            if bucket and (full or bucket[0].dtype != master.dtype):
-                yield bucket
-                bucket = []
-            bucket.append(master.grad)
-        if bucket:
-            yield bucket
-
     def _take_shards(self) -> None:
         """Let AdamW see the shards and their gradients as they lie now: fully_shard may have moved them."""
         with torch.no_grad():
@@ -292,21 +297,6 @@ class Optimizer:
                     grad: Any = weight.grad
                     shard.data = weight.to_local()
                     shard.grad = None if grad is None else grad.to_local()
-
-    def _norm(self) -> torch.Tensor:
-        """Of the whole gradient, the same in all processes."""
-        whole = [m.grad for m in self.masters.values() if m.grad is not None and not _sharded(m)]
-        total = torch.nn.utils.get_total_norm(whole)
-        shards = [w for w in self.masters if isinstance(w, DTensor)]
-        if not shards:
-            return total
-        own = [g for w in shards if (g := self._stepped[w].grad) is not None]
-        device = self.accelerator.device
-        square = torch.nn.utils.get_total_norm(own).to(device, torch.float64).square()
-        torch.distributed.all_reduce(square)
-        # Over hybrid meshes every copy of the weights has been counted.
-        square /= torch.distributed.get_world_size() / shards[0].device_mesh.size(-1)
-        return (square + total.to(device, torch.float64).square()).sqrt().float()
 
     def _zero_grad(self) -> None:
         for parameter in (*self.masters.values(), *self._stepped.values()):
@@ -334,30 +324,43 @@ def _master(weight: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(weight.detach().float())
 
 
-def _sharded(weight: torch.Tensor) -> bool:
-    return isinstance(weight, DTensor)
-
-
 def _stepped(master: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(master.to_local().detach()) if isinstance(master, DTensor) else master
 
 
-def _as_sharded(local: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """What has the shape of a weight, given this process's part of it: a DTensor where the weight is one."""
-    if not isinstance(weight, DTensor):
-        return local
-    return DTensor.from_local(
-        local,
-        weight.device_mesh,
-        weight.placements,
-        run_check=False,
-        shape=weight.shape,
-        stride=weight.stride(),
-    )
+def check_optimizer(config: TrainConfig) -> None:
+    """See that `train.optimizer` is there.
+
+    Raises:
+        UserError: its package is not installed.
+    """
+    if config.optimizer == "adamw_8bit" and importlib.util.find_spec("torchao") is None:
+        raise UserError(
+            f"train.optimizer = adamw_8bit needs torchao: {install_command('adamw-8bit')}, or take adamw"
+        )
 
 
-_BUCKET_BYTES = 2**25
-"""Of gradients that are copied together to be summed over processes at once: small ones would cost a latency each."""
+def _in_blocks(weight: torch.Tensor) -> bool:
+    """Whether moments of a weight are kept in 8 bits, in blocks that share a scale.
+
+    Only where rows are whole blocks, so that the numbers do not depend on how many processes the rows are spread over; and,
+    as in bitsandbytes, not of small weights.
+    """
+    row = math.prod(weight.shape[1:])
+    return weight.ndim >= 2 and row % _BLOCK == 0 and weight.numel() >= 4096
+
+
+def _parts_of(moment: Any, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Codes and scales of a moment in 8 bits; a process that has no row of the weight has none."""
+    codes = moment.codes if moment.numel() else moment.to(torch.uint8)
+    scale = moment.scale if moment.numel() else moment
+    blocks = math.prod(weight.shape[1:]) // _BLOCK
+    yield "codes", as_sharded(codes, weight)
+    yield "scale", as_sharded(scale.view(len(codes), blocks), weight, (len(weight), blocks))
+
+
+_BLOCK = 256
+"""Elements of a moment in 8 bits that share a scale, torchao's default."""
 
 _COUNTS = ("tokens", "invalid_rows")
 """Metrics that add up."""

@@ -14,6 +14,7 @@ from perl.config import TrainConfig
 from perl.model.head import SUPERVISED, HeadLoss, PolicyLoss
 from perl.model.packed.pack import pack_row
 from perl.training.optimizer import Optimizer, Schedule
+from perl.training.parallel.gradients import sum_over_processes
 from perl.types import PackedBatch
 from tests.messages import refused
 from tests.training.two_tokens import Accelerator, Together, TwoTokens, segment
@@ -274,7 +275,7 @@ def test_small_gradients_are_summed_in_buckets_and_large_ones_where_they_lie(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of 8, 4, 16, 4, 4 and 4 bytes, 12 together; each process has gradients that the other lacks."""
-    monkeypatch.setattr("perl.training.optimizer._BUCKET_BYTES", 12)
+    monkeypatch.setattr("perl.training.parallel.gradients._BUCKET_BYTES", 12)
     together = Together(2, monkeypatch)
     sizes: list[list[int]] = [[], []]
     reduce = torch.distributed.all_reduce
@@ -293,7 +294,7 @@ def test_small_gradients_are_summed_in_buckets_and_large_ones_where_they_lie(
             if number % 3 != index:
                 master.grad = torch.full_like(master, number + 10 * index + 1)
         pointers = {m: m.grad.data_ptr() for m in optimizer.masters.values() if m.grad is not None}
-        optimizer._sum_over_processes()
+        sum_over_processes(list(optimizer.masters.values()))
         assert all(m.grad is not None and m.grad.data_ptr() == p for m, p in pointers.items())
         return [m.grad.flatten().tolist() for m in optimizer.masters.values() if m.grad is not None]
 
