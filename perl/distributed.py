@@ -128,14 +128,19 @@ def process_state() -> Any:
     return PartialState(cpu=not cuda, timeout=_TIMEOUT, **backend)
 
 
+def all_processes() -> Processes:
+    """Of this run, before there is an Accelerator."""
+    return Processes(_Reducer(process_state()))
+
+
 def on_main_process(action: Callable[[], object]) -> None:
     """Do something in the first process while the others wait; its error stops all of them. Nothing in it may wait for them."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         action()
         return
-    state = process_state()
-    with Processes(_Reducer(state)).jointly():
-        if state.is_main_process:
+    processes = all_processes()
+    with processes.jointly():
+        if processes.index == 0:
             action()
 
 

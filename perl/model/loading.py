@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 from perl.config import ModelConfig
+from perl.distributed import all_processes
 from perl.files import check_safetensors, offline_if_unreachable
 from perl.model.families import FAMILIES, Family, family_of
 from perl.model.layers import choose_layers, compile_layers, use_liger, use_linear_patches
@@ -32,15 +33,22 @@ logger = logging.getLogger(__name__)
 
 
 def load_policy(
-    folder: str, config: ModelConfig, device: torch.device, sharding: Sharding | None = None
+    folder: str,
+    config: ModelConfig,
+    device: torch.device,
+    sharding: Sharding | None = None,
+    trained: bool = True,
 ) -> Policy:
     """Load a model's weights into a Policy, ready for packed rows, in the dtype of `compute_dtype`.
+
+    Of weights that are sharded the first process alone reads files; the others get their shards of it.
 
     Args:
         folder: a model folder, a hub name, or a checkpoint or LoRA adapter, which is merged into what it lies over.
         config: what to train and how to attend.
         device: that it is put on; decides dtype and attention.
         sharding: how its weights are spread over processes, all of which call this; None: each has all of them.
+        trained: whether any of its weights are.
 
     Raises:
         UserError: the device lacks bfloat16, or the folder is no model or of a family that is not supported.
@@ -48,11 +56,18 @@ def load_policy(
     family, layers = check_model(folder), layers_of(folder)
     dtype = compute_dtype(config.dtype, device)
     if family is None:
-        return _padded_policy(load_weights(layers, None, dtype), folder, config).to(device)
+        model = load_weights(layers, None, dtype, device)
+        return _padded_policy(model, folder, config).to(device)
     name, reason = check_kernels(config, device)
     _say_once(logging.INFO, f"weights: {str(dtype).removeprefix('torch.')}")
     _say_once(logging.INFO, f"attention: {name} ({reason})")
-    model = load_weights(layers, family, dtype)
+    if sharding is None:
+        model = load_weights(layers, family, dtype, device)
+    else:
+        processes = all_processes()
+        with processes.jointly():
+            where = torch.device("cpu" if processes.index == 0 else "meta")
+            model = load_weights(layers, family, dtype, where)
     core = cast(Any, model).model
     tower = family.tower(core)
     if name in WITHOUT_DROPOUT and getattr(core.language_model.config, "attention_dropout", 0):
@@ -69,9 +84,12 @@ def load_policy(
     if compiled:
         compile_layers(core.language_model)
     model = prepared(model, config, family, folder)
-    policy = Policy(model, family, config.feature_cache_mb * 2**20, compiled).to(device)
-    if sharding:
-        shard(policy, sharding)
+    policy = Policy(model, family, config.feature_cache_mb * 2**20, compiled)
+    if not trained:
+        policy.requires_grad_(False)
+    if sharding is None:
+        return policy.to(device)
+    shard(policy, sharding)
     return policy
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -48,13 +50,15 @@ class Sharding:
 def shard(policy: Any, sharding: Sharding) -> None:
     """Spread the weights of a policy, in place: each decoder layer by itself, and what lies around the layers together.
 
-    Gradients are summed over the processes, not averaged, as losses come divided by the whole step's count.
+    All processes call it; the weights are those of the first one, whose copy is let go of part by part, and the others'
+    may lie on the meta device. Gradients are summed over the processes, not averaged, as losses come divided by the whole
+    step's count.
     """
-    tower = policy.vision.weights
-    kept = set() if sharding.vision else set(tower)
-    for p in policy.parameters():
-        if p.requires_grad and p not in kept:
-            p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
+    source = _Source(policy)
+    if not sharding.vision:
+        for part in policy.family.tower(policy.core):
+            source.bring(part, sharding.device)
+        policy.vision.take_weights()
     settings: dict[str, Any] = {
         "mesh": sharding.mesh,
         "mp_policy": MixedPrecisionPolicy(
@@ -63,17 +67,65 @@ def shard(policy: Any, sharding: Sharding) -> None:
             cast_forward_inputs=False,
         ),
         "offload_policy": CPUOffloadPolicy() if sharding.cpu_offload else OffloadPolicy(),
-        "ignored_params": kept,
+        "ignored_params": set(policy.vision.weights),
     }
-    layers = list(policy.core.language_model.layers)
-    for layer in layers:
+    for layer in policy.core.language_model.layers:
+        source.bring(layer, sharding.device, wide=True)
         fully_shard(layer, reshard_after_forward=sharding.reshard_after_forward, **settings)
+    source.bring(policy, sharding.device, wide=True)
     # Embeddings and head are gathered once a micro-batch: from the forward to the end of the backward.
     fully_shard(policy, reshard_after_forward=False, **settings)
     for part in _parts(policy):
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
     policy.sharding = sharding
+
+
+class _Source:
+    """The first process's weights and buffers, for all of them."""
+
+    def __init__(self, policy: Any) -> None:
+        # Also buffers that model folders leave out, as the frequencies of rotary embeddings.
+        tensors = dict(chain(policy.named_parameters(), policy.named_buffers()))
+        facts = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        # Files have told the first process which tokens end a text, too.
+        known: list[Any] = [facts, policy.base.generation_config]
+        dist.broadcast_object_list(known)
+        theirs, policy.base.generation_config = known
+        if theirs.keys() != facts.keys():
+            raise RuntimeError(
+                f"the first process has another model: {min(theirs.keys() ^ facts.keys())}"
+            )
+        self._facts = {id(tensors[name]): fact for name, fact in theirs.items()}
+
+    def bring(self, part: nn.Module, device: torch.device, wide: bool = False) -> None:
+        """Give a part of the policy the first process's weights; what has been brought before stays.
+
+        Args:
+            part: in place.
+            device: that they are put on.
+            wide: whether those that are trained become float32.
+        """
+        brought: dict[int, torch.Tensor] = {}
+        for module in part.modules():
+            for held in cast(Any, (module._parameters, module._buffers)):
+                for name, tensor in held.items():
+                    if id(tensor) in self._facts:
+                        brought[id(tensor)] = self._broadcast(tensor, device, wide)
+                    held[name] = brought.get(id(tensor), tensor)  # Tied ones stay one.
+
+    def _broadcast(self, tensor: torch.Tensor, device: torch.device, wide: bool) -> torch.Tensor:
+        shape, dtype = self._facts.pop(id(tensor))
+        if dist.get_rank() == 0:
+            whole = tensor.detach().to(device).contiguous()
+        else:
+            whole = torch.empty(shape, dtype=dtype, device=device)
+        dist.broadcast(whole, 0)
+        if not isinstance(tensor, nn.Parameter):
+            return whole
+        if wide and tensor.requires_grad:
+            whole = whole.to(torch.promote_types(dtype, torch.float32))
+        return nn.Parameter(whole, tensor.requires_grad)
 
 
 @contextmanager

@@ -38,9 +38,8 @@ class Vision:
 
     def __init__(self, core: Any, family: Family, cache_bytes: int) -> None:
         self.core, self.family, self.cache_bytes = core, family, cache_bytes
-        self.weights: list[nn.Parameter] = [
-            p for module in family.tower(core) for p in module.parameters()
-        ]
+        self.weights: list[nn.Parameter] = []
+        self.take_weights()
         self.encoded: Counter[int] = Counter()
         """How many images of so many visual tokens went through the tower so far."""
         self._kept: OrderedDict[str, ImageFeatures] = OrderedDict()
@@ -50,6 +49,10 @@ class Vision:
         self._encoded: set[str] = set()
         """Images that went through the tower since `clear_cache`."""
         self._said_too_small = False
+
+    def take_weights(self) -> None:
+        """Go by the parameters that the tower has now."""
+        self.weights = [p for part in self.family.tower(self.core) for p in part.parameters()]
 
     @property
     def trained(self) -> bool:

@@ -25,7 +25,9 @@ _PREFIX = "model."
 _LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def load_weights(layers: Sequence[str], family: Family | None, dtype: torch.dtype) -> Any:
+def load_weights(
+    layers: Sequence[str], family: Family | None, dtype: torch.dtype, device: torch.device
+) -> Any:
     """A transformers model, all of whose parameters may be trained.
 
     Args:
@@ -33,11 +35,14 @@ def load_weights(layers: Sequence[str], family: Family | None, dtype: torch.dtyp
         family: of the model; None: trained on padded batches.
         dtype: of its parameters. Buffers stay as transformers makes them: the frequencies of rotary embeddings are
             float32 in every model, and a later `.to(dtype)` would round them.
+        device: that it lies on; meta: its structure alone, and what lies over the first layer is not read.
 
     Raises:
         UserError: weights that are missing, damaged or of another model.
     """
-    model = _from_pretrained(layers[-1], dtype)
+    if device.type == "meta":
+        return _structure(layers[-1], dtype)
+    model = _from_pretrained(layers[-1], dtype, device)
     for path in reversed(layers[:-1]):
         add = _add_checkpoint if is_checkpoint(path) else _add_adapter
         model = add(model, path, family)
@@ -109,13 +114,23 @@ def _adapted(model: nn.Module, targets: Sequence[str], decoder: str) -> str:
     return rf"{decoder}\..*\.({'|'.join(targets or _LORA_TARGETS)})"
 
 
-def _from_pretrained(folder: str, dtype: torch.dtype) -> Any:
+def _structure(folder: str, dtype: torch.dtype) -> Any:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        return cast(Any, AutoModelForImageTextToText).from_config(config, dtype=dtype)
+
+
+def _from_pretrained(folder: str, dtype: torch.dtype, device: torch.device) -> Any:
     from transformers import AutoModelForImageTextToText
 
     try:
         model, info = cast(Any, AutoModelForImageTextToText).from_pretrained(
             folder,
             dtype=dtype,
+            # To a GPU tensor by tensor; on a CPU a map would only be in the way.
+            device_map=device if device.type == "cuda" else None,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
