@@ -167,12 +167,27 @@ def save_replay(folder: Path, states: Sequence[dict[str, list[StoredGroup]]]) ->
             _save(folder / f"{name}-{process}.safetensors", groups)
 
 
-def load_replay(folder: Path, process: int) -> dict[str, list[StoredGroup]] | None:
+def load_replay(folder: Path, process: int, processes: int) -> dict[str, list[StoredGroup]] | None:
     """The state of a process as `save_replay` left it; None if there is none.
+
+    Of a checkpoint of another number of processes each gets its share of all groups: dealt out in turn, the oldest first.
 
     Raises:
         UserError: a file that cannot be read, or that holds something else.
     """
+    saved = {int(p.stem.rpartition("-")[2]) for p in folder.glob("buffer-*.safetensors")}
+    if max(saved, default=0) + 1 == processes:
+        return _state(folder, process)
+    states = [state for number in sorted(saved) if (state := _state(folder, number))]
+    if not states:
+        return None
+    return {
+        name: sorted((g for s in states for g in s[name]), key=lambda g: g.step)[process::processes]
+        for name in states[0]
+    }
+
+
+def _state(folder: Path, process: int) -> dict[str, list[StoredGroup]] | None:
     files = {name: folder / f"{name}-{process}.safetensors" for name in ("overflow", "buffer")}
     if not files["overflow"].exists():  # The name that checkpoints had before.
         files["overflow"] = folder / f"queue-{process}.safetensors"

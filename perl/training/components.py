@@ -216,7 +216,7 @@ def make_accelerator(config: Config, folder: RunFolder) -> Any:
             where = f"stage {stage.name}: " if config.stages else ""
             raise UserError(
                 f"{where}train.examples_per_step = {count} cannot be shared by "
-                f"{accelerator.num_processes} processes; make it a multiple"
+                f"{accelerator.num_processes} processes; make it a multiple, or start a number of them that divides it"
             )
     return accelerator
 

@@ -253,7 +253,8 @@ class Session:
         )
         if self._checkpoint is not None and self.progress.step > 0:
             self.checkpoints.restore_optimizer(self._checkpoint, components.policy, self.optimizer)
-            if state := load_replay(self._checkpoint, self.processes.index):
+            here = self.processes.index, self.processes.count
+            if state := load_replay(self._checkpoint, *here):
                 components.collector.replay.load_state_dict(state)
         # Only the stage that the run stopped in goes on from it; later ones start afresh.
         self._checkpoint, self._recorded_updates = None, 0

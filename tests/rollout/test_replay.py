@@ -203,7 +203,7 @@ def test_what_is_saved_is_drawn_and_taken_alike(count: int, tmp_path: Path) -> N
     save_replay(tmp_path, [replay.state_dict(), other.state_dict()])
     loaded, smaller = kept(), kept(replay_size=2)
     for one in (loaded, smaller):
-        state = load_replay(tmp_path, 0)
+        state = load_replay(tmp_path, 0, 2)
         assert state is not None
         one.load_state_dict(state)
     for seed, n in itertools.product(range(5), (1, 3)):
@@ -214,15 +214,37 @@ def test_what_is_saved_is_drawn_and_taken_alike(count: int, tmp_path: Path) -> N
     assert ids(loaded.take_overflow(2, rebuild)) == [f"row-{i}" for i in range(count)][:2]
     assert len(loaded.overflow) == max(0, count - 2)
     assert len(smaller.buffer) == min(2, count)
-    second = load_replay(tmp_path, 1)
+    second = load_replay(tmp_path, 1, 2)
     assert second and [s.key for s in second["buffer"]] == [(0, 0), (0, 1)]
-    assert load_replay(tmp_path, 2) is None
+
+
+def test_other_processes_share_out_what_was_saved(tmp_path: Path) -> None:
+    """Three that have sampled in steps 0, 2, 4, in 0, 1 and in 3; each group goes to one of them, the oldest first."""
+    steps = (0, 2, 4), (0, 1), (3,)
+    states = []
+    for process, own in enumerate(steps):
+        replay = kept()
+        for step in own:
+            of_both = make_group((process, step), [1.0, -1.0], BOTH, step)
+            replay.keep([of_both], [of_both], 99)
+        states.append(replay.state_dict())
+    save_replay(tmp_path, states)
+    in_turn = [(0, 0), (1, 0), (1, 1), (0, 2), (2, 3), (0, 4)]
+    for count in (1, 2, 4, 7):
+        for process in range(count):
+            state = load_replay(tmp_path, process, count)
+            assert state is not None
+            for groups in state.values():
+                assert [g.key for g in groups] == in_turn[process::count]
+    for process, own in enumerate(steps):
+        state = load_replay(tmp_path, process, 3)
+        assert state and [g.step for g in state["overflow"]] == list(own)
 
 
 def test_the_name_that_checkpoints_had_before(tmp_path: Path) -> None:
     save_replay(tmp_path, [waiting(3).state_dict()])
     (tmp_path / "overflow-0.safetensors").rename(tmp_path / "queue-0.safetensors")
-    state = load_replay(tmp_path, 0)
+    state = load_replay(tmp_path, 0, 1)
     assert state and [stored.key for stored in state["overflow"]] == [(0, 3)]
 
 
@@ -233,9 +255,9 @@ def test_a_file_that_holds_no_groups_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "buffer-0.safetensors"
     path.write_bytes(b"nonsense")
     with refused("buffer-0.safetensors", "remove it"):
-        load_replay(tmp_path, 0)
+        load_replay(tmp_path, 0, 1)
     save_file({"a": np.zeros(1)}, path)
     with refused("buffer-0.safetensors", "remove it"):
-        load_replay(tmp_path, 0)
+        load_replay(tmp_path, 0, 1)
     path.unlink()
-    assert load_replay(tmp_path, 0) is None
+    assert load_replay(tmp_path, 0, 1) is None

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 from perl.distributed import StopSignal
 from perl.files import RunFolder
+from perl.rollout.replay import Replay, load_replay
 from perl.training.optimizer import Optimizer
 from perl.training.roofline.devices import Peak
-from perl.training.session import ProcessShare
+from perl.training.session import ProcessShare, Session
 from perl.types import Interrupted, UserError
 from tests.command_line import json_lines, metrics, untimed
 from tests.messages import refused, tells
@@ -464,3 +465,51 @@ def test_what_ends_one_process_ends_both_and_both_go_on(
     RunFolder(whole).create(overwrite=False)
     both(two_processes, whole, config)
     assert untimed(folder) == untimed(whole)
+
+
+@pytest.mark.parametrize("before", [1, 2])
+def test_a_run_goes_on_in_another_number_of_processes(
+    before: int, tmp_path: Path, two_processes: Together, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits and what is replayed is all there, shared by two or held by one."""
+    config, folder = staged(tmp_path), tmp_path / "run"
+    RunFolder(folder).create(overwrite=False)
+    record, load, loaded = Session.record_step, Replay.load_state_dict, []
+
+    def recorded(self: Session, step: int, *args: Any) -> None:
+        record(self, step, *args)
+        self.stop.requested |= self.stage.name == "hard" and step == 1 and not loaded
+
+    def kept(self: Replay, state: Any) -> None:
+        loaded.append(state)
+        load(self, state)
+
+    def go_on(processes: int) -> list[Any]:
+        if processes == 2:
+            monkeypatch.setattr(Parts, "together", two_processes)
+            monkeypatch.setattr("perl.training.train.StopSignal", two_processes.stop)
+            return both(two_processes, folder, config)
+        monkeypatch.setattr(Parts, "together", None)
+        monkeypatch.setattr("perl.training.train.StopSignal", StopSignal)
+        try:
+            return [train_in(folder, config, resume=True)]
+        except Interrupted as error:
+            return [error]
+
+    monkeypatch.setattr(Session, "record_step", recorded)
+    monkeypatch.setattr(Replay, "load_state_dict", kept)
+    assert all(isinstance(end, Interrupted) for end in go_on(before))
+    newest = max((folder / "checkpoints").iterdir(), key=lambda p: int(p.name.partition("-")[2]))
+    stored = [load_replay(newest, process, before) for process in range(before)]
+    assert all(isinstance(end, dict) for end in go_on(3 - before))
+    assert len(loaded) == 3 - before
+
+    def keys(states: list[Any], name: str) -> list[Any]:
+        return sorted((g.step, g.key) for state in states for g in state[name])
+
+    for name in ("buffer", "overflow"):
+        assert keys(loaded, name) == keys(stored, name)
+    assert keys(stored, "buffer")
+    rows = [r for r in metrics(folder, "rl") if r["name"] == "hard"]
+    assert [r["step"] for r in rows] == [4, 5, 6, 7]
+    assert [r["groups/replayed"] for r in rows] == [0, 2, 2, 2]
