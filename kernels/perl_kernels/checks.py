@@ -17,8 +17,7 @@ from .dispatch import values_visible
 from .objective import PolicyLoss, check_number
 
 _SPLIT_HEAD = (
-    ", or, of a head that is split over ranks, each rank's rows, weight.to_local(), with group= of "
-    "linear_token_logprobs"
+    ", or, of a head that is split over ranks, each rank's rows, weight.to_local(), with group="
 )
 
 

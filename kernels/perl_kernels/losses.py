@@ -170,11 +170,7 @@ def grpo_loss(
         return _output(*_InPlace.apply(logits, targets, per_row, *arguments, chosen))  # type: ignore[misc]
     scoring = operators.scoring_arguments(targets, temperature)
     logprobs, entropy, *_ = operators.token_logprobs(logits, *scoring, chosen)
-    # Without a bonus no gradient comes from the entropy, which would cost half a pass.
-    bonus = entropy if loss.entropy_coef != 0 else entropy.detach()
-    arguments = operators.loss_arguments(loss, inputs)
-    value, metrics, *_ = operators.policy_loss(logprobs, bonus, *arguments, chosen)
-    return _output(value, metrics, logprobs.detach(), entropy.detach())
+    return _of_rows(logprobs, entropy, loss, inputs, chosen)
 
 
 class _InPlace(torch.autograd.Function):
@@ -265,11 +261,7 @@ def linear_token_logprobs(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or value.
     """
-    given = (hidden, weight, targets, bias, temperature, softcap)
-    if group is None:
-        checks.check_linear(*given)
-    else:
-        vocab_parallel.check_shard(*given, group)
+    group = _check_head(hidden, weight, targets, bias, temperature, softcap, group)
     products = _products(hidden, logits_dtype, chunk_size, memory_budget)
     chosen = select_backend(backend, hidden, products.operands)
     if group is not None:
@@ -303,6 +295,7 @@ def linear_grpo_loss(
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     skip_idle: bool = False,
+    group: ProcessGroup | None = None,
     backend: Backend = "auto",
 ) -> LossOutput:
     """`policy_loss` of `linear_token_logprobs(hidden, weight, targets)`, in one pass if possible.
@@ -321,10 +314,14 @@ def linear_grpo_loss(
             active rows 2 + 4f NHV operations are left of 6. The host waits once per block for the
             number of active rows, and they are copied together; so it pays only where many rows
             are idle (LOG.md has figures), and cannot be captured in a CUDA graph.
+        group: as in `linear_token_logprobs`, with its collectives and no others. All ranks give the
+            same tokens, advantages, log-probs and weights too, and get the same loss and metrics to
+            the last bit. A rank makes its part of the logits twice, in the forward and in the
+            backward: 8NHV_rank operations, 6NHV_rank with a frozen `weight`.
 
     The gradients of the loss are those with respect to `hidden`, `weight` and `bias`.
     """
-    checks.check_linear(hidden, weight, targets, bias, temperature, softcap)
+    group = _check_head(hidden, weight, targets, bias, temperature, softcap, group)
     inputs = _inputs(
         hidden,
         advantages,
@@ -336,6 +333,22 @@ def linear_grpo_loss(
         weights,
         normalizer,
     )
+    products = _products(hidden, logits_dtype, chunk_size, memory_budget)
+    chosen = select_backend(backend, hidden, products.operands)
+    if group is not None:
+        found = vocab_parallel.linear_token_logprobs(
+            hidden,
+            weight,
+            bias,
+            targets,
+            temperature,
+            softcap,
+            products,
+            chosen,
+            group,
+            bool(skip_idle),
+        )
+        return _of_rows(*found, loss, inputs, chosen)
     value, metrics, logprobs, entropy, *_ = operators.linear_grpo_loss(
         hidden,
         weight,
@@ -345,10 +358,39 @@ def linear_grpo_loss(
         *operators.loss_arguments(loss, inputs, temperature, softcap),
         [_needs_gradient(tensor) for tensor in (hidden, weight, bias)],
         bool(skip_idle),
-        *_products(hidden, logits_dtype, chunk_size, memory_budget),
-        select_backend(backend, hidden, autocast_dtype(hidden)),
+        *products,
+        chosen,
     )
     return _output(value, metrics, logprobs, entropy)
+
+
+def _of_rows(
+    logprobs: Tensor, entropy: Tensor, loss: PolicyLoss, inputs: LossInputs, backend: str
+) -> LossOutput:
+    # Without a bonus no gradient comes from the entropy, which would cost half a pass.
+    bonus = entropy if loss.entropy_coef != 0 else entropy.detach()
+    arguments = operators.loss_arguments(loss, inputs)
+    value, metrics, *_ = operators.policy_loss(logprobs, bonus, *arguments, backend)
+    return _output(value, metrics, logprobs.detach(), entropy.detach())
+
+
+def _check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    group: ProcessGroup | None,
+) -> ProcessGroup | None:
+    """The group that the head is split over, None where one process has all of it."""
+    given = (hidden, weight, targets, bias, temperature, softcap)
+    if group is not None:
+        vocab_parallel.check_shard(*given, group)
+        if group.size() > 1:
+            return group
+    checks.check_linear(*given)
+    return None
 
 
 def _inputs(

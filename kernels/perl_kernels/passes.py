@@ -35,12 +35,16 @@ def stats_pass(engine: Engine, tiles: Head | Logits) -> RowStats:
 
 
 def gradient_pass(
-    engine: Engine, tiles: Head | Logits, stats: RowStats, coefficients: Coefficients
+    engine: Engine,
+    tiles: Head | Logits,
+    stats: RowStats,
+    coefficients: Coefficients,
+    skip_idle: bool = False,
 ) -> None:
     """The gradients of all rows, from what a pass before has found out about them."""
     for part in _blocks(tiles, _everything(tiles)):
         tile = tiles.tile(part)
-        _gradient(engine, tiles, part, tile, stats.rows(part), coefficients.rows(part), False)
+        _gradient(engine, tiles, part, tile, stats.rows(part), coefficients.rows(part), skip_idle)
 
 
 def loss_pass(

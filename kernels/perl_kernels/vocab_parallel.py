@@ -1,4 +1,4 @@
-"""Log-probs where the rows of the LM head are split over the ranks of a process group.
+"""Log-probs, and losses made of them, where the rows of the LM head are split over the ranks of a process group.
 
 A rank makes the logits of its own rows of the head alone and finds, for each token, the largest
 score m_r, l_r = log sum exp(score - m_r), the entropy H_r, and the log-prob of the target if it is
@@ -41,6 +41,7 @@ class _Settings(NamedTuple):
     products: Products
     backend: str
     group: ProcessGroup
+    skip_idle: bool
 
 
 def check_shard(
@@ -59,8 +60,8 @@ def check_shard(
     """
     if not isinstance(group, ProcessGroup):
         raise TypeError(
-            f"group is a {type(group).__name__}, must be a ProcessGroup that this process is in, "
-            "or None"
+            f"group is a {type(group).__name__}, must be a ProcessGroup that this process is in "
+            "(of a DeviceMesh, mesh.get_group()), or None"
         )
     rows = checks.check_floating("hidden", hidden, 2, "[N, H]")
     ids = checks.check_length("targets", targets, rows.shape[0])
@@ -80,9 +81,11 @@ def linear_token_logprobs(
     products: Products,
     backend: str,
     group: ProcessGroup,
+    skip_idle: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob and entropy [N] over the vocabulary of all ranks; `weight [V_rank, H]` and
-    `bias [V_rank]` are this rank's part of it. Arguments have passed `check_shard`.
+    `bias [V_rank]` are this rank's part of it. Arguments have passed `check_shard`. With
+    `skip_idle`, rows that no gradient flows to are left out of the backward's products.
 
     Raises:
         ValueError: a target outside the vocabulary of all ranks, or another N or H on another rank,
@@ -96,7 +99,7 @@ def linear_token_logprobs(
         _check_shapes(shapes, targets)
     temperatures = temperature.detach() if isinstance(temperature, Tensor) else None
     tau = 1.0 if isinstance(temperature, Tensor) else float(temperature)
-    settings = _Settings(tau, softcap, products, backend, group)
+    settings = _Settings(tau, softcap, products, backend, group, skip_idle)
     return _VocabParallel.apply(hidden, weight, bias, targets, temperatures, shapes[:, 0], settings)
 
 
@@ -167,8 +170,11 @@ class _Gradient(torch.autograd.Function):
         with no_autocast(hidden), torch.cuda.device_of(hidden):
             tiles = _tiles(head, settings, needs)
             if weight.shape[0]:
-                coefficients = Coefficients(by_logprob, by_entropy)
-                gradient_pass(engine(settings.backend), tiles, stats, coefficients)
+                backend, coefficients = (
+                    engine(settings.backend),
+                    Coefficients(by_logprob, by_entropy),
+                )
+                gradient_pass(backend, tiles, stats, coefficients, settings.skip_idle)
             total, *others = tiles.gradients()
         if total is not None:
             # The parts are rounded once each; a sum in bf16 would round once more per rank.
@@ -180,7 +186,9 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError("linear_token_logprobs over a group is differentiable once, not twice")
+        raise RuntimeError(
+            "linear_token_logprobs and linear_grpo_loss over a group are differentiable once"
+        )
 
 
 def _tiles(head: _Head, settings: _Settings, needs: tuple[bool, bool, bool]) -> Head:

@@ -1,4 +1,4 @@
-"""linear_token_logprobs over a vocabulary that is split over ranks, against that of one process.
+"""Log-probs and loss over a vocabulary that is split over ranks, against those of one process.
 
 Three threads, each a rank of PyTorch's threaded process group, run the cases one after the other, in
 groups of two or three of them; each test reads what became of one case. Real processes run those
@@ -8,6 +8,7 @@ that need them.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -26,7 +27,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed import multi_threaded_pg
 
-from perl_kernels import TokenLogprobs, linear_token_logprobs, reference
+from perl_kernels import (
+    GroupedRewards,
+    LossOutput,
+    PolicyLoss,
+    TokenLogprobs,
+    linear_grpo_loss,
+    linear_token_logprobs,
+    reference,
+)
 from tests.kernels.naive import Problem
 from tests.messages import refused
 
@@ -36,6 +45,11 @@ EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 SINGLE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 SPLITS = {2: ((6, 7), (0, 13)), 3: ((4, 1, 8), (5, 0, 8), (0, 13, 0))}
 ROW_TEMPERATURE = torch.linspace(0.5, 2.0, 16, dtype=torch.float64)
+LOSSES = {
+    "dapo": PolicyLoss.preset("dapo", kl="k3", kl_coef=0.1, entropy_coef=0.05),
+    "gspo": PolicyLoss.preset("gspo"),
+    "corrected": PolicyLoss(correction="sequence_truncate", entropy_coef=-0.1),
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bias": {"bias": True},
@@ -94,11 +108,29 @@ class Split:
         given = {"targets": self.problem.targets, **self.whole, **self.options, **more}
         return linear_token_logprobs(**given)
 
-    def gradients(self, outputs: TokenLogprobs, leaves: dict[str, Tensor]) -> list[Tensor]:
+    def loss(self, loss: PolicyLoss, **more: Any) -> LossOutput:
+        given = {"targets": self.problem.targets, **self.problem.loss_arguments(), **self.options}
+        return linear_grpo_loss(loss=loss, group=self.group, **self.mine, **{**given, **more})
+
+    def loss_alone(self, loss: PolicyLoss, **more: Any) -> LossOutput:
+        given = {"targets": self.problem.targets, **self.problem.loss_arguments(), **self.options}
+        return linear_grpo_loss(loss=loss, **self.whole, **{**given, **more})
+
+    def check_loss(self, loss: PolicyLoss, tolerance: dict[str, Any], **more: Any) -> None:
+        more = {"chunk_size": 5, **more}
+        got, wanted = self.loss(loss, **more), self.loss_alone(loss, **more)
+        torch.testing.assert_close(got._asdict(), wanted._asdict(), **tolerance)
+        gradients = self.gradients(got[:1], self.mine)
+        torch.testing.assert_close(gradients, self.gradients(wanted[:1], self.whole), **tolerance)
+        for tensor in (*got[:3], *got.metrics.values(), gradients[0]):
+            tensors = gathered(tensor.detach(), self.group)
+            assert all(torch.equal(tensors[0], other) for other in tensors)
+
+    def gradients(self, outputs: tuple[Tensor, ...], leaves: dict[str, Tensor]) -> list[Tensor]:
         """Of hidden and of this rank's part of weight and bias."""
         generator = torch.Generator().manual_seed(3)
         upstream = [
-            torch.randn(len(output), generator=generator, dtype=torch.float64).to(output)
+            torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
             for output in outputs
         ]
         found = torch.autograd.grad(tuple(outputs), list(leaves.values()), upstream)
@@ -140,6 +172,83 @@ CASES.update(
 
 
 @case(3)
+def losses(group: dist.ProcessGroup) -> None:
+    problem = Problem.make()
+    generator = torch.Generator().manual_seed(2)
+    rewards = GroupedRewards(torch.randn(5, generator=generator), torch.tensor([3, 2]))
+    more: tuple[dict[str, Any], ...] = (
+        {},
+        {"old_logprobs": None, "chunk_size": None, "normalizer": 7.0},
+        {"advantages": rewards, "skip_idle": True, "weights": None},
+    )
+    for sizes, options in zip(SPLITS[3], list(OPTIONS.values())[1:], strict=True):
+        for loss, changes in itertools.product(LOSSES.values(), more):
+            Split(group, sizes, problem, **options).check_loss(loss, EXACT, **changes)
+
+
+@case(2)
+def loss_of_nothing_to_score(group: dist.ProcessGroup) -> None:
+    for lengths in ((0, 0), ()):
+        problem = Problem.make(lengths)
+        Split(group, (0, 13), problem, bias=True).check_loss(LOSSES["dapo"], EXACT)
+
+
+@case(2)
+def loss_beside_rows_that_do_not_count(group: dist.ProcessGroup) -> None:
+    """Of weight 0, whatever their hidden states are."""
+    for skip_idle in (False, True):
+        problem = Problem.make()
+        problem.hidden[problem.weights == 0] = torch.nan
+        split = Split(group, (4, 9), problem, bias=True)
+        got, wanted = (
+            run(LOSSES["dapo"], skip_idle=skip_idle) for run in (split.loss, split.loss_alone)
+        )
+        assert got.loss.isfinite()
+        torch.testing.assert_close(got.loss, wanted.loss, **EXACT)
+        torch.testing.assert_close(
+            split.gradients(got[:1], split.mine), split.gradients(wanted[:1], split.whole), **EXACT
+        )
+
+
+@case(3)
+def loss_in_half_precision(group: dist.ProcessGroup) -> None:
+    """At most three times PyTorch's own error in the dtype."""
+    problem = Problem.make((40, 1, 60), vocab=300)
+    for dtype, (name, loss) in itertools.product((torch.bfloat16, torch.float16), LOSSES.items()):
+        rounded = {
+            name: getattr(problem, name).to(dtype).double() for name in ("hidden", "weight", "bias")
+        }
+        exact = Problem(**{**vars(problem), **rounded})
+        truth = Split(group, (100, 20, 180), exact, bias=True)
+        split = Split(group, (100, 20, 180), exact, dtype, bias=True)
+        wanted = truth.loss_alone(loss)
+        theirs = reference.linear_grpo_loss(
+            targets=exact.targets, loss=loss, **exact.loss_arguments(), **split.whole
+        )
+        got = split.loss(loss, chunk_size=30)
+        for ours, other, true in zip(
+            split.gradients(got[:1], split.mine),
+            split.gradients(theirs[:1], split.whole),
+            truth.gradients(wanted[:1], truth.whole),
+            strict=True,
+        ):
+            allowed = 3 * (other - true).abs().max() + 1e-6
+            assert (ours - true).abs().max() <= allowed, (dtype, name)
+        assert (got.loss - wanted.loss).abs() <= 2 * (theirs.loss - wanted.loss).abs() + 1e-6
+
+
+@case(2)
+def one_process_has_the_whole_head(group: dist.ProcessGroup) -> None:
+    """As without a group, to the last bit, and without collectives that others would have to join."""
+    alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    split = Split(alone, (13,), Problem.make(), bias=True)
+    if dist.get_rank(group) == 0:
+        zero = {"rtol": 0.0, "atol": 0.0}
+        split.check_loss(LOSSES["dapo"], zero, skip_idle=True)
+        split.check(zero, chunk_size=5)
+
+
+@case(3)
 def triton(group: dist.ProcessGroup) -> None:
     problem = Problem.make((3, 2))
     options = {"bias": True, "softcap": 1.5, "temperature": ROW_TEMPERATURE[:5].float()}
@@ -148,6 +257,7 @@ def triton(group: dist.ProcessGroup) -> None:
         problem.targets[:] = problem.targets % 9 + 4
         split = Split(group, (4, 9, 0), problem, torch.float32, **options)
         split.check(SINGLE, backend="triton", chunk_size=2)
+        split.check_loss(LOSSES["dapo"], SINGLE, backend="triton", chunk_size=2)
 
 
 @case(2)
@@ -339,6 +449,9 @@ def number_of_collectives(group: dist.ProcessGroup) -> None:
             assert (gathers.call_count, reduces.call_count) == (4, 1)
             with torch.no_grad():
                 assert not split.run().logprobs.requires_grad
+            split.mine["hidden"].requires_grad_()
+            split.loss(LOSSES["dapo"]).loss.backward()
+            assert (gathers.call_count, reduces.call_count) == (8, 2)
 
 
 @case(2)
