@@ -78,6 +78,8 @@ def shard(policy: Any, sharding: Sharding) -> None:
     for part in _parts(policy):
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
+    # Else a layer or a block of the tower that runs first takes itself for the root.
+    policy._get_fsdp_state()._lazy_init()
     policy.sharding = sharding
 
 
@@ -135,10 +137,10 @@ def gathered(policy: Any) -> Iterator[None]:
     All processes enter it together. Without sharding, and inside another such block, nothing is done.
     """
     sharding: Sharding | None = policy.sharding
-    parts = _parts(policy)
     if sharding is None or not isinstance(policy.head_weight, DTensor):
         yield
         return
+    parts = _parts(policy)
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()

@@ -8,6 +8,7 @@ from typing import Any
 from perl.data.columns import tell_once
 from perl.evaluation.evaluate import accuracy_of, aggregate, evaluate, unmeasured
 from perl.evaluation.record import save_evaluation
+from perl.model.sharding import gathered
 from perl.rollout.instruction import Instruction
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.training.session import Session
@@ -45,7 +46,11 @@ def measure(session: Session, at: str, step: int) -> dict[str, Any] | None:
     encoder = PromptEncoder(
         components.processor, limit, config.data.overlong, asked, config.data.control_tokens
     )
-    with components.watch("evaluate"), session.processes.jointly():
+    with (
+        components.watch("evaluate"),
+        gathered(components.policy),
+        session.processes.jointly(),
+    ):
         scorer = components.collector.scorer
         results, shown = evaluate(
             components.engine, encoder, dataset, mine, config, advance, scorer

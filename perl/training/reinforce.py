@@ -15,6 +15,7 @@ from perl.evaluation.evaluate import answer_reading
 from perl.model.head import HeadLoss, make_policy_loss, needs_reference
 from perl.model.loading import load_policy
 from perl.model.packed.pack import packing_counts
+from perl.model.sharding import gathered
 from perl.model.weights import trains_adapters_alone
 from perl.recipe import Stage
 from perl.report.metrics import mean
@@ -43,7 +44,8 @@ def reinforce(session: Session, stage: Stage) -> None:
     for step in session.steps():
         started, encoded = time.perf_counter(), vision.images_encoded
         policy_step.flops.begin_step()
-        collected = components.collector.collect(session.source, session.processes, step)
+        with gathered(components.policy):
+            collected = components.collector.collect(session.source, session.processes, step)
         flops = policy_step.flops("rollout", rolled_out(collected.seen))
         tally = group_tally(collected, reading) | policy_step(step, collected.groups)
         tally.sums |= flops | {"throughput/images_encoded": vision.images_encoded - encoded}
@@ -96,8 +98,9 @@ class PolicyStep:
             packed = [batches for batches, _ in minibatches]
         # All old log-probs before the first update, under the policy that sampled.
         with watch("logprobs"):
-            old = [self._old_logprobs(batches) for batches in packed]
-            ref = [self.reference and [self.reference(b) for b in batches] for batches in packed]
+            with gathered(session.components.policy):
+                old = [self._old_logprobs(batches) for batches in packed]
+            ref = [self.reference and self.reference(batches) for batches in packed]
         segments = [segment for _, own in minibatches for segment in own]
         again = [s for (_, own), found in zip(minibatches, old, strict=True) if found for s in own]
         flops = self.flops("logprobs", map(self.flops.met, again))
@@ -146,9 +149,9 @@ class Reference:
             self.head, self.without_adapters = components.head, components.policy.without_adapters
             return
         path = str(session.folder.models / start) if start else components.model_path
-        device = components.accelerator.device
-        policy = load_policy(path, replace(config.model, lora_rank=0), device)
-        policy = policy.to(device).requires_grad_(False).eval()
+        device, sharding = components.accelerator.device, components.policy.sharding
+        model = replace(config.model, lora_rank=0)
+        policy = load_policy(path, model, device, sharding, trained=False).eval()
         self.own_tower = not config.model.freeze_vision
         if not self.own_tower:
             policy.share_tower(components.policy)
@@ -156,10 +159,10 @@ class Reference:
             policy, components.processor.unsampled_token_ids(), config.rollout.temperature
         )
 
-    def __call__(self, batch: PackedBatch) -> torch.Tensor:
-        """float32 [N]: of the batch's scored tokens."""
-        with self.without_adapters():
-            return self.head.logprobs(batch).logprobs
+    def __call__(self, batches: Sequence[PackedBatch]) -> list[torch.Tensor]:
+        """float32 [N] of each batch's scored tokens; all processes take part."""
+        with gathered(self.head.policy), self.without_adapters():
+            return [self.head.logprobs(batch).logprobs for batch in batches]
 
     def begin_step(self) -> None:
         """Of a tower of its own; one that is shared with the policy has begun the step with it."""

@@ -214,9 +214,11 @@ def test_the_reference_reads_a_frozen_tower_s_features_and_drops_its_own(
 ) -> None:
     loaded: list[tuple[str, int]] = []
 
-    def load(path: str, config: ModelConfig, device: torch.device) -> TwoTokens:
+    def load(
+        path: str, config: ModelConfig, device: torch.device, sharding: None, trained: bool
+    ) -> TwoTokens:
         loaded.append((path, config.lora_rank))
-        return TwoTokens()
+        return TwoTokens().requires_grad_(trained)
 
     monkeypatch.setattr("perl.training.reinforce.load_policy", load)
     model = f"model = {{ freeze_vision = {str(frozen).lower()}, lora_rank = 4 }}"

@@ -89,12 +89,19 @@ class TwoTokens(nn.Module):
             save_file(weights, folder / "weights")
 
     @classmethod
-    def load(cls, path: str, config: ModelConfig, device: torch.device) -> TwoTokens:
+    def load(
+        cls,
+        path: str,
+        config: ModelConfig,
+        device: torch.device,
+        sharding: Any = None,
+        trained: bool = True,
+    ) -> TwoTokens:
         """Takes the place of `perl.model.loading.load_policy`: from a folder it was saved to, or new."""
         policy = cls().to(compute_dtype(config.dtype, device))
         if Path(path).exists():
             policy.load_state_dict(load_file(Path(path) / "weights"))
-        return policy
+        return policy.requires_grad_(trained)
 
 
 class OwnEngine:
