@@ -88,8 +88,8 @@ def test_the_headline_is_the_summarys_else_the_last_evaluations() -> None:
 def test_medians_of_steps_and_most_memory_of_stages() -> None:
     name = "throughput/tokens_per_second_per_gpu"
     rows = [
-        {"time/step": 3.0, name: 10.0, "mfu/update": 0.5, "memory/update/rss_bytes": 7},
-        {"time/step": 1.0, name: 30.0, "mfu/update": math.nan, "memory/update/rss_bytes": 9},
+        {"time/step": 3.0, name: 10.0, "mfu/update": 0.5, "memory/update/rss_bytes": 9},
+        {"time/step": 1.0, name: 30.0, "mfu/update": math.nan, "memory/update/rss_bytes": 7},
         {
             "time/step": 8.0,
             name: 20.0,
