@@ -120,13 +120,14 @@ class ModelConfig:
     freeze_vision: bool = False
     """Keep the vision tower's weights as they are."""
     lora_rank: Count = 0
-    """Rank of LoRA adapters on the language model's linear layers (the vision tower is trained in full unless it is
-    frozen); 0: train all weights."""
+    """Rank of LoRA adapters, of the language model's linear layers unless lora_targets says other ones (the vision tower is
+    trained in full unless it is frozen); 0: train all weights."""
     lora_alpha: AboveZero = 32.0
     """Scale of the LoRA update: alpha / rank."""
     lora_targets: tuple[str, ...] = ()
-    """Names of the language model's linear layers that get adapters, as in q_proj and v_proj; empty: all of attention and
-    MLP."""
+    """Which linear layers get adapters: names of the language model's, as in q_proj and v_proj, or regular expressions over
+    whole names, as in "model\\.visual\\..*" for the vision tower and its projector, which must be frozen; empty: all of the
+    language model's attention and MLP."""
     lora_dropout: Decay = 0.0
     """Share of the adapters' inputs that is dropped in training."""
     gradient_checkpointing: Share = 0.0

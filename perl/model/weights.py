@@ -75,7 +75,7 @@ def prepared(model: Any, config: ModelConfig, family: Family | None, folder: str
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=config.lora_dropout,
-        target_modules=_adapted(model, config.lora_targets, decoder),
+        target_modules=_adapted(model, config, decoder, tower),
     )
     try:
         # Adapters in the dtype of the model: their masters are the optimizer's, as those of other weights.
@@ -94,24 +94,51 @@ def trains_adapters_alone(policy: nn.Module) -> bool:
     return all("lora_" in name for name, p in policy.named_parameters() if p.requires_grad)
 
 
-def _adapted(model: nn.Module, targets: Sequence[str], decoder: str) -> str:
-    """A regular expression for the layers that get adapters.
+def _adapted(
+    model: Any, config: ModelConfig, decoder: str, tower: Sequence[nn.Module]
+) -> str | list[str]:
+    """The layers that get adapters, as peft takes them: a regular expression, or whole names where one was asked for.
+
+    The head gets none: the loss reads its weight.
 
     Raises:
-        UserError: the language model has no linear layer of a wanted name.
+        UserError: no linear layer is called so, or some are of a tower whose own weights are trained.
     """
+    head = model.get_output_embeddings()
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     inside = re.compile(rf"{decoder}\..*\.(\w+)")
-    there = {
-        match[1]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and (match := inside.fullmatch(name))
-    }
-    if missing := [name for name in targets if name not in there]:
+    there = {match[1] for name in linear if (match := inside.fullmatch(name))}
+    plain = [target for target in config.lora_targets if re.fullmatch(r"\w+", target)]
+    if missing := [name for name in plain if name not in there]:
         raise UserError(
-            f"model.lora_targets: the language model has no linear layer {missing[0]}; "
-            f"it has {', '.join(sorted(there))}"
+            f"model.lora_targets: the language model has no linear layer {missing[0]}; it has {', '.join(sorted(there))}; "
+            "others are reached by a regular expression over whole names"
         )
-    return rf"{decoder}\..*\.({'|'.join(targets or _LORA_TARGETS)})"
+    everywhere = plain if config.lora_targets else _LORA_TARGETS
+    named = rf"{decoder}\..*\.({'|'.join(everywhere)})"
+    patterns = [target for target in config.lora_targets if target not in plain]
+    if not patterns:
+        return named
+    chosen = {name for name in linear if re.fullmatch(named, name)} if plain else set()
+    for pattern in patterns:
+        try:
+            found = {name for name in linear if re.fullmatch(pattern, name)}
+        except re.error as error:
+            raise UserError(
+                f"model.lora_targets: {pattern} is no regular expression ({error}); correct it"
+            ) from error
+        if not found:
+            raise UserError(
+                f"model.lora_targets: {pattern} is the whole name of no linear layer; {min(linear)} and {max(linear)} are two"
+            )
+        chosen |= found
+    inner = {module for part in tower for module in part.modules()}
+    if not config.freeze_vision and (own := [n for n in chosen if linear[n] in inner]):
+        raise UserError(
+            f"model.lora_targets: {min(own)} is of the vision tower, whose own weights are trained; set model.freeze_vision = "
+            "true, or leave the tower out"
+        )
+    return sorted(chosen)
 
 
 def _structure(folder: str, dtype: torch.dtype) -> Any:

@@ -12,6 +12,7 @@ from perl.model.loading import load_policy
 from perl.model.packed.pack import pack_row
 from perl.model.policy import Policy
 from perl.model.tiny import TINY_MODELS, TINY_QWEN
+from perl.model.weights import trains_adapters_alone
 from perl.rollout.engine import InProcessEngine, SamplingParams
 from perl.types import Message, Segment
 from tests.messages import refused
@@ -96,6 +97,47 @@ def test_many_images_and_an_image_token_inside_a_completion(name: str, load, tin
 def test_adapters_on_layers_that_are_not_there(load) -> None:
     with refused("model.lora_targets", "q_prj", "q_proj"):
         load(TINY_QWEN[0], replace(CONFIG, lora_rank=2, lora_targets=("v_proj", "q_prj")))
+
+
+TOWER = (r"model\.(visual|vision_tower|multi_modal_projector)\..*",)
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        (("q_proj", r".*\.v_prj"), [r".*\.v_prj", "whole name", "model.visual.merger.mlp.2"]),
+        (("(q_proj",), ["(q_proj", "regular expression", "unterminated"]),
+        (("lm_head",), ["lm_head", "q_proj"]),
+        ((r"lm_.*",), ["lm_.*", "whole name"]),
+        (TOWER, ["model.visual.blocks.0.attn.proj", "model.freeze_vision = true"]),
+    ],
+)
+def test_adapters_that_cannot_be(targets: tuple[str, ...], names: list[str], load) -> None:
+    with refused("model.lora_targets", *names):
+        load(TINY_QWEN[0], replace(CONFIG, lora_rank=2, lora_targets=targets))
+
+
+@every
+def test_adapters_of_the_tower_are_trained_and_switched_off(name: str, load) -> None:
+    """Also where features are in the cache: without adapters, images are those of the model below."""
+    adapted = replace(CONFIG, lora_rank=4, freeze_vision=True, lora_targets=TOWER)
+    policy, processor = load(name, adapted)
+    base, _ = load(name)
+    segments = segments_of(processor)
+    trained = {n for n, p in policy.named_parameters() if p.requires_grad}
+    assert policy.vision.trained and trains_adapters_alone(policy)
+    assert trained and not any("language_model" in n for n in trained)
+    plain = packed_logprobs(base, segments)
+    for parameter_name, parameter in policy.named_parameters():
+        if "lora_B" in parameter_name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    changed = packed_logprobs(policy, segments)
+    assert not torch.allclose(changed, plain, atol=1e-3)
+    with torch.no_grad():  # With gradients no features are kept.
+        for _ in range(2):
+            torch.testing.assert_close(packed_logprobs(policy, segments), changed)
+            with policy.without_adapters():
+                torch.testing.assert_close(packed_logprobs(policy, segments), plain)
 
 
 @every

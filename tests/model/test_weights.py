@@ -59,24 +59,33 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize(
+    "targets", [(), ("v_proj", "up_proj", "down_proj", r"model\.visual\..*\.(qkv|mlp\.0)")]
+)
 def test_an_adapter_makes_the_merged_model_in_peft_and_here(
-    tmp_path: Path, tiny_folder: Folder
+    targets: tuple[str, ...], tmp_path: Path, tiny_folder: Folder
 ) -> None:
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
 
     base = tiny_folder("tiny-qwen2.5-vl")
-    policy = trained(base, freeze_vision=True, **LORA)
+    policy = trained(base, freeze_vision=True, lora_targets=targets, **LORA)
     policy.save_adapter(tmp_path / "adapter", str(base))
     final = exported(policy, tmp_path / "final", base)
     theirs = [AutoModelForImageTextToText.from_pretrained(f).eval() for f in (base, final)]
     plain, merged = theirs[0], theirs[1]
     ids = torch.arange(3, 12)[None]
     before, expected = (model(input_ids=ids).logits for model in (plain, merged))
+    pixels, grid = torch.rand(16, 1176), torch.tensor([[1, 4, 4]])
+    blank, seen = (m.model.get_image_features(pixels, grid).pooler_output for m in (plain, merged))
+    assert torch.equal(torch.cat(blank), torch.cat(seen)) == (not targets)
     # peft reads the model's name from the adapter.
     named = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert named["base_model_name_or_path"] == str(base)
-    found = PeftModel.from_pretrained(plain, tmp_path / "adapter")(input_ids=ids).logits
+    adapted = PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    found = adapted(input_ids=ids).logits
+    features = plain.model.get_image_features(pixels, grid).pooler_output
+    assert torch.allclose(torch.cat(features), torch.cat(seen), atol=1e-5)
     assert torch.allclose(found, expected, atol=1e-5) and not torch.allclose(
         before, expected, atol=0.1
     )
