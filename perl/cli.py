@@ -270,6 +270,8 @@ def _prepare(debug: bool) -> None:
         warnings.filterwarnings(
             "ignore", category=FutureWarning, module=r"transformers|peft|accelerate"
         )
+    # Of checkpoints that a process reads by itself.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     logging.basicConfig(
         level=logging.WARNING, format="%(name)s: %(message)s", handlers=[_ToStderr()]
     )

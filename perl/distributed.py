@@ -133,6 +133,13 @@ def all_processes() -> Processes:
     return Processes(_Reducer(process_state()))
 
 
+def second_group() -> Any:
+    """A group of all processes that works on the host, beside the one of the run; None if there is only one process."""
+    import torch.distributed as dist
+
+    return dist.new_group(backend="gloo", timeout=_TIMEOUT) if dist.is_initialized() else None
+
+
 def on_main_process(action: Callable[[], object]) -> None:
     """Do something in the first process while the others wait; its error stops all of them. Nothing in it may wait for them."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:

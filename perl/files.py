@@ -224,9 +224,9 @@ def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
     The folder's files get the permissions of the umask: safetensors makes its own for the owner alone.
 
     Raises:
-        OSError: also where safetensors, whose own error only tells the number in its text, cannot write.
+        OSError: also where safetensors, whose own error only tells the number in its text, cannot write. It names the path.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = beside(path)
     _remove(temporary)
     if folder:
         temporary.mkdir(parents=True)
@@ -238,12 +238,25 @@ def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
             _remove(path)  # A folder that is there and not empty cannot be replaced in one step.
         os.replace(temporary, path)
     except Exception as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if type(error).__name__ != "SafetensorError" or number is None:
+        number = _error_number(error)
+        if number is None:
             raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise OSError(number, os.strerror(number), str(path)) from error
     finally:
         _remove(temporary)
+
+
+def beside(path: Path) -> Path:
+    """Where `replacing` puts what will take the place of a path."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _error_number(error: Exception) -> int | None:
+    """Of a system's error that does not say which file it was about."""
+    if isinstance(error, OSError):
+        return error.errno if error.filename is None else None
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found and type(error).__name__ == "SafetensorError" else None
 
 
 def _remove(path: Path) -> None:

@@ -6,18 +6,24 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from perl.files import RunFolder, check_safetensors
 from perl.lock import holder
 from perl.recipe import read_config
 from perl.types import UserError, one_line
 
-FORMAT = 1
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.checkpoint.api import CheckpointException
+
+FORMAT = 2
 """Of the checkpoints that this version writes and the highest that it reads."""
 MANIFEST = "manifest.json"
+TENSORS = "tensors"
+"""Folder of a checkpoint's weights and optimizer state, a safetensors file or more of each process that saved it."""
 ADAPTER = "adapter"
 """Folder of the adapter in the model that it is merged into."""
 ADAPTER_CONFIG = "adapter_config.json"
@@ -49,6 +55,54 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
             "use the version that wrote it, or a later one"
         )
     return manifest
+
+
+def check_files(checkpoint: Path) -> None:
+    """Raise OSError or ValueError, or KeyError for a manifest that is none, if a file of a checkpoint is not as it was
+    written; reads no more than tables of contents."""
+    for name, size in read_manifest(checkpoint)["files"].items():
+        file = checkpoint / name
+        # Sizes tell a file that a full disk or a crash has cut, without reading gigabytes.
+        if (actual := file.stat().st_size) != size:
+            raise ValueError(f"{name} has {actual} bytes instead of {size}")
+        check_safetensors(file)
+
+
+def stored_shapes(checkpoint: Path) -> dict[str, torch.Size]:
+    """Of a checkpoint's tensors: weights by their names in the policy, and of the optimizer's state `NAME/PART`."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    found: Any = HuggingFaceStorageReader(str(_tensors(checkpoint))).read_metadata()
+    return {name: entry.size for name, entry in found.state_dict_metadata.items()}
+
+
+def read_tensors(checkpoint: Path, into: Mapping[str, torch.Tensor]) -> None:
+    """Copy a checkpoint's tensors into these, rounded where they are narrower; of DTensors each process reads its shards.
+
+    No process waits for another, and nothing is unpickled: the files are safetensors, and what their headers say of
+    shards is JSON.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader = HuggingFaceStorageReader(str(_tensors(checkpoint)))
+    try:
+        load(dict(into), storage_reader=reader, no_dist=True)
+    except CheckpointException as error:  # No Exception.
+        raise first_cause(error) from None
+
+
+def first_cause(error: CheckpointException) -> Exception:
+    """What went wrong in the first of the processes that something went wrong in."""
+    cause = error.failures[min(error.failures)][0]
+    return cause if isinstance(cause, Exception) else RuntimeError(one_line(cause))
+
+
+def _tensors(checkpoint: Path) -> Path:
+    # Format 1 had whole tensors in the checkpoint's own folder.
+    inside = checkpoint.expanduser() / TENSORS
+    return inside if inside.is_dir() else inside.parent
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -126,16 +180,15 @@ def layers_of(path: str) -> list[str]:
 def check_layers(layers: Sequence[str]) -> None:
     """Raise UserError if the weights of a checkpoint or an adapter are not whole; reads only their tables of contents."""
     for path in layers:
-        file = Path(path).expanduser() / (
-            "model.safetensors" if is_checkpoint(path) else _ADAPTER_WEIGHTS
-        )
-        if not file.is_file():
+        folder = Path(path).expanduser()
+        file = folder / _ADAPTER_WEIGHTS
+        if not is_checkpoint(path) and not file.is_file():
             raise UserError(
                 f"model.path = {path} has no {file.name}; copy it, or convert other weights to safetensors"
             )
         try:
-            check_safetensors(file)
-        except ValueError as error:
+            check_files(folder) if is_checkpoint(path) else check_safetensors(file)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"model.path = {path}: damaged weights ({error}); give the checkpoint before, or copy them again"
             ) from error

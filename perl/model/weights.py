@@ -16,7 +16,7 @@ from perl.model.families import Family
 from perl.model.layers import checkpoint_layers
 from perl.model.padded import decoder_name, tower_of
 from perl.model.policy import merged
-from perl.model.sources import is_checkpoint, run_of
+from perl.model.sources import is_checkpoint, read_tensors, run_of, stored_shapes
 from perl.recipe import read_config
 from perl.types import UserError, one_line
 
@@ -176,23 +176,19 @@ def _from_pretrained(folder: str, dtype: torch.dtype, device: torch.device) -> A
 
 def _add_checkpoint(model: Any, path: str, family: Family | None) -> Any:
     """What a run of this program had trained, its adapters merged."""
-    from safetensors.torch import load_file
-
     root = run_of(path)
     assert root is not None  # Else `layers_of` refuses it.
     config = replace(read_config(root / "config.toml").model, gradient_checkpointing=0.0)
     trained = prepared(model, config, family, path)
-    weights = {
-        name.removeprefix(_PREFIX): tensor
-        for name, tensor in load_file(Path(path).expanduser() / "model.safetensors").items()
-    }
-    own = {name: p.shape for name, p in trained.named_parameters() if p.requires_grad}
-    if {name: tensor.shape for name, tensor in weights.items()} != own:
+    checkpoint = Path(path).expanduser()
+    own = {_PREFIX + name: p for name, p in trained.named_parameters() if p.requires_grad}
+    stored = {n: s for n, s in stored_shapes(checkpoint).items() if "/" not in n}
+    if stored != {name: p.shape for name, p in own.items()}:
         raise UserError(
             f"checkpoint {path} is of another model than {root}/config.toml says; "
             "put the settings under [model] back, and the model that it was trained from"
         )
-    trained.load_state_dict(weights, strict=False)
+    read_tensors(checkpoint, {name: p.detach() for name, p in own.items()})
     return merged(trained) if config.lora_rank else trained
 
 

@@ -6,7 +6,6 @@ import logging
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +27,7 @@ from perl.training.components import Components, build
 from perl.training.optimizer import Optimizer, Schedule
 from perl.training.parallel.balancing import ModelFlops, Work, share_out
 from perl.training.parallel.rows import joint_rows
-from perl.training.saving.checkpoint import CheckpointManager, Progress
+from perl.training.saving.checkpoint import CheckpointManager, Progress, in_shards
 from perl.types import Example, Interrupted, PackedBatch, Segment, UserError, one_line
 
 logger = logging.getLogger(__name__)
@@ -100,12 +99,19 @@ class Session:
         self.stage = self.stages[0]
         self.components: Components = build(config, self.stage, folder)
         self.processes = Processes(self.components.accelerator)
-        self.checkpoints = CheckpointManager(folder.checkpoints, config.run.keep_checkpoints)
+        self.checkpoints = CheckpointManager(
+            folder.checkpoints,
+            config.run.keep_checkpoints,
+            self.processes,
+            asynchronous=self.components.accelerator.device.type == "cuda",
+        )
         self.gallery = Gallery(folder)
         self.trackers = Trackers(self.components.accelerator, config, folder)
         self.progress = Progress(stage=self.points[0])
         self.optimizer: Optimizer | None = None
         self._saved_point: tuple[str, int] | None = None
+        self._whole_point: tuple[str, int] | None = None
+        """Of the last checkpoint that is known to be on the disk; the saved one may be being written."""
         self._again_from: int | None = None
         self._checkpoint = None
         self._ahead: ReadAhead | None = None
@@ -115,23 +121,29 @@ class Session:
 
     def restore(self) -> None:
         """Go on from the newest whole checkpoint; without any, from the start."""
-        found, self._again_from = self.checkpoints.load(), 0
-        # Every process has read the checkpoint before the first cuts the records back to it.
+        with self.processes.jointly():
+            found = [self.checkpoints.load()] if self.components.is_main else []
+        # All go on from the one that the first has found to be whole.
+        (found,) = self.processes.gather(found)
+        self._again_from = 0
+        if found is not None:
+            self._checkpoint, self.progress = found
+            self.checkpoints.present = self._checkpoint
+            if self.progress.stage not in self.points:
+                raise UserError(
+                    f"the checkpoint is from stage {self.progress.stage}, which config.toml no longer defines "
+                    f"({', '.join(s.name for s in self.stages)}); restore its stages or start a new run"
+                )
+            self.checkpoints.restore_model(self._checkpoint, self.components.policy)
+        # Nothing has changed of a run whose checkpoint was refused by any process.
         self.components.accelerator.wait_for_everyone()
         if self.components.is_main:
-            self.folder.cut_back(found[1].records if found else {})
-        if found is None:
+            self.folder.cut_back(self.progress.records)
+        if self._checkpoint is None:
             return
-        self._checkpoint, self.progress = found
-        if self.progress.stage not in self.points:
-            raise UserError(
-                f"the checkpoint is from stage {self.progress.stage}, which config.toml no longer defines "
-                f"({', '.join(s.name for s in self.stages)}); restore its stages or start a new run"
-            )
-        self.checkpoints.restore_model(self._checkpoint, self.components.policy)
         self.components.watch.total_seconds.update(self.progress.seconds)
         self._started = time.perf_counter() - self.progress.elapsed
-        self._saved_point = (self.progress.stage, self.progress.step)
+        self._saved_point = self._whole_point = (self.progress.stage, self.progress.step)
         stage, step = self.progress.stage, self.progress.step
         self._again_from = self.progress.steps + 1
         where = (
@@ -319,6 +331,7 @@ class Session:
         if stop or best or (every and (step + 1) % every == 0):
             self.save()
         if stop:
+            self.settle()
             raise Interrupted(f"stopped after {self.stage.name} step {step + 1}")
 
     def judge(self, numbers: dict[str, Any]) -> None:
@@ -380,37 +393,53 @@ class Session:
     def save(self) -> None:
         """A checkpoint of the last complete step; all processes take part."""
         self.progress.records = self.folder.positions()
-        self._save(together=True)
+        self._save()
 
-    def _save(self, together: bool) -> None:
+    def settle(self, alone: bool = False) -> None:
+        """Wait until the last checkpoint is on the disk; all processes take part, or this one `alone`.
+
+        Raises:
+            Exception: it could not be written.
+        """
+        try:
+            self.checkpoints.wait(alone)
+        except Exception:
+            self._saved_point = self._whole_point
+            raise
+        self._whole_point = self._saved_point
+
+    def _save(self, alone: bool = False) -> None:
         here = (self.progress.stage, self.progress.step)
+        self.settle(alone)
         if here == self._saved_point:
             return
         own = self._replay_state
         states = self.processes.gather([own]) if own is not None else []
-        agreed = self.processes.jointly() if together else nullcontext()
-        with self.components.watch("checkpoint"), agreed:
-            if self.components.is_main:
-                self.progress.elapsed = self.elapsed
-                self.progress.seconds = dict(self.components.watch.total_seconds)
-                self.checkpoints.save(
-                    self.components.policy,
-                    self.optimizer,
-                    self.progress,
-                    lambda folder: save_replay(folder, states),
-                )
+        self.progress.elapsed = self.elapsed
+        self.progress.seconds = dict(self.components.watch.total_seconds)
+        with self.components.watch("checkpoint"):
+            self.checkpoints.save(
+                self.components.policy,
+                self.optimizer,
+                self.progress,
+                lambda folder: save_replay(folder, states),
+                alone,
+            )
         self._saved_point = here
+        if alone or not self.checkpoints.asynchronous:
+            self._whole_point = here
 
     def rescue(self, error: BaseException) -> None:
         """Save the last complete step for an error that ends the run, and note on the error where it came and what is saved.
 
         It stays the error that is raised, whatever goes wrong here. The others of several processes do not come for an error
-        of one alone: the first then saves by itself, unless stored groups of the others belong to the checkpoint.
+        of one alone: the first then saves by itself, unless weights or stored groups of the others belong to the checkpoint.
         """
         self.display.close()
         error.add_note(self._where())
         together = self.processes.share(error)
-        alone = self.components.is_main and self._replay_state is None
+        whole_here = self._replay_state is None and not in_shards(self.components.policy)
+        alone = self.components.is_main and whole_here
         # A step that failed behind its first update has changed the weights: they are those of no step.
         updates = self.optimizer.updates if self.optimizer else self._recorded_updates
         begun = self.progress.step > 0 or any(self.folder.positions().values())
@@ -419,11 +448,12 @@ class Session:
             if isinstance(error, KeyboardInterrupt):
                 logger.info("saving the last complete step first")
             try:
-                self._save(together)
+                self._save(alone=not together)
+                self.settle(alone=not together)
             except (Exception, KeyboardInterrupt) as further:
                 logger.warning("the last complete step could not be saved: %s", one_line(further))
-        if self._saved_point and self.components.is_main:
-            stage, step = self._saved_point
+        if self._whole_point and self.components.is_main:
+            stage, step = self._whole_point
             saved = f"{stage} step {step}" if step else f"all before {self._called(stage)}"
             error.add_note(f"saved: {saved}")
         if not together:

@@ -94,6 +94,7 @@ def _run_stages(session: Session) -> dict[str, Any]:
                 session, f"after {stage.name}", session.first_step + session.taken([stage])
             )
     _measure_once(session, "after", session.taken(s for s in session.stages if s.kind == "rl"))
+    session.settle()
     save_model(session.components, session.processes, "final")
     if session.restore_best():
         save_model(session.components, session.processes, "best")

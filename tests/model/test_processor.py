@@ -296,7 +296,9 @@ def test_a_template_of_ones_own_takes_the_place_of_the_tokenizers(
     # A checkpoint of a run with it has only weights.
     checkpoint = tmp_path / "run" / "checkpoints" / "step-1"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "manifest.json").write_text('{"format": 1, "progress": {"stage": "rl"}}')
+    (checkpoint / "manifest.json").write_text(
+        '{"format": 1, "files": {}, "progress": {"stage": "rl"}}'
+    )
     save_file({"w": torch.zeros(1)}, checkpoint / "model.safetensors")
     own = replace(config, path=str(tiny_folder(TINY_QWEN[0])))
     save_config(Config(model=own), tmp_path / "run" / "config.toml")

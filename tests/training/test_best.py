@@ -19,7 +19,7 @@ from perl.training.checks import check_setup
 from perl.types import Interrupted
 from tests.command_line import metrics, untimed
 from tests.messages import refused
-from tests.training.two_tokens import config_of, saved, train_in
+from tests.training.two_tokens import config_of, saved, train_in, weights_in
 
 BEST = """
 run = { keep_best = "greedy", keep_checkpoints = 1 }
@@ -57,9 +57,7 @@ def test_the_best_checkpoint_stays_and_is_exported(
     best = folder / "checkpoints" / "best"
     assert os.readlink(best) == "step-2"
     assert summary["best"] == {"by": "greedy", "step": 2, "value": 0.5}
-    kept, exported = (
-        load_file(f) for f in (best / "model.safetensors", folder / "models/best/weights")
-    )
+    kept, exported = weights_in(best), load_file(folder / "models/best/weights")
     last = load_file(folder / "models" / "final" / "weights")
     assert all(torch.equal(kept[name], exported[name]) for name in kept)
     assert not torch.equal(last["head_weight"], exported["head_weight"])

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import signal
 import statistics
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
@@ -21,6 +24,7 @@ from perl.files import RunFolder
 from perl.rollout.replay import Replay, load_replay
 from perl.training.optimizer import Optimizer
 from perl.training.roofline.devices import Peak
+from perl.training.saving.checkpoint import CheckpointManager
 from perl.training.session import ProcessShare, Session
 from perl.types import Interrupted, UserError
 from tests.command_line import json_lines, metrics, untimed
@@ -34,7 +38,9 @@ from tests.training.two_tokens import (
     config_of,
     saved,
     stand_in,
+    tensors_in,
     train_in,
+    weights_in,
 )
 
 STAGES = """
@@ -123,9 +129,7 @@ def test_what_a_run_of_four_stages_leaves(
     assert {p.name for p in (folder / "models").iterdir()} == {"warm", "easy", "final"}
     # What comes behind the last step has its weights. Its optimizer stays, for a run that is given more steps.
     assert saved(folder) == [("hard", 3), ("done", 0)]
-    assert {p.parent.name for p in folder.glob("checkpoints/*/optimizer.safetensors")} == {
-        *("step-9", "step-10")
-    }
+    assert all(tensors_in(p) != weights_in(p) for p in folder.glob("checkpoints/*"))
 
     # Of "A B B" twice under even chances; a mean of p - onehot(y) of (1/6, -1/6).
     first = rows[0]
@@ -211,8 +215,7 @@ def test_a_run_that_is_killed_at_each_record_ends_as_one_that_is_not(
         one, other = (load_file(f / name / "weights") for f in (unbroken, broken))
         assert all(torch.equal(one[k], other[k]) for k in one)
         assert {str(w.dtype) for w in one.values()} == {f"torch.{dtype}"}
-    last = "checkpoints/step-10/model.safetensors"
-    one, other = (load_file(f / last) for f in (unbroken, broken))
+    one, other = (tensors_in(f / "checkpoints" / "step-10") for f in (unbroken, broken))
     assert all(torch.equal(one[k], other[k]) and one[k].dtype == torch.float32 for k in one)
     assert any(not torch.equal(w, w.bfloat16().float()) for w in one.values())
 
@@ -242,6 +245,49 @@ def test_a_stop_saves_the_step_it_came_in(
         train_in(folder, config, resume=True)
     assert saved(folder) == [("rl", 2)] and len(metrics(folder, "rl")) == 2
     train_in(folder, config, resume=True)
+    assert untimed(folder) == untimed(whole(FIVE))
+
+
+def test_saves_in_the_background_are_waited_for_where_a_run_stops_or_fails(
+    tmp_path: Path,
+    two_tokens: None,
+    whole: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU: stopped in its second step, then from the fourth on with a disk that is full, then to its end."""
+    keys = FIVE.replace("every = 0", "every = 1")
+    config, folder, room, stops = config_of(tmp_path, keys), tmp_path / "run", [3], iter([True])
+    manager, write, step = CheckpointManager, safetensors.torch.save, Optimizer.step
+
+    def in_background(*arguments: Any, asynchronous: bool) -> CheckpointManager:
+        return manager(*arguments, asynchronous=True)
+
+    def slow(*arguments: Any, **options: Any) -> bytes:
+        time.sleep(0.1)
+        room[0] -= 1
+        if room[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(*arguments, **options)
+
+    def stopped(self: Optimizer, number: int, *arguments: Any) -> dict[str, float]:
+        if number == 2 and next(stops, False):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, number, *arguments)
+
+    monkeypatch.setattr("perl.training.session.CheckpointManager", in_background)
+    monkeypatch.setattr("safetensors.torch.save", slow)
+    monkeypatch.setattr(Optimizer, "step", stopped)
+    with pytest.raises(Interrupted):
+        train_in(folder, config)
+    assert saved(folder) == [("rl", 1), ("rl", 2)]
+    with pytest.raises(OSError) as error:
+        train_in(folder, config, resume=True)
+    tells(error.value, "step-4", "space")
+    tells(error.value.__notes__, "saved: rl step 3")
+    assert saved(folder) == [("rl", 2), ("rl", 3)]
+    room[0] = 9
+    train_in(folder, config, resume=True)
+    assert saved(folder) == [("rl", 4), ("done", 0)]
     assert untimed(folder) == untimed(whole(FIVE))
 
 

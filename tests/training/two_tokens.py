@@ -8,6 +8,7 @@ import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 from queue import Queue
@@ -27,7 +28,7 @@ from perl.distributed import StopSignal
 from perl.files import RunFolder
 from perl.model.loading import compute_dtype
 from perl.model.packed.pack import pack
-from perl.model.sources import checkpoints_in
+from perl.model.sources import TENSORS, checkpoints_in
 from perl.recipe import load_recipe
 from perl.report.progress import Display
 from perl.rollout.engine import Completion, SamplingParams
@@ -175,7 +176,8 @@ class Together:
         self.sent: defaultdict[tuple[int, int], Queue[Any]] = defaultdict(Queue)
         for name in ("all_reduce", "send_object_list", "recv_object_list"):
             monkeypatch.setattr(torch.distributed, name, getattr(self, name))
-        monkeypatch.setattr("accelerate.utils.gather_object", self.gather)
+        # Processes share no object either.
+        monkeypatch.setattr("accelerate.utils.gather_object", lambda x: deepcopy(self.gather(x)))
 
     def run(self, work: Callable[[int], Any]) -> list[Any]:
         """What each process returns, or the error that ends it."""
@@ -353,6 +355,16 @@ def train_in(root: Path, config: Config, resume: bool = False) -> dict[str, Any]
     if not resume:
         RunFolder(root).create(overwrite=False)
     return train(config, RunFolder(root), Display(enabled=False), resume)
+
+
+def tensors_in(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The whole tensors of a checkpoint that one process saved."""
+    (file,) = (checkpoint / TENSORS).iterdir()
+    return load_file(file)
+
+
+def weights_in(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return {name: t for name, t in tensors_in(checkpoint).items() if "/" not in name}
 
 
 def saved(root: Path) -> list[tuple[str, int]]:

@@ -1,4 +1,7 @@
-"""Atomic checkpoints: trained weights, optimizer and progress, in safetensors and JSON, never pickle."""
+"""Atomic checkpoints: trained weights, optimizer and progress, in safetensors and JSON, never pickle.
+
+All processes write what they hold, by PyTorch's distributed checkpoints; any number of them, sharded or not, reads it.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,38 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from perl.files import check_safetensors, replacing
-from perl.model.sources import FORMAT, MANIFEST, checkpoints_in, read_manifest, step_of
+from perl.distributed import Processes, second_group
+from perl.files import beside, replacing
+from perl.model.sources import (
+    FORMAT,
+    MANIFEST,
+    TENSORS,
+    check_files,
+    checkpoints_in,
+    first_cause,
+    read_manifest,
+    read_tensors,
+    step_of,
+    stored_shapes,
+)
 from perl.training.optimizer import Optimizer
 from perl.types import UserError
 
 logger = logging.getLogger(__name__)
+
+_FILE_BYTES = 2**30
+"""Of a file that a process writes, about: it lies in memory twice more until it is written."""
 
 
 @dataclass
@@ -64,13 +85,28 @@ class CheckpointManager:
     Args:
         folder: where the checkpoints lie, one sub-folder each.
         keep: how many stay.
+        processes: of the run, all of which save together; None: there is one.
+        asynchronous: whether `save` waits for no more than the copy of the tensors to the host. The disk is waited for by the
+            next one and by `wait`.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        processes: Processes | None = None,
+        asynchronous: bool = False,
+    ) -> None:
         self.folder = folder
         self.keep = max(1, keep)
-        self._present: Path | None = None
+        self.processes = processes
+        self.asynchronous = asynchronous
+        self.present: Path | None = None
         """The checkpoint of the weights as they are now."""
+        self._writer = ThreadPoolExecutor(1) if asynchronous else None
+        self._pending: Future[None] | None = None
+        # What processes agree on in the background must not meet the reductions of the step that goes on.
+        self._group = second_group() if asynchronous else None
 
     def save(
         self,
@@ -78,35 +114,97 @@ class CheckpointManager:
         optimizer: Optimizer | None,
         progress: Progress,
         more: Callable[[Path], None] = lambda _: None,
+        alone: bool = False,
     ) -> Path:
         """Write a checkpoint beside the others and rename it into place when it is complete.
 
-        `more` may write further safetensors files into the folder it is given.
-        """
-        from safetensors.torch import save_file
+        Args:
+            model: whose trained weights are saved.
+            optimizer: of these weights, if its state is.
+            progress: as it is now.
+            more: may write further safetensors files into the folder it is given; called by the first process.
+            alone: the first process saves without the others, which it cannot with weights in shards.
 
+        Raises:
+            Exception: it could not be written, or the one before it, if that was not waited for.
+        """
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+        from torch.distributed.checkpoint.state_dict_saver import async_save, save
+
+        self.wait(alone)
         target = self.folder / f"step-{progress.steps}"
-        if target == self._present:
-            write_progress(target, progress)
-            self._tidy(progress)
+        first = self.processes is None or self.processes.index == 0
+        if target == self.present:
+            with self._agreed(alone):
+                if first:
+                    write_progress(target, progress)
+                    self._tidy(progress)
             return target
-        # Whatever is killed in the block leaves no folder of that name: a checkpoint that is there is whole.
-        with replacing(target, folder=True) as temporary:
-            masters = optimizer.masters if optimizer else {}
-            weights = {n: masters.get(p, p).detach().contiguous() for n, p in _trained(model)}
-            save_file(weights, temporary / "model.safetensors")
-            if optimizer is not None:
-                save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
-            more(temporary)
-            # Sizes tell a file that a full disk or a crash has cut, without reading gigabytes.
-            files = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
-            manifest = {"format": FORMAT, "files": files, "progress": asdict(progress)}
-            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-            _sync(temporary)
-        self._present = target
-        # Only now, so that at every moment one that is whole lies there.
-        self._tidy(progress)
+        ending = ExitStack()
+        # The folder is there before any process writes.
+        with self._agreed(alone):
+            if first:
+                ending.enter_context(self._committed(target, progress, more))
+        connected = torch.distributed.is_initialized() and not alone
+        state = _state(model, optimizer) if first or connected else {}
+        writer = HuggingFaceStorageWriter(
+            str(beside(target) / TENSORS), _files(state), save_distributed=True
+        )
+        if self._writer and not alone:
+            written: Any = async_save(state, storage_writer=writer, process_group=self._group)
+            self._pending = self._writer.submit(_finish, ending, written.result)
+        else:
+            with self._agreed(alone):
+                if state:
+                    _finish(
+                        ending,
+                        lambda: save(state, storage_writer=writer, no_dist=not connected),
+                    )
+        self.present = target
         return target
+
+    def wait(self, alone: bool = False) -> None:
+        """Until the last checkpoint is complete; all processes wait together, if none is `alone`.
+
+        Raises:
+            Exception: it could not be written.
+        """
+        pending = self._pending
+        if pending is None:
+            return
+        try:
+            with self._agreed(alone):
+                pending.result()
+        except Exception:
+            self.present = None
+            raise
+        finally:
+            if pending.done():
+                self._pending = None
+
+    def _agreed(self, alone: bool) -> AbstractContextManager[None]:
+        return nullcontext() if alone or self.processes is None else self.processes.jointly()
+
+    @contextmanager
+    def _committed(
+        self, target: Path, progress: Progress, more: Callable[[Path], None]
+    ) -> Iterator[None]:
+        """A block in which all processes write their tensors; what ends it early leaves no folder of that name."""
+        # As it is now: what is written in the background must not tell of later steps.
+        now = Progress(**json.loads(json.dumps(asdict(progress))))
+        with replacing(target, folder=True) as temporary:
+            more(temporary)
+            yield
+            files = (p for p in sorted(temporary.rglob("*")) if p.is_file())
+            sizes = {str(p.relative_to(temporary)): p.stat().st_size for p in files}
+            manifest = {"format": FORMAT, "files": sizes, "progress": asdict(now)}
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+            # Before the rename reaches the disk.
+            for path in (*temporary.rglob("*"), temporary):
+                _sync(path)
+        _sync(self.folder)
+        # Only now, so that at every moment one that is whole lies there.
+        self._tidy(now)
 
     def _tidy(self, progress: Progress) -> None:
         """Leave the newest checkpoints and the best one. What is of later steps was damaged: the run went on before it."""
@@ -135,11 +233,12 @@ class CheckpointManager:
             )
         for path in found:
             try:
-                progress = _verified(path)
+                check_files(path)
+                progress = Progress(**read_manifest(path)["progress"])
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 logger.warning("checkpoint %s is damaged (%s); trying the one before", path, error)
                 continue
-            self._present = path
+            self.present = path
             return path, progress
         if found:
             raise UserError(
@@ -148,34 +247,27 @@ class CheckpointManager:
         return None
 
     def restore_model(self, path: Path, model: nn.Module) -> None:
-        """Put a checkpoint's weights back, rounded where the model's are narrower."""
-        from safetensors.torch import load_file
+        """Put a checkpoint's weights back, rounded where the model's are narrower; all processes, each its shards.
 
-        weights = load_file(path / "model.safetensors")
-        own = model.state_dict()
-        if weights.keys() != dict(_trained(model)).keys() or any(
-            own[name].shape != tensor.shape for name, tensor in weights.items()
-        ):
+        Raises:
+            UserError: it is of another model; nothing has changed.
+        """
+        own = dict(_trained(model))
+        stored = {n: shape for n, shape in stored_shapes(path).items() if "/" not in n}
+        if stored != {name: p.shape for name, p in own.items()}:
             raise UserError(
                 f"checkpoint {path} is of another model than config.toml says; "
                 "put the settings under [model] back, or start again with --overwrite"
             )
-        model.load_state_dict(weights, strict=False)
+        read_tensors(path, {name: p.detach() for name, p in own.items()})
 
     def restore_optimizer(self, path: Path, model: nn.Module, optimizer: Optimizer) -> None:
         """Put a checkpoint's optimizer state back, and what its weights were before they were rounded."""
-        from safetensors.torch import load_file
-
-        parameters, adamw = dict(_trained(model)), optimizer.adamw
-        if any(master is not weight for weight, master in optimizer.masters.items()):
-            for name, tensor in load_file(path / "model.safetensors").items():
-                optimizer.masters[parameters[name]].data.copy_(tensor)
-        for full, tensor in load_file(path / "optimizer.safetensors").items():
-            name, key = full.rsplit("/", 1)
-            master = optimizer.masters[parameters[name]]
-            # AdamW keeps its step counter on the host unless it is fused, its moments beside the weights.
-            there = "cpu" if key == "step" and not adamw.defaults["fused"] else master.device
-            adamw.state[master][key] = tensor.to(there)
+        state = _state(model, optimizer)
+        # Earlier versions left out the state of weights that had had no gradient yet.
+        read_tensors(
+            path, {name: state[name] for name in state.keys() & stored_shapes(path).keys()}
+        )
 
 
 def write_progress(path: Path, progress: Progress) -> None:
@@ -183,17 +275,12 @@ def write_progress(path: Path, progress: Progress) -> None:
     manifest = read_manifest(path) | {"progress": asdict(progress)}
     with replacing(path / MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-        _sync_file(temporary)
+        _sync(temporary)
 
 
-def _verified(path: Path) -> Progress:
-    manifest = read_manifest(path)
-    for name, size in manifest["files"].items():
-        actual = (path / name).stat().st_size
-        if actual != size:
-            raise ValueError(f"{name} has {actual} bytes instead of {size}")
-        check_safetensors(path / name)
-    return Progress(**manifest["progress"])
+def in_shards(model: nn.Module) -> bool:
+    """Whether no process has all of the weights."""
+    return any(isinstance(p, DTensor) for p in model.parameters())
 
 
 def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -201,20 +288,38 @@ def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
-    out = {}
-    for name, parameter in _trained(model):
-        for key, value in optimizer.adamw.state.get(optimizer.masters[parameter], {}).items():
-            out[f"{name}/{key}"] = torch.as_tensor(value).contiguous()
+def _state(model: nn.Module, optimizer: Optimizer | None) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors, as they lie in memory: DTensors where they are in shards."""
+    masters = optimizer.masters if optimizer else {}
+    weights = {name: masters.get(p, p).detach() for name, p in _trained(model)}
+    return weights | (optimizer.state() if optimizer else {})
+
+
+def _files(state: dict[str, torch.Tensor]) -> dict[str, int]:
+    """The number, from 1, of the file that a process writes a tensor to, or its shard."""
+    number, filled, out = 1, 0, {}
+    for name, tensor in state.items():
+        size = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
+        if filled and filled + size > _FILE_BYTES:
+            number, filled = number + 1, 0
+        out[name], filled = number, filled + size
     return out
 
 
-def _sync(folder: Path) -> None:
-    """Make the files reach the disk before the rename does."""
-    for path in folder.iterdir():
-        _sync_file(path)
+def _finish(ending: ExitStack, write: Callable[[], object]) -> None:
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    with ending:
+        try:
+            write()
+        except CheckpointException as error:  # No Exception; all processes have the same.
+            raise first_cause(error) from None
 
 
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _sync(path: Path) -> None:
+    """Make a file, or the names in a folder, reach the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
