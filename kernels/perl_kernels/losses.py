@@ -247,7 +247,7 @@ def linear_token_logprobs(
     Every rank makes the backward too, with the same derivatives of the one loss by `logprobs` and
     `entropy`; the gradient of `hidden` is then the whole one, the same on all ranks, and those of
     `weight` and `bias` are those of the rank's rows. `hidden` must need a gradient on all ranks or
-    on none. The price: in the forward two collectives, of 3 integers and of 4 numbers per token;
+    on none. The price: in the forward two collectives, of 4 integers and of 4 numbers per token;
     in the backward one, the sum over the ranks of the gradient [N, H], in fp32 also for narrower
     inputs; none if `hidden` needs no gradient. The host does not wait for a GPU, but with
     PERL_CHECKS=1 does. An error in the arguments of only one rank leaves the others waiting, and

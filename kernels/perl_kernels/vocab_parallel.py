@@ -88,27 +88,34 @@ def linear_token_logprobs(
     `skip_idle`, rows that no gradient flows to are left out of the backward's products.
 
     Raises:
-        ValueError: a target outside the vocabulary of all ranks, or another N or H on another rank,
-            where values may be looked at.
+        ValueError: a target outside the vocabulary of all ranks, or another N, H or other targets on
+            another rank, where values may be looked at. Elsewhere such log-probs are NaN.
     """
-    mine = torch.empty(3, dtype=torch.int64, device=hidden.device)
+    mine = torch.empty(4, dtype=torch.int64, device=hidden.device)
     for i, length in enumerate((weight.shape[0], *hidden.shape)):
         mine[i] = length  # fills, which a host does not wait for, unlike a copy
-    shapes = _gather(mine, group)
-    if values_visible(shapes):
-        _check_shapes(shapes, targets)
+    # A sum that is another one of other targets, but for rare ones.
+    mine[3] = (targets * torch.arange(1, len(targets) + 1, device=targets.device)).sum()
+    ranks = _gather(mine, group)
+    if values_visible(ranks):
+        _check_ranks(ranks, targets)
     temperatures = temperature.detach() if isinstance(temperature, Tensor) else None
     tau = 1.0 if isinstance(temperature, Tensor) else float(temperature)
     settings = _Settings(tau, softcap, products, backend, group, skip_idle)
-    return _VocabParallel.apply(hidden, weight, bias, targets, temperatures, shapes[:, 0], settings)
+    return _VocabParallel.apply(hidden, weight, bias, targets, temperatures, ranks, settings)
 
 
-def _check_shapes(shapes: Tensor, targets: Tensor) -> None:
+def _check_ranks(ranks: Tensor, targets: Tensor) -> None:
+    """Of `ranks [R, 4]`: V_rank, N, H and a sum of the targets of each rank."""
     for i, name in ((1, "N"), (2, "H")):
-        lengths = shapes[:, i].tolist()
+        lengths = ranks[:, i].tolist()
         if len(set(lengths)) > 1:
             raise ValueError(f"hidden has {name} = {lengths} on the ranks, must be the same on all")
-    checks.check_targets(targets, targets.shape[0], int(shapes[:, 0].sum()))
+    if len(set(ranks[:, 3].tolist())) > 1:
+        raise ValueError(
+            "targets are not the same on all ranks of the group, must be: ids of the whole vocabulary"
+        )
+    checks.check_targets(targets, targets.shape[0], int(ranks[:, 0].sum()))
 
 
 class _VocabParallel(torch.autograd.Function):
@@ -123,10 +130,10 @@ class _VocabParallel(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         temperatures: Tensor | None,
-        sizes: Tensor,
+        ranks: Tensor,
         settings: _Settings,
     ) -> tuple[Tensor, Tensor]:
-        group = settings.group
+        group, sizes = settings.group, ranks[:, 0]
         ends = sizes.cumsum(0)
         starts = ends - sizes
         # Where this part starts is known on the device alone.
@@ -134,6 +141,7 @@ class _VocabParallel(torch.autograd.Function):
         head = (hidden, weight, bias, local, temperatures)
         found = torch.stack(_local_stats(head, settings))
         owned = (targets >= starts[:, None]) & (targets < ends[:, None])
+        owned &= (ranks[:, 3] == ranks[0, 3]).all()
         stats = _whole(_gather(found, group), owned, sizes[:, None] > 0)
         ctx.settings = settings
         ctx.set_materialize_grads(False)

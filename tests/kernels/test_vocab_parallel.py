@@ -35,6 +35,7 @@ from perl_kernels import (
     linear_grpo_loss,
     linear_token_logprobs,
     reference,
+    rows_torch,
 )
 from tests.kernels.naive import Problem
 from tests.messages import refused
@@ -58,7 +59,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 # Threads share what is patched, and the interpreter of Triton.
-OF_PROCESSES = ("plain-3", "triton", "bad_targets", "number_of_collectives")
+OF_PROCESSES = (
+    "plain-3",
+    "triton",
+    "bad_targets",
+    "unseen_other_targets",
+    "number_of_collectives",
+    "idle_rows",
+)
 
 Case = Callable[[dist.ProcessGroup], None]
 CASES: dict[str, tuple[int, Case]] = {}
@@ -398,6 +406,15 @@ def bad_targets(group: dist.ProcessGroup) -> None:
 
 
 @case(2)
+def unseen_other_targets(group: dist.ProcessGroup) -> None:
+    problem = Problem.make()
+    problem.targets[9] = dist.get_rank()
+    with mock.patch("perl_kernels.vocab_parallel.values_visible", return_value=False):
+        found = Split(group, (6, 7), problem).loss(LOSSES["dapo"])
+    assert found.loss.isnan() and found.metrics["invalid_rows"] > 0
+
+
+@case(2)
 def bad_arguments(group: dist.ProcessGroup) -> None:
     split = Split(group, (6, 7), Problem.make())
     for changes, error, names in (
@@ -425,6 +442,12 @@ def other_tokens_on_another_rank(group: dist.ProcessGroup) -> None:
     problem = Problem.make((3, 2) if dist.get_rank() else (3, 3))
     with refused("hidden", "N", [6, 5], error=ValueError):
         Split(group, (6, 7), problem).run()
+    problem = Problem.make()
+    split = Split(group, (6, 7), problem)
+    if dist.get_rank():
+        problem.targets[:] = problem.targets.flip(0)
+    with refused("targets", "same", "whole vocabulary", error=ValueError):
+        split.loss(LOSSES["dapo"])
 
 
 @case(3)
@@ -452,6 +475,19 @@ def number_of_collectives(group: dist.ProcessGroup) -> None:
             split.mine["hidden"].requires_grad_()
             split.loss(LOSSES["dapo"]).loss.backward()
             assert (gathers.call_count, reduces.call_count) == (8, 2)
+            narrow = Split(group, (5, 0, 8), Problem.make(lengths), torch.bfloat16)
+            narrow.loss(LOSSES["dapo"]).loss.backward()
+            assert reduces.call_args.args[0].dtype == torch.float32
+
+
+@case(2)
+def idle_rows(group: dist.ProcessGroup) -> None:
+    """Left out of the products; at a ratio of 1 nothing is clipped, so they are those of weight 0."""
+    split = Split(group, (6, 7), Problem.make())
+    with mock.patch.object(rows_torch, "row_gradient", wraps=rows_torch.row_gradient) as gradient:
+        for skip_idle, rows in ((False, 16), (True, 12)):
+            split.loss(LOSSES["dapo"], old_logprobs=None, skip_idle=skip_idle).loss.backward()
+            assert gradient.call_args.args[0].shape[0] == rows
 
 
 @case(2)
