@@ -55,7 +55,13 @@ def test_help_and_names(capsys: pytest.CaptureFixture[str]) -> None:
     overview = capsys.readouterr().out
     assert all(name in overview for name in COMMANDS)
     assert run("config", "--list") == 0
-    assert capsys.readouterr().out.split() == ["default", "demo", "perl-7b", "perl-released"]
+    assert capsys.readouterr().out.split() == [
+        "default",
+        "demo",
+        "perl-3b-1gpu",
+        "perl-7b",
+        "perl-released",
+    ]
     for name in COMMANDS:
         assert run(name, "--help") == 0
         assert "usage" in capsys.readouterr().out

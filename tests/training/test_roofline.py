@@ -24,8 +24,9 @@ from perl.recipe import load_recipe
 from perl.rollout.decoding.sampling import SamplingParams, sample
 from perl.training.optimizer import Optimizer, Schedule
 from perl.training.parallel.balancing import Met, segment_met
+from perl.training.roofline.advice import first_that_fits, peak_of
 from perl.training.roofline.devices import DEVICES, Device, device_named
-from perl.training.roofline.memory import activation_bytes, advice, memory
+from perl.training.roofline.memory import activation_bytes, at_rest, certain, memory, on_host
 from perl.training.roofline.model import CONFIGS, model_facts
 from perl.training.roofline.step import SAMPLING, Part, Shape, StepWork
 from perl.types import EncodedPrompt, Segment
@@ -36,7 +37,6 @@ from tests.model.steps import picture
 from tests.training.two_tokens import Accelerator
 
 LOSS = PolicyLoss.preset("perl", kl=None, kl_coef=0.0)
-H200 = device_named("H200", 0, 0, 0)
 CPU = torch.device("cpu")
 QUESTIONS, ORDERS, ROLLOUTS, TEXT, LENGTH = 2, 2, 3, 60, 70
 SIDE = {"tiny-qwen2.5-vl": 84, "tiny-qwen3-vl": 96, "tiny-internvl": 28}
@@ -264,7 +264,7 @@ def test_the_papers_step_by_hand() -> None:
     layers, hidden, inner, queries, keys, vocab = 28, 3584, 18944, 28 * 128, 4 * 128, 152064
     layer = 2 * hidden * queries + 2 * hidden * keys + 3 * hidden * inner
     weights, head, prompt, new = layers * layer, vocab * hidden, 6 * 330 + 150, 512
-    work = paper()
+    work = paper(train=WHOLE)
     parts = {part.name: part for part in work.parts()}
     assert work.facts.weights == 8_292_166_656
     assert (work.prompts, work.scored) == (32, 32 * 6 * 512)
@@ -310,32 +310,129 @@ def test_models_that_are_known_have_their_numbers_of_weights(path: str, billions
     assert facts.tokens_of(262144) == (256 if "Qwen3" in path else 334)
 
 
-def test_memory_is_what_is_kept_and_adapters_need_little() -> None:
-    work = paper()
-    kept = memory(work, H200)
-    assert kept["always"]["weights"] == kept["always"]["reference"] == 2 * work.facts.weights
-    assert kept["always"]["masters and moments"] == 12 * work.facts.weights
-    assert kept["update"]["gradients"] == 4 * work.facts.weights
-    assert kept["rollout"]["keys and values"] == 25 * (2130 + 6 * 512) * 28 * 2 * 4 * 128 * 2
-    [said] = [line for line in advice(work, H200, kept) if line.startswith("the update")]
-    tells(said, "model.lora_rank")
-    [said] = advice(work, device_named("A100-80", 0, 0, 0), memory(work, H200))
-    tells(said, "model.lora_rank", "model.freeze_vision")
+LORA = {"path": "Qwen/Qwen2.5-VL-7B-Instruct", "lora_rank": 64, "freeze_vision": True}
+LORA["gradient_checkpointing"] = 1.0
+TOWER = 676_550_144
+"""Weights of the 7B's vision tower."""
+WHOLE = {"sharding": "none"}
 
-    lora = {"path": work.config.model.path, "lora_rank": 64, "freeze_vision": True}
-    few = paper(model=lora)
-    kept = memory(few, H200)
-    assert kept["always"]["reference"] == 0
-    assert few.facts.trained == kept["update"]["gradients"] / 4 < 0.03 * few.facts.weights
-    [said] = advice(few, H200, kept)
-    peak = sum(kept["always"].values()) + max(sum(kept[k].values()) for k in ("rollout", "update"))
-    tells(said, f"{peak / 1e9:.1f} GB", "150.8 GB")
-    wide = paper(model=lora | {"gradient_checkpointing": False})
-    kept = memory(wide, H200)
-    [said] = advice(wide, H200, kept)
-    tells(said, "model.gradient_checkpointing")
-    names = [part.name for part in few.parts()]
+
+def test_memory_of_weights_by_hand() -> None:
+    """Without sharding 2 bytes of a weight, 4 of its master, 8 of its moments, 4 of its gradient, 2 of its reference."""
+    work = paper(train=WHOLE)
+    n = work.facts.weights
+    kept = memory(work, 80e9)
+    rest = {"parameters": 2 * n, "optimiser": 12 * n, "reference": 2 * n}
+    assert kept["update"] | rest | {"gradients": 4 * n} == kept["update"]
+    assert kept["rollout"] | rest | {"gradients": 0, "gathered weights": 0} == kept["rollout"]
+    assert kept["rollout"]["keys and values"] == 25 * (2130 + 6 * 512) * 28 * 2 * 4 * 128 * 2
+    assert certain(work) == 20 * n
+    copy = on_host(work)
+    assert (
+        copy["checkpoint"] == 12 * n and copy["offloaded"] == 0
+    )  # One process writes what all have.
+
+
+def test_memory_of_shards_by_hand() -> None:
+    """Over 8 GPUs: an eighth of everything but the tower, which each of them has."""
+    work = paper()
+    of_tower, rest = TOWER, work.facts.weights - TOWER
+    assert work.facts.in_tower.count == of_tower and work.shards == 8
+    found = at_rest(work)
+    assert found == {
+        "parameters": 4 * rest / 8 + 2 * of_tower,  # In shards a weight is its own master.
+        "optimiser": 8 * rest / 8 + (8 + 4) * of_tower,
+        "gradients": 4 * rest / 8 + 4 * of_tower,
+        "reference": 2 * rest / 8 + 2 * of_tower,
+    }
+    kept = memory(work, 80e9)
+    assert kept["rollout"]["gathered weights"] == 2 * rest
+    assert kept["logprobs"]["gathered weights"] == 2 * 2 * rest  # The reference's, too.
+    layer, around = 233_057_792, 2 * 152064 * 3584 + 3584
+    assert kept["update"]["gathered weights"] == 2 * (2 * layer + around)
+    # Of a layer in its backward: its gradients in bfloat16, summed in fp32, and the shard of the sum.
+    assert kept["update"]["gradients"] == found["gradients"] + (2 + 4 + 4 / 8) * layer
+
+    stays = paper(train={"reshard_after_forward": False})
+    assert memory(stays, 80e9)["update"]["gathered weights"] == 2 * rest
+    narrow = memory(paper(train={"reduce_dtype": "bfloat16"}), 80e9)
+    assert narrow["update"]["gradients"] == found["gradients"] + (2 + 2 + 2 / 8) * layer
+    split = paper(train={"shard_vision": True})
+    n = work.facts.weights
+    assert at_rest(split) == {
+        "parameters": 4 * n / 8,
+        "optimiser": 8 * n / 8,
+        "gradients": 4 * n / 8,
+        "reference": 2 * n / 8,
+    }
+    hybrid = replace(work, gpus=16, config=with_keys(work.config, train={"shards": 4}))
+    assert at_rest(hybrid)["parameters"] == 4 * rest / 4 + 2 * of_tower
+
+    moved = paper(train={"cpu_offload": True})
+    assert at_rest(moved) == {
+        "parameters": 2 * of_tower,
+        "optimiser": 12 * of_tower,
+        "gradients": 4 * of_tower,
+        "reference": 2 * of_tower,
+    }
+    assert on_host(moved)["offloaded"] == 8 * (4 + 8 + 4 + 2) * rest / 8
+
+
+def test_what_is_sent_between_gpus_by_hand() -> None:
+    device = Device("round", 1e15, 1e12, 1e11, 1e11, "")
+    work = paper()
+    sent = {part.name: part for part in work.parts()}["update/sync"].seconds(device) * 0.7e11
+    rows, rest = len(work.row_tokens), work.facts.weights - TOWER
+    layers = 28 * 233_057_792
+    gathered = (
+        2 * rows * (2 * layers + (rest - layers))
+    )  # Layers for the forward and again for the backward.
+    reduced = 4 * rows * rest
+    assert sent == pytest.approx(7 / 8 * (gathered + reduced) + 2 * 7 / 8 * 4 * TOWER)
+
+
+def test_adapters_need_little() -> None:
+    work = paper(model=LORA, train=WHOLE)
+    found, f = at_rest(work), work.facts
+    assert found["reference"] == 0 and f.trained < 0.03 * f.weights
+    assert found["parameters"] == sum(w.bytes for w in (f.in_layers, f.around, f.in_tower))
+    assert found["gradients"] == 4 * f.trained
+    names = [part.name for part in work.parts()]
     assert "update/vision" not in names and "logprobs/reference's vision" not in names
+
+
+def test_the_change_that_makes_it_fit_is_planned_again() -> None:
+    whole = paper(train=WHOLE)
+    change = first_that_fits(whole, 80e9)
+    assert change and change.keys == {"train.sharding": "fsdp"}
+    assert change.peak == peak_of(memory(paper(), 80e9)) <= 80e9
+    assert first_that_fits(paper(), 80e9) is None
+    # One GPU has nobody to share with.
+    alone = replace(whole, gpus=1)
+    change = first_that_fits(alone, 80e9)
+    assert change and change.keys == {"model.lora_rank": 64, "model.freeze_vision": True}
+    # Two changes together, and none.
+    wide = paper(model={**LORA, "gradient_checkpointing": 0.0}, train=WHOLE)
+    change = first_that_fits(wide, 34e9)
+    both = {"model.gradient_checkpointing": 1.0, "train.tokens_per_micro_batch": 16384}
+    assert change and change.keys == both
+    assert first_that_fits(whole, 10e9) is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpus", "most"),
+    [("perl-7b", 8, 80), ("perl-released", 8, 80), ("perl-3b-1gpu", 1, 40)],
+)
+def test_recipes_fit_the_gpus_that_they_are_for(
+    recipe: str, gpus: int, most: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    options = ("--gpus", gpus, "--memory", most, "--json", file, "--picture", picture)
+    assert run("plan", recipe, *options) == 0
+    tells(capsys.readouterr().out, "it fits", f"of {most}.0 GB")
+    found = json.loads(file.read_text())
+    assert found["fits"] and max(found["peak_bytes"].values()) < 0.9 * most * 1e9
+    assert picture.read_bytes().startswith(b"\x89PNG") and "seconds" not in found
 
 
 def test_weights_masters_moments_and_gradients_are_those_of_an_update(
@@ -353,12 +450,12 @@ def test_weights_masters_moments_and_gradients_are_those_of_an_update(
 
     monkeypatch.setattr(torch.nn.utils, "get_total_norm", norm)
     optimizer.step(0, step.policy.pack(step.segments, 2000, True), LOSS)
-    kept = memory(step.work, H200)
-    assert sum(p.nbytes for p in step.policy.parameters()) == kept["always"]["weights"]
+    kept = at_rest(step.work)
+    assert sum(p.nbytes for p in step.policy.parameters()) == kept["parameters"]
     states = [x for state in optimizer.adamw.state.values() for x in state.values() if x.ndim]
     masters = [*optimizer.masters.values(), *states]
-    assert sum(x.nbytes for x in masters) == kept["always"]["masters and moments"]
-    assert found == [kept["update"]["gradients"]]
+    assert sum(x.nbytes for x in masters) == kept["optimiser"]
+    assert found == [kept["gradients"]]
 
 
 def test_orders_that_do_not_exist_and_prompts_that_are_not_shared() -> None:
@@ -387,9 +484,7 @@ def test_the_command_shows_and_writes_and_measured_times_stand_beside(
     assert found["computed"] and found["measured"] == {"rollout": 6.0, "step": 9.5}
     stages = found["stages"].values()
     assert found["seconds"] == pytest.approx(sum(stage["seconds"] for stage in stages))
-    assert found["peak_bytes"]["update"] == sum(
-        sum(found["memory"][part].values()) for part in ("always", "update")
-    )
+    assert found["peak_bytes"]["update"] == sum(found["memory"]["update"].values())
     assert {"flops", "bytes", "launches", "host_waits", "seconds"} == {*next(iter(stages))}
 
 
@@ -400,7 +495,11 @@ def test_what_cannot_be_planned_is_one_line(error_of: ErrorOf, tmp_path: Path) -
     tells(
         error_of("plan", "default", "--model.path", "no/where"), "model.path", "no/where", *CONFIGS
     )
-    tells(error_of("plan", "demo", "--model.dtype", "float32"), "model.dtype", "float32", "auto")
+    asked = ("--model.dtype", "float32", "--steps-of", "H100")
+    tells(error_of("plan", "demo", *asked), "--steps-of", "model.dtype", "float32")
+    assert run("plan", "demo", *asked[:2]) == 0  # Memory alone.
+    sharded = ("--train.sharding", "fsdp")
+    tells(error_of("plan", "demo", *sharded), "train.sharding", "fsdp", "--gpus", "none")
     tells(error_of("plan", "demo", "--gpus", "0"), "--gpus 0", "1")
     tells(error_of("plan", "demo", "--gpus", "5"), "--gpus", "5", "train.examples_per_step", "12")
     tells(error_of("plan", "demo", "--run", tmp_path), "--run", tmp_path, "metrics.jsonl")
@@ -410,9 +509,9 @@ def test_what_cannot_be_planned_is_one_line(error_of: ErrorOf, tmp_path: Path) -
     small_cache = ("--rollout.kv-cache-tokens", "100")
     tells(error_of("plan", "demo", *small_cache), "rollout.kv_cache_tokens", "100")
     tells(error_of("plan", "demo", "--images", "600"), "data.max_prompt_tokens", "8192")
-    own = ("--steps-of", "mine", "--tflops", "100", "--tb-per-s", "1", "--gb", "24")
+    own = ("--steps-of", "mine", "--tflops", "100", "--tb-per-s", "1", "--memory", "24")
     assert run("plan", "demo", *own) == 0
-    with refused("mine", "--gb"):
+    with refused("mine", "--memory"):
         device_named("mine", 100, 1, 0)
     assert device_named("h100", 0, 0, 94) == replace(
         device_named("H100", 0, 0, 0),

@@ -148,7 +148,7 @@ def test_stages_that_make_no_sense(tmp_path: Path, stage: str, names: list[str])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["perl-7b", "perl-released", "default"])
+@pytest.mark.parametrize("recipe", ["perl-7b", "perl-released", "perl-3b-1gpu", "default"])
 def test_the_papers_recipes_run_on_a_tiny_model(
     recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,7 +157,7 @@ def test_the_papers_recipes_run_on_a_tiny_model(
         "--model.path tiny-qwen2.5-vl --data.train bundled:digits --data.eval bundled:digits "
         "--resample.examples 4 --resample.rollouts 2 --resample.histogram uniform --resample.size 0 "
         "--rollout.per-order 2 --rollout.max-new-tokens 4 --train.steps 1 --train.examples-per-step 2 --filter.max-tries 1 "
-        "--train.tokens-per-micro-batch 512 --eval.examples 2 --run.trackers"
+        "--train.tokens-per-micro-batch 512 --train.sharding none --eval.examples 2 --run.trackers"
     )
     options = (*small.split(), "--run.dir", tmp_path / "run")
     assert run("train", recipe, *options) == 0, capsys.readouterr().err

@@ -35,7 +35,7 @@ from perl.rollout.engine import Completion, SamplingParams
 from perl.timing import Stopwatch
 from perl.training.components import Components
 from perl.training.parallel.balancing import ModelFlops
-from perl.training.roofline.model import ModelFacts
+from perl.training.roofline.model import ModelFacts, Weights
 from perl.training.session import Session
 from perl.training.train import train
 from perl.types import EncodedImage, EncodedPrompt, Example, Message, PackedBatch, Segment, Variant
@@ -325,7 +325,14 @@ SIZES: dict[str, Any] = {
     **{"vocab": 2, "weights": 3, "trained": 3, "trained_layers": 10, "tensors": 2, "features": 1},
     **{"tower": 4, "tower_trained_weights": 1, "head_trained": True, "tower_depth": 2},
     **{"tower_hidden": 3, "tower_intermediate": 1, "tower_spans": (0, 5), "patch": 1},
-    "patches_per_token": 2,
+    **{
+        "patches_per_token": 2,
+        "itemsize": 4,
+        "patch_values": 3,
+        "tower_gated": False,
+        "adapters_alone": False,
+    },
+    **dict.fromkeys(("in_layers", "around", "in_tower", "layer"), Weights.of(())),
 }
 FACTS = ModelFacts(ModelFlops(token=10.0, pair=0.0, scored=5.0, visual=20.0), **SIZES)
 """Sizes that a run of two tokens is taken to have."""

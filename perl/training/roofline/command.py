@@ -17,23 +17,27 @@ from perl.types import UserError
 
 @dataclass(frozen=True)
 class PlanSteps(Command):
-    """What a step of a recipe takes on a GPU that need not be here: operations, bytes, launches, waits and time by stage,
-    and memory. All of it is computed from the model's sizes; nothing is downloaded and nothing runs. Every key of the recipe can be
-    overridden, as in `perl-rl plan perl-7b --steps-of H100 --gpus 8 --model.lora-rank 64`."""
+    """What a step of a recipe takes on GPUs that need not be here: memory by what it is for, whether it fits, and which key
+    to change if not; with --steps-of also operations, bytes, launches, waits and time by stage. All of it is computed from
+    the model's sizes; nothing is downloaded and nothing runs. Every key of the recipe can be overridden, as in
+    `perl-rl plan perl-7b --gpus 8 --memory 80 --model.lora-rank 64`."""
 
     recipe: Positional[str] = DEFAULT_RECIPE
     """A bundled recipe's name or a .toml file."""
     config: Annotated[Config, arg(name="")] = field(default_factory=Config)
-    steps_of: str = "H200"
-    """The GPU: B200, H200, H100, A100-80, A100-40, L40S, "RTX 4090", or any name with the three figures that follow."""
+    memory: NotNegative = 0.0
+    """Of one GPU, in 1e9 bytes; 0: that of --steps-of."""
+    steps_of: str = ""
+    """The GPU that times are computed for: B200, H200, H100, A100-80, A100-40, L40S, "RTX 4090", or any name with --tflops,
+    --tb-per-s and --memory; empty: no times, but without --memory an H200."""
     gpus: Positive = 1
     """How many of them share a step."""
+    gpus_per_node: Positive = 8
+    """How many of them one node has."""
     tflops: NotNegative = 0.0
     """Dense bfloat16 products a second, in 1e12, of another GPU; 0: as known."""
     tb_per_s: NotNegative = 0.0
     """Its memory's bandwidth, in 1e12 bytes a second."""
-    gb: NotNegative = 0.0
-    """Its memory, in 1e9 bytes."""
     images: Positive = 6
     """Images of a question."""
     tokens_per_image: Count = 0
@@ -46,6 +50,8 @@ class PlanSteps(Command):
     """A run folder, whose measured seconds a step are shown beside."""
     json: Path | None = None
     """Write all figures to this file, too."""
+    picture: Path | None = None
+    """Draw the memory by stage into this PNG file."""
 
     def execute(self) -> None:
         from perl.training.roofline.devices import device_named
@@ -53,36 +59,65 @@ class PlanSteps(Command):
         from perl.training.roofline.step import Shape, StepWork
 
         check_options(self)
-        device = device_named(self.steps_of, self.tflops, self.tb_per_s, self.gb)
+        named = self.steps_of or ("" if self.memory else "H200")
+        device = device_named(named, self.tflops, self.tb_per_s, self.memory) if named else None
         stages = [stage.config for stage in plan(self.config) if stage.kind == "rl"]
         if not stages:
             raise UserError(f"recipe {self.recipe} has no stage of kind rl; add one")
         facts, measured = model_facts(stages[0]), _measured(self.run)
+        if facts.itemsize > 2 and self.steps_of:
+            raise UserError("--steps-of: times are of bfloat16; leave model.dtype = float32 out")
         shape = Shape(
             self.images,
             self.tokens_per_image or facts.tokens_of(stages[0].model.max_pixels),
             self.text_tokens,
             self.completion_tokens or max(1, stages[0].rollout.max_new_tokens // 2),
         )
-        found = figures(StepWork(stages[0], facts, shape, self.gpus), device)
+        work = StepWork(stages[0], facts, shape, self.gpus, self.gpus_per_node)
+        found = figures(work, device.memory if device else self.memory * 1e9)
+        if device and facts.itemsize == 2:
+            found |= times(work, device)
         if measured:
             found["measured"] = measured
         if self.json:
             write_json(self.json, found)
-        show(found, f"{Path(self.recipe).name}, {stages[0].model.path}")
+        title = f"{Path(self.recipe).name}, {stages[0].model.path}"
+        if self.picture:
+            from perl.training.roofline.picture import draw
+
+            draw(found, title, self.picture)
+        show(found, title)
 
 
-def figures(work: Any, device: Any) -> dict[str, Any]:
-    """Everything, as it is shown and written: `stages`, `memory`, `advice`, `assumptions`."""
-    from perl.training.roofline.memory import advice, memory
+def figures(work: Any, capacity: float) -> dict[str, Any]:
+    """What is shown and written of memory, in GPUs of so many bytes, and of what a step is."""
+    from perl.training.roofline.advice import first_that_fits, peak_of
+    from perl.training.roofline.memory import memory, on_host
 
-    parts, kept = work.parts(), memory(work, device)
-    always = sum(kept["always"].values())
+    kept = memory(work, capacity)
+    change = first_that_fits(work, capacity)
     return {
         "computed": True,
-        "device": asdict(device),
         "gpus": work.gpus,
         "shape": asdict(work.shape),
+        "tokens": {"prompt": work.shape.prompt, "packed": work.tokens, "scored": work.scored},
+        "sequences_together": work.slots[0] * work.slots[1],
+        "memory": kept,
+        "memory_of_gpu": capacity,
+        "peak_bytes": {stage: sum(parts.values()) for stage, parts in kept.items()},
+        "fits": peak_of(kept) <= capacity,
+        "change": asdict(change) if change else None,
+        "host": on_host(work),
+        "notes": list(_notes(work)),
+        "assumptions": list(_assumptions(work)),
+    }
+
+
+def times(work: Any, device: Any) -> dict[str, Any]:
+    """The same of what is computed and moved, and how long that takes a device at least."""
+    parts = work.parts()
+    return {
+        "device": asdict(device),
         "stages": {
             part.name: {
                 "flops": part.flops,
@@ -94,17 +129,22 @@ def figures(work: Any, device: Any) -> dict[str, Any]:
             for part in parts
         },
         "seconds": sum(part.seconds(device) for part in parts),
-        "tokens": {"prompt": work.shape.prompt, "packed": work.tokens, "scored": work.scored},
-        "sequences_together": work.slots[0] * work.slots[1],
-        "memory": kept,
-        "peak_bytes": {name: always + sum(kept[name].values()) for name in ("rollout", "update")},
-        "advice": advice(work, device, kept),
-        "assumptions": list(_assumptions(work)),
+        "assumptions": [*_assumptions(work), *_assumptions_of_times(work)],
     }
 
 
+def _notes(work: Any) -> Iterator[str]:
+    f, config = work.facts, work.config
+    tokens = work.questions * work.shape.images * work.shape.tokens_per_image
+    if f.itemsize * f.hidden * f.features * tokens >= config.model.feature_cache_mb * 2**20:
+        yield (
+            f"model.feature_cache_mb = {config.model.feature_cache_mb} holds less than a step's images: raise it, or they go "
+            "through the tower again in each pass, which is not in the times"
+        )
+
+
 def _assumptions(work: Any) -> Iterator[str]:
-    from perl.training.roofline import memory, step
+    from perl.training.roofline import memory
 
     shape = work.shape
     yield (
@@ -112,6 +152,21 @@ def _assumptions(work: Any) -> Iterator[str]:
         f"{shape.text_tokens} of text each, {work.orders} orders, {len(work.completions)} completions an order of "
         f"{shape.completion_tokens} tokens: all alike; no refills, replay or evaluation"
     )
+    narrow = work.facts.itemsize == 2
+    yield f"weights, keys, values and activations in {'bfloat16; masters, moments and gradients in ' * narrow}fp32"
+    if work.shards > 1:
+        yield (
+            f"{work.shards} GPUs hold a copy of the weights together; whole weights are gathered for the rollout and the "
+            "log-probs, two layers and what lies around them for the update"
+        )
+    yield f"{work.checkpointed:.0%} of the layers computed again in the backward"
+    yield f"{memory.RESERVED / 1e9:.0f} GB for the driver, kernels and what the allocator cannot use"
+    yield f"on the host {memory.PROCESS / 1e9:.0f} GB for each process"
+
+
+def _assumptions_of_times(work: Any) -> Iterator[str]:
+    from perl.training.roofline import step
+
     shares = ", ".join(f"{kind} {share}" for kind, share in step.SHARES.items())
     yield f"shares of the device's rates that are reached: {shares}"
     yield (
@@ -123,13 +178,12 @@ def _assumptions(work: Any) -> Iterator[str]:
         f"{work.rounds} times; a prompt's keys and values are read once a step; the host waits every {step.STEPS_A_WAIT} "
         "steps; each operation is launched, as without CUDA graphs"
     )
-    yield "weights, keys, values and activations in bfloat16; masters, moments and gradients in fp32"
     yield (
         "norms, SwiGLU and rotary embeddings "
         + ("fused (model.compile, model.liger)" if work.fused else "as transformers has them")
-        + f"; {work.checkpointed:.0%} of the layers computed again in the backward"
     )
-    yield f"{memory.RESERVED / 1e9:.0f} GB for the driver, kernels and what the allocator cannot use"
+    if work.gpus > 1:
+        yield "what GPUs send one another takes its time alone, as if nothing were computed meanwhile"
     yield "rewards, reading pictures and packing take the GPU no time"
 
 
@@ -156,6 +210,59 @@ def _measured(run: Path | None) -> dict[str, float]:
 def show(found: dict[str, Any], title: str) -> None:
     from perl.report.tables import print_table
 
+    if "stages" in found:
+        _show_times(found, title)
+    kept = found["memory"]
+    table = [["computed, not measured: GB", *kept]]
+    for part in next(iter(kept.values())):
+        cells = [kept[stage][part] for stage in kept]
+        if any(cells):
+            table.append([part, *(f"{n / 1e9:.2f}" if n else "-" for n in cells)])
+    total = len(table)
+    table.append(["in all", *(f"{n / 1e9:.2f}" for n in found["peak_bytes"].values())])
+    gpus = f"each of {found['gpus']} GPUs" if found["gpus"] > 1 else "one GPU"
+    of = _gb(found["memory_of_gpu"])
+    print_table(table, f"{title}: memory of {gpus}, of {of} GB", rules=[total])
+    host = ", ".join(f"{name} {n / 1e9:.1f}" for name, n in found["host"].items() if n)
+    print(f"host memory of a node, GB: {host}")
+    for line in (verdict(found), *found["notes"]):
+        print(f"- {line}")
+    print("assumed:")
+    if "device" in found:
+        print(f"  {found['device']['name']}: {found['device']['source']}")
+    for line in found["assumptions"]:
+        print(f"  {line}")
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """Whether it fits; if not, what would change that, and what it would be then."""
+    peaks, of, change = found["peak_bytes"], _gb(found["memory_of_gpu"]), found["change"]
+    stage = max(peaks, key=lambda name: peaks[name])
+    if found["fits"]:
+        return f"it fits: {_gb(peaks[stage])} of {of} GB at most, in the {stage}"
+    parts = found["memory"][stage]
+    most = max(parts, key=lambda name: parts[name])
+    said = f"it does not fit: the {stage} takes {_gb(peaks[stage])} of {of} GB, {_gb(parts[most])} of them {most}; "
+    if not change:
+        return (
+            said
+            + "no change that plan knows is enough: take more or larger GPUs, or a smaller model"
+        )
+    keys = " and ".join(f"{key} = {_toml(value)}" for key, value in change["keys"].items())
+    return said + f"with {keys} it would take {_gb(change['peak'])} GB, as {change['why']}"
+
+
+def _toml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _gb(n: float) -> str:
+    return f"{n / 1e9:.1f}"
+
+
+def _show_times(found: dict[str, Any], title: str) -> None:
+    from perl.report.tables import print_table
+
     device, measured = found["device"], found.get("measured", {})
     heading = ["computed, not measured", "TFLOP", "GB", "launches", "waits", "s"]
     rows = [heading + ["measured s"] * bool(measured)]
@@ -178,17 +285,3 @@ def show(found: dict[str, Any], title: str) -> None:
     add("step", list(stages.values()), f"{measured['step']:.3f}" if "step" in measured else "-")
     gpus = f"{found['gpus']} x " * (found["gpus"] > 1)
     print_table(rows, f"{title}: a step on each of {gpus}{device['name']}", rules=rules)
-
-    kept = found["memory"]
-    table = [["computed, not measured", "GB"]]
-    for part, named in (("always", "always there"), ("rollout", "rollout"), ("update", "update")):
-        total = sum(kept[part].values()) if part == "always" else found["peak_bytes"][part]
-        label = named if part == "always" else f"peak of the {named}"
-        table.append([label, f"{total / 1e9:.1f}"])
-        table += [[f"  {name}", f"{n / 1e9:.1f}"] for name, n in kept[part].items() if n]
-    print_table(table, f"memory, of {device['memory'] / 1e9:.0f} GB")
-    for line in found["advice"]:
-        print(f"- {line}")
-    print(f"assumed: {device['name']}: {device['source']}")
-    for line in found["assumptions"]:
-        print(f"  {line}")

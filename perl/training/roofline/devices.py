@@ -94,19 +94,19 @@ DEVICES = (
 )
 
 
-def device_named(name: str, tflops: float, tb_per_s: float, gb: float) -> Device:
+def device_named(name: str, tflops: float, tb_per_s: float, memory: float) -> Device:
     """A device of the table with what is given (above 0) in place of its figures, or one made of these three.
 
     Raises:
         UserError: it is not in the table, and not all three are given.
     """
-    given = {"flops": tflops * 1e12, "bandwidth": tb_per_s * 1e12, "memory": gb * 1e9}
+    given = {"flops": tflops * 1e12, "bandwidth": tb_per_s * 1e12, "memory": memory * 1e9}
     given: dict[str, Any] = {key: value for key, value in given.items() if value > 0}
     known = next((d for d in DEVICES if _plain(d.name) == _plain(name)), None)
     if known is None and len(given) < 3:
         raise UserError(
             f"--steps-of {name}: no such device; choose {', '.join(d.name for d in DEVICES)}, or give --tflops, "
-            "--tb-per-s and --gb of your own"
+            "--tb-per-s and --memory of your own"
         )
     if known is None:
         return Device(name, **given, link=32e9, source="given; link as PCIe 4.0 x16")

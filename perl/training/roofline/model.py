@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,6 +17,8 @@ from perl.training.parallel.balancing import Met, ModelFlops
 from perl.types import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from perl.model.policy import Policy
 
 
@@ -58,10 +60,51 @@ CONFIGS = {
 
 
 @dataclass(frozen=True)
+class Weights:
+    """A part of a model: numbers of weights, and bytes of them as they are loaded."""
+
+    count: int
+    trained: int
+    narrow: int
+    """Trained ones with fewer than 32 bits, which have a float32 master elsewhere or become float32 in shards."""
+    frozen_bytes: int
+    trained_bytes: int
+    largest: int
+    """Weights of the largest tensor that is trained."""
+
+    @classmethod
+    def of(cls, parameters: Iterable[Any]) -> Weights:
+        parameters = list(parameters)
+        trained = [p for p in parameters if p.requires_grad]
+        return cls(
+            sum(p.numel() for p in parameters),
+            sum(p.numel() for p in trained),
+            sum(p.numel() for p in trained if p.itemsize < 4),
+            sum(p.nbytes for p in parameters if not p.requires_grad),
+            sum(p.nbytes for p in trained),
+            max((p.numel() for p in trained), default=0),
+        )
+
+    @property
+    def bytes(self) -> int:
+        return self.frozen_bytes + self.trained_bytes
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """Numbers of weights and sizes."""
 
     flops: ModelFlops
+    itemsize: int
+    """Bytes of a number that is computed with."""
+    in_layers: Weights
+    around: Weights
+    """Embeddings, head and last norm."""
+    in_tower: Weights
+    layer: Weights
+    """One of the layers."""
+    adapters_alone: bool
+    """Whether the model without its adapters is the reference, so that no second one is kept."""
     layers: int
     hidden: int
     intermediate: int
@@ -82,18 +125,22 @@ class ModelFacts:
     tower_depth: int
     tower_hidden: int
     tower_intermediate: int
+    tower_gated: bool
+    """Whether its MLPs are gated and its norms RMSNorms, as those of Qwen2.5-VL, or plain ones with LayerNorms."""
     tower_spans: tuple[int, ...]
     """Most patches that a patch sees, for each block of the tower; 0: all of its image's."""
     patch: int
     """Pixels of a patch's side."""
+    patch_values: int
+    """Numbers that the tower reads of one."""
     patches_per_token: int
     features: int
     """Tensors [K, H] that the tower makes: deepstack has more than one."""
 
     @property
     def cached_bytes(self) -> int:
-        """Of a token's keys and values in bfloat16, a layer."""
-        return 2 * 2 * self.kv_heads * self.head_dim
+        """Of a token's keys and values, a layer."""
+        return 2 * self.itemsize * self.kv_heads * self.head_dim
 
     @property
     def tower_trained(self) -> bool:
@@ -119,11 +166,6 @@ class ModelFacts:
     def adapters(self) -> int:
         """Weights that are beside those of the language model's layers, not of them."""
         return self.trained_layers if self.trained_layers < self.flops.token else 0
-
-    @property
-    def adapters_alone(self) -> bool:
-        """Whether the model without its adapters is the reference, so that no second one is kept."""
-        return not self.tower_trained and not self.head_trained
 
     def tokens_of(self, pixels: int) -> int:
         """Visual tokens of an image of so many pixels."""
@@ -158,11 +200,14 @@ class ModelFacts:
         return forward * (1 + self.tower_backward * gradients)
 
 
-def model_facts(config: Config) -> ModelFacts:
+def model_facts(config: Config, dtype: torch.dtype | None = None) -> ModelFacts:
     """Of the recipe's model as it would be trained, with its adapters; made without memory for its weights.
 
+    Args:
+        dtype: that is computed in; left out: what `model.dtype` means on a GPU.
+
     Raises:
-        UserError: `model.path` is empty, `model.dtype` is float32, nothing is known of it, or it trains on padded batches.
+        UserError: `model.path` is empty, nothing is known of it, or it trains on padded batches.
     """
     import torch
     from transformers import AutoModelForImageTextToText
@@ -171,8 +216,8 @@ def model_facts(config: Config) -> ModelFacts:
     from perl.model.weights import prepared
 
     path = config.model.path
-    if config.model.dtype == "float32":
-        raise UserError("model.dtype = float32: plan counts bfloat16; set auto or bfloat16")
+    if dtype is None:
+        dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
     settings = _settings(config)
     family = family_of(settings.model_type)
     if family is None:
@@ -181,13 +226,15 @@ def model_facts(config: Config) -> ModelFacts:
             "measure a step with perl-rl profile"
         )
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(settings, dtype=torch.bfloat16)
+        model = AutoModelForImageTextToText.from_config(settings, dtype=dtype)
         policy = Policy(prepared(model, config.model, family, path), family)
     return facts_of(policy, config.train.share_prompts)
 
 
 def facts_of(policy: Policy, share_prompts: bool) -> ModelFacts:
     """Of a policy that is trained on packed rows, and of what of it is trained."""
+    from perl.model.weights import trains_adapters_alone
+
     text, vision = policy.base.get_decoder().config, policy.core.config.vision_config
     layers = policy.base.get_decoder().layers
     flops = ModelFlops.of(policy, share_prompts)
@@ -201,8 +248,16 @@ def facts_of(policy: Policy, share_prompts: bool) -> ModelFacts:
     elif size := getattr(vision, "image_size", None):  # Tiles, each with a class token.
         span, full = prod(size) // patch**2 + 1, ()
     hidden = getattr(vision, "embed_dim", None) or vision.hidden_size
+    in_layers, in_tower = Weights.of(layers.parameters()), Weights.of(policy.vision.weights)
+    apart = {*layers.parameters(), *policy.vision.weights}
     return ModelFacts(
         flops=flops,
+        itemsize=policy.dtype.itemsize,
+        in_layers=in_layers,
+        around=Weights.of(p for p in policy.parameters() if p not in apart),
+        in_tower=in_tower,
+        layer=Weights.of(layers[0].parameters()),
+        adapters_alone=trains_adapters_alone(policy),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         intermediate=text.intermediate_size,
@@ -212,16 +267,20 @@ def facts_of(policy: Policy, share_prompts: bool) -> ModelFacts:
         vocab=policy.head_weight.shape[0],
         weights=sum(p.numel() for p in policy.parameters()),
         trained=sum(p.numel() for p in trained),
-        trained_layers=sum(p.numel() for p in layers.parameters() if p.requires_grad),
+        trained_layers=in_layers.trained,
         tensors=len(trained),
-        tower=sum(p.numel() for p in policy.vision.weights),
-        tower_trained_weights=sum(p.numel() for p in policy.vision.weights if p.requires_grad),
+        tower=in_tower.count,
+        tower_trained_weights=in_tower.trained,
         head_trained=policy.head_weight.requires_grad,
         tower_depth=depth,
         tower_hidden=hidden,
         tower_intermediate=getattr(vision, "intermediate_size", 0) or 4 * hidden,
+        tower_gated=any(
+            "gate_proj" in name for name, _ in policy.core.named_parameters() if "visual" in name
+        ),
         tower_spans=tuple(0 if block in full else span for block in range(depth)),
         patch=patch,
+        patch_values=3 * getattr(vision, "temporal_patch_size", 1) * patch**2,
         patches_per_token=round(policy.patches_per_token),
         features=1 + len(getattr(vision, "deepstack_visual_indexes", None) or ()),
     )

@@ -96,6 +96,10 @@ class StepWork:
     facts: ModelFacts
     shape: Shape
     gpus: int
+    node: int = 8
+    """GPUs of one node."""
+    cpu: bool = False
+    """Whether these are no GPUs but processes on a CPU."""
 
     def __post_init__(self) -> None:
         shape, config = self.shape, self.config
@@ -103,6 +107,11 @@ class StepWork:
             raise UserError(
                 f"--gpus {self.gpus}: train.examples_per_step = {config.train.examples_per_step} cannot be shared by "
                 "them; make it a multiple"
+            )
+        if config.train.sharding != "none" and self.shards < 2:
+            raise UserError(
+                'train.sharding = "fsdp" with one process: there is nothing to share the weights with; give more '
+                '--gpus, or set train.sharding = "none"'
             )
         for what, tokens, key, limit in (
             ("prompt", shape.prompt, "data.max_prompt_tokens", config.data.max_prompt_tokens),
@@ -118,6 +127,14 @@ class StepWork:
                     f"a {what} has {tokens} tokens, over {key} = {limit}; raise it, or give fewer images or tokens"
                 )
         _ = self.slots  # Raises where the budget holds none.
+
+    @property
+    def shards(self) -> int:
+        """Processes that hold one copy of the sharded weights together."""
+        train = self.config.train
+        if train.sharding == "none":
+            return 1
+        return min(train.shards or self.node, self.gpus)
 
     @cached_property
     def questions(self) -> int:
@@ -197,7 +214,8 @@ class StepWork:
     @cached_property
     def fused(self) -> bool:
         """Whether norms, activations and rotary embeddings are few kernels; "auto" is on, on a GPU."""
-        return bool(self.config.model.compile or self.config.model.liger)
+        asked = (self.config.model.compile, self.config.model.liger)
+        return True in asked if self.cpu else any(asked)
 
     @cached_property
     def elementwise(self) -> float:
@@ -305,6 +323,25 @@ class StepWork:
         # and then with master and moments, and writes these and the weight.
         moved = f.trained * (12 * rows + 34 * updates)
         yield Part("update/optimizer", ({"bytes": moved},), float(f.tensors), waits=updates)
+        yield from self._sync(rows, updates)
+
+    def _sync(self, rows: int, updates: int) -> Iterator[Part]:
+        """What GPUs send one another in an update, as if nothing were computed meanwhile; all links as the device's."""
+        f, train, n = self.facts, self.config.train, self.shards
+        whole, sent = f.trained, 0.0
+        if n > 1:
+            sharded = f.in_layers, f.around, *((f.in_tower,) if train.shard_vision else ())
+            whole -= sum(part.trained for part in sharded)
+            # A micro-batch gathers layers for its forward, and again for its backward unless they stay.
+            gathers = [rows * (1 + train.reshard_after_forward), rows, updates]
+            reduced = [rows, rows, updates]
+            narrow = 2 if train.reduce_dtype == "bfloat16" else 4
+            for part, g, r in zip(sharded, gathers, reduced, strict=False):
+                sent += (n - 1) / n * (g * f.itemsize * part.count + r * narrow * part.trained)
+            # Copies of a shard, on other nodes, are summed in the backward, too.
+            copies = self.gpus // n
+            of_shards = narrow * sum(part.trained for part in sharded) / n
+            sent += 2 * (copies - 1) / copies * of_shards * rows
+        sent += 2 * (self.gpus - 1) / self.gpus * 4 * whole * updates
         if self.gpus > 1:
-            sent = 2 * (self.gpus - 1) / self.gpus * 4 * f.trained * updates
             yield Part("update/sync", ({"link": sent},), f.tensors * updates, waits=updates)
