@@ -147,8 +147,8 @@ class Vision:
     def _state(self) -> object:
         """Equal as long as the same images give the same features."""
         modules = (m for part in self.family.tower(self.core) for m in part.modules())
-        # peft's layers, switched off for reference log-probs.
-        off = any(getattr(module, "disable_adapters", False) for module in modules)
+        # Of peft's layers, switched off for reference log-probs; transformers' models have a method of that name.
+        off = any(getattr(module, "disable_adapters", None) is True for module in modules)
         return off, [(w.data_ptr(), w.dtype, w._version) for w in self.weights]
 
 
