@@ -67,8 +67,9 @@ def _together(tallies: Sequence[Tally]) -> dict[str, float]:
 class StepFlops:
     """Counts what this process computes with the model, by stage and part: `flops/<stage>/<part>` of vision, language and head.
 
-    Those of the model: a prompt that completions share once, an image whenever it goes through the tower, a layer that is
-    computed again in the backward once. Nothing is counted of policies that train on padded batches.
+    Those of the model: a prompt once in each process that trains on some of its completions, an image whenever it goes
+    through the tower, a layer that is computed again in the backward once. Nothing is counted of policies that train on
+    padded batches.
     """
 
     def __init__(self, policy: Policy, share_prompts: bool) -> None:

@@ -16,7 +16,7 @@ from perl.training.roofline.devices import Peak, peak_of
 from tests.training.two_tokens import FACTS, Accelerator, Together, segment
 
 FLOPS = ModelFlops(token=10.0, pair=1.0, scored=5.0, visual=20.0)
-WHOLE = replace(FACTS, flops=FLOPS)
+WHOLE = replace(FACTS, flops=FLOPS, trained_layers=10)
 ADAPTERS = replace(WHOLE, trained_layers=2, head_trained=False, tower_trained_weights=0)
 
 

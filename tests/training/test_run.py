@@ -441,7 +441,8 @@ def test_two_processes_take_every_step_together(
         read = r["tokens/prompt"] / 2 + r["tokens/completion"]
         assert r["flops/rollout/language"] == 2 * 10 * read
         assert r["flops/rollout/head"] == 2 * 5 * r["tokens/completion"]
-        assert r["flops/update/language"] == 3 * 2 * 10 * r["packing/tokens"]
+        # Four of ten weights are trained: adapters, which the reference goes without.
+        assert r["flops/update/language"] == 2.4 * 2 * 10 * r["packing/tokens"]
         done = sum(n for name, n in r.items() if name.startswith("flops/"))
         in_time = metrics_of[r["step"]]
         assert in_time["mfu/step"] * in_time["time/step"] * 2 * PEAK.flops == pytest.approx(done)
@@ -453,7 +454,7 @@ def test_two_processes_take_every_step_together(
     assert first["peak_flops"] == vars(PEAK) and "export/rss_bytes" in first["bytes_by_stage"]
     logprobs = [r["flops/logprobs/language"] / (2 * 10 * r["packing/tokens"]) for r in rl]
     # Of old policies and of the reference; of the reference alone where one update follows the rollouts, until some are replayed.
-    assert logprobs == [2, 2, 2, 1, 2, 2, 2]
+    assert logprobs == [1.6, 1.6, 1.6, 0.6, 1.6, 1.6, 1.6]
     measured = [json_lines(folder / "filtered" / f"sift.accuracies-{k}.jsonl") for k in (0, 1)]
     assert [[row["index"] for row in own] for own in measured] == [[0, 2, 4], [1, 3, 5]]
     # Both sample, and never the same.

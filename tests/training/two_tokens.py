@@ -322,7 +322,7 @@ def config_of(folder: Path, more: str = "") -> Config:
 
 SIZES: dict[str, Any] = {
     **{"layers": 1, "hidden": 1, "intermediate": 1, "heads": 1, "kv_heads": 1, "head_dim": 1},
-    **{"vocab": 2, "weights": 3, "trained": 3, "trained_layers": 10, "tensors": 2, "features": 1},
+    **{"vocab": 2, "weights": 3, "trained": 3, "trained_layers": 4, "tensors": 2, "features": 1},
     **{"tower": 4, "tower_trained_weights": 1, "head_trained": True, "tower_depth": 2},
     **{"tower_hidden": 3, "tower_intermediate": 1, "tower_spans": (0, 5), "patch": 1},
     **{
