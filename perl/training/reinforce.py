@@ -152,7 +152,8 @@ class Reference:
         device, sharding = components.accelerator.device, components.policy.sharding
         model = replace(config.model, lora_rank=0)
         policy = load_policy(path, model, device, sharding, trained=False).eval()
-        self.own_tower = not config.model.freeze_vision
+        # A tower in shards is whole only together with its own language model.
+        self.own_tower = components.policy.vision.trained or bool(sharding and sharding.vision)
         if not self.own_tower:
             policy.share_tower(components.policy)
         self.head = HeadLoss(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,16 +13,19 @@ import numpy as np
 import pytest
 import torch
 
-from perl.config import ModelConfig
+from perl.config import Config, ModelConfig
 from perl.evaluation.agreement import Reading
+from perl.model.head import HeadLoss
+from perl.model.loading import load_policy, load_processor
 from perl.model.packed.pack import pack_row
 from perl.permutation import permute
 from perl.rollout.collect import Collected
 from perl.training.checks import check_setup
-from perl.training.reinforce import PolicyStep, group_tally, old_logprobs, segments_of
+from perl.training.reinforce import PolicyStep, Reference, group_tally, old_logprobs, segments_of
 from perl.types import EncodedPrompt, Example, Group, Rollout
 from tests.command_line import json_lines, metrics
 from tests.messages import refused
+from tests.model.steps import segments_of as segments_of_steps
 from tests.training.two_tokens import TwoTokens, config_of, session_of, train_in
 
 EXAMPLE = Example("row", ("a", "b"), "A <image> B <image> which", "A")  # type: ignore[arg-type]
@@ -225,6 +229,7 @@ def test_the_reference_reads_a_frozen_tower_s_features_and_drops_its_own(
     more = f"{model}\nloss.kl_coef = 0.5"
     session = session_of(config_of(tmp_path, more), tmp_path / "run")
     session.enter_stage(session.stages[1])
+    session.components.policy.vision.trained = not frozen  # type: ignore[misc]
     step = PolicyStep(session)
     for number in range(2):
         step(number, [written(0, off_policy=False)])
@@ -309,3 +314,36 @@ def test_what_functions_say_beside_their_scores_is_recorded(
     assert [own["logged"] for own in kept] == [{"slots": 2}] * len(kept)
     letters = [own["text"].count("A") + own["text"].count("B") for own in kept]
     assert [own["rewards"]["tells_all/letters"] for own in kept] == letters
+
+
+def test_the_reference_of_a_later_stage_has_none_of_what_adapters_of_the_tower_learn(
+    tmp_path: Path, tiny_folder: Callable[[str], Path]
+) -> None:
+    """Its tower is that of the model which the stage before left, also where the policy's own weights are frozen."""
+    start = tiny_folder("tiny-qwen2.5-vl")
+    targets = (r"model\.visual\..*", "q_proj")
+    model = ModelConfig(path=str(start), freeze_vision=True, lora_rank=2, lora_targets=targets)
+    cpu = torch.device("cpu")
+    policy = load_policy(str(start), model, cpu)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.1
+    processor = load_processor(str(start), model)
+    session: Any = SimpleNamespace(
+        config=Config(model=model),
+        trained_before=start.name,
+        folder=SimpleNamespace(models=start.parent),
+        components=SimpleNamespace(
+            policy=policy,
+            processor=processor,
+            accelerator=SimpleNamespace(device=cpu),
+        ),
+    )
+    reference = Reference(session)
+    batch = pack_row(segments_of_steps(processor))
+    plain = load_policy(str(start), ModelConfig(path=str(start)), cpu)
+    banned = processor.unsampled_token_ids()
+    for each, same in ((plain, True), (policy, False)):
+        expected = HeadLoss(each, banned, 1.0).logprobs(batch).logprobs
+        assert torch.allclose(reference([batch])[0], expected, atol=1e-4) == same
