@@ -91,7 +91,7 @@ def joint_rows(
             for part, cut in zip(its, _cut(held[g], its) if g in held else next(came), strict=True):
                 segments[part.row] += [replace(segment, group=g) for segment in cut]
     axes = max((size.axes for size in groups), default=1)
-    batches = [_packed(row, flops.shared) if row else empty_row(axes) for row in segments]
+    batches = [pack_row(row) if row else empty_row(axes) for row in segments]
     return batches, [segment for row in segments for segment in row]
 
 
@@ -266,10 +266,3 @@ def _with(segment: Segment, completions: Sequence[int]) -> Segment:
         advantages=tuple(segment.advantages[c] for c in completions),
         sampled_logprobs=sampled and tuple(sampled[c] for c in completions),
     )
-
-
-def _packed(segments: Sequence[Segment], share: bool) -> PackedBatch:
-    if share:
-        return pack_row(segments)
-    each = [Share(i, (c,)) for i, s in enumerate(segments) for c in range(len(s.completions))]
-    return pack_row(segments, each)
