@@ -37,6 +37,7 @@ from perl.rollout.padded import make_engine
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.timing import Stopwatch
 from perl.training.parallel.mesh import make_sharding
+from perl.training.roofline.check import check_memory
 from perl.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -152,8 +153,9 @@ def build(config: Config, stage: Stage, folder: RunFolder) -> Components:
     processor = load_processor(path, config.model, dtype)
     if any(_workers(each.config, accelerator.device) for each in plan(config)):
         warm_up(processor.encoder)
-    torch.manual_seed(config.run.seed)
     sharding = make_sharding(config, accelerator.device, accelerator.num_processes)
+    check_memory(config, path, plan(config), accelerator.device, accelerator.num_processes)
+    torch.manual_seed(config.run.seed)
     policy = load_policy(path, config.model, accelerator.device, sharding)
     return Components(stage, folder, accelerator, policy, processor, Stopwatch(), path)
 

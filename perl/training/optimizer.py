@@ -142,7 +142,7 @@ class Optimizer:
         """AdamW's state before its first step."""
 
         def zeros(signed: bool) -> torch.Tensor:
-            if self._in_8_bits and _in_blocks(weight) and parameter.numel():
+            if self._in_8_bits and in_blocks(weight) and parameter.numel():
                 from torchao.optim.subclass_8bit import OptimState8bit  # pyright: ignore[reportMissingImports]
 
                 shape, where = parameter.shape, parameter.device
@@ -169,7 +169,7 @@ class Optimizer:
             for key, tensor in self.adamw.state[self._stepped[weight]].items():
                 if key == "step":
                     out[f"{name}/{key}"] = tensor
-                elif self._in_8_bits and _in_blocks(weight):
+                elif self._in_8_bits and in_blocks(weight):
                     for part, own in _parts_of(tensor, weight):
                         out[f"{name}/{key}/{part}"] = own
                 else:
@@ -340,7 +340,7 @@ def check_optimizer(config: TrainConfig) -> None:
         )
 
 
-def _in_blocks(weight: torch.Tensor) -> bool:
+def in_blocks(weight: torch.Tensor) -> bool:
     """Whether moments of a weight are kept in 8 bits, in blocks that share a scale.
 
     Only where rows are whole blocks, so that the numbers do not depend on how many processes the rows are spread over; and,

@@ -20,11 +20,12 @@ from perl.config import Config
 from perl.model.head import HeadLoss
 from perl.model.loading import load_policy, load_processor
 from perl.model.vision import StepFeatures
-from perl.recipe import load_recipe
+from perl.recipe import load_recipe, plan
 from perl.rollout.decoding.sampling import SamplingParams, sample
 from perl.training.optimizer import Optimizer, Schedule
 from perl.training.parallel.balancing import Met, segment_met
 from perl.training.roofline.advice import first_that_fits, peak_of
+from perl.training.roofline.check import check_memory
 from perl.training.roofline.devices import DEVICES, Device, device_named
 from perl.training.roofline.memory import activation_bytes, at_rest, certain, memory, on_host
 from perl.training.roofline.model import CONFIGS, model_facts
@@ -347,7 +348,9 @@ def test_memory_of_shards_by_hand() -> None:
     }
     kept = memory(work, 80e9)
     assert kept["rollout"]["gathered weights"] == 2 * rest
-    assert kept["logprobs"]["gathered weights"] == 2 * 2 * rest  # The reference's, too.
+    assert (
+        kept["logprobs"]["gathered weights"] == 2 * rest
+    )  # The reference's when the policy's are not.
     layer, around = 233_057_792, 2 * 152064 * 3584 + 3584
     assert kept["update"]["gathered weights"] == 2 * (2 * layer + around)
     # Of a layer in its backward: its gradients in bfloat16, summed in fp32, and the shard of the sum.
@@ -365,6 +368,16 @@ def test_memory_of_shards_by_hand() -> None:
         "gradients": 4 * n / 8,
         "reference": 2 * n / 8,
     }
+    # Of 8 bits a byte and a 256th of a scale, but for vectors and the tower's matrices of 3420 columns.
+    eight = paper(train={"optimizer": "adamw_8bit"})
+    bits, plain = 2 * (1 + 4 / 256), 32 * 1280 * 3420
+    matrices = eight.facts.in_layers.in_blocks + eight.facts.around.in_blocks
+    vectors = 28 * (2 * 3584 + 3584 + 2 * 512) + 3584
+    assert matrices == rest - vectors
+    own = 4 * of_tower + bits * eight.facts.in_tower.in_blocks
+    own += 8 * (of_tower - eight.facts.in_tower.in_blocks)
+    assert of_tower - eight.facts.in_tower.in_blocks > plain
+    assert at_rest(eight)["optimiser"] == (bits * matrices + 8 * vectors) / 8 + own
     hybrid = replace(work, gpus=16, config=with_keys(work.config, train={"shards": 4}))
     assert at_rest(hybrid)["parameters"] == 4 * rest / 4 + 2 * of_tower
 
@@ -456,6 +469,43 @@ def test_weights_masters_moments_and_gradients_are_those_of_an_update(
     masters = [*optimizer.masters.values(), *states]
     assert sum(x.nbytes for x in masters) == kept["optimiser"]
     assert found == [kept["gradients"]]
+
+
+def test_a_run_that_memory_cannot_hold_is_refused_before_weights_are_loaded(
+    tiny_folder: Callable[[str], Path],
+    error_of: ErrorOf,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = small("tiny-qwen2.5-vl", freeze_vision=True)
+    folder = str(tiny_folder("tiny-qwen2.5-vl"))
+    parameters = list(Step(config, Path(folder)).policy.parameters())
+    # In float32 a weight is its own master: 4 bytes, and 12 for moments and gradient; the reference is whole, but for its tower.
+    always = sum(p.numel() * (16 if p.requires_grad else 4) for p in parameters)
+    always += sum(p.numel() * 4 for p in parameters if p.requires_grad)
+
+    def check(capacity: float) -> None:
+        monkeypatch.setattr("perl.training.roofline.check._capacity", lambda *_: capacity)
+        check_memory(config, folder, plan(config), CPU, 1)
+
+    with refused("model.path", folder, f"{always / 1e9:.1f} GB"):
+        check(always - 1)
+    check(always)
+    [warned] = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    tells(warned, "perl-rl plan", "GB")
+    caplog.clear()
+    # What is small beside the memory is not counted.
+    monkeypatch.setattr("perl.training.roofline.check.model_facts", None)
+    check(1e12)
+    assert not caplog.records
+
+    monkeypatch.undo()
+    monkeypatch.setattr("perl.training.roofline.check._capacity", lambda *_: 1e6)
+    monkeypatch.setattr("perl.training.components.load_policy", None)
+    options = ("--model.path", folder, "--run.dir", tmp_path / "run", "--run.seeds")
+    tells(error_of("train", "demo", *options), "model.path", folder, "0.0 GB")
+    assert not (tmp_path / "run").exists()
 
 
 def test_orders_that_do_not_exist_and_prompts_that_are_not_shared() -> None:

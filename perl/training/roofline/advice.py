@@ -92,6 +92,8 @@ def _candidates(work: StepWork) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"train.reshard_after_forward": True}, "layers are let go of between their passes"
     if sharded and not train.shard_vision and work.facts.tower_trained:
         yield {"train.shard_vision": True}, "the vision tower is shared, too"
+    if train.optimizer == "adamw":
+        yield {"train.optimizer": "adamw_8bit"}, "moments take a byte, not four"
     if sharded and not train.cpu_offload and not work.cpu:
         yield {"train.cpu_offload": True}, "shards, gradients and moments lie in the host's memory"
     if not model.lora_rank:

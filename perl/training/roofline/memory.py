@@ -20,6 +20,8 @@ RESERVED = 2e9
 """The driver's own, compiled kernels, and what the allocator cannot use, on a GPU; assumed."""
 PROCESS = 3e9
 """Of the host's memory, what a process with PyTorch and CUDA takes of its own; assumed."""
+EIGHT_BITS = 1 + 4 / 256
+"""Bytes of a moment of adamw_8bit: 256 share a float32 scale."""
 _GPU_SHARE, _CPU_BYTES, _CPU_ROWS = 32, 2**24, 512
 """How large `perl_kernels` makes a block of logits: part of a GPU's memory; on a CPU bytes or rows, whichever is more."""
 _IMAGE_TOKENS = 2**14
@@ -74,7 +76,7 @@ def on_host(work: StepWork) -> Bytes:
     moved = sum(_resting(work, offloaded=True).values())
     # Each process writes its shards, one of them what all have.
     written = sum(
-        (4 + _moments(work)) * w.trained / n * min(n, processes) for w, n in _spread(work)
+        (4 * w.trained + _moments(work, w)) / n * min(n, processes) for w, n in _spread(work)
     )
     return {
         "processes": PROCESS * processes,
@@ -99,9 +101,10 @@ def _spread(work: StepWork) -> list[tuple[Weights, int]]:
     ]
 
 
-def _moments(work: StepWork) -> float:
-    """Bytes of AdamW's two for a weight."""
-    return 8.0
+def _moments(work: StepWork, weights: Weights) -> float:
+    """Bytes of AdamW's two of all weights of a part."""
+    narrow = weights.in_blocks if work.config.train.optimizer == "adamw_8bit" else 0
+    return 2 * (EIGHT_BITS * narrow + 4 * (weights.trained - narrow))
 
 
 def _resting(work: StepWork, offloaded: bool) -> Bytes:
@@ -115,9 +118,7 @@ def _resting(work: StepWork, offloaded: bool) -> Bytes:
         # A trained weight in shards is its own master, elsewhere a narrow one has one beside it.
         trained = 4 * weights.trained if sharded else weights.trained_bytes
         out["parameters"] += (weights.frozen_bytes + trained) / n
-        out["optimiser"] += _moments(work) * weights.trained / n + 4 * weights.narrow * (
-            not sharded
-        )
+        out["optimiser"] += _moments(work, weights) / n + 4 * weights.narrow * (not sharded)
         out["gradients"] += 4 * weights.trained / n
         if _copied(work) and (weights is not work.facts.in_tower or work.facts.tower_trained):
             out["reference"] += work.facts.itemsize * weights.count / n
@@ -189,8 +190,8 @@ def _logprobs(work: StepWork, capacity: float) -> Iterator[Bytes]:
     if config.train.updates_per_batch == 1 and not needs_reference(loss):
         return
     f, row = work.facts, max(work.row_tokens)
-    again = _whole(work) if work.shards > 1 and _copied(work) else 0.0
-    always = {"gathered weights": _whole(work) + again}
+    # The policy's or the reference's, one after the other.
+    always = {"gathered weights": _whole(work)}
     gathered = f.cached_bytes * work.keys / work.tokens
     yield {**always, "activations": row * (_through(work) + gathered)}
     yield {

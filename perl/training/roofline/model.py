@@ -69,11 +69,15 @@ class Weights:
     """Trained ones with fewer than 32 bits, which have a float32 master elsewhere or become float32 in shards."""
     frozen_bytes: int
     trained_bytes: int
+    in_blocks: int
+    """Trained ones whose moments adamw_8bit keeps in 8 bits."""
     largest: int
     """Weights of the largest tensor that is trained."""
 
     @classmethod
     def of(cls, parameters: Iterable[Any]) -> Weights:
+        from perl.training.optimizer import in_blocks
+
         parameters = list(parameters)
         trained = [p for p in parameters if p.requires_grad]
         return cls(
@@ -82,6 +86,7 @@ class Weights:
             sum(p.numel() for p in trained if p.itemsize < 4),
             sum(p.nbytes for p in parameters if not p.requires_grad),
             sum(p.nbytes for p in trained),
+            sum(p.numel() for p in trained if in_blocks(p)),
             max((p.numel() for p in trained), default=0),
         )
 
