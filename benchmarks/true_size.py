@@ -37,7 +37,10 @@ KEYS = (
 
 
 class Resident:
-    """A listener that gives the run's seconds and its largest resident memory to the outermost ranges."""
+    """A listener that counts seconds and largest resident memory of the outermost ranges, and of what was before the first.
+
+    It begins a count where the run itself does, and none inside: the run's own figures stay right.
+    """
 
     def __init__(self) -> None:
         self.depth, self.rows = 0, dict[str, dict[str, float]]()
@@ -45,7 +48,8 @@ class Resident:
 
     def enter(self, name: str) -> None:
         if not self.depth:
-            self._end()
+            if not self.rows:
+                self._end()
             self._begin(name)
         self.depth += 1
 
@@ -53,7 +57,6 @@ class Resident:
         self.depth -= 1
         if not self.depth:
             self._end()
-            self._begin("between")
 
     def _begin(self, name: str) -> None:
         Path("/proc/self/clear_refs").write_text("5")

@@ -1,4 +1,4 @@
-"""Model folders and adapters written a layer at a time: wherever the weights lie, no second copy of them is made."""
+"""Model folders and adapters written a tensor at a time: wherever the weights lie, no second copy of them is made."""
 
 from __future__ import annotations
 
@@ -40,13 +40,16 @@ def write_model(model: Any, folder: Path, dtype: torch.dtype, writes: bool = Tru
         for name, (tensor, _) in tensors.items()
     }
 
+    def shapes(groups: Iterable[Sequence[str]]) -> dict[str, torch.Size]:
+        """Of what the folder holds if each group is converted by itself."""
+        parts = (revert_weight_conversion(model, {n: specs[n] for n in group}) for group in groups)
+        return {name: spec.shape for part in parts for name, spec in part.items()}
+
     planned = revert_weight_conversion(model, {**specs})
-    groups = _layers_of(specs)
-    apart = [revert_weight_conversion(model, {name: specs[name] for name in g}) for g in groups]
-    if {n: t.shape for each in apart for n, t in each.items()} != {
-        name: spec.shape for name, spec in planned.items()
-    }:
-        groups = [[*specs]]  # Some tensor of the folder is made of several layers.
+    # Some tensors of a folder are made of several: of a layer mostly.
+    whole = {name: spec.shape for name, spec in planned.items()}
+    groupings = ([[name] for name in specs], _layers_of(specs), [[*specs]])
+    groups = next(groups for groups in groupings if shapes(groups) == whole)
 
     def read() -> Iterator[tuple[str, torch.Tensor]]:
         for group in groups:
