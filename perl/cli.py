@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except RunFailed as error:
-        code = _fail(str(error), debug, 1)
+        code = _fail(summed_up(error, str(error)), debug, 1)
     except Exception as error:
         what = explain(error)
         if what is None:

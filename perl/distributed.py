@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -14,15 +17,20 @@ from typing import Any, TypeVar
 
 import torch
 
+from perl.missing import Peers
 from perl.timing import span
-from perl.types import UserError
+from perl.types import RunFailed, UserError
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_TIMEOUT = timedelta(hours=2)
+_TIMEOUT = timedelta(seconds=float(os.environ.get("PERL_TIMEOUT", "7200")))
 """Rollouts of one process may take much longer than another's."""
+_LEFT = 20.0
+"""Seconds that a process has to end by itself when another one has ended and it is told to."""
+
+_peers: Peers | None = None
 
 
 class Processes:
@@ -100,6 +108,7 @@ class Processes:
         failed = self.any(error is not None)
         if error is not None:
             self.error = error
+            error.__dict__["stops_all"] = True
             raise error
         if failed:
             raise UserError("another process of this run stopped; its message says why")
@@ -125,7 +134,38 @@ def process_state() -> Any:
     # Gloo beside NCCL: what lies in the host's memory is reduced too. accelerate takes a backend of several processes alone.
     several = cuda and "LOCAL_RANK" in os.environ
     backend = {"backend": "cuda:nccl,cpu:gloo"} if several else {}
-    return PartialState(cpu=not cuda, timeout=_TIMEOUT, **backend)
+    state = PartialState(cpu=not cuda, timeout=_TIMEOUT, **backend)
+    _find_peers(state)
+    return state
+
+
+def _find_peers(state: Any) -> None:
+    from torch.distributed import distributed_c10d, is_initialized
+
+    global _peers
+    if _peers is None and state.num_processes > 1 and is_initialized():
+        store = distributed_c10d._get_default_store()
+        _peers = Peers(store, state.process_index, state.num_processes)
+
+
+@contextmanager
+def naming_missing() -> Iterator[None]:
+    """A block whose error tells which process is missing, where that is its reason.
+
+    Raises:
+        RunFailed: in place of that error, with its notes.
+    """
+    try:
+        yield
+    except Exception as error:
+        shared = isinstance(error, UserError | RunFailed) or "stops_all" in error.__dict__
+        reason = None if shared or _peers is None else _peers.reason(error)
+        if reason is None:
+            raise
+        failed = RunFailed(reason)
+        for note in getattr(error, "__notes__", ()):
+            failed.add_note(note)
+        raise failed from error
 
 
 def all_processes() -> Processes:
@@ -199,18 +239,45 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.requested = False
+        self.ending = False
+        """Whether the run ends already, and saves what it has."""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
         for number in self._signals:
             self._before[number] = signal.signal(number, self._handle)
+        if _peers is not None:
+            self._watch(_peers)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if _peers is not None:
+            signal.set_wakeup_fd(-1)
+
+    def _watch(self, peers: Peers) -> None:
+        """End a process that does not come to its handlers: it may wait for one that has ended, in a call of NCCL's."""
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+
+        def watch() -> None:
+            while number := ours.recv(1):
+                if number[0] == signal.SIGTERM and peers.ended():
+                    time.sleep(_LEFT)
+                    print(f"perl-rl: {peers.reason(None)}", file=sys.stderr, flush=True)
+                    os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
+        self._wakeup = theirs
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        # torchrun ends the others so when a process has ended.
+        if number == signal.SIGTERM and _peers is not None and _peers.ended():
+            if not self.ending and (reason := _peers.reason(None)):
+                raise RunFailed(reason)
+            return
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True

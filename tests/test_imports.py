@@ -76,6 +76,7 @@ ORDER = (
         "paths",
         "failures",
         "llm",
+        "missing",
         "distributed",
         "timing",
     ),

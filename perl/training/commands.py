@@ -240,7 +240,7 @@ def _stored(folder: RunFolder, asked: Config | None, extended: bool) -> Config:
 
 
 def _go(config: Config, folder: RunFolder, resume: bool) -> None:
-    from perl.distributed import warn_if_alone
+    from perl.distributed import naming_missing, warn_if_alone
     from perl.report.page import write_report
     from perl.report.progress import Display
     from perl.training.saving.hub import push
@@ -249,7 +249,7 @@ def _go(config: Config, folder: RunFolder, resume: bool) -> None:
 
     warn_if_alone()
     try:
-        with Display(enabled=is_main_process()) as display:
+        with Display(enabled=is_main_process()) as display, naming_missing():
             summary = train(config, folder, display, resume)
         if is_main_process():
             report = write_report(folder.root)
@@ -280,7 +280,7 @@ def _tell(error: Exception, folder: RunFolder) -> None:
         RunFailed: in place of an error that would be shown as a trace.
     """
     trace = folder.keep_trace(error)
-    if trace is None or explain(error) is not None:
+    if trace is None or isinstance(error, RunFailed) or explain(error) is not None:
         return
     error.add_note(f"the trace is in {trace}")
     raise RunFailed(summed_up(error)) from error

@@ -435,6 +435,7 @@ class Session:
         It stays the error that is raised, whatever goes wrong here. The others of several processes do not come for an error
         of one alone: the first then saves by itself, unless weights or stored groups of the others belong to the checkpoint.
         """
+        self.stop.ending = True
         self.display.close()
         error.add_note(self._where())
         together = self.processes.share(error)

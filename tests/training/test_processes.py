@@ -78,3 +78,29 @@ def test_a_bug_in_one_process_ends_both_at_once(tmp_path: Path) -> None:
     assert [row["step"] for row in metrics(folder, "rl")] == [1]
     points = [json.loads(p.read_text())["progress"] for p in folder.glob("*/*/manifest.json")]
     assert ("rl", 1) in [(p["stage"], p["step"]) for p in points]
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_named_by_the_other(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    killed = FAILING.replace('raise ValueError("planted")', "os.kill(os.getpid(), 9)")
+    reward = rewarded(tmp_path, killed + BY_LENGTH)
+    steps = ("--cold-start.steps", "0", "--run.seeds", "--run.seed", "0", "--train.steps", "3")
+    processes = spawn_two(
+        "train",
+        "demo",
+        *reward,
+        *OPTIONS.split(),
+        "--run.dir",
+        folder,
+        *steps,
+        "--filter.replay",
+        "0",
+    )
+    done = finish(processes)
+    assert [code for code, _ in done] == [1, -9], done
+    assert "Traceback" not in done[0][1]
+    (said,) = [line for line in done[0][1].splitlines() if line.startswith("error: ")]
+    tells(
+        said, "process 1 of 2", f"pid {processes[1].pid}", "rl step 1", f"perl-rl resume {folder}"
+    )
