@@ -19,7 +19,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,10 @@ def shard(policy: Any, sharding: Sharding) -> None:
     may lie on the meta device. Gradients are summed over the processes, not averaged, as losses come divided by the whole
     step's count.
     """
-    source = _Source(policy)
-    if not sharding.vision:
-        for part in policy.family.tower(policy.core):
-            source.bring(part, sharding.device)
-        policy.vision.take_weights()
+    source, tower = _Source(policy), policy.family.tower(policy.core)
+    for part in tower:
+        source.bring(part, sharding.device, wide=sharding.vision)
+    policy.vision.take_weights()
     settings: dict[str, Any] = {
         "mesh": sharding.mesh,
         "mp_policy": MixedPrecisionPolicy(
@@ -67,8 +66,13 @@ def shard(policy: Any, sharding: Sharding) -> None:
             cast_forward_inputs=False,
         ),
         "offload_policy": CPUOffloadPolicy() if sharding.cpu_offload else OffloadPolicy(),
-        "ignored_params": set(policy.vision.weights),
+        "ignored_params": set() if sharding.vision else set(policy.vision.weights),
     }
+    if sharding.vision:
+        for part in tower:
+            fully_shard(part, reshard_after_forward=False, **settings)
+            part.set_reshard_after_backward(False)
+        policy.vision.take_weights()
     for layer in policy.core.language_model.layers:
         source.bring(layer, sharding.device, wide=True)
         fully_shard(layer, reshard_after_forward=sharding.reshard_after_forward, **settings)
@@ -140,17 +144,62 @@ def gathered(policy: Any) -> Iterator[None]:
     if sharding is None or not isinstance(policy.head_weight, DTensor):
         yield
         return
-    parts = _parts(policy)
+    parts, layers = _parts(policy), policy.core.language_model.layers
+    for layer in layers:
+        layer.set_reshard_after_forward(False)
     for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
     try:
         yield
     finally:
+        for layer in layers:
+            layer.set_reshard_after_forward(sharding.reshard_after_forward)
         for part in parts:
-            part.set_reshard_after_forward(
-                part is not policy and sharding.reshard_after_forward, recurse=False
-            )
+            part.reshard()
+
+
+@contextmanager
+def tower_gathered(policy: Any) -> Iterator[None]:
+    """A sharded vision tower whole in every process for the micro-batches of an optimizer step, which show it images or none.
+
+    All processes enter and leave it together. What the block's backwards give the tower adds up in float32 and becomes the
+    shards' gradient at its end, summed over processes. Nothing is done where the tower is not sharded.
+    """
+    sharding: Sharding | None = policy.sharding
+    if sharding is None or not sharding.vision:
+        yield
+        return
+    parts, sums = policy.family.tower(policy.core), {}
+
+    def add(weight: torch.Tensor) -> None:
+        grad = cast(torch.Tensor, weight.grad).float()
+        sums[weight] = sums[weight].add_(grad) if weight in sums else grad
+        weight.grad = None
+
+    for part in parts:
+        part.unshard()
+    pairs = [
+        (shards, weight)
+        for shards, weight in zip(
+            policy.vision.weights, chain(*(part.parameters() for part in parts)), strict=True
+        )
+        if weight.requires_grad
+    ]
+    hooks = [weight.register_post_accumulate_grad_hook(add) for _, weight in pairs]
+    try:
+        yield
+        for shards, weight in pairs:
+            own = sums.pop(weight, None)
+            if own is None:
+                own = torch.zeros_like(weight, dtype=torch.float32)
+            own = own.to(sharding.reduce_dtype)
+            everywhere = DTensor.from_local(own, sharding.mesh, [Partial()] * sharding.mesh.ndim)
+            summed = everywhere.redistribute(placements=shards.placements)
+            shards.grad = summed.to(shards.dtype).to(shards.device)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for part in parts:
             part.reshard()
 
 

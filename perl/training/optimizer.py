@@ -19,6 +19,7 @@ from perl.distributed import Processes
 from perl.failures import install_command
 from perl.model.head import HeadLoss, PolicyLoss, step_normalizer
 from perl.model.layers import uncompiled
+from perl.model.sharding import tower_gathered
 from perl.model.vision import StepFeatures
 from perl.rewards.loading import read_options
 from perl.timing import span
@@ -213,28 +214,32 @@ class Optimizer:
         # A trained tower encodes an image once for all micro-batches that show it; see StepFeatures.
         vision = self.policy.vision
         shared = StepFeatures(vision.encode, batches) if vision.trained else None
-        for index, batch in enumerate(batches):
-            # The tower's backward runs when the inner context ends.
-            with self._wide_gradients(), shared.of(index) if shared else nullcontext() as features:
-                output = self.head(
-                    batch,
-                    loss,
-                    normalizer,
-                    features,
-                    old[index] if old else None,
-                    ref[index] if ref else None,
-                )
-                with span("language_model.backward"):
-                    output.loss.backward()
-            totals["loss"] += output.loss.detach()
-            totals["scored"] += batch.num_scored
-            for name, value in output.metrics.items():
-                if name.endswith("_max"):
-                    totals[name] = torch.maximum(totals[name], value)
-                elif name in _COUNTS:
-                    totals[name] += value
-                else:  # Means over the batch's tokens, all of which the trainer gives the weight 1.
-                    totals[name] += value.double() * batch.num_scored
+        with tower_gathered(self.policy):
+            for index, batch in enumerate(batches):
+                # The tower's backward runs when the inner context ends.
+                with (
+                    self._wide_gradients(),
+                    shared.of(index) if shared else nullcontext() as features,
+                ):
+                    output = self.head(
+                        batch,
+                        loss,
+                        normalizer,
+                        features,
+                        old[index] if old else None,
+                        ref[index] if ref else None,
+                    )
+                    with span("language_model.backward"):
+                        output.loss.backward()
+                totals["loss"] += output.loss.detach()
+                totals["scored"] += batch.num_scored
+                for name, value in output.metrics.items():
+                    if name.endswith("_max"):
+                        totals[name] = torch.maximum(totals[name], value)
+                    elif name in _COUNTS:
+                        totals[name] += value
+                    else:  # Means over the batch's tokens, all of which the trainer gives the weight 1.
+                        totals[name] += value.double() * batch.num_scored
         # Summed, not averaged: each loss was divided by the count of the whole step already.
         with span("sync"):
             if self.processes.count > 1:

@@ -151,6 +151,8 @@ class Reference:
         path = str(session.folder.models / start) if start else components.model_path
         device, sharding = components.accelerator.device, components.policy.sharding
         model = replace(config.model, lora_rank=0)
+        if sharding and config.model.freeze_vision:  # Its tower is let go of at once.
+            sharding = replace(sharding, vision=False)
         policy = load_policy(path, model, device, sharding, trained=False).eval()
         # A tower in shards is whole only together with its own language model.
         self.own_tower = components.policy.vision.trained or bool(sharding and sharding.vision)

@@ -1,0 +1,54 @@
+"""Weights in shards over two processes take the steps of one process, and are whole for rollouts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.sharding import MODELS, spawn
+
+Found = list[dict[str, dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def found(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """By process and case; see tests/model/sharded.py."""
+    folder = tmp_path_factory.mktemp("sharded")
+    for name in MODELS:
+        (folder / name).symlink_to(tiny_folder(name))
+    spawn(2, "tests.model.sharded", folder, folder / "found.json")
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "gradients"),
+    [
+        ("all weights", 92),
+        ("weights whole", 92),
+        ("adapters", 56),
+        ("adapters, tower", 113),
+        ("all, tower", 105),
+        ("frozen tower", 46),
+    ],
+)
+def test_two_processes_take_the_steps_of_one(case: str, gradients: int, found: Found) -> None:
+    """Also where one of them has nothing to learn, or no image. float32 has 6e-8 of relative rounding; sums of hundreds of
+    terms in another order are off by some ten of it. AdamW makes steps of their sign of gradients that are rounding alone."""
+    ours, theirs = (own[case] for own in found)
+    assert ours["gradients"] == gradients and ours == pytest.approx(theirs)
+    assert max(ours["loss"], ours["norm"]) < 1e-6 and ours["gradient"] < 1e-5
+    assert ours["weights"] < 1e-4
+
+
+@pytest.mark.slow
+def test_rollouts_wait_for_nobody_and_leave_no_copy_of_the_weights(found: Found) -> None:
+    """Before and after a step. The first process asks for nothing, the second for four completions."""
+    for own in (process["rollouts"] for process in found):
+        assert own["tokens"] == [True, True]
+        assert own["whole"][0] > 1_000_000 and own["left"] == [0, 0]
+        assert own["after"]["gradient"] < 1e-5
