@@ -126,7 +126,7 @@ class ModelConfig:
     """Scale of the LoRA update: alpha / rank."""
     lora_targets: tuple[str, ...] = ()
     """Which linear layers get adapters: names of the language model's, as in q_proj and v_proj, or regular expressions over
-    whole names, as in "model\\.visual\\..*" for the vision tower and its projector, which must be frozen; empty: all of the
+    whole names, as in ".*visual.*" for Qwen's vision tower and its projector, which must be frozen; empty: all of the
     language model's attention and MLP."""
     lora_dropout: Decay = 0.0
     """Share of the adapters' inputs that is dropped in training."""

@@ -38,7 +38,7 @@ _TAKEN = ("before", "after", "done", "initial", "final", "best")
 """Names of what lies between stages, and of models that no stage leaves."""
 _OF_THE_RUN = (
     *("sharding", "shards", "reshard_after_forward", "reduce_dtype"),
-    *("shard_vision", "cpu_offload"),
+    *("shard_vision", "cpu_offload", "optimizer"),
 )
 """Keys of the section train that say how the weights lie in memory, in all stages alike."""
 
