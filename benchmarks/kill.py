@@ -73,12 +73,12 @@ def start(count: int, environment: dict[str, str], *arguments: object) -> list[s
     ]
 
 
-def case(root: Path, count: int, sharding: str, at: str, by: str) -> str:
+def case(root: Path, on: list[int], count: int, sharding: str, at: str, by: str) -> str:
     folder, reward = root / "run", root / "reward.py"
     reward.write_text(REWARD)
     environment = {"KILL_RANK": str(count - 1), "KILL_AT": at, "KILL_BY": by}
     if by == "SIGSTOP":
-        environment["PERL_TIMEOUT"] = "20"
+        environment["PERL_TIMEOUT"] = "60"
     given = ("--reward.functions", f"{reward}:f", "--reward.weights", "1")
     options = (*OPTIONS.split(), "--train.sharding", sharding, "--run.dir", folder)
     processes = start(count, environment, "train", "demo", *given, *options)
@@ -100,7 +100,7 @@ def case(root: Path, count: int, sharding: str, at: str, by: str) -> str:
         for index, out in enumerate(outs):
             print(f"--- {index}\n{out[-1500:]}", file=sys.stderr)
     resumed = []
-    for others in (1, 2, 4):
+    for others in on:
         copy = root / f"again-{others}"
         shutil.copytree(folder, copy)
         if sharding == "fsdp" and others == 1:
@@ -137,14 +137,15 @@ def main() -> None:
     parser.add_argument("--sharding", nargs="*", default=["none", "fsdp"])
     parser.add_argument("--at", nargs="*", default=["step", "checkpoint"])
     parser.add_argument("--by", nargs="*", default=["SIGKILL", "SIGSTOP"])
+    parser.add_argument("--resume", type=int, nargs="*", default=[1, 2, 4])
     chosen = parser.parse_args()
     print(
-        "| processes | sharding | in | by | ended after | codes | name it | traces | checkpoints | loss of step 3, on 1, 2, 4 |"
+        "| processes | sharding | in | by | ended after | codes | name it | traces | checkpoints | loss of step 3, as resumed |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for each in itertools.product(chosen.processes, chosen.sharding, chosen.at, chosen.by):
         with tempfile.TemporaryDirectory() as root:
-            print(case(Path(root), *each), flush=True)
+            print(case(Path(root), chosen.resume, *each), flush=True)
 
 
 if __name__ == "__main__":
