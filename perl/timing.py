@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import re
 import resource
@@ -135,7 +136,7 @@ class Stopwatch:
     """Seconds spent by name, and most memory: since the last `lap`, and in all; each a range of the profiler too.
 
     A stage ends when a CUDA device has done what was launched in it, so that stages that follow each other add up. Memory
-    is that of the process and of the device that it uses, what was there before the stage included.
+    is that of the process and of the device that it uses, what was there before the stage included, but what was freed before.
     """
 
     def __init__(self) -> None:
@@ -148,6 +149,7 @@ class Stopwatch:
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         _wait_for_device()
+        _give_back()
         restarted = _begin_peaks()
         start = time.perf_counter()
         try:
@@ -177,6 +179,14 @@ def _wait_for_device() -> None:
     """Until the CUDA device that is in use has done all it was asked for."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+def _give_back() -> None:
+    """Let glibc return what was freed between pieces that are still there: on a CPU it would keep hundreds of megabytes."""
+    if not torch.cuda.is_initialized() and (
+        trim := getattr(ctypes.CDLL(None), "malloc_trim", None)
+    ):
+        trim(0)
 
 
 _most: defaultdict[str, int] = defaultdict(int)

@@ -1,5 +1,6 @@
 """Seconds by stage, and what a CUDA device tells of its memory."""
 
+import ctypes
 from collections import defaultdict
 from pathlib import Path
 
@@ -112,6 +113,23 @@ def test_resident_memory_by_stage() -> None:
     a, b, c = (lap[f"memory/{name}/rss_bytes"] for name in "abc")
     # The kernel counts resident pages by thread, and gathers them now and then.
     assert b > max(a, c) + 70_000_000 and peak_rss_bytes() > b - 1_000_000
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="glibc has it")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux has it")
+def test_a_stage_begins_without_what_was_freed_before() -> None:
+    watch = Stopwatch()
+    with watch("many"):
+        pieces = [
+            torch.zeros(25_000) for _ in range(2_000)
+        ]  # Of 100 kB: none has a mapping of its own.
+    last = pieces[-1]  # What lies before it is not given back by itself.
+    del pieces
+    with watch("after"):
+        pass
+    lap = watch.lap()
+    assert lap["memory/after/rss_bytes"] < lap["memory/many/rss_bytes"] - 150_000_000
+    assert not last.any()
 
 
 def test_a_stage_has_no_peak_where_it_cannot_be_started_anew(
