@@ -54,15 +54,21 @@ class Case:
     rollouts: int = 4
 
 
+_CHECKPOINTED = {"gradient_checkpointing": 1.0, "freeze_vision": True}
+_LORA = {"lora_rank": 8, "freeze_vision": True}
 CASES = (
     Case("tiny, all weights"),
-    Case("tiny, checkpointed, frozen tower", model={"gradient_checkpointing": 1.0, "freeze_vision": True}),
-    Case("tiny, LoRA", model={"lora_rank": 8, "freeze_vision": True}),
+    Case("tiny, checkpointed, frozen tower", model=_CHECKPOINTED),
+    Case("tiny, LoRA", model=_LORA),
     Case("tiny, bfloat16", dtype=torch.bfloat16),
-    Case("middle, all weights", "0.6b", 6, 20000),
-    Case("middle, bfloat16, checkpointed", "0.6b", 6, 20000, torch.bfloat16, {"gradient_checkpointing": 1.0}),
-    Case("middle, LoRA, checkpointed", "0.6b", 6, 20000, model={"lora_rank": 16, "freeze_vision": True, "gradient_checkpointing": 1.0}),
-)  # fmt: skip
+    Case("small, all weights", "small"),
+    Case("small, checkpointed, frozen tower", "small", model=_CHECKPOINTED),
+    Case("small, LoRA", "small", model=_LORA),
+    Case("small, LoRA, checkpointed", "small", model={**_LORA, **_CHECKPOINTED}),
+    Case("middle, all weights", "0.6b", 4, 20000, questions=2),
+    Case("middle, checkpointed, frozen tower", "0.6b", 4, 20000, model=_CHECKPOINTED, questions=2),
+    Case("middle, LoRA", "0.6b", 4, 20000, model=_LORA, questions=2),
+)
 
 
 class OneStep:
@@ -71,9 +77,18 @@ class OneStep:
     def __init__(self, case: Case, device: str = "cpu") -> None:
         from transformers import AutoModelForImageTextToText
 
-        settings = shape_of(case.size)
+        settings = shape_of("tiny" if case.size == "small" else case.size)
         text = settings.text_config
+        if (
+            case.size == "small"
+        ):  # Heads, layers and shares of MLP and vocabulary more like a large one's.
+            text.hidden_size, text.intermediate_size, text.vocab_size = 256, 1024, 4000
+            text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads = 4, 4, 2
+            text.rope_parameters["mrope_section"] = [8, 12, 12]
+            settings.vision_config.out_hidden_size = 256
+            settings.vision_config.hidden_size, settings.vision_config.intermediate_size = 128, 256
         text.num_hidden_layers = case.layers or text.num_hidden_layers
+        text.layer_types = text.layer_types[:1] * text.num_hidden_layers
         if case.vocabulary:
             text.vocab_size = case.vocabulary
         names = ("vision_start", "vision_end", "image", "video")
@@ -85,7 +100,12 @@ class OneStep:
             rollout=RolloutConfig(
                 per_order=case.rollouts, max_new_tokens=case.shape.completion_tokens
             ),
-            train=TrainConfig(examples_per_step=case.questions, tokens_per_micro_batch=case.budget),
+            # Two updates, so that old log-probs are computed.
+            train=TrainConfig(
+                examples_per_step=case.questions,
+                tokens_per_micro_batch=case.budget,
+                updates_per_batch=2,
+            ),
             loss=LossConfig(kl_coef=0.0, kl="none"),
         )
         family = QwenVL()
@@ -169,7 +189,7 @@ class OneStep:
             x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
             for x in (*weights, *states)
         }
-        return sum(kept.values())
+        return sum(kept.values()) + self.policy.vision._bytes
 
 
 def most(call: Callable[[], None]) -> int:
@@ -192,12 +212,11 @@ def peaks(case: Case) -> dict[str, tuple[float, float]]:
     step = OneStep(case)
     computed = {stage: sum(parts.values()) for stage, parts in memory(step.work, 0.0).items()}
     step.ready()
-    resting = step.resting()
-    return {
-        stage: (resting + most(getattr(step, stage)), computed[stage])
-        for stage in ("rollout", "logprobs", "update")
-        if stage in computed
-    }
+    found = {}
+    for stage in ("rollout", "logprobs", "update"):
+        resting = step.resting()
+        found[stage] = (resting + most(getattr(step, stage)), computed[stage])
+    return found
 
 
 def main() -> None:

@@ -145,9 +145,10 @@ def _whole(work: StepWork) -> float:
 
 
 def _through(work: StepWork) -> float:
-    """What a forward without gradient holds of a token at most: in the MLP."""
+    """What a forward without gradient holds of a token at most: in the MLP, of adapters there also what they add."""
     f = work.facts
-    return f.itemsize * (3 * f.intermediate + 2 * f.hidden)
+    inner = 3 + (work.config.model.lora_rank > 0)
+    return f.itemsize * (inner * f.intermediate + 2 * f.hidden)
 
 
 def _patch(work: StepWork) -> float:
@@ -176,7 +177,7 @@ def _rollout(work: StepWork) -> Iterator[Bytes]:
     }
     read = min(max(PREFILL_TOKENS, shape.prompt), slots * shape.prompt)
     first = size * f.vocab * slots
-    yield {**always, "rollout engine": _through(work) * read + first}
+    yield {**always, "rollout engine": (_through(work) + 3 * size * f.hidden) * read + first}
     # Logits; what may not be drawn masked, divided, normalised; probabilities, noise and their ratio in fp32.
     yield {**always, "rollout engine": (size + 20.0) * slots * rows * f.vocab}
     images = work.questions * shape.images if f.tower_trained else 1
@@ -249,7 +250,8 @@ def _update(work: StepWork, capacity: float) -> Iterator[Bytes]:
         "head block": block + by_row + head,
     }
     # While a layer is computed again its own activations are there, in its backward also the gradients of some.
-    passing = row * ((layer if share else 0.0) + _through(work) + 2 * size * hidden + angles)
+    passing = size * (f.intermediate + 4 * hidden) + angles
+    passing = row * (passing + (layer if share else 0.0))
     waiting = size * table * f.head_trained * (n > 1)
     yield {
         **always,
