@@ -248,7 +248,7 @@ class Optimizer:
             if self.processes.count > 1:
                 sum_over_processes([m for m in self.masters.values() if not isinstance(m, DTensor)])
         with span("optimizer"):
-            self._take_shards()
+            self._complete_gradients()
             total = total_norm(self._stepped, self.accelerator.device)
             torch.nn.utils.clip_grads_with_norm_(self._stepped.values(), self.max_grad_norm, total)
         with span("sync"):  # Here the host waits for the device.
@@ -297,14 +297,20 @@ class Optimizer:
         master.grad = grad.to(master.dtype) if master.grad is None else master.grad.add_(grad)
         weight.grad = None
 
-    def _take_shards(self) -> None:
-        """Let AdamW see the shards and their gradients as they lie now: fully_shard may have moved them."""
+    def _complete_gradients(self) -> None:
+        """Let AdamW see the shards and their gradients as they lie now: fully_shard may have moved them.
+
+        A weight that the step did not reach has a gradient of 0, as it has where another process reached it: it decays
+        and goes on by its momentum, which AdamW would spare it without one.
+        """
         with torch.no_grad():
             for weight, shard in self._stepped.items():
                 if isinstance(weight, DTensor):
                     grad: Any = weight.grad
                     shard.data = weight.to_local()
                     shard.grad = None if grad is None else grad.to_local()
+                if shard.grad is None:
+                    shard.grad = torch.zeros_like(shard)
 
     def _zero_grad(self) -> None:
         for parameter in (*self.masters.values(), *self._stepped.values()):

@@ -182,6 +182,23 @@ def test_without_a_gradient_matrices_decay_and_vectors_stay() -> None:
     assert weights_of(policy) == pytest.approx([1.9, -0.95, 1.0])
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_weight_that_nothing_reaches_decays_too(
+    processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a vision tower's in a step of texts alone, on any number of processes."""
+    together = Together(processes, monkeypatch)
+
+    def left(index: int) -> float:
+        policy = TwoTokens(2.0, -1.0)
+        policy.idle = torch.nn.Parameter(torch.full((1, 1), 2.0))
+        optimizer = optimizer_of(policy, Accelerator(together), weight_decay=0.5)
+        optimizer.step(0, [batch([([0, 1], 1.0)])], SUPERVISED)
+        return policy.idle.item()
+
+    assert together.run(left) == pytest.approx([2.0 * (1 - 0.1 * 0.5)] * processes)
+
+
 def test_a_step_is_taken_in_training_mode() -> None:
     """Dropout and recomputed activations depend on it; the rollouts before it were sampled in the other."""
     policy, modes = TwoTokens(0.3, -0.2).eval(), []
