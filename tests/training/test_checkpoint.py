@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable
@@ -139,6 +140,34 @@ def test_checkpoints_of_an_earlier_version_are_not_taken_for_none(tmp_path: Path
     (tmp_path / "000001").mkdir()
     with refused(tmp_path, "--overwrite"):
         CheckpointManager(tmp_path, 2).load()
+
+
+def test_checkpoints_of_format_1_are_read(tmp_path: Path) -> None:
+    """Whole tensors in the checkpoint's own folder, beside the groups of each process, whose names are the same."""
+    path, manager = tmp_path / "step-3", CheckpointManager(tmp_path, 2)
+    path.mkdir()
+    third = torch.tensor([[1 / 3]])
+    state = {"step": torch.tensor(3.0), "exp_avg": third + 1, "exp_avg_sq": third + 2}
+    save_file({"weight": third}, path / "model.safetensors")
+    named = {f"weight/{key}": tensor for key, tensor in state.items()}
+    save_file(named, path / "optimizer.safetensors")
+    for name, steps in (("overflow-0", 2), ("buffer-0", 5)):
+        save_file(
+            {"0/lengths": torch.zeros(steps, dtype=torch.int64)}, path / f"{name}.safetensors"
+        )
+    files = {file.name: file.stat().st_size for file in path.iterdir()}
+    manifest = {"format": 1, "files": files, "progress": {"stage": "rl", "step": 3}}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    model = nn.Linear(1, 1, bias=False).bfloat16()
+    optimizer = optimizer_of(model)
+    assert manager.load() == (path, Progress("rl", 3))
+    manager.restore_model(path, model)
+    manager.restore_optimizer(path, model, optimizer)
+    assert torch.equal(model.weight, third.bfloat16())
+    master = optimizer.masters[model.weight]
+    assert torch.equal(master, third)
+    for key, tensor in optimizer.adamw.state[master].items():
+        assert torch.equal(tensor, state[key])
 
 
 def test_damaged_checkpoints_of_later_steps_give_way(tmp_path: Path) -> None:
