@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, Suppress, arg
 
@@ -106,6 +106,16 @@ class TrainAnew:
     """Steps of its last RL stage in all, also of a run that has finished."""
     tokens_per_micro_batch: Positive | None = None
     """Most tokens of one packed row."""
+    sharding: Literal["none", "fsdp"] | None = None
+    """Whether every process holds all weights, gradients and optimizer state, or they are spread over processes."""
+    shards: Count | None = None
+    """Processes that hold one copy of the weights together; 0: those of a node."""
+    reshard_after_forward: bool | None = None
+    """Let go of a layer's weights between its forward and its backward."""
+    shard_vision: bool | None = None
+    """Shard the vision tower too."""
+    cpu_offload: bool | None = None
+    """Keep shards, their gradients and the optimizer's state in the host's memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +137,7 @@ class ModelAnew:
 @dataclass(frozen=True)
 class Resume(Command):
     """Go on with a run that was stopped or killed, from its newest whole checkpoint; or, with more --train.steps, with
-    one that has finished. One that memory did not suffice for may be given sizes that take less."""
+    one that has finished. One that memory did not suffice for may be given sizes that take less, or another sharding."""
 
     run: Positional[Path] = Path()
     """The run folder."""
@@ -194,6 +204,11 @@ class Doctor(Command):
 ANEW = (
     "train.steps",
     "train.tokens_per_micro_batch",
+    "train.sharding",
+    "train.shards",
+    "train.reshard_after_forward",
+    "train.shard_vision",
+    "train.cpu_offload",
     "rollout.kv_cache_tokens",
     "model.gradient_checkpointing",
 )

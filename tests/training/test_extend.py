@@ -142,6 +142,29 @@ def test_sizes_change_in_every_stage_and_seed_and_nothing_else_does(
     assert (root / "config.toml").read_text() == before
 
 
+def test_a_run_goes_on_with_another_sharding(
+    tmp_path: Path, two_tokens: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before anything has changed where so many processes cannot; without one what says how goes with it."""
+    root = trained(tmp_path, config_of(tmp_path, "train.steps = 1"))
+    monkeypatch.setattr("perl.training.parallel.mesh.check_model", lambda _: True)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    first = {"train.sharding": "fsdp", "train.shards": 2, "train.shard_vision": True}
+    before = (root / "config.toml").read_text()
+    with refused("train.shards = 3", 4):
+        resize(RunFolder(root), {**first, "train.shards": 3})
+    assert (root / "config.toml").read_text() == before
+    assert len(resize(RunFolder(root), first)) == 3
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with refused("train.sharding = fsdp", "--train.sharding none"):
+        resize(RunFolder(root), {"rollout.kv_cache_tokens": 5000})
+    (vision, sharding) = resize(RunFolder(root), {"train.sharding": "none"})
+    tells(vision, "train.shard_vision = False")
+    tells(sharding, "train.sharding = none")
+    train = read_config(root / "config.toml").train
+    assert (train.sharding, train.shards, train.shard_vision) == ("none", 2, False)
+
+
 def test_every_seed_gets_them(tmp_path: Path, two_tokens: None) -> None:
     root = trained(tmp_path, config_of(tmp_path, "run.seeds = [0, 3]\ntrain.steps = 1"))
     extend(RunFolder(root), 2)

@@ -53,7 +53,7 @@ def test_a_copy_of_the_weights_lies_in_a_node_or_in_as_many_processes_as_asked_f
 @pytest.mark.parametrize(
     ("train", "processes", "node", "names"),
     [
-        ({}, 1, 1, ["train.sharding = fsdp", "torchrun --nproc-per-node N"]),
+        ({}, 1, 1, ["train.sharding = fsdp", "torchrun --nproc-per-node N", "perl-rl resume"]),
         ({"cpu_offload": True}, 2, 2, ["train.cpu_offload"]),
         ({"shards": 3}, 8, 8, ["train.shards = 3", "8"]),
         ({"shards": 1}, 8, 8, ["train.shards = 1"]),

@@ -58,7 +58,7 @@ def check_sharding(config: Config, processes: int, cuda: bool) -> None:
     if processes == 1:
         raise UserError(
             "train.sharding = fsdp spreads weights over the processes of a run, and this one has a single process; start "
-            "several with torchrun --nproc-per-node N -m perl train ..., or leave train.sharding out"
+            "several with torchrun --nproc-per-node N -m perl ..., or give --train.sharding none, which perl-rl resume takes, too"
         )
     if train.cpu_offload and not cuda:
         raise UserError(

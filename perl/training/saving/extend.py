@@ -1,17 +1,22 @@
 """Other settings for a run that is there, given to `perl-rl resume RUN` or `perl-rl train --resume`: more steps or fewer, and
-sizes that take another share of memory."""
+what takes another share of memory: sizes, and the sharding."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
+
+import torch
 
 from perl.config import Config
 from perl.files import RunFolder
 from perl.recipe import Stage, check_config, plan, read_config, save_config
 from perl.training.checks import check_stage
 from perl.training.optimizer import Schedule
+from perl.training.parallel.mesh import check_sharding
 from perl.training.saving.checkpoint import CheckpointManager, Progress, write_progress
 from perl.types import UserError
 
@@ -56,19 +61,24 @@ def extend(folder: RunFolder, steps: int) -> list[str]:
 
 
 def resize(folder: RunFolder, sizes: Mapping[str, Any]) -> list[str]:
-    """Give a run other sizes of what it computes together, by keys as `train.tokens_per_micro_batch`, in all of its stages.
+    """Give a run other sizes of what it computes together, or another sharding, by keys as `train.tokens_per_micro_batch`,
+    in all of its stages. Without sharding those that say what is sharded, or where shards lie, are switched off.
 
     Returns:
         What there is to say about it.
 
     Raises:
-        UserError: a value that cannot be.
+        UserError: a value that cannot be, or not with so many processes.
     """
     if not sizes:
         return []
     config = read_config(folder.config)
+    if sizes.get("train.sharding") == "none":
+        further = ("train.shard_vision", "train.cpu_offload")
+        sizes = {key: False for key in further if attrgetter(key)(config)} | dict(sizes)
     changed = _with_sizes(config, sizes)
     check_config(changed)
+    check_sharding(changed, int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available())
     for stage in plan(changed):
         check_stage(stage)
     for root in [folder.root, *(folder.root / f"seed-{seed}" for seed in config.run.seeds)]:
