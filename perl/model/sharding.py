@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -19,6 +19,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import DTensor, Partial
 
 
@@ -154,8 +155,7 @@ def gathered(policy: Any) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.set_reshard_after_forward(sharding.reshard_after_forward)
-        for part in parts:
-            part.reshard()
+        _end_forwards(policy, parts)
 
 
 @contextmanager
@@ -201,6 +201,20 @@ def tower_gathered(policy: Any) -> Iterator[None]:
             hook.remove()
         for part in parts:
             part.reshard()
+
+
+def _end_forwards(policy: Any, parts: Sequence[FSDPModule]) -> None:
+    """All weights in shards again, also behind a forward that an error has ended; without what fully_shard notes of
+    forwards until their backward, which never comes."""
+    root = policy._get_fsdp_state()
+    root._state_ctx.iter_forward_root = None
+    root._comm_ctx.post_forward_order.clear()
+    for part in parts:
+        state: Any = part._get_fsdp_state()
+        group = state._fsdp_param_group
+        state._training_state = group._training_state = TrainingState.IDLE
+        group._post_forward_indices.clear()
+        part.reshard()
 
 
 def _parts(policy: nn.Module) -> list[FSDPModule]:

@@ -98,9 +98,8 @@ class PolicyStep:
             packed = [batches for batches, _ in minibatches]
         # All old log-probs before the first update, under the policy that sampled.
         with watch("logprobs"):
-            with gathered(session.components.policy):
-                old = [self._old_logprobs(batches) for batches in packed]
-            ref = [self.reference and self.reference(batches) for batches in packed]
+            old = self._old_logprobs(packed)
+            ref = self.reference(packed) if self.reference else [None] * self.updates
         segments = [segment for _, own in minibatches for segment in own]
         again = [s for (_, own), found in zip(minibatches, old, strict=True) if found for s in own]
         flops = self.flops("logprobs", map(self.flops.met, again))
@@ -121,11 +120,16 @@ class PolicyStep:
             means.pop("rollout_kl", None)  # The engine read other prompts.
         return Tally(means, flops | {f"packing/{name}": n for name, n in packing.items()})
 
-    def _old_logprobs(self, batches: Sequence[PackedBatch]) -> list[torch.Tensor] | None:
-        """Of each batch; None where the present policy sampled everything, so that the loss knows that ratios are 1."""
-        if self.updates == 1 and all(batch.off_policy is None for batch in batches):
-            return None
-        return [old_logprobs(self.head, batch) for batch in batches]
+    def _old_logprobs(
+        self, packed: Sequence[Sequence[PackedBatch]]
+    ) -> Sequence[list[torch.Tensor] | None]:
+        """Of each batch of each update; None where the present policy sampled everything, so that the loss knows that ratios
+        are 1. Weights are gathered where some process needs it."""
+        needed = self.updates > 1 or any(b.off_policy is not None for own in packed for b in own)
+        if not self.session.processes.any(needed):
+            return [None] * self.updates
+        with gathered(self.session.components.policy):
+            return [[old_logprobs(self.head, b) for b in own] if needed else None for own in packed]
 
 
 def old_logprobs(head: HeadLoss, batch: PackedBatch) -> torch.Tensor:
@@ -151,8 +155,6 @@ class Reference:
         path = str(session.folder.models / start) if start else components.model_path
         device, sharding = components.accelerator.device, components.policy.sharding
         model = replace(config.model, lora_rank=0)
-        if sharding and config.model.freeze_vision:  # Its tower is let go of at once.
-            sharding = replace(sharding, vision=False)
         policy = load_policy(path, model, device, sharding, trained=False).eval()
         # A tower in shards is whole only together with its own language model.
         self.own_tower = components.policy.vision.trained or bool(sharding and sharding.vision)
@@ -162,10 +164,10 @@ class Reference:
             policy, components.processor.unsampled_token_ids(), config.rollout.temperature
         )
 
-    def __call__(self, batches: Sequence[PackedBatch]) -> list[torch.Tensor]:
-        """float32 [N] of each batch's scored tokens; all processes take part."""
+    def __call__(self, packed: Sequence[Sequence[PackedBatch]]) -> list[list[torch.Tensor]]:
+        """float32 [N] of the scored tokens of each batch of each update; all processes take part."""
         with gathered(self.head.policy), self.without_adapters():
-            return [self.head.logprobs(batch).logprobs for batch in batches]
+            return [[self.head.logprobs(batch).logprobs for batch in own] for own in packed]
 
     def begin_step(self) -> None:
         """Of a tower of its own; one that is shared with the policy has begun the step with it."""

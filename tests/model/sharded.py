@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from torch.distributed.tensor import DTensor
 
 from benchmarks.sharding import (
     ALONE,
@@ -75,6 +78,7 @@ def rollouts(models: str) -> dict[str, Any]:
     params = SamplingParams(n=2, max_new_tokens=3 + 6 * PROCESSES.index, temperature=1.0)
     policies = [load(config.path, config, s) for s in (None, spread_over(PROCESSES.count))]
     plain, sharded = policies
+    tower = len(sharded.vision.weights)
     found: dict[str, Any] = {"tokens": [], "whole": [], "left": []}
     for _ in range(2):
         told = []
@@ -89,6 +93,14 @@ def rollouts(models: str) -> dict[str, Any]:
         shards = [w for w in weights if w not in set(sharded.vision.weights)]
         found["whole"].append(sum(w.numel() for w in shards))
         found["left"].append(sum(w.untyped_storage().nbytes() for w in shards))
+        with suppress(ZeroDivisionError), gathered(sharded):
+            failing = sharded.core.language_model.norm.register_forward_hook(lambda *_: 1 / 0)
+            sharded(empty_row(3))
+        failing.remove()
+        found["noted"] = len(sharded._get_fsdp_state()._comm_ctx.post_forward_order)
+        found["whole after an error"] = (
+            sum(not isinstance(w, DTensor) for w in sharded.parameters()) - tower
+        )
         same = trace(plain, ALONE, [dealt(segments, 1, 0)])
         mine = [dealt(segments, PROCESSES.count, PROCESSES.index)]
         found["after"] = compare(trace(sharded, PROCESSES.accelerator, mine), same)

@@ -167,6 +167,22 @@ def test_moments_in_8_bits_step_as_those_in_32_within_their_rounding() -> None:
     assert 0 < (wide.head_weight - exact.head_weight).abs().max() < moved / 5
 
 
+def test_moments_on_the_host_are_saved_and_restored_where_they_lie() -> None:
+    """Of weights whose processes talk through GPUs: a checkpoint is read into what the optimizer gives out."""
+
+    def same(accelerator: Any) -> bool:
+        policy = Sharded(1.0, 2.0)
+        optimizer = optimizer_of(policy, accelerator)
+        (weight,) = (w for w in optimizer.masters if isinstance(w, DTensor))
+        weight.device_mesh._device_type = "meta"  # Any other than that of the moments.
+        for name, tensor in optimizer.state().items():
+            if name == "head_weight/exp_avg" and isinstance(tensor, DTensor):
+                tensor.to_local().fill_(3.0)
+        return bool((optimizer.adamw.state[optimizer._stepped[weight]]["exp_avg"] == 3.0).all())
+
+    assert in_threads(2, same) == [True, True]
+
+
 @pytest.mark.parametrize("processes", [3, 9])
 def test_moments_in_8_bits_do_not_depend_on_how_many_processes_have_them(processes: int) -> None:
     """Of 8 rows each has 3 or 2; 1 or none. Codes and scales saved by one number of processes serve any other."""

@@ -20,6 +20,7 @@ from perl.model.loading import load_policy, load_processor
 from perl.model.packed.pack import pack_row
 from perl.permutation import permute
 from perl.rollout.collect import Collected
+from perl.training import reinforce
 from perl.training.checks import check_setup
 from perl.training.reinforce import PolicyStep, Reference, group_tally, old_logprobs, segments_of
 from perl.types import EncodedPrompt, Example, Group, Rollout
@@ -316,6 +317,35 @@ def test_what_functions_say_beside_their_scores_is_recorded(
     assert [own["rewards"]["tells_all/letters"] for own in kept] == letters
 
 
+def test_a_reference_has_a_tower_of_its_own_where_the_policy_s_lies_in_shards(
+    tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frozen, it would else be gathered by those processes alone that lack an image's features."""
+    start = str(tiny_folder("tiny-qwen2.5-vl"))
+    model = ModelConfig(path=start, freeze_vision=True)
+    policy = load_policy(start, model, torch.device("cpu"))
+    own = load_policy(start, model, torch.device("cpu"))
+    asked = []
+    monkeypatch.setattr(reinforce, "load_policy", lambda *a, **_: asked.append(a[3]) or own)
+    session: Any = SimpleNamespace(
+        config=Config(model=model),
+        trained_before=None,
+        components=SimpleNamespace(
+            policy=policy,
+            model_path=start,
+            processor=load_processor(start, model),
+            accelerator=SimpleNamespace(device=torch.device("cpu")),
+        ),
+    )
+    for vision in (True, False):
+        policy.sharding = SimpleNamespace(  # type: ignore[assignment]
+            vision=vision, device=torch.device("cpu"), dtype=torch.float32
+        )
+        reference = Reference(session)
+        assert asked[-1].vision == reference.own_tower == vision
+        assert (own.vision is policy.vision) != vision
+
+
 def test_the_reference_of_a_later_stage_has_none_of_what_adapters_of_the_tower_learn(
     tmp_path: Path, tiny_folder: Callable[[str], Path]
 ) -> None:
@@ -346,4 +376,4 @@ def test_the_reference_of_a_later_stage_has_none_of_what_adapters_of_the_tower_l
     banned = processor.unsampled_token_ids()
     for each, same in ((plain, True), (policy, False)):
         expected = HeadLoss(each, banned, 1.0).logprobs(batch).logprobs
-        assert torch.allclose(reference([batch])[0], expected, atol=1e-4) == same
+        assert torch.allclose(reference([[batch]])[0][0], expected, atol=1e-4) == same

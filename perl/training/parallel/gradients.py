@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 _BUCKET_BYTES = 2**25
 """Of gradients that are copied together to be summed at once: small ones would cost a latency each."""
@@ -81,11 +82,7 @@ def as_sharded(
     if not isinstance(weight, DTensor):
         return local
     size = torch.Size(shape or weight.shape)
-    return DTensor.from_local(
-        local,
-        weight.device_mesh,
-        weight.placements,
-        run_check=False,
-        shape=size,
-        stride=torch.empty(size, device="meta").stride(),
-    )
+    facts = TensorMeta(size, torch.empty(size, device="meta").stride(), local.dtype)
+    # from_local gives a copy on the mesh's device of what lies on the host.
+    spec = DTensorSpec(weight.device_mesh, weight.placements, facts)
+    return DTensor(local, spec, requires_grad=False)
