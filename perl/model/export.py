@@ -7,7 +7,7 @@ import json
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+Named = tuple[str, torch.Tensor]
 
 FILE_BYTES = 5 * 10**9
 """Most bytes of weights in one file of a model folder, as hub repositories have them."""
@@ -51,24 +53,24 @@ def write_model(model: Any, folder: Path, dtype: torch.dtype, writes: bool = Tru
     groupings = ([[name] for name in specs], _layers_of(specs), [[*specs]])
     groups = next(groups for groups in groupings if shapes(groups) == whole)
 
-    def read() -> Iterator[tuple[str, torch.Tensor]]:
+    def read() -> Iterator[Named]:
         for group in groups:
             yield from revert_weight_conversion(
                 model, {name: _merged(*tensors[name]).to(specs[name].dtype) for name in group}
             ).items()
 
-    if not writes:
-        _exhaust(read())
-        return
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
-        if part is not None:
-            part.dtype = dtype
-    config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
-    split = _write(folder, "model", planned, read(), FILE_BYTES)
+    with _to_the_end(read()) as converted:
+        if not writes:
+            return
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+            if part is not None:
+                part.dtype = dtype
+        config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+        split = _write(folder, "model", planned, converted, FILE_BYTES)
     if split.is_sharded:
         count = sum(t.numel() for t, _ in tensors.values() if isinstance(t, nn.Parameter))
         index = {
@@ -92,18 +94,18 @@ def write_adapter(model: Any, folder: Path, base: str, writes: bool = True) -> N
     specs = {name: _spec(tensor, tensor.dtype) for name, tensor in state.items()}
     planned = get_peft_model_state_dict(model, specs, save_embedding_layers=False)
     by_spec = {id(spec): state[name] for name, spec in specs.items()}
-    tensors = ((name, _whole(by_spec[id(spec)])) for name, spec in planned.items())
-    if not writes:
-        _exhaust(tensors)
-        return
-    local = Path(base).expanduser()
-    model.active_peft_config.base_model_name_or_path = (
-        str(local.resolve()) if local.exists() else base
-    )
-    # Its config and its card; the weights are hollow, and written anew.
-    hollow = {name: torch.empty(0) for name in state}
-    model.save_pretrained(folder, state_dict=hollow, save_embedding_layers=False)
-    _write(folder, "adapter_model", planned, tensors, sum(t.nbytes for t in planned.values()))
+    whole = ((name, _whole(by_spec[id(spec)])) for name, spec in planned.items())
+    with _to_the_end(whole) as tensors:
+        if not writes:
+            return
+        local = Path(base).expanduser()
+        model.active_peft_config.base_model_name_or_path = (
+            str(local.resolve()) if local.exists() else base
+        )
+        # Its config and its card; the weights are hollow, and written anew.
+        hollow = {name: torch.empty(0) for name in state}
+        model.save_pretrained(folder, state_dict=hollow, save_embedding_layers=False)
+        _write(folder, "adapter_model", planned, tensors, sum(t.nbytes for t in planned.values()))
 
 
 def _merged_tensors(model: Any) -> dict[str, tuple[torch.Tensor, Any]]:
@@ -169,19 +171,24 @@ def _spec(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=dtype, device="meta")
 
 
-def _exhaust(tensors: Iterable[object]) -> None:
-    for _ in tensors:
-        pass
+@contextmanager
+def _to_the_end(tensors: Iterator[Named]) -> Iterator[Iterator[Named]]:
+    """Tensors, of which those that the block leaves are made too: other processes gather them with this one."""
+    try:
+        yield tensors
+    finally:
+        for _ in tensors:
+            pass
 
 
 def _write(
     folder: Path,
     stem: str,
     planned: dict[str, torch.Tensor],
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    tensors: Iterable[Named],
     file_bytes: int,
 ) -> Any:
-    """Write safetensors files, each tensor when it comes; to the end of `tensors` also where that fails.
+    """Write safetensors files, each tensor when it comes.
 
     The format: https://huggingface.co/docs/safetensors.
 
@@ -190,25 +197,21 @@ def _write(
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    tensors = iter(tensors)
     split = split_torch_state_dict_into_shards(
         planned, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=file_bytes
     )
-    try:
-        with ExitStack() as files:
-            places: dict[str, tuple[Any, int]] = {}
-            for file_name, names in split.filename_to_tensors.items():
-                file = files.enter_context((folder / file_name).open("wb"))
-                header, starts = _header(planned, names)
-                file.write(header)
-                places |= {name: (file, len(header) + at) for name, at in starts.items()}
-            for name, tensor in tensors:
-                file, at = places.pop(name)
-                file.seek(at)
-                file.write(_bytes(tensor))
-            assert not places, f"{len(places)} tensors were not written"
-    finally:
-        _exhaust(tensors)  # Other processes gather the rest with this one.
+    with ExitStack() as files:
+        places: dict[str, tuple[Any, int]] = {}
+        for file_name, names in split.filename_to_tensors.items():
+            file = files.enter_context((folder / file_name).open("wb"))
+            header, starts = _header(planned, names)
+            file.write(header)
+            places |= {name: (file, len(header) + at) for name, at in starts.items()}
+        for name, tensor in tensors:
+            file, at = places.pop(name)
+            file.seek(at)
+            file.write(_bytes(tensor))
+        assert not places, f"{len(places)} tensors were not written"
     return split
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
@@ -127,23 +129,27 @@ def test_weights_in_shards_leave_the_folder_that_whole_ones_leave(
     assert ("adapter/adapter_model.safetensors" in expected) == (lora > 0)
 
 
-@pytest.mark.parametrize("at", [2, 40, 93])
+@pytest.mark.parametrize("at", ["PreTrainedConfig", "PeftModel", 2, 93])
 def test_a_disk_that_is_full_stops_all_processes(
-    at: int, tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    at: str | int, tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the model, or in its adapter."""
+    """In what describes model or adapter, or at one of their tensors."""
     base = tiny_folder("tiny-qwen2.5-vl")
     config = ModelConfig(path=str(base), lora_rank=2, freeze_vision=True)
     policies, written = [policy_of(base, config) for _ in range(2)], []
 
-    def full(tensor: torch.Tensor) -> memoryview:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def counted(tensor: torch.Tensor) -> memoryview:
         written.append(tensor)
-        if len(written) == at:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(tensor)
+        return real(tensor) if len(written) != at else cast(Any, full())
 
     real = export._bytes
-    monkeypatch.setattr(export, "_bytes", full)
+    monkeypatch.setattr(export, "_bytes", counted)
+    if isinstance(at, str):
+        owner = transformers if at == "PreTrainedConfig" else peft
+        monkeypatch.setattr(getattr(owner, at), "save_pretrained", full)
 
     def work(rank: int) -> Any:
         shard(policies[rank], Sharding(init_device_mesh("cpu", (2,)), torch.float32))

@@ -552,6 +552,7 @@ def test_what_cannot_be_planned_is_one_line(error_of: ErrorOf, tmp_path: Path) -
     tells(error_of("plan", "demo", *sharded), "train.sharding", "fsdp", "--gpus", "none")
     tells(error_of("plan", "demo", "--gpus", "0"), "--gpus 0", "1")
     tells(error_of("plan", "demo", "--gpus", "5"), "--gpus", "5", "train.examples_per_step", "12")
+    tells(error_of("plan", "demo", "--picture", tmp_path), tmp_path)
     tells(error_of("plan", "demo", "--run", tmp_path), "--run", tmp_path, "metrics.jsonl")
     tells(
         error_of("plan", "demo", "--completion-tokens", "41"), "rollout.max_new_tokens", "40", "41"

@@ -12,6 +12,9 @@ from perl.training.roofline.model import model_facts
 from perl.training.roofline.step import StepWork
 from perl.types import UserError
 
+_OF_WEIGHTS = {"model.lora_rank", "model.freeze_vision"}
+"""Keys among `_candidates` that change which weights there are, or are trained."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -42,14 +45,15 @@ def first_that_fits(work: StepWork, capacity: float) -> Change | None:
     best = peak_of(memory(work, capacity))
     if best <= capacity:
         return None
-    found = [(keys, why, peak_with(work, keys, capacity)) for keys, why in _candidates(work)]
-    tried = [(keys, why, peak) for keys, why, peak in found if peak is not None]
-    for keys, why, peak in tried:
-        if peak <= capacity:
+    tried = []
+    for keys, why in _candidates(work):
+        peak = peak_with(work, keys, capacity)
+        if peak is not None and peak <= capacity:
             return Change(keys, why, peak)
+        tried.append((keys, why))
     together: dict[str, Any] = {}
     reasons: list[str] = []
-    for keys, why, _ in tried:
+    for keys, why in tried:
         peak = peak_with(work, {**together, **keys}, capacity)
         if peak is None or peak >= best:
             continue
@@ -64,7 +68,7 @@ def peak_with(work: StepWork, keys: Mapping[str, Any], capacity: float) -> float
     """Most bytes with other values of keys; None: the step cannot be taken with them."""
     config = changed(work.config, keys)
     facts = work.facts
-    if config.model != work.config.model:
+    if keys.keys() & _OF_WEIGHTS:  # Else the model is the same, and need not be made again.
         import torch
 
         facts = model_facts(config, torch.float32 if facts.itemsize == 4 else torch.bfloat16)

@@ -44,4 +44,4 @@ def draw(found: dict[str, Any], title: str, path: Path) -> None:
         axes.set_title(title, pad=22)
         figure.legend(loc="outside lower center", ncols=4)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=220)
+        figure.savefig(path, dpi=220, format="png")
