@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.multiprocessing.spawn import spawn
@@ -20,6 +21,7 @@ from torch.multiprocessing.spawn import spawn
 from perl.distributed import Processes
 from perl.model.sources import checkpoints_in, read_manifest, stored_shapes
 from perl.training.saving.checkpoint import CheckpointManager, Progress
+from perl.types import UserError
 from tests.messages import refused
 from tests.training.threads import in_threads
 
@@ -181,6 +183,38 @@ def test_the_writer_in_the_background_is_waited_for_and_its_error_told(
     manager.save(held.model, held, Progress("rl", 2))
     manager.wait()
     assert {p.name for p in tmp_path.iterdir()} == {"step-1", "step-2"}
+
+
+def test_of_what_all_have_each_copies_a_share_and_no_memory_for_one_s_stops_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the shards two tensors of 4 numbers, and four of one number."""
+    copied: dict[int, list[str]] = {}
+
+    def stage(self: Any, state: dict[str, Any]) -> dict[str, Any]:
+        rank = torch.distributed.get_rank()
+        copied[rank] = sorted(name for name, t in state.items() if not isinstance(t, DTensor))
+        if rank:
+            raise MemoryError
+        return state
+
+    monkeypatch.setattr("perl.training.saving.checkpoint.second_group", lambda: None)
+    monkeypatch.setattr(FileSystemWriter, "stage", stage)
+
+    def work(accelerator: Any) -> None:
+        held: Any = Held("fsdp")
+        manager = manager_of(tmp_path, accelerator, asynchronous=True)
+        with pytest.raises(MemoryError if accelerator.process_index else UserError):
+            manager.save(held.model, held, Progress())
+        manager.wait()
+        assert manager.present is None
+
+    in_threads(2, work)
+    assert copied == {
+        0: ["bias/step", "tower", "wide/step"],
+        1: ["narrow/step", "tower/exp_avg", "tower/step"],
+    }
+    assert not list(tmp_path.iterdir())
 
 
 def _save_behind_a_step(index: int, folder: Path) -> None:

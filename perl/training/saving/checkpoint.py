@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ class CheckpointManager:
             Exception: it could not be written, or the one before it, if that was not waited for.
         """
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-        from torch.distributed.checkpoint.state_dict_saver import async_save, save
+        from torch.distributed.checkpoint.state_dict_saver import save
 
         self.wait(alone)
         target = self.folder / f"step-{progress.steps}"
@@ -140,26 +141,37 @@ class CheckpointManager:
                     write_progress(target, progress)
                     self._tidy(progress)
             return target
-        ending = ExitStack()
-        # The folder is there before any process writes.
-        with self._agreed(alone):
-            if first:
-                ending.enter_context(self._committed(target, progress, more))
-        connected = torch.distributed.is_initialized() and not alone
-        state = _state(model, optimizer) if first or connected else {}
-        writer = HuggingFaceStorageWriter(
-            str(beside(target) / TENSORS), _files(state), save_distributed=True
-        )
-        if self._writer and not alone:
-            written: Any = async_save(state, storage_writer=writer, process_group=self._group)
-            self._pending = self._writer.submit(_finish, ending, written.result)
+        background = None if alone else self._writer
+        with ExitStack() as ending:
+            # The folder is there before any process writes.
+            with self._agreed(alone):
+                if first:
+                    ending.enter_context(self._committed(target, progress, more))
+            connected = torch.distributed.is_initialized() and not alone
+            state = _state(model, optimizer) if first or connected else {}
+            writer = HuggingFaceStorageWriter(
+                str(beside(target) / TENSORS), _files(state), save_distributed=True
+            )
+            if connected and self.processes:
+                state = _dealt(state, self.processes)
+            if background:
+                # Memory may not suffice in one process alone: the others would wait for it in the background.
+                with self._agreed(alone):
+                    state = writer.stage(state)
+            write = partial(
+                save,
+                state,
+                storage_writer=writer,
+                process_group=self._group if background else None,
+                no_dist=not connected,
+            )
+            finish = partial(_finish, ending.pop_all(), write)
+        if background:
+            self._pending = background.submit(finish)
         else:
             with self._agreed(alone):
-                if state:
-                    _finish(
-                        ending,
-                        lambda: save(state, storage_writer=writer, no_dist=not connected),
-                    )
+                if first or connected:
+                    finish()
         self.present = target
         return target
 
@@ -293,6 +305,17 @@ def _state(model: nn.Module, optimizer: Optimizer | None) -> dict[str, torch.Ten
     masters = optimizer.masters if optimizer else {}
     weights = {name: masters.get(p, p).detach() for name, p in _trained(model)}
     return weights | (optimizer.state() if optimizer else {})
+
+
+def _dealt(state: dict[str, torch.Tensor], processes: Processes) -> dict[str, torch.Tensor]:
+    """What this process saves: its shards, and of what all have its share, so that no two copy the same to the host."""
+    whole = {name: t.nbytes for name, t in state.items() if not isinstance(t, DTensor)}
+    filled, others = [0] * processes.count, set()
+    for name in sorted(whole, key=lambda name: -whole[name]):
+        least = filled.index(min(filled))
+        filled[least] += whole[name]
+        others |= {name} if least != processes.index else set()
+    return {name: tensor for name, tensor in state.items() if name not in others}
 
 
 def _files(state: dict[str, torch.Tensor]) -> dict[str, int]:
