@@ -3,7 +3,7 @@
     python -m benchmarks.sharding [OUT.md]
 
 Spawns 1, 2 and 4 processes that talk by gloo. Each takes five steps of the trainer's own `Optimizer` on the same
-groups, dealt out row by row; the gradients of every step and the weights at the end are held to those of one process. A
+groups, packed and dealt out by the trainer's own `Session.pack`; the gradients of every step and the weights at the end are held to those of one process. A
 difference is ||a - b|| / ||b|| over all trained weights together, in float32; AdamW divides small gradients by
 their own size, so that rounding becomes visible in weights whose gradient is nothing but rounding.
 """
@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from perl.config import LossConfig, ModelConfig, TrainConfig
 from perl.data.tasks import vocabulary
-from perl.distributed import all_processes, shutdown
+from perl.distributed import Processes, all_processes, shutdown
 from perl.model.head import HeadLoss, make_policy_loss
 from perl.model.loading import load_policy, load_processor
 from perl.model.packed.pack import empty_row, pack_row
@@ -37,11 +37,14 @@ from perl.model.processor import Processor
 from perl.model.sharding import Sharding
 from perl.model.tiny import make_tiny_model
 from perl.training.optimizer import Optimizer, Schedule
+from perl.training.session import Session
 from perl.types import Message, PackedBatch, Segment
 
 CPU = torch.device("cpu")
 MODELS = ("tiny-qwen2.5-vl", "tiny-qwen3-vl", "tiny-internvl")
 STEPS = 5
+BUDGET = 64
+"""Tokens of a row, so that the groups are several."""
 
 
 @dataclass
@@ -78,6 +81,17 @@ def dealt(segments: Sequence[Segment], processes: int, index: int) -> list[Packe
     rows = [pack_row([s]) for s in segments[index::processes]]
     most = -(-len(segments) // processes)
     return rows + [empty_row(len(segments[0].prompt.position_ids))] * (most - len(rows))
+
+
+def packed(policy: Policy, processes: Any, segments: Sequence[Segment]) -> list[PackedBatch]:
+    """A process's rows as the trainer makes them of groups of one segment, every n-th of which it holds."""
+    session: Any = SimpleNamespace(
+        config=SimpleNamespace(train=TrainConfig(tokens_per_micro_batch=BUDGET)),
+        components=SimpleNamespace(policy=policy),
+        processes=processes,
+    )
+    own = [[segment] for segment in segments[processes.index :: processes.count]]
+    return Session.pack(session, own)[0]
 
 
 def trace(policy: Policy, accelerator: Any, steps: Sequence[Sequence[PackedBatch]]) -> Trace:
@@ -201,13 +215,14 @@ def work(folder: str) -> None:
                 path = f"{folder}/{name}"
                 config = ModelConfig(path=path, lora_rank=rank, freeze_vision=frozen)
                 segments = segments_of(load_processor(path, config))
-                alone = trace(load(path, config), ALONE, [dealt(segments, 1, 0)] * STEPS)
-                mine = [dealt(segments, processes.count, processes.index)] * STEPS
+                single = load(path, config)
+                alone = trace(single, ALONE, [packed(single, Processes(ALONE), segments)] * STEPS)
                 spreads = {"whole": None, "sharded": spread_over(processes.count)}
                 if processes.count == 4:
                     spreads["sharded 2 x 2"] = spread_over(4, 2)
                 for how, sharding in spreads.items():
                     policy = load(path, config, sharding)
+                    mine = [packed(policy, processes, segments)] * STEPS
                     off = compare(trace(policy, processes.accelerator, mine), alone)
                     cells = [
                         name,

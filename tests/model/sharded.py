@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from benchmarks.sharding import (
     compare,
     dealt,
     load,
+    packed,
     segments_of,
     spread_over,
     trace,
 )
 from perl.config import ModelConfig
-from perl.distributed import all_processes, shutdown
+from perl.distributed import Processes, all_processes, shutdown
 from perl.model.loading import load_processor
 from perl.model.packed.pack import empty_row
 from perl.model.sharding import gathered
@@ -46,14 +48,17 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 """Model, what of it is trained, and how it is sharded."""
 
 
-def steps_of(segments: list[Any], processes: int, index: int) -> list[Any]:
-    """All segments; then two for the first process alone; then one for it, and for the last process one without images."""
-    nothing = [empty_row(len(segments[0].prompt.position_ids))]
-    two, bare, shown = (dealt(segments[a:b], 1, 0) for a, b in ((0, 2), (3, 4), (4, 5)))
+def steps_of(policy: Any, segments: list[Any], processes: Any) -> list[Any]:
+    """All segments; then one completion, which one process has and the others nothing; then one segment for the first process,
+    and for the last one without images."""
+    one = replace(
+        segments[0], completions=segments[0].completions[:1], advantages=segments[0].advantages[:1]
+    )
+    bare, shown = (dealt(segments[a:b], 1, 0) for a, b in ((3, 4), (4, 5)))
     return [
-        dealt(segments, processes, index),
-        two if index == 0 else nothing * 2,
-        shown + bare if processes == 1 else bare if index else shown,
+        packed(policy, processes, segments),
+        packed(policy, processes, [one]),
+        shown + bare if processes.count == 1 else bare if processes.index else shown,
     ]
 
 
@@ -62,10 +67,11 @@ def traced(models: str, name: str) -> tuple[Trace, Trace]:
     model, trained, how = CASES[name]
     config = ModelConfig(path=f"{models}/{model}", **trained)
     segments = segments_of(load_processor(config.path, config))
-    alone = trace(load(config.path, config), ALONE, steps_of(segments, 1, 0))
+    single = load(config.path, config)
+    alone = trace(single, ALONE, steps_of(single, segments, Processes(ALONE)))
     sharding = None if how.get("whole") else spread_over(PROCESSES.count, **how)
     policy = load(config.path, config, sharding)
-    mine = steps_of(segments, PROCESSES.count, PROCESSES.index)
+    mine = steps_of(policy, segments, PROCESSES)
     return trace(policy, PROCESSES.accelerator, mine), alone
 
 
