@@ -14,7 +14,7 @@ from PIL import Image
 from perl.config import ModelConfig
 from perl.distributed import Processes
 from perl.model.loading import load_policy, load_processor
-from perl.training.parallel.balancing import ModelFlops, Work, balance, share_out
+from perl.training.parallel.balancing import ModelFlops, Piece, Work, balance, deal, share_out
 from perl.types import EncodedImage, EncodedPrompt, Segment
 from tests.training.two_tokens import Accelerator, Together
 
@@ -72,6 +72,13 @@ def test_the_cost_of_a_group_counts_prompts_once_an_order_and_images_once() -> N
     pairs = 2 * (10**2 / 2 + 2 * 10 + 2**2 / 2 + 10 + 1 / 2)
     assert FLOPS.group(work) == 10 * tokens + pairs + 5 * scored + 20 * 3
     assert FLOPS.group([segment]) == pytest.approx((FLOPS.group(work) - 60) / 2 + 60)
+
+
+def test_a_piece_follows_its_group_to_where_it_went() -> None:
+    """At most 7.35 each: the owner would have room for the second piece too, and would encode the images again."""
+    whole, first, second, other = (Piece(*p) for p in ((0, 0, 6), (1, 0, 5), (1, 0, 1), (2, 1, 1)))
+    dealt = deal([whole, first, second, other, replace(other, group=3)], 2)
+    assert dealt == [(0, 0), (1, 0), (1, 0), (1, 0), (0, 0)]
 
 
 def test_unshared_prompts_are_counted_for_each_completion() -> None:
