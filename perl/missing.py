@@ -14,6 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from torch.distributed import DistError
+
 _GRACE = 5.0
 """Seconds that the others of a process that fails have to say that they fail too."""
 _LAST = 30.0
@@ -54,7 +56,8 @@ class Peers:
         self._lock = threading.RLock()  # A signal may come while it is held.
         self._told: str | None = None
         own = _own_address()
-        self._listening = socket.create_server((own, 0), backlog=1024)
+        family = socket.AF_INET6 if ":" in own else socket.AF_INET
+        self._listening = socket.create_server((own, 0), family=family, backlog=1024)
         port = self._listening.getsockname()[1]
         store.set(f"perl/process/{index}", f"{socket.gethostname()} {os.getpid()} {own} {port}")
         self.all = [self._read(i) for i in range(count)]
@@ -92,7 +95,7 @@ class Peers:
 
     def _reason(self, error: BaseException | None) -> str | None:
         text = f"{type(error).__name__} {error}".lower()
-        between = error is None or any(sign in text for sign in _SIGNS)
+        between = error is None or (_of_collectives(error) and any(s in text for s in _SIGNS))
         # One that fails for another says so; an error of its own is the reason of the others.
         self._note("follows" if between else "failed")
         if not between:
@@ -149,6 +152,11 @@ class Peers:
             time.sleep(0.1)
 
 
+def _of_collectives(error: BaseException) -> bool:
+    """Gloo's errors are plain RuntimeErrors; what a judge's server or a disk does not answer to has a type of its own."""
+    return type(error) is RuntimeError or isinstance(error, DistError)
+
+
 def _has(indices: list[int]) -> str:
     return "have" if len(indices) > 1 else "has"
 
@@ -159,6 +167,8 @@ def _does(indices: list[int]) -> str:
 
 def _own_address() -> str:
     """That the others of a run reach this process at: of the interface that leads to the first."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 9))
+    first = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    family, kind, _, _, there = socket.getaddrinfo(first, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(there)
         return probe.getsockname()[0]

@@ -71,6 +71,26 @@ def test_an_error_of_its_own_is_the_others_reason(make: Callable[[int], list[Pee
     tells(first.reason(CLOSED), "process 1 of 2", "stopped")
 
 
+def test_a_server_that_does_not_answer_is_no_process(make: Callable[[int], list[Peers]]) -> None:
+    first, second = make(2)
+    assert second.reason(TimeoutError("the judge's connection timed out")) is None
+    tells(first.reason(CLOSED), "process 1 of 2", "stopped")
+
+
+def test_processes_may_meet_by_ipv6(
+    make: Callable[[int], list[Peers]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    monkeypatch.setenv("MASTER_ADDR", "::1")
+    first, second = make(2)
+    assert second.all[0].address[0] == "::1" and first.ended() == []
+    end(second)
+    assert first.ended() == [1]
+
+
 def test_one_that_does_not_answer_is_named_after_the_time_out(
     make: Callable[[int], list[Peers]],
 ) -> None:
