@@ -9,9 +9,11 @@ import json
 import sys
 from contextlib import suppress
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.tensor import DTensor
 
 from benchmarks.sharding import (
@@ -19,18 +21,24 @@ from benchmarks.sharding import (
     Trace,
     compare,
     dealt,
+    difference,
     load,
     packed,
     segments_of,
     spread_over,
     trace,
+    whole,
 )
-from perl.config import ModelConfig
+from perl.config import LossConfig, ModelConfig, TrainConfig
 from perl.distributed import Processes, all_processes, shutdown
+from perl.model.head import HeadLoss, make_policy_loss
+from perl.model.layers import uncompiled
 from perl.model.loading import load_processor
 from perl.model.packed.pack import empty_row
 from perl.model.sharding import gathered
 from perl.rollout.engine import InProcessEngine, SamplingParams
+from perl.training.optimizer import Optimizer, Schedule
+from perl.training.saving.checkpoint import CheckpointManager, Progress
 
 PROCESSES = all_processes()
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -113,12 +121,53 @@ def rollouts(models: str) -> dict[str, Any]:
     return found
 
 
+def resumed(models: str, kind: Any, folder: Path) -> dict[str, Any]:
+    """A second step behind a checkpoint that is being written: the very weights of it again, and those of one process."""
+    config = ModelConfig(path=f"{models}/tiny-qwen2.5-vl")
+    segments = segments_of(load_processor(config.path, config))
+    train = TrainConfig(lr=1e-3, optimizer=kind)
+    manager = CheckpointManager(folder / kind, 1, PROCESSES, asynchronous=True)
+    loss = make_policy_loss(LossConfig(kl_coef=0.0, surrogate="reinforce", dual_clip=0), 64)
+
+    def second(accelerator: Any, sharding: Any, path: Path | None = None) -> dict[str, Any]:
+        """Whole weights and state behind it; without a checkpoint it is written in between."""
+        processes, index = accelerator.num_processes, accelerator.process_index
+        policy = load(config.path, config, sharding)
+        head, schedule = HeadLoss(policy, torch.tensor([3]), 1.0), Schedule(1e-3, "constant", 0, 2)
+        optimizer = Optimizer(accelerator, head, schedule, train)
+        if path is None:
+            optimizer.step(0, dealt(segments, processes, index), loss)
+            manager.save(policy, optimizer, Progress("rl", 1))
+        else:
+            manager.restore_model(path, policy)
+            manager.restore_optimizer(path, policy, optimizer)
+        optimizer.step(1, dealt(segments[:3], processes, index), loss)
+        manager.wait()
+        tensors = {name: p.detach() for name, p in policy.named_parameters()}
+        return {name: whole(t) for name, t in (tensors | optimizer.state()).items()}
+
+    how = spread_over(PROCESSES.count, vision=True)
+    expected = second(PROCESSES.accelerator, how)
+    path = folder / kind / "step-1"
+    again, alone = second(PROCESSES.accelerator, how, path), second(ALONE, None, path)
+    weights = [{n: t for n, t in each.items() if "/" not in n} for each in (alone, expected)]
+    return {
+        "same": sum(torch.equal(again[name], tensor) for name, tensor in expected.items()),
+        "all": len(expected),
+        "in 8 bits": sum("codes" in name for name in expected),
+        "alone": difference(*weights),
+    }
+
+
 def main(models: str, out: Path) -> None:
     found: dict[str, Any] = {}
     for name in CASES:
         pair = traced(models, name)
         found[name] = compare(*pair) | {"gradients": len(pair[0].gradients[0])}
     found["rollouts"] = rollouts(models)
+    for kind in ("adamw", *(["adamw_8bit"] if find_spec("torchao") else [])):
+        with uncompiled():
+            found[kind] = resumed(models, kind, out.parent)
     every = PROCESSES.gather([found])
     if PROCESSES.index == 0:
         out.write_text(json.dumps(every))

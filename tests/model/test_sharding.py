@@ -46,6 +46,20 @@ def test_two_processes_take_the_steps_of_one(case: str, gradients: int, found: F
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
+def test_a_checkpoint_goes_on_to_the_bit_and_in_one_process_within_rounding(
+    kind: str, found: Found
+) -> None:
+    if kind == "adamw_8bit":
+        pytest.importorskip("torchao")
+    for own in (process[kind] for process in found):
+        coded = 18 if kind == "adamw_8bit" else 0  # Each of two tensors where there was one.
+        assert own["in 8 bits"] == coded
+        assert own["same"] == own["all"] == 368 + coded
+        assert own["alone"] < 1e-6
+
+
+@pytest.mark.slow
 def test_rollouts_wait_for_nobody_and_leave_no_copy_of_the_weights(found: Found) -> None:
     """Before and after a step. The first process asks for nothing, the second for four completions. Also where a forward ends in
     an error, all weights lie in shards again; fully_shard's notes of forwards do not add up."""
