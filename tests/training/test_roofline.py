@@ -25,9 +25,17 @@ from perl.rollout.decoding.sampling import SamplingParams, sample
 from perl.training.optimizer import Optimizer, Schedule
 from perl.training.parallel.balancing import Met, segment_met
 from perl.training.roofline.advice import first_that_fits, peak_of
-from perl.training.roofline.check import check_memory
+from perl.training.roofline.check import _capacity, check_memory
 from perl.training.roofline.devices import DEVICES, Device, device_named
-from perl.training.roofline.memory import activation_bytes, at_rest, certain, memory, on_host
+from perl.training.roofline.memory import (
+    _logprobs,
+    _update,
+    activation_bytes,
+    at_rest,
+    certain,
+    memory,
+    on_host,
+)
 from perl.training.roofline.model import CONFIGS, model_facts
 from perl.training.roofline.step import SAMPLING, Part, Shape, StepWork
 from perl.types import EncodedPrompt, Segment
@@ -356,6 +364,16 @@ def test_memory_of_shards_by_hand() -> None:
     # Of a layer in its backward: its gradients in bfloat16, summed in fp32, and the shard of the sum.
     assert kept["update"]["gradients"] == found["gradients"] + (2 + 4 + 4 / 8) * layer
 
+    # Embeddings and head, whose gradients come last, are one unit.
+    most = max(moment.get("gradients", 0.0) for moment in _update(work, 80e9))
+    assert most == found["gradients"] + (2 + 4 + 4 / 8) * around
+    # A 32nd of the GPU for logits, beside the rows of hidden states of six prompts' answers.
+    [_, head] = _logprobs(work, 80e9)
+    assert head["head block"] == 80e9 / 32 + 2 * 3584 * 6 * 6 * 512
+    assert kept["logprobs"]["vision"] == 2 * 3584 * 16 * 6 * 330
+    little = paper(model={"path": work.config.model.path, "feature_cache_mb": 1})
+    assert memory(little, 80e9)["logprobs"]["vision"] == 2**20
+
     stays = paper(train={"reshard_after_forward": False})
     assert memory(stays, 80e9)["update"]["gathered weights"] == 2 * rest
     narrow = memory(paper(train={"reduce_dtype": "bfloat16"}), 80e9)
@@ -378,8 +396,12 @@ def test_memory_of_shards_by_hand() -> None:
     own += 8 * (of_tower - eight.facts.in_tower.in_blocks)
     assert of_tower - eight.facts.in_tower.in_blocks > plain
     assert at_rest(eight)["optimiser"] == (bits * matrices + 8 * vectors) / 8 + own
+    assert memory(split, 80e9)["update"]["gathered weights"] == 2 * (2 * layer + around + of_tower)
     hybrid = replace(work, gpus=16, config=with_keys(work.config, train={"shards": 4}))
     assert at_rest(hybrid)["parameters"] == 4 * rest / 4 + 2 * of_tower
+    # A checkpoint has masters and moments once, however many processes of the node share them.
+    for each in (work, hybrid):
+        assert on_host(each)["checkpoint"] == 12 * n
 
     moved = paper(train={"cpu_offload": True})
     assert at_rest(moved) == {
@@ -495,6 +517,9 @@ def test_a_run_that_memory_cannot_hold_is_refused_before_weights_are_loaded(
     [warned] = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     tells(warned, "perl-rl plan", "GB")
     caplog.clear()
+    # Processes of one machine share its memory.
+    if own := _capacity(CPU, 1):
+        assert _capacity(CPU, 4) == pytest.approx(own / 4, rel=0.2)
     # What is small beside the memory is not counted.
     monkeypatch.setattr("perl.training.roofline.check.model_facts", None)
     check(1e12)
