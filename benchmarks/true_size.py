@@ -4,7 +4,9 @@
 
 The folder gets the model (random bfloat16 weights; Qwen2.5-VL-3B: 7.5 GB) unless it is there, and a run: one question of two
 images of 448 pixels in two orders, two completions of eight tokens each. Further options are keys of the recipe. Resident memory is
-what the kernel counts (VmHWM), files that are mapped included, and is counted anew for each stage.
+what the kernel counts (VmHWM), files that are mapped included, and is counted anew for each stage. Beside it `--plan` shows
+what `perl-rl plan --json FILE` computes with the same keys: tensors that live, without its reserve, which is a GPU's. Python, libraries and what
+the heap keeps are resident besides; and blocks of logits are of a GPU's size there.
 """
 
 from __future__ import annotations
@@ -139,13 +141,24 @@ def show(rows: dict[str, dict[str, float]], given: Any) -> None:
     planned = json.loads(given.plan.read_text()) if given.plan else None
     if given.json:
         write_json(given.json, {"stages": rows, "plan": planned})
+    print(stages(rows, planned))
+
+
+def stages(rows: dict[str, dict[str, float]], planned: dict[str, Any] | None = None) -> str:
+    """A table of them, with what a plan computed for those that it knows."""
     header = ["stage", "s", "CPU s", "peak GB", "at its end GB", "of that mapped GB"]
     lines = [
         [name, figure(row["seconds"]), figure(row["cpu_seconds"])]
         + [figure(row[key] / 1e9) for key in ("peak", "end", "mapped")]
         for name, row in rows.items()
     ]
-    print(table(header, lines))
+    if planned:
+        header.append("planned GB")
+        for line in lines:
+            parts = planned["memory"].get(line[0])
+            live = sum(parts.values()) - parts["reserve"] if parts else 0
+            line.append(figure(live / 1e9) if parts else "-")
+    return table(header, lines)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from benchmarks.true_size import Resident
+from benchmarks.true_size import Resident, stages
 
 MIB = 2**20
 
@@ -28,3 +28,12 @@ def test_memory_is_that_of_the_stage_and_of_what_lies_in_it() -> None:
     assert rows["large"]["peak"] - rows["small"]["peak"] == pytest.approx(256 * MIB, abs=16 * MIB)
     assert rows["large"]["end"] == pytest.approx(rows["small"]["end"], abs=16 * MIB)
     assert rows["small"]["mapped"] < rows["small"]["peak"]
+
+
+def test_a_plan_stands_beside_the_stages_that_it_knows() -> None:
+    """Without what it keeps back of a GPU."""
+    row = {"seconds": 1.0, "cpu_seconds": 1.0, "peak": 9e9, "end": 8e9, "mapped": 7e9}
+    plan = {"memory": {"update": {"parameters": 5e9, "activations": 1.5e9, "reserve": 2e9}}}
+    *_, load, update = stages({"load": row, "update": row}, plan).splitlines()
+    cells = [line.split("|")[-2].strip() for line in (load, update)]
+    assert cells == ["-", "6.50"]
