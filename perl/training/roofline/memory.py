@@ -120,7 +120,9 @@ def _resting(work: StepWork, offloaded: bool) -> Bytes:
         out["parameters"] += (weights.frozen_bytes + trained) / n
         out["optimiser"] += _moments(work, weights) / n + 4 * weights.narrow * (not sharded)
         out["gradients"] += 4 * weights.trained / n
-        if _copied(work) and (weights is not work.facts.in_tower or work.facts.tower_trained):
+        if _copied(work) and (
+            weights is not work.facts.in_tower or work.facts.tower_trained or sharded
+        ):
             out["reference"] += work.facts.itemsize * weights.count / n
     return out
 
