@@ -58,8 +58,8 @@ OPTIONS = (
     "--rollout.max-new-tokens 4 --train.examples-per-step 4 --train.tokens-per-micro-batch 128 --eval.examples 0 "
     "--run.trackers --run.seeds --run.seed 0 --train.steps 3"
 )
-LIMIT = 240
-"""Seconds, of a run that takes 10 to 60: one that has not ended then hangs."""
+LIMIT = 600
+"""Seconds, of a run that takes 10 to 60 on an idle machine: one that has not ended then hangs."""
 
 
 def start(

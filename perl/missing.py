@@ -18,8 +18,9 @@ from torch.distributed import DistError
 
 _GRACE = 5.0
 """Seconds that the others of a process that fails have to say that they fail too."""
-_LAST = 30.0
-"""Seconds that the process which hosts the store waits for those that are still there, so that they can ask it."""
+_LAST = 10.0
+"""Seconds that the process which hosts the store waits for those that are still there, so that they can ask it. Not long: one
+that waits for this very process sees its connection break only when it ends, and then names all that have ended."""
 _SIGNS = (
     "gloo",
     "nccl",
