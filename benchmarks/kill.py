@@ -1,6 +1,6 @@
 """Runs whose processes are killed: who of the others says what, how soon they end, and what the run goes on with.
 
-    python -m benchmarks.kill                       # the whole matrix, a table in Markdown; about 20 minutes on two cores
+    python -m benchmarks.kill                       # the whole matrix, a table in Markdown; minutes a row on two cores
     python -m benchmarks.kill --processes 2 --sharding fsdp --at step --torchrun
 
 One process is killed (kill -9), or stopped (kill -STOP), in its second RL step or while it writes the checkpoint behind it: the
