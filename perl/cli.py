@@ -17,6 +17,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from perl.failures import explain, summed_up
+from perl.files import is_main_process
 from perl.types import Interrupted, RunFailed, UserError
 
 COMMANDS = {
@@ -275,8 +276,17 @@ def _prepare(debug: bool) -> None:
     logging.basicConfig(
         level=logging.WARNING, format="%(name)s: %(message)s", handlers=[_ToStderr()]
     )
+    # What processes have in common is told by the first.
+    told = logging.INFO if is_main_process() else logging.WARNING
     for ours in ("perl", "perl_kernels"):
-        logging.getLogger(ours).setLevel(logging.DEBUG if debug else logging.INFO)
+        logging.getLogger(ours).setLevel(logging.DEBUG if debug else told)
+    # transformers and peft import torchao where it is installed. A filter, as a level would hide all of these loggers' warnings.
+    for other, said in _NOT_OURS.items():
+        logging.getLogger(other).addFilter(lambda record, said=said: said not in str(record.msg))
+
+
+_NOT_OURS = {"torchao": "Failed to load ", "torch.utils._pytree": " is an Enum subclass "}
+"""By the logger, warnings of torchao's import: of kernels for other uses, and of an API of torch's that it calls."""
 
 
 class _ToStderr(logging.Handler):

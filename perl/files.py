@@ -55,7 +55,7 @@ class RunFolder:
             return
         if not overwrite:
             raise UserError(
-                f"run.dir = {self.root} is already there: go on with `perl-rl resume {self.root}`, "
+                f"run.dir = {self.root} is already there: go on with `{resume_command(self.root)}`, "
                 "replace it with --overwrite, or choose another --run.dir"
             )
         if not self.is_run():
@@ -162,6 +162,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value
+
+
+def resume_command(root: Path) -> str:
+    """What goes on with a run, by as many processes as this one has."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes == 1:
+        return f"perl-rl resume {root}"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    nodes = f" --nnodes {processes // here} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
+    return f"torchrun{nodes * (here < processes)} --nproc-per-node {here} -m perl resume {root}"
 
 
 def is_main_process() -> bool:

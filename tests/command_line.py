@@ -51,7 +51,8 @@ def spawn_two(*arguments: object) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    sizes = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    shared = {**sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
         spawn(*arguments, **shared, OMP_NUM_THREADS="1", RANK=rank, LOCAL_RANK=rank)
         for rank in ("0", "1")

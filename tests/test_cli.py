@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import shutil
 import socket
@@ -191,6 +192,23 @@ def test_what_is_nobodys_mistake_is_raised(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(cli, "_run", Mock(side_effect=problem))
         with pytest.raises(type(problem)):
             cli.main(["train"])
+
+
+def test_the_first_process_tells_what_all_have_in_common_and_torchao_is_not_heard_of_its_import(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for rank, told in (("1", logging.WARNING), ("0", logging.INFO)):
+        monkeypatch.setenv("RANK", rank)
+        cli._prepare(debug=False)
+        assert {logging.getLogger(n).level for n in ("perl", "perl_kernels")} == {told}
+    said = {
+        "torchao": "Failed to load x.so: y",
+        "torch.utils._pytree": "%s is an Enum subclass and",
+    }
+    for name, message in said.items():
+        logging.getLogger(name).warning(message, "KernelPreference")
+        logging.getLogger(name).warning("of %s", name)
+    assert [record.getMessage() for record in caplog.records] == [f"of {name}" for name in said]
 
 
 def test_an_interrupt_is_code_130(

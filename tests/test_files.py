@@ -20,6 +20,7 @@ from perl.files import (
     offline_if_unreachable,
     read_rows,
     replacing,
+    resume_command,
     to_line,
     write_json,
 )
@@ -84,6 +85,23 @@ def test_the_first_of_several_processes_is_the_main_one(monkeypatch: pytest.Monk
         monkeypatch.setenv("RANK", rank)
         found.append(is_main_process())
     assert found == [True, True, False]
+
+
+def test_a_run_goes_on_by_as_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    root, sizes = Path("runs/a"), ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    found = []
+    for values in ((), ("4",), ("4", "4"), ("16", "8")):
+        for name in sizes:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in zip(sizes, values, strict=False):
+            monkeypatch.setenv(name, value)
+        found.append(resume_command(root))
+    nodes = "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
+    assert found == [
+        "perl-rl resume runs/a",
+        *["torchrun --nproc-per-node 4 -m perl resume runs/a"] * 2,
+        f"torchrun {nodes}--nproc-per-node 8 -m perl resume runs/a",
+    ]
 
 
 def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:

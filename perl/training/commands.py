@@ -14,9 +14,9 @@ from tyro.conf import Positional, Suppress, arg
 
 from perl.config import Command, Config, Count, Positive, Share
 from perl.failures import explain, summed_up
-from perl.files import RunFolder, is_main_process
+from perl.files import RunFolder, is_main_process, resume_command
 from perl.lock import locked, refuse_if_running
-from perl.model.sources import newest_model
+from perl.model.sources import checkpoints_in, newest_model
 from perl.paths import with_absolute_paths
 from perl.recipe import (
     DEFAULT_RECIPE,
@@ -273,18 +273,24 @@ def _go(config: Config, folder: RunFolder, resume: bool) -> None:
             if config.run.push_to_hub:
                 print(f"pushed: {push(config, folder.root, summary)}")
     except Interrupted as stop:
-        raise Interrupted(f"{stop}; {_further(folder, resume)}") from None
+        raise Interrupted(f"{stop}; {_further(config, folder, resume)}") from None
     except (Exception, KeyboardInterrupt) as error:
-        error.add_note(_further(folder, resume))
+        told = any(note.startswith("saved: ") for note in getattr(error, "__notes__", ()))
+        # What came before the run had gone on tells nothing of it.
+        if resume and not told and (found := checkpoints_in(folder.checkpoints)):
+            error.add_note(f"saved: {found[-1]}")
+        error.add_note(_further(config, folder, resume))
         if isinstance(error, Exception) and (resume or folder.has_begun()):
             _tell(error, folder)
         raise
 
 
-def _further(folder: RunFolder, resume: bool) -> str:
+def _further(config: Config, folder: RunFolder, resume: bool) -> str:
     """How to go on with what a run has left."""
     if resume or folder.has_begun():
-        return f"go on with perl-rl resume {folder.root}"
+        alone = f", or in one process with perl-rl resume {folder.root} --train.sharding none"
+        sharded = config.train.sharding != "none"
+        return f"go on with {resume_command(folder.root)}{alone if sharded else ''}"
     return f"no step was complete, so {folder.root} is not kept"
 
 

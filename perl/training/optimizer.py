@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -134,8 +133,6 @@ class Optimizer:
         self._in_8_bits = config.optimizer == "adamw_8bit"
         if self._in_8_bits:
             check_optimizer(config)
-            # It warns of kernels for other uses that it cannot load.
-            logging.getLogger("torchao").setLevel(logging.ERROR)
             from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
 
             return AdamW8bit(groups, lr=lr, betas=betas)

@@ -73,7 +73,7 @@ def test_a_bug_in_one_process_ends_both_at_once(tmp_path: Path) -> None:
     wait_for(folder, "rl", 1, *processes)
     done = finish(processes)  # Which waits for minutes; the first process would for two hours.
     assert [code for code, _ in done] == [1, 1], done
-    tells(done[1][1].splitlines()[-1], "ValueError", "planted", "rl step 2", "perl-rl resume")
+    tells(done[1][1].splitlines()[-1], "ValueError", "planted", "rl step 2", "-m perl resume")
     tells(done[0][1], "rl step 1")
     assert [row["step"] for row in metrics(folder, "rl")] == [1]
     points = [json.loads(p.read_text())["progress"] for p in folder.glob("*/*/manifest.json")]
@@ -101,6 +101,5 @@ def test_a_process_that_is_killed_is_named_by_the_other(tmp_path: Path) -> None:
     assert [code for code, _ in done] == [1, -9], done
     assert "Traceback" not in done[0][1]
     (said,) = [line for line in done[0][1].splitlines() if line.startswith("error: ")]
-    tells(
-        said, "process 1 of 2", f"pid {processes[1].pid}", "rl step 1", f"perl-rl resume {folder}"
-    )
+    again = f"torchrun --nproc-per-node 2 -m perl resume {folder}"
+    tells(said, "process 1 of 2", f"pid {processes[1].pid}", "rl step 1", again)
