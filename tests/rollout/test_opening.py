@@ -106,9 +106,9 @@ def test_a_damaged_checkpoint_is_not_the_newest(tmp_path: Path) -> None:
 def test_a_checkpoint_of_a_later_version_is_refused(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run", at="easy", stages=STAGES)
     newest = folder / "checkpoints" / "step-10"
-    (newest / "manifest.json").write_text('{"format": 2, "progress": {"stage": "easy"}}')
+    (newest / "manifest.json").write_text('{"format": 3, "progress": {"stage": "easy"}}')
     for asked in (folder, newest):
-        with refused(newest, 2, 1):
+        with refused(newest, 3, 2):
             config_of(str(asked))
 
 
