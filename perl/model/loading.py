@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +24,7 @@ from perl.model.padded import PaddedPolicy, check_head
 from perl.model.padded_processor import PaddedProcessor
 from perl.model.policy import Policy
 from perl.model.processor import ImageEncoder, Processor
-from perl.model.sharding import Sharding, shard
+from perl.model.sharding import Sharding, shard, spread
 from perl.model.sources import check_layers, layers_of, run_of
 from perl.model.weights import load_weights, prepared, said
 from perl.recipe import read_config
@@ -59,7 +60,8 @@ def load_policy(
         model = load_weights(layers, None, dtype, device)
         return _padded_policy(model, folder, config).to(device)
     name, reason = check_kernels(config, device)
-    _say_once(logging.INFO, f"weights: {str(dtype).removeprefix('torch.')}")
+    lie = spread(sharding, int(os.environ.get("WORLD_SIZE", "1")))
+    _say_once(logging.INFO, f"weights: {str(dtype).removeprefix('torch.')}, {lie}")
     _say_once(logging.INFO, f"attention: {name} ({reason})")
     if sharding is None:
         model = load_weights(layers, family, dtype, device)

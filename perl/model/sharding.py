@@ -48,6 +48,18 @@ class Sharding:
         return torch.device(self.mesh.device_type)
 
 
+def spread(sharding: Sharding | None, processes: int) -> str:
+    """Where the weights of a run of so many processes lie, in words: `in shards over 8 processes`."""
+    if processes == 1:
+        return "whole, in one process"
+    if sharding is None:
+        return f"whole in each of {processes} processes"
+    shards = sharding.mesh.size(-1)
+    if shards == processes:
+        return f"in shards over {processes} processes"
+    return f"in {processes // shards} copies of {shards} shards, over {processes} processes"
+
+
 def shard(policy: Any, sharding: Sharding) -> None:
     """Spread the weights of a policy, in place: each decoder layer by itself, and what lies around the layers together.
 

@@ -185,6 +185,8 @@ def _facts(top: RunLog, runs: Sequence[RunLog], *, several: bool) -> list[str]:
     if (count := number(summary.get("parameters"))) is not None:
         short = f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M"
         facts.append(f"{short if count >= 1e6 else format(count, ',.0f')} parameters")
+    if number(summary.get("processes")) not in (None, 1) and summary.get("weights"):
+        facts.append(f"weights {summary['weights']}")
     if several:
         facts.append(f"{len(runs)} seeds" if len(runs) > 1 else "1 seed")
     return facts

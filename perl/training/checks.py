@@ -33,7 +33,7 @@ from perl.rollout.instruction import Instruction, tell_prompts
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.training.components import check_bundled
 from perl.training.optimizer import Schedule, check_optimizer
-from perl.training.parallel.mesh import check_sharding
+from perl.training.parallel.mesh import check_sharding, check_shared
 from perl.training.saving.hub import check_push
 from perl.types import UserError
 
@@ -195,7 +195,9 @@ def check_setup(config: Config) -> Processor | None:
     """
     usable_trackers(config)
     check_push(config.run.push_to_hub)
-    check_sharding(config, int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available())
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    check_shared(config, processes)
+    check_sharding(config, processes, torch.cuda.is_available())
     check_deterministic(config, torch.cuda.is_available())
     for stage in plan(config):
         check_stage(stage)

@@ -276,10 +276,12 @@ def _go(config: Config, folder: RunFolder, resume: bool) -> None:
         raise Interrupted(f"{stop}; {_further(config, folder, resume)}") from None
     except (Exception, KeyboardInterrupt) as error:
         told = any(note.startswith("saved: ") for note in getattr(error, "__notes__", ()))
-        # What came before the run had gone on tells nothing of it.
-        if resume and not told and (found := checkpoints_in(folder.checkpoints)):
+        early = resume and not told
+        if early and (found := checkpoints_in(folder.checkpoints)):
             error.add_note(f"saved: {found[-1]}")
-        error.add_note(_further(config, folder, resume))
+        # A run that refuses to go on would do so again.
+        if not (early and isinstance(error, UserError)):
+            error.add_note(_further(config, folder, resume))
         if isinstance(error, Exception) and (resume or folder.has_begun()):
             _tell(error, folder)
         raise

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from perl.data.readahead import ReadAhead, warm_up
 from perl.data.streamed import StreamedExamples
 from perl.data.streams import ExampleStream, MixedStream, Stream, training_sources
 from perl.data.tasks import vocabulary
-from perl.distributed import process_state
+from perl.distributed import on_main_process, process_state
 from perl.files import RunFolder, replacing
 from perl.model.head import HeadLoss
 from perl.model.loading import compute_dtype, load_policy, load_processor
@@ -36,7 +36,7 @@ from perl.rollout.instruction import Instruction
 from perl.rollout.padded import make_engine
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.timing import Stopwatch
-from perl.training.parallel.mesh import make_sharding
+from perl.training.parallel.mesh import check_shared, make_sharding
 from perl.training.roofline.check import check_memory
 from perl.types import UserError
 
@@ -191,7 +191,7 @@ def make_accelerator(config: Config, folder: RunFolder) -> Any:
     """accelerate's view of devices, processes and trackers.
 
     Raises:
-        UserError: a tracker that is not installed.
+        UserError: a tracker that is not installed, or a step's examples that cannot be shared out.
     """
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
@@ -212,14 +212,7 @@ def make_accelerator(config: Config, folder: RunFolder) -> Any:
         log_with=usable or None,
         project_config=ProjectConfiguration(logging_dir=str(folder.root / "tensorboard")),
     )
-    for stage in plan(config):
-        count = stage.config.train.examples_per_step
-        if stage.kind == "rl" and count % accelerator.num_processes:
-            where = f"stage {stage.name}: " if config.stages else ""
-            raise UserError(
-                f"{where}train.examples_per_step = {count} cannot be shared by "
-                f"{accelerator.num_processes} processes; make it a multiple, or start a number of them that divides it"
-            )
+    on_main_process(partial(check_shared, config, accelerator.num_processes))
     return accelerator
 
 

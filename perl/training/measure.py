@@ -29,7 +29,8 @@ def measure(session: Session, at: str, step: int) -> dict[str, Any] | None:
     mine = range(len(dataset))[session.processes.index :: session.processes.count]
     if at == "step":
         session.display.close()
-    session.display.stage(f"evaluate {at}", len(mine), unit="example")
+    share = f", a share of {len(dataset)}" if session.processes.count > 1 else ""
+    session.display.stage(f"evaluate {at}{share}", len(mine), unit="example")
 
     components.policy.vision.clear_cache()
 

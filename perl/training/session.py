@@ -27,7 +27,12 @@ from perl.training.components import Components, build
 from perl.training.optimizer import Optimizer, Schedule
 from perl.training.parallel.balancing import ModelFlops, Work, share_out
 from perl.training.parallel.rows import joint_rows
-from perl.training.saving.checkpoint import CheckpointManager, Progress, in_shards
+from perl.training.saving.checkpoint import (
+    CheckpointManager,
+    Progress,
+    check_weights,
+    in_shards,
+)
 from perl.types import Example, Interrupted, PackedBatch, Segment, UserError, one_line
 
 logger = logging.getLogger(__name__)
@@ -134,6 +139,9 @@ class Session:
                     f"the checkpoint is from stage {self.progress.stage}, which config.toml no longer defines "
                     f"({', '.join(s.name for s in self.stages)}); restore its stages or start a new run"
                 )
+            with self.processes.jointly():  # One says it, not all.
+                if self.components.is_main:
+                    check_weights(self._checkpoint, self.components.policy)
             self.checkpoints.restore_model(self._checkpoint, self.components.policy)
         # Nothing has changed of a run whose checkpoint was refused by any process.
         self.components.accelerator.wait_for_everyone()

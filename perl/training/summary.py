@@ -10,13 +10,14 @@ from typing import Any
 from perl.config import names_of
 from perl.evaluation.evaluate import accuracy_of
 from perl.files import read_rows
+from perl.model.sharding import spread
 from perl.report.metrics import MEASURES, mean, stage_bytes, step_medians
 from perl.report.tables import print_table
 from perl.timing import peak_rss_bytes
 from perl.training.roofline.devices import peak_of
 from perl.training.session import Session
 
-_COMMON = ("model", "accuracy_by", "parameters", "device", "versions")
+_COMMON = ("model", "accuracy_by", "parameters", "processes", "weights", "device", "versions")
 _ENDS = ("_before", "_after")
 
 
@@ -47,6 +48,7 @@ def summarise(session: Session) -> dict[str, Any]:
         "model": session.config.model.path,
         "parameters": sum(p.numel() for p in components.policy.parameters()),
         "processes": session.processes.count,
+        "weights": spread(components.policy.sharding, session.processes.count),
         "device": str(device),
         "versions": versions(),
     }

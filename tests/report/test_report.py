@@ -82,7 +82,7 @@ def make_run(folder: Path, *, steps: int = 60, seed: int = 0) -> Path:
         "accuracy_before": 0.61, "accuracy_after": 0.93, "greedy_before": 0.64, "greedy_after": 0.95,
         "consistency_before": 0.37, "consistency_after": 0.85, "seconds": 312.4 + seed, "peak_rss_bytes": 1.5e9,
         "seconds_by_stage": {"cold_start": 20.0, "rollout": 140.2, "update": 90.0, "evaluate": 40.0},
-        "model": "tiny-qwen2.5-vl", "parameters": 1_234_567, "versions": {"torch": "2.13.0"},
+        "model": "tiny-qwen2.5-vl", "parameters": 1_234_567, "processes": 2, "weights": "in shards over 2 processes", "versions": {"torch": "2.13.0"},
     }))  # fmt: skip
     return folder
 
@@ -157,6 +157,7 @@ def test_finished_run(tmp_path: Path) -> None:
     ):
         tells(page.text.partition(f" {label} ")[2][:60], *words)
     tells(page.text, "1.23 M")
+    assert "weights in shards over 2 processes" in page.text
     # Of the last evaluations, before and after of each measure; 0.6 and 0.92 of accuracy.
     assert page.row("which") == ["60.0 %", "92.0 %", "63.0 %", "95.0 %", "36.0 %", "84.6 %"]
     assert page.row("odd") == ["30.0 %", "46.0 %", "15.0 %", "23.0 %", "—", "—"]

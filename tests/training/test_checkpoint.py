@@ -112,11 +112,16 @@ def test_checkpoints_hold_masters_and_are_read_in_any_dtype(
     assert torch.equal(fresh.masters[other.weight], third)
 
 
-@pytest.mark.parametrize("other", [nn.Linear(3, 1), nn.Linear(2, 1, bias=False)])
-def test_another_model_s_checkpoint_is_refused(other: nn.Module, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [(nn.Linear(3, 1), "weight is (1, 2)"), (nn.Linear(2, 1, bias=False), "bias is (1,)")],
+)
+def test_another_model_s_checkpoint_is_refused(
+    other: nn.Module, named: str, tmp_path: Path
+) -> None:
     manager = CheckpointManager(tmp_path, 2)
     path = manager.save(nn.Linear(2, 1), None, Progress())
-    with refused(path, "config.toml", "[model]", "--overwrite"):
+    with refused(path, named, "config.toml", "[model]", "--overwrite"):
         manager.restore_model(path, other)
 
 

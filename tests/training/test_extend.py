@@ -158,11 +158,12 @@ def test_a_run_goes_on_with_another_sharding(
     monkeypatch.setenv("WORLD_SIZE", "1")
     with refused("train.sharding = fsdp", "--train.sharding none"):
         resize(RunFolder(root), {"rollout.kv_cache_tokens": 5000})
-    (vision, sharding) = resize(RunFolder(root), {"train.sharding": "none"})
+    (shards, vision, sharding) = resize(RunFolder(root), {"train.sharding": "none"})
+    tells(shards, "train.shards = 0")
     tells(vision, "train.shard_vision = False")
     tells(sharding, "train.sharding = none")
     train = read_config(root / "config.toml").train
-    assert (train.sharding, train.shards, train.shard_vision) == ("none", 2, False)
+    assert (train.sharding, train.shards, train.shard_vision) == ("none", 0, False)
 
 
 def test_every_seed_gets_them(tmp_path: Path, two_tokens: None) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from perl.config import Config, ModelConfig, TrainConfig
+from perl.model.sharding import Sharding, spread
 from perl.training.parallel import mesh
-from perl.training.parallel.mesh import check_sharding, make_sharding
+from perl.training.parallel.mesh import check_sharding, check_shared, make_sharding
 from tests.messages import refused
 
 
@@ -60,6 +62,7 @@ def test_a_copy_of_the_weights_lies_in_a_node_or_in_as_many_processes_as_asked_f
         ({"shards": 16}, 8, 8, ["train.shards = 16"]),
         ({}, 4, 1, ["train.shards", "4"]),
         ({}, 12, 8, ["train.shards", "12"]),
+        ({"sharding": "none", "shards": 2}, 2, 2, ["train.shards", "fsdp"]),
         ({"sharding": "none", "shard_vision": True}, 2, 2, ["train.shard_vision", "fsdp"]),
         ({"sharding": "none", "cpu_offload": True}, 2, 2, ["train.cpu_offload", "fsdp"]),
     ],
@@ -89,3 +92,26 @@ def test_padded_batches_are_not_sharded(tiny_folder: Callable[[str], Path], tmp_
     (tmp_path / "config.json").write_text(windowed)
     with refused("train.sharding = fsdp", tmp_path, "docs/models.md"):
         check_sharding(config_of(str(tmp_path), shards=2), 2, cuda=False)
+
+
+@pytest.mark.parametrize(
+    ("shards", "processes", "said"),
+    [
+        (0, 1, "whole, in one process"),
+        (0, 4, "whole in each of 4 processes"),
+        (8, 8, "in shards over 8 processes"),
+        (2, 8, "in 4 copies of 2 shards, over 8 processes"),
+    ],
+)
+def test_where_weights_lie_in_words(shards: int, processes: int, said: str) -> None:
+    over: Any = SimpleNamespace(size=lambda _: shards)
+    sharding = Sharding(over, torch.bfloat16) if shards else None
+    assert spread(sharding, processes) == said
+
+
+@pytest.mark.parametrize("processes", [1, 3, 6])
+def test_examples_are_shared_out_or_refused(processes: int) -> None:
+    config = replace(config_of(), train=TrainConfig(examples_per_step=6))
+    check_shared(config, processes)
+    with refused("train.examples_per_step = 6", "4 processes"):
+        check_shared(config, 4)

@@ -575,6 +575,10 @@ def test_what_cannot_be_planned_is_one_line(error_of: ErrorOf, tmp_path: Path) -
     assert run("plan", "demo", *asked[:2]) == 0  # Memory alone.
     sharded = ("--train.sharding", "fsdp")
     tells(error_of("plan", "demo", *sharded), "train.sharding", "fsdp", "--gpus", "none")
+    tells(
+        error_of("plan", "demo", *sharded, "--gpus", "4", "--train.shards", "3"), "train.shards = 3"
+    )
+    tells(error_of("plan", "demo", "--gpus", "4", "--train.shards", "2"), "train.shards", "fsdp")
     tells(error_of("plan", "demo", "--gpus", "0"), "--gpus 0", "1")
     tells(error_of("plan", "demo", "--gpus", "5"), "--gpus", "5", "train.examples_per_step", "12")
     tells(error_of("plan", "demo", "--picture", tmp_path), tmp_path)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from perl.config import Config
-from perl.training.roofline.memory import Bytes, memory
+from perl.training.roofline.memory import RESERVED, Bytes, memory
 from perl.training.roofline.model import model_facts
 from perl.training.roofline.step import StepWork
 from perl.types import UserError
@@ -64,6 +64,12 @@ def first_that_fits(work: StepWork, capacity: float) -> Change | None:
     return None
 
 
+def without_change(work: StepWork, capacity: float) -> str:
+    """What to do where no change suffices: more GPUs do not share what each keeps for itself."""
+    more = "" if RESERVED * (not work.cpu) >= capacity else "more or "
+    return f"take {more}larger GPUs" + ", or a smaller model" * bool(more)
+
+
 def peak_with(work: StepWork, keys: Mapping[str, Any], capacity: float) -> float | None:
     """Most bytes with other values of keys; None: the step cannot be taken with them."""
     config = changed(work.config, keys)
@@ -97,9 +103,10 @@ def _candidates(work: StepWork) -> Iterator[tuple[dict[str, Any], str]]:
     if sharded and not train.shard_vision and work.facts.tower_trained:
         yield {"train.shard_vision": True}, "the vision tower is shared, too"
     if train.optimizer == "adamw":
-        yield {"train.optimizer": "adamw_8bit"}, "moments take a byte, not four"
+        yield {"train.optimizer": "adamw_8bit"}, "moments take 2 bytes a weight, not 8"
     if sharded and not train.cpu_offload and not work.cpu:
-        yield {"train.cpu_offload": True}, "shards, gradients and moments lie in the host's memory"
+        away = "shards, gradients and moments lie in the host's memory (untested)"
+        yield {"train.cpu_offload": True}, away
     if not model.lora_rank:
         adapters = {"model.lora_rank": 64, "model.freeze_vision": True}
         yield adapters, "adapters alone are trained, and the model without them is the reference"

@@ -15,7 +15,7 @@ from perl.config import Config
 from perl.model.loading import check_model, compute_dtype
 from perl.model.sources import layers_of
 from perl.recipe import Stage
-from perl.training.roofline.advice import first_that_fits, peak_of
+from perl.training.roofline.advice import first_that_fits, peak_of, without_change
 from perl.training.roofline.memory import certain, memory
 from perl.training.roofline.model import model_facts
 from perl.training.roofline.step import Shape, StepWork
@@ -88,7 +88,7 @@ def check_memory(
 def _advice(work: Any, capacity: float) -> str:
     change = first_that_fits(work, capacity)
     if change is None:
-        return "take more or larger GPUs, or a smaller model"
+        return without_change(work, capacity)
     keys = " and ".join(f"{key} = {value}" for key, value in change.keys.items())
     return f"with {keys} a step would take {change.peak / 1e9:.1f} GB, as {change.why}"
 

@@ -91,7 +91,7 @@ class PlanSteps(Command):
 
 def figures(work: Any, capacity: float) -> dict[str, Any]:
     """What is shown and written of memory, in GPUs of so many bytes, and of what a step is."""
-    from perl.training.roofline.advice import first_that_fits, peak_of
+    from perl.training.roofline.advice import first_that_fits, peak_of, without_change
     from perl.training.roofline.memory import memory, on_host
 
     kept = memory(work, capacity)
@@ -107,6 +107,7 @@ def figures(work: Any, capacity: float) -> dict[str, Any]:
         "peak_bytes": {stage: sum(parts.values()) for stage, parts in kept.items()},
         "fits": peak_of(kept) <= capacity,
         "change": asdict(change) if change else None,
+        "without_change": without_change(work, capacity),
         "host": on_host(work),
         "notes": list(_notes(work)),
         "assumptions": list(_assumptions(work)),
@@ -244,10 +245,7 @@ def verdict(found: dict[str, Any]) -> str:
     most = max(parts, key=lambda name: parts[name])
     said = f"it does not fit: the {stage} takes {_gb(peaks[stage])} of {of} GB, {_gb(parts[most])} of them {most}; "
     if not change:
-        return (
-            said
-            + "no change that plan knows is enough: take more or larger GPUs, or a smaller model"
-        )
+        return f"{said}no change that plan knows is enough: {found['without_change']}"
     keys = " and ".join(f"{key} = {_toml(value)}" for key, value in change["keys"].items())
     return said + f"with {keys} it would take {_gb(change['peak'])} GB, as {change['why']}"
 

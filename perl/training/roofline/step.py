@@ -12,6 +12,7 @@ from perl.model.head import make_policy_loss, needs_reference
 from perl.model.packed.plan import Load, plan
 from perl.rollout.decoding.cache import slots_and_rows
 from perl.rollout.decoding.slots import PREFILL_TOKENS
+from perl.training.parallel.mesh import check_shards
 from perl.training.roofline.devices import Device
 from perl.training.roofline.model import ModelFacts
 from perl.types import UserError
@@ -108,11 +109,12 @@ class StepWork:
                 f"--gpus {self.gpus}: train.examples_per_step = {config.train.examples_per_step} cannot be shared by "
                 "them; make it a multiple"
             )
-        if config.train.sharding != "none" and self.shards < 2:
+        if config.train.sharding != "none" and self.gpus == 1:
             raise UserError(
                 'train.sharding = "fsdp" with one process: there is nothing to share the weights with; give more '
                 '--gpus, or set train.sharding = "none"'
             )
+        check_shards(config.train, self.gpus, min(self.node, self.gpus))
         for what, tokens, key, limit in (
             ("prompt", shape.prompt, "data.max_prompt_tokens", config.data.max_prompt_tokens),
             (

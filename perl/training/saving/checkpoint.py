@@ -264,14 +264,8 @@ class CheckpointManager:
         Raises:
             UserError: it is of another model; nothing has changed.
         """
-        own = dict(_trained(model))
-        stored = {n: shape for n, shape in stored_shapes(path).items() if "/" not in n}
-        if stored != {name: p.shape for name, p in own.items()}:
-            raise UserError(
-                f"checkpoint {path} is of another model than config.toml says; "
-                "put the settings under [model] back, or start again with --overwrite"
-            )
-        read_tensors(path, {name: p.detach() for name, p in own.items()})
+        check_weights(path, model)
+        read_tensors(path, {name: p.detach() for name, p in _trained(model)})
 
     def restore_optimizer(self, path: Path, model: nn.Module, optimizer: Optimizer) -> None:
         """Put a checkpoint's optimizer state back, and what its weights were before they were rounded."""
@@ -280,6 +274,19 @@ class CheckpointManager:
         read_tensors(
             path, {name: state[name] for name in state.keys() & stored_shapes(path).keys()}
         )
+
+
+def check_weights(path: Path, model: nn.Module) -> None:
+    """Raise UserError if a checkpoint is of another model; the message names the first weight that differs."""
+    own: dict[str, Any] = {name: p.shape for name, p in _trained(model)}
+    stored: dict[str, Any] = {n: s for n, s in stored_shapes(path).items() if "/" not in n}
+    for name in {**own, **stored}:
+        there, here = (tuple(s[name]) if name in s else "not there" for s in (stored, own))
+        if there != here:
+            raise UserError(
+                f"checkpoint {path} is of another model than config.toml says: {name} is {there} in it and {here} in the "
+                "model; put the settings under [model] back, or start again with --overwrite"
+            )
 
 
 def write_progress(path: Path, progress: Progress) -> None:

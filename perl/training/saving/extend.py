@@ -74,8 +74,8 @@ def resize(folder: RunFolder, sizes: Mapping[str, Any]) -> list[str]:
         return []
     config = read_config(folder.config)
     if sizes.get("train.sharding") == "none":
-        further = ("train.shard_vision", "train.cpu_offload")
-        sizes = {key: False for key in further if attrgetter(key)(config)} | dict(sizes)
+        further = {"train.shards": 0, "train.shard_vision": False, "train.cpu_offload": False}
+        sizes = {key: off for key, off in further.items() if attrgetter(key)(config)} | dict(sizes)
     changed = _with_sizes(config, sizes)
     check_config(changed)
     check_sharding(changed, int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available())
