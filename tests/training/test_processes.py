@@ -42,8 +42,8 @@ def test_a_signal_to_one_stops_both_and_both_go_on(tmp_path: Path) -> None:
     assert [code for code, _ in done] == [0, 0], done
     rl = metrics(folder, "rl")
     assert [r["step"] for r in rl] == [1, 2, 3]
-    # The first process rolls out its half, and the second draws the group that is replayed only if there is one more.
-    assert all(r["groups/seen"] == r["groups/tries"] for r in rl)
+    # Each process rolls out its half, and the second draws the group that is replayed only if there is one more.
+    assert all(r["groups/seen"] == 2 * r["groups/tries"] for r in rl)
     assert json.loads((shared / "summary.json").read_text())["per_seed"][0]["processes"] == 2
 
 

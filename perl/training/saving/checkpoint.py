@@ -40,7 +40,7 @@ from perl.types import UserError
 
 logger = logging.getLogger(__name__)
 
-_FILE_BYTES = 2**30
+_FILE_BYTES = 2**28
 """Of a file that a process writes, about: it lies in memory twice more until it is written."""
 
 
