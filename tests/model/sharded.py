@@ -70,17 +70,15 @@ def steps_of(policy: Any, segments: list[Any], processes: Any) -> list[Any]:
     ]
 
 
-def traced(models: str, name: str) -> tuple[Trace, Trace]:
-    """Of the two processes, and of one."""
+def traced(models: str, name: str, alone: bool) -> Trace:
+    """Of one process, or of all of them."""
     model, trained, how = CASES[name]
     config = ModelConfig(path=f"{models}/{model}", **trained)
     segments = segments_of(load_processor(config.path, config))
-    single = load(config.path, config)
-    alone = trace(single, ALONE, steps_of(single, segments, Processes(ALONE)))
-    sharding = None if how.get("whole") else spread_over(PROCESSES.count, **how)
+    sharding = None if alone or how.get("whole") else spread_over(PROCESSES.count, **how)
     policy = load(config.path, config, sharding)
-    mine = steps_of(policy, segments, PROCESSES)
-    return trace(policy, PROCESSES.accelerator, mine), alone
+    accelerator = ALONE if alone else PROCESSES.accelerator
+    return trace(policy, accelerator, steps_of(policy, segments, Processes(accelerator)))
 
 
 def rollouts(models: str) -> dict[str, Any]:
@@ -161,9 +159,13 @@ def resumed(models: str, kind: Any, folder: Path) -> dict[str, Any]:
 
 def main(models: str, out: Path) -> None:
     found: dict[str, Any] = {}
+    # What one process computes is dealt out.
+    own = list(CASES)[PROCESSES.index :: PROCESSES.count]
+    dealt_out = PROCESSES.gather([{name: traced(models, name, alone=True) for name in own}])
+    alone = {name: of_one for part in dealt_out for name, of_one in part.items()}
     for name in CASES:
-        pair = traced(models, name)
-        found[name] = compare(*pair) | {"gradients": len(pair[0].gradients[0])}
+        together = traced(models, name, alone=False)
+        found[name] = compare(together, alone.pop(name)) | {"gradients": len(together.gradients[0])}
     found["rollouts"] = rollouts(models)
     for kind in ("adamw", *(["adamw_8bit"] if find_spec("torchao") else [])):
         with uncompiled():

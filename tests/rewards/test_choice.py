@@ -151,9 +151,9 @@ LOOPS = (
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_looping_completion_takes_no_time(loop: str) -> None:
     text = loop * (100_000 // len(loop))
-    start = time.perf_counter()
+    start = time.process_time()
     chosen_letters(text, 4, ["a cat", "a dog"]), chosen_letters(f"<answer>{text}</answer>")
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_choice_without_gold_and_with_a_gold_that_is_none(caplog: Any) -> None:
