@@ -6,7 +6,7 @@ Example --permute--> Variant --generate--> Rollout --reward--> Group --filter-->
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -217,6 +217,16 @@ class EncodedPrompt:
     image_token_id: int
     raw: RawPrompt | None = None
     """For models that are trained on padded batches, whose own processor makes the tower's input anew each time."""
+    pictures: tuple[Image.Image, ...] = ()
+    """What `images` were made of, for an engine that makes them itself."""
+
+
+class WeightSpan(NamedTuple):
+    """`token_ids[start:end]` were sampled by the weights after `version` steps of the run."""
+
+    version: int
+    start: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +245,8 @@ class Rollout:
     logprobs: np.ndarray
     text: str
     finished: bool
+    weight_versions: tuple[WeightSpan, ...] = ()
+    """Which weights sampled which tokens, in their sequence; empty: those of its step sampled all."""
 
 
 @dataclass(frozen=True, slots=True)

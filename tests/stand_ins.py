@@ -4,6 +4,7 @@ processor whose tokens are words, examples in a row, processes that agree."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -92,6 +93,9 @@ class TableEngine:
     def __init__(self, answer: Callable[[Asked], str]) -> None:
         self.answer, self.processor = answer, Words()
         self.calls: list[Call] = []
+
+    def serving(self, version: int) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def generate(
         self, prompts: Sequence[WordPrompt], params: SamplingParams, seed: int

@@ -36,6 +36,8 @@ from perl.rewards.scorer import rollout_columns
 from perl.rollout.collect import Collector, drawn_orders
 from perl.rollout.decoding.slots import Slots
 from perl.rollout.engine import SamplingParams
+from perl.rollout.engines import on_servers
+from perl.rollout.vllm.client import Server
 from perl.timing import Stopwatch
 from perl.training.checks import check_setup
 from perl.training.commands import Train
@@ -48,7 +50,7 @@ from perl.types import Group, Message, UserError
 from perl_kernels import PolicyLoss
 from tests.command_line import json_lines
 from tests.messages import tells
-from tests.stand_ins import example
+from tests.stand_ins import example, processes
 from tests.training.two_tokens import (
     Accelerator,
     Letters,
@@ -447,6 +449,21 @@ def pushed(lab: Lab) -> list[str]:
     return [repo for repo in asked if repo]
 
 
+def servers(lab: Lab) -> list[Server]:
+    """Those that would sample."""
+    processor = lab.session.components.processor
+    engine = on_servers(lab.config.rollout, lab.policy, processor, processes())
+    return [*engine.servers] if engine else []
+
+
+def served(lab: Lab) -> list[str]:
+    return [server.url for server in servers(lab)]
+
+
+def of_server(look: Callable[[Server], Any]) -> Callable[[Lab], Any]:
+    return lambda lab: look(servers(lab)[0])
+
+
 def compiled(lab: Lab) -> tuple[bool, bool]:
     with pytest.MonkeyPatch.context() as patch:  # Its import takes seconds.
         patch.setattr(torch, "compile", lambda forward, **_: forward)
@@ -536,6 +553,8 @@ BUNDLED = {"data.train": "bundled:digits"}
 ONES = {"reward.functions": (f"{HERE}:ones",)}
 TOLD = {"reward.functions": (f"{HERE}:where_told",)}
 UP = {"reward.functions": (f"{HERE}:stairs",)}
+SERVER = {"rollout.url": ("http://127.0.0.1:1",)}
+VLLM = {**SERVER, "rollout.engine": "vllm"}
 SLOW = {"reward.functions": (f"{HERE}:slow",), "train.steps": 1, "train.examples_per_step": 1}
 # Half of them are right, all of them are.
 TRUNCATED = {"loss.correction": "token_truncate"}
@@ -683,6 +702,11 @@ ROWS = [
     Row("rollout.max_new_tokens", 64, lambda lab: loss_of(lab).max_completion_length, 512, 64,
         {"loss.preset": "dr_grpo"}),
     Row("rollout.kv_cache_tokens", 40, fillings, 1, 3),
+    Row("rollout.engine", "vllm", served, [], ["http://127.0.0.1:1"], SERVER),
+    Row("rollout.url", ("http://127.0.0.1:1", "http://127.0.0.1:2"), served, ["http://127.0.0.1:1"],
+        ["http://127.0.0.1:1", "http://127.0.0.1:2"], VLLM),
+    Row("rollout.requests", 3, of_server(lambda s: s.requests), 256, 3, VLLM),
+    Row("rollout.timeout", 5.0, of_server(lambda s: s.timeout), 600.0, 5.0, VLLM),
 
     Row("reward.functions", ("format",), lambda lab: set(lab.groups[0].reward_parts), {"share_of_b"}, {"format"}),
     Row("reward.weights", (2.0,), lambda lab: lab.groups[0].rewards.tolist(),

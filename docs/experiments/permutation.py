@@ -142,13 +142,13 @@ def measured(model: Path) -> dict[str, float]:
     from perl.report.metrics import mean
     from perl.rewards.reading import equal, extract_answer
     from perl.rollout.engine import SamplingParams
-    from perl.rollout.padded import make_engine
+    from perl.rollout.engines import in_process
     from perl.types import Rollout
 
     config = ModelConfig(path=str(model))
     policy = load_policy(str(model), config, torch.device("cpu"))
     processor = load_processor(str(model), config)
-    engine = make_engine(policy, processor, 256, nullcontext)
+    engine = in_process(policy, processor, 256, nullcontext)
     rows: defaultdict[str, list[float]] = defaultdict(list)
     data = load_examples("bundled:digits", DataConfig(), "test", EVAL_SEED, EXAMPLES)
     for index in range(EXAMPLES):

@@ -20,7 +20,7 @@ from perl.files import append_rows, keep_rows, read_rows
 from perl.permutation import Consistency, orders, permute, shares
 from perl.report.metrics import mean
 from perl.rewards.scorer import Scorer
-from perl.rollout.engine import InProcessEngine, SamplingParams
+from perl.rollout.engine import Engine, SamplingParams
 from perl.rollout.instruction import Instruction
 from perl.rollout.prompts import PromptEncoder, Shown
 from perl.rollout.sample import sample_counts
@@ -97,7 +97,7 @@ class Difficulty:
 
 
 def measure_chunks(
-    engine: InProcessEngine,
+    engine: Engine,
     encoder: PromptEncoder,
     dataset: Dataset | Sequence[Example],
     file: MeasuredFile,

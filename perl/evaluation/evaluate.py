@@ -24,7 +24,7 @@ from perl.permutation.alike import content_key
 from perl.report.metrics import mean
 from perl.rewards.forms import says_right
 from perl.rewards.scorer import Scorer
-from perl.rollout.engine import InProcessEngine, SamplingParams
+from perl.rollout.engine import Engine, SamplingParams
 from perl.rollout.prompts import PromptEncoder
 from perl.rollout.sample import sample
 from perl.types import Example, Rollout, UserError
@@ -89,7 +89,7 @@ class Scored(NamedTuple):
 
 
 def evaluate(
-    engine: InProcessEngine,
+    engine: Engine,
     encoder: PromptEncoder,
     dataset: Dataset | Sequence[Example],
     indices: Sequence[int],

@@ -109,7 +109,9 @@ class Processor(Demands):
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         flat = self._expand(ids, encoded, where)
         positions, next_position = self.family.positions(flat, encoded, self.image_token_id)
-        return EncodedPrompt(flat, positions, next_position, encoded, self.image_token_id)
+        return EncodedPrompt(
+            flat, positions, next_position, encoded, self.image_token_id, pictures=tuple(images)
+        )
 
     def render(
         self,

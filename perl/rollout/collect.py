@@ -17,7 +17,7 @@ from perl.recipe import Stage
 from perl.rewards.columns import TrainerState
 from perl.rewards.scorer import Scorer
 from perl.rollout.advantages import advantages_of, group_mean, group_weight
-from perl.rollout.engine import InProcessEngine, SamplingParams
+from perl.rollout.engine import Engine, SamplingParams
 from perl.rollout.filtering import GroupFilter, unscorable
 from perl.rollout.prompts import PromptEncoder, Shown
 from perl.rollout.replay import Replay
@@ -85,7 +85,7 @@ class Collector:
     def __init__(
         self,
         stage: Stage,
-        engine: InProcessEngine,
+        engine: Engine,
         encoder: PromptEncoder,
         scorer: Scorer,
         watch: Stopwatch,

@@ -1,4 +1,4 @@
-"""Sampling from the policy's own weights, in this process.
+"""What samples completions; and sampling from the policy's own weights, in this process.
 
 Each distinct image is encoded once, and each prompt is read once however many completions continue it: its keys and
 values are kept once, and read once a step for all of them.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,11 +18,12 @@ import torch
 from perl.model.layers import uncompiled
 from perl.model.policy import Policy
 from perl.model.processor import Processor
+from perl.model.sharding import gathered
 from perl.rollout.decoding.cache import slots_and_rows
 from perl.rollout.decoding.sampling import SamplingParams, sample
 from perl.rollout.decoding.slots import Job, Slots
 from perl.timing import span
-from perl.types import EncodedPrompt
+from perl.types import EncodedPrompt, WeightSpan
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,22 @@ class Completion:
     token_ids: np.ndarray
     logprobs: np.ndarray
     finished: bool
+    weight_versions: tuple[WeightSpan, ...] = ()
+
+
+class Engine(Protocol):
+    """What completes prompts."""
+
+    def serving(self, version: int) -> AbstractContextManager[None]:
+        """The policy's present weights, those after `version` steps of the run, answer in the block; all processes enter it
+        together."""
+        ...
+
+    def generate(
+        self, prompts: Sequence[EncodedPrompt], params: SamplingParams, seed: int
+    ) -> list[list[Completion]]:
+        """`params.n` completions for every prompt, sampled with this seed."""
+        ...
 
 
 class InProcessEngine:
@@ -51,11 +69,15 @@ class InProcessEngine:
         self.policy = policy
         self.pad, self.processor = processor.pad_token_id, processor
         # On the host as well: whether a completion has ended is asked without waiting for the device.
-        self.end_ids = sorted(_end_tokens(policy, processor))
+        self.end_ids = sorted(end_tokens(policy, processor))
         self.ends = torch.tensor(self.end_ids, device=policy.device)
         self.banned = processor.unsampled_token_ids()
         self.kv_cache_tokens = kv_cache_tokens
         self.steps_between_looks = 16 if self.ends.is_cuda else 1
+
+    def serving(self, version: int) -> AbstractContextManager[None]:
+        """All weights whole in every process."""
+        return gathered(self.policy)
 
     @torch.no_grad()
     def generate(
@@ -149,7 +171,7 @@ def _jobs(prompts: Sequence[EncodedPrompt], n: int, rows: int) -> list[Job]:
     return [Job(i, prompts[i], count) for i in order for count in counts]
 
 
-def _end_tokens(policy: Policy, processor: Processor) -> set[int]:
+def end_tokens(policy: Policy, processor: Processor) -> set[int]:
     """The tokenizer's end token and those of the checkpoint's generation settings; Qwen has two."""
     settings = getattr(policy.base, "generation_config", None)
     more = getattr(settings, "eos_token_id", None) or []

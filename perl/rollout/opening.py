@@ -87,8 +87,8 @@ def engine_and_encoder(config: Config) -> tuple[Any, Any]:
     import torch
 
     from perl.model.loading import load_policy, load_processor
+    from perl.rollout.engines import in_process
     from perl.rollout.instruction import Instruction
-    from perl.rollout.padded import make_engine
     from perl.rollout.prompts import PromptEncoder, PromptLimit
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -104,7 +104,7 @@ def engine_and_encoder(config: Config) -> tuple[Any, Any]:
         processor, limit, config.data.overlong, Instruction.of(config), config.data.control_tokens
     )
 
-    return make_engine(policy, processor, config.rollout.kv_cache_tokens), encoder
+    return in_process(policy, processor, config.rollout.kv_cache_tokens), encoder
 
 
 def fingerprint(model: str) -> str:

@@ -1,5 +1,4 @@
-"""Sampling from a model that is trained on padded batches, by transformers' own `generate`; and which engine a policy
-takes."""
+"""Sampling from a model that is trained on padded batches, by transformers' own `generate`."""
 
 from __future__ import annotations
 
@@ -12,8 +11,6 @@ import torch
 
 from perl.model.head import HeadLoss
 from perl.model.padded import PaddedPolicy
-from perl.model.policy import Policy
-from perl.model.processor import Processor
 from perl.rollout.engine import Completion, InProcessEngine, SamplingParams
 from perl.timing import span
 from perl.types import EncodedPrompt, Segment
@@ -137,9 +134,3 @@ class _Stops:
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         found = [self.stops(row, self.stop) for row in input_ids[:, self.start :].tolist()]
         return torch.tensor(found, device=input_ids.device)
-
-
-def make_engine(policy: Policy, processor: Processor, kv_cache_tokens: int) -> InProcessEngine:
-    """The engine that can sample from this policy; see `InProcessEngine`."""
-    engine = PaddedEngine if isinstance(policy, PaddedPolicy) else InProcessEngine
-    return engine(policy, processor, kv_cache_tokens)

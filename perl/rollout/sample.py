@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from perl.model.processor import Processor
-from perl.rollout.engine import InProcessEngine, SamplingParams
+from perl.rollout.engine import Engine, SamplingParams
 from perl.rollout.prompts import Shown
 from perl.types import Rollout
 
 
 def sample(
-    engine: InProcessEngine,
+    engine: Engine,
     processor: Processor,
     shown: Sequence[Shown],
     params: SamplingParams,
@@ -23,7 +23,13 @@ def sample(
     return [
         [
             Rollout(
-                variant, prompt, c.token_ids, c.logprobs, processor.decode(c.token_ids), c.finished
+                variant,
+                prompt,
+                c.token_ids,
+                c.logprobs,
+                processor.decode(c.token_ids),
+                c.finished,
+                c.weight_versions,
             )
             for c in completions
         ]
@@ -32,7 +38,7 @@ def sample(
 
 
 def sample_counts(
-    engine: InProcessEngine,
+    engine: Engine,
     processor: Processor,
     shown: Sequence[Shown],
     counts: Sequence[int],

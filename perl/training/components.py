@@ -20,7 +20,7 @@ from perl.data.readahead import ReadAhead, warm_up
 from perl.data.streamed import StreamedExamples
 from perl.data.streams import ExampleStream, MixedStream, Stream, training_sources
 from perl.data.tasks import vocabulary
-from perl.distributed import on_main_process, process_state
+from perl.distributed import Processes, on_main_process, process_state
 from perl.files import RunFolder, replacing
 from perl.model.head import HeadLoss
 from perl.model.loading import compute_dtype, load_policy, load_processor
@@ -31,10 +31,11 @@ from perl.recipe import Stage, plan, source_key
 from perl.report.trackers import usable_trackers
 from perl.rewards.scorer import Scorer
 from perl.rollout.collect import Collector
-from perl.rollout.engine import InProcessEngine
+from perl.rollout.engine import Engine
+from perl.rollout.engines import in_process, on_servers
 from perl.rollout.instruction import Instruction
-from perl.rollout.padded import make_engine
 from perl.rollout.prompts import PromptEncoder, PromptLimit
+from perl.rollout.vllm.engine import VLLMEngine
 from perl.timing import Stopwatch
 from perl.training.parallel.mesh import check_shared, make_sharding
 from perl.training.roofline.check import check_memory
@@ -59,6 +60,8 @@ class Components:
     model_path: str
     filtered: Mapping[str, Path] = field(default_factory=dict)
     """What filter stages have left of data sources, by `source_key`."""
+    servers: VLLMEngine | None = None
+    """What samples, if it is not this process; one for the whole run."""
 
     def for_stage(self, stage: Stage, filtered: Mapping[str, Path] | None = None) -> Components:
         return replace(self, stage=stage, filtered=filtered or {})
@@ -74,9 +77,9 @@ class Components:
         return PromptEncoder(self.processor, limit, data.overlong, asked, data.control_tokens)
 
     @cached_property
-    def engine(self) -> InProcessEngine:
+    def engine(self) -> Engine:
         tokens = self.config.rollout.kv_cache_tokens
-        return make_engine(self.policy, self.processor, tokens)
+        return self.servers or in_process(self.policy, self.processor, tokens)
 
     @cached_property
     def collector(self) -> Collector:
@@ -157,7 +160,10 @@ def build(config: Config, stage: Stage, folder: RunFolder) -> Components:
     check_memory(config, path, plan(config), accelerator.device, accelerator.num_processes)
     torch.manual_seed(config.run.seed)
     policy = load_policy(path, config.model, accelerator.device, sharding)
-    return Components(stage, folder, accelerator, policy, processor, Stopwatch(), path)
+    servers = on_servers(config.rollout, policy, processor, Processes(accelerator))
+    return Components(
+        stage, folder, accelerator, policy, processor, Stopwatch(), path, servers=servers
+    )
 
 
 def _workers(config: Config, device: torch.device) -> int:

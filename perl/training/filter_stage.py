@@ -10,7 +10,6 @@ from perl.data.dataset import Dataset, load_examples
 from perl.distributed import on_main_process
 from perl.evaluation.difficulty import MeasuredFile, Measurement, check_measured, measure_chunks
 from perl.evaluation.selection import write_selection
-from perl.model.sharding import gathered
 from perl.recipe import Stage, filtered_file, measured_function
 from perl.report.metrics import mean
 from perl.rewards.scorer import Scorer
@@ -38,7 +37,11 @@ def filter_data(session: Session, stage: Stage) -> None:
     asked, size = config.resample.examples, dataset.size
     indices = range(asked if size is None else min(asked or size, size))
     components.policy.vision.clear_cache()
-    with components.watch("filter"), gathered(components.policy), session.processes.jointly():
+    with (
+        components.watch("filter"),
+        components.engine.serving(session.progress.steps),
+        session.processes.jointly(),
+    ):
         mine = _measure(
             session, stage, dataset, indices[session.processes.index :: session.processes.count]
         )

@@ -8,7 +8,6 @@ from typing import Any
 from perl.data.columns import tell_once
 from perl.evaluation.evaluate import accuracy_of, aggregate, evaluate, unmeasured
 from perl.evaluation.record import save_evaluation
-from perl.model.sharding import gathered
 from perl.rollout.instruction import Instruction
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.training.session import Session
@@ -49,7 +48,7 @@ def measure(session: Session, at: str, step: int) -> dict[str, Any] | None:
     )
     with (
         components.watch("evaluate"),
-        gathered(components.policy),
+        components.engine.serving(session.progress.steps),
         session.processes.jointly(),
     ):
         scorer = components.collector.scorer

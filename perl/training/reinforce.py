@@ -44,7 +44,7 @@ def reinforce(session: Session, stage: Stage) -> None:
     for step in session.steps():
         started, encoded = time.perf_counter(), vision.images_encoded
         policy_step.flops.begin_step()
-        with gathered(components.policy):
+        with components.engine.serving(session.progress.steps):
             collected = components.collector.collect(session.source, session.processes, step)
         flops = policy_step.flops("rollout", rolled_out(collected.seen))
         tally = group_tally(collected, reading) | policy_step(step, collected.groups)

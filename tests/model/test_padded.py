@@ -24,7 +24,8 @@ from perl.model.processor import Processor
 from perl.model.tiny import make_tokenizer
 from perl.permutation import permute
 from perl.rollout.engine import SamplingParams
-from perl.rollout.padded import PaddedEngine, make_engine
+from perl.rollout.engines import in_process
+from perl.rollout.padded import PaddedEngine
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.types import EncodedImage, EncodedPrompt, Example, Message, Segment
 from tests.messages import refused, tells
@@ -186,7 +187,7 @@ def test_weights_in_bfloat16_are_trained_and_sampled_from(load, llava: Path) -> 
     torch.testing.assert_close(ours.double(), truth, rtol=0, atol=0.01)
     policy(batch).square().sum().backward()
     assert sum(p.grad is not None for p in policy.parameters()) > 20
-    completions = make_engine(policy, processor, 1000).generate(
+    completions = in_process(policy, processor, 1000).generate(
         [s.prompt for s in segments], SamplingParams(2, 1.0, 3), seed=0
     )
     assert all(len(c.token_ids) for each in completions for c in each)
@@ -224,7 +225,7 @@ def test_the_engine_samples_from_the_distribution_that_is_trained(load) -> None:
     policy, processor = load()
     policy.base.generation_config.top_k = 2  # A checkpoint's habits are not the policy's.
     prompts = [s.prompt for s in segments_of(processor)]
-    engine = make_engine(policy, processor, 2**12)
+    engine = in_process(policy, processor, 2**12)
     assert isinstance(engine, PaddedEngine)
     out = engine.generate(prompts, SamplingParams(3, 0.7, 9), seed=1)
     assert [len(cs) for cs in out] == [3] * len(prompts)
@@ -247,7 +248,7 @@ def test_the_engine_samples_from_the_distribution_that_is_trained(load) -> None:
 def test_greedy_is_the_most_likely_token_of_the_padded_model(load) -> None:
     policy, processor = load()
     prompts = [s.prompt for s in segments_of(processor)]
-    engine = make_engine(policy, processor, 2**12)
+    engine = in_process(policy, processor, 2**12)
     for prompt, [completion] in zip(
         prompts, engine.generate(prompts, SamplingParams(1, 0.0, 4), seed=1), strict=True
     ):

@@ -159,7 +159,7 @@ def test_engine_and_encoder_are_those_of_the_settings(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("perl.model.loading.load_policy", load)
     monkeypatch.setattr("perl.model.loading.load_processor", load)
-    monkeypatch.setattr("perl.rollout.padded.make_engine", lambda *parts: parts)
+    monkeypatch.setattr("perl.rollout.engines.in_process", lambda *parts: parts)
     (policy, processor, tokens), encoder = engine_and_encoder(config)
     assert loaded == [("m", replace(config.model, lora_rank=0)), ("m", config.model)]
     assert (policy, tokens, encoder.processor) == ("policy", 700, processor)

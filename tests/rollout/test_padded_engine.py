@@ -11,7 +11,8 @@ import torch
 
 from perl.model.padded import PaddedPolicy
 from perl.rollout.engine import InProcessEngine, SamplingParams
-from perl.rollout.padded import PaddedEngine, make_engine
+from perl.rollout.engines import in_process
+from perl.rollout.padded import PaddedEngine
 from perl.types import EncodedImage, EncodedPrompt
 
 END, PAD, BANNED = 8, 7, [5, 6]
@@ -80,7 +81,7 @@ def test_completions_of_prompts_with_and_without_pictures(
     processor: Any = SimpleNamespace(
         pad_token_id=PAD, eos_token_id=END, unsampled_token_ids=lambda: torch.tensor(BANNED)
     )
-    engine = make_engine(policy, processor, 80)
+    engine = in_process(policy, processor, 80)
     assert isinstance(engine, PaddedEngine)
     prompts = [prompt(10, shows=True), prompt(20), prompt(30, shows=True)]
     torch.manual_seed(3)
@@ -114,7 +115,7 @@ def test_a_stop_text_ends_a_completion(monkeypatch: pytest.MonkeyPatch) -> None:
         unsampled_token_ids=lambda: torch.tensor(BANNED),
         decode=lambda ids: " ".join(str(i) for i in ids),
     )
-    engine = make_engine(policy, processor, 80)
+    engine = in_process(policy, processor, 80)
     params = SamplingParams(2, 1.0, 9, 0.9, 5, ("10 11",))
     ((first, second),) = engine.generate([prompt(10)], params, seed=1)
     assert (first.token_ids.tolist(), first.finished) == ([10, END], True)
@@ -131,7 +132,7 @@ def test_other_policies_are_packed() -> None:
     processor: Any = SimpleNamespace(
         pad_token_id=PAD, eos_token_id=END, unsampled_token_ids=lambda: torch.tensor(BANNED)
     )
-    assert type(make_engine(policy, processor, 8)) is InProcessEngine  # type: ignore[arg-type]
+    assert type(in_process(policy, processor, 8)) is InProcessEngine  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("tokens", "together"), [(80, [3]), (79, [2, 1]), (1, [1, 1, 1])])
@@ -150,6 +151,6 @@ def test_the_budget_counts_each_completion_with_its_prompt(
 
     monkeypatch.setattr(PaddedEngine, "_batch", batch)
     prompts = [EncodedPrompt(np.zeros(n), np.zeros((1, n)), n, (), -1) for n in (4, 1, 2)]
-    engine = make_engine(Padded(), processor, tokens - 2)
+    engine = in_process(Padded(), processor, tokens - 2)
     assert engine.generate(prompts, SamplingParams(2, 1.0, 9), 1) == [4, 1, 2]
     assert asked == together

@@ -114,6 +114,9 @@ class OwnEngine:
     def __init__(self, policy: TwoTokens) -> None:
         self.policy = policy
 
+    def serving(self, version: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def generate(
         self, prompts: Sequence[EncodedPrompt], params: SamplingParams, seed: int
     ) -> list[list[Completion]]:

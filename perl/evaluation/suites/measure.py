@@ -12,7 +12,7 @@ from perl.evaluation.suites.reading import Judgement, Reply
 from perl.llm import Endpoint
 from perl.permutation import all_orders, answer_form, num_orders, original_answer, permute
 from perl.rewards.reading import canonical
-from perl.rollout.engine import InProcessEngine, SamplingParams
+from perl.rollout.engine import Engine, SamplingParams
 from perl.rollout.prompts import PromptEncoder, Shown
 from perl.rollout.sample import sample
 from perl.types import IMAGE_SLOT, Rollout, UserError, Variant
@@ -51,7 +51,7 @@ class Procedure:
 def measure(
     items: Items,
     answers: AnswerFile,
-    engine: InProcessEngine,
+    engine: Engine,
     encoder: PromptEncoder,
     how: Procedure,
     advance: Callable[[int], None],

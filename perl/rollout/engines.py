@@ -1,0 +1,50 @@
+"""Which engine samples from a policy."""
+
+from __future__ import annotations
+
+import os
+
+from perl.config import RolloutConfig
+from perl.distributed import Processes
+from perl.model.padded import PaddedPolicy
+from perl.model.policy import Policy
+from perl.model.processor import Processor
+from perl.rollout.engine import InProcessEngine
+from perl.rollout.padded import PaddedEngine
+from perl.rollout.vllm.client import Server
+from perl.rollout.vllm.engine import VLLMEngine
+from perl.types import UserError
+
+KEY = "PERL_VLLM_API_KEY"
+"""The environment's variable with the key that vLLM servers were started with; it stands in no file."""
+
+
+def in_process(policy: Policy, processor: Processor, kv_cache_tokens: int) -> InProcessEngine:
+    """The engine that samples from this policy in this process; see `InProcessEngine`."""
+    engine = PaddedEngine if isinstance(policy, PaddedPolicy) else InProcessEngine
+    return engine(policy, processor, kv_cache_tokens)
+
+
+def on_servers(
+    config: RolloutConfig, policy: Policy, processor: Processor, processes: Processes
+) -> VLLMEngine | None:
+    """The engine that samples from this policy on vLLM servers; None where the config asks for none.
+
+    Raises:
+        UserError: no server is named, or the model is one whose prompts they cannot be given.
+    """
+    if config.engine == "inprocess":
+        return None
+    if not config.url:
+        raise UserError(
+            "rollout.engine = vllm samples on vLLM servers, and none is named; give --rollout.url http://127.0.0.1:8000"
+        )
+    if isinstance(policy, PaddedPolicy):
+        raise UserError(
+            "rollout.engine = vllm: this model is trained on padded batches, whose prompts vLLM cannot be given token by "
+            "token; leave rollout.engine out, or write a family for the model (docs/models.md)"
+        )
+    servers = [
+        Server(url, os.environ.get(KEY), config.timeout, config.requests) for url in config.url
+    ]
+    return VLLMEngine(servers, policy, processor, processes)
