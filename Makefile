@@ -15,12 +15,12 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --con
 # processes of one thread each.
 THREADS := $(shell n=$$(nproc 2>/dev/null || echo 2); if [ "$$n" -gt 8 ]; then n=8; fi; echo "$$n")
 demo: export OMP_NUM_THREADS ?= $(THREADS)
-test: export OMP_NUM_THREADS ?= 1
+test vllm-test: export OMP_NUM_THREADS ?= 1
 # libgomp's threads would spin for minutes when another process wants the cores.
 export GOMP_SPINCOUNT ?= 1000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test sanitize mutants lint format bench bench-wheels bench-compare gpu-first clean
+.PHONY: help setup demo test vllm-test sanitize mutants lint format bench bench-wheels bench-compare gpu-first clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,12 @@ demo: $(STAMP) ## train a tiny model on bundled questions over several images; w
 
 test: $(STAMP) ## run the tests; ARGS="-k pack" selects some
 	.venv/bin/python -m pytest --numprocesses $(THREADS) --dist worksteal $(ARGS)
+
+# A server's environment is its own: what vLLM pins is not what training is tested with.
+VLLM_VENV ?= .venv-vllm
+vllm-test: $(STAMP) ## train against real vLLM servers; makes .venv-vllm, 6 GB, or takes VLLM_VENV=/path/to/one
+	@ls "$(VLLM_VENV)"/lib/python3*/site-packages/vllm-*.dist-info >/dev/null 2>&1 || bash tests/vllm/environment.sh "$(VLLM_VENV)" "$(PYTHON)"
+	PERL_TEST_VLLM="$(abspath $(VLLM_VENV))/bin/vllm" .venv/bin/python -m pytest tests/vllm $(ARGS)
 
 sanitize: $(STAMP) ## run the tests of the native rows under AddressSanitizer and UndefinedBehaviorSanitizer; needs cmake
 	cmake -S . -B build/sanitize -DPERL_SANITIZE=ON -DPERL_REQUIRE_NATIVE=ON -DPython_EXECUTABLE="$(CURDIR)/.venv/bin/python"
@@ -73,8 +79,8 @@ bench-compare: $(STAMP) ## tell whether anything is slower than at BASE=<revisio
 gpu-first: $(STAMP) ## the first run on a GPU, in parts of at most ten minutes; ARGS=sanitizer is the last of them
 	.venv/bin/python benchmarks/gpu_first.py $(ARGS)
 
-clean: ## remove .venv, builds and caches; runs/ stays
-	rm -rf .venv build dist .benchmarks .hypothesis .pytest_cache .ruff_cache
+clean: ## remove .venv, .venv-vllm, builds and caches; runs/ stays
+	rm -rf .venv .venv-vllm build dist .benchmarks .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/stamp-%:

@@ -6,21 +6,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from perl.config import ModelConfig
-from perl.model.head import HeadLoss
 from perl.model.loading import load_policy, load_processor
 from perl.model.policy import Policy
 from perl.model.processor import Processor
-from perl.rollout.engine import Completion, SamplingParams
+from perl.rollout.engine import SamplingParams
 from perl.rollout.vllm.client import Server
 from perl.rollout.vllm.engine import VLLMEngine
-from perl.types import EncodedPrompt, Message, Segment
 from tests.stand_ins import processes
+from tests.vllm_checks import apart, changed, prompt
 from tests.vllm_server import VLLMServer, vllm_server
 
 PARAMS = SamplingParams(n=3, temperature=1.0, max_new_tokens=6)
@@ -50,33 +47,6 @@ def processor(folder: Path) -> Processor:
 @pytest.fixture
 def engine(server: VLLMServer, policy: Policy, processor: Processor) -> VLLMEngine:
     return VLLMEngine([Server(server.url, None, 60.0, 8)], policy, processor, processes())
-
-
-def prompt(processor: Processor, *order: int) -> EncodedPrompt:
-    """Pictures of one, two and four tokens, the last of which is resized."""
-    draw = np.random.default_rng(0)
-    sizes = ((28, 28), (28, 56), (45, 70))
-    pictures = [Image.fromarray(draw.integers(0, 255, (*s, 3), dtype=np.uint8)) for s in sizes]
-    question = "A <image> B <image> C <image> Which image shows 3"
-    return processor.encode_messages([Message("user", question)], [pictures[i] for i in order])
-
-
-def apart(
-    policy: Policy, processor: Processor, prompt: EncodedPrompt, found: list[Completion]
-) -> float:
-    """Most |log p(engine) - log p(trainer)| of the tokens of some completions."""
-    segment = Segment(prompt, tuple(c.token_ids for c in found), (0.0,) * len(found))
-    head = HeadLoss(policy, processor.unsampled_token_ids(), 1.0)
-    (batch,) = policy.pack([segment], 4096, True)
-    theirs = np.concatenate([found[i].logprobs for _, i in batch.source])
-    return float(np.abs(head.logprobs(batch).logprobs.numpy() - theirs).max())
-
-
-def changed(policy: Policy) -> None:
-    """Head and tower in a step as large as none in training is."""
-    with torch.no_grad():
-        for weight in policy.parameters():
-            weight.add_(torch.randn_like(weight), alpha=0.02)
 
 
 def test_its_tokens_have_the_trainers_probabilities_before_and_after_each_step(
