@@ -55,8 +55,6 @@ class VLLMServer:
             name = path.rpartition("/")[2]
             if name == "generate":
                 return self._generate(body)
-            if name == "render":
-                return 200, self._render(body)
             if name == "weight_info":
                 return 200, {"weight_version": self.version}
             if name == "pause":
@@ -76,35 +74,23 @@ class VLLMServer:
                 return 404, {"error": f"no route {path}"}
         return 200, {}
 
-    def _render(self, body: Any) -> Any:
-        (part,) = body["messages"][0]["content"]
-        data = part["image_url"]["url"].partition(",")[2]
-        image = Image.open(io.BytesIO(base64.b64decode(data)))
-        tokens = self.processor.encode_image(image).tokens
-        features = {
-            "mm_hashes": {"image": ["its own"]},
-            "mm_placeholders": {"image": [{"offset": 3, "length": tokens}]},
-            "kwargs_data": {"image": [data]},
-        }
-        return {"features": features}
-
     def _generate(self, body: Any) -> tuple[int, Any]:
         if self.loading:
             return 500, {"error": "expected device meta"}
-        sampling, said = body["sampling_params"], body.get("features")
-        images: list[EncodedImage] = []
-        if said:
-            keys = said["mm_hashes"]["image"]
-            sent = (said.get("kwargs_data") or {"image": [None] * len(keys)})["image"]
-            for key, data in zip(keys, sent, strict=True):
-                if data:
-                    image = Image.open(io.BytesIO(base64.b64decode(data)))
-                    self.pixels[key] = self.processor.encode_image(image)
-                if key not in self.pixels:
-                    return 500, {"error": f"no data for {key}"}
-                images.append(self.pixels[key])
-        ids = np.array(body["token_ids"])
+        sampling, ids = body["sampling_params"], np.array(body["token_ids"])
         token = self.processor.image_token_id
+        for part in body.get("content_parts", ()):
+            data = part["url"].partition(",")[2]
+            image = self.processor.encode_image(Image.open(io.BytesIO(base64.b64decode(data))))
+            self.pixels[part["uuid"]] = image
+            place = {"offset": 0, "length": image.tokens}
+            return 200, {"choices": [], "mm_placeholders": {"image": [place]}}
+        images: list[EncodedImage] = []
+        if said := body.get("features"):
+            keys = said["mm_hashes"]["image"]
+            if missing := [key for key in keys if key not in self.pixels]:
+                return 500, {"error": f"no data for {missing}"}
+            images = [self.pixels[key] for key in keys]
         positions, following = self.processor.family.positions(ids, images, token)
         prompt = EncodedPrompt(ids, positions, following, tuple(images), token)
         params = SamplingParams(

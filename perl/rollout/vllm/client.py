@@ -61,14 +61,25 @@ class Server:
             answer = await self.post("/inference/v1/generate", body)
         return sorted(answer["choices"], key=lambda choice: choice["index"])
 
-    async def render(self, picture: str) -> dict[str, Any]:
-        """Features of a chat that is one picture, given as a data URL."""
-        content = [{"type": "image_url", "image_url": {"url": picture}}]
-        messages = [{"role": "user", "content": content}]
-        answer = await self.post(
-            "/v1/chat/completions/render", {"model": MODEL, "messages": messages}
-        )
-        return answer["features"]
+    async def show(self, picture: str, key: str, token: int) -> int:
+        """Put a picture, given as a data URL, into the server's cache under a key; returns how many tokens it is there.
+
+        Args:
+            token: that stands for pictures.
+        """
+        part = {"type": "image_url", "url": picture, "uuid": key}
+        body = {
+            "model": MODEL,
+            # One, which the server makes as many of as the picture is tokens.
+            "token_ids": [token],
+            "content_parts": [part],
+            "sampling_params": {"max_tokens": 1},
+            "return_token_ids": True,
+        }
+        async with self._free:
+            answer = await self.post("/inference/v1/generate", body)
+        (place,) = answer["mm_placeholders"]["image"]
+        return place["length"]
 
     async def weight_version(self) -> str:
         return (await self.get("/weight_info"))["weight_version"]

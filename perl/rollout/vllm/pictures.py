@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from perl.report.gallery import as_shown
-from perl.rollout.vllm.client import MODEL, Server, ServerError
+from perl.rollout.vllm.client import Server, ServerError
 from perl.types import EncodedImage, EncodedPrompt
 
 
 class Pictures:
-    """Those that one server has in its cache, by the content's hash, which is what requests name them by."""
+    """Those that one server has in its cache under the hashes of their contents, which requests name them by."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
@@ -37,37 +37,24 @@ class Pictures:
             await self._there[encoded.key]
 
     async def _bring(self, encoded: EncodedImage, picture: Image.Image, token: int) -> None:
-        # In the size that the trainer sees it, which the server's processor then leaves as it is.
-        rendered = await self.server.render(_data_url(as_shown(encoded, picture)))
-        (place,) = rendered["mm_placeholders"]["image"]
-        if place["length"] != encoded.tokens:
+        # In the size that the trainer sees it, which the server's processor then leaves as it is. A request of its own puts it
+        # into the cache, so that none of those that follow needs the pixels.
+        shown = _data_url(as_shown(encoded, picture))
+        tokens = await self.server.show(shown, encoded.key, token)
+        if tokens != encoded.tokens:
             raise ServerError(
                 self.server,
-                f"makes {place['length']} tokens of a picture that are {encoded.tokens} here; do --mm-processor-kwargs differ?",
+                f"makes {tokens} tokens of a picture that are {encoded.tokens} here; do --mm-processor-kwargs differ?",
             )
-        # A request of its own puts it into the cache, so that none of those that follow needs the data.
-        alone = features([encoded], [0], rendered["kwargs_data"])
-        body = {
-            "model": MODEL,
-            "token_ids": [token] * encoded.tokens,
-            "features": alone,
-            "sampling_params": {"max_tokens": 1},
-        }
-        await self.server.generate(body)
 
 
-def features(
-    images: Sequence[EncodedImage],
-    offsets: Sequence[int],
-    data: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """What a request says of the pictures in its tokens: their hashes, where they stand, and their pixels if they are sent."""
+def features(images: Sequence[EncodedImage], offsets: Sequence[int]) -> dict[str, Any]:
+    """What a request says of the pictures in its tokens: by which keys the server has them, and where they stand."""
     places = [{"offset": o, "length": i.tokens} for o, i in zip(offsets, images, strict=True)]
-    said: dict[str, Any] = {
+    return {
         "mm_hashes": {"image": [image.key for image in images]},
         "mm_placeholders": {"image": places},
     }
-    return said | ({"kwargs_data": dict(data)} if data else {})
 
 
 def offsets_of(prompt: EncodedPrompt) -> list[int]:
