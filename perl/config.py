@@ -251,7 +251,21 @@ class PermutationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
+class EngineConfig:
+    """What samples, in a run and in the commands that ask a model."""
+
+    engine: Literal["inprocess", "vllm"] = "inprocess"
+    """What samples: the weights of this process, or vLLM servers that are given them (docs/rollouts.md)."""
+    url: tuple[str, ...] = ()
+    """Addresses of vLLM servers, as in http://127.0.0.1:8000."""
+    requests: Positive = 256
+    """Most requests, of one prompt and all its completions each, that a process has under way at a server."""
+    timeout: AboveZero = 600.0
+    """Seconds after which a server that answers nothing counts as hanging."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(EngineConfig):
     """Sampling of completions."""
 
     per_order: Positive = 6
@@ -270,14 +284,6 @@ class RolloutConfig:
     kv_cache_tokens: Positive = 131072
     """Most tokens, of prompts and completions, whose keys and values are kept at once while sampling: what goes on at a
     time. A prompt counts once for all its completions; each of these counts max_new_tokens. Of the engine in process."""
-    engine: Literal["inprocess", "vllm"] = "inprocess"
-    """What samples: the weights of this process, or vLLM servers that are given them (docs/rollouts.md)."""
-    url: tuple[str, ...] = ()
-    """Addresses of vLLM servers, as in http://127.0.0.1:8000."""
-    requests: Positive = 256
-    """Most requests, of one prompt and all its completions each, that a process has under way at a server."""
-    timeout: AboveZero = 600.0
-    """Seconds after which a server that answers nothing counts as hanging."""
 
 
 @dataclass(frozen=True, kw_only=True)

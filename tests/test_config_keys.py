@@ -692,6 +692,11 @@ ROWS = [
     Row("permutation.draw", "released", one_order, False, True, ALL),
     Row("permutation.condition", "original", each("packed", lambda p: len(p[1])), [4, 4], [2, 2]),
 
+    Row("rollout.engine", "vllm", served, [], ["http://127.0.0.1:1"], SERVER),
+    Row("rollout.url", ("http://127.0.0.1:1", "http://127.0.0.1:2"), served, ["http://127.0.0.1:1"],
+        ["http://127.0.0.1:1", "http://127.0.0.1:2"], VLLM),
+    Row("rollout.requests", 3, of_server(lambda s: s.requests), 256, 3, VLLM),
+    Row("rollout.timeout", 5.0, of_server(lambda s: s.timeout), 600.0, 5.0, VLLM),
     Row("rollout.per_order", 3, last("params", lambda p: p.n), 2, 3),
     Row("rollout.temperature", 0.5, last("params", lambda p: p.temperature), 1.0, 0.5),
     Row("rollout.temperature", 0.5, lambda lab: lab.session.components.head.temperature, 1.0, 0.5),
@@ -702,11 +707,6 @@ ROWS = [
     Row("rollout.max_new_tokens", 64, lambda lab: loss_of(lab).max_completion_length, 512, 64,
         {"loss.preset": "dr_grpo"}),
     Row("rollout.kv_cache_tokens", 40, fillings, 1, 3),
-    Row("rollout.engine", "vllm", served, [], ["http://127.0.0.1:1"], SERVER),
-    Row("rollout.url", ("http://127.0.0.1:1", "http://127.0.0.1:2"), served, ["http://127.0.0.1:1"],
-        ["http://127.0.0.1:1", "http://127.0.0.1:2"], VLLM),
-    Row("rollout.requests", 3, of_server(lambda s: s.requests), 256, 3, VLLM),
-    Row("rollout.timeout", 5.0, of_server(lambda s: s.timeout), 600.0, 5.0, VLLM),
 
     Row("reward.functions", ("format",), lambda lab: set(lab.groups[0].reward_parts), {"share_of_b"}, {"format"}),
     Row("reward.weights", (2.0,), lambda lab: lab.groups[0].rewards.tolist(),
