@@ -8,6 +8,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import functools
+import gc
 import json
 import logging
 import random
@@ -51,7 +53,8 @@ def pytest_configure() -> None:
 
 def _hasten_interpreter() -> None:
     """Triton's interpreter replaces the functions of triton.language anew for every device function
-    that is called, which takes most of its time; mostly they have been replaced already."""
+    that is called, which takes most of its time; mostly they have been replaced already. It also
+    makes a table of all types anew for each value whose NumPy type it looks up."""
     try:
         from triton.language import core
         from triton.runtime import interpreter
@@ -69,7 +72,21 @@ def _hasten_interpreter() -> None:
         except Exception as error:
             raise InterpreterError(repr(error)) from error
 
+    of_scalar = functools.cache(interpreter._get_np_dtype)
+    pointers = np.dtype(np.uint64)
+
+    def np_dtype(kind: core.dtype) -> np.dtype:
+        scalar = kind.scalar  # A block's own type cannot be hashed.
+        return pointers if isinstance(scalar, core.pointer_type) else of_scalar(scalar)
+
     InterpretedFunction.__call__ = call
+    interpreter._get_np_dtype = np_dtype
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays, and is not looked through at each collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

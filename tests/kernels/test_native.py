@@ -324,11 +324,12 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["avx512", "avx2", "portable"])
 def test_other_instruction_sets(name: str) -> None:
-    """All tests of rows again, in a process of its own: the choice is made once."""
+    """All tests of rows again, in a process of its own: the choice is made once. Those of other processes choose themselves."""
     if WHAT.endswith(name):
         pytest.skip("the one that the other tests have run")
     tests = [f"tests/kernels/test_{file}.py" for file in ("native", "rows")]
-    only = "native and not triton and not other_instruction_sets"
+    processes = "other_instruction_sets or what_is_told or threads_are_pytorchs"
+    only = f"native and not triton and not ({processes})"
     found = run("-m", "pytest", "-q", "-rs", "-k", only, *tests, PERL_NATIVE_ISA=name)
     if "does not have" in found.stdout:
         pytest.skip(f"this processor has no {name}")
