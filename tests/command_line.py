@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from perl.cli import main
+from tests.forked import Forked
 
 ErrorOf = Callable[..., str]
 """The fixture `error_of`: runs a command that must fail by one line of error with code 2, and returns what it says."""
@@ -46,20 +48,23 @@ def spawn(*arguments: object, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-def spawn_two(*arguments: object) -> list[subprocess.Popen[str]]:
-    """Two processes that know of each other, as torchrun would start them."""
+_forked = partial(Forked, "perl")
+
+
+def spawn_two(*arguments: object, start: Callable[..., Any] = _forked) -> list[Any]:
+    """Two processes that know of each other, as torchrun would start them; of interpreters of their own with `start=spawn`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     sizes = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     shared = {**sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
-        spawn(*arguments, **shared, OMP_NUM_THREADS="1", RANK=rank, LOCAL_RANK=rank)
+        start(*arguments, **shared, OMP_NUM_THREADS="1", RANK=rank, LOCAL_RANK=rank)
         for rank in ("0", "1")
     ]
 
 
-def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+def finish(processes: list[Any]) -> list[tuple[int, str]]:
     """The exit code of each and what it printed."""
     try:
         outputs = [p.communicate(timeout=240)[0] for p in processes]
@@ -69,7 +74,7 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     return [(p.returncode, out) for p, out in zip(processes, outputs, strict=True)]
 
 
-def wait_for(folder: Path, stage: str, step: int, *processes: subprocess.Popen[str]) -> None:
+def wait_for(folder: Path, stage: str, step: int, *processes: Any) -> None:
     """Until the processes of a run have recorded a step."""
     deadline = time.monotonic() + 240
     while f'"stage": "{stage}", "step": {step},' not in _text(folder / "metrics.jsonl"):

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from perl.lock import holder, locked, refuse_if_running
-from tests.command_line import ErrorOf, json_lines, metrics, rewarded, run, spawn, wait_for
+from tests.command_line import ErrorOf, json_lines, metrics, rewarded, run, wait_for
+from tests.forked import Forked
 from tests.messages import refused, tells
 
 
@@ -114,7 +115,7 @@ def test_what_is_asked_of_a_run_that_is_running(
     folder, data = base / "run", base / "data.jsonl"
     options = (*rewarded(base, WAITING), "--train.steps", "2", "--run.checkpoint-every", "1")
     options += ("--reward.timeout", "0")
-    process = spawn("train", short_recipe, *options, WAIT="yes")
+    process = Forked("perl", "train", short_recipe, *options, WAIT="yes")
     wait_for(folder, "rl", 1, process)
     while not (folder / "checkpoints" / "step-1").exists():
         assert process.poll() is None

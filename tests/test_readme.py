@@ -14,6 +14,8 @@ from PIL import Image
 
 from perl.config import Config
 from perl_kernels.dispatch import available_backends
+from tests.command_line import finish
+from tests.forked import Forked
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -111,22 +113,10 @@ torch.distributed.destroy_process_group()  # Else gloo's threads may outlive the
 
 @pytest.mark.slow
 def test_the_ways_to_the_gradients_of_several_ranks_agree_with_one(tmp_path: Path) -> None:
-    code = _RANK.format(code="\n".join(LOSSES[1:]))
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(tmp_path / "store")],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for rank in ranks:
-            said = rank.communicate(timeout=120)[1]
-            assert rank.returncode == 0, said
-    finally:
-        for rank in ranks:
-            rank.kill()
+    code = tmp_path / "rank.py"
+    code.write_text(_RANK.format(code="\n".join(LOSSES[1:])))
+    done = finish([Forked(code, rank, tmp_path / "store") for rank in range(2)])
+    assert [code for code, _ in done] == [0, 0], done
 
 
 def test_the_recipe_of_a_loss_loads(tmp_path: Path) -> None:

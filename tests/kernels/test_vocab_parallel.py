@@ -10,8 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import os
-import subprocess
 import sys
 import threading
 import traceback
@@ -37,10 +35,10 @@ from perl_kernels import (
     reference,
     rows_torch,
 )
+from tests.forked import Forked
 from tests.kernels.naive import Problem
 from tests.messages import refused
 
-ROOT = Path(__file__).parents[2]
 WORLD = 3
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 SINGLE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
@@ -562,23 +560,7 @@ def of_threads() -> Iterator[Errors]:
 def of_processes(tmp_path_factory: pytest.TempPathFactory) -> Errors:
     """Of each rank, by case."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-        "OMP_NUM_THREADS": "1",
-        "TRITON_INTERPRET": "1",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.kernels.test_vocab_parallel", str(rank), str(folder)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
+    processes = [Forked(__name__, rank, folder, TRITON_INTERPRET="1") for rank in range(WORLD)]
     try:
         outputs = [process.communicate(timeout=150)[0] for process in processes]
     finally:

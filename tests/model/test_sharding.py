@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.sharding import MODELS, spawn
+from benchmarks.sharding import MODELS
+from tests.command_line import finish, spawn_two
+from tests.forked import Forked
 
 Found = list[dict[str, dict[str, Any]]]
 
@@ -20,7 +23,10 @@ def found(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("sharded")
     for name in MODELS:
         (folder / name).symlink_to(tiny_folder(name))
-    spawn(2, "tests.model.sharded", folder, folder / "found.json")
+    done = finish(
+        spawn_two(folder, folder / "found.json", start=partial(Forked, "tests.model.sharded"))
+    )
+    assert [code for code, _ in done] == [0, 0], done
     return json.loads((folder / "found.json").read_text())
 
 

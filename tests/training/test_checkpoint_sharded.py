@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +17,13 @@ from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.multiprocessing.spawn import spawn
 
 from perl.distributed import Processes
 from perl.model.sources import checkpoints_in, read_manifest, stored_shapes
 from perl.training.saving.checkpoint import CheckpointManager, Progress
 from perl.types import UserError
+from tests.command_line import finish
+from tests.forked import Forked
 from tests.messages import refused
 from tests.training.threads import in_threads
 
@@ -237,5 +239,10 @@ def _summed(values: torch.Tensor, reduction: str) -> torch.Tensor:
 
 @pytest.mark.slow
 def test_two_processes_save_in_the_background(tmp_path: Path) -> None:
-    spawn(_save_behind_a_step, (tmp_path,), nprocs=2)
+    done = finish([Forked(__name__, index, tmp_path) for index in range(2)])
+    assert [code for code, _ in done] == [0, 0], done
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"step-1"}
+
+
+if __name__ == "__main__":
+    _save_behind_a_step(int(sys.argv[1]), Path(sys.argv[2]))
