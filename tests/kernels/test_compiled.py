@@ -67,56 +67,69 @@ def test_no_graph_break(name: str, loss: str, backend: Any) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
-FIELDS: dict[str, tuple[dict[str, Any], list[float]]] = {
-    "clip_low": ({}, [0.1, 0.2, 0.3, 0.15]),
-    "clip_high": ({}, [2, 3, 5, 4]),
-    "dual_clip": ({}, [3.0, 2.5, 4.5]),
-    "delta": ({}, [3, 2, 4]),
-    "sapo_tau_pos": ({"surrogate": "sapo"}, [1.0, 2.5, 1.05]),
-    "vespo_k_neg": ({"surrogate": "vespo"}, [3, 2, 4]),
-    "vespo_lambda_pos": ({"surrogate": "vespo"}, [3.0, 2.5, 1.5]),
-    "dppo_ratio_cap": ({"surrogate": "dppo_tv"}, [20.0, 2.5, 1.5]),
-    "kl_coef": ({"kl": "k3"}, [0.1, 0.01, 0.2]),
-    "entropy_coef": ({}, [0.1, -0.01, 0.2]),
-    "correction_high": ({"correction": "token_truncate"}, [2.5, 3.5, 1.5]),
-    "max_completion_length": ({"aggregation": "seq-mean-token-sum-norm"}, [7, 9, 11, 13]),
+OBJECTIVES: dict[str, tuple[dict[str, Any], dict[str, list[float]]]] = {
+    "clip": (
+        {"kl": "k3", "correction": "token_truncate", "aggregation": "seq-mean-token-sum-norm"},
+        {
+            "clip_low": [0.1, 0.2, 0.3, 0.15],
+            "clip_high": [2, 3, 5, 4],
+            "dual_clip": [3.0, 2.5, 4.5, 3.5],
+            "kl_coef": [0.1, 0.01, 0.2, 0.3],
+            "entropy_coef": [0.1, -0.01, 0.2, 0.3],
+            "correction_high": [2.5, 3.5, 1.5, 4.5],
+            "max_completion_length": [7, 9, 11, 13],
+        },
+    ),
+    "delta": ({}, {"delta": [3, 2, 4]}),
+    "sapo": ({"surrogate": "sapo"}, {"sapo_tau_pos": [1.0, 2.5, 1.05]}),
+    "vespo": (
+        {"surrogate": "vespo"},
+        {"vespo_k_neg": [3, 2, 4], "vespo_lambda_pos": [3.0, 2.5, 1.5]},
+    ),
+    "dppo": ({"surrogate": "dppo_tv"}, {"dppo_ratio_cap": [20.0, 2.5, 1.5]}),
 }
-COMPILED = [("policy_loss", field) for field in FIELDS]
-COMPILED += [("linear_grpo_loss", "clip_high"), ("linear_grpo_loss", "kl_coef")]
-
-
-@pytest.mark.parametrize(("name", "field"), COMPILED)
-def test_numbers_of_the_objective(name: str, field: str) -> None:
-    axes, values = FIELDS[field]
-    call = Call("torch")
-
-    def function(value: float) -> Tensor:
-        return call.run(name, PolicyLoss(**{**axes, field: value}))
-
-    assert compiled_often(function, [(value,) for value in values]) <= 2
 
 
 @pytest.mark.parametrize(
-    ("argument", "name", "kind"),
+    ("name", "kind"),
+    [*(("policy_loss", kind) for kind in OBJECTIVES), ("linear_grpo_loss", "clip")],
+)
+def test_numbers_of_the_objective(name: str, kind: str) -> None:
+    """All change at once: one that is compiled into the graph shows in the count."""
+    axes, fields = OBJECTIVES[kind]
+    call = Call("torch")
+
+    def function(*values: float) -> Tensor:
+        return call.run(name, PolicyLoss(**axes, **dict(zip(fields, values, strict=True))))
+
+    assert compiled_often(function, list(zip(*fields.values(), strict=True))) <= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "arguments"),
     [
-        *((argument, name, "float") for argument in TAKING for name in TAKING[argument]),
-        *((argument, TAKING[argument][-1], "int") for argument in TAKING),
-        *(("normalizer", "grpo_loss", "tensor"), ("temperature", "grpo_loss", "tensor")),
+        *((name, "float", [a for a in TAKING if name in TAKING[a]]) for name in NAMES),
+        ("policy_loss", "int", ["normalizer"]),
+        ("linear_token_logprobs", "int", ["temperature", "softcap"]),
+        ("grpo_loss", "tensor", ["normalizer", "temperature"]),
     ],
 )
-def test_numbers_of_a_call(argument: str, name: str, kind: str) -> None:
+def test_numbers_of_a_call(name: str, kind: str, arguments: list[str]) -> None:
+    """All change at once, each to numbers of its own."""
     call = Call("torch")
-    values: list[Any] = [1.0 + i / 8 for i in range(1, 13)]
-    if kind == "int":
-        values = list(range(2, 14))
-    elif kind == "tensor":
+
+    def value(number: int, argument: str) -> Any:
+        if kind == "int":
+            return number + 2
+        of_one = 1.125 + number / 8 + arguments.index(argument) / 64
         rows = () if argument == "normalizer" else (len(call.targets),)
-        values = [torch.full(rows, value, device=DEVICE) for value in values]
+        return torch.full(rows, of_one, device=DEVICE) if kind == "tensor" else of_one
 
-    def function(value: Any) -> Tensor:
-        return call.run(name, PolicyLoss(), **{argument: value})
+    def function(*values: Any) -> Tensor:
+        return call.run(name, PolicyLoss(), **dict(zip(arguments, values, strict=True)))
 
-    assert compiled_often(function, [(value,) for value in values]) <= 2
+    calls = [tuple(value(number, a) for a in arguments) for number in range(12)]
+    assert compiled_often(function, calls) <= 2
 
 
 def test_numbers_of_advantages() -> None:
