@@ -402,7 +402,8 @@ class LossConfig:
         Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None
     ) = None
     """Importance weight of the training policy against the engine that sampled, on the policy term (TRL's
-    vllm_importance_sampling_mode, verl's rollout_is); the metric rollout_kl says how far they are apart."""
+    vllm_importance_sampling_mode, verl's rollout_is); empty: token_truncate for what vLLM samples, else none. The metrics
+    rollout/mismatch_mean and rollout_kl say how far they are apart."""
     correction_low: NotNegative | None = None
     """Lower bound of that weight."""
     correction_high: AboveZero | None = None

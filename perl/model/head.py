@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from perl.config import LossConfig
+from perl.config import Config, LossConfig
 from perl.model.families import ImageFeatures
 from perl.model.policy import Policy
 from perl.timing import span, span_of_backward
@@ -60,6 +60,20 @@ def make_policy_loss(config: LossConfig, max_completion_length: int) -> PolicyLo
         raise UserError(
             where + "; ".join([said.replace("PolicyLoss.", "loss."), *of_preset])
         ) from error
+
+
+def policy_loss_of(config: Config) -> PolicyLoss:
+    """The loss of an RL stage: that of `[loss]`, which weighs by `token_truncate` what vLLM sampled unless it says how.
+
+    Raises:
+        UserError: as `make_policy_loss`.
+    """
+    loss = config.loss
+    # Another prompt's log-probs correct nothing.
+    compares = config.permutation.condition == "permuted"
+    if config.rollout.engine == "vllm" and loss.correction is None and compares:
+        loss = dataclasses.replace(loss, correction="token_truncate")
+    return make_policy_loss(loss, config.rollout.max_new_tokens)
 
 
 _OFF = {"dual_clip": 0, "delta": 0, "kl": "none", "correction": "none"}

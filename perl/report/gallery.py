@@ -74,6 +74,8 @@ class Gallery:
             "rewards": {name: _number(value) for name, value in parts.items()},
             **more,
         }
+        if rollout.weight_versions:
+            row["weight_versions"] = [list(span) for span in rollout.weight_versions]
         self.folder.append(self.folder.rollouts, row)
         return row
 

@@ -23,6 +23,8 @@ class Panel:
     stage: Literal["rl", "cold_start"] = "rl"
     rest: str = ""
     """A line for every other metric that starts with this, too."""
+    least: float = 0.0
+    """Nothing is drawn where no value reaches this."""
 
 
 FAULTS = "reward/faults/"
@@ -59,6 +61,9 @@ PANELS = (
     Panel("clip_fraction", "Clip fraction", "share of tokens",
           "Tokens whose probability ratio was clipped.",
           (("clip_fraction", "clipped"),), (), "small_share"),
+    Panel("mismatch", "Engine and trainer", "nats per token",
+          "How far log-probs of sampled tokens are apart between what samples and what is trained: the mean distance, and the KL.",
+          (("rollout/mismatch_mean", "mean |Δ log p|"), ("rollout_kl", "KL(engine ‖ trainer)")), (), "free", least=1e-4),
     Panel("grad_norm", "Gradient norm", "L2 norm",
           "Norm of the gradient before clipping.", (("grad_norm", "norm"),)),
     Panel("throughput", "Throughput", "tokens per second",

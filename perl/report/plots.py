@@ -56,7 +56,7 @@ def draw_pictures(
                 pictures.append(Picture(name, caption, f"{title}. {alt}", path))
                 return
             # Without RL one note says it all; a run may have no cold start, and should have no faults.
-            optional = name in ("cold_start", "faults", "parts", "trained", "mfu")
+            optional = name in ("cold_start", "faults", "parts", "trained", "mfu", "mismatch")
             if any(run.rl for run in runs) and not optional and title not in zero:
                 missing.append(title)
         except Exception as error:
@@ -105,7 +105,7 @@ def _draw_panel(figure: Figure, panel: Panel, runs: Sequence[RunLog], zero: list
     drawn = 0
     for key, label in (*panel.lines, *_rest(panel, runs)):
         curves = [curve_of(r.rl if panel.stage == "rl" else r.cold_start, key) for r in runs]
-        curves = [c for c in curves if c]
+        curves = [c for c in curves if c and max(map(abs, c.values())) >= panel.least]
         # A measure or a sum of rewards that stays at 0 is what a reader looks for.
         shown = (
             panel.scale == "share" or key == "reward/mean" or any(any(c.values()) for c in curves)

@@ -16,7 +16,7 @@ import numpy as np
 
 from perl.config import FilterConfig
 from perl.rollout.prompts import Shown
-from perl.types import Group, Rollout, UserError
+from perl.types import Group, Rollout, UserError, WeightSpan
 
 Rebuild = Callable[[Sequence[int], Sequence[tuple[int, ...]]], Sequence[Shown]]
 """From a group's key and orders to its variants with their prompts; none to let the group go."""
@@ -30,7 +30,8 @@ class StoredGroup:
     """A Group without what can be made again.
 
     `order_of` int64 [R] is the number of the order in `orders` that each rollout saw. The completions stand end to end:
-    `lengths` int64 [R], `token_ids` int64 [N], `logprobs` float32 [N].
+    `lengths` int64 [R], `token_ids` int64 [N], `logprobs` float32 [N]. `spans` int64 [K, 4] are the weight versions of tokens:
+    number of the rollout, version, start, end.
     """
 
     key: tuple[int, ...]
@@ -45,6 +46,7 @@ class StoredGroup:
     rewards: np.ndarray
     reward_parts: dict[str, np.ndarray]
     advantages: np.ndarray
+    spans: np.ndarray
 
     @classmethod
     def of(cls, group: Group) -> StoredGroup:
@@ -63,6 +65,9 @@ class StoredGroup:
             rewards=group.rewards,
             reward_parts=dict(group.reward_parts),
             advantages=group.advantages,
+            spans=np.array(
+                [(i, *s) for i, r in enumerate(rollouts) for s in r.weight_versions], dtype=np.int64
+            ).reshape(-1, 4),
         )
 
     @property
@@ -80,7 +85,13 @@ class StoredGroup:
             variants=tuple(variant for variant, _ in shown),
             rollouts=tuple(
                 Rollout(
-                    variant, prompt, tokens[r], logprobs[r], self.texts[r], bool(self.finished[r])
+                    variant,
+                    prompt,
+                    tokens[r],
+                    logprobs[r],
+                    self.texts[r],
+                    bool(self.finished[r]),
+                    tuple(WeightSpan(*s) for i, *s in self.spans.tolist() if i == r),
                 )
                 for r, (variant, prompt) in enumerate(shown[k] for k in self.order_of)
             ),
@@ -210,7 +221,7 @@ def _save(path: Path, groups: Sequence[StoredGroup]) -> None:
                 "reward_parts": list(group.reward_parts),
             }
         )
-        tensors |= {f"{i}/{name}": getattr(group, name) for name in _ARRAYS}
+        tensors |= {f"{i}/{name}": getattr(group, name) for name in (*_ARRAYS, "spans")}
         tensors |= {f"{i}/part/{k}": v for k, v in enumerate(group.reward_parts.values())}
     save_file(tensors, path, {"format": _FORMAT, "meta": json.dumps(meta)})
 
@@ -238,6 +249,8 @@ def _load(path: Path) -> list[StoredGroup]:
                 name: tensors[f"{i}/part/{k}"] for k, name in enumerate(meta["reward_parts"])
             },
             **{name: tensors[f"{i}/{name}"] for name in _ARRAYS},
+            # Older files have none.
+            spans=tensors.get(f"{i}/spans", np.zeros((0, 4), np.int64)),
         )
         for i, meta in enumerate(json.loads(header["meta"]))
     ]

@@ -21,7 +21,7 @@ from perl.data.streams import training_sources
 from perl.evaluation.evaluate import NUMBERS
 from perl.evaluation.preview.recipe import processor_of
 from perl.evaluation.trial import try_rewards
-from perl.model.head import make_policy_loss
+from perl.model.head import policy_loss_of
 from perl.model.loading import check_kernels, check_model, load_processor
 from perl.model.processor import Processor
 from perl.model.tiny import TINY_MODELS
@@ -243,7 +243,7 @@ def check_stage(stage: Stage) -> None:
     check_optimizer(config.train)
     Schedule(1.0, config.train.schedule, 0, 1)
     Schedule(1.0, config.cold_start.schedule, 0, 1, "cold_start.schedule")
-    loss = make_policy_loss(config.loss, completion)
+    loss = policy_loss_of(config)
     if loss.correction and config.permutation.condition == "original":
         raise UserError(
             f"loss.correction = {loss.correction} compares with the log-probs of the prompt that was sampled from, and "

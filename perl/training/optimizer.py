@@ -22,6 +22,7 @@ from perl.model.layers import uncompiled
 from perl.model.sharding import tower_gathered
 from perl.model.vision import StepFeatures
 from perl.rewards.loading import read_options
+from perl.rollout.mismatch import Mismatch
 from perl.timing import span
 from perl.training.parallel.gradients import as_sharded, sum_over_processes, total_norm
 from perl.types import PackedBatch, UserError, one_line
@@ -184,6 +185,7 @@ class Optimizer:
         loss: PolicyLoss,
         old: Sequence[torch.Tensor] | None = None,
         ref: Sequence[torch.Tensor] | None = None,
+        mismatch: Mismatch | None = None,
     ) -> dict[str, float]:
         """Forward, backward, clip, step.
 
@@ -193,6 +195,7 @@ class Optimizer:
             loss: whose denominator is that of all micro-batches of all processes.
             old: float32 [N] for each batch, log-probs of the policies that sampled; None: the present one did.
             ref: float32 [N] for each batch, log-probs of the reference, if the loss has a KL term.
+            mismatch: takes in what the engine's log-probs of the batches are beside the policy's.
 
         Raises:
             UserError: the gradient is NaN or infinite; the weights are as before the step.
@@ -231,9 +234,12 @@ class Optimizer:
                     )
                     with span("language_model.backward"):
                         output.loss.backward()
+                if mismatch:
+                    mismatch.add(batch, old[index] if old else output.logprobs)
                 totals["loss"] += output.loss.detach()
                 totals["scored"] += batch.num_scored
-                for name, value in output.metrics.items():
+                for name in _OF_LOSS:
+                    value = output.metrics[name]
                     if name.endswith("_max"):
                         totals[name] = torch.maximum(totals[name], value)
                     elif name in _COUNTS:
@@ -315,7 +321,8 @@ class Optimizer:
 
     def _reduced(self, totals: dict[str, torch.Tensor]) -> dict[str, float]:
         """Means over all tokens of all processes; one transfer to the host."""
-        names = sorted({*totals, *_ALWAYS})
+        # Every process reduces the same names in the same order, also one that had no micro-batch.
+        names = sorted({"loss", "scored", *_OF_LOSS})
         values = torch.stack([totals[name] for name in names])
         if self.accelerator.num_processes > 1:
             maxima = values.clone()
@@ -376,9 +383,8 @@ _BLOCK = 256
 _COUNTS = ("tokens", "invalid_rows")
 """Metrics that add up."""
 
-_ALWAYS = (
-    *("loss", "scored", "kl", "entropy", "clip_fraction"),
-    *("clip_fraction_low", "clip_fraction_high", "dual_clip_fraction"),
-    *("ratio_mean", "ratio_max", "rollout_kl", "correction_mean", *_COUNTS),
+_OF_LOSS = (
+    *("kl", "entropy", "clip_fraction", "clip_fraction_low", "clip_fraction_high"),
+    *("dual_clip_fraction", "ratio_mean", "ratio_max", "correction_mean", *_COUNTS),
 )
-"""Every process reduces the same names in the same order, also one that had no micro-batch."""
+"""The loss's metrics that are taken over; its `rollout_kl` counts what earlier policies sampled as well, see `Mismatch`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -10,9 +11,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from perl.data.columns import tell_once
 from perl.evaluation.agreement import Reading, group_agreement
 from perl.evaluation.evaluate import answer_reading
-from perl.model.head import HeadLoss, make_policy_loss, needs_reference
+from perl.model.head import HeadLoss, needs_reference, policy_loss_of
 from perl.model.loading import load_policy
 from perl.model.packed.pack import packing_counts
 from perl.model.sharding import gathered
@@ -20,6 +22,7 @@ from perl.model.weights import trains_adapters_alone
 from perl.recipe import Stage
 from perl.report.metrics import mean
 from perl.rollout.collect import Collected
+from perl.rollout.mismatch import MISMATCH, Mismatch
 from perl.timing import peak_memory
 from perl.training.accounting import StepFlops, Tally, add, rolled_out, row_of
 from perl.training.measure import measure
@@ -52,7 +55,9 @@ def reinforce(session: Session, stage: Stage) -> None:
         tally.largest |= components.watch.lap() | peak_memory()
         tally.largest["time/step"] = time.perf_counter() - started
         row = row_of(session.processes.gather([tally]), peak)
-        session.record_step(step, row, _shown(row, components.accelerator.device))
+        session.record_step(step, row, _shown(row, session))
+        if components.is_main:
+            _tell_mismatch(row, session.stage.name)
         _keep_rollouts(session, step, collected)
         # An evaluation belongs to its step: a run that goes on from the step's checkpoint does not repeat it.
         _measure_if_due(session, step)
@@ -69,7 +74,7 @@ class PolicyStep:
     def __init__(self, session: Session) -> None:
         self.session, self.head = session, session.components.head
         config = session.config
-        self.loss = make_policy_loss(config.loss, config.rollout.max_new_tokens)
+        self.loss = policy_loss_of(config)
         self.updates = config.train.updates_per_batch
         steps = config.train.steps * self.updates
         self.optimizer = session.make_optimizer(
@@ -106,19 +111,20 @@ class PolicyStep:
         if self.reference:
             met = map(self.flops.met, segments)
             add(flops, self.flops("logprobs", met, adapters=False))
+        mismatch = Mismatch(self.loss, session.components.accelerator.device)
         rows = []
         with watch("update"):
             for k, batches in enumerate(packed):
                 number = step * self.updates + k
-                row = self.optimizer.step(number, batches, self.loss, old[k], ref[k])
+                row = self.optimizer.step(number, batches, self.loss, old[k], ref[k], mismatch)
                 rows += [row] if row else []
         flops |= self.flops("update", map(self.flops.met, segments), gradients=True)
         budget = session.config.train.tokens_per_micro_batch
         packing = packing_counts([b for batches in packed for b in batches], segments, budget)
         means = {name: mean([row[name] for row in rows]) for name in (rows[0] if rows else ())}
-        if session.config.permutation.condition == "original":
-            means.pop("rollout_kl", None)  # The engine read other prompts.
-        return Tally(means, flops | {f"packing/{name}": n for name, n in packing.items()})
+        sums = flops | {f"packing/{name}": n for name, n in packing.items()}
+        averages, largest = mismatch.numbers()
+        return Tally(means, sums, averages, largest)
 
     def _old_logprobs(
         self, packed: Sequence[Sequence[PackedBatch]]
@@ -252,11 +258,26 @@ def _measure_if_due(session: Session, step: int) -> None:
         session.show_stage(step + 1)
 
 
-def _shown(row: Mapping[str, float], device: torch.device) -> dict[str, float]:
-    """Behind the progress bar; a CPU's MFU says nothing."""
+def _tell_mismatch(row: Mapping[str, float], stage: str) -> None:
+    apart = row.get("rollout/mismatch_mean", 0.0)
+    if apart > MISMATCH:
+        tell_once(
+            logging.WARNING,
+            f"rollout/mismatch_mean = {apart:.2g}: log-probs of sampled tokens differ that much between what sampled them and "
+            f"what is trained, where rounding gives less than {MISMATCH:g} (said once); what comes of it is weighted only as far "
+            "as loss.correction goes. See that the servers have the dtype and the flags that docs/rollouts.md names, under "
+            "Mismatch",
+            f"mismatch of {stage}",
+        )
+
+
+def _shown(row: Mapping[str, float], session: Session) -> dict[str, float]:
+    """Behind the progress bar; a CPU's MFU says nothing, nor does the mismatch of weights that sample themselves."""
     shown = {"reward": row["reward/mean"], "s/step": row["time/step"]}
+    if session.components.servers and "rollout/mismatch_mean" in row:
+        shown["mismatch"] = row["rollout/mismatch_mean"]
     per_gpu = row["throughput/tokens_per_second_per_gpu"]
-    if device.type != "cuda":
+    if session.components.accelerator.device.type != "cuda":
         return shown | {"tokens/s": row["throughput/tokens_per_second"]}
     mfu = {"MFU": row["mfu/step"]} if "mfu/step" in row else {}
     return shown | {"tokens/s/GPU": per_gpu} | mfu

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from perl.config import LossConfig
+from perl.config import Config, LossConfig, PermutationConfig, RolloutConfig
 from perl.model.head import (
     SUPERVISED,
     HeadLoss,
     make_policy_loss,
     needs_reference,
+    policy_loss_of,
     step_normalizer,
 )
 from perl.model.packed.pack import pack_row
@@ -70,6 +71,28 @@ def test_what_the_config_makes_of_a_preset(config: LossConfig, expected: PolicyL
     loss = make_policy_loss(config, 64)
     assert loss == expected
     assert needs_reference(loss) == (config.kl_coef != 0 and loss.kl is not None)
+
+
+@pytest.mark.parametrize(
+    ("engine", "condition", "wanted", "correction"),
+    [
+        ("inprocess", "permuted", None, None),
+        ("vllm", "permuted", None, "token_truncate"),
+        ("vllm", "permuted", "none", None),
+        ("vllm", "permuted", "sequence_mask", "sequence_mask"),
+        ("vllm", "original", None, None),
+    ],
+)
+def test_what_vllm_samples_is_weighed_unless_it_is_said_how(
+    engine: Any, condition: Any, wanted: Any, correction: str | None
+) -> None:
+    config = Config(
+        rollout=RolloutConfig(engine=engine, max_new_tokens=7),
+        permutation=PermutationConfig(condition=condition),
+        loss=LossConfig(preset="dr_grpo", correction=wanted),
+    )
+    loss = policy_loss_of(config)
+    assert loss == PolicyLoss.preset("dr_grpo", max_completion_length=7, correction=correction)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,16 @@ from perl.permutation import permute
 from perl.report.gallery import Gallery, compact
 from perl.report.progress import Display
 from perl.report.tables import print_table
-from perl.types import EncodedImage, EncodedPrompt, Example, Group, Message, Rollout, Variant
+from perl.types import (
+    EncodedImage,
+    EncodedPrompt,
+    Example,
+    Group,
+    Message,
+    Rollout,
+    Variant,
+    WeightSpan,
+)
 from tests.stand_ins import example
 
 
@@ -28,7 +37,8 @@ def rollout(variant: Variant, text: str) -> Rollout:
         for image in variant.images
     )
     prompt = EncodedPrompt(np.zeros(1, np.int64), np.zeros((3, 1)), 1, images, 9)
-    return Rollout(variant, prompt, np.zeros(1, np.int64), np.zeros(1), text, True)
+    versions = (WeightSpan(3, 0, 1),) if text == "d" else ()
+    return Rollout(variant, prompt, np.zeros(1, np.int64), np.zeros(1), text, True, versions)
 
 
 def test_the_first_rollout_of_each_order_is_kept_with_its_numbers(tmp_path: Path) -> None:
@@ -67,6 +77,7 @@ def test_the_first_rollout_of_each_order_is_kept_with_its_numbers(tmp_path: Path
     assert greys == [10, 20]
     found = [(row["step"], row["text"], row["reward"], row["rewards"]) for row in held_out]
     assert found == [(8, "c", 0.9, {"accuracy": 1}), (8, "d", None, {"accuracy": None})]
+    assert [row.get("weight_versions") for row in held_out] == [None, [[3, 0, 1]]]
 
 
 def test_pictures_are_kept_as_the_model_saw_them_and_small(tmp_path: Path) -> None:

@@ -185,6 +185,18 @@ def test_parts_of_rewards_have_a_picture_of_their_own(tmp_path: Path, drawn: Dra
     assert list(drawn.curves("reward")) == ["weighted sum", "accuracy", "form"]
 
 
+def test_what_samples_is_compared_with_what_is_trained_where_they_differ(
+    tmp_path: Path, drawn: Drawn
+) -> None:
+    near, far = ({"rollout/mismatch_mean": 10.0**-k, "rollout_kl": -(10.0**-k)} for k in (5, 2))
+    for numbers in (near, far):
+        draw(tmp_path, replace(run(), rl=[{**row, **numbers} for row in run().rl]))
+        if numbers is near:
+            assert "mismatch" not in drawn
+    mean, kl = drawn.curves("mismatch").values()
+    assert (mean[0], kl[0]) == ((1, 0.01), (1, -0.01))
+
+
 def test_the_held_out_sum_has_the_colour_of_the_sum(tmp_path: Path, drawn: Drawn) -> None:
     measured = [{**row, "reward": 0.5} for row in run().evaluations]
     draw(tmp_path, replace(run(), evaluations=measured))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from perl.config import FilterConfig
 from perl.permutation import permute
 from perl.rollout.replay import Replay, load_replay, replay_probabilities, save_replay
-from perl.types import EncodedPrompt, Example, Group, Rollout, Variant
+from perl.types import EncodedPrompt, Example, Group, Rollout, Variant, WeightSpan
 from tests.messages import refused
 
 Order = tuple[int, ...]
@@ -48,6 +48,7 @@ def make_group(
             rng.normal(size=i).astype(np.float32),
             f"text ü {i}",
             i % 2 == 0,
+            (WeightSpan(step, 0, i - 1), WeightSpan(step + 1, i - 1, i))[-i:] if i else (),
         )
         for i in range(len(advantages))
     )
@@ -74,7 +75,7 @@ def assert_same(a: Group, b: Group) -> None:
             if isinstance(one, np.ndarray):
                 assert one.dtype == other.dtype
                 np.testing.assert_array_equal(one, other)
-            elif name in ("variant", "text", "finished"):
+            elif name in ("variant", "text", "finished", "weight_versions"):
                 assert one == other
     for x, y in zip(a.rollouts, b.rollouts, strict=True):
         np.testing.assert_array_equal(x.prompt.input_ids, y.prompt.input_ids)
@@ -246,6 +247,22 @@ def test_the_name_that_checkpoints_had_before(tmp_path: Path) -> None:
     (tmp_path / "overflow-0.safetensors").rename(tmp_path / "queue-0.safetensors")
     state = load_replay(tmp_path, 0, 1)
     assert state and [stored.key for stored in state["overflow"]] == [(0, 3)]
+
+
+def test_groups_of_before_weight_versions_come_without(tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    save_replay(tmp_path, [waiting(3).state_dict()])
+    path = tmp_path / "overflow-0.safetensors"
+    with safe_open(path, "np") as file:
+        header = file.metadata()
+        left = {n: file.get_tensor(n) for n in file.keys() if "spans" not in n}  # noqa: SIM118
+    save_file(left, path, header)
+    state = load_replay(tmp_path, 0, 1)
+    assert state
+    (back,) = state["overflow"]
+    assert {r.weight_versions for r in back.group(rebuild((0, 3), BOTH)).rollouts} == {()}
 
 
 def test_a_file_that_holds_no_groups_is_an_error(tmp_path: Path) -> None:

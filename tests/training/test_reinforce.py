@@ -25,7 +25,7 @@ from perl.training.checks import check_setup
 from perl.training.reinforce import PolicyStep, Reference, group_tally, old_logprobs, segments_of
 from perl.types import EncodedPrompt, Example, Group, Rollout
 from tests.command_line import json_lines, metrics
-from tests.messages import refused
+from tests.messages import refused, tells
 from tests.model.steps import segments_of as segments_of_steps
 from tests.training.two_tokens import TwoTokens, config_of, session_of, train_in
 
@@ -115,7 +115,9 @@ def written(number: int, off_policy: bool) -> Group:
     return replace(made, rollouts=rollouts, advantages=made.advantages * np.float32(number + 1))
 
 
-@pytest.mark.parametrize(("kl", "correction"), [(0.0, "none"), (0.5, "token_truncate")])
+@pytest.mark.parametrize(
+    ("kl", "correction"), [(0.0, "none"), (0.5, "token_truncate"), (0.0, "sequence_mask")]
+)
 @pytest.mark.parametrize("updates", [1, 2, 3])
 @pytest.mark.parametrize("off_policy", [(), (1, 4)], ids=["fresh", "stored"])
 def test_updates_share_a_batch_out_and_compare_with_the_policy_that_sampled(
@@ -128,11 +130,12 @@ def test_updates_share_a_batch_out_and_compare_with_the_policy_that_sampled(
 ) -> None:
     """Two steps on five groups, against torch's autograd and AdamW on the formula of clipped policy gradients.
 
-    The engine's log-probs are not the policy's: the weight exp(old - engine's), at most 2, corrects for it.
+    The engine's log-probs are not the policy's: the weight exp(old - engine's), of a token at most 1.5, of a completion from 0
+    to 1.5, corrects for it. How far they are apart is told of the tokens of fresh groups, by the policy before the first update.
     """
     more = f"""
         train = {{ steps = 2, updates_per_batch = {updates}, lr = 0.2, schedule = "linear" }}
-        loss = {{ preset = "dapo", kl_coef = {kl}, correction = "{correction}" }}
+        loss = {{ preset = "dapo", kl_coef = {kl}, correction = "{correction}", correction_high = 1.5 }}
         rollout.temperature = 2.0
     """
     session = session_of(config_of(tmp_path, more), tmp_path / "run")
@@ -149,16 +152,25 @@ def test_updates_share_a_batch_out_and_compare_with_the_policy_that_sampled(
         tally = step(number, groups)
         found = tally.agreed
         present = (head * gain / 2).log_softmax(0).detach()
-        rows = []
+        rows, gaps, outside = [], [], []
         for k in range(updates):
-            terms, ratios, gaps = [], [], []
+            terms, ratios = [], []
             for g in groups[k::updates]:
                 for rollout, advantage in zip(g.rollouts, g.advantages, strict=True):
+                    olds = rollout.logprobs if g.off_policy else present[rollout.token_ids].numpy()
+                    shared = math.exp((olds - rollout.logprobs).sum())
                     for y, sampled in zip(rollout.token_ids, rollout.logprobs, strict=True):
                         logprob = (head * gain / 2).log_softmax(0)[y]
                         old = torch.tensor(sampled) if g.off_policy else present[y]
-                        gaps.append((sampled - old).item())
-                        weight = min(math.exp(-gaps[-1]), 2.0) if correction != "none" else 1.0
+                        own = math.exp(old - sampled)
+                        weight = {
+                            "none": 1.0,
+                            "token_truncate": min(own, 1.5),
+                            "sequence_mask": shared if shared <= 1.5 else 0.0,
+                        }[correction]
+                        if not g.off_policy:
+                            gaps.append((sampled - old).item())
+                            outside.append((shared if correction == "sequence_mask" else own) > 1.5)
                         ratio = (logprob - old).exp()
                         clipped = ratio.clamp(0.8, 1.28)
                         d = start[y] - logprob
@@ -179,18 +191,36 @@ def test_updates_share_a_batch_out_and_compare_with_the_policy_that_sampled(
                     "lr": rate,
                     "grad_norm": float(norm),
                     "ratio_max": max(ratios),
-                    "rollout_kl": sum(gaps) / len(gaps),
                     "tokens": len(terms),
                 }
             )
         expected = {name: sum(row[name] for row in rows) / updates for name in rows[0]}
         assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+        mismatch = {name: value / count for name, (value, count) in tally.means.items()}
+        assert {count for _, count in tally.means.values()} == {len(gaps)}
+        assert (mismatch | tally.largest) == pytest.approx(
+            {
+                "rollout_kl": np.mean(gaps),
+                "rollout/mismatch_mean": np.mean(np.abs(gaps)),
+                "rollout/mismatch_max": np.max(np.abs(gaps)),
+                "rollout/outside": np.mean(outside),
+            },
+            rel=1e-4,
+        )
+        assert 0 < sum(outside) < len(outside)
         policy: Any = session.components.policy
         assert policy.head_weight.flatten().tolist() == pytest.approx(head.tolist(), rel=1e-4)
         assert policy.gain.tolist() == pytest.approx(gain.tolist(), rel=1e-4)
     # Each prompt stands in the row once, with ten tokens behind both: 2 + 3 + 10 of a group instead of 2 * 5 + 10.
     assert tally.sums["packing/tokens"] == 5 * 15
     assert tally.sums["packing/unshared_tokens"] == 5 * 20
+
+
+def test_a_large_mismatch_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    for row in ({}, *({"rollout/mismatch_mean": apart} for apart in (0.05, 0.3, 0.4))):
+        reinforce._tell_mismatch(row, "rl")
+    (said,) = caplog.messages
+    tells(said, "rollout/mismatch_mean = 0.3", "docs/rollouts.md")
 
 
 def test_the_original_prompt_is_the_first_order_s_also_where_that_has_one_rollout() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from perl.model.head import make_policy_loss, needs_reference
+from perl.model.head import needs_reference, policy_loss_of
 from perl.rollout.decoding.slots import PREFILL_TOKENS
 from perl.training.roofline.model import Weights
 from perl.training.roofline.step import StepWork
@@ -130,7 +130,7 @@ def _resting(work: StepWork, offloaded: bool) -> Bytes:
 def _copied(work: StepWork) -> bool:
     """Whether a second model is kept as the reference."""
     config = work.config
-    loss = make_policy_loss(config.loss, config.rollout.max_new_tokens)
+    loss = policy_loss_of(config)
     return needs_reference(loss) and not work.facts.adapters_alone
 
 
@@ -189,7 +189,7 @@ def _rollout(work: StepWork) -> Iterator[Bytes]:
 
 def _logprobs(work: StepWork, capacity: float) -> Iterator[Bytes]:
     config = work.config
-    loss = make_policy_loss(config.loss, config.rollout.max_new_tokens)
+    loss = policy_loss_of(config)
     if config.train.updates_per_batch == 1 and not needs_reference(loss):
         return
     f, row = work.facts, max(work.row_tokens)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from perl.config import Config
-from perl.model.head import make_policy_loss, needs_reference
+from perl.model.head import needs_reference, policy_loss_of
 from perl.model.packed.plan import Load, plan
 from perl.rollout.decoding.cache import slots_and_rows
 from perl.rollout.decoding.slots import PREFILL_TOKENS
@@ -286,7 +286,7 @@ class StepWork:
 
     def _logprobs(self) -> Iterator[Part]:
         """Forward passes without gradient: of earlier policies, of the reference."""
-        loss = make_policy_loss(self.config.loss, self.config.rollout.max_new_tokens)
+        loss = policy_loss_of(self.config)
         passes = ["old"] * (self.config.train.updates_per_batch > 1)
         passes += ["reference"] * needs_reference(loss)
         head = {"head": 2 * self.scored * self.facts.flops.scored}
