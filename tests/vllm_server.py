@@ -102,7 +102,7 @@ class VLLMServer:
             tuple(sampling.get("stop", ())),
         )
         engine = InProcessEngine(self.policy, self.processor, 4096)
-        found = engine.generate([prompt], params, sampling.get("seed", 0))[0]
+        found = engine.generate([prompt], params, seed=0)[0]
         return 200, {"choices": [self._choice(*each) for each in enumerate(found)]}
 
     def _choice(self, index: int, completion: Completion) -> Any:

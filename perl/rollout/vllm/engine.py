@@ -64,20 +64,21 @@ class VLLMEngine:
     def generate(
         self, prompts: Sequence[EncodedPrompt], params: SamplingParams, seed: int
     ) -> list[list[Completion]]:
-        """`params.n` completions for every prompt."""
+        """`params.n` completions for every prompt. Servers draw them with a generator of their own, not with this seed: with
+        one for each request, vLLM samples request by request, and its build for CPUs dies of a prompt that is read in parts."""
         out: list[list[Completion]] = [[] for _ in prompts]
-        for number, completions in self.stream(prompts, params, seed):
+        for number, completions in self.stream(prompts, params):
             out[number] = completions
         return out
 
     def stream(
-        self, prompts: Sequence[EncodedPrompt], params: SamplingParams, seed: int
+        self, prompts: Sequence[EncodedPrompt], params: SamplingParams
     ) -> Iterator[tuple[int, list[Completion]]]:
         """The completions of each prompt with its number, as they end. What is under way ends when the iterator is closed."""
         ended: SimpleQueue[tuple[int, list[Completion]] | BaseException] = SimpleQueue()
 
         async def ask(number: int, prompt: EncodedPrompt) -> None:
-            ended.put((number, await self._ask(prompt, params, seed * 2**20 + number)))
+            ended.put((number, await self._ask(prompt, params)))
 
         async def ask_all() -> None:
             try:
@@ -97,9 +98,7 @@ class VLLMEngine:
         finally:
             future.cancel()
 
-    async def _ask(
-        self, prompt: EncodedPrompt, params: SamplingParams, seed: int
-    ) -> list[Completion]:
+    async def _ask(self, prompt: EncodedPrompt, params: SamplingParams) -> list[Completion]:
         # All prompts over the same pictures go to one server.
         shown = "".join(sorted(image.key for image in prompt.images))
         at = crc32(shown.encode()) % len(self.servers)
@@ -107,13 +106,13 @@ class VLLMEngine:
         body: dict[str, Any] = {
             "model": MODEL,
             "token_ids": prompt.input_ids.tolist(),
-            "sampling_params": self._sampling(params, seed),
+            "sampling_params": self._sampling(params),
         }
         if prompt.images:
             body["features"] = features(prompt.images, offsets_of(prompt))
         return [self._completion(choice) for choice in await self.servers[at].generate(body)]
 
-    def _sampling(self, params: SamplingParams, seed: int) -> dict[str, Any]:
+    def _sampling(self, params: SamplingParams) -> dict[str, Any]:
         return {
             "n": params.n,
             "temperature": params.temperature,
@@ -125,7 +124,6 @@ class VLLMEngine:
             "stop_token_ids": self.ends,
             "logit_bias": self.banned,
             "logprobs": 0,
-            "seed": seed % 2**63,
         }
 
     def _completion(self, choice: dict[str, Any]) -> Completion:
