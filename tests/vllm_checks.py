@@ -30,13 +30,12 @@ def differences(
     """log p(engine) - log p(trainer) of the tokens of each completion."""
     segment = Segment(prompt, tuple(c.token_ids for c in found), (0.0,) * len(found))
     head = HeadLoss(policy, processor.unsampled_token_ids(), 1.0)
-    (batch,) = policy.pack([segment], 4096, True)
-    ours = head.logprobs(batch).logprobs.numpy()
-    ends = batch.completion_cu_seqlens.tolist()
-    out = {
-        i: found[i].logprobs - ours[start:end]
-        for (_, i), start, end in zip(batch.source, ends, ends[1:], strict=False)
-    }
+    out = {}
+    for batch in policy.pack([segment], 4096, True):
+        ours = head.logprobs(batch).logprobs.numpy()
+        ends = batch.completion_cu_seqlens.tolist()
+        for (_, i), start, end in zip(batch.source, ends, ends[1:], strict=False):
+            out[i] = found[i].logprobs - ours[start:end]
     return [out[i] for i in range(len(found))]
 
 

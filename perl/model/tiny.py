@@ -231,23 +231,33 @@ def save_processor(tokenizer: Any, image_processor: Any, folder: Path) -> None:
     """Save both so that `AutoProcessor` loads them, with torchvision or without.
 
     Qwen's own processor classes insist on a video processor, and that on torchvision. Without it the folder names
-    PaddleOCR-VL's processor: the same image layout, image tokens and chat template, and no video.
+    PaddleOCR-VL's processor: the same image layout, image tokens and chat template, and no video. A vLLM server makes Qwen's
+    of the same folder, and reads the video processor's settings.
     """
     import importlib.util
+    import json
 
     from transformers import PaddleOCRVLProcessor
 
+    shared = ("patch_size", "merge_size", "temporal_patch_size")
     if importlib.util.find_spec("torchvision") is None:
         processor = PaddleOCRVLProcessor(
             image_processor, tokenizer, chat_template=tokenizer.chat_template
         )
+        kind = (
+            "Qwen3VLVideoProcessor" if image_processor.patch_size == 16 else "Qwen2VLVideoProcessor"
+        )
+        settings = {
+            "video_processor_type": kind,
+            "do_resize": True,
+            "size": dict(image_processor.size),
+        }
+        settings |= {k: getattr(image_processor, k) for k in shared}
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(settings))
     else:
         from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
 
-        sizes = {
-            k: getattr(image_processor, k)
-            for k in ("patch_size", "merge_size", "temporal_patch_size")
-        }
+        sizes = {k: getattr(image_processor, k) for k in shared}
         processor = Qwen2_5_VLProcessor(
             image_processor,
             tokenizer,
