@@ -1,7 +1,7 @@
 """A server in a thread that speaks the routes of vLLM that `perl.rollout.vllm` uses, and samples with the engine in process.
 
-As in vLLM 0.32: pixels that were not sent and are in no cache are an error 500, a pause clears all caches, weights between start
-and finish answer nothing, and every choice says which weights sampled it.
+As in vLLM 0.32: pixels that were not sent and are in no cache are an error 500, what is cached is of the weights of its time until a
+pause clears it, weights between start and finish answer nothing, and every choice says which weights sampled it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from PIL import Image
 
 from perl.config import ModelConfig
 from perl.model.loading import load_policy, load_processor
+from perl.model.policy import Policy
 from perl.rollout.engine import Completion, InProcessEngine, SamplingParams
 from perl.types import EncodedImage, EncodedPrompt
 
@@ -38,7 +39,8 @@ class VLLMServer:
         self.policy = load_policy(str(folder), self.config, torch.device("cpu"))
         self.processor = load_processor(str(folder), self.config)
         self.version, self.loading, self.paused = "default", False, False
-        self.pixels: dict[str, EncodedImage] = {}
+        # With the weights that they were first seen under, as their features are kept.
+        self.pictures: dict[str, tuple[EncodedImage, Policy]] = {}
         self.asked: list[tuple[str, Any]] = []
         self.before: Callable[[str, Any], tuple[int, Any] | None] = lambda path, body: None
         self.url = ""
@@ -60,7 +62,7 @@ class VLLMServer:
             if name == "pause":
                 self.paused = True
                 if query.get("clear_cache", "true") == "true":
-                    self.pixels.clear()
+                    self.pictures.clear()
             elif name == "resume":
                 self.paused = False
             elif name == "start_weight_update":
@@ -82,15 +84,17 @@ class VLLMServer:
         for part in body.get("content_parts", ()):
             data = part["url"].partition(",")[2]
             image = self.processor.encode_image(Image.open(io.BytesIO(base64.b64decode(data))))
-            self.pixels[part["uuid"]] = image
+            self.pictures.setdefault(part["uuid"], (image, self.policy))
             place = {"offset": 0, "length": image.tokens}
             return 200, {"choices": [], "mm_placeholders": {"image": [place]}}
         images: list[EncodedImage] = []
+        policy = self.policy
         if said := body.get("features"):
             keys = said["mm_hashes"]["image"]
-            if missing := [key for key in keys if key not in self.pixels]:
+            if missing := [key for key in keys if key not in self.pictures]:
                 return 500, {"error": f"no data for {missing}"}
-            images = [self.pixels[key] for key in keys]
+            images = [self.pictures[key][0] for key in keys]
+            policy = self.pictures[keys[0]][1]
         positions, following = self.processor.family.positions(ids, images, token)
         prompt = EncodedPrompt(ids, positions, following, tuple(images), token)
         params = SamplingParams(
@@ -101,7 +105,7 @@ class VLLMServer:
             sampling.get("top_k", 0),
             tuple(sampling.get("stop", ())),
         )
-        engine = InProcessEngine(self.policy, self.processor, 4096)
+        engine = InProcessEngine(policy, self.processor, 4096)
         found = engine.generate([prompt], params, seed=0)[0]
         return 200, {"choices": [self._choice(*each) for each in enumerate(found)]}
 

@@ -10,7 +10,7 @@ import subprocess
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import httpx2
@@ -49,7 +49,9 @@ def plugin_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def serving(plugin_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., object]:
+def serving(
+    plugin_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., AbstractContextManager[str]]:
     """`with serving(folder, *flags) as url`: a server of the model in a folder, with the plug-in of `packages`."""
 
     @contextmanager
@@ -116,7 +118,7 @@ def folder(tiny_folder: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def url(serving: Callable[..., object], folder: Path) -> Iterator[str]:
+def url(serving: Callable[..., AbstractContextManager[str]], folder: Path) -> Iterator[str]:
     """The server that most tests share: each gives it weights of its own."""
     with serving(folder) as made:
         yield made
