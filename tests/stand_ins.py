@@ -97,6 +97,9 @@ class TableEngine:
     def serving(self, version: int) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def counts(self) -> dict[str, float]:
+        return {}
+
     def generate(
         self, prompts: Sequence[WordPrompt], params: SamplingParams, seed: int
     ) -> list[list[Completion]]:

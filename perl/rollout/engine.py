@@ -51,6 +51,10 @@ class Engine(Protocol):
         """`params.n` completions for every prompt, sampled with this seed."""
         ...
 
+    def counts(self) -> dict[str, float]:
+        """What the engine did since the last call, for a step's metrics: numbers that are summed over processes."""
+        ...
+
 
 class InProcessEngine:
     """Generates with the weights that are being trained; nothing has to be synchronised.
@@ -78,6 +82,9 @@ class InProcessEngine:
     def serving(self, version: int) -> AbstractContextManager[None]:
         """All weights whole in every process."""
         return gathered(self.policy)
+
+    def counts(self) -> dict[str, float]:
+        return {}
 
     @torch.no_grad()
     def generate(

@@ -11,12 +11,9 @@ from perl.model.policy import Policy
 from perl.model.processor import Processor
 from perl.rollout.engine import InProcessEngine
 from perl.rollout.padded import PaddedEngine
-from perl.rollout.vllm.client import Server
+from perl.rollout.vllm.client import KEY, Server
 from perl.rollout.vllm.engine import VLLMEngine
 from perl.types import UserError
-
-KEY = "PERL_VLLM_API_KEY"
-"""The environment's variable with the key that vLLM servers were started with; it stands in no file."""
 
 
 def in_process(policy: Policy, processor: Processor, kv_cache_tokens: int) -> InProcessEngine:

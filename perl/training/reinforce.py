@@ -51,7 +51,8 @@ def reinforce(session: Session, stage: Stage) -> None:
             collected = components.collector.collect(session.source, session.processes, step)
         flops = policy_step.flops("rollout", rolled_out(collected.seen))
         tally = group_tally(collected, reading) | policy_step(step, collected.groups)
-        tally.sums |= flops | {"throughput/images_encoded": vision.images_encoded - encoded}
+        tally.sums |= flops | components.engine.counts()
+        tally.sums |= {"throughput/images_encoded": vision.images_encoded - encoded}
         tally.largest |= components.watch.lap() | peak_memory()
         tally.largest["time/step"] = time.perf_counter() - started
         row = row_of(session.processes.gather([tally]), peak)

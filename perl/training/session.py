@@ -247,6 +247,13 @@ class Session:
         if self._ahead:
             self._ahead.close()
 
+    def end(self) -> None:
+        """Let go of all that the run has opened."""
+        self.close()
+        if self.components.servers:
+            self.components.servers.close()
+        self.trackers.finish()
+
     @property
     def first_step(self) -> int:
         """Steps that earlier stages of this one's kind have taken."""

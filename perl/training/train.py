@@ -78,8 +78,7 @@ def _train_seed(
             session.rescue(error)
             raise error from left
         finally:
-            session.close()
-            session.trackers.finish()
+            session.end()
     return summary
 
 

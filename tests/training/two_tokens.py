@@ -117,6 +117,9 @@ class OwnEngine:
     def serving(self, version: int) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def counts(self) -> dict[str, float]:
+        return {}
+
     def generate(
         self, prompts: Sequence[EncodedPrompt], params: SamplingParams, seed: int
     ) -> list[list[Completion]]:

@@ -33,9 +33,11 @@ def update(engine: VLLMEngine, version: int, clear_cache: str) -> None:
         server = engine.servers[0]
         await server.post("/pause", mode="keep", clear_cache=clear_cache)
         await server.post("/start_weight_update")
-        said = {"path": str(engine.transfer._folder)}
+        said = {"path": str(engine.transfer.folder)}
         await server.post("/update_weights", {"update_info": said})
-        await server.post("/finish_weight_update", {"weight_version": engine._named(version)})
+        await server.post(
+            "/finish_weight_update", {"weight_version": engine.versions.name(version)}
+        )
         await server.post("/resume")
 
     engine.transfer.write()

@@ -8,15 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Mapping
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from json import dumps
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import httpx2
+
+from perl.types import UserError, one_line
 
 T = TypeVar("T")
 
 MODEL = "perl"
 """The name that servers serve the model by."""
+KEY = "PERL_VLLM_API_KEY"
+"""The environment's variable with the key that vLLM servers were started with; it stands in no file."""
 
 
 class ServerError(Exception):
@@ -33,17 +41,34 @@ class Server:
     Args:
         url: `http://127.0.0.1:8000`.
         key: that it was started with, if it was.
-        timeout: seconds that an answer may take.
+        timeout: seconds after which a server that answers nothing hangs.
         requests: most of them under way at once.
+        restart: starts it anew at the same address and returns when it is well, if it is ours to start.
+
+    Raises:
+        UserError: no address of HTTP, or one beyond this machine without a key.
     """
 
-    def __init__(self, url: str, key: str | None, timeout: float, requests: int) -> None:
+    def __init__(
+        self,
+        url: str,
+        key: str | None,
+        timeout: float,
+        requests: int,
+        restart: Callable[[], None] | None = None,
+    ) -> None:
+        _check_address(url, key)
         self.url, self.timeout, self.requests = url.rstrip("/"), timeout, requests
+        self.restart = restart
+        self.sent: Counter[str] = Counter()
+        """`requests` and `bytes_sent` so far."""
         self._free = asyncio.Semaphore(requests)
+        self._heard = time.monotonic()
         self._client = httpx2.AsyncClient(
             base_url=self.url,
             headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=timeout,
+            # A completion may take long; whether the server hangs is told by all of its answers together.
+            timeout=httpx2.Timeout(None, connect=10.0),
             limits=httpx2.Limits(max_connections=None),
         )
 
@@ -84,14 +109,68 @@ class Server:
     async def weight_version(self) -> str:
         return (await self.get("/weight_info"))["weight_version"]
 
-    async def _ask(self, method: str, path: str, **content: Any) -> dict[str, Any]:
+    async def is_well(self) -> bool:
         try:
-            answer = await self._client.request(method, path, **content)
+            async with asyncio.timeout(10):
+                answer = await self._client.get("/health")
+        except (httpx2.HTTPError, TimeoutError):
+            return False
+        return answer.status_code == 200
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def _ask(
+        self, method: str, path: str, json: Any = None, params: Any = None
+    ) -> dict[str, Any]:
+        content = dumps(json).encode() if json is not None else b""
+        self.sent += Counter(requests=1, bytes_sent=len(content))
+        request = asyncio.ensure_future(
+            self._client.request(
+                method,
+                path,
+                content=content,
+                params=params,
+                headers={"Content-Type": "application/json"},
+            )
+        )
+        began = time.monotonic()
+        try:
+            while not request.done():
+                left = max(began, self._heard) + self.timeout - time.monotonic()
+                if left <= 0:
+                    raise ServerError(self, f"has answered nothing for {self.timeout:g} seconds")
+                await asyncio.wait({request}, timeout=left)
+            answer = request.result()
         except httpx2.HTTPError as error:
-            raise ServerError(self, f"{path} failed ({type(error).__name__}: {error})") from error
+            why = str(error) or type(error).__name__
+            raise ServerError(self, f"{path} failed ({why})") from error
+        finally:
+            request.cancel()
+        self._heard = time.monotonic()
         if answer.status_code != 200:
-            raise ServerError(self, f"{path} answered {answer.text[:200]}", answer.status_code)
+            said = one_line(answer.text)
+            raise ServerError(
+                self, f"{path} answered {answer.status_code}: {said}", answer.status_code
+            )
         return answer.json()
+
+
+def _check_address(url: str, key: str | None) -> None:
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+    except ValueError:
+        parts, host = urlsplit(""), ""
+    if parts.scheme not in ("http", "https") or not host:
+        raise UserError(
+            f"rollout.url: {url} is no address of a server; give one such as http://127.0.0.1:8000"
+        )
+    if host not in ("localhost", "::1") and not host.startswith("127.") and not key:
+        raise UserError(
+            f"rollout.url: {url} is another machine, where anyone can reach a server without a key; start it with --api-key and "
+            f"set {KEY} here"
+        )
 
 
 class Loop:
@@ -111,6 +190,9 @@ class Loop:
             return future.result()
         finally:
             future.cancel()
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
 
 
 async def _coroutine(work: Awaitable[T]) -> T:

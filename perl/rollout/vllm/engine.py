@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
+import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -15,11 +16,19 @@ import numpy as np
 from perl.distributed import Processes
 from perl.model.policy import Policy
 from perl.model.processor import Processor
+from perl.model.sharding import gathered
 from perl.rollout.engine import Completion, SamplingParams, end_tokens
-from perl.rollout.vllm.client import MODEL, Loop, Server
+from perl.rollout.vllm.client import MODEL, Loop, Server, ServerError
 from perl.rollout.vllm.pictures import Pictures, features, offsets_of
-from perl.rollout.vllm.weights import FileTransfer
-from perl.types import EncodedPrompt, RunFailed, WeightSpan
+from perl.rollout.vllm.probe import PARAMS, Probe
+from perl.rollout.vllm.weights import FileTransfer, Transfer, Versions, give
+from perl.types import EncodedPrompt, RunFailed
+
+logger = logging.getLogger(__name__)
+
+TRIES = 4
+"""How often a request is made of a server that is well."""
+_LONGEST_WAIT = 10.0
 
 
 class VLLMEngine:
@@ -29,6 +38,9 @@ class VLLMEngine:
         servers: all of them have the model's weights.
         policy: that is trained.
         processor: for the end tokens, and the tokens a completion must not hold.
+        transfer: how weights come to the servers; None: by files in shared memory.
+        tolerance: most mean |Δ log p| of the probe; 0: by the dtype.
+        sleeps: whether servers leave their memory to the trainer outside of `serving`.
     """
 
     def __init__(
@@ -37,29 +49,63 @@ class VLLMEngine:
         policy: Policy,
         processor: Processor,
         processes: Processes,
+        transfer: Transfer | None = None,
+        tolerance: float = 0.0,
+        sleeps: bool = False,
     ) -> None:
-        self.servers, self.processes = servers, processes
+        self.servers, self.policy, self.processes = servers, policy, processes
         self.pictures = [Pictures(server) for server in servers]
         self.ends = sorted(end_tokens(policy, processor))
         self.banned = {str(token): -100.0 for token in processor.unsampled_token_ids().tolist()}
-        self.transfer = FileTransfer(policy, processes)
+        self.transfer, self.sleeps = transfer or FileTransfer(policy, processes), sleeps
+        self.probe = Probe(policy, processor, tolerance)
+        self.versions = Versions()
         self.version: int | None = None
-        # Two runs that share a server by mistake must not take each other's weights for theirs.
-        self._run = secrets.token_hex(4)
+        self._recovering = [asyncio.Lock() for _ in servers]
+        self._recovered = Counter[int]()
+        self._retried = 0
+        self._counted: Counter[str] = Counter()
         self._loop = Loop()
 
     @contextmanager
     def serving(self, version: int) -> Iterator[None]:
-        """The policy's present weights answer in the block, those after `version` steps; all processes enter it together."""
+        """The policy's present weights answer in the block, those after `version` steps; all processes enter it together.
+
+        Raises:
+            RunFailed: a server has not taken them.
+        """
         if version != self.version:
-            self.transfer.write()
-            with self.processes.jointly():
-                if self.processes.index == 0:
-                    self._loop.run(self.transfer.send(self.servers, self._named(version)))
-            for pictures in self.pictures:
-                pictures.forget()
-            self.version = version
-        yield
+            self.sync(version)
+        try:
+            yield
+        finally:
+            if self.sleeps:
+                self.version = None
+                self._on_main(self._each("/sleep", level="2"))
+
+    def sync(self, version: int, keep: bool = False) -> None:
+        """Give servers the policy's present weights; all processes take part.
+
+        Args:
+            version: steps that made them.
+            keep: requests that are under way go on under them, and say from which token on; else they end first.
+
+        Raises:
+            RunFailed: a server has not taken them, or does not answer as the trainer would. It is not used any more.
+        """
+        before = self.versions.allowed if keep else set()
+        self.versions.allowed = {*before, version}
+        if self.sleeps:
+            self._on_main(self._each("/wake_up", tags="weights"))
+        self.transfer.write()
+        self._on_main(give(self.transfer, self.servers, self.versions.name(version), keep))
+        if self.sleeps:
+            self._on_main(self._each("/wake_up", tags="kv_cache"))
+        for pictures in self.pictures:
+            pictures.forget()
+        self.version = version
+        with gathered(self.policy):
+            self._on_main(self._prove())
 
     def generate(
         self, prompts: Sequence[EncodedPrompt], params: SamplingParams, seed: int
@@ -74,7 +120,11 @@ class VLLMEngine:
     def stream(
         self, prompts: Sequence[EncodedPrompt], params: SamplingParams
     ) -> Iterator[tuple[int, list[Completion]]]:
-        """The completions of each prompt with its number, as they end. What is under way ends when the iterator is closed."""
+        """The completions of each prompt with its number, as they end. What is under way ends when the iterator is closed.
+
+        Raises:
+            RunFailed: a server does not answer, and did not come back.
+        """
         ended: SimpleQueue[tuple[int, list[Completion]] | BaseException] = SimpleQueue()
 
         async def ask(number: int, prompt: EncodedPrompt) -> None:
@@ -98,10 +148,52 @@ class VLLMEngine:
         finally:
             future.cancel()
 
+    def counts(self) -> dict[str, float]:
+        """Requests and their bytes, pictures that travelled, and requests that had to be made again."""
+        total = sum((server.sent for server in self.servers), Counter())
+        total["pictures_sent"] = sum(pictures.sent for pictures in self.pictures)
+        total["retried"] = self._retried
+        new, self._counted = total - self._counted, total
+        names = ("requests", "bytes_sent", "pictures_sent", "retried")
+        return {f"rollout/{name}": float(new[name]) for name in names}
+
+    def close(self) -> None:
+        """End what is under way, and remove what servers read."""
+        for server in self.servers:
+            self._loop.run(server.close())
+        self._loop.close()
+        self.transfer.close()
+
     async def _ask(self, prompt: EncodedPrompt, params: SamplingParams) -> list[Completion]:
         # All prompts over the same pictures go to one server.
         shown = "".join(sorted(image.key for image in prompt.images))
         at = crc32(shown.encode()) % len(self.servers)
+        for tries in range(1, TRIES + 1):
+            known = self._recovered[at]
+            try:
+                if found := await self._ask_at(at, prompt, params):
+                    return found
+                error = ServerError(
+                    self.servers[at], "answered under other weights than it was given"
+                )
+            except ServerError as raised:
+                error = raised
+            if tries == TRIES:
+                raise RunFailed(
+                    f"{error}, {TRIES} times; what is wrong stands in the server's log"
+                ) from error
+            self._retried += 1
+            # One recovers a server for all that wait for it.
+            async with self._recovering[at]:
+                if known == self._recovered[at]:
+                    await self._recover(at, error, tries)
+                    self._recovered[at] += 1
+        raise AssertionError
+
+    async def _ask_at(
+        self, at: int, prompt: EncodedPrompt, params: SamplingParams
+    ) -> list[Completion] | None:
+        """Of one server; None if it answered under weights that may not sample now, or gave a completion up."""
         await self.pictures[at].bring(prompt)
         body: dict[str, Any] = {
             "model": MODEL,
@@ -110,7 +202,96 @@ class VLLMEngine:
         }
         if prompt.images:
             body["features"] = features(prompt.images, offsets_of(prompt))
-        return [self._completion(choice) for choice in await self.servers[at].generate(body)]
+        out = []
+        for choice in await self.servers[at].generate(body):
+            spans = self.versions.spans(choice["weight_versions"])
+            if spans is None or choice["finish_reason"] not in ("stop", "length"):
+                return None
+            content = choice["logprobs"]["content"]
+            ids = np.array(choice["token_ids"], np.int64)
+            logprobs = np.array([token["logprob"] for token in content], np.float32)
+            out.append(Completion(ids, logprobs, choice["finish_reason"] == "stop", spans))
+        return out
+
+    async def _recover(self, at: int, error: ServerError, tries: int) -> None:
+        """Have a server answer again under the present weights.
+
+        Raises:
+            RunFailed: it will not.
+        """
+        server = self.servers[at]
+        if error.status is not None and error.status < 500 and error.status not in (408, 429):
+            raise RunFailed(
+                f"{error}; see docs/rollouts.md for the flags that it must be started with"
+            ) from error
+        logger.warning("%s; asking again", error)
+        until = asyncio.get_running_loop().time() + server.timeout
+        # It may have dropped pictures from its cache.
+        self.pictures[at].forget()
+        hangs = error.status is None and await server.is_well()
+        if server.restart and (hangs or not await server.is_well()):
+            await asyncio.to_thread(server.restart)
+        wait = 0.1 * 2**tries
+        while not await server.is_well():
+            if asyncio.get_running_loop().time() > until:
+                raise RunFailed(
+                    f"{error}, and is not back after {server.timeout:g} seconds (rollout.timeout); start it again, and go on"
+                ) from error
+            await asyncio.sleep(wait := min(2 * wait, _LONGEST_WAIT))
+        await asyncio.sleep(wait)
+        if await self._weights_of(server) in map(self.versions.name, self.versions.allowed):
+            return
+        if not self.transfer.repeatable or self.version is None or self.processes.index:
+            raise RunFailed(
+                f"{error}, and has come back without this run's weights, which cannot be sent to it now; go on from the last step"
+            ) from error
+        # The very weights whose sync was proved; the trainer's own may have changed since.
+        await self._send_again(server)
+
+    async def _weights_of(self, server: Server) -> str:
+        try:
+            return await server.weight_version()
+        except ServerError as error:
+            raise RunFailed(f"{error}; is it started with VLLM_SERVER_DEV_MODE=1?") from error
+
+    async def _send_again(self, server: Server) -> None:
+        assert self.version is not None
+        try:
+            await give(self.transfer, [server], self.versions.name(self.version))
+        except ServerError as error:
+            raise RunFailed(f"{error}; it has not taken the weights a second time") from error
+
+    async def _prove(self) -> None:
+        """Raise RunFailed unless all servers answer the probe as the trainer would."""
+        for number in range(len(self.servers)):
+            found = await self._ask_at(number, self.probe.prompt, PARAMS)
+            if found is None:
+                raise RunFailed(
+                    f"vLLM at {self.servers[number].url} answers under other weights than it was given"
+                )
+            apart = self.probe.apart(found)
+            if not apart <= self.probe.tolerance:
+                raise RunFailed(
+                    f"vLLM at {self.servers[number].url} gives the tokens of a question over pictures other log-probs than the "
+                    f"trainer, {apart:.2g} apart in the mean where {self.probe.tolerance:g} are allowed (rollout.tolerance): it has "
+                    "other weights, pictures, flags or another dtype; nothing was sampled with them (docs/rollouts.md)"
+                )
+
+    async def _each(self, path: str, **query: str) -> None:
+        await asyncio.gather(*(server.post(path, None, **query) for server in self.servers))
+
+    def _on_main(self, work: Any) -> None:
+        """What one process does for all, which go on or fail together."""
+        with self.processes.jointly():
+            if self.processes.index:
+                work.close()
+                return
+            try:
+                self._loop.run(work)
+            except ServerError as error:
+                raise RunFailed(
+                    f"{error}; its weights are not to be trusted, so start it again before you go on (docs/rollouts.md)"
+                ) from error
 
     def _sampling(self, params: SamplingParams) -> dict[str, Any]:
         return {
@@ -125,22 +306,3 @@ class VLLMEngine:
             "logit_bias": self.banned,
             "logprobs": 0,
         }
-
-    def _completion(self, choice: dict[str, Any]) -> Completion:
-        content = choice["logprobs"]["content"]
-        ids = np.array(choice["token_ids"], np.int64)
-        logprobs = np.array([token["logprob"] for token in content], np.float32)
-        spans = tuple(
-            WeightSpan(self._number(s["version"]), s["start"], s["end"])
-            for s in choice["weight_versions"]
-        )
-        return Completion(ids, logprobs, choice["finish_reason"] == "stop", spans)
-
-    def _named(self, version: int) -> str:
-        return f"{self._run}-{version}"
-
-    def _number(self, named: str) -> int:
-        run, _, version = named.rpartition("-")
-        if run != self._run:
-            raise RunFailed(f"a server answered with weights {named}, which are not of this run")
-        return int(version)

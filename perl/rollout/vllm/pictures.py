@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from perl.report.gallery import as_shown
-from perl.rollout.vllm.client import Server, ServerError
-from perl.types import EncodedImage, EncodedPrompt
+from perl.rollout.vllm.client import Server
+from perl.types import EncodedImage, EncodedPrompt, RunFailed
 
 
 class Pictures:
@@ -21,6 +21,8 @@ class Pictures:
 
     def __init__(self, server: Server) -> None:
         self.server = server
+        self.sent = 0
+        """Pictures that have travelled so far."""
         self._there: dict[str, asyncio.Task[None]] = {}
 
     def forget(self) -> None:
@@ -40,11 +42,12 @@ class Pictures:
         # In the size that the trainer sees it, which the server's processor then leaves as it is. A request of its own puts it
         # into the cache, so that none of those that follow needs the pixels.
         shown = _data_url(as_shown(encoded, picture))
+        self.sent += 1
         tokens = await self.server.show(shown, encoded.key, token)
         if tokens != encoded.tokens:
-            raise ServerError(
-                self.server,
-                f"makes {tokens} tokens of a picture that are {encoded.tokens} here; do --mm-processor-kwargs differ?",
+            raise RunFailed(
+                f"vLLM at {self.server.url} makes {tokens} tokens of a picture that are {encoded.tokens} here; start it with the "
+                "--mm-processor-kwargs that docs/rollouts.md gives for model.min_pixels and max_pixels"
             )
 
 

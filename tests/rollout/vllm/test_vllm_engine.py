@@ -72,5 +72,6 @@ def test_each_picture_travels_once_between_two_syncs(
         engine.generate(prompts, PARAMS, seed=0)
         engine.generate(prompts, PARAMS, seed=1)
     asked = [body for path, body in server.asked if path.endswith("generate")]
-    assert sum("content_parts" in body for body in asked) == 3
-    assert sum("features" in body for body in asked) == 6
+    # Two more and one more for the probe of the sync.
+    assert sum("content_parts" in body for body in asked) == 3 + 2
+    assert sum("features" in body for body in asked) == 6 + 1
