@@ -138,4 +138,4 @@ def processor(folder: Path) -> Processor:
 def engine(url: str, policy: Policy, processor: Processor) -> Iterator[VLLMEngine]:
     made = VLLMEngine([Server(url, None, 60.0, 64)], policy, processor, processes())
     yield made
-    made.transfer.close()
+    made.close()

@@ -60,7 +60,7 @@ def test_other_families(name: str, serving: Callable, tiny_folder: Callable[[str
     with serving(folder) as url:
         engine = VLLMEngine([Server(url, None, 60.0, 64)], policy, processor, processes())
         worst = after_syncs(engine, policy, processor, 2)
-        engine.transfer.close()
+        engine.close()
     assert max(worst) <= 1e-5
 
 
@@ -69,7 +69,7 @@ def test_adapters_are_merged_for_the_server(url: str, folder: Path, processor: P
     policy = load_policy(str(folder), config, torch.device("cpu"))
     engine = VLLMEngine([Server(url, None, 60.0, 64)], policy, processor, processes())
     worst = after_syncs(engine, policy, processor, 2)
-    engine.transfer.close()
+    engine.close()
     assert max(worst) <= 1e-5
 
 

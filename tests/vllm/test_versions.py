@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from threading import Thread
+from typing import Any
 
 import httpx2
 import numpy as np
+import pytest
 
 from perl.model.policy import Policy
 from perl.model.processor import Processor
 from perl.rollout.engine import Completion, SamplingParams
+from perl.rollout.vllm.client import Server
 from perl.rollout.vllm.engine import VLLMEngine
+from perl.types import RunFailed
 from tests.vllm_checks import changed, differences, prompt
 
 PARAMS = SamplingParams(n=64, temperature=1.0, max_new_tokens=400)
@@ -26,26 +31,8 @@ def tokens_generated(url: str) -> float:
     return float(found[1]) if found else 0.0
 
 
-def update(engine: VLLMEngine, version: int, clear_cache: str) -> None:
-    """New weights under the requests that are under way, with the caches cleared or not."""
-
-    async def send() -> None:
-        server = engine.servers[0]
-        await server.post("/pause", mode="keep", clear_cache=clear_cache)
-        await server.post("/start_weight_update")
-        said = {"path": str(engine.transfer.folder)}
-        await server.post("/update_weights", {"update_info": said})
-        await server.post(
-            "/finish_weight_update", {"weight_version": engine.versions.name(version)}
-        )
-        await server.post("/resume")
-
-    engine.transfer.write()
-    engine._loop.run(send())
-
-
 def across_an_update(
-    url: str, engine: VLLMEngine, policy: Policy, processor: Processor, clear_cache: str
+    url: str, engine: VLLMEngine, policy: Policy, processor: Processor, update: Callable[[], None]
 ) -> tuple[list[float], list[float]]:
     """Of each completion of two versions the largest |Δ log p| of the first's tokens under its weights, and of the second's."""
     asked, before = prompt(processor, 2, 0, 1), deepcopy(policy)
@@ -57,7 +44,7 @@ def across_an_update(
         while tokens_generated(url) < generated + 1000 and work.is_alive():
             time.sleep(0.05)
         changed(policy)
-        update(engine, 1, clear_cache)
+        update()
         work.join()
     two = [c for c in completions if len(c.weight_versions) == 2]
     assert len(two) > 5
@@ -82,13 +69,28 @@ def test_each_token_is_of_the_weights_that_its_span_names(
     url: str, engine: VLLMEngine, policy: Policy, processor: Processor
 ) -> None:
     """Keys and values of what stands before an update are computed anew where caches are cleared."""
-    old, new = across_an_update(url, engine, policy, processor, "true")
+    old, new = across_an_update(url, engine, policy, processor, lambda: engine.sync(1, keep=True))
     assert max(old) <= 1e-5 and max(new) <= 1e-5
 
 
 def test_kept_caches_give_tokens_of_no_weights(
-    url: str, engine: VLLMEngine, policy: Policy, processor: Processor
+    url: str,
+    engine: VLLMEngine,
+    policy: Policy,
+    processor: Processor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Keys and values of the old weights go on to be read: what comes is of neither."""
-    old, new = across_an_update(url, engine, policy, processor, "false")
+    """Keys and values of the old weights go on to be read: what comes is of neither, and the probe stops the run."""
+    post = Server.post
+
+    async def caches_kept(server: Server, path: str, body: Any = None, **query: str) -> Any:
+        said = {"clear_cache": "false"} if path == "/pause" else {}
+        return await post(server, path, body, **query | said)
+
+    def update() -> None:
+        monkeypatch.setattr(Server, "post", caches_kept)
+        with pytest.raises(RunFailed, match="other log-probs than the trainer"):
+            engine.sync(1, keep=True)
+
+    old, new = across_an_update(url, engine, policy, processor, update)
     assert max(old) <= 1e-5 and np.median(new) > 1e-2
