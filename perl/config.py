@@ -284,6 +284,14 @@ class RolloutConfig(EngineConfig):
     kv_cache_tokens: Positive = 131072
     """Most tokens, of prompts and completions, whose keys and values are kept at once while sampling: what goes on at a
     time. A prompt counts once for all its completions; each of these counts max_new_tokens. Of the engine in process."""
+    placement: Literal["separate", "colocated"] = "separate"
+    """Whether vLLM servers have GPUs of their own, or share the trainer's and sleep while it trains."""
+    transfer: Literal["auto", "files", "nccl", "ipc"] = "auto"
+    """How weights come to servers: by files in shared memory, from GPU to GPU, within a GPU; auto: the last two where vLLM is
+    in the trainer's environment too, else files."""
+    tolerance: NotNegative = 0.0
+    """Most mean |log p(server) - log p(trainer)| over the tokens of a probe behind each weight sync, else the run stops; 0:
+    1e-4 in float32, 0.1 in 16 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)

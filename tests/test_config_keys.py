@@ -38,6 +38,7 @@ from perl.rollout.decoding.slots import Slots
 from perl.rollout.engine import SamplingParams
 from perl.rollout.engines import on_servers
 from perl.rollout.vllm.client import Server
+from perl.rollout.vllm.engine import VLLMEngine
 from perl.timing import Stopwatch
 from perl.training.checks import check_setup
 from perl.training.commands import Train
@@ -449,11 +450,18 @@ def pushed(lab: Lab) -> list[str]:
     return [repo for repo in asked if repo]
 
 
-def servers(lab: Lab) -> list[Server]:
-    """Those that would sample."""
-    processor = lab.session.components.processor
-    engine = on_servers(lab.config.rollout, lab.policy, processor, processes())
-    return [*engine.servers] if engine else []
+def sampler(look: Callable[[VLLMEngine], Any]) -> Callable[[Lab], Any]:
+    """What would ask servers."""
+
+    def seen(lab: Lab) -> Any:
+        processor = lab.session.components.processor
+        engine = on_servers(lab.config.rollout, lab.policy, processor, processes())
+        return look(engine) if engine else []
+
+    return seen
+
+
+servers = sampler(lambda engine: [*engine.servers])
 
 
 def served(lab: Lab) -> list[str]:
@@ -707,6 +715,10 @@ ROWS = [
     Row("rollout.max_new_tokens", 64, lambda lab: loss_of(lab).max_completion_length, 512, 64,
         {"loss.preset": "dr_grpo"}),
     Row("rollout.kv_cache_tokens", 40, fillings, 1, 3),
+    Row("rollout.placement", "colocated", sampler(lambda e: e.sleeps), False, True, VLLM),
+    Row("rollout.transfer", "ipc", or_refusal(sampler(lambda e: type(e.transfer).__name__)), "FileTransfer",
+        "rollout.transfer", VLLM),
+    Row("rollout.tolerance", 0.5, sampler(lambda e: e.probe.tolerance), 1e-4, 0.5, VLLM),
 
     Row("reward.functions", ("format",), lambda lab: set(lab.groups[0].reward_parts), {"share_of_b"}, {"format"}),
     Row("reward.weights", (2.0,), lambda lab: lab.groups[0].rewards.tolist(),

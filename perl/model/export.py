@@ -34,32 +34,8 @@ def write_model(model: Any, folder: Path, dtype: torch.dtype, writes: bool = Tru
     Raises:
         OSError: also where the others go on to the end, as they wait for this process's part.
     """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    tensors = _merged_tensors(model)
-    specs = {
-        name: _spec(tensor, dtype if isinstance(tensor, nn.Parameter) else tensor.dtype)
-        for name, (tensor, _) in tensors.items()
-    }
-
-    def shapes(groups: Iterable[Sequence[str]]) -> dict[str, torch.Size]:
-        """Of what the folder holds if each group is converted by itself."""
-        parts = (revert_weight_conversion(model, {n: specs[n] for n in group}) for group in groups)
-        return {name: spec.shape for part in parts for name, spec in part.items()}
-
-    planned = revert_weight_conversion(model, {**specs})
-    # Some tensors of a folder are made of several: of a layer mostly.
-    whole = {name: spec.shape for name, spec in planned.items()}
-    groupings = ([[name] for name in specs], _layers_of(specs), [[*specs]])
-    groups = next(groups for groups in groupings if shapes(groups) == whole)
-
-    def read() -> Iterator[Named]:
-        for group in groups:
-            yield from revert_weight_conversion(
-                model, {name: _merged(*tensors[name]).to(specs[name].dtype) for name in group}
-            ).items()
-
-    with _to_the_end(read()) as converted:
+    exported = Exported(model, dtype)
+    with _to_the_end(iter(exported)) as converted:
         if not writes:
             return
         config = copy.deepcopy(model.config)
@@ -70,15 +46,59 @@ def write_model(model: Any, folder: Path, dtype: torch.dtype, writes: bool = Tru
         config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
-        split = _write(folder, "model", planned, converted, FILE_BYTES)
+        split = _write(folder, "model", exported.planned, converted, FILE_BYTES)
     if split.is_sharded:
-        count = sum(t.numel() for t, _ in tensors.values() if isinstance(t, nn.Parameter))
         index = {
-            "metadata": {"total_parameters": count, **split.metadata},
+            "metadata": {"total_parameters": exported.parameters, **split.metadata},
             "weight_map": split.tensor_to_filename,
         }
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+class Exported:
+    """What a model folder holds: names of transformers' `save_pretrained`, LoRA layers merged, in float32 at least.
+
+    Iterating makes one tensor at a time, of whole weights; where these are in shards all processes iterate together. Each
+    tensor is rounded to `dtype` once; buffers keep theirs.
+
+    Attributes:
+        planned: name -> tensor on the meta device, in the sequence in which they come.
+        parameters: how many numbers the model's parameters are.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        self._model, self._tensors = model, _merged_tensors(model)
+        self._specs = {
+            name: _spec(tensor, dtype if isinstance(tensor, nn.Parameter) else tensor.dtype)
+            for name, (tensor, _) in self._tensors.items()
+        }
+        self.parameters = sum(
+            t.numel() for t, _ in self._tensors.values() if isinstance(t, nn.Parameter)
+        )
+        # Some tensors of a folder are made of several: of a layer mostly.
+        whole = self._reverted(self._specs)
+        shapes = {name: spec.shape for name, spec in whole.items()}
+        groupings = ([[name] for name in self._specs], _layers_of(self._specs), [[*self._specs]])
+        for self._groups in groupings:
+            self.planned = {
+                name: spec
+                for group in self._groups
+                for name, spec in self._reverted({n: self._specs[n] for n in group}).items()
+            }
+            if {name: spec.shape for name, spec in self.planned.items()} == shapes:
+                break
+
+    def __iter__(self) -> Iterator[Named]:
+        for group in self._groups:
+            yield from self._reverted(
+                {name: _merged(*self._tensors[name]).to(self._specs[name].dtype) for name in group}
+            ).items()
+
+    def _reverted(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        return revert_weight_conversion(self._model, {**tensors})
 
 
 def write_adapter(model: Any, folder: Path, base: str, writes: bool = True) -> None:

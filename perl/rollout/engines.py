@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Literal
 
 from perl.config import RolloutConfig
 from perl.distributed import Processes
@@ -11,8 +12,11 @@ from perl.model.policy import Policy
 from perl.model.processor import Processor
 from perl.rollout.engine import InProcessEngine
 from perl.rollout.padded import PaddedEngine
-from perl.rollout.vllm.client import KEY, Server
+from perl.rollout.vllm.client import KEY, Loop, Server
 from perl.rollout.vllm.engine import VLLMEngine
+from perl.rollout.vllm.gpu import GPUTransfer
+from perl.rollout.vllm.gpu import is_there as vllm_is_here
+from perl.rollout.vllm.weights import FileTransfer
 from perl.types import UserError
 
 
@@ -44,4 +48,39 @@ def on_servers(
     servers = [
         Server(url, os.environ.get(KEY), config.timeout, config.requests) for url in config.url
     ]
-    return VLLMEngine(servers, policy, processor, processes)
+    loop, colocated = Loop(), config.placement == "colocated"
+    transfer = _transfer(config, policy, processes, loop)
+    return VLLMEngine(
+        servers, policy, processor, processes, transfer, config.tolerance, colocated, loop
+    )
+
+
+def _transfer(
+    config: RolloutConfig, policy: Policy, processes: Processes, loop: Loop
+) -> FileTransfer | GPUTransfer:
+    way = transfer_of(config, policy.device.type == "cuda")
+    if way == "files":
+        return FileTransfer(policy, processes)
+    return GPUTransfer(way, policy, processes, loop.run)
+
+
+def transfer_of(config: RolloutConfig, cuda: bool) -> Literal["files", "nccl", "ipc"]:
+    """How weights come to servers, by what the config says and what is there.
+
+    Raises:
+        UserError: what is asked for needs a GPU.
+    """
+    if config.transfer == "auto":
+        if not cuda or not vllm_is_here():
+            return "files"
+        return "ipc" if config.placement == "colocated" else "nccl"
+    if config.transfer != "files" and not cuda:
+        raise UserError(
+            f"rollout.transfer = {config.transfer} goes from GPU to GPU, and no GPU is here; set rollout.transfer = files"
+        )
+    if config.transfer == "ipc" and config.placement == "separate":
+        raise UserError(
+            "rollout.transfer = ipc is for servers on the trainer's own GPUs; set rollout.placement = colocated, or another "
+            "rollout.transfer"
+        )
+    return config.transfer

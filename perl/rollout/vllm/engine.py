@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any
@@ -21,7 +21,7 @@ from perl.rollout.engine import Completion, SamplingParams, end_tokens
 from perl.rollout.vllm.client import MODEL, Loop, Server, ServerError
 from perl.rollout.vllm.pictures import Pictures, features, offsets_of
 from perl.rollout.vllm.probe import PARAMS, Probe
-from perl.rollout.vllm.weights import FileTransfer, Transfer, Versions, give
+from perl.rollout.vllm.weights import FileTransfer, Transfer, Versions, pause, resume
 from perl.types import EncodedPrompt, RunFailed
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ class VLLMEngine:
         transfer: how weights come to the servers; None: by files in shared memory.
         tolerance: most mean |Δ log p| of the probe; 0: by the dtype.
         sleeps: whether servers leave their memory to the trainer outside of `serving`.
+        loop: that requests go on in, if `transfer` has one.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class VLLMEngine:
         transfer: Transfer | None = None,
         tolerance: float = 0.0,
         sleeps: bool = False,
+        loop: Loop | None = None,
     ) -> None:
         self.servers, self.policy, self.processes = servers, policy, processes
         self.pictures = [Pictures(server) for server in servers]
@@ -65,7 +67,7 @@ class VLLMEngine:
         self._recovered = Counter[int]()
         self._retried = 0
         self._counted: Counter[str] = Counter()
-        self._loop = Loop()
+        self._loop = loop or Loop()
 
     @contextmanager
     def serving(self, version: int) -> Iterator[None]:
@@ -98,7 +100,10 @@ class VLLMEngine:
         if self.sleeps:
             self._on_main(self._each("/wake_up", tags="weights"))
         self.transfer.write()
-        self._on_main(give(self.transfer, self.servers, self.versions.name(version), keep))
+        name = self.versions.name(version)
+        self._on_main(pause(self.servers, keep))
+        self._on_main(self.transfer.send(self.servers, name), self.transfer.take_part)
+        self._on_main(resume(self.servers, name))
         if self.sleeps:
             self._on_main(self._each("/wake_up", tags="kv_cache"))
         for pictures in self.pictures:
@@ -256,8 +261,11 @@ class VLLMEngine:
 
     async def _send_again(self, server: Server) -> None:
         assert self.version is not None
+        name = self.versions.name(self.version)
         try:
-            await give(self.transfer, [server], self.versions.name(self.version))
+            await pause([server], keep=False)
+            await self.transfer.send([server], name)
+            await resume([server], name)
         except ServerError as error:
             raise RunFailed(f"{error}; it has not taken the weights a second time") from error
 
@@ -280,11 +288,12 @@ class VLLMEngine:
     async def _each(self, path: str, **query: str) -> None:
         await asyncio.gather(*(server.post(path, None, **query) for server in self.servers))
 
-    def _on_main(self, work: Any) -> None:
+    def _on_main(self, work: Any, elsewhere: Callable[[], None] = lambda: None) -> None:
         """What one process does for all, which go on or fail together."""
         with self.processes.jointly():
             if self.processes.index:
                 work.close()
+                elsewhere()
                 return
             try:
                 self._loop.run(work)

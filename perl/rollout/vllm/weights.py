@@ -35,6 +35,10 @@ class Transfer(Protocol):
         """Start an update of servers that are paused, bring the weights, and finish it under this version."""
         ...
 
+    def take_part(self) -> None:
+        """What the other processes do while the first one sends."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -80,6 +84,8 @@ class FileTransfer:
         await server.post("/update_weights", {"update_info": {"path": str(self.folder)}})
         await server.post("/finish_weight_update", {"weight_version": version})
 
+    def take_part(self) -> None: ...
+
     def close(self) -> None:
         if self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -119,23 +125,22 @@ class Versions:
         return tuple(out)
 
 
-async def give(
-    transfer: Transfer, servers: Sequence[Server], version: str, keep: bool = False
-) -> None:
-    """Bring weights to servers, which are known to have them when it returns.
+async def pause(servers: Sequence[Server], keep: bool) -> None:
+    """Before an update; requests that are under way end first, or are kept and go on behind it.
 
-    Args:
-        keep: requests that are under way go on afterwards, under the new weights; else they end first.
-
-    Raises:
-        ServerError: a server has not taken them. It stays paused: between start and finish it has no weights, and its next
-            request would end it.
+    All caches are cleared: features of known pictures are of the old tower, and keys and values of the old weights. vLLM computes
+    those of a kept request anew.
     """
-    # All caches: features of known pictures are of the old tower, and a kept request's keys and values of the old weights. vLLM
-    # computes the latter anew.
     mode = "keep" if keep else "wait"
     await asyncio.gather(*(s.post("/pause", mode=mode, clear_cache="true") for s in servers))
-    await transfer.send(servers, version)
+
+
+async def resume(servers: Sequence[Server], version: str) -> None:
+    """Behind an update that has come to its end. A server whose update failed has no weights, and its next request would end it.
+
+    Raises:
+        ServerError: a server has other weights.
+    """
     for server in servers:
         found = await server.weight_version()
         if found != version:
