@@ -95,8 +95,9 @@ class VLLMEngine:
         Raises:
             RunFailed: a server has not taken them, or does not answer as the trainer would. It is not used any more.
         """
-        before = self.versions.allowed if keep else set()
+        before = {self.version} - {None} if keep else set()
         self.versions.allowed = {*before, version}
+        self.version = None
         if self.sleeps:
             self._on_main(self._each("/wake_up", tags="weights"))
         self.transfer.write()
@@ -108,9 +109,9 @@ class VLLMEngine:
             self._on_main(self._each("/wake_up", tags="kv_cache"))
         for pictures in self.pictures:
             pictures.forget()
-        self.version = version
         with gathered(self.policy):
             self._on_main(self._prove())
+        self.version = version
 
     def generate(
         self, prompts: Sequence[EncodedPrompt], params: SamplingParams, seed: int
