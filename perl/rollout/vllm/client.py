@@ -111,7 +111,7 @@ class Server:
 
     async def is_well(self) -> bool:
         try:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(min(10.0, self.timeout)):
                 answer = await self._client.get("/health")
         except (httpx2.HTTPError, TimeoutError):
             return False
