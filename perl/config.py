@@ -257,7 +257,15 @@ class EngineConfig:
     engine: Literal["inprocess", "vllm"] = "inprocess"
     """What samples: the weights of this process, or vLLM servers that are given them (docs/rollouts.md)."""
     url: tuple[str, ...] = ()
-    """Addresses of vLLM servers, as in http://127.0.0.1:8000."""
+    """Addresses of vLLM servers, as in http://127.0.0.1:8000; empty: one is started, and stopped at the end."""
+    vllm: str = "vllm"
+    """The executable that starts one; it may be of another environment, as in ~/vllm/bin/vllm."""
+    gpu_memory: Annotated[float, Gt(0), Le(1)] = 0.85
+    """Share of a GPU's memory that one takes which is started."""
+    devices: str = ""
+    """CUDA_VISIBLE_DEVICES of one that is started, as in 6,7; empty: this process's."""
+    serve_args: tuple[str, ...] = ()
+    """Further arguments of `vllm serve`, as in --tensor-parallel-size 2."""
     requests: Positive = 256
     """Most requests, of one prompt and all its completions each, that a process has under way at a server."""
     timeout: AboveZero = 600.0

@@ -39,6 +39,7 @@ from perl.rollout.engine import SamplingParams
 from perl.rollout.engines import on_servers
 from perl.rollout.vllm.client import Server
 from perl.rollout.vllm.engine import VLLMEngine
+from perl.rollout.vllm.serve import Launch, launch
 from perl.timing import Stopwatch
 from perl.training.checks import check_setup
 from perl.training.commands import Train
@@ -464,6 +465,21 @@ def sampler(look: Callable[[VLLMEngine], Any]) -> Callable[[Lab], Any]:
 servers = sampler(lambda engine: [*engine.servers])
 
 
+def launched(look: Callable[[Launch], Any]) -> Callable[[Lab], Any]:
+    """How a server would be started: with GPUs where one is named."""
+
+    def seen(lab: Lab) -> Any:
+        cuda = bool(lab.config.rollout.devices)
+        return look(launch(lab.config, str(lab.model), "float32", "files", cuda))
+
+    return seen
+
+
+def argument(flag: str) -> Callable[[Launch], str]:
+    """What stands behind a flag."""
+    return lambda launched: launched.command[launched.command.index(flag) + 1]
+
+
 def served(lab: Lab) -> list[str]:
     return [server.url for server in servers(lab)]
 
@@ -561,6 +577,7 @@ BUNDLED = {"data.train": "bundled:digits"}
 ONES = {"reward.functions": (f"{HERE}:ones",)}
 TOLD = {"reward.functions": (f"{HERE}:where_told",)}
 UP = {"reward.functions": (f"{HERE}:stairs",)}
+GPU = {"rollout.vllm": "true", "rollout.devices": "5"}
 SERVER = {"rollout.url": ("http://127.0.0.1:1",)}
 VLLM = {**SERVER, "rollout.engine": "vllm"}
 SLOW = {"reward.functions": (f"{HERE}:slow",), "train.steps": 1, "train.examples_per_step": 1}
@@ -703,6 +720,10 @@ ROWS = [
     Row("rollout.engine", "vllm", served, [], ["http://127.0.0.1:1"], SERVER),
     Row("rollout.url", ("http://127.0.0.1:1", "http://127.0.0.1:2"), served, ["http://127.0.0.1:1"],
         ["http://127.0.0.1:1", "http://127.0.0.1:2"], VLLM),
+    Row("rollout.vllm", "true", or_refusal(launched(lambda l: Path(l.command[0]).name)), "rollout.vllm", "true"),
+    Row("rollout.gpu_memory", 0.4, launched(argument("--gpu-memory-utilization")), "0.85", "0.4", GPU),
+    Row("rollout.devices", "6,7", launched(lambda l: l.environment["CUDA_VISIBLE_DEVICES"]), "5", "6,7", GPU),
+    Row("rollout.serve_args", ("--seed", "7"), launched(lambda l: [*l.command][-1]), "--enforce-eager", "7", {"rollout.vllm": "true"}),
     Row("rollout.requests", 3, of_server(lambda s: s.requests), 256, 3, VLLM),
     Row("rollout.timeout", 5.0, of_server(lambda s: s.timeout), 600.0, 5.0, VLLM),
     Row("rollout.per_order", 3, last("params", lambda p: p.n), 2, 3),

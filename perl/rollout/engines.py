@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Literal
 
-from perl.config import RolloutConfig
+import torch
+
+from perl.config import Config, RolloutConfig
 from perl.distributed import Processes
 from perl.model.padded import PaddedPolicy
 from perl.model.policy import Policy
@@ -16,6 +19,7 @@ from perl.rollout.vllm.client import KEY, Loop, Server
 from perl.rollout.vllm.engine import VLLMEngine
 from perl.rollout.vllm.gpu import GPUTransfer
 from perl.rollout.vllm.gpu import is_there as vllm_is_here
+from perl.rollout.vllm.serve import OwnServer, launch
 from perl.rollout.vllm.weights import FileTransfer
 from perl.types import UserError
 
@@ -27,32 +31,57 @@ def in_process(policy: Policy, processor: Processor, kv_cache_tokens: int) -> In
 
 
 def on_servers(
-    config: RolloutConfig, policy: Policy, processor: Processor, processes: Processes
+    config: RolloutConfig,
+    policy: Policy,
+    processor: Processor,
+    processes: Processes,
+    own: OwnServer | None = None,
 ) -> VLLMEngine | None:
     """The engine that samples from this policy on vLLM servers; None where the config asks for none.
 
+    Args:
+        own: the server that the first process has started, where the config names none; it is waited for.
+
     Raises:
-        UserError: no server is named, or the model is one whose prompts they cannot be given.
+        UserError: the model is one whose prompts servers cannot be given.
     """
     if config.engine == "inprocess":
         return None
-    if not config.url:
-        raise UserError(
-            "rollout.engine = vllm samples on vLLM servers, and none is named; give --rollout.url http://127.0.0.1:8000"
-        )
     if isinstance(policy, PaddedPolicy):
         raise UserError(
             "rollout.engine = vllm: this model is trained on padded batches, whose prompts vLLM cannot be given token by "
             "token; leave rollout.engine out, or write a family for the model (docs/models.md)"
         )
-    servers = [
-        Server(url, os.environ.get(KEY), config.timeout, config.requests) for url in config.url
-    ]
+    with processes.jointly():
+        if own:
+            own.wait()
+    urls = config.url or processes.gather([own.launch.url] if own else [])
+    key = os.environ.get(KEY)
+    servers = [Server(url, key, config.timeout, config.requests, own) for url in urls]
     loop, colocated = Loop(), config.placement == "colocated"
     transfer = _transfer(config, policy, processes, loop)
     return VLLMEngine(
         servers, policy, processor, processes, transfer, config.tolerance, colocated, loop
     )
+
+
+def own_server(
+    config: Config, model: str, dtype: torch.dtype, cuda: bool, log: Path
+) -> OwnServer | None:
+    """A server that is being started for a run; None where the config names some, or needs none.
+
+    Raises:
+        UserError: it cannot be started so.
+    """
+    rollout = config.rollout
+    if rollout.engine == "inprocess" or rollout.url:
+        return None
+    named = str(dtype).removeprefix("torch.")
+    started = OwnServer(
+        launch(config, model, named, transfer_of(rollout, cuda), cuda), log, rollout.timeout
+    )
+    started.start()
+    return started
 
 
 def _transfer(

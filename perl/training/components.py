@@ -32,7 +32,7 @@ from perl.report.trackers import usable_trackers
 from perl.rewards.scorer import Scorer
 from perl.rollout.collect import Collector
 from perl.rollout.engine import Engine
-from perl.rollout.engines import in_process, on_servers
+from perl.rollout.engines import in_process, on_servers, own_server
 from perl.rollout.instruction import Instruction
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.rollout.vllm.engine import VLLMEngine
@@ -159,8 +159,12 @@ def build(config: Config, stage: Stage, folder: RunFolder) -> Components:
     sharding = make_sharding(config, accelerator.device, accelerator.num_processes)
     check_memory(config, path, plan(config), accelerator.device, accelerator.num_processes)
     torch.manual_seed(config.run.seed)
+    own = None
+    if accelerator.is_main_process:  # It starts while the weights are read here.
+        cuda = accelerator.device.type == "cuda"
+        own = own_server(config, path, dtype, cuda, folder.root / "vllm.log")
     policy = load_policy(path, config.model, accelerator.device, sharding)
-    servers = on_servers(config.rollout, policy, processor, Processes(accelerator))
+    servers = on_servers(config.rollout, policy, processor, Processes(accelerator), own)
     return Components(
         stage, folder, accelerator, policy, processor, Stopwatch(), path, servers=servers
     )

@@ -10,9 +10,9 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Mapping
 from json import dumps
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import httpx2
@@ -35,6 +35,16 @@ class ServerError(Exception):
         self.server, self.status = server, status
 
 
+class Own(Protocol):
+    """A server that is ours to start and to stop."""
+
+    def restart(self) -> None:
+        """At the same address; returns when it is well."""
+        ...
+
+    def stop(self) -> None: ...
+
+
 class Server:
     """One server.
 
@@ -43,7 +53,7 @@ class Server:
         key: that it was started with, if it was.
         timeout: seconds after which a server that answers nothing hangs.
         requests: most of them under way at once.
-        restart: starts it anew at the same address and returns when it is well, if it is ours to start.
+        own: what has started it, if we have.
 
     Raises:
         UserError: no address of HTTP, or one beyond this machine without a key.
@@ -55,11 +65,11 @@ class Server:
         key: str | None,
         timeout: float,
         requests: int,
-        restart: Callable[[], None] | None = None,
+        own: Own | None = None,
     ) -> None:
         _check_address(url, key)
         self.url, self.timeout, self.requests = url.rstrip("/"), timeout, requests
-        self.restart = restart
+        self.own = own
         self.sent: Counter[str] = Counter()
         """`requests` and `bytes_sent` so far."""
         self._free = asyncio.Semaphore(requests)

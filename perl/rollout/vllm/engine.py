@@ -95,7 +95,7 @@ class VLLMEngine:
         Raises:
             RunFailed: a server has not taken them, or does not answer as the trainer would. It is not used any more.
         """
-        before = {self.version} - {None} if keep else set()
+        before = [self.version] if keep and self.version is not None else []
         self.versions.allowed = {*before, version}
         self.version = None
         if self.sleeps:
@@ -164,9 +164,11 @@ class VLLMEngine:
         return {f"rollout/{name}": float(new[name]) for name in names}
 
     def close(self) -> None:
-        """End what is under way, and remove what servers read."""
+        """End what is under way, stop the servers that are ours, and remove what they read."""
         for server in self.servers:
             self._loop.run(server.close())
+            if server.own:
+                server.own.stop()
         self._loop.close()
         self.transfer.close()
 
@@ -235,8 +237,8 @@ class VLLMEngine:
         # It may have dropped pictures from its cache.
         self.pictures[at].forget()
         hangs = error.status is None and await server.is_well()
-        if server.restart and (hangs or not await server.is_well()):
-            await asyncio.to_thread(server.restart)
+        if server.own and (hangs or not await server.is_well()):
+            await asyncio.to_thread(server.own.restart)
         wait = 0.1 * 2**tries
         while not await server.is_well():
             if asyncio.get_running_loop().time() > until:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,7 +138,8 @@ def test_one_of_ours_that_is_dead_is_started_again(
         return (502, {}) if dead and path in ("/health", "/inference/v1/generate") else None
 
     server.before = before
-    engine.servers[0].restart = lambda: started.append(True)
+    own = SimpleNamespace(restart=lambda: started.append(True), stop=lambda: None)
+    engine.servers[0].own = own
     asked(engine, processor, policy)
     assert started == [True]
 
