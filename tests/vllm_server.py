@@ -57,6 +57,8 @@ class VLLMServer:
             name = path.rpartition("/")[2]
             if name == "generate":
                 return self._generate(body)
+            if name == "models":
+                return 200, {"data": [{"id": "perl", "root": self.config.path}]}
             if name == "weight_info":
                 return 200, {"weight_version": self.version}
             if name == "pause":

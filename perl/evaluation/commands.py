@@ -15,6 +15,7 @@ from perl.config import (
     Command,
     Config,
     Count,
+    EngineConfig,
     EvalConfig,
     MeasureConfig,
     Positive,
@@ -42,6 +43,7 @@ class Evaluate(Command):
     image_root: str | None = None
     """Folder that image paths of the data start from and may not leave; empty: the run's data.image_root."""
     eval: MeasureConfig = field(default_factory=MeasureConfig)
+    rollout: EngineConfig = field(default_factory=EngineConfig)
     max_new_tokens: int | None = None
     """Longest completion; empty: the run's, 2048 with --suite."""
     max_prompt_tokens: int | None = None
@@ -185,7 +187,7 @@ def _settings(command: Evaluate, max_new_tokens: int | None) -> Config:
             "instruction": None if command.suite else command.instruction,
         },
         **(_measured_by(command.functions) if command.functions else {}),
-        rollout={"max_new_tokens": max_new_tokens},
+        rollout=asdict(command.rollout) | {"max_new_tokens": max_new_tokens},
     )
     config = replace(config, eval=EvalConfig(**asdict(command.eval)))
     check_config(config)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from perl.config import AboveZero, Command, Config, Positive, RewardConfig, Seed
+from perl.config import AboveZero, Command, Config, EngineConfig, Positive, RewardConfig, Seed
 from perl.model.sources import run_of
 from perl.recipe import check_config, check_options, measured_function
 from perl.report.progress import Display
@@ -48,6 +48,7 @@ class Filter(Command):
     """JSONL file with the measurements; empty: NAME.accuracies.jsonl beside the data."""
     limit: Positive | None = None
     """Measure a sample of this many questions; endless bundled ones need it."""
+    rollout: EngineConfig = field(default_factory=EngineConfig)
     temperature: AboveZero = 1.0
     """Sampling temperature."""
     max_new_tokens: Positive | None = None
@@ -156,10 +157,8 @@ def _settings(command: Filter) -> Config:
             "control_tokens": command.control_tokens,
             "instruction": command.instruction,
         },
-        rollout={
-            "max_new_tokens": command.max_new_tokens,
-            "temperature": command.temperature,
-        },
+        rollout=asdict(command.rollout)
+        | {"max_new_tokens": command.max_new_tokens, "temperature": command.temperature},
         resample={
             "rollouts": command.rollouts,
             "orders": command.orders,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from perl.config import (
     Command,
     Config,
     Count,
+    EngineConfig,
     MeasureConfig,
     NotNegative,
     Positive,
@@ -47,6 +48,7 @@ class Generate(Command):
     """Longest completion; empty: the run's."""
     seed: Seed = 0
     """Of the sampling."""
+    rollout: EngineConfig = field(default_factory=EngineConfig)
     save_images: Path | None = None
     """Folder for the pictures as the model sees them: image-1.png, image-2.png, ... in the order shown."""
 
@@ -58,7 +60,7 @@ class Generate(Command):
         check_options(self)
         if self.example is not None and (self.prompt or self.images):
             raise UserError("give --example or --prompt with --images, not both")
-        config = config_of(self.model)
+        config = config_of(self.model, rollout=asdict(self.rollout))
         longest = self.max_new_tokens or config.rollout.max_new_tokens
         example = _held_out(config, self.example) if self.example is not None else _asked(self)
         engine, encoder = engine_and_encoder(config)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,13 @@ ADAPTER = "adapter"
 """Folder of the adapter in the model that it is merged into."""
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+_COMPANIONS = (
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"),
+    "special_tokens_map.json",
+)
+"""Files that one version of transformers or vLLM writes and another one looks for."""
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -229,3 +237,24 @@ def _below(path: str) -> str | None:
             "base_model_name_or_path"
         )
     return base
+
+
+def copy_companions(base: str, target: Path) -> None:
+    """Of a local or cached model what describes tokenizer and processor and was not written anew."""
+    for name in _COMPANIONS:
+        if not (target / name).exists() and (found := cached_file_of(base, name)):
+            shutil.copyfile(found, target / name)
+
+
+def cached_file_of(base: str, name: str) -> str | None:
+    """A file of a local or cached model."""
+    from transformers.utils.hub import cached_file
+
+    return cached_file(
+        base,
+        name,
+        local_files_only=True,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -73,7 +73,9 @@ class InProcessEngine:
         self.policy = policy
         self.pad, self.processor = processor.pad_token_id, processor
         # On the host as well: whether a completion has ended is asked without waiting for the device.
-        self.end_ids = sorted(end_tokens(policy, processor))
+        self.end_ids = sorted(
+            end_tokens(getattr(policy.base, "generation_config", None), processor)
+        )
         self.ends = torch.tensor(self.end_ids, device=policy.device)
         self.banned = processor.unsampled_token_ids()
         self.kv_cache_tokens = kv_cache_tokens
@@ -178,8 +180,7 @@ def _jobs(prompts: Sequence[EncodedPrompt], n: int, rows: int) -> list[Job]:
     return [Job(i, prompts[i], count) for i in order for count in counts]
 
 
-def end_tokens(policy: Policy, processor: Processor) -> set[int]:
-    """The tokenizer's end token and those of the checkpoint's generation settings; Qwen has two."""
-    settings = getattr(policy.base, "generation_config", None)
+def end_tokens(settings: Any, processor: Processor) -> set[int]:
+    """The tokenizer's end token and those of a checkpoint's generation settings; Qwen has two."""
     more = getattr(settings, "eos_token_id", None) or []
     return {processor.eos_token_id, *([more] if isinstance(more, int) else more)}

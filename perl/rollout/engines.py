@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import torch
 
 from perl.config import Config, RolloutConfig
 from perl.distributed import Processes
+from perl.model.loading import compute_dtype, load_policy, load_processor
 from perl.model.padded import PaddedPolicy
 from perl.model.policy import Policy
 from perl.model.processor import Processor
-from perl.rollout.engine import InProcessEngine
+from perl.model.sources import copy_companions, layers_of
+from perl.rollout.engine import InProcessEngine, end_tokens
 from perl.rollout.padded import PaddedEngine
 from perl.rollout.vllm.client import KEY, Loop, Server
-from perl.rollout.vllm.engine import VLLMEngine
+from perl.rollout.vllm.engine import ServedModel, VLLMEngine
 from perl.rollout.vllm.gpu import GPUTransfer
 from perl.rollout.vllm.gpu import is_there as vllm_is_here
 from perl.rollout.vllm.serve import OwnServer, launch
@@ -82,6 +88,65 @@ def own_server(
     )
     started.start()
     return started
+
+
+def served_model(config: Config, processor: Processor, device: torch.device) -> ServedModel:
+    """A model as it is, on vLLM servers; one that is started for it ends with this process.
+
+    Raises:
+        UserError: a server that is named has another model, or one that is trained.
+        RunFailed: a server does not answer.
+    """
+    rollout, stack = config.rollout, ExitStack()
+    atexit.register(stack.close)
+    path, own = config.model.path, None
+    if not rollout.url:
+        # Nothing else is on the GPUs.
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+        rollout = replace(rollout, devices=rollout.devices or visible)
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="perl-rl-")))
+        dtype = compute_dtype(config.model.dtype, device)
+        path = _as_model_folder(config, folder / "model", dtype)
+        own = own_server(
+            replace(config, rollout=rollout),
+            path,
+            dtype,
+            device.type == "cuda",
+            folder / "vllm.log",
+        )
+    urls = rollout.url
+    if own:
+        stack.callback(own.stop)
+        own.wait()
+        urls = (own.launch.url,)
+    key = os.environ.get(KEY)
+    servers = [Server(url, key, rollout.timeout, rollout.requests, own) for url in urls]
+    engine = ServedModel(servers, processor, end_tokens(_generation_settings(path), processor))
+    engine.check(path)
+    return engine
+
+
+def _as_model_folder(config: Config, folder: Path, dtype: torch.dtype) -> str:
+    """A model that vLLM reads: a checkpoint or an adapter is merged into its model, in a folder for it."""
+    path = config.model.path
+    *above, base = layers_of(path)
+    if not above:
+        return path
+    folder.mkdir()
+    policy = load_policy(path, replace(config.model, lora_rank=0), torch.device("cpu"))
+    policy.save_pretrained(folder, dtype)
+    load_processor(path, config.model).save(folder)
+    copy_companions(base, folder)
+    return str(folder)
+
+
+def _generation_settings(path: str) -> Any:
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except OSError:  # A model may have none.
+        return None
 
 
 def _transfer(

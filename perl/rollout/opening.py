@@ -83,16 +83,16 @@ def _stage_of(model: Path, stages: list[Stage]) -> Stage:
 
 
 def engine_and_encoder(config: Config) -> tuple[Any, Any]:
-    """An `InProcessEngine` and a `PromptEncoder` for `config.model.path`, on a GPU where there is one."""
+    """An engine and a `PromptEncoder` for `config.model.path`, on a GPU where there is one."""
     import torch
 
     from perl.model.loading import load_policy, load_processor
-    from perl.rollout.engines import in_process
+    from perl.rollout.engines import in_process, served_model
     from perl.rollout.instruction import Instruction
     from perl.rollout.prompts import PromptEncoder, PromptLimit
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    policy = load_policy(config.model.path, replace(config.model, lora_rank=0), device).to(device)
+    model = replace(config.model, lora_rank=0)
     processor = load_processor(config.model.path, config.model)
     limit = PromptLimit.to_generate(config)
     if limit.tokens == config.data.max_prompt_tokens:
@@ -104,6 +104,9 @@ def engine_and_encoder(config: Config) -> tuple[Any, Any]:
         processor, limit, config.data.overlong, Instruction.of(config), config.data.control_tokens
     )
 
+    if config.rollout.engine == "vllm":  # The weights are read by the server alone.
+        return served_model(config, processor, device), encoder
+    policy = load_policy(config.model.path, model, device).to(device)
     return in_process(policy, processor, config.rollout.kv_cache_tokens), encoder
 
 

@@ -28,26 +28,32 @@ class PromptLimit:
     @classmethod
     def to_generate(cls, config: Config) -> PromptLimit:
         """`data.max_prompt_tokens`, or what the cache leaves beside the longest completion if it is less."""
-        return cls._least(config, {"rollout.kv_cache_tokens": config.rollout.kv_cache_tokens})
+        return cls._least(config, _cache(config))
 
     @classmethod
     def to_train(cls, config: Config) -> PromptLimit:
         """That, or what a micro-batch leaves beside the longest completion if it is less."""
-        budgets = {
-            "rollout.kv_cache_tokens": config.rollout.kv_cache_tokens,
-            "train.tokens_per_micro_batch": config.train.tokens_per_micro_batch,
-        }
-        return cls._least(config, budgets)
+        row = {"train.tokens_per_micro_batch": config.train.tokens_per_micro_batch}
+        return cls._least(config, _cache(config) | row)
 
     @classmethod
     def _least(cls, config: Config, budgets: Mapping[str, int]) -> PromptLimit:
         completion, wanted = config.rollout.max_new_tokens, config.data.max_prompt_tokens
-        key = min(budgets, key=lambda key: budgets[key])
+        key = min(budgets, key=lambda key: budgets[key], default="")
+        if not key:
+            return cls(wanted, f"data.max_prompt_tokens = {wanted}")
         left = budgets[key] - completion
         if left >= wanted:
             return cls(wanted, f"data.max_prompt_tokens = {wanted}")
         name = f"the {left} that {key} = {budgets[key]} leaves beside rollout.max_new_tokens = {completion}"
         return cls(left, name)
+
+
+def _cache(config: Config) -> dict[str, int]:
+    """The budget of the engine in process; servers have their own."""
+    rollout = config.rollout
+    own = rollout.engine == "inprocess"
+    return {"rollout.kv_cache_tokens": rollout.kv_cache_tokens} if own else {}
 
 
 class PromptEncoder:

@@ -161,7 +161,7 @@ def test_engine_and_encoder_are_those_of_the_settings(monkeypatch: pytest.Monkey
     monkeypatch.setattr("perl.model.loading.load_processor", load)
     monkeypatch.setattr("perl.rollout.engines.in_process", lambda *parts: parts)
     (policy, processor, tokens), encoder = engine_and_encoder(config)
-    assert loaded == [("m", replace(config.model, lora_rank=0)), ("m", config.model)]
+    assert loaded == [("m", config.model), ("m", replace(config.model, lora_rank=0))]
     assert (policy, tokens, encoder.processor) == ("policy", 700, processor)
     assert (encoder.limit.tokens, encoder.overlong) == (77, "drop")
     assert (encoder.instruction.name, encoder.instruction.system) == ("box", "S")

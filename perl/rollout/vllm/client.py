@@ -119,6 +119,11 @@ class Server:
     async def weight_version(self) -> str:
         return (await self.get("/weight_info"))["weight_version"]
 
+    async def model(self) -> str:
+        """The folder or hub name that it was started with."""
+        found = (await self.get("/v1/models"))["data"]
+        return next((str(m["root"]) for m in found if m["id"] == MODEL), f"none called {MODEL}")
+
     async def is_well(self) -> bool:
         try:
             async with asyncio.timeout(min(10.0, self.timeout)):

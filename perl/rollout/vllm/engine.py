@@ -1,12 +1,13 @@
-"""Sampling by vLLM servers, with the tokens and the pictures of the trainer and under weights that are known."""
+"""Sampling by vLLM servers, with the tokens and the pictures of this side and under weights that are known."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 from zlib import crc32
@@ -21,8 +22,8 @@ from perl.rollout.engine import Completion, SamplingParams, end_tokens
 from perl.rollout.vllm.client import MODEL, Loop, Server, ServerError
 from perl.rollout.vllm.pictures import Pictures, features, offsets_of
 from perl.rollout.vllm.probe import PARAMS, Probe
-from perl.rollout.vllm.weights import FileTransfer, Transfer, Versions, pause, resume
-from perl.types import EncodedPrompt, RunFailed
+from perl.rollout.vllm.weights import FileTransfer, RunVersions, Transfer, Versions, pause, resume
+from perl.types import EncodedPrompt, RunFailed, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -31,87 +32,57 @@ TRIES = 4
 _LONGEST_WAIT = 10.0
 
 
-class VLLMEngine:
-    """Asks servers for completions; see `perl.rollout.engine.Engine`.
+class ServedModel:
+    """A model that vLLM servers have by themselves; see `perl.rollout.engine.Engine`.
 
     Args:
-        servers: all of them have the model's weights.
-        policy: that is trained.
-        processor: for the end tokens, and the tokens a completion must not hold.
-        transfer: how weights come to the servers; None: by files in shared memory.
-        tolerance: most mean |Δ log p| of the probe; 0: by the dtype.
-        sleeps: whether servers leave their memory to the trainer outside of `serving`.
-        loop: that requests go on in, if `transfer` has one.
+        servers: all of them have the same model.
+        processor: for the tokens a completion must not hold.
+        ends: tokens that end a completion.
+        loop: that requests go on in, if there is one.
     """
 
     def __init__(
         self,
         servers: Sequence[Server],
-        policy: Policy,
         processor: Processor,
-        processes: Processes,
-        transfer: Transfer | None = None,
-        tolerance: float = 0.0,
-        sleeps: bool = False,
+        ends: Collection[int],
         loop: Loop | None = None,
     ) -> None:
-        self.servers, self.policy, self.processes = servers, policy, processes
+        self.servers = servers
         self.pictures = [Pictures(server) for server in servers]
-        self.ends = sorted(end_tokens(policy, processor))
+        self.ends = sorted(ends)
         self.banned = {str(token): -100.0 for token in processor.unsampled_token_ids().tolist()}
-        self.transfer, self.sleeps = transfer or FileTransfer(policy, processes), sleeps
-        self.probe = Probe(policy, processor, tolerance)
         self.versions = Versions()
-        self.version: int | None = None
         self._recovering = [asyncio.Lock() for _ in servers]
         self._recovered = Counter[int]()
         self._retried = 0
         self._counted: Counter[str] = Counter()
         self._loop = loop or Loop()
 
-    @contextmanager
-    def serving(self, version: int) -> Iterator[None]:
-        """The policy's present weights answer in the block, those after `version` steps; all processes enter it together.
+    def check(self, model: str) -> None:
+        """Raise UserError unless servers have this model, as they were started with it."""
+        for server in self.servers:
+            try:
+                served, weights = (
+                    self._loop.run(server.model()),
+                    self._loop.run(server.weight_version()),
+                )
+            except ServerError as error:
+                raise UserError(
+                    f"{error}; start it as docs/rollouts.md says, or leave rollout.url out for one that is started"
+                ) from error
+            if served != model and Path(served).resolve() != Path(model).resolve():
+                raise UserError(
+                    f"vLLM at {server.url} has the model {served}, not {model}; start it with that, or leave rollout.url out"
+                )
+            if weights not in self.versions.names():
+                raise UserError(
+                    f"vLLM at {server.url} has weights of a run ({weights}), not those of {model}; start it again"
+                )
 
-        Raises:
-            RunFailed: a server has not taken them.
-        """
-        if version != self.version:
-            self.sync(version)
-        try:
-            yield
-        finally:
-            if self.sleeps:
-                self.version = None
-                self._on_main(self._each("/sleep", level="2"))
-
-    def sync(self, version: int, keep: bool = False) -> None:
-        """Give servers the policy's present weights; all processes take part.
-
-        Args:
-            version: steps that made them.
-            keep: requests that are under way go on under them, and say from which token on; else they end first.
-
-        Raises:
-            RunFailed: a server has not taken them, or does not answer as the trainer would. It is not used any more.
-        """
-        before = [self.version] if keep and self.version is not None else []
-        self.versions.allowed = {*before, version}
-        self.version = None
-        if self.sleeps:
-            self._on_main(self._each("/wake_up", tags="weights"))
-        self.transfer.write()
-        name = self.versions.name(version)
-        self._on_main(pause(self.servers, keep))
-        self._on_main(self.transfer.send(self.servers, name), self.transfer.take_part)
-        self._on_main(resume(self.servers, name))
-        if self.sleeps:
-            self._on_main(self._each("/wake_up", tags="kv_cache"))
-        for pictures in self.pictures:
-            pictures.forget()
-        with gathered(self.policy):
-            self._on_main(self._prove())
-        self.version = version
+    def serving(self, version: int) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def generate(
         self, prompts: Sequence[EncodedPrompt], params: SamplingParams, seed: int
@@ -164,13 +135,12 @@ class VLLMEngine:
         return {f"rollout/{name}": float(new[name]) for name in names}
 
     def close(self) -> None:
-        """End what is under way, stop the servers that are ours, and remove what they read."""
+        """End what is under way, stop the servers that are ours."""
         for server in self.servers:
             self._loop.run(server.close())
             if server.own:
                 server.own.stop()
         self._loop.close()
-        self.transfer.close()
 
     async def _ask(self, prompt: EncodedPrompt, params: SamplingParams) -> list[Completion]:
         # All prompts over the same pictures go to one server.
@@ -219,7 +189,7 @@ class VLLMEngine:
             ids = np.array(choice["token_ids"], np.int64)
             logprobs = np.array([token["logprob"] for token in content], np.float32)
             out.append(Completion(ids, logprobs, choice["finish_reason"] == "stop", spans))
-        return out
+        return out if params.temperature else out * params.n
 
     async def _recover(self, at: int, error: ServerError, tries: int) -> None:
         """Have a server answer again under the present weights.
@@ -247,14 +217,8 @@ class VLLMEngine:
                 ) from error
             await asyncio.sleep(wait := min(2 * wait, _LONGEST_WAIT))
         await asyncio.sleep(wait)
-        if await self._weights_of(server) in map(self.versions.name, self.versions.allowed):
-            return
-        if not self.transfer.repeatable or self.version is None or self.processes.index:
-            raise RunFailed(
-                f"{error}, and has come back without this run's weights, which cannot be sent to it now; go on from the last step"
-            ) from error
-        # The very weights whose sync was proved; the trainer's own may have changed since.
-        await self._send_again(server)
+        if await self._weights_of(server) not in self.versions.names():
+            await self._give_again(server, error)
 
     async def _weights_of(self, server: Server) -> str:
         try:
@@ -262,15 +226,125 @@ class VLLMEngine:
         except ServerError as error:
             raise RunFailed(f"{error}; is it started with VLLM_SERVER_DEV_MODE=1?") from error
 
-    async def _send_again(self, server: Server) -> None:
-        assert self.version is not None
+    async def _give_again(self, server: Server, error: ServerError) -> None:
+        """Give a server that has come back the weights that it had.
+
+        Raises:
+            RunFailed: they cannot be given.
+        """
+        raise RunFailed(
+            f"{error}, and has other weights than before; start it again with the model"
+        ) from error
+
+    def _sampling(self, params: SamplingParams) -> dict[str, Any]:
+        return {
+            # Of the likeliest completion vLLM gives one.
+            "n": params.n if params.temperature else 1,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
+            "max_tokens": params.max_new_tokens,
+            "stop": list(params.stop),
+            "include_stop_str_in_output": True,
+            "stop_token_ids": self.ends,
+            "logit_bias": self.banned,
+            "logprobs": 0,
+        }
+
+
+class VLLMEngine(ServedModel):
+    """Servers that are given the weights that are trained.
+
+    Args:
+        policy: that is trained.
+        processes: of the run.
+        transfer: how weights come to the servers; None: by files in shared memory.
+        tolerance: most mean |Δ log p| of the probe; 0: by the dtype.
+        sleeps: whether servers leave their memory to the trainer outside of `serving`.
+        loop: that requests go on in, if `transfer` has one.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[Server],
+        policy: Policy,
+        processor: Processor,
+        processes: Processes,
+        transfer: Transfer | None = None,
+        tolerance: float = 0.0,
+        sleeps: bool = False,
+        loop: Loop | None = None,
+    ) -> None:
+        settings = getattr(policy.base, "generation_config", None)
+        super().__init__(servers, processor, end_tokens(settings, processor), loop)
+        self.policy, self.processes = policy, processes
+        self.transfer, self.sleeps = transfer or FileTransfer(policy, processes), sleeps
+        self.probe = Probe(policy, processor, tolerance)
+        self.versions = RunVersions()
+        self.version: int | None = None
+
+    @contextmanager
+    def serving(self, version: int) -> Iterator[None]:
+        """The policy's present weights answer in the block, those after `version` steps; all processes enter it together.
+
+        Raises:
+            RunFailed: a server has not taken them.
+        """
+        if version != self.version:
+            self.sync(version)
+        try:
+            yield
+        finally:
+            if self.sleeps:
+                self.version = None
+                self._on_main(self._each("/sleep", level="2"))
+
+    def sync(self, version: int, keep: bool = False) -> None:
+        """Give servers the policy's present weights; all processes take part.
+
+        Args:
+            version: steps that made them.
+            keep: requests that are under way go on under them, and say from which token on; else they end first.
+
+        Raises:
+            RunFailed: a server has not taken them, or does not answer as the trainer would. It is not used any more.
+        """
+        before = [self.version] if keep and self.version is not None else []
+        self.versions.allowed = {*before, version}
+        self.version = None
+        if self.sleeps:
+            self._on_main(self._each("/wake_up", tags="weights"))
+        self.transfer.write()
+        name = self.versions.name(version)
+        self._on_main(pause(self.servers, keep))
+        self._on_main(self.transfer.send(self.servers, name), self.transfer.take_part)
+        self._on_main(resume(self.servers, name))
+        if self.sleeps:
+            self._on_main(self._each("/wake_up", tags="kv_cache"))
+        for pictures in self.pictures:
+            pictures.forget()
+        with gathered(self.policy):
+            self._on_main(self._prove())
+        self.version = version
+
+    def close(self) -> None:
+        """And remove what they have read."""
+        super().close()
+        self.transfer.close()
+
+    async def _give_again(self, server: Server, error: ServerError) -> None:
+        if not self.transfer.repeatable or self.version is None or self.processes.index:
+            raise RunFailed(
+                f"{error}, and has come back without this run's weights, which cannot be sent to it now; go on from the last step"
+            ) from error
+        # The very weights whose sync was proved; the trainer's own may have changed since.
         name = self.versions.name(self.version)
         try:
             await pause([server], keep=False)
             await self.transfer.send([server], name)
             await resume([server], name)
-        except ServerError as error:
-            raise RunFailed(f"{error}; it has not taken the weights a second time") from error
+        except ServerError as again:
+            raise RunFailed(f"{again}; it has not taken the weights a second time") from again
 
     async def _prove(self) -> None:
         """Raise RunFailed unless all servers answer the probe as the trainer would."""
@@ -304,17 +378,3 @@ class VLLMEngine:
                 raise RunFailed(
                     f"{error}; its weights are not to be trusted, so start it again before you go on (docs/rollouts.md)"
                 ) from error
-
-    def _sampling(self, params: SamplingParams) -> dict[str, Any]:
-        return {
-            "n": params.n,
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "top_k": params.top_k,
-            "max_tokens": params.max_new_tokens,
-            "stop": list(params.stop),
-            "include_stop_str_in_output": True,
-            "stop_token_ids": self.ends,
-            "logit_bias": self.banned,
-            "logprobs": 0,
-        }

@@ -101,7 +101,19 @@ def _remove_leftovers() -> None:
 
 
 class Versions:
-    """Names of weights on the wire: `<the run>-<steps that made them>`.
+    """Names of weights on the wire; here of those that servers began with."""
+
+    def names(self) -> set[str]:
+        """Those that may sample now."""
+        return {"default"}
+
+    def spans(self, said: Sequence[dict[str, Any]]) -> tuple[WeightSpan, ...] | None:
+        """What a server says of a completion's tokens; None if some are of weights that may not sample now."""
+        return () if {span["version"] for span in said} <= self.names() else None
+
+
+class RunVersions(Versions):
+    """`<the run>-<steps that made them>`.
 
     Two runs that share a server by mistake must not take each other's weights for theirs.
     """
@@ -109,20 +121,21 @@ class Versions:
     def __init__(self) -> None:
         self._run = secrets.token_hex(4)
         self.allowed: set[int] = set()
-        """Those that tokens may be sampled by now."""
+        """Those that may sample now."""
 
     def name(self, version: int) -> str:
         return f"{self._run}-{version}"
 
+    def names(self) -> set[str]:
+        return {self.name(version) for version in self.allowed}
+
     def spans(self, said: Sequence[dict[str, Any]]) -> tuple[WeightSpan, ...] | None:
-        """What a server says of a completion's tokens; None if some are of weights that may not sample now."""
-        out = []
-        for span in said:
-            run, _, version = span["version"].rpartition("-")
-            if run != self._run or int(version) not in self.allowed:
-                return None
-            out.append(WeightSpan(int(version), span["start"], span["end"]))
-        return tuple(out)
+        if super().spans(said) is None:
+            return None
+        return tuple(
+            WeightSpan(int(span["version"].rpartition("-")[2]), span["start"], span["end"])
+            for span in said
+        )
 
 
 async def pause(servers: Sequence[Server], keep: bool) -> None:

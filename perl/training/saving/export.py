@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,18 +11,11 @@ import torch
 
 from perl.distributed import Processes
 from perl.files import replacing
-from perl.model.sources import ADAPTER, layers_of
+from perl.model.sources import ADAPTER, cached_file_of, copy_companions, layers_of
 from perl.model.weights import trains_adapters_alone
 from perl.training.components import Components
 
 logger = logging.getLogger(__name__)
-
-_COMPANIONS = (
-    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
-    *("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"),
-    "special_tokens_map.json",
-)
-"""Files that one version of transformers or vLLM writes and another one looks for."""
 
 
 def save_model(components: Components, processes: Processes, name: str) -> Path:
@@ -52,36 +44,15 @@ def save_model(components: Components, processes: Processes, name: str) -> Path:
             logger.info("%s has the adapter merged and none beside it: %s", target, reason)
         if is_main:
             components.processor.save(folder)
-            _copy_companions(base, folder)
+            copy_companions(base, folder)
     return target
 
 
 def _dtype_of(base: str) -> torch.dtype | None:
     """Of the weights of a local or cached model; None: it does not say."""
-    file = _cached(base, "config.json")
+    file = cached_file_of(base, "config.json")
     config = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
     parts = (config, config.get("text_config") or {})
     named = [part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)]
     found = getattr(torch, str(named[0]), None) if named else None
     return found if isinstance(found, torch.dtype) else None
-
-
-def _copy_companions(base: str, target: Path) -> None:
-    """Of a local or cached model what describes tokenizer and processor and was not written anew."""
-    for name in _COMPANIONS:
-        if not (target / name).exists() and (found := _cached(base, name)):
-            shutil.copyfile(found, target / name)
-
-
-def _cached(base: str, name: str) -> str | None:
-    """A file of a local or cached model."""
-    from transformers.utils.hub import cached_file
-
-    return cached_file(
-        base,
-        name,
-        local_files_only=True,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
