@@ -68,6 +68,11 @@ COMMANDS = {
         "recipe",
         "what a training step takes on a GPU that need not be here, computed",
     ),
+    "serve": (
+        "perl.rollout.vllm.command:Serve",
+        "recipe",
+        "start the vLLM server that a run samples on",
+    ),
     "preview": (
         "perl.evaluation.preview.command:Preview",
         "recipe or data",

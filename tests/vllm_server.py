@@ -58,7 +58,13 @@ class VLLMServer:
             if name == "generate":
                 return self._generate(body)
             if name == "models":
-                return 200, {"data": [{"id": "perl", "root": self.config.path}]}
+                model = {"id": "perl", "root": self.config.path, "max_model_len": 4096}
+                return 200, {"data": [model]}
+            if name == "version":
+                return 200, {"version": "0.32.0"}
+            if name == "openapi.json":
+                routes = ("/inference/v1/generate", "/start_weight_update", "/pause")
+                return 200, {"paths": {route: {} for route in routes}}
             if name == "weight_info":
                 return 200, {"weight_version": self.version}
             if name == "pause":
@@ -104,7 +110,8 @@ class VLLMServer:
             sampling.get("temperature", 1.0),
             sampling["max_tokens"],
             sampling.get("top_p", 1.0),
-            sampling.get("top_k", 0),
+            # Where the likeliest token is asked for too, it is the one that is drawn.
+            1 if sampling.get("logprobs") else sampling.get("top_k", 0),
             tuple(sampling.get("stop", ())),
         )
         engine = InProcessEngine(policy, self.processor, 4096)

@@ -82,6 +82,11 @@ def own_server(
     rollout = config.rollout
     if rollout.engine == "inprocess" or rollout.url:
         return None
+    if cuda and rollout.placement == "separate" and not rollout.devices:
+        raise UserError(
+            "rollout.placement = separate: name the GPUs of the server, as in --rollout.devices 7, and start the trainer on "
+            "the others; or set rollout.placement = colocated"
+        )
     named = str(dtype).removeprefix("torch.")
     started = OwnServer(
         launch(config, model, named, transfer_of(rollout, cuda), cuda), log, rollout.timeout

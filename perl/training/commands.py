@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, Suppress, arg
 
-from perl.config import Command, Config, Count, Positive, Share
+from perl.config import AboveZero, Command, Config, Count, Positive, Share
 from perl.failures import explain, summed_up
 from perl.files import RunFolder, is_main_process, resume_command
 from perl.lock import locked, refuse_if_running
@@ -120,10 +120,20 @@ class TrainAnew:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutAnew:
-    """What takes another share of memory; empty: as before."""
+    """What takes another share of memory, or samples elsewhere; empty: as before."""
 
     kv_cache_tokens: Positive | None = None
     """Most tokens whose keys and values are kept at once."""
+    url: tuple[str, ...] | None = None
+    """Addresses of vLLM servers."""
+    vllm: str | None = None
+    """The executable that starts one."""
+    gpu_memory: AboveZero | None = None
+    """Share of a GPU's memory that it takes."""
+    requests: Positive | None = None
+    """Most requests under way at a server."""
+    timeout: AboveZero | None = None
+    """Seconds after which a server that answers nothing counts as hanging."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,12 +202,16 @@ class Report(Command):
 
 @dataclass(frozen=True)
 class Doctor(Command):
-    """What is installed, which backend and attention would be used, and what to install for more."""
+    """What is installed, which backend and attention would be used, and what to install for more; with --url what a
+    running vLLM server lacks."""
+
+    url: tuple[str, ...] = ()
+    """Addresses of vLLM servers to look at, as in http://127.0.0.1:8000."""
 
     def execute(self) -> None:
         from perl.training.doctor import examine
 
-        if not examine():
+        if not examine(self.url):
             sys.exit(1)
 
 
@@ -210,6 +224,11 @@ ANEW = (
     "train.shard_vision",
     "train.cpu_offload",
     "rollout.kv_cache_tokens",
+    "rollout.url",
+    "rollout.vllm",
+    "rollout.gpu_memory",
+    "rollout.requests",
+    "rollout.timeout",
     "model.gradient_checkpointing",
 )
 """Keys that a run may be given anew."""

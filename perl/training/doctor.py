@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from perl.failures import install_command
@@ -22,8 +23,8 @@ _PACKAGES = {
 """By the extra that installs them."""
 
 
-def examine() -> bool:
-    """Print the findings; False if `perl-rl train` could not run."""
+def examine(urls: Sequence[str] = ()) -> bool:
+    """Print the findings; False if `perl-rl train` could not run, or one of these vLLM servers lacks something."""
     import platform
 
     import torch
@@ -53,8 +54,10 @@ def examine() -> bool:
     *_, layers = choose_layers("auto", "auto", here)
     print(f"layers       {layers}")
     print(f"endpoint     {_endpoint()}")
+    print(f"vllm         {_executable()}")
+    # Each is looked at, also behind one that lacks something.
+    complete = all(list(map(_server, urls)))
     print(f"disk         {shutil.disk_usage('.').free / 2**30:.0f} GiB free here")
-    complete = True
     for extra, packages in _PACKAGES.items():
         for package in packages.split():
             try:
@@ -81,3 +84,23 @@ def _endpoint() -> str:
     return (
         f"{found.shown}, {found.model}, {'with' if found.api_key else 'without'} a key (not asked)"
     )
+
+
+def _executable() -> str:
+    found = shutil.which("vllm")
+    return found or "none on PATH (rollout.vllm names one of another environment; docs/rollouts.md)"
+
+
+def _server(url: str) -> bool:
+    """Print what a vLLM server is and lacks; whether it can be sampled on."""
+    from perl.rollout.vllm.client import KEY, Loop, Server, ServerError
+    from perl.rollout.vllm.examine import examine
+
+    try:
+        found = Loop().run(examine(Server(url, os.environ.get(KEY), 30.0, 1)))
+    except ServerError as error:
+        print(f"server       {error}; start one with perl-rl serve")
+        return False
+    lacks = "".join(f"; lacks {flag}" for flag in found.lacks)
+    print(f"server       {url}: {', '.join(found.said)}{lacks}")
+    return not found.lacks

@@ -20,6 +20,7 @@ from perl.model.processor import Processor
 from perl.model.sharding import gathered
 from perl.rollout.engine import Completion, SamplingParams, end_tokens
 from perl.rollout.vllm.client import MODEL, Loop, Server, ServerError
+from perl.rollout.vllm.examine import examine
 from perl.rollout.vllm.pictures import Pictures, features, offsets_of
 from perl.rollout.vllm.probe import PARAMS, Probe
 from perl.rollout.vllm.weights import FileTransfer, RunVersions, Transfer, Versions, pause, resume
@@ -282,6 +283,7 @@ class VLLMEngine(ServedModel):
         self.probe = Probe(policy, processor, tolerance)
         self.versions = RunVersions()
         self.version: int | None = None
+        self._examined = False
 
     @contextmanager
     def serving(self, version: int) -> Iterator[None]:
@@ -309,6 +311,9 @@ class VLLMEngine(ServedModel):
         Raises:
             RunFailed: a server has not taken them, or does not answer as the trainer would. It is not used any more.
         """
+        if not self._examined:
+            self._on_main(self._examine())
+            self._examined = True
         before = [self.version] if keep and self.version is not None else []
         self.versions.allowed = {*before, version}
         self.version = None
@@ -345,6 +350,18 @@ class VLLMEngine(ServedModel):
             await resume([server], name)
         except ServerError as again:
             raise RunFailed(f"{again}; it has not taken the weights a second time") from again
+
+    async def _examine(self) -> None:
+        """Raise UserError for a server that was started without what is needed."""
+        for server in self.servers:
+            found = await examine(server)
+            if found.lacks:
+                raise UserError(
+                    f"vLLM at {server.url} lacks {', '.join(found.lacks)}; start it with that (perl-rl serve RECIPE --print "
+                    "writes the whole command)"
+                )
+            if not found.tested:
+                logger.warning("vLLM at %s: %s", server.url, found.said[0])
 
     async def _prove(self) -> None:
         """Raise RunFailed unless all servers answer the probe as the trainer would."""

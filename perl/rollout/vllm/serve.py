@@ -19,7 +19,6 @@ from pathlib import Path
 
 import httpx2
 
-import perl
 from perl.config import Config
 from perl.rollout.vllm.client import KEY, MODEL
 from perl.types import RunFailed, UserError, one_line
@@ -78,11 +77,6 @@ def launch(
         raise UserError(
             f"rollout.vllm = {rollout.vllm} is no executable; install vLLM in an environment of its own (python -m venv "
             "~/vllm && ~/vllm/bin/pip install vllm) and give --rollout.vllm ~/vllm/bin/vllm, or name servers with --rollout.url"
-        )
-    if cuda and rollout.placement == "separate" and not rollout.devices:
-        raise UserError(
-            "rollout.placement = separate: name the GPUs of the server, as in --rollout.devices 7, and start the trainer on "
-            "the others; or set rollout.placement = colocated"
         )
     if host not in ("127.0.0.1", "localhost") and not os.environ.get(KEY):
         raise UserError(
@@ -151,7 +145,7 @@ def plugin_folder() -> Path:
     (info / "entry_points.txt").write_text(
         "[vllm.general_plugins]\nperl = perl.rollout.vllm.plugin:register\n"
     )
-    package, link = Path(perl.__file__).parent, folder / "perl"
+    package, link = Path(__file__).resolve().parents[2], folder / "perl"
     if not link.is_symlink() or link.readlink() != package:
         link.unlink(missing_ok=True)
         link.symlink_to(package)

@@ -139,7 +139,7 @@ def test_one_of_ours_that_is_dead_is_started_again(
 
     server.before = before
     own = SimpleNamespace(restart=lambda: started.append(True), stop=lambda: None)
-    engine.servers[0].own = own
+    engine.servers[0].own = own  # type: ignore[assignment]
     asked(engine, processor, policy)
     assert started == [True]
 
@@ -204,7 +204,7 @@ def test_no_room_for_the_weights(
     monkeypatch.setattr(type(policy), "save_pretrained", full)
     with refused(tmp_path, "--shm-size", error=RunFailed):
         asked(engine, processor, policy)
-    assert not [*tmp_path.iterdir()] and not server.asked
+    assert not [*tmp_path.iterdir()] and "/pause" not in server.paths()
 
 
 def test_what_a_killed_run_left_is_removed(
