@@ -297,6 +297,12 @@ class RolloutConfig(EngineConfig):
     transfer: Literal["auto", "files", "nccl", "ipc"] = "auto"
     """How weights come to servers: by files in shared memory, from GPU to GPU, within a GPU; auto: the last two where vLLM is
     in the trainer's environment too, else files."""
+    ahead: Literal[0, 1] = 0
+    """1: the next step's first batch is sampled while this one is trained on, by weights that are one step old, or by newer
+    ones from where these come (needs engine = vllm; docs/rollouts.md)."""
+    surplus: NotNegative = 0.0
+    """Share of a step's examples that are rolled out beyond them: the step takes the first groups with signal that end, and
+    gives up the rest. Short completions come first, so that it favours them."""
     tolerance: NotNegative = 0.0
     """Most mean |log p(server) - log p(trainer)| over the tokens of a probe behind each weight sync, else the run stops; 0:
     1e-4 in float32, 0.1 in 16 bits."""

@@ -100,6 +100,9 @@ class TableEngine:
     def counts(self) -> dict[str, float]:
         return {}
 
+    def begin(self, prompts: Any, params: SamplingParams, seed: int) -> Any:
+        yield from enumerate(self.generate(prompts, params, seed))
+
     def generate(
         self, prompts: Sequence[WordPrompt], params: SamplingParams, seed: int
     ) -> list[list[Completion]]:

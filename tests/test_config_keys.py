@@ -36,7 +36,7 @@ from perl.rewards.scorer import rollout_columns
 from perl.rollout.collect import Collector, drawn_orders
 from perl.rollout.decoding.slots import Slots
 from perl.rollout.engine import SamplingParams
-from perl.rollout.engines import on_servers
+from perl.rollout.engines import check_sampling, on_servers
 from perl.rollout.vllm.client import Server
 from perl.rollout.vllm.engine import VLLMEngine
 from perl.rollout.vllm.serve import Launch, launch
@@ -462,6 +462,11 @@ def sampler(look: Callable[[VLLMEngine], Any]) -> Callable[[Lab], Any]:
     return seen
 
 
+def sampling_is_checked(lab: Lab) -> str:
+    check_sampling(lab.config)
+    return "fine"
+
+
 servers = sampler(lambda engine: [*engine.servers])
 
 
@@ -739,6 +744,8 @@ ROWS = [
     Row("rollout.placement", "colocated", sampler(lambda e: e.sleeps), False, True, VLLM),
     Row("rollout.transfer", "ipc", or_refusal(sampler(lambda e: type(e.transfer).__name__)), "FileTransfer",
         "rollout.transfer", VLLM),
+    Row("rollout.ahead", 1, sampler(lambda e: e.keeps), False, True, VLLM),
+    Row("rollout.surplus", 0.5, or_refusal(sampling_is_checked), "fine", "rollout.surplus"),
     Row("rollout.tolerance", 0.5, sampler(lambda e: e.probe.tolerance), 1e-4, 0.5, VLLM),
 
     Row("reward.functions", ("format",), lambda lab: set(lab.groups[0].reward_parts), {"share_of_b"}, {"format"}),

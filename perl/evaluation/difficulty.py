@@ -23,7 +23,7 @@ from perl.rewards.scorer import Scorer
 from perl.rollout.engine import Engine, SamplingParams
 from perl.rollout.instruction import Instruction
 from perl.rollout.prompts import PromptEncoder, Shown
-from perl.rollout.sample import sample_counts
+from perl.rollout.sample import Sampling
 from perl.types import Example, UserError
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def measure_chunks(
             shown += pairs
             counts += shares(how.rollouts, len(pairs)) if pairs else []
             asked.append(how.rollouts if pairs else 0)
-        sampled = sample_counts(
+        sampled = Sampling(
             engine,
             encoder.processor,
             shown,
@@ -145,7 +145,7 @@ def measure_chunks(
             ),
             # Different for each call of a measurement; torch takes 64 bits.
             lambda _, count, start=start: (how.seed * 1_000_003 + start) * 1_009 + count,
-        )
+        ).all()
         rollouts = [rollout for of_variant in sampled for rollout in of_variant]
         totals = scorer.score_rollouts(rollouts)[0] if rollouts else np.zeros(0)
         scores = np.split(totals, np.cumsum(asked)[:-1])

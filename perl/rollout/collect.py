@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -21,9 +22,9 @@ from perl.rollout.engine import Engine, SamplingParams
 from perl.rollout.filtering import GroupFilter, unscorable
 from perl.rollout.prompts import PromptEncoder, Shown
 from perl.rollout.replay import Replay
-from perl.rollout.sample import sample_counts
+from perl.rollout.sample import Sampling
 from perl.timing import Stopwatch
-from perl.types import Example, Group, UserError
+from perl.types import Example, Group, Rollout, UserError
 
 
 class Source(Protocol):
@@ -57,6 +58,8 @@ class Collected:
     """The permutation rate of the step."""
     dropped: int
     """Examples left out because a prompt of theirs is over the budget."""
+    late: int = 0
+    """Groups that `rollout.surplus` did not wait for."""
     ages: list[int] = field(default_factory=list)
     """How many steps ago each of the groups that waited was sampled."""
     faults: dict[str, int] = field(default_factory=dict)
@@ -77,6 +80,49 @@ def drawn_orders(stage: Stage, example: Example, rate: float, epoch: int) -> lis
     if permutation.draw == "released":
         return released_orders(example)[: permutation.orders]
     return orders(example, permutation.orders, seed, epoch)
+
+
+@dataclass
+class Batch:
+    """Examples that are being rolled out."""
+
+    collector: Collector
+    all_drawn: Sequence[Drawn]
+    """Those whose prompts are over the budget too."""
+    drawn: Sequence[Drawn]
+    counts: Sequence[Sequence[int]]
+    """Of each example the rollouts of each of its orders."""
+    sampling: Sampling
+    step: int
+    dropped: int
+    """Examples that were left out for their prompts."""
+    left: int = 0
+    """Groups that were given up."""
+
+    def groups(self) -> Iterator[list[Group]]:
+        """All groups at once, in the sequence of their examples."""
+        with self.collector.watch("rollout"):
+            sampled = self.sampling.all()
+        yield self.collector.scored(self.drawn, self.counts, sampled, self.step)
+
+    def groups_as_they_end(self) -> Iterator[list[Group]]:
+        """One by one; those that have not ended when the iterator is closed are given up."""
+        owners = [i for i, own in enumerate(self.counts) for _ in own]
+        found: dict[int, dict[int, list[Rollout]]] = {i: {} for i in range(len(self.drawn))}
+        self.left, ended = len(self.drawn), iter(self.sampling)
+        try:
+            while self.left:
+                with self.collector.watch("rollout"):
+                    variant, rollouts = next(ended)
+                i = owners[variant]
+                found[i][variant] = rollouts
+                if len(found[i]) < len(self.counts[i]):
+                    continue
+                self.left -= 1
+                sampled = [own for _, own in sorted(found.pop(i).items())]
+                yield self.collector.scored([self.drawn[i]], [self.counts[i]], sampled, self.step)
+        finally:
+            self.sampling.close()
 
 
 class Collector:
@@ -101,6 +147,7 @@ class Collector:
         )
         self.replay = Replay(config.filter)
         self.stage = stage
+        self._ahead: Batch | None = None
 
     def collect(self, source: Source, processes: Processes, step: int) -> Collected:
         """This process's groups for one step of the stage.
@@ -113,35 +160,36 @@ class Collector:
         config = self.config
         wanted = config.train.examples_per_step // processes.count
         progress = step / config.train.steps
-        # Different in every step, process and run seed.
-        seed = (config.run.seed * 1_000_003 + self.first_step + step) * processes.count
-        seed += processes.index
+        seed = self._seed(processes, step)
         self.filter.reset()
         self.scorer.reset()
-        dropped_before = self.encoder.dropped
+        dropped = 0
         rebuild = partial(self._rebuild, source.find)
         # A UserError in one process must stop all; otherwise the rest hang in a collective.
         with processes.jointly():
             waited = self.replay.take_overflow(wanted, rebuild)
-        lacking, tries = wanted - len(waited), 0
+        lacking, tries, late = wanted - len(waited), 0, 0
         seen: list[Group] = []
         fresh: list[Group] = []
         while tries < config.filter.max_tries and not processes.every(len(fresh) >= lacking):
+            batch, self._ahead = self._ahead, None
+            if batch is None:
+                batch = self._draw(source, processes, step, tries)
             with processes.jointly():
-                with self.watch("data"):
-                    drawn = source.draw(config.train.examples_per_step)
                 self.scorer.state = TrainerState(
                     global_step=self.first_step + step,
                     max_steps=self.first_step + config.train.steps,
-                    epoch=float(max((d.epoch for d in drawn), default=0)),
+                    epoch=float(max((d.epoch for d in batch.all_drawn), default=0)),
                 )
-                groups = self.roll_out(
-                    drawn, seed * config.filter.max_tries + tries, progress, step
-                )
-                seen += groups
-                fresh += self.filter(groups)
+                surplus = config.rollout.surplus > 0
+                for groups in batch.groups_as_they_end() if surplus else batch.groups():
+                    seen += groups
+                    fresh += self.filter(groups)
+                    if surplus and len(fresh) >= lacking:
+                        break
             tries += 1
-        dropped = self.encoder.dropped - dropped_before
+            dropped += batch.dropped
+            late += batch.left
         self._check_seen(seen, tries, dropped, processes)
         share, rest = divmod(config.filter.replay, processes.count)
         with processes.jointly():
@@ -160,24 +208,56 @@ class Collector:
             tries=tries,
             rate=self._rate(progress),
             dropped=dropped,
+            late=late,
             ages=[step - group.step for group in waited],
             faults=dict(self.scorer.faults),
             logged=dict(self.scorer.metrics),
             counts=self.filter.counts,
         )
 
+    def begin_ahead(self, source: Source, processes: Processes, step: int) -> None:
+        """Begin with the first batch of a coming step, which its `collect` goes on with."""
+        self._ahead = self._draw(source, processes, step, 0)
+
+    def give_up(self) -> None:
+        """Let go of a batch that no step will take."""
+        if self._ahead:
+            self._ahead.sampling.close()
+            self._ahead = None
+
+    def _draw(self, source: Source, processes: Processes, step: int, tries: int) -> Batch:
+        config = self.config
+        count, share = config.train.examples_per_step, 1 + config.rollout.surplus
+        count = processes.count * math.ceil(count // processes.count * share)
+        with processes.jointly():
+            with self.watch("data"):
+                drawn = source.draw(count)
+            seed = self._seed(processes, step) * config.filter.max_tries + tries
+            return self.begin(drawn, seed, step / config.train.steps, step)
+
+    def _seed(self, processes: Processes, step: int) -> int:
+        """Different in every step, process and run seed."""
+        seed = self.config.run.seed * 1_000_003 + self.first_step + step
+        return seed * processes.count + processes.index
+
     def roll_out(
         self, drawn: Sequence[Drawn], seed: int, progress: float = 0.0, step: int = 0
     ) -> list[Group]:
-        """One group per example: its rollouts over its orders, scored.
+        """One group per example; see `begin`."""
+        (groups,) = self.begin(drawn, seed, progress, step).groups()
+        return groups
+
+    def begin(
+        self, drawn: Sequence[Drawn], seed: int, progress: float = 0.0, step: int = 0
+    ) -> Batch:
+        """Have examples rolled out over their orders.
 
         Args:
-            seed: of the sampling; the same one gives the same groups.
+            seed: of the sampling; the same one gives the same groups in process.
             progress: share of the stage that is done, 0 to 1, for the permutation rate.
             step: that the groups belong to.
         """
-        config = self.config
-        rate = self._rate(progress)
+        config, rate, dropped = self.config, self._rate(progress), self.encoder.dropped
         with self.watch("permute"):
             variants = [
                 [
@@ -194,29 +274,48 @@ class Collector:
             ]
         per_example = config.permutation.orders * config.rollout.per_order
         # An example with fewer orders than asked for gets as many rollouts, more in each.
-        counts = [n for _, shown in encoded for n in shares(per_example, len(shown))]
+        counts = [shares(per_example, len(shown)) for _, shown in encoded]
         with self.watch("rollout"):
-            sampled = sample_counts(
+            sampling = Sampling(
                 self.engine,
                 self.encoder.processor,
                 [pair for _, shown in encoded for pair in shown],
-                counts,
+                [n for own in counts for n in own],
                 SamplingParams.of(config.rollout, per_example),
                 # The first seed is the step's own; the others are far from those of other steps.
                 lambda number, _: seed + (number << 56),
             )
+        own = [d for d, _ in encoded]
+        return Batch(self, drawn, own, counts, sampling, step, self.encoder.dropped - dropped)
+
+    def scored(
+        self,
+        drawn: Sequence[Drawn],
+        counts: Sequence[Sequence[int]],
+        sampled: Sequence[Sequence[Rollout]],
+        step: int,
+    ) -> list[Group]:
+        """Groups of rollouts.
+
+        Args:
+            drawn: the examples.
+            counts: of each example the rollouts of each of its orders.
+            sampled: the rollouts of each order of the first example, of the second, ...
+        """
+        config = self.config
+        per_example = config.permutation.orders * config.rollout.per_order
         with self.watch("reward"):
             rollouts = [rollout for of_variant in sampled for rollout in of_variant]
             rewards, parts = self.scorer.score_rollouts(rollouts)
             logged = self.scorer.logged
             advantages = advantages_of(
                 rewards,
-                [per_example] * len(encoded),
-                [n for n in counts if n],
+                [per_example] * len(drawn),
+                [n for own in counts for n in own if n],
                 config.advantage,
             )
         groups = []
-        for number, (d, _) in enumerate(encoded):
+        for number, d in enumerate(drawn):
             own = slice(number * per_example, (number + 1) * per_example)
             own_parts = {name: values[own] for name, values in parts.items()}
             groups.append(

@@ -7,7 +7,7 @@ values are kept once, and read once a step for all of them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -37,6 +37,10 @@ class Completion:
     weight_versions: tuple[WeightSpan, ...] = ()
 
 
+Ended = Generator[tuple[int, list[Completion]], None, None]
+"""The number of each prompt and its completions, as they end. Closed, it gives up what has not."""
+
+
 class Engine(Protocol):
     """What completes prompts."""
 
@@ -49,6 +53,11 @@ class Engine(Protocol):
         self, prompts: Sequence[EncodedPrompt], params: SamplingParams, seed: int
     ) -> list[list[Completion]]:
         """`params.n` completions for every prompt, sampled with this seed."""
+        ...
+
+    def begin(self, prompts: Sequence[EncodedPrompt], params: SamplingParams, seed: int) -> Ended:
+        """`generate` in parts. An engine elsewhere is at it while the caller does something else, in process it is when the
+        first is asked for."""
         ...
 
     def counts(self) -> dict[str, float]:
@@ -84,6 +93,9 @@ class InProcessEngine:
     def serving(self, version: int) -> AbstractContextManager[None]:
         """All weights whole in every process."""
         return gathered(self.policy)
+
+    def begin(self, prompts: Sequence[EncodedPrompt], params: SamplingParams, seed: int) -> Ended:
+        yield from enumerate(self.generate(prompts, params, seed))
 
     def counts(self) -> dict[str, float]:
         return {}

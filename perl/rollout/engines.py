@@ -67,7 +67,15 @@ def on_servers(
     loop, colocated = Loop(), config.placement == "colocated"
     transfer = _transfer(config, policy, processes, loop)
     return VLLMEngine(
-        servers, policy, processor, processes, transfer, config.tolerance, colocated, loop
+        servers,
+        policy,
+        processor,
+        processes,
+        transfer,
+        config.tolerance,
+        colocated,
+        loop,
+        config.ahead > 0,
     )
 
 
@@ -152,6 +160,31 @@ def _generation_settings(path: str) -> Any:
         return GenerationConfig.from_pretrained(path)
     except OSError:  # A model may have none.
         return None
+
+
+def check_sampling(config: Config) -> None:
+    """Raise UserError for settings of a stage's sampling that do not go together."""
+    rollout = config.rollout
+    asked = {"ahead": rollout.ahead, "surplus": rollout.surplus}
+    key = next((key for key, value in asked.items() if value), None)
+    if key and rollout.engine == "inprocess":
+        raise UserError(
+            f"rollout.{key} needs servers that sample while this process does something else; set rollout.engine = vllm, or "
+            "leave it out"
+        )
+    if rollout.ahead and rollout.placement == "colocated":
+        raise UserError(
+            "rollout.ahead = 1 has servers sample while the trainer works, and rollout.placement = colocated has them sleep "
+            "then; give them GPUs of their own, or leave rollout.ahead out"
+        )
+    if rollout.ahead and config.filter.reuse_overflow:
+        raise UserError(
+            "rollout.ahead = 1 and filter.reuse_overflow would train on rollouts that are two steps old; leave one out"
+        )
+    if rollout.surplus and config.advantage.scale == "batch":
+        raise UserError(
+            "rollout.surplus takes groups as they end, so that no batch is there for advantage.scale = batch; leave one out"
+        )
 
 
 def _transfer(

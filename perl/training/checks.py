@@ -29,6 +29,7 @@ from perl.recipe import Stage, measured_function, plan
 from perl.report.progress import Display
 from perl.report.trackers import usable_trackers
 from perl.rewards.scorer import Scorer
+from perl.rollout.engines import check_sampling
 from perl.rollout.instruction import Instruction, tell_prompts
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.training.components import check_bundled
@@ -201,6 +202,7 @@ def check_setup(config: Config) -> Processor | None:
     check_deterministic(config, torch.cuda.is_available())
     for stage in plan(config):
         check_stage(stage)
+        check_sampling(stage.config)
     if config.model.path not in TINY_MODELS:
         packed = check_model(config.model.path) is not None
         processor = load_processor(config.model.path, config.model)

@@ -49,8 +49,10 @@ def reinforce(session: Session, stage: Stage) -> None:
         policy_step.flops.begin_step()
         with components.engine.serving(session.progress.steps):
             collected = components.collector.collect(session.source, session.processes, step)
+            session.look_ahead(step)
         flops = policy_step.flops("rollout", rolled_out(collected.seen))
-        tally = group_tally(collected, reading) | policy_step(step, collected.groups)
+        tally = group_tally(collected, reading, session.progress.steps)
+        tally |= policy_step(step, collected.groups)
         tally.sums |= flops | components.engine.counts()
         tally.sums |= {"throughput/images_encoded": vision.images_encoded - encoded}
         tally.largest |= components.watch.lap() | peak_memory()
@@ -63,6 +65,7 @@ def reinforce(session: Session, stage: Stage) -> None:
         # An evaluation belongs to its step: a run that goes on from the step's checkpoint does not repeat it.
         _measure_if_due(session, step)
         session.end_step(step)
+    components.collector.give_up()
     # The last stage's model is exported as `final` when the run ends.
     if stage != session.stages[-1]:
         save_model(components, session.processes, stage.name)
@@ -207,7 +210,7 @@ def segments_of(group: Group, condition: str) -> list[Segment]:
     ]
 
 
-def group_tally(collected: Collected, reading: Reading | None) -> Tally:
+def group_tally(collected: Collected, reading: Reading | None, version: int = 0) -> Tally:
     """What this process's rollouts of a step were like, the dropped groups included; no consistency without a reader."""
     seen, counts, tally = collected.seen, collected.counts, Tally()
     rollouts = [r for g in seen for r in g.rollouts]
@@ -223,6 +226,10 @@ def group_tally(collected: Collected, reading: Reading | None) -> Tally:
     tally.average("length/mean", (len(r.token_ids) for r in rollouts))
     tally.average("length/truncated", (not r.finished for r in rollouts))
     tally.average("groups/age", collected.ages)
+    spans = [span for r in rollouts for span in r.weight_versions]
+    if spans:
+        ages = sum((version - span.version) * (span.end - span.start) for span in spans)
+        tally.means["rollout/age"] = float(ages), sum(span.end - span.start for span in spans)
     tally.agreed |= {"permutation/rate": collected.rate, "groups/tries": collected.tries}
     tally.sums |= {
         **{f"reward/faults/{name}": n for name, n in collected.faults.items()},
@@ -235,6 +242,7 @@ def group_tally(collected: Collected, reading: Reading | None) -> Tally:
         "groups/reused": len(collected.ages),
         "groups/replayed": collected.replayed,
         "groups/short": collected.short,
+        **({"groups/late": collected.late} if collected.late else {}),
         "prompts/dropped": collected.dropped,
         "tokens/prompt": sum(len(r.prompt.input_ids) for r in rollouts),
         "tokens/completion": sum(len(r.token_ids) for r in rollouts),

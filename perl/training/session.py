@@ -122,6 +122,8 @@ class Session:
         self._ahead: ReadAhead | None = None
         self._replay_state: dict[str, Any] | None = None
         self._recorded_updates = 0
+        self._place: dict[str, Any] | None = None
+        """Of the data behind the present step, where the next one's have been drawn."""
         self._started = time.perf_counter()
 
     def restore(self) -> None:
@@ -210,7 +212,7 @@ class Session:
         """The steps of the stage that are left, from 0, with its data where it stopped; fewer where `eval.patience` ends."""
         self._ahead = self.components.read_ahead()
         self.source = ProcessShare(self.stream(), self.processes, self._ahead)
-        self._skipped = 0
+        self._skipped, self._place = 0, None
         for step in range(self.progress.step, self.stage.steps):
             if 0 < self.config.eval.patience <= self.progress.stale and self.stage.kind == "rl":
                 best, key = self.progress.best, self.config.run.keep_best
@@ -225,6 +227,13 @@ class Session:
             place = f"{self.config.run.seed}/{self.stage.name}/{step}/{self.processes.index}"
             torch.manual_seed(random.Random(place).getrandbits(63))
             yield step
+
+    def look_ahead(self, step: int) -> None:
+        """Begin with the next step's rollouts, while this one is trained on, where `rollout.ahead` asks for it."""
+        # A run that goes on from this step's checkpoint samples them anew.
+        self._place = self.source.stream.state_dict()
+        if self.config.rollout.ahead and step + 1 < self.stage.steps:
+            self.components.collector.begin_ahead(self.source, self.processes, step + 1)
 
     def finish_stage(self, save: bool = True) -> None:
         """Mark the current point as finished and checkpoint, so that a resume does not repeat it."""
@@ -325,7 +334,7 @@ class Session:
             here = {"stage": self.stage.kind, "step": number, "name": self.stage.name}
             self.record({**here, **row, **lap})
         self.progress.step, self.progress.ended = step + 1, False
-        self.progress.streams[self.stage.name] = self.source.stream.state_dict()
+        self.progress.streams[self.stage.name] = self._place or self.source.stream.state_dict()
         self.display.advance(numbers=shown)
         # Between steps: one that fails has already taken groups out, and a resumed run takes it again.
         replay = self.components.collector.replay

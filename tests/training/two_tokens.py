@@ -120,6 +120,9 @@ class OwnEngine:
     def counts(self) -> dict[str, float]:
         return {}
 
+    def begin(self, prompts: Any, params: SamplingParams, seed: int) -> Any:
+        yield from enumerate(self.generate(prompts, params, seed))
+
     def generate(
         self, prompts: Sequence[EncodedPrompt], params: SamplingParams, seed: int
     ) -> list[list[Completion]]:

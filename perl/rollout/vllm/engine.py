@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, cast
 from zlib import crc32
 
 import numpy as np
@@ -18,7 +18,7 @@ from perl.distributed import Processes
 from perl.model.policy import Policy
 from perl.model.processor import Processor
 from perl.model.sharding import gathered
-from perl.rollout.engine import Completion, SamplingParams, end_tokens
+from perl.rollout.engine import Completion, Ended, SamplingParams, end_tokens
 from perl.rollout.vllm.client import MODEL, Loop, Server, ServerError
 from perl.rollout.vllm.examine import examine
 from perl.rollout.vllm.pictures import Pictures, features, offsets_of
@@ -91,17 +91,15 @@ class ServedModel:
         """`params.n` completions for every prompt. Servers draw them with a generator of their own, not with this seed: with
         one for each request, vLLM samples request by request, and its build for CPUs dies of a prompt that is read in parts."""
         out: list[list[Completion]] = [[] for _ in prompts]
-        for number, completions in self.stream(prompts, params):
+        for number, completions in self.begin(prompts, params, seed):
             out[number] = completions
         return out
 
-    def stream(
-        self, prompts: Sequence[EncodedPrompt], params: SamplingParams
-    ) -> Iterator[tuple[int, list[Completion]]]:
-        """The completions of each prompt with its number, as they end. What is under way ends when the iterator is closed.
+    def begin(self, prompts: Sequence[EncodedPrompt], params: SamplingParams, seed: int) -> Ended:
+        """Ask for all at once; see `perl.rollout.engine.Engine`.
 
         Raises:
-            RunFailed: a server does not answer, and did not come back.
+            RunFailed: when it is iterated: a server does not answer, and did not come back.
         """
         ended: SimpleQueue[tuple[int, list[Completion]] | BaseException] = SimpleQueue()
 
@@ -117,14 +115,21 @@ class ServedModel:
                 ended.put(errors.exceptions[0])
 
         future = self._loop.start(ask_all())
-        try:
-            for _ in prompts:
-                found = ended.get()
-                if isinstance(found, BaseException):
-                    raise found
-                yield found
-        finally:
-            future.cancel()
+
+        def as_they_end() -> Iterator[Any]:
+            try:
+                yield None
+                for _ in prompts:
+                    found = ended.get()
+                    if isinstance(found, BaseException):
+                        raise found
+                    yield found
+            finally:
+                future.cancel()
+
+        waiting = as_they_end()
+        next(waiting)  # One that has not begun would not note that it is closed.
+        return cast(Ended, waiting)
 
     def counts(self) -> dict[str, float]:
         """Requests and their bytes, pictures that travelled, and requests that had to be made again."""
@@ -263,6 +268,7 @@ class VLLMEngine(ServedModel):
         tolerance: most mean |Δ log p| of the probe; 0: by the dtype.
         sleeps: whether servers leave their memory to the trainer outside of `serving`.
         loop: that requests go on in, if `transfer` has one.
+        keeps: whether requests may be under way when weights change; they go on under the new ones.
     """
 
     def __init__(
@@ -275,11 +281,13 @@ class VLLMEngine(ServedModel):
         tolerance: float = 0.0,
         sleeps: bool = False,
         loop: Loop | None = None,
+        keeps: bool = False,
     ) -> None:
         settings = getattr(policy.base, "generation_config", None)
         super().__init__(servers, processor, end_tokens(settings, processor), loop)
         self.policy, self.processes = policy, processes
         self.transfer, self.sleeps = transfer or FileTransfer(policy, processes), sleeps
+        self.keeps = keeps
         self.probe = Probe(policy, processor, tolerance)
         self.versions = RunVersions()
         self.version: int | None = None
@@ -293,7 +301,7 @@ class VLLMEngine(ServedModel):
             RunFailed: a server has not taken them.
         """
         if version != self.version:
-            self.sync(version)
+            self.sync(version, self.keeps)
         try:
             yield
         finally:
