@@ -27,6 +27,7 @@ from perl.distributed import Processes
 from perl.recipe import Stage
 from perl.rewards.scorer import Scorer
 from perl.rollout.collect import Collector
+from perl.rollout.engine import SamplingParams
 from perl.rollout.prompts import PromptEncoder, PromptLimit
 from perl.timing import Stopwatch
 from perl.types import Example, Group
@@ -382,3 +383,42 @@ def test_a_step_that_nothing_can_be_learnt_from_is_an_error() -> None:
     own = collector(data=DataConfig(max_prompt_tokens=6))
     with refused("a", "7", "data.max_prompt_tokens = 6", 'data.overlong = "drop"'):
         own.collect(InARow(pairs("ab")), processes(), 0)
+
+
+class OneByOne(TableEngine):
+    """Its prompts end in a given sequence; what was given up is counted."""
+
+    def __init__(self, answer: Callable[[Asked], str], sequence: Sequence[int]) -> None:
+        super().__init__(answer)
+        self.sequence, self.given_up = sequence, 0
+
+    def begin(self, prompts: Any, params: SamplingParams, seed: int) -> Any:
+        found = self.generate(prompts, params, seed)
+        left = [*self.sequence]
+        try:
+            while left:
+                number = left.pop(0)
+                yield number, found[number]
+        finally:
+            self.given_up = len(left)
+
+
+def test_a_step_with_a_surplus_takes_the_first_groups_that_end() -> None:
+    """Four questions in two orders each, of which it needs two: those of the last and the first have both orders first."""
+    rollout = replace(BASE.rollout, surplus=1.0)
+    answer = signal_in("dabc")
+    own = collector(answer, rollout=rollout, permutation=PermutationConfig(orders=2))
+    own.engine = engine = OneByOne(answer, [6, 7, 2, 0, 1, 3, 4, 5])
+    own.encoder.processor = engine.processor
+    questions = [example(id, 10, 20) for id in "abcd"]
+    collected = own.collect(InARow(questions), processes(), 0)
+    assert [g.example.id for g in collected.groups] == ["d", "a"]
+    assert (collected.late, len(collected.seen), engine.given_up) == (2, 2, 3)
+    # Each has the advantages that it has where all are waited for.
+    for group in roll_out(collector(answer, permutation=PermutationConfig(orders=2)), *questions):
+        for found in collected.groups:
+            if found.example.id == group.example.id:
+                assert found.advantages.tolist() == group.advantages.tolist()
+                assert [r.variant.order for r in found.rollouts] == [
+                    r.variant.order for r in group.rollouts
+                ]
