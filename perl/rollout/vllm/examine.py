@@ -53,7 +53,8 @@ async def examine(server: Server) -> Findings:
 
 async def _likeliest(server: Server, temperature: float) -> float:
     """Log-prob of the likeliest token behind some token."""
-    sampling = {"max_tokens": 1, "temperature": temperature, "logprobs": 1}
+    # The drawn token comes first among as many.
+    sampling = {"max_tokens": 1, "temperature": temperature, "logprobs": 2}
     body = {"model": MODEL, "token_ids": [1], "sampling_params": sampling}
     (choice,) = await server.generate(body)
     (token,) = choice["logprobs"]["content"]

@@ -31,12 +31,14 @@ class Pictures:
 
     async def bring(self, prompt: EncodedPrompt) -> None:
         """See to it that the server has all pictures of a prompt."""
+        brought = []
         for encoded, picture in zip(prompt.images, prompt.pictures, strict=True):
-            if encoded.key not in self._there:
+            if (task := self._there.get(encoded.key)) is None:
                 work = self._bring(encoded, picture, prompt.image_token_id)
-                self._there[encoded.key] = asyncio.create_task(work)
-        for encoded in prompt.images:
-            await self._there[encoded.key]
+                task = self._there[encoded.key] = asyncio.create_task(work)
+            brought.append(task)
+        # They may be forgotten meanwhile, as caches are cleared under requests that are kept.
+        await asyncio.gather(*brought)
 
     async def _bring(self, encoded: EncodedImage, picture: Image.Image, token: int) -> None:
         # In the size that the trainer sees it, which the server's processor then leaves as it is. A request of its own puts it
