@@ -282,7 +282,7 @@ class RolloutConfig(EngineConfig):
     """Sampling temperature; log-probs are taken at the same one."""
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     """Sample only from the likeliest tokens that have this probability together; 1: from all. Log-probs stay those of
-    the whole distribution, as in TRL."""
+    the whole distribution, as in TRL; from vLLM they are of what is left, as those of top_k."""
     top_k: Count = 0
     """Sample only from this many likeliest tokens; 0: from all."""
     stop: tuple[str, ...] = ()

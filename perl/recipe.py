@@ -36,11 +36,17 @@ DEFAULT_RECIPE = "default"
 STAGE_KINDS = ("cold_start", "filter", "rl")
 _TAKEN = ("before", "after", "done", "initial", "final", "best")
 """Names of what lies between stages, and of models that no stage leaves."""
-_OF_THE_RUN = (
-    *("sharding", "shards", "reshard_after_forward", "reduce_dtype"),
-    *("shard_vision", "cpu_offload", "optimizer"),
-)
-"""Keys of the section train that say how the weights lie in memory, in all stages alike."""
+_OF_THE_RUN = {
+    "train": (
+        *("sharding", "shards", "reshard_after_forward", "reduce_dtype"),
+        *("shard_vision", "cpu_offload", "optimizer"),
+    ),
+    "rollout": (
+        *("engine", "url", "vllm", "gpu_memory", "devices", "serve_args"),
+        *("requests", "timeout", "placement", "transfer", "tolerance", "ahead"),
+    ),
+}
+"""Keys that all stages have alike: how the weights lie in memory, and on which servers rollouts are sampled."""
 
 
 def recipe_names() -> list[str]:
@@ -266,9 +272,12 @@ def _stages(tables: Any, where: str) -> list[dict[str, Any]]:
             raise UserError(f"{at}: kind = {kind!r} is not one of {', '.join(STAGE_KINDS)}")
         if common := next((k for k in ("run", "model", "stages") if k in own), None):
             raise UserError(f"{at}: {common} is common to all stages; set it outside of them")
-        train = own.get("train")
-        if key := next((k for k in _OF_THE_RUN if isinstance(train, dict) and k in train), None):
-            raise UserError(f"{at}: train.{key} is common to all stages; set it outside of them")
+        for section, keys in _OF_THE_RUN.items():
+            given = own.get(section)
+            if key := next((k for k in keys if isinstance(given, dict) and k in given), None):
+                raise UserError(
+                    f"{at}: {section}.{key} is common to all stages; set it outside of them"
+                )
         out.append({"name": name, "kind": kind, "set": own})
     return out
 

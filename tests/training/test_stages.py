@@ -134,6 +134,7 @@ kind = "rl"
         ('name = "a"\nkind = "sft"', ["stage a", "kind = 'sft'", "cold_start, filter, rl"]),
         ('name = "a"\nkind = "rl"\nmodel.path = "x"', ["stage a", "model"]),
         ('name = "a"\nkind = "rl"\ntrain.shards = 2', ["stage a", "train.shards"]),
+        ('name = "a"\nkind = "rl"\nrollout.engine = "vllm"', ["stage a", "rollout.engine"]),
         ('name = "a"\nkind = "rl"\ntrian.lr = 1', ["stage a", "trian", "train?"]),
         ('name = "a"\nkind = "rl"\ntrain.lrr = 1', ["stage a", "train.lrr", "train.lr?"]),
         ('name = "a"\nkind = "rl"\ntrain.lr = "x"', ["stage a", "train.lr = 'x'"]),
