@@ -150,8 +150,8 @@ class ServedModel:
 
     async def _ask(self, prompt: EncodedPrompt, params: SamplingParams) -> list[Completion]:
         # All prompts over the same pictures go to one server.
-        shown = "".join(sorted(image.key for image in prompt.images))
-        at = crc32(shown.encode()) % len(self.servers)
+        shown = "".join(sorted(image.key for image in prompt.images)).encode()
+        at = crc32(shown or prompt.input_ids.tobytes()) % len(self.servers)
         for tries in range(1, TRIES + 1):
             known = self._recovered[at]
             try:
@@ -346,6 +346,12 @@ class VLLMEngine(ServedModel):
         self.transfer.close()
 
     async def _give_again(self, server: Server, error: ServerError) -> None:
+        clock = asyncio.get_running_loop().time
+        until = clock() + server.timeout
+        while self.processes.index and clock() < until:  # The first process sends them.
+            if await self._weights_of(server) in self.versions.names():
+                return
+            await asyncio.sleep(1.0)
         if not self.transfer.repeatable or self.version is None or self.processes.index:
             raise RunFailed(
                 f"{error}, and has come back without this run's weights, which cannot be sent to it now; go on from the last step"

@@ -23,7 +23,7 @@ from perl.rollout.engine import SamplingParams
 from perl.rollout.vllm import weights
 from perl.rollout.vllm.client import Server
 from perl.rollout.vllm.engine import VLLMEngine
-from perl.types import RunFailed
+from perl.types import Message, RunFailed
 from tests.messages import refused, tells
 from tests.stand_ins import processes
 from tests.vllm_checks import apart, changed, prompt
@@ -234,6 +234,54 @@ def test_answers_under_another_runs_weights_are_not_taken(
     failing(server, other)
     assert asked(engine, processor, policy)["rollout/retried"] >= 1
     assert server.paths().count("/update_weights") == 2
+
+
+def test_the_first_process_sends_them_again_for_all(
+    server: VLLMServer, folder: Path, policy: Policy, processor: Processor
+) -> None:
+    """The second waits for it, and does not send them itself."""
+    own = Server(server.url, None, 10.0, 8)
+    engine = VLLMEngine([own], policy, processor, processes(2, 1))
+    engine.versions.allowed = {1}
+    server.version = engine.versions.name(1)
+    asked_for: list[str] = []
+
+    def other(path: str, body: Any) -> None:
+        if generated(body) and not asked_for:
+            asked_for.append(server.version)
+            server.version = "default"
+            threading.Timer(0.5, setattr, (server, "version", engine.versions.name(1))).start()
+
+    server.before = other
+    (found,) = engine.generate([prompt(processor, 0, 1, 2)], PARAMS, 0)
+    assert {v for c in found for v, *_ in c.weight_versions} == {1}
+    assert "/update_weights" not in server.paths()
+    engine.close()
+
+
+def test_prompts_are_shared_out_by_pictures_and_else_by_tokens(
+    policy: Policy, processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All orders of the same pictures go to one server; prompts without any to both."""
+    servers = [Server(f"http://127.0.0.1:{port}", None, 1.0, 8) for port in (1, 2)]
+    engine = VLLMEngine(servers, policy, processor, processes())
+    asked_of: list[int] = []
+
+    async def ask(at: int, *_: Any) -> list[Any]:
+        asked_of.append(at)
+        return [None]
+
+    monkeypatch.setattr(engine, "_ask_at", ask)
+    orders = [prompt(processor, *order) for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0))]
+    engine.generate(orders, PARAMS, 0)
+    assert len(set(asked_of)) == 1
+    asked_of.clear()
+    texts = [
+        processor.encode_messages([Message("user", w)], []) for w in ["1", "2", "3", "4", "5", "6"]
+    ]
+    engine.generate(texts, PARAMS, 0)
+    assert set(asked_of) == {0, 1}
+    engine.close()
 
 
 @pytest.mark.parametrize(
