@@ -50,7 +50,8 @@ def test_documents_name_the_version(document: str) -> None:
 
 
 def test_the_command_is_installed() -> None:
-    scripts = {point.name: point.value for point in distribution("perl-rl").entry_points}
+    points = distribution("perl-rl").entry_points
+    scripts = {point.name: point.value for point in points.select(group="console_scripts")}
     assert scripts == {"perl-rl": "perl.cli:main"}
 
 

@@ -63,7 +63,8 @@ class Exported:
     tensor is rounded to `dtype` once; buffers keep theirs.
 
     Attributes:
-        planned: name -> tensor on the meta device, in the sequence in which they come.
+        planned: name -> tensor on the meta device, in the sequence of `save_pretrained`.
+        sequence: the names in that in which they come.
         parameters: how many numbers the model's parameters are.
     """
 
@@ -76,18 +77,15 @@ class Exported:
         self.parameters = sum(
             t.numel() for t, _ in self._tensors.values() if isinstance(t, nn.Parameter)
         )
+        self.planned = self._reverted(self._specs)
         # Some tensors of a folder are made of several: of a layer mostly.
-        whole = self._reverted(self._specs)
-        shapes = {name: spec.shape for name, spec in whole.items()}
         groupings = ([[name] for name in self._specs], _layers_of(self._specs), [[*self._specs]])
+        shapes = {name: spec.shape for name, spec in self.planned.items()}
         for self._groups in groupings:
-            self.planned = {
-                name: spec
-                for group in self._groups
-                for name, spec in self._reverted({n: self._specs[n] for n in group}).items()
-            }
-            if {name: spec.shape for name, spec in self.planned.items()} == shapes:
+            parts = [self._reverted({n: self._specs[n] for n in group}) for group in self._groups]
+            if {n: spec.shape for part in parts for n, spec in part.items()} == shapes:
                 break
+        self.sequence = [name for part in parts for name in part]
 
     def __iter__(self) -> Iterator[Named]:
         for group in self._groups:

@@ -253,6 +253,7 @@ def save_processor(tokenizer: Any, image_processor: Any, folder: Path) -> None:
             "size": dict(image_processor.size),
         }
         settings |= {k: getattr(image_processor, k) for k in shared}
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "video_preprocessor_config.json").write_text(json.dumps(settings))
     else:
         from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor

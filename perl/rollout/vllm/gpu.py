@@ -113,7 +113,7 @@ class GPUTransfer:
 
         class Source(WeightSource):
             def metadata(self) -> list[Any]:
-                planned = exported.planned.items()
+                planned = ((name, exported.planned[name]) for name in exported.sequence)
                 return [ParamMeta(name, spec.dtype, tuple(spec.shape)) for name, spec in planned]
 
             def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
