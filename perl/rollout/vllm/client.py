@@ -28,11 +28,13 @@ KEY = "PERL_VLLM_API_KEY"
 
 
 class ServerError(Exception):
-    """A server did not do what it was asked for; `status` is that of HTTP, None where no answer came."""
+    """A server did not do what it was asked for; `status` is that of HTTP, None where no answer came, as it `hangs` or is gone."""
 
-    def __init__(self, server: Server, what: str, status: int | None = None) -> None:
+    def __init__(
+        self, server: Server, what: str, status: int | None = None, hangs: bool = False
+    ) -> None:
         super().__init__(f"vLLM at {server.url}: {what}")
-        self.server, self.status = server, status
+        self.server, self.status, self.hangs = server, status, hangs
 
 
 class Own(Protocol):
@@ -154,7 +156,9 @@ class Server:
             while not request.done():
                 left = max(began, self._heard) + self.timeout - time.monotonic()
                 if left <= 0:
-                    raise ServerError(self, f"has answered nothing for {self.timeout:g} seconds")
+                    raise ServerError(
+                        self, f"has answered nothing for {self.timeout:g} seconds", hangs=True
+                    )
                 await asyncio.wait({request}, timeout=left)
             answer = request.result()
         except httpx2.HTTPError as error:

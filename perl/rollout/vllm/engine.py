@@ -212,8 +212,7 @@ class ServedModel:
         until = asyncio.get_running_loop().time() + server.timeout
         # It may have dropped pictures from its cache.
         self.pictures[at].forget()
-        hangs = error.status is None and await server.is_well()
-        if server.own and (hangs or not await server.is_well()):
+        if server.own and (error.hangs or not await server.is_well()):
             await asyncio.to_thread(server.own.restart)
         wait = 0.1 * 2**tries
         while not await server.is_well():

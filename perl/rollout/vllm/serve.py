@@ -32,7 +32,8 @@ _ENDS = 20.0
 _WITH_ITS_PARENT = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execvp(sys.argv[1], sys.argv[1:])"
 )
-"""It is sent SIGTERM (15) when the process that started it ends, however that ends (PR_SET_PDEATHSIG is 1)."""
+"""It is sent SIGTERM (15) when the process that started it ends, however that ends (PR_SET_PDEATHSIG is 1); or the thread, so
+that one that starts it has to stay."""
 
 
 @dataclass(frozen=True)

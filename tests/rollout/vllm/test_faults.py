@@ -232,6 +232,7 @@ def test_answers_under_another_runs_weights_are_not_taken(
         server.version = "00000000-1"
 
     failing(server, other)
+    engine.servers[0].own = SimpleNamespace(stop=lambda: None)  # type: ignore[assignment]  # No restart.
     assert asked(engine, processor, policy)["rollout/retried"] >= 1
     assert server.paths().count("/update_weights") == 2
 
