@@ -15,6 +15,7 @@ from perl.model.processor import Processor
 from perl.rollout.vllm import engine as engine_module
 from perl.rollout.vllm.client import Server
 from perl.rollout.vllm.engine import VLLMEngine
+from perl.rollout.vllm.serve import plugin_folder
 from perl.types import RunFailed
 from tests.stand_ins import processes
 from tests.vllm_checks import changed
@@ -88,14 +89,13 @@ def test_pictures_in_a_wrong_order_are_caught(
 def test_a_tied_heads_old_copy_is_caught(
     serving: Callable[..., AbstractContextManager[str]],
     folder: Path,
-    plugin_path: Path,
     policy: Policy,
     processor: Processor,
     tmp_path: Path,
 ) -> None:
     """On a CPU alone: a GPU's head computes with the weight itself."""
     packages = tmp_path / "packages"
-    copytree(plugin_path, packages)
+    copytree(plugin_folder(), packages)
     plugin = packages / "perl" / "rollout" / "vllm" / "plugin.py"
     packed_anew = "method.process_weights_after_loading(module)"
     assert plugin.read_text().count(packed_anew) == 1
