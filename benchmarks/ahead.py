@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -71,15 +70,14 @@ def main() -> None:
         for ahead in found:
             folder = options.folder.resolve() / f"ahead-{ahead}-{seed}"
             with vllm_server(start / "models" / "final") as server:
-                server.before = lambda path, body: (
-                    time.sleep(options.delay) if path.endswith("generate") else None
-                )
+                server.delay = options.delay
                 config = replace(
                     demo,
                     run=replace(demo.run, dir=str(folder), seed=seed),
                     model=replace(demo.model, path=str(start / "models" / "final")),
                     cold_start=replace(demo.cold_start, steps=0),
-                    train=replace(demo.train, steps=options.steps),
+                    train=replace(demo.train, steps=options.steps, examples_per_step=6),
+                    eval=replace(demo.eval, examples=30),
                     rollout=replace(demo.rollout, engine="vllm", url=(server.url,), ahead=ahead),
                 )
                 found[ahead].append(figures(run(config, folder)))

@@ -10,6 +10,7 @@ import base64
 import io
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,6 +33,7 @@ class VLLMServer:
     """What it was asked stands in `asked`: the path and the body of each request, in their sequence.
 
     `before` is called with both before a request is answered: it may wait, or return a status and an answer of its own.
+    Completions of several come `delay` seconds later than they could, under the weights and with the pictures that were there.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,7 +45,7 @@ class VLLMServer:
         self.pictures: dict[str, tuple[EncodedImage, Policy]] = {}
         self.asked: list[tuple[str, Any]] = []
         self.before: Callable[[str, Any], tuple[int, Any] | None] = lambda path, body: None
-        self.url = ""
+        self.url, self.delay = "", 0.0
         self._lock = threading.Lock()
 
     def paths(self) -> list[str]:
@@ -53,10 +55,10 @@ class VLLMServer:
         self.asked.append((path, body))
         if (own := self.before(path, body)) is not None:
             return own
+        name = path.rpartition("/")[2]
+        if name == "generate":
+            return self._generate(body)
         with self._lock:
-            name = path.rpartition("/")[2]
-            if name == "generate":
-                return self._generate(body)
             if name == "models":
                 model = {"id": "perl", "root": self.config.path, "max_model_len": 4096}
                 return 200, {"data": [model]}
@@ -85,24 +87,25 @@ class VLLMServer:
         return 200, {}
 
     def _generate(self, body: Any) -> tuple[int, Any]:
-        if self.loading:
-            return 500, {"error": "expected device meta"}
         sampling, ids = body["sampling_params"], np.array(body["token_ids"])
         token = self.processor.image_token_id
-        for part in body.get("content_parts", ()):
-            data = part["url"].partition(",")[2]
-            image = self.processor.encode_image(Image.open(io.BytesIO(base64.b64decode(data))))
-            self.pictures.setdefault(part["uuid"], (image, self.policy))
-            place = {"offset": 0, "length": image.tokens}
-            return 200, {"choices": [], "mm_placeholders": {"image": [place]}}
-        images: list[EncodedImage] = []
-        policy = self.policy
-        if said := body.get("features"):
-            keys = said["mm_hashes"]["image"]
-            if missing := [key for key in keys if key not in self.pictures]:
-                return 500, {"error": f"no data for {missing}"}
-            images = [self.pictures[key][0] for key in keys]
-            policy = self.pictures[keys[0]][1]
+        with self._lock:
+            if self.loading:
+                return 500, {"error": "expected device meta"}
+            for part in body.get("content_parts", ()):
+                data = part["url"].partition(",")[2]
+                image = self.processor.encode_image(Image.open(io.BytesIO(base64.b64decode(data))))
+                self.pictures.setdefault(part["uuid"], (image, self.policy))
+                place = {"offset": 0, "length": image.tokens}
+                return 200, {"choices": [], "mm_placeholders": {"image": [place]}}
+            images: list[EncodedImage] = []
+            policy, version = self.policy, self.version
+            if said := body.get("features"):
+                keys = said["mm_hashes"]["image"]
+                if missing := [key for key in keys if key not in self.pictures]:
+                    return 500, {"error": f"no data for {missing}"}
+                images = [self.pictures[key][0] for key in keys]
+                policy = self.pictures[keys[0]][1]
         positions, following = self.processor.family.positions(ids, images, token)
         prompt = EncodedPrompt(ids, positions, following, tuple(images), token)
         params = SamplingParams(
@@ -114,11 +117,14 @@ class VLLMServer:
             1 if sampling.get("logprobs") else sampling.get("top_k", 0),
             tuple(sampling.get("stop", ())),
         )
-        engine = InProcessEngine(policy, self.processor, 4096)
-        found = engine.generate([prompt], params, seed=0)[0]
-        return 200, {"choices": [self._choice(*each) for each in enumerate(found)]}
+        if params.n > 1:
+            time.sleep(self.delay)
+        with self._lock:
+            engine = InProcessEngine(policy, self.processor, 4096)
+            found = engine.generate([prompt], params, seed=len(self.asked))[0]
+        return 200, {"choices": [self._choice(*each, version) for each in enumerate(found)]}
 
-    def _choice(self, index: int, completion: Completion) -> Any:
+    def _choice(self, index: int, completion: Completion, version: str) -> Any:
         ids, logprobs = completion.token_ids.tolist(), completion.logprobs.tolist()
         content = [
             {"token_id": i, "logprob": p, "rank": 1, "top_logprobs": []}
@@ -128,7 +134,7 @@ class VLLMServer:
             "index": index,
             "finish_reason": "stop" if completion.finished else "length",
             "token_ids": ids,
-            "weight_versions": [{"version": self.version, "start": 0, "end": len(ids)}],
+            "weight_versions": [{"version": version, "start": 0, "end": len(ids)}],
             "logprobs": {"content": content},
         }
 
